@@ -1,0 +1,120 @@
+"""The schema of what a run leaves behind: `record.json`, field by field. `results/README.md` is generated from it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.spec import RunSpec
+
+SCHEMA_VERSION = 1
+
+Status = Literal["done", "diverged", "failed", "oom"]
+
+
+class Strict(BaseModel):
+    """Base of all record parts: unknown fields are an error and NaN cannot be written."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Metric(Strict):
+    """One measured value."""
+
+    split: Literal["valid", "test"]
+    name: str
+    """"accuracy", "loss", or "rate:<lure>" (how often a named wrong answer was given)."""
+    slice: str
+    """"mean" (equal mean over the cells), a cell's name, or "<cell>/<group>"."""
+    value: float | None
+    """None where the run produced no finite number."""
+    n: int
+    """Examples behind the value."""
+    stderr: float | None = None
+    stderr_kind: str = ""
+    """What the standard error runs over, e.g. "examples"."""
+
+
+class CellInfo(Strict):
+    """A test cell and its exact ceilings."""
+
+    name: str
+    axes: dict[str, float]
+    ceilings: dict[str, float]
+    """Accuracy of solvers that do not solve the task, by name."""
+    bits_needed: float
+    """Bits that a causal state must hold to answer every query of the cell."""
+
+
+class StateInfo(Strict):
+    """The memory that decoding needs, all layers together, per sequence."""
+
+    seq_len: int
+    """The longest test length; growing caches are counted there."""
+    dtype: str
+    true_bytes: int
+    """Counted from the tensors of `init_state`."""
+    published_bytes: int
+    """As the papers and Zoology's plots count: fp32, no convolution tails inside mixers."""
+    read_bytes: int
+    """Bytes touched to decode one token; smaller than `true_bytes` for sparse reads."""
+
+
+class Provenance(Strict):
+    """Where a number comes from."""
+
+    commit: str | None
+    dirty: bool | None
+    diff_hash: str | None
+    """Hash of the uncommitted changes, None if there are none."""
+    code: dict[str, str]
+    """Hash of the source of each mixer, task and shared module that took part."""
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    command: str
+
+
+class RunRecord(Strict):
+    """One run."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    spec: RunSpec
+    role: Literal["select", "report"]
+    status: Status
+    reason: str = ""
+    """Why a run is not done, one sentence."""
+    mixer: str
+    """Name of the mixer under test: the mixer of the last layer."""
+    label: str
+    """The layers as written on the command line."""
+    parameters: int
+    state: StateInfo
+    cells: list[CellInfo]
+    """The test cells."""
+    metrics: list[Metric] = Field(default_factory=list)
+    data_hashes: dict[str, str] = Field(default_factory=dict)
+    """Digest of each split's bytes."""
+    device: str
+    precision: str
+    backend: str
+    """Kernel backend that was really used."""
+    epochs_run: int = 0
+    steps_run: int = 0
+    started: str
+    """UTC, ISO 8601."""
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    examples_per_second: float | None = None
+    """Training examples per second of training time, evaluation left out."""
+    peak_memory_bytes: int | None = None
+    """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
+    provenance: Provenance
+
+    def metric(self, split: str, name: str, slice_: str = "mean") -> float | None:
+        """The value of one metric, or None."""
+        for item in self.metrics:
+            if (item.split, item.name, item.slice) == (split, name, slice_):
+                return item.value
+        return None

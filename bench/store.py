@@ -1,0 +1,154 @@
+"""The results store: a folder per run, merged by copying, no server and no lock.
+
+    STORE/<run_id>/record.json      the record; its presence is what makes a run complete
+    STORE/<run_id>/curve.parquet    learning curve
+    STORE/<run_id>/influence.npz    influence map of the trained model on one example
+
+Every file is written under a temporary name and renamed, the record last, so a kill at any moment leaves either a
+complete run or no run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from bench.errors import UserError
+from bench.records import SCHEMA_VERSION, RunRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+DEFAULT_STORE = Path("results/runs")
+
+
+@dataclass
+class Store:
+    """A folder of runs; creating the object touches nothing."""
+
+    root: Path = field(default_factory=lambda: DEFAULT_STORE)
+
+    def check_writable(self) -> None:
+        """Makes the folder and writes a probe file.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        probe = self.root / f".probe-{os.getpid()}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"The store {self.root} cannot be written ({reason}); choose another folder with --store.") from None
+
+    def path(self, run_id: str) -> Path:
+        """Folder of a run."""
+        return self.root / run_id
+
+    def write(
+        self,
+        record: RunRecord,
+        curve: Sequence[dict[str, float | int | None]] = (),
+        influence: dict[str, np.ndarray] | None = None,
+    ) -> Path:
+        """Writes a run; an earlier record of the same run is replaced.
+
+        Returns:
+            The path of the record.
+        """
+        folder = self.path(record.run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        if curve:
+            import pandas as pd
+
+            buffer = io.BytesIO()
+            pd.DataFrame(list(curve)).to_parquet(buffer, index=False)
+            atomic_write(folder / "curve.parquet", buffer.getvalue())
+        if influence is not None:
+            import numpy as np
+
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **influence)  # type: ignore[arg-type]
+            atomic_write(folder / "influence.npz", buffer.getvalue())
+        target = folder / "record.json"
+        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
+        return target
+
+    def read(self, run_id: str) -> RunRecord | None:
+        """The record of a run, or None if there is no valid one."""
+        record, _ = _parse(self.path(run_id) / "record.json")
+        return record
+
+    def load(self) -> tuple[list[RunRecord], list[str]]:
+        """All valid records, oldest first, and a warning for each file that is not one; nothing is ever deleted."""
+        records: list[RunRecord] = []
+        warnings: list[str] = []
+        for path in sorted(self.root.glob("*/record.json")):
+            record, warning = _parse(path)
+            if record is not None:
+                records.append(record)
+            elif warning:
+                warnings.append(warning)
+        records.sort(key=lambda record: (record.started, record.run_id))
+        return records, warnings
+
+    def curve(self, run_id: str) -> pd.DataFrame | None:
+        """The learning curve of a run, or None."""
+        import pandas as pd
+
+        path = self.path(run_id) / "curve.parquet"
+        return pd.read_parquet(path) if path.exists() else None
+
+    def influence(self, run_id: str) -> dict[str, np.ndarray] | None:
+        """The influence map of a run, or None."""
+        import numpy as np
+
+        path = self.path(run_id) / "influence.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def _parse(path: Path) -> tuple[RunRecord | None, str]:
+    """A record, or None and the reason in one sentence ("" if there is no file)."""
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        return None, f"Skipped {path}: not readable as JSON ({type(error).__name__}); the file was left as it is."
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        return None, f"Skipped {path}: not a Mixer Bench record (no schema_version); the file was left as it is."
+    if version > SCHEMA_VERSION:
+        return None, (
+            f"Skipped {path}: schema version {version} is newer than this program's {SCHEMA_VERSION}; "
+            "upgrade Mixer Bench to read it."
+        )
+    try:
+        return RunRecord.model_validate(content), ""
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return None, f"Skipped {path}: field {where or '(root)'} is not valid ({first['msg']}); the file was left as it is."
