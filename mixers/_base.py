@@ -55,6 +55,8 @@ class Mixer(nn.Module, ABC):
 
     name: ClassVar[str] = ""
     caps: ClassVar[Caps] = Caps()
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Option sets that the contract is checked with, small enough for d_model=16."""
 
     def __init__(self, d_model: int, *, pattern: str = "causal_self") -> None:
         super().__init__()
