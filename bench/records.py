@@ -100,6 +100,8 @@ class RunRecord(Strict):
     precision: str
     backend: str
     """Kernel backend that was really used."""
+    micro_batches: int = 1
+    """Parts that each batch was split into because it did not fit the memory whole."""
     epochs_run: int = 0
     steps_run: int = 0
     started: str
