@@ -1,0 +1,153 @@
+"""Runs specs in worker processes of this machine: one per core on a CPU, one per GPU where there are GPUs.
+
+Workers train and store; the parent only hands out specs and listens, so a killed worker loses one run in flight, and a
+killed parent makes its workers save a checkpoint and leave.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from bench.provenance import usable_cores
+from bench.spec import RunSpec
+
+STOP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a worker said: "progress" (content as of `train.Progress`), "finished", or "died"."""
+
+    kind: str
+    spec: RunSpec
+    content: Any = None
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    spec: RunSpec | None = None
+
+
+def worker_devices(device: str, jobs: int | None) -> list[str]:
+    """The device of each worker: every GPU, or `jobs` (by default one per core) times the CPU.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:1".
+        jobs: workers wanted; on GPUs they are spread round-robin.
+    """
+    if device == "cuda":
+        import torch
+
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        return [gpus[index % len(gpus)] for index in range(jobs or len(gpus))]
+    return [device] * (jobs or (usable_cores() if device == "cpu" else 1))
+
+
+class Workers:
+    """A pool of worker processes; use it as a context manager.
+
+    Args:
+        devices: the device of each worker.
+        store: folder of the store.
+    """
+
+    def __init__(self, devices: list[str], store: Path) -> None:
+        self.devices, self.store = devices, store
+        self.threads = max(1, usable_cores() // len(devices))
+        self.workers: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        self.workers = [self._start(device) for device in self.devices]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self, device: str) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_worker_main, args=(theirs, device, self.threads, str(self.store)), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def idle(self) -> int:
+        """Workers without a run."""
+        return sum(worker.spec is None for worker in self.workers)
+
+    def busy(self) -> list[RunSpec]:
+        """Runs in flight."""
+        return [worker.spec for worker in self.workers if worker.spec is not None]
+
+    def submit(self, spec: RunSpec) -> None:
+        """Hands a run to an idle worker."""
+        worker = next(worker for worker in self.workers if worker.spec is None)
+        worker.spec = spec
+        worker.pipe.send(spec.model_dump_json())
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        """What the workers have said, waiting at most `timeout` seconds for the first word."""
+        busy = {worker.pipe: worker for worker in self.workers if worker.spec is not None}
+        for pipe in wait(list(busy), timeout):
+            worker = busy[pipe]  # type: ignore[index]
+            assert worker.spec is not None
+            try:
+                kind, content = worker.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                spec = worker.spec
+                worker.process.join()
+                self.workers[self.workers.index(worker)] = self._start(self.devices[self.workers.index(worker)])
+                yield Event("died", spec, worker.process.exitcode)
+                continue
+            spec = worker.spec
+            if kind == "finished":
+                worker.spec = None
+            yield Event(kind, spec, content)
+
+    def stop(self) -> None:
+        """Asks every worker to save a checkpoint and leave; ends those that do not within a minute."""
+        for worker in self.workers:
+            worker.pipe.close()
+        for worker in self.workers:
+            worker.process.join(STOP_SECONDS)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self.workers = []
+
+
+def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> None:
+    """A worker's life: take a spec, run it, say so; a closed pipe means stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    import torch
+
+    from bench.runner import execute
+    from bench.store import Store
+
+    torch.set_num_threads(threads)
+    try:
+        while True:
+            spec = RunSpec.model_validate_json(pipe.recv())
+            record = execute(
+                spec,
+                torch.device(device),
+                Store(Path(store)),
+                on_progress=lambda progress: pipe.send(("progress", progress)),
+                should_stop=pipe.poll,  # the parent says nothing during a run, so a readable pipe is a closed one
+            )
+            if record is None:
+                return
+            pipe.send(("finished", record))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return

@@ -1,0 +1,112 @@
+"""Sweeps: points of a plot, their learning rates and seeds, and the runs that are still missing.
+
+A point is trained in two stages. Selection runs, on seeds of their own, cover every learning rate; the rate with the
+best validation accuracy is then trained on the reported seeds, and only those meet the test split in the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from bench import provenance
+from bench.points import choose_lr
+from bench.records import RunRecord
+from bench.spec import SELECTION_SEED, Frozen, ModelSpec, RunSpec, TaskSpec, TrainSpec, run_id
+from bench.store import Store
+
+
+class Point(Frozen):
+    """One point of a plot: a task, a model, its training, and the learning rates to choose from."""
+
+    task: TaskSpec
+    model: ModelSpec
+    train: TrainSpec = TrainSpec()
+    lrs: tuple[float, ...] = Field(min_length=1)
+
+    def run(self, lr: float, seed: int) -> RunSpec:
+        """The run of this point at a learning rate and a seed."""
+        train = self.train.model_copy(update={"lr": lr})
+        return RunSpec(task=self.task, model=self.model, train=train, seed=seed)
+
+    def selection_runs(self, select_seeds: int) -> list[RunSpec]:
+        """Runs that choose the learning rate; none where there is no choice."""
+        if len(self.lrs) == 1:
+            return []
+        return [self.run(lr, SELECTION_SEED + index) for lr in self.lrs for index in range(select_seeds)]
+
+    def report_runs(self, lr: float, seeds: int) -> list[RunSpec]:
+        """Runs that are reported."""
+        return [self.run(lr, seed) for seed in range(seeds)]
+
+
+class Sweep(Frozen):
+    """What a recipe returns and `bench synthetic` runs."""
+
+    points: tuple[Point, ...] = Field(min_length=1)
+    select_seeds: int = Field(default=1, gt=0)
+    """Seeds per learning rate in selection."""
+    seeds: int = Field(default=3, gt=0)
+    """Reported seeds per point."""
+
+
+@dataclass
+class PointPlan:
+    """What a point still needs, given what the store holds."""
+
+    point: Point
+    ready: list[RunSpec]
+    """Runs that can start now."""
+    waiting: int
+    """Reported runs that wait for the learning rate to be chosen."""
+    done: list[RunRecord]
+    lr: float | None
+    """The chosen learning rate, or None while selection is unfinished."""
+
+
+class Planner:
+    """Tells which runs of a sweep are missing from a store.
+
+    Args:
+        store: where records are looked up.
+        rerun: "failed" counts records that are not done as missing, "all" counts every record as missing.
+    """
+
+    def __init__(self, store: Store, *, rerun: str | None = None) -> None:
+        self.store, self.rerun = store, rerun
+        self._seen: dict[str, RunRecord | None] = {}
+        self._fresh: set[str] = set()
+
+    def add(self, record: RunRecord) -> None:
+        """Takes note of a run that has just finished."""
+        self._seen[record.run_id] = record
+        self._fresh.add(record.run_id)
+
+    def lookup(self, spec: RunSpec) -> RunRecord | None:
+        """The record of a run if it counts as present."""
+        identity = run_id(spec, provenance.identity_code(spec))
+        if identity not in self._seen:
+            self._seen[identity] = self.store.read(identity)
+        record = self._seen[identity]
+        if record is None or identity in self._fresh:
+            return record
+        redo = self.rerun == "all" or (self.rerun == "failed" and record.status != "done")
+        return None if redo else record
+
+    def plan(self, point: Point, sweep: Sweep) -> PointPlan:
+        """What a point still needs."""
+        done: list[RunRecord] = []
+
+        def missing(runs: list[RunSpec]) -> list[RunSpec]:
+            found = [(run, self.lookup(run)) for run in runs]
+            done.extend(record for _, record in found if record is not None)
+            return [run for run, record in found if record is None]
+
+        selection = missing(point.selection_runs(sweep.select_seeds))
+        if selection:
+            return PointPlan(point, selection, sweep.seeds, done, None)
+        lr = choose_lr(done).lr if done else point.lrs[0]
+        if lr is None:  # every selection run failed: there is nothing to report
+            return PointPlan(point, [], 0, done, None)
+        return PointPlan(point, missing(point.report_runs(lr, sweep.seeds)), 0, done, lr)
