@@ -5,15 +5,20 @@ Shape legend: N examples, T length. Everything is NumPy; one seed decides every 
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
+
+BLOCK_ROWS = 2048
+"""Rows drawn from one stream. A cell is a sequence of such blocks, so its bytes depend on no worker count or memory limit."""
 
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:
@@ -52,6 +57,8 @@ class Batch:
         mask: which positions are labelled, [N, T], bool; at least one a row.
         groups: named subsets of the labelled positions with an accuracy of their own, e.g. {"updated": [N, T] bool}.
         lures: named wrong answers whose rate is worth reporting, e.g. {"stale": [N, T] int32}; -1 where there is none.
+        features: what the model reads in place of `inputs` when `Task.input_kind` is "features", [N, T, F] float32.
+        values: the label of each position when `Task.target_kind` is "real", [N, T, K] float32.
     """
 
     inputs: np.ndarray
@@ -59,6 +66,25 @@ class Batch:
     mask: np.ndarray
     groups: Mapping[str, np.ndarray] = field(default_factory=dict)
     lures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    features: np.ndarray | None = None
+    values: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array by a stable name; all share the leading axis N."""
+        named = {"inputs": self.inputs, "targets": self.targets, "mask": self.mask}
+        named |= {f"groups.{key}": self.groups[key] for key in sorted(self.groups)}
+        named |= {f"lures.{key}": self.lures[key] for key in sorted(self.lures)}
+        optional = {"features": self.features, "values": self.values}
+        return named | {key: value for key, value in optional.items() if value is not None}
+
+    @classmethod
+    def from_arrays(cls, named: Mapping[str, np.ndarray]) -> Batch:
+        """The inverse of `arrays`."""
+        inner = {part: {k.split(".", 1)[1]: v for k, v in named.items() if k.startswith(part + ".")} for part in _INNER}
+        return cls(**{k: v for k, v in named.items() if "." not in k}, **inner)  # type: ignore[arg-type]
+
+
+_INNER = ("groups", "lures")
 
 
 class Task(ABC):
@@ -69,7 +95,16 @@ class Task(ABC):
     """
 
     name: ClassVar[str] = ""
+    input_kind: ClassVar[Literal["tokens", "features"]] = "tokens"
+    """Whether the model embeds `Batch.inputs` or projects `Batch.features`."""
+    target_kind: ClassVar[Literal["tokens", "real"]] = "tokens"
+    """Whether labels are `Batch.targets` (cross-entropy) or `Batch.values` (squared error)."""
     vocab_size: int
+    """Number of token ids, of inputs and targets together."""
+    feature_dim: int = 0
+    """F of `Batch.features`; 0 for tasks that read tokens."""
+    value_dim: int = 0
+    """K of `Batch.values`; 0 for tasks that predict tokens."""
 
     @abstractmethod
     def cells(self, split: str) -> tuple[Cell, ...]:
@@ -87,73 +122,140 @@ class Task(ABC):
     def bits_needed(self, cell: Cell) -> float:
         """Bits a causal state must hold at the end of the context to answer every possible query."""
 
+    @abstractmethod
+    def solve(self, batch: Batch) -> np.ndarray:
+        """The exact solver: its prediction at every labelled position, read from the inputs (or features) alone.
+
+        Returns:
+            [N, T] int32 token ids, or [N, T, K] float32 where labels are real; meaningless where `mask` is False.
+        """
+
+    def shortcuts(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Predictions of the solvers that miss the point of the task, by the name they have in `ceilings`; may be none."""
+        del batch
+        return {}
+
     def max_length(self) -> int:
         """Longest sequence of any split."""
         return max(cell.length for split in SPLITS for cell in self.cells(split))
 
 
-def row_hashes(inputs_NT: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each row of token ids, [N] uint64: multiply-and-add with odd pseudo-random multipliers."""
-    multipliers = stream(0, "row-hash").integers(0, 2**63, size=inputs_NT.shape[1], dtype=np.uint64) * 2 + 1
-    mixed = (inputs_NT.astype(np.uint64) + 1) * multipliers[None, :]
+def example_hashes(batch: Batch) -> np.ndarray:
+    """A 64-bit hash of what the model reads of each example, [N] uint64."""
+    rows = batch.inputs if batch.features is None else batch.features
+    words = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint32)
+    multipliers = stream(0, "row-hash").integers(0, 2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
+    mixed = (words + np.uint64(1)) * multipliers[None, :]
     mixed ^= mixed >> np.uint64(29)
     return (mixed * np.uint64(0x9E3779B97F4A7C15)).sum(axis=1, dtype=np.uint64)
 
 
-def build_split(task: Task, split: str, seed: int) -> dict[str, Batch]:
-    """All cells of a split, by cell name, disjoint by row hash from the splits that precede it in `SPLITS`.
+def split_digest(batches: Mapping[str, Batch]) -> str:
+    """A hex digest of every byte of a split, to be stored with the results obtained on it."""
+    digest = hashlib.sha256()
+    for name in sorted(batches):
+        for key, array in batches[name].arrays().items():
+            digest.update(f"{name}/{key}{array.shape}{array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
-    A validation or test row that also stands in an earlier split is drawn again, from the same stream.
+
+def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None) -> float:
+    """Mean over examples of the fraction of labelled positions (of `group`) predicted right; rows without any are left out."""
+    mask = batch.mask if group is None else batch.groups[group]
+    counts = mask.sum(axis=1)
+    right = ((predictions_NT == batch.targets) & mask).sum(axis=1)
+    return float((right[counts > 0] / counts[counts > 0]).mean())
+
+
+def measured(task: Task, cell: Cell, examples: int = 256) -> dict[str, float]:
+    """Accuracy of each of the task's shortcut solvers, measured on a fixed sample of `cell`."""
+    batch = task.sample(cell, examples, stream(0, "ceiling", cell.name))
+    return {name: accuracy(predictions, batch) for name, predictions in task.shortcuts(batch).items()}
+
+
+def build_split(task: Task, split: str, seed: int) -> dict[str, Batch]:
+    """All cells of a split, by cell name, disjoint by hash from the splits that precede it in `SPLITS`.
+
+    A validation or test example that also stands in an earlier split is drawn again, from a stream of its own.
 
     Raises:
         ValueError: the task has too few distinct examples for disjoint splits.
     """
     taken = _earlier_hashes(task, split, seed)
-    batches: dict[str, Batch] = {}
-    for cell in task.cells(split):
-        rng = stream(seed, task.name, split, cell.name)
-        batch = task.sample(cell, cell.examples, rng)
-        for _ in range(20):
-            clash = np.isin(row_hashes(batch.inputs), taken.get(cell.length, _NO_HASHES))
+    return {cell.name: _concatenate(list(blocks(task, split, cell, seed, taken))) for cell in task.cells(split)}
+
+
+def blocks(task: Task, split: str, cell: Cell, seed: int, taken: Mapping[int, np.ndarray] | None = None) -> Iterator[Batch]:
+    """The examples of one cell in blocks of `BLOCK_ROWS`, for sets that exceed memory: the same bytes as `build_split`.
+
+    Args:
+        taken: hashes that may not occur, by length; those of the earlier splits when left out.
+    """
+    banned = (_earlier_hashes(task, split, seed) if taken is None else taken).get(cell.length, _NO_HASHES)
+    found: list[np.ndarray] = []
+    for index, start in enumerate(range(0, cell.examples, BLOCK_ROWS)):
+        path = (task.name, split, cell.name, index)
+        batch = task.sample(cell, min(BLOCK_ROWS, cell.examples - start), stream(seed, *path))
+        hashes = example_hashes(batch)
+        for attempt in range(20):
+            clash = np.isin(hashes, banned)
             if not clash.any():
                 break
-            batch = _replace_rows(batch, clash, task.sample(cell, int(clash.sum()), rng))
+            fresh = task.sample(cell, int(clash.sum()), stream(seed, *path, "redraw", attempt))
+            batch = _replace_rows(batch, clash, fresh)
+            hashes[clash] = example_hashes(fresh)
         else:
             raise ValueError(
-                f"task {task.name}, cell {cell.name}: {int(clash.sum())} of {cell.examples} {split} examples also stand in an "
-                "earlier split after 20 redraws; the cell has too few distinct examples, so enlarge the vocabulary or the length"
+                f"task {task.name}, cell {cell.name}: {int(np.isin(hashes, banned).sum())} of {len(hashes)} {split} examples "
+                "also stand in an earlier split after 20 redraws; the cell has too few distinct examples, so enlarge the "
+                "vocabulary or the length"
             )
-        batches[cell.name] = batch
-    return batches
+        found.append(hashes)
+        yield batch
+    _HASHES[_hash_key(task, split, seed, cell)] = np.concatenate(found)
 
 
 _NO_HASHES = np.empty(0, dtype=np.uint64)
+_HASHES: dict[str, np.ndarray] = {}
+"""Hashes of the cells generated by this process, so that a split is not generated again to build the next one."""
+
+
+def _hash_key(task: Task, split: str, seed: int, cell: Cell) -> str:
+    """Identifies the examples of a cell by the class and the whole content of the task."""
+    content = (type(task).__module__, type(task).__qualname__, vars(task), split, seed, cell.name, cell.length, cell.examples)
+    return hashlib.sha256(pickle.dumps(content)).hexdigest()
 
 
 def _earlier_hashes(task: Task, split: str, seed: int) -> dict[int, np.ndarray]:
-    """Row hashes of every earlier split, by sequence length."""
-    found: dict[int, list[np.ndarray]] = {}
+    """Hashes of the examples of every earlier split, by sequence length."""
+    taken: dict[int, np.ndarray] = {}
     for earlier in SPLITS[: SPLITS.index(split)]:
-        batches = build_split(task, earlier, seed)
+        found: dict[int, np.ndarray] = {}
         for cell in task.cells(earlier):
-            found.setdefault(cell.length, []).append(row_hashes(batches[cell.name].inputs))
-    return {length: np.concatenate(hashes) for length, hashes in found.items()}
+            key = _hash_key(task, earlier, seed, cell)
+            if key not in _HASHES:
+                for _ in blocks(task, earlier, cell, seed, taken):
+                    pass
+            found[cell.length] = np.concatenate([found.get(cell.length, _NO_HASHES), _HASHES[key]])
+        taken = {n: np.concatenate([taken.get(n, _NO_HASHES), found.get(n, _NO_HASHES)]) for n in {*taken, *found}}
+    return taken
 
 
 def _replace_rows(batch: Batch, rows: np.ndarray, fresh: Batch) -> Batch:
     """`batch` with the selected rows taken from `fresh`."""
+    new = fresh.arrays()
+    replaced = {key: value.copy() for key, value in batch.arrays().items()}
+    for key, value in replaced.items():
+        value[rows] = new[key]
+    return Batch.from_arrays(replaced)
 
-    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        out = old.copy()
-        out[rows] = new
-        return out
 
-    return Batch(
-        put(batch.inputs, fresh.inputs),
-        put(batch.targets, fresh.targets),
-        put(batch.mask, fresh.mask),
-        {key: put(value, fresh.groups[key]) for key, value in batch.groups.items()},
-        {key: put(value, fresh.lures[key]) for key, value in batch.lures.items()},
+def _concatenate(parts: list[Batch]) -> Batch:
+    """One batch of all rows."""
+    named = [part.arrays() for part in parts]
+    return (
+        parts[0] if len(parts) == 1 else Batch.from_arrays({key: np.concatenate([p[key] for p in named]) for key in named[0]})
     )
 
 
@@ -172,5 +274,3 @@ def task(name: str) -> Callable[[T], T]:
         return cls
 
     return register
-
-

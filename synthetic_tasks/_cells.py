@@ -1,0 +1,46 @@
+"""Cells written as text: "64x4:100000+128x8:20000" is two cells, axis values joined by x, then the number of examples."""
+
+from __future__ import annotations
+
+import re
+
+from synthetic_tasks._base import Cell
+
+_CELL = re.compile(r"(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)*):(\d+)")
+
+
+def parse_cells(text: str, axes: tuple[str, ...]) -> tuple[Cell, ...]:
+    """Cells of the given axes; the axis "length" is the sequence length.
+
+    Args:
+        text: e.g. "64x4:100000+128x8:20000".
+        axes: names of the axes in the order written, e.g. ("length", "pairs"); one of them is "length".
+
+    Raises:
+        ValueError: the text does not follow the pattern or names a cell twice.
+    """
+    pattern = "x".join(axes) + ":examples"
+    cells = []
+    for part in text.replace(" ", "").split("+"):
+        match = _CELL.fullmatch(part)
+        numbers = [float(number) for number in match[1].split("x")] if match else []
+        if match is None or len(numbers) != len(axes):
+            raise ValueError(f"cell {part!r} in {text!r} is not of the form {pattern}; write cells like {_example(axes)}")
+        values = dict(zip(axes, numbers, strict=True))
+        if int(match[2]) < 1 or values["length"] < 1 or values["length"] % 1:
+            raise ValueError(f"cell {part!r} in {text!r} needs a whole length and at least 1 example, e.g. {_example(axes)}")
+        cells.append(Cell(match[1], int(values["length"]), int(match[2]), values))
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        raise ValueError(f"cells {text!r} name a cell twice; every combination of {' and '.join(axes)} may stand once")
+    return tuple(cells)
+
+
+def parse_splits(axes: tuple[str, ...], *, train: str, valid: str, test: str) -> dict[str, tuple[Cell, ...]]:
+    """The cells of the three splits; an empty `valid` means the test cells."""
+    return {"train": parse_cells(train, axes), "valid": parse_cells(valid or test, axes), "test": parse_cells(test, axes)}
+
+
+def _example(axes: tuple[str, ...]) -> str:
+    """A cell text of the right form, for error messages."""
+    return "x".join("64" if axis == "length" else "4" for axis in axes) + ":1000"
