@@ -1,0 +1,79 @@
+"""Causal convolutions along time: a short depthwise one with a carried tail, and a long one by FFT.
+
+Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, L filter length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def short_conv(
+    x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None = None, tail_BPD: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Causal depthwise convolution, y_t = bias + sum_j weight[:, j] x_{t-K+1+j}.
+
+    Shifted multiply-adds are faster than `conv1d` at these sizes (few taps, narrow models), in particular backward.
+
+    Args:
+        x_BTD: input, [B, T, D].
+        weight_DK: taps, [D, K]; the last one meets the current token.
+        bias_D: [D] or None.
+        tail_BPD: the K - 1 inputs before the segment, [B, K-1, D]; None means zeros.
+
+    Returns:
+        The output [B, T, D], and the tail after the segment if one was given, else None.
+    """
+    length, taps = x_BTD.shape[1], weight_DK.shape[1]
+    if tail_BPD is None:
+        padded_BSD = F.pad(x_BTD, (0, 0, taps - 1, 0))
+    else:
+        padded_BSD = torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+    taps_KD = weight_DK.t().to(x_BTD.dtype)
+    y_BTD = padded_BSD[:, :length] * taps_KD[0]
+    for j in range(1, taps):
+        y_BTD = torch.addcmul(y_BTD, padded_BSD[:, j : j + length], taps_KD[j])
+    if bias_D is not None:
+        y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
+    return y_BTD, None if tail_BPD is None else padded_BSD[:, length:].to(tail_BPD.dtype)
+
+
+def short_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of `short_conv`: the dot product of the last K inputs with the taps.
+
+    Args:
+        x_BD: input, [B, D].
+        weight_DK: taps, [D, K].
+        bias_D: [D] or None.
+        tail_BPD: the K - 1 inputs before this token, [B, K-1, D].
+
+    Returns:
+        The output [B, D] and the new tail [B, K-1, D].
+    """
+    window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)
+    y_BD = (window_BKD * weight_DK.t().to(x_BD.dtype)).sum(1)
+    if bias_D is not None:
+        y_BD = y_BD + bias_D.to(x_BD.dtype)
+    return y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
+
+
+def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
+    """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s, by FFT.
+
+    Args:
+        x_BTD: input, [B, T, D]; below fp32 it is transformed in fp32.
+        filter_DL: taps, newest first, [D, L]; taps beyond T are not read.
+
+    Returns:
+        The output, [B, T, D], in the dtype of `x_BTD`.
+    """
+    length = x_BTD.shape[1]
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        x_BFD = torch.fft.rfft(x_BTD.to(dtype), n=size, dim=1)
+        filter_FD = torch.fft.rfft(filter_DL[:, :length].to(dtype).t(), n=size, dim=0)
+        y_BTD = torch.fft.irfft(x_BFD * filter_FD, n=size, dim=1)[:, :length]
+    return y_BTD.to(x_BTD.dtype)
