@@ -6,6 +6,7 @@ killed parent makes its workers save a checkpoint and leave.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -135,6 +136,10 @@ def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> Non
     from bench.runner import execute
     from bench.store import Store
 
+    def tell(progress: object) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a gone parent is noticed by `should_stop`
+            pipe.send(("progress", progress))
+
     torch.set_num_threads(threads)
     try:
         while True:
@@ -143,7 +148,7 @@ def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> Non
                 spec,
                 torch.device(device),
                 Store(Path(store)),
-                on_progress=lambda progress: pipe.send(("progress", progress)),
+                on_progress=tell,
                 should_stop=pipe.poll,  # the parent says nothing during a run, so a readable pipe is a closed one
             )
             if record is None:

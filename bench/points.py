@@ -38,7 +38,7 @@ class LrChoice:
     """Every learning rate tried, by value, and the best (None if none can be scored)."""
 
     scores: dict[float, LrScore]
-    chosen: float | None
+    lr: float | None
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def choose_lr(records: Iterable[RunRecord]) -> LrChoice:
         lr: LrScore(fmean(accuracy for accuracy, _ in runs), fmean(loss for _, loss in runs), len(runs))
         for lr, runs in sorted(by_lr.items())
     }
-    chosen = min(scores, key=lambda lr: (-scores[lr].accuracy, scores[lr].loss, lr), default=None)
-    return LrChoice(scores, chosen)
+    best = min(scores, key=lambda lr: (-scores[lr].accuracy, scores[lr].loss, lr), default=None)
+    return LrChoice(scores, best)
 
 
 def points(records: Iterable[RunRecord]) -> list[Point]:
@@ -168,7 +168,7 @@ def _point(identity: str, group: list[RunRecord]) -> Point:
     """The point of records that share a point id."""
     current, replaced = _newest(group)
     choice, source = _lr_of_point(current)
-    reported = [r for r in current if r.role == "report" and r.status == "done" and r.spec.train.lr == choice.chosen]
+    reported = [r for r in current if r.role == "report" and r.status == "done" and r.spec.train.lr == choice.lr]
     values = {r.spec.seed: v for r in reported if (v := r.metric("test", "accuracy")) is not None}
     sample = (reported or current)[-1]
     return Point(
@@ -180,7 +180,7 @@ def _point(identity: str, group: list[RunRecord]) -> Point:
         parameters=sample.parameters,
         state=sample.state,
         cells=sample.cells,
-        lr=choice.chosen,
+        lr=choice.lr,
         lr_source=source,
         lr_scores=choice.scores,
         accuracy=mean_interval(list(values.values()), bounds=(0.0, 1.0)),
@@ -208,12 +208,12 @@ def _newest(group: list[RunRecord]) -> tuple[list[RunRecord], int]:
 def _lr_of_point(records: Sequence[RunRecord]) -> tuple[LrChoice, str]:
     """The learning rate of a point and what it rests on."""
     choice = choose_lr(r for r in records if r.role == "select")
-    if choice.chosen is not None:
-        n = choice.scores[choice.chosen].n
+    if choice.lr is not None:
+        n = choice.scores[choice.lr].n
         return choice, f"validation accuracy of {n} selection seed{'s' if n > 1 else ''}"
     choice = choose_lr(r for r in records if r.role == "report")
     if len({r.spec.train.lr for r in records}) == 1:
-        return replace(choice, chosen=records[0].spec.train.lr), "the only rate tried"
+        return replace(choice, lr=records[0].spec.train.lr), "the only rate tried"
     return choice, "validation accuracy of the reported seeds"
 
 
@@ -242,7 +242,7 @@ def _warnings(current: list[RunRecord], replaced: int, reported: list[RunRecord]
         found.append("its runs were made by different versions of the code")
     if len({(r.device, r.provenance.hardware.get("gpu", "")) for r in reported}) > 1:
         found.append("its reported runs come from different devices: " + ", ".join(sorted({r.device for r in reported})))
-    lost = Counter(r.status for r in current if r.role == "report" and r.spec.train.lr == choice.chosen and r.status != "done")
+    lost = Counter(r.status for r in current if r.role == "report" and r.spec.train.lr == choice.lr and r.status != "done")
     if lost:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(lost.items()))
         found.append(f"the mean leaves out reported seeds that did not finish ({counts})")
@@ -270,7 +270,8 @@ def _named(found: list[Point]) -> list[Point]:
 
 
 def _flat(spec: RunSpec) -> dict[str, Any]:
-    """Model and training settings by dotted path, without layers, seed and learning rate."""
+    """Model and training settings by dotted path, without seed and learning rate; the layers as one string."""
     model = spec.model.model_dump(exclude={"layers"})
+    model["layers"] = "+".join(layer.label() for layer in spec.model.layers)
     train = spec.train.model_dump(exclude={"lr"})
     return {**{f"model.{k}": v for k, v in model.items()}, **{f"train.{k}": v for k, v in train.items()}}

@@ -1,6 +1,6 @@
-"""Sweeps: points of a plot, their learning rates and seeds, and the runs that are still missing.
+"""Sweeps: experiments, their learning rates and seeds, and the runs that are still missing.
 
-A point is trained in two stages. Selection runs, on seeds of their own, cover every learning rate; the rate with the
+An experiment is trained in two stages. Selection runs, on seeds of their own, cover every learning rate; the rate with the
 best validation accuracy is then trained on the reported seeds, and only those meet the test split in the report.
 """
 
@@ -17,8 +17,8 @@ from bench.spec import SELECTION_SEED, Frozen, ModelSpec, RunSpec, TaskSpec, Tra
 from bench.store import Store
 
 
-class Point(Frozen):
-    """One point of a plot: a task, a model, its training, and the learning rates to choose from."""
+class Experiment(Frozen):
+    """What becomes one point of a plot: a task, a model, its training, and the learning rates to choose from."""
 
     task: TaskSpec
     model: ModelSpec
@@ -26,7 +26,7 @@ class Point(Frozen):
     lrs: tuple[float, ...] = Field(min_length=1)
 
     def run(self, lr: float, seed: int) -> RunSpec:
-        """The run of this point at a learning rate and a seed."""
+        """The run of this experiment at a learning rate and a seed."""
         train = self.train.model_copy(update={"lr": lr})
         return RunSpec(task=self.task, model=self.model, train=train, seed=seed)
 
@@ -44,18 +44,18 @@ class Point(Frozen):
 class Sweep(Frozen):
     """What a recipe returns and `bench synthetic` runs."""
 
-    points: tuple[Point, ...] = Field(min_length=1)
+    experiments: tuple[Experiment, ...] = Field(min_length=1)
     select_seeds: int = Field(default=1, gt=0)
     """Seeds per learning rate in selection."""
     seeds: int = Field(default=3, gt=0)
-    """Reported seeds per point."""
+    """Reported seeds per experiment."""
 
 
 @dataclass
-class PointPlan:
-    """What a point still needs, given what the store holds."""
+class ExperimentPlan:
+    """What an experiment still needs, given what the store holds."""
 
-    point: Point
+    experiment: Experiment
     ready: list[RunSpec]
     """Runs that can start now."""
     waiting: int
@@ -94,8 +94,8 @@ class Planner:
         redo = self.rerun == "all" or (self.rerun == "failed" and record.status != "done")
         return None if redo else record
 
-    def plan(self, point: Point, sweep: Sweep) -> PointPlan:
-        """What a point still needs."""
+    def plan(self, experiment: Experiment, sweep: Sweep) -> ExperimentPlan:
+        """What an experiment still needs."""
         done: list[RunRecord] = []
 
         def missing(runs: list[RunSpec]) -> list[RunSpec]:
@@ -103,10 +103,10 @@ class Planner:
             done.extend(record for _, record in found if record is not None)
             return [run for run, record in found if record is None]
 
-        selection = missing(point.selection_runs(sweep.select_seeds))
+        selection = missing(experiment.selection_runs(sweep.select_seeds))
         if selection:
-            return PointPlan(point, selection, sweep.seeds, done, None)
-        lr = choose_lr(done).lr if done else point.lrs[0]
+            return ExperimentPlan(experiment, selection, sweep.seeds, done, None)
+        lr = choose_lr(done).lr if done else experiment.lrs[0]
         if lr is None:  # every selection run failed: there is nothing to report
-            return PointPlan(point, [], 0, done, None)
-        return PointPlan(point, missing(point.report_runs(lr, sweep.seeds)), 0, done, lr)
+            return ExperimentPlan(experiment, [], 0, done, None)
+        return ExperimentPlan(experiment, missing(experiment.report_runs(lr, sweep.seeds)), 0, done, lr)

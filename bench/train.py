@@ -80,7 +80,8 @@ def build_task(spec: TaskSpec) -> Task:
 
 def build_model(spec: RunSpec, task: Task, device: torch.device) -> LanguageModel:
     """The run's model with the weights that its seed decides; the caller's random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device("meta" if device.type == "meta" else "cpu")  # drawn on the CPU, so every device starts alike
+    with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(_torch_seed(spec.seed, "init"))
         model = LanguageModel(spec.model, task.vocab_size, task.max_length())
     return model.to(device)

@@ -1,0 +1,1 @@
+"""What the commands do; `bench.cli` only parses and dispatches."""
