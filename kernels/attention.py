@@ -1,0 +1,151 @@
+"""Softmax attention on plain tensors: dense, under a boolean mask, and in a band with sinks.
+
+`attention_reference` is the definition; `attention` and `banded_attention` are the fast forms and equal it.
+
+Shape legend: B batch, H heads, T queries, S keys, K key width, V value width, N blocks, C block length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS: Tensor | None = None) -> Tensor:
+    """Softmax attention by its definition (Vaswani et al. 2017, eq. 1), scale K^-1/2.
+
+    Args:
+        q_BHTK: queries; any number of leading axes.
+        k_BHSK: keys.
+        v_BHSV: values.
+        mask_TS: True where a query sees a key, broadcastable to [..., T, S]; every row sees something.
+
+    Returns:
+        [..., T, V].
+    """
+    scores = (q_BHTK * q_BHTK.shape[-1] ** -0.5) @ k_BHSK.mT
+    if mask_TS is not None:
+        scores = scores.masked_fill(~mask_TS, float("-inf"))
+    # a 16-bit softmax loses the small weights that long contexts consist of
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(v_BHSV.dtype) @ v_BHSV
+
+
+def attention(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, mask_TS: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Softmax attention through torch's fused kernels, or by the definition where those lack a vmap rule.
+
+    Args:
+        q_BHTK: queries.
+        k_BHSK: keys.
+        v_BHSV: values.
+        mask_TS: as in `attention_reference`; excludes `causal`.
+        causal: query t sees keys 0..t; needs S = T.
+
+    Returns:
+        [B, H, T, V].
+    """
+    if not _inside_transform():
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask_TS, is_causal=causal)
+    if causal:
+        mask_TS = band_mask(q_BHTK.shape[-2], k_BHSK.shape[-2], device=q_BHTK.device)
+    return attention_reference(q_BHTK, k_BHSK, v_BHSV, mask_TS)
+
+
+def _inside_transform() -> bool:
+    """Whether a torch.func transform is active: vmap of the fused kernel is a loop on CPU and fails in fp32 on GPU."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def band_mask(
+    n_queries: int, n_keys: int, *, window: int | None = None, sinks: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Causal band with sinks, for queries at the end of the keys: the last query is at the last key's position.
+
+    Args:
+        n_queries: T.
+        n_keys: S >= T.
+        window: number of keys seen, the own one included; None for all.
+        sinks: this many first keys are seen at any distance.
+
+    Returns:
+        [T, S], True where visible.
+    """
+    key_S = torch.arange(n_keys, device=device)
+    distance_TS = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None] - key_S
+    causal_TS = distance_TS >= 0
+    if window is None:
+        return causal_TS
+    return causal_TS & ((distance_TS < window) | (key_S < sinks))
+
+
+def banded_attention(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSV: Tensor,
+    *,
+    window: int,
+    start_B: Tensor | None = None,
+    sink_kv: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Causal sliding-window attention with optional sinks, in O(T (window + sinks)) time and memory.
+
+    Queries are cut into blocks at least as long as the window; a block sees itself, the block before and the sinks.
+
+    Args:
+        q_BHTK: queries of T consecutive tokens.
+        k_BHSK: keys of the same tokens, after those of S - T earlier tokens, S - T < window.
+        v_BHSV: values.
+        window: number of keys seen, the own one included.
+        start_B: int64, absolute position of the first query in each sequence; None for 0. Keys at negative positions
+            are unfilled storage and invisible.
+        sink_kv: keys and values of the first s tokens of the sequence, each [B, H, s, .]; visible once they have left
+            the window.
+
+    Returns:
+        [B, H, T, V].
+    """
+    n_tokens, history = q_BHTK.shape[-2], k_BHSK.shape[-2] - q_BHTK.shape[-2]
+    if start_B is None and history == 0 and window >= n_tokens:
+        return attention(q_BHTK, k_BHSK, v_BHSV, causal=True)
+    start = torch.zeros((), dtype=torch.long, device=q_BHTK.device) if start_B is None else start_B
+    n_sinks = 0 if sink_kv is None else sink_kv[0].shape[-2]
+    block = max(window - 1, 32)
+    if n_tokens <= 2 * block:
+        mask = _band_visible(n_tokens, history, window, start, n_sinks)
+        if sink_kv is not None:
+            k_BHSK, v_BHSV = torch.cat((sink_kv[0], k_BHSK), -2), torch.cat((sink_kv[1], v_BHSV), -2)
+        return attention(q_BHTK, k_BHSK, v_BHSV, mask_TS=mask if start_B is None else mask[:, None])
+
+    n_blocks = -(-n_tokens // block)
+    spare = n_blocks * block - n_tokens
+    q_BHNCK = F.pad(q_BHTK, (0, 0, 0, spare)).unflatten(-2, (n_blocks, block))
+    k, v = (_block_pairs(F.pad(a, (0, 0, block - history, spare)), block) for a in (k_BHSK, v_BHSV))
+    if sink_kv is not None:
+        sink_k, sink_v = (a[:, :, None].expand(-1, -1, n_blocks, -1, -1) for a in sink_kv)
+        k, v = torch.cat((sink_k, k), -2), torch.cat((sink_v, v), -2)
+    block_start = start[..., None] + torch.arange(0, n_blocks * block, block, device=q_BHTK.device)
+    mask = _band_visible(block, block, window, block_start, n_sinks)
+    y_BHNCV = attention_reference(q_BHNCK, k, v, mask if start_B is None else mask[:, None])
+    return y_BHNCV.flatten(-3, -2)[..., :n_tokens, :]
+
+
+def _block_pairs(a_BHSK: Tensor, block: int) -> Tensor:
+    """Cuts [B, H, (N + 1) C, K] into the N overlapping pairs of neighbouring blocks, [B, H, N, 2 C, K]."""
+    blocks = a_BHSK.unflatten(-2, (-1, block))
+    return torch.cat((blocks[:, :, :-1], blocks[:, :, 1:]), -2)
+
+
+def _band_visible(n_queries: int, history: int, window: int, start: Tensor, n_sinks: int) -> Tensor:
+    """Mask over (sinks, history, own keys) for queries from position `start` on; leading axes are those of `start`."""
+    query_T = torch.arange(n_queries, device=start.device)
+    key_S = torch.arange(-history, n_queries, device=start.device)
+    distance_TS = query_T[:, None] - key_S
+    filled = (start[..., None] + key_S >= 0)[..., None, :]
+    band = (distance_TS >= 0) & (distance_TS < window) & filled
+    if n_sinks == 0:
+        return band
+    sink_age = (start[..., None] + query_T)[..., None] - torch.arange(n_sinks, device=start.device)
+    return torch.cat((sink_age >= window, band), -1)

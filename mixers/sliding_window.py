@@ -1,0 +1,129 @@
+"""Sliding-window softmax attention, optionally with attention sinks (Child et al. 2019; Xiao et al. 2023, StreamingLLM).
+
+Shape legend: B batch, T time, D width, H heads, K head width, W stored window, P sinks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import banded_attention
+from mixers._base import Caps, Mixer, State, heads, mixer
+from mixers._rotary import check_positions, rotary
+
+
+@mixer("sliding_window")
+class SlidingWindow(Mixer):
+    """Softmax attention to the last `window` tokens and, if wished, to the first `sinks` tokens.
+
+    `window` counts the keys that a query really sees, its own included; decoding the next token therefore needs
+    window - 1 stored keys, and that is the state. Zoology's "window w" sees w + 1 keys and is charged 2 d w elements:
+    it is window = w + 1 here, and both counts agree.
+
+    Args:
+        n_heads: number of heads.
+        window: number of keys seen, the own one included.
+        sinks: number of first tokens that stay visible for ever.
+        positions: none, or rotary on queries and keys by absolute position.
+        bias: whether the projections have biases.
+    """
+
+    caps = Caps(patterns=frozenset({"causal_self"}))
+    variants = (
+        {"window": 8},
+        {"window": 8, "sinks": 3, "n_heads": 2, "positions": "rotary", "bias": False},
+        {"window": 1, "sinks": 1},
+        {"window": 128},
+    )
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        layer: int = 0,
+        pattern: str = "causal_self",
+        n_heads: int = 1,
+        window: int = 64,
+        sinks: int = 0,
+        positions: str = "none",
+        bias: bool = True,
+    ) -> None:
+        super().__init__(d_model, pattern=pattern)
+        if window < 1 or sinks < 0:
+            raise ValueError(f"window={window}, sinks={sinks}: a query sees at least itself (window >= 1), and sinks >= 0")
+        self.n_heads, self.head_dim = n_heads, heads(d_model, n_heads)
+        check_positions(positions, self.head_dim, ("none", "rotary"))
+        self.window, self.sinks, self.positions = window, sinks, positions
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.forward`."""
+        if context_BSD is not None:
+            raise ValueError("sliding_window reads its own input only; context_BSD belongs to the cross patterns")
+        if state is None:
+            q, k, v = self._qkv(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device))
+            sinks = (k[:, :, : self.sinks], v[:, :, : self.sinks]) if self.sinks else None
+            return self._merge(banded_attention(q, k, v, window=self.window, sink_kv=sinks)), None
+        return self._continue(x_BTD, state)
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.step`: attend to the stored keys and the own one, then drop the oldest."""
+        y_B1D, state = self._continue(x_BD[:, None], state)
+        return y_B1D[:, 0], state
+
+    def init_state(
+        self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """See `Mixer.init_state`: the last keys and values in order of age, the sinks, and the number of tokens seen."""
+
+        def zeros(length: int) -> Tensor:
+            return torch.zeros(batch, self.n_heads, min(length, max_len), self.head_dim, device=device, dtype=dtype)
+
+        state = {"k": zeros(self.window - 1), "v": zeros(self.window - 1)}
+        if self.sinks:
+            state |= {"sink_k": zeros(self.sinks), "sink_v": zeros(self.sinks)}
+        return state | {"position": torch.zeros(batch, device=device, dtype=torch.long)}
+
+    def published_elements(self, seq_len: int) -> int:
+        """See `Mixer.published_elements`: 2 d w with w = window - 1 (Zoology), plus sinks; whatever the length."""
+        return 2 * self.d_model * (self.window - 1 + self.sinks)
+
+    def _qkv(self, x_BTD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, K] of tokens at `position`, [T] or [B, T]."""
+        q, k, v = self.qkv_proj(x_BTD).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(-3)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.positions == "rotary":
+            q, k = rotary(q, position), rotary(k, position)
+        return q, k, v
+
+    def _continue(self, x_BTD: Tensor, state: State) -> tuple[Tensor, State]:
+        """Attends to the stored window, the sinks and the segment; stores the last keys and values."""
+        n_new = x_BTD.shape[1]
+        position_BT = state["position"][:, None] + torch.arange(n_new, device=x_BTD.device)
+        q, k_new, v_new = self._qkv(x_BTD, position_BT)
+        k = torch.cat((state["k"], k_new.to(state["k"].dtype)), 2)
+        v = torch.cat((state["v"], v_new.to(state["v"].dtype)), 2)
+        new_state = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": state["position"] + n_new}
+        sinks = None
+        if self.sinks:
+            sink_k = fill_sinks(state["sink_k"], k_new, state["position"])
+            sink_v = fill_sinks(state["sink_v"], v_new, state["position"])
+            new_state |= {"sink_k": sink_k, "sink_v": sink_v}
+            sinks = (sink_k.to(q.dtype), sink_v.to(q.dtype))
+        y = banded_attention(q, k.to(q.dtype), v.to(q.dtype), window=self.window, start_B=state["position"], sink_kv=sinks)
+        return self._merge(y), new_state
+
+    def _merge(self, y_BHTK: Tensor) -> Tensor:
+        return self.out_proj(y_BHTK.transpose(1, 2).flatten(-2))
+
+
+def fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, position_B: Tensor) -> Tensor:
+    """The sink storage after new tokens, the first of which is at `position_B`: token j < P belongs in row j."""
+    source_BP = torch.arange(sink_BHPK.shape[2], device=sink_BHPK.device) - position_B[:, None]
+    is_new = (source_BP >= 0) & (source_BP < new_BHTK.shape[2])
+    index = source_BP.clamp(0, new_BHTK.shape[2] - 1)[:, None, :, None].expand_as(sink_BHPK)
+    return torch.where(is_new[:, None, :, None], new_BHTK.gather(2, index).to(sink_BHPK.dtype), sink_BHPK)
