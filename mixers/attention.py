@@ -5,6 +5,8 @@ Shape legend: B batch, T time, S keys, D width, H heads, K head width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +56,7 @@ class Attention(Mixer):
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
         if positions == "learned":
+            self.caps = replace(self.caps, max_len=max_len)
             self.position_embedding = nn.Embedding(max_len, d_model)
 
     def forward(
