@@ -236,7 +236,7 @@ def _progress_reporter(
     store: Store, identity: str, on_progress: Callable[[Progress], None] | None
 ) -> Callable[[Progress], None]:
     """Passes progress on, and leaves it in the store now and then for `bench status` on any machine."""
-    written = 0.0
+    written, began = 0.0, time.time()
 
     def report(progress: Progress) -> None:
         nonlocal written
@@ -247,7 +247,7 @@ def _progress_reporter(
             written = now
             folder = store.path(identity)
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), **vars(progress)}
+            content = {"pid": os.getpid(), "host": socket.gethostname(), "started": began, "time": time.time(), **vars(progress)}
             atomic_write(folder / "progress.json", json.dumps(content).encode())
 
     return report

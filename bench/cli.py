@@ -1,0 +1,270 @@
+"""The `bench` command line: parsing and dispatch only; torch is imported by the commands that need it.
+
+Exit codes: 0 all good; 1 some run failed, a check failed or a comparison regressed; 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import __version__
+from bench.errors import UserError, unknown
+
+EXIT_CODES = (
+    "Exit codes: 0 all good; 1 some run failed, a check failed or a comparison regressed; 2 bad input; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="bench",
+    help="Mixer Bench: what does a sequence mixer's memory buy?\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of stored runs.", rich_help_panel="Output")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, text on stderr.", rich_help_panel="Output")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+DEFAULT_STORE = Path("results/runs")
+
+
+def _guard(debug: bool, command: Callable[[], int]) -> None:
+    """Runs a command; bad input becomes one sentence and exit code 2."""
+    try:
+        code = command()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"bench: {error}", err=True)
+        code = 2
+    except KeyboardInterrupt:
+        typer.echo("bench: interrupted", err=True)
+        code = 130
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mixer-bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def _complete(kind: str) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        from bench import catalog
+
+        done, comma, last = incomplete.rpartition(",")
+        return [f"{done}{comma}{name}" for name in catalog.names(kind) if name.startswith(last)]
+
+    return complete
+
+
+@app.command()
+def synthetic(
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task to train on, e.g. mqar.", autocompletion=_complete("task"), rich_help_panel="What"),
+    ] = None,
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Mixers, comma-separated: gla,attention | sliding_window:window=32 | gla*3+attention | ./mine.py@Mine.",
+            autocompletion=_complete("mixer"),
+            rich_help_panel="What",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe to run instead of the task's own.", autocompletion=_complete("recipe"), rich_help_panel="What"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: train.epochs=8, model.d_model=64,128 (a grid).", rich_help_panel="What"),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Reported seeds per point.", rich_help_panel="What")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default one per GPU or CPU core.", rich_help_panel="How")
+    ] = None,
+    rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train mixers on a synthetic task and report what their memory buys.
+
+    Examples:
+
+    bench synthetic --task mqar
+
+    bench synthetic --task mqar --mixer ./mine.py@Mine,gla,attention --seeds 5
+
+    bench synthetic --task mqar --set train.lr=1e-3,3e-3 --set model.d_model=32,64 --dry-run
+
+    Exit codes: 0 all runs done; 1 some run failed; 2 bad input; 130 interrupted.
+    """
+
+    def command() -> int:
+        from bench.commands import synthetic as module
+        from bench.commands.console import Output
+
+        if rerun not in (None, "failed", "all"):
+            raise unknown("value of --rerun", rerun, ["failed", "all"])
+        request = module.Request(
+            task, mixer or [], recipe, settings or [], seeds, device, store, jobs, rerun, dry_run, report
+        )
+        return module.run(request, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, or all.")] = "all",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List mixers, tasks and recipes, with the first line of their documentation."""
+
+    def command() -> int:
+        from bench.commands import listing
+        from bench.commands.console import Output
+
+        return listing.run(what, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def status(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show what a store holds: finished, failed and running runs."""
+
+    def command() -> int:
+        from bench.commands import status as module
+        from bench.commands.console import Output
+
+        return module.run(store, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("results/reports/report.html"),
+    task: Annotated[str | None, typer.Option(help="Only this task.", autocompletion=_complete("task"))] = None,
+    paper: Annotated[Path | None, typer.Option(help="Also write PDF and SVG figures into this folder.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write one self-contained HTML report over the stored runs."""
+
+    def command() -> int:
+        from bench.commands import report as module
+        from bench.commands.console import Output
+
+        return module.run(store, out, task, paper, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A mixer as in the table, or the folder of a store.")],
+    b: Annotated[str, typer.Argument(help="Another one; differences are B minus A.")],
+    fail: Annotated[
+        str | None, typer.Option(help="Exit with 1 if B falls behind A by more: accuracy:-0.01.", metavar="METRIC:LIMIT")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare two mixers, or two stores, by paired differences over seeds.
+
+    Examples:
+
+    bench compare gla gated_delta_net
+
+    bench compare results/old results/runs --fail accuracy:-0.01
+    """
+
+    def command() -> int:
+        from bench.commands import compare as module
+        from bench.commands.console import Output
+
+        return module.run(a, b, fail, store, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def check(
+    mixer: Annotated[
+        str, typer.Argument(help="gla | gla:n_heads=4 | ./mine.py@Mine | package/name.", autocompletion=_complete("mixer"))
+    ],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check a mixer against the contract: causal, self-consistent, honest about its state.
+
+    Examples:
+
+    bench check ./mine.py@Mine
+
+    bench check gla --json
+    """
+
+    def command() -> int:
+        from bench.commands import check as module
+        from bench.commands.console import Output
+
+        return module.run(mixer, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Check this installation: versions, devices, Triton, extras, name clashes, the store."""
+
+    def command() -> int:
+        from bench.commands import doctor as module
+        from bench.commands.console import Output
+
+        return module.run(store, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+def main() -> None:
+    """Entry point of the `bench` script."""
+    os.environ.setdefault("BENCH_COMMAND", _command_line())
+    app()
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["bench", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""`bench doctor`: is this installation able to do its work?"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from rich.table import Table
+
+from bench import __version__
+from bench.commands.console import Output
+from bench.errors import UserError
+from bench.provenance import cpu_name, versions
+from bench.store import Store
+
+Finding = tuple[str, str, str]
+"""What was looked at, "ok", "note" or "FAIL", and what was found."""
+
+
+def run(root: Path, output: Output) -> int:
+    """Prints what was found.
+
+    Returns:
+        The exit code: 1 if something must be mended, else 0.
+    """
+    findings = [
+        ("versions", "ok", ", ".join(f"{name} {number}" for name, number in {**versions(), "bench": __version__}.items())),
+        ("cpu", "ok", cpu_name()),
+        _gpu(),
+        _triton(),
+        *(_extra(name) for name in ("eval", "dev")),
+        kernels_clash(),
+        _store(root),
+    ]
+    table = Table(title="bench doctor")
+    for column in ("what", "result", "found"):
+        table.add_column(column, overflow="fold")
+    for what, result, found in findings:
+        table.add_row(what, result, found)
+        output.emit("finding", {"what": what, "result": result, "found": found})
+    output.console.print(table)
+    return 1 if any(result == "FAIL" for _, result, _ in findings) else 0
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "gpu", "note", "torch sees no CUDA device; everything runs on the CPU"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return "gpu", "ok", f"{', '.join(names)}; CUDA {torch.version.cuda}"
+
+
+def _triton() -> Finding:
+    from torch.utils._triton import has_triton
+
+    if importlib.util.find_spec("triton") is None:
+        return "triton", "note", "not installed; the torch kernels are used"
+    if not has_triton():
+        return "triton", "note", f"triton {version('triton')} is installed but has no GPU to compile for"
+    return "triton", "ok", f"triton {version('triton')} can compile for this GPU"
+
+
+def _extra(name: str) -> Finding:
+    """Whether the packages of an optional extra are there."""
+    try:
+        wanted = [text for text in requires("mixer-bench") or [] if f"extra == '{name}'" in text or f'extra == "{name}"' in text]
+    except PackageNotFoundError:
+        return f"extra {name}", "note", "mixer-bench is not installed as a package; run `pip install -e .`"
+    missing = []
+    for text in wanted:
+        package = re.split(r"[<>=~!;\[ ]", text, maxsplit=1)[0]
+        try:
+            version(package)
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        return f"extra {name}", "note", f"without {', '.join(missing)}; `pip install 'mixer-bench[{name}]'` adds it"
+    return f"extra {name}", "ok", "installed"
+
+
+def kernels_clash() -> Finding:
+    """Whether a foreign distribution named `kernels` would take the place of ours inside transformers.
+
+    Hugging Face publishes a package imported as `kernels`. transformers imports from it if its version lies in the range
+    that transformers accepts, finds our folder of that name instead, and fails.
+    """
+    try:
+        foreign = version("kernels")
+    except PackageNotFoundError:
+        return "kernels name", "ok", "no foreign package named kernels"
+    accepted = _accepted_by_transformers()
+    if accepted is None:
+        return "kernels name", "note", f"kernels {foreign} is installed beside ours; transformers is not, so nothing clashes"
+    from packaging.specifiers import SpecifierSet
+
+    if SpecifierSet(accepted).contains(foreign, prereleases=True):
+        return "kernels name", "FAIL", f"kernels {foreign} makes transformers import our kernels folder; `pip uninstall kernels`"
+    return "kernels name", "ok", f"kernels {foreign} is outside the range {accepted} that transformers would import"
+
+
+def _accepted_by_transformers() -> str | None:
+    """The versions of `kernels` that the installed transformers accepts, or None without transformers."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return None
+    table = Path(spec.origin).with_name("dependency_versions_table.py")
+    found = re.search(r'"kernels":\s*"kernels([^"]*)"', table.read_text()) if table.exists() else None
+    return found[1] if found else ""
+
+
+def _store(root: Path) -> Finding:
+    try:
+        Store(root).check_writable()
+    except UserError as error:
+        return "store", "FAIL", str(error)
+    return "store", "ok", f"{root} can be written"

@@ -1,0 +1,34 @@
+"""`bench report`: one HTML file over a store, and figures for papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.commands.console import Output
+from bench.store import Store
+
+
+def run(root: Path, out: Path, task: str | None, paper: Path | None, output: Output) -> int:
+    """Writes the report.
+
+    Raises:
+        UserError: the store is empty, or holds nothing of the task.
+    """
+    from bench.points import points
+    from bench.report.build import build_report
+    from bench.report.paper import paper_figures
+
+    store = Store(root)
+    summary = build_report(store, out, task=task)
+    for warning in summary.warnings:
+        output.say(warning)
+        output.emit("warning", {"text": warning})
+    output.say(f"Report over {summary.runs} runs and {summary.points} points: {out}")
+    output.emit("report", {"path": str(out), "runs": summary.runs, "points": summary.points})
+    if paper is not None:
+        records, _ = store.load()
+        chosen = [record for record in records if task in (None, record.spec.task.name)]
+        for path in paper_figures(points(chosen), paper):
+            output.say(f"Figure: {path}")
+            output.emit("figure", {"path": str(path)})
+    return 0

@@ -1,0 +1,288 @@
+"""`bench synthetic`: plan a sweep, train what is missing, print the table, write the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from bench import catalog
+from bench.commands.console import Output, bytes_text, seconds_text
+from bench.commands.progress import SweepProgress, run_name
+from bench.device import Device, resolve_device
+from bench.errors import UserError
+from bench.grammar import apply_settings, parse_mixers
+from bench.launch import Workers, worker_devices
+from bench.points import Point, points
+from bench.records import RunRecord, StateInfo
+from bench.spec import RunSpec, TaskSpec
+from bench.store import Store
+from bench.sweep import Experiment, Planner, Sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DEFAULT_RECIPE = "laptop"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `bench synthetic`."""
+
+    task: str | None
+    mixers: list[str]
+    recipe: str | None
+    settings: list[str]
+    seeds: int | None
+    device: str
+    store: Path
+    jobs: int | None
+    rerun: str | None
+    dry_run: bool
+    report: Path | None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of an experiment before any training."""
+
+    label: str
+    parameters: int
+    state: StateInfo
+    tokens_per_run: int
+
+
+def build_sweep(request: Request) -> Sweep:
+    """The sweep that a request asks for.
+
+    Raises:
+        UserError: unknown names, paths or options, or values that do not fit.
+    """
+    if request.task is None and request.recipe is None:
+        raise UserError("Nothing to run: give --task (see `bench list tasks`) or --recipe (see `bench list recipes`).")
+    if request.task is not None:
+        catalog.load("task", request.task)
+    name = request.recipe or (request.task if request.task in catalog.names("recipe") else DEFAULT_RECIPE)
+    assert name is not None
+    sweep: Sweep = catalog.load("recipe", name)()
+    if request.task is not None:
+        sweep = _with_task(sweep, request.task, named=request.recipe)
+    if request.mixers:
+        sweep = _with_mixers(sweep, request.mixers)
+    sweep = apply_settings(sweep, request.settings)
+    if request.seeds is not None:
+        sweep = sweep.model_copy(update={"seeds": request.seeds})
+    return sweep
+
+
+def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
+    given = {experiment.task.name for experiment in sweep.experiments}
+    if named is not None and given != {task}:
+        raise UserError(f"Recipe {named!r} is for the task {', '.join(sorted(given))}, not {task!r}; leave out --task or --recipe.")
+    if given == {task}:
+        return sweep
+    changed = (experiment.model_copy(update={"task": TaskSpec(name=task)}) for experiment in sweep.experiments)
+    return sweep.model_copy(update={"experiments": tuple(_distinct(changed))})
+
+
+def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
+    """The recipe's settings with the given mixers in place of its own."""
+    layers = [found for text in mixers for found in parse_mixers(text)]
+    first = sweep.experiments[0].model.layers
+    bare = (e.model_copy(update={"model": e.model.model_copy(update={"layers": first})}) for e in sweep.experiments)
+    changed = [
+        template.model_copy(update={"model": template.model.model_copy(update={"layers": chosen})})
+        for template in _distinct(bare)
+        for chosen in layers
+    ]
+    return sweep.model_copy(update={"experiments": tuple(_distinct(changed))})
+
+
+def _distinct(experiments: Iterable[Experiment]) -> list[Experiment]:
+    return list({experiment.model_dump_json(): experiment for experiment in experiments}.values())
+
+
+def inspect(sweep: Sweep, device: Device) -> dict[str, ModelInfo]:
+    """Builds every task and model of a sweep without memory, by the experiment's JSON.
+
+    Raises:
+        UserError: anything that a run would stumble over: options, head counts, a loose file that breaks the contract.
+    """
+    import torch
+
+    from bench.runner import label, state_info
+    from bench.train import build_model, build_task, resolve_precision
+
+    found: dict[str, ModelInfo] = {}
+    for experiment in sweep.experiments:
+        spec = experiment.run(experiment.lrs[0], 0)
+        task = build_task(spec.task)
+        model = build_model(spec, task, torch.device("meta"))
+        precision = resolve_precision(spec.train, torch.device(device.kind))
+        tokens = spec.train.epochs * sum(cell.length * cell.examples for cell in task.cells("train"))
+        parameters = sum(p.numel() for p in model.parameters())
+        found[experiment.model_dump_json()] = ModelInfo(label(spec), parameters, state_info(model, task, precision), tokens)
+    _check_outside_mixers(sweep)
+    return found
+
+
+def _check_outside_mixers(sweep: Sweep) -> None:
+    """A mixer from outside the zoo meets the contract before it costs training time."""
+    outside = {
+        (layer.mixer, layer.label()): layer
+        for experiment in sweep.experiments
+        for layer in experiment.model.layers
+        if "@" in layer.mixer or "/" in layer.mixer
+    }
+    if not outside:
+        return
+    from bench.commands.check import run_checks
+
+    for layer in outside.values():
+        failed = [result for result in run_checks(layer) if not result.passed]
+        if failed:
+            names = ", ".join(result.name for result in failed)
+            raise UserError(
+                f"Mixer {layer.mixer!r} breaks the contract ({names}: {failed[0].detail}); see `bench check {layer.mixer}`."
+            )
+
+
+def run(request: Request, output: Output) -> int:
+    """The whole command.
+
+    Returns:
+        The exit code: 0 all runs done, 1 some run failed, 130 interrupted.
+    """
+    sweep = build_sweep(request)
+    device = resolve_device(request.device)
+    store = Store(request.store)
+    info = inspect(sweep, device)
+    planner = Planner(store, rerun=request.rerun)
+    plans = [planner.plan(experiment, sweep) for experiment in sweep.experiments]
+    missing = sum(len(plan.ready) + plan.waiting for plan in plans)
+    present = sum(len(plan.done) for plan in plans)
+    output.say(device.sentence)
+    if request.dry_run:
+        _print_plan(sweep, planner, info, output)
+        output.say(f"{missing} runs to do, {present} already in {store.root}; nothing was started.")
+        return 0
+    store.check_writable()
+    if missing == 0:
+        output.say(f"Nothing to train: all {present} runs are already in {store.root}.")
+    else:
+        already = f" ({present} are already in {store.root})" if present else ""
+        output.say(f"{len(sweep.experiments)} points, {missing} runs to do{already}; Ctrl-C stops and keeps what is done.")
+        if not _train(sweep, planner, info, store, worker_devices(device.kind, request.jobs), missing, output):
+            output.say("Interrupted; finished runs are stored and runs in flight left a checkpoint. The same command goes on.")
+            return 130
+    records = [record for experiment in sweep.experiments for record in planner.plan(experiment, sweep).done]
+    for record in records:
+        output.emit("run", record.model_dump(mode="json"))
+    shown = points(records)
+    print_table(shown, output)
+    _report(store, records, request, output)
+    return 0 if all(record.status == "done" for record in records) else 1
+
+
+def _train(
+    sweep: Sweep, planner: Planner, info: dict[str, ModelInfo], store: Store, devices: list[str], missing: int, output: Output
+) -> bool:
+    """Trains everything that is missing; False if interrupted."""
+    labels = {experiment.model_dump_json(): info[experiment.model_dump_json()].label for experiment in sweep.experiments}
+    running: set[RunSpec] = set()
+    names: dict[RunSpec, str] = {}
+    with SweepProgress(output, missing) as progress, Workers(devices[:missing], store.root) as workers:
+        try:
+            while True:
+                for experiment in sweep.experiments:
+                    for spec in planner.plan(experiment, sweep).ready:
+                        if workers.idle() and spec not in running:
+                            running.add(spec)
+                            names[spec] = run_name(spec, labels[experiment.model_dump_json()])
+                            progress.start(spec, names[spec])
+                            workers.submit(spec)
+                if not workers.busy():
+                    return True
+                for event in workers.events(timeout=1.0):
+                    if event.kind == "progress":
+                        progress.update(event.spec, event.content)
+                    elif event.kind == "finished":
+                        planner.add(event.content)
+                        progress.finish(event.content, names[event.spec])
+                    else:
+                        progress.note(f"A worker died (exit code {event.content}) on {names[event.spec]}; the run starts again.")
+                        running.discard(event.spec)
+        except KeyboardInterrupt:
+            return False
+
+
+def _print_plan(sweep: Sweep, planner: Planner, info: dict[str, ModelInfo], output: Output) -> None:
+    table = Table(title="Plan")
+    for column in ("mixer", "d", "parameters", f"state at T={_longest(info)}", "lr candidates", "runs to do", "done", "tokens a run"):
+        table.add_column(column, justify="left" if column == "mixer" else "right")
+    for experiment in sweep.experiments:
+        plan, about = planner.plan(experiment, sweep), info[experiment.model_dump_json()]
+        waiting = f" + {plan.waiting} at the chosen lr" if plan.waiting else ""
+        rates = " ".join(f"{lr:g}" for lr in experiment.lrs)
+        output.emit(
+            "plan",
+            {
+                "label": about.label,
+                "experiment": experiment.model_dump(mode="json"),
+                "parameters": about.parameters,
+                "state_bytes": about.state.true_bytes,
+                "to_do": len(plan.ready) + plan.waiting,
+                "done": len(plan.done),
+                "tokens_per_run": about.tokens_per_run,
+            },
+        )
+        table.add_row(
+            about.label,
+            str(experiment.model.d_model),
+            f"{about.parameters:,}",
+            bytes_text(about.state.true_bytes),
+            rates,
+            f"{len(plan.ready)}{waiting}",
+            str(len(plan.done)),
+            f"{about.tokens_per_run:,}",
+        )
+    output.console.print(table)
+
+
+def _longest(info: dict[str, ModelInfo]) -> int:
+    return max(about.state.seq_len for about in info.values())
+
+
+def print_table(shown: list[Point], output: Output) -> None:
+    """Points as a table, smallest state first."""
+    table = Table(title="Test accuracy (equal mean over the difficulty cells) against decoding state")
+    for column in ("mixer", "d", "state", "accuracy", "95% interval", "seeds", "lr", "time a run"):
+        table.add_column(column, justify="left" if column == "mixer" else "right")
+    for point in sorted(shown, key=lambda point: point.state.true_bytes):
+        mean, seconds = point.accuracy, point.train_seconds
+        interval = f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else "-"
+        table.add_row(
+            point.label,
+            str(point.spec.model.d_model),
+            bytes_text(point.state.true_bytes),
+            "failed" if mean.mean is None else f"{mean.mean:.3f}",
+            interval,
+            str(mean.n),
+            "-" if point.lr is None else f"{point.lr:g}",
+            "-" if seconds is None else seconds_text(seconds),
+        )
+    output.console.print(table)
+    failures = [record for point in shown for record in point.failures]
+    for record in failures:
+        output.say(f"{record.status}: {run_name(record.spec, record.label)}: {record.reason}")
+
+
+def _report(store: Store, records: list[RunRecord], request: Request, output: Output) -> None:
+    from bench.report.build import build_report
+
+    out = request.report or store.root.parent / "reports" / f"{request.task or request.recipe}.html"
+    build_report(store, out, run_ids={record.run_id for record in records})
+    output.say(f"Report: {out}")
+    output.emit("report", {"path": str(out)})

@@ -1,0 +1,46 @@
+"""Which device a command uses, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.errors import UserError, unknown
+from bench.provenance import cpu_name
+
+
+@dataclass(frozen=True)
+class Device:
+    """A resolved device.
+
+    Args:
+        kind: "cpu", "cuda" or "cuda:<index>".
+        sentence: device, precision and backend in one line for the start of a command.
+    """
+
+    kind: str
+    sentence: str
+
+
+def resolve_device(wanted: str) -> Device:
+    """Resolves "auto", "cpu", "cuda" or "cuda:<index>".
+
+    Raises:
+        UserError: an unknown device, or CUDA where there is none.
+    """
+    base, _, index = wanted.partition(":")
+    if base not in {"auto", "cpu", "cuda"} or (index and not (base == "cuda" and index.isdigit())):
+        raise unknown("device", wanted, ["auto", "cpu", "cuda", "cuda:0"])
+    if base == "cpu":
+        return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels.")
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if index and int(index) >= count:
+            raise UserError(f"There is no device cuda:{index}; this machine has {count}, so choose cuda:0 to cuda:{count - 1}.")
+        kind = wanted if base == "cuda" else "cuda"
+        name = torch.cuda.get_device_name(int(index or 0))
+        return Device(kind, f"Device: {name} ({count} visible), bf16 autocast, plain torch kernels.")
+    if base == "cuda":
+        raise UserError("--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch.")
+    return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels (no CUDA device was found).")

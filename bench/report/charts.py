@@ -1,0 +1,195 @@
+"""The page's charts as Vega-Lite specifications without data; `page.js` fills in the named data sets.
+
+Colours and shapes stand in the data as literal values (a scale of None), so one specification serves both themes and any
+set of mixers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+AXES = {
+    "state": ("state_bytes", "State, bytes a sequence (log scale)"),
+    "published": ("published_bytes", "State as published, bytes a sequence (log scale)"),
+    "read": ("read_bytes", "State read to decode one token, bytes (log scale)"),
+    "parameters": ("parameters", "Parameters (log scale)"),
+}
+"""Choices of the Pareto plot's horizontal axis: the field and the axis title."""
+
+SECONDS_AXES = {"step": "Training step (log scale)", "examples": "Training examples seen (log scale)"}
+
+_BYTES = (
+    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : "
+    "datum.value / 1048576 + ' MiB'"
+)
+_TOOLTIP = {
+    "name": "point",
+    "mixer": "mixer",
+    "task_title": "task",
+    "accuracy_text": "accuracy",
+    "interval_text": "interval",
+    "n": "seeds",
+    "state_text": "state",
+    "published_text": "as published",
+    "read_text": "read a token",
+    "parameters_text": "parameters",
+    "lr_text": "learning rate",
+    "speed_text": "examples/s",
+    "hardware": "hardware",
+    "commit": "commit",
+}
+
+
+def specs() -> dict[str, Any]:
+    """Every specification of the page: the Pareto plot by axis, the heat map, the curves by axis."""
+    return {
+        "pareto": {axis: _finish(_pareto(axis)) for axis in AXES},
+        "heat": _finish(_heat_map()),
+        "curves": {axis: _finish(_curves(axis)) for axis in SECONDS_AXES},
+    }
+
+
+def _finish(chart: alt.LayerChart) -> dict[str, Any]:
+    """The specification without Altair's default configuration, which the page's themes replace."""
+    spec = chart.to_dict()
+    spec.pop("config", None)
+    return spec
+
+
+def _zoom() -> alt.Parameter:
+    """Pan by dragging, zoom with Shift and the wheel (so that the page still scrolls), reset by double-click."""
+    return alt.selection_interval(
+        name="zoom", bind="scales", zoom="wheel![event.shiftKey]", translate=True, clear="dblclick"
+    )
+
+
+def _literal(field: str) -> dict[str, Any]:
+    """Encoding options of a field whose values are colours or shapes themselves."""
+    return {"shorthand": f"{field}:N", "scale": None, "legend": None}
+
+
+def _accuracy(field: str, title: str) -> alt.Y:
+    """The vertical axis of accuracies."""
+    return alt.Y(
+        f"{field}:Q",
+        title=title,
+        scale=alt.Scale(domain=[-0.03, 1.05], nice=False),
+        axis=alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1]),
+    )
+
+
+def _pareto(axis: str) -> alt.LayerChart:
+    """Accuracy against one kind of cost, with intervals, the front, the bits-needed line and the ceilings."""
+    label = alt.Undefined if axis == "parameters" else _BYTES
+    form = "~s" if axis == "parameters" else alt.Undefined
+    x = alt.X(
+        "x:Q",
+        title=AXES[axis][1],
+        scale=alt.Scale(type="log", base=2, nice=False, padding=36),
+        axis=alt.Axis(labelExpr=label, format=form, tickCount=8, grid=True, labelOverlap=True),
+    )
+    points = alt.Chart(alt.NamedData(name="points")).encode(x=x)
+    series = points.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(
+        y=_accuracy("accuracy", "Mean test accuracy"),
+        detail="label:N",
+        stroke=alt.Stroke(**_literal("color")),
+        order="x:Q",
+    )
+    bars = points.mark_rule(strokeWidth=2, opacity=0.7, clip=True).encode(
+        y=_accuracy("low", "Mean test accuracy"), y2="high:Q", stroke=alt.Stroke(**_literal("color"))
+    )
+    marks = points.mark_point(size=110, strokeWidth=2, opacity=1, clip=True).encode(
+        y=_accuracy("accuracy", "Mean test accuracy"),
+        stroke=alt.Stroke(**_literal("color")),
+        fill=alt.Fill(**_literal("fill")),
+        shape=alt.Shape(**_literal("shape")),
+        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in _TOOLTIP.items()],
+    )
+    front = alt.Chart(alt.NamedData(name="front")).encode(x=x, y=_accuracy("accuracy", "Mean test accuracy"))
+    line = front.mark_line(interpolate="step-after", strokeDash=[6, 4], strokeWidth=1.5, clip=True, style="front")
+    names = front.mark_text(align="right", dx=-9, dy=-9, fontSize=11, clip=True, style="name", limit=150).encode(
+        text="name:N"
+    )
+    layers = [_ceilings(), *([_bits(x)] if axis in ("state", "published") else []), line, series, bars, marks, names]
+    return alt.layer(*layers).add_params(_zoom()).properties(
+        width="container",
+        height=400,
+        description="Scatter plot of mean test accuracy against cost, one point for each mixer and size; see the table.",
+    )
+
+
+def _ceilings() -> alt.LayerChart:
+    """Horizontal lines: accuracy of solvers that do not solve the task."""
+    base = alt.Chart(alt.NamedData(name="ceilings")).encode(y=_accuracy("y", "Mean test accuracy"))
+    rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
+    text = base.mark_text(align="right", baseline="bottom", dy=-3, style="note", x="width").encode(text="label:N")
+    return alt.layer(rule, text)
+
+
+def _bits(x: alt.X) -> alt.LayerChart:
+    """Vertical line: the least state that can answer every query of the hardest cell."""
+    base = alt.Chart(alt.NamedData(name="bits")).encode(x=x)
+    rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
+    text = base.mark_text(align="left", baseline="top", dx=5, style="note", y=4).encode(text="label:N")
+    return alt.layer(rule, text)
+
+
+def _heat_map() -> alt.LayerChart:
+    """Accuracy by difficulty slice and point, with the numbers written in."""
+    base = alt.Chart(alt.NamedData(name="slices")).encode(
+        x=alt.X("slice:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=0, labelLimit=120)),
+        y=alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=260)),
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color("accuracy:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1]), legend=None),
+        tooltip=[
+            alt.Tooltip("name:N", title="point"),
+            alt.Tooltip("slice:N", title="slice"),
+            alt.Tooltip("accuracy:Q", format=".1%"),
+            alt.Tooltip("n:Q", title="seeds"),
+        ],
+    )
+    numbers = base.mark_text(fontSize=11).encode(
+        text=alt.Text("accuracy:Q", format=".0%"),
+        color=alt.condition("datum.accuracy > 0.55", alt.value("#10151a"), alt.value("#ffffff")),
+    )
+    return alt.layer(cells, numbers).properties(
+        width="container",
+        height={"step": 24},
+        description="Heat map of mean test accuracy by difficulty slice and point; the numbers are in the table below.",
+    )
+
+
+def _curves(axis: str) -> alt.LayerChart:
+    """Validation accuracy against training, mean over the reported seeds with their range."""
+    base = alt.Chart(alt.NamedData(name="curves")).encode(
+        x=alt.X(
+            f"{axis}:Q",
+            title=SECONDS_AXES[axis],
+            scale=alt.Scale(type="log", base=10, nice=False),
+            axis=alt.Axis(format="~s", tickCount=6, labelOverlap=True),
+        ),
+        detail="name:N",
+    )
+    band = base.mark_area(opacity=0.15, clip=True).encode(
+        y=_accuracy("low", "Validation accuracy"), y2="high:Q", fill=alt.Fill(**_literal("color"))
+    )
+    dash = alt.Scale(domain=[0, 1, 2, 3], range=[[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]])
+    line = base.mark_line(strokeWidth=2, clip=True).encode(
+        y=_accuracy("mean", "Validation accuracy"),
+        stroke=alt.Stroke(**_literal("color")),
+        strokeDash=alt.StrokeDash("variant:O", scale=dash, legend=None),
+        tooltip=[
+            alt.Tooltip("name:N", title="point"),
+            alt.Tooltip("step:Q", format=","),
+            alt.Tooltip("mean:Q", title="validation accuracy", format=".1%"),
+            alt.Tooltip("n:Q", title="seeds"),
+        ],
+    )
+    return alt.layer(band, line).add_params(_zoom()).properties(
+        width="container",
+        height=340,
+        description="Learning curves: validation accuracy against training, one line for each point; see the table below.",
+    )
