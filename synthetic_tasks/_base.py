@@ -124,7 +124,7 @@ class Task(ABC):
 
     @abstractmethod
     def solve(self, batch: Batch) -> np.ndarray:
-        """The exact solver: its prediction at every labelled position, read from the inputs (or features) alone.
+        """The exact solver: its prediction at every labelled position, from the inputs (or features) and the layout alone.
 
         Returns:
             [N, T] int32 token ids, or [N, T, K] float32 where labels are real; meaningless where `mask` is False.
@@ -165,7 +165,7 @@ def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None)
     mask = batch.mask if group is None else batch.groups[group]
     counts = mask.sum(axis=1)
     right = ((predictions_NT == batch.targets) & mask).sum(axis=1)
-    return float((right[counts > 0] / counts[counts > 0]).mean())
+    return float((right[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
 
 
 def measured(task: Task, cell: Cell, examples: int = 256) -> dict[str, float]:

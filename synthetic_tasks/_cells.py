@@ -6,7 +6,7 @@ import re
 
 from synthetic_tasks._base import Cell
 
-_CELL = re.compile(r"(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)*):(\d+)")
+_CELL = re.compile(r"(\d+(?:x\d+)*):(\d+)")
 
 
 def parse_cells(text: str, axes: tuple[str, ...]) -> tuple[Cell, ...]:
@@ -23,13 +23,15 @@ def parse_cells(text: str, axes: tuple[str, ...]) -> tuple[Cell, ...]:
     cells = []
     for part in text.replace(" ", "").split("+"):
         match = _CELL.fullmatch(part)
-        numbers = [float(number) for number in match[1].split("x")] if match else []
+        numbers = [int(number) for number in match[1].split("x")] if match else []
         if match is None or len(numbers) != len(axes):
             raise ValueError(f"cell {part!r} in {text!r} is not of the form {pattern}; write cells like {_example(axes)}")
-        values = dict(zip(axes, numbers, strict=True))
-        if int(match[2]) < 1 or values["length"] < 1 or values["length"] % 1:
-            raise ValueError(f"cell {part!r} in {text!r} needs a whole length and at least 1 example, e.g. {_example(axes)}")
-        cells.append(Cell(match[1], int(values["length"]), int(match[2]), values))
+        values: dict[str, int] = dict(zip(axes, numbers, strict=True))
+        if min(int(match[2]), *numbers) < 1:
+            raise ValueError(
+                f"cell {part!r} in {text!r} holds a zero; every axis and the examples start at 1, e.g. {_example(axes)}"
+            )
+        cells.append(Cell(match[1], values["length"], int(match[2]), values))
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
         raise ValueError(f"cells {text!r} name a cell twice; every combination of {' and '.join(axes)} may stand once")

@@ -168,4 +168,4 @@ def _parse_powers(text: str) -> list[float]:
 
 def _with_power(cell: Cell, power: float) -> Cell:
     """The cell at one exponent of the decay axis."""
-    return Cell(f"{cell.name}a{power:g}", cell.length, cell.examples, {**cell.axes, "power": power})
+    return Cell(f"{cell.name}a{power:g}".replace(".", "p"), cell.length, cell.examples, {**cell.axes, "power": power})
