@@ -1,0 +1,123 @@
+"""H3, "hungry hungry hippos" (Fu et al. 2023, section 3.1): o = q * SSM_diag(SSM_shift(k) v^T), head by head.
+
+The shift SSM is a filter of `d_state` taps over the keys. The diagonal SSM (S4D, Gu et al. 2022) filters every entry of
+the outer products k v^T with the impulse response 2 Re sum_m C_m B_m a_m^lag of its head; training evaluates it as a
+convolution, decoding carries its complex state.
+
+Shape legend: B batch, T time, D width, H heads, I and J rows and columns of a head's k v^T, M complex modes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kernels.conv import long_conv
+from mixers._base import Caps, Mixer, State, mixer
+from mixers._filters import continue_conv, history, step_conv
+
+
+@mixer("h3")
+class H3(Mixer):
+    """H3 with S4D-Lin modes and zero-order hold (the published code defaults to the bilinear rule and trains B too).
+
+    Args:
+        d_state: taps of the shift SSM, and real state size of each diagonal SSM; even.
+        head_dim: I = J, width of a head.
+    """
+
+    caps = Caps(patterns=frozenset({"causal_self"}))
+    variants = ({"d_state": 4}, {"d_state": 16, "head_dim": 4}, {"d_state": 2, "head_dim": 1})
+
+    def __init__(
+        self, d_model: int, *, layer: int = 0, pattern: str = "causal_self", d_state: int = 64, head_dim: int = 2
+    ) -> None:
+        super().__init__(d_model, pattern=pattern)
+        if head_dim < 1 or d_model % head_dim:
+            raise ValueError(f"head_dim={head_dim} does not divide d_model={d_model}")
+        if d_state < 2 or d_state % 2:
+            raise ValueError(f"d_state={d_state} counts pairs of conjugate modes; take an even number from 2 on")
+        self.d_state, self.head_dim, self.n_heads = d_state, head_dim, d_model // head_dim
+        n_modes = d_state // 2
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model)
+        self.shift_taps = nn.Parameter(torch.empty(d_model, d_state).uniform_(-(d_state**-0.5), d_state**-0.5))
+        self.shift_skip = nn.Parameter(torch.randn(d_model))
+        self.log_dt = nn.Parameter(torch.empty(self.n_heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.log_decay = nn.Parameter(torch.full((self.n_heads, n_modes), math.log(0.5)))
+        self.frequency = nn.Parameter(math.pi * torch.arange(n_modes).repeat(self.n_heads, 1).float())
+        self.readout = nn.Parameter(torch.randn(self.n_heads, n_modes, 2) * 0.5**0.5)
+        self.skip = nn.Parameter(torch.randn(self.n_heads))
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.forward`."""
+        if context_BSD is not None:
+            raise ValueError("h3 reads its own input only; context_BSD belongs to the cross patterns")
+        q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
+        if state is None:
+            shifted, new_state = long_conv(k, self.shift_taps), None
+        else:
+            shifted, past = continue_conv(k, self.shift_taps, state["shift"])
+            new_state = {"shift": past}
+        q, k, v = (self._split(a) for a in (q, torch.addcmul(shifted, k, self.shift_skip), v))
+        kv_BIJTH = k[:, :, None] * v[:, None]
+        step_HM, gain_HM = self._modes()
+        length = x_BTD.shape[1]
+        lag_T = torch.arange(length, device=x_BTD.device)
+        power_HMT = torch.exp(step_HM[..., None] * lag_T)
+        kernel_HT = 2 * torch.einsum("hm,hmt->ht", gain_HM, power_HMT).real
+        y = long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH) + kv_BIJTH * self.skip.to(x_BTD.dtype)
+        if state is not None:
+            before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
+            next_power = power_HMT * torch.exp(step_HM)[..., None]
+            recalled = 2 * torch.einsum("hm,hmt,bijhm->bijth", gain_HM, next_power, before).real
+            y = y + recalled.to(y.dtype)
+            written = torch.einsum("hmt,bijth->bijhm", power_HMT.flip(-1), kv_BIJTH.to(power_HMT.dtype))
+            after = before * next_power[..., -1] + written
+            new_state["modes"] = torch.view_as_real(after).to(state["modes"].dtype)
+        return self._merge((q[:, :, None] * y).sum(1)), new_state
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
+        q, k, v = self.qkv_proj(x_BD).chunk(3, -1)
+        shifted, past = step_conv(k, self.shift_taps, state["shift"])
+        q, k, v = (self._split(a[:, None])[:, :, 0] for a in (q, torch.addcmul(shifted, k, self.shift_skip), v))
+        kv_BIJH = k[:, :, None] * v[:, None]
+        step_HM, gain_HM = self._modes()
+        before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
+        modes = before * torch.exp(step_HM) + kv_BIJH[..., None].to(step_HM.dtype)
+        y = 2 * (modes * gain_HM).sum(-1).real.to(x_BD.dtype) + kv_BIJH * self.skip.to(x_BD.dtype)
+        y_BD = self._merge((q[:, :, None] * y).sum(1)[:, :, None])[:, 0]
+        return y_BD, {"shift": past, "modes": torch.view_as_real(modes).to(state["modes"].dtype)}
+
+    def init_state(
+        self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """See `Mixer.init_state`: the shift SSM's last keys, and the diagonal SSMs' modes as (real, imaginary)."""
+        shape = (batch, self.head_dim, self.head_dim, self.n_heads, self.d_state // 2, 2)
+        return {
+            "shift": history(batch, self.d_state - 1, self.d_model, device=device, dtype=dtype),
+            "modes": torch.zeros(shape, device=device, dtype=dtype),
+        }
+
+    def published_elements(self, seq_len: int) -> int:
+        """See `Mixer.published_elements`: d_model d_state; Zoology forgets the factor head_dim and the shift SSM."""
+        return self.d_model * self.d_state
+
+    def _modes(self) -> tuple[Tensor, Tensor]:
+        """Per head and mode, complex and at least fp32: log of the transition dt A, and C times the held input gain."""
+        wide = torch.promote_types(self.log_dt.dtype, torch.float32)
+        rate = torch.complex(-self.log_decay.to(wide).exp(), self.frequency.to(wide))
+        step_HM = rate * self.log_dt.to(wide).exp()[:, None]
+        return step_HM, torch.view_as_complex(self.readout.to(wide)) * torch.expm1(step_HM) / rate
+
+    def _split(self, a_BTD: Tensor) -> Tensor:
+        """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
+        return a_BTD.unflatten(-1, (self.head_dim, self.n_heads)).transpose(1, 2)
+
+    def _merge(self, y_BJTH: Tensor) -> Tensor:
+        return self.out_proj(y_BJTH.transpose(1, 2).flatten(-2))
