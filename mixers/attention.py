@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
+from mixers._cache import append_kv, kv_cache, merge_heads, new_positions, split_heads
 from mixers._rotary import POSITIONS, check_positions, rotary
 
 
@@ -70,7 +71,8 @@ class Attention(Mixer):
         if state is None:
             position_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             q, k, v = self._qkv(x_BTD, position_T)
-            return self._merge(attention(q, k, v, causal=self.pattern == "causal_self")), None
+            y = attention(q, k, v, causal=self.pattern == "causal_self")
+            return self.out_proj(merge_heads(y)), None
         if self.pattern != "causal_self":
             raise ValueError(f"pattern {self.pattern!r} sees the future and so cannot continue a state; pass state=None")
         return self._continue(x_BTD, state)
@@ -84,12 +86,7 @@ class Attention(Mixer):
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
         """See `Mixer.init_state`: the key-value cache, and how much of it is filled."""
-        shape = (batch, self.n_heads, max_len, self.head_dim)
-        return {
-            "k": torch.zeros(shape, device=device, dtype=dtype),
-            "v": torch.zeros(shape, device=device, dtype=dtype),
-            "position": torch.zeros(batch, device=device, dtype=torch.long),
-        }
+        return kv_cache(batch, self.n_heads, max_len, self.head_dim, device=device, dtype=dtype)
 
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: keys and values without the fill count (Arora et al. 2024, figure 2)."""
@@ -98,59 +95,39 @@ class Attention(Mixer):
     def _qkv(self, x_BTD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, T, K] of tokens at `position`, [T] or [B, T]."""
         if self.positions == "learned":
+            if x_BTD.shape[1] > self.max_len:
+                raise ValueError(f"{x_BTD.shape[1]} tokens, but only max_len={self.max_len} learned positions; raise max_len")
             x_BTD = x_BTD + self.position_embedding(position)
-        q, k, v = self.qkv_proj(x_BTD).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(-3)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = split_heads(self.qkv_proj(x_BTD), 3, self.n_heads)
         if self.positions == "rotary":
             q, k = rotary(q, position), rotary(k, position)
         return q, k, v
 
     def _continue(self, x_BTD: Tensor, state: State) -> tuple[Tensor, State]:
         """Appends the segment to the cache and attends to all that is filled."""
-        n_new, size = x_BTD.shape[1], state["k"].shape[2]
-        position_BT = state["position"][:, None] + torch.arange(n_new, device=x_BTD.device)
-        q, k_new, v_new = self._qkv(x_BTD, position_BT)
-        k = append(state["k"], k_new, position_BT)
-        v = append(state["v"], v_new, position_BT)
-        visible_BTS = torch.arange(size, device=x_BTD.device) <= position_BT[..., None]
-        y = attention(q, k.to(q.dtype), v.to(q.dtype), mask_TS=visible_BTS[:, None])
-        return self._merge(y), {"k": k, "v": v, "position": state["position"] + n_new}
+        position_BT = new_positions(state, x_BTD)
+        q, k, v = self._qkv(x_BTD, position_BT)
+        state = append_kv(state, k, v, position_BT)
+        visible_BTS = torch.arange(state["k"].shape[2], device=q.device) <= position_BT[..., None]
+        y = attention(q, state["k"].to(q.dtype), state["v"].to(q.dtype), mask_TS=visible_BTS[:, None])
+        return self.out_proj(merge_heads(y)), state
 
     def _cross(self, x_BTD: Tensor, state: State | None, context_BSD: Tensor | None) -> tuple[Tensor, State | None]:
         """Reads the given context, or the one that the state holds."""
-        q_weight, kv_weight = self.qkv_proj.weight.split((self.d_model, 2 * self.d_model))
-        q_bias, kv_bias = (
-            (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split((self.d_model, 2 * self.d_model))
-        )
-        q = F.linear(x_BTD, q_weight, q_bias).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
-        if context_BSD is None:
-            if state is None:
-                raise ValueError(f"pattern {self.pattern!r} needs context_BSD, the [B, S, D] tensor that it reads")
+        sizes = (self.d_model, 2 * self.d_model)
+        q_weight, kv_weight = self.qkv_proj.weight.split(sizes)
+        q_bias, kv_bias = (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
+        (q,) = split_heads(F.linear(x_BTD, q_weight, q_bias), 1, self.n_heads)
+        if context_BSD is not None:
+            k, v = split_heads(F.linear(context_BSD, kv_weight, kv_bias), 2, self.n_heads)
+            y = attention(q, k, v)
+            if state is not None:
+                position_S = torch.arange(k.shape[2], device=k.device)
+                state = append_kv(state, k, v, position_S.expand(k.shape[0], -1))
+        elif state is None:
+            raise ValueError(f"pattern {self.pattern!r} needs context_BSD, the [B, S, D] tensor that it reads")
+        else:
             filled_BS = torch.arange(state["k"].shape[2], device=q.device) < state["position"][:, None]
             y = attention(q, state["k"].to(q.dtype), state["v"].to(q.dtype), mask_TS=filled_BS[:, None, None])
-            return self._merge(y), dict(state)
-        kv = F.linear(context_BSD, kv_weight, kv_bias).unflatten(-1, (2, self.n_heads, self.head_dim))
-        k, v = (a.transpose(1, 2) for a in kv.unbind(-3))
-        y = self._merge(attention(q, k, v))
-        if state is None:
-            return y, None
-        position_S = torch.arange(k.shape[2], device=k.device)
-        position_BS = position_S.expand(k.shape[0], -1)
-        filled = torch.full_like(state["position"], k.shape[2])
-        return y, {"k": append(state["k"], k, position_BS), "v": append(state["v"], v, position_BS), "position": filled}
-
-    def _merge(self, y_BHTK: Tensor) -> Tensor:
-        return self.out_proj(y_BHTK.transpose(1, 2).flatten(-2))
-
-
-def append(cache_BHSK: Tensor, new_BHTK: Tensor, position_BT: Tensor) -> Tensor:
-    """A copy of the cache with the new rows written at their positions.
-
-    Raises:
-        ValueError: the segment alone is longer than the cache.
-    """
-    n_new, size = new_BHTK.shape[2], cache_BHSK.shape[2]
-    if n_new > size:
-        raise ValueError(f"{n_new} tokens do not fit a state made for max_len={size}; make it with a larger max_len")
-    index = position_BT[:, None, :, None].expand_as(new_BHTK)
-    return cache_BHSK.scatter(2, index, new_BHTK.to(cache_BHSK.dtype))
+            state = dict(state)
+        return self.out_proj(merge_heads(y)), state

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernels.attention import banded_attention
 from mixers._base import Caps, Mixer, State, heads, mixer
+from mixers._cache import attend_window, merge_heads, new_positions, split_heads, window_cache
 from mixers._rotary import check_positions, rotary
 
 
@@ -67,26 +68,23 @@ class SlidingWindow(Mixer):
         if state is None:
             q, k, v = self._qkv(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device))
             sinks = (k[:, :, : self.sinks], v[:, :, : self.sinks]) if self.sinks else None
-            return self._merge(banded_attention(q, k, v, window=self.window, sink_kv=sinks)), None
-        return self._continue(x_BTD, state)
+            y = banded_attention(q, k, v, window=self.window, sink_kv=sinks)
+        else:
+            q, k, v = self._qkv(x_BTD, new_positions(state, x_BTD))
+            y, state = attend_window(q, k, v, state, window=self.window)
+        return self.out_proj(merge_heads(y)), state
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: attend to the stored keys and the own one, then drop the oldest."""
-        y_B1D, state = self._continue(x_BD[:, None], state)
+        y_B1D, state = self.forward(x_BD[:, None], state)
         return y_B1D[:, 0], state
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
         """See `Mixer.init_state`: the last keys and values in order of age, the sinks, and the number of tokens seen."""
-
-        def zeros(length: int) -> Tensor:
-            return torch.zeros(batch, self.n_heads, min(length, max_len), self.head_dim, device=device, dtype=dtype)
-
-        state = {"k": zeros(self.window - 1), "v": zeros(self.window - 1)}
-        if self.sinks:
-            state |= {"sink_k": zeros(self.sinks), "sink_v": zeros(self.sinks)}
-        return state | {"position": torch.zeros(batch, device=device, dtype=torch.long)}
+        sizes = (batch, self.n_heads, max_len, self.head_dim)
+        return window_cache(*sizes, window=self.window, sinks=self.sinks, device=device, dtype=dtype)
 
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: 2 d w with w = window - 1 (Zoology), plus sinks; whatever the length."""
@@ -94,36 +92,7 @@ class SlidingWindow(Mixer):
 
     def _qkv(self, x_BTD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, T, K] of tokens at `position`, [T] or [B, T]."""
-        q, k, v = self.qkv_proj(x_BTD).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(-3)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = split_heads(self.qkv_proj(x_BTD), 3, self.n_heads)
         if self.positions == "rotary":
             q, k = rotary(q, position), rotary(k, position)
         return q, k, v
-
-    def _continue(self, x_BTD: Tensor, state: State) -> tuple[Tensor, State]:
-        """Attends to the stored window, the sinks and the segment; stores the last keys and values."""
-        n_new = x_BTD.shape[1]
-        position_BT = state["position"][:, None] + torch.arange(n_new, device=x_BTD.device)
-        q, k_new, v_new = self._qkv(x_BTD, position_BT)
-        k = torch.cat((state["k"], k_new.to(state["k"].dtype)), 2)
-        v = torch.cat((state["v"], v_new.to(state["v"].dtype)), 2)
-        new_state = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": state["position"] + n_new}
-        sinks = None
-        if self.sinks:
-            sink_k = fill_sinks(state["sink_k"], k_new, state["position"])
-            sink_v = fill_sinks(state["sink_v"], v_new, state["position"])
-            new_state |= {"sink_k": sink_k, "sink_v": sink_v}
-            sinks = (sink_k.to(q.dtype), sink_v.to(q.dtype))
-        y = banded_attention(q, k.to(q.dtype), v.to(q.dtype), window=self.window, start_B=state["position"], sink_kv=sinks)
-        return self._merge(y), new_state
-
-    def _merge(self, y_BHTK: Tensor) -> Tensor:
-        return self.out_proj(y_BHTK.transpose(1, 2).flatten(-2))
-
-
-def fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, position_B: Tensor) -> Tensor:
-    """The sink storage after new tokens, the first of which is at `position_B`: token j < P belongs in row j."""
-    source_BP = torch.arange(sink_BHPK.shape[2], device=sink_BHPK.device) - position_B[:, None]
-    is_new = (source_BP >= 0) & (source_BP < new_BHTK.shape[2])
-    index = source_BP.clamp(0, new_BHTK.shape[2] - 1)[:, None, :, None].expand_as(sink_BHPK)
-    return torch.where(is_new[:, None, :, None], new_BHTK.gather(2, index).to(sink_BHPK.dtype), sink_BHPK)

@@ -1,0 +1,107 @@
+"""Heads, and the key-value storage of attention mixers: a cache that grows, and a window with sinks that does not.
+
+Shape legend: B batch, T new tokens, S stored keys, D width, H heads, K head width, W stored window, P sinks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.attention import banded_attention
+from mixers._base import State
+
+
+def split_heads(x_BTD: Tensor, n_parts: int, n_heads: int) -> list[Tensor]:
+    """Cuts a joint projection [B, T, n_parts D] into n_parts tensors [B, H, T, K]."""
+    return [part.transpose(1, 2) for part in x_BTD.unflatten(-1, (n_parts, n_heads, -1)).unbind(-3)]
+
+
+def merge_heads(y_BHTK: Tensor) -> Tensor:
+    """[B, H, T, K] to [B, T, D]."""
+    return y_BHTK.transpose(1, 2).flatten(-2)
+
+
+def new_positions(state: State, x_BTD: Tensor) -> Tensor:
+    """Absolute positions [B, T] of a segment that follows the state."""
+    return state["position"][:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
+
+
+def kv_cache(
+    batch: int, n_heads: int, max_len: int, head_dim: int, *, device: torch.device | str, dtype: torch.dtype
+) -> State:
+    """An empty cache for `max_len` tokens, and how much of it is filled in each sequence."""
+    shape = (batch, n_heads, max_len, head_dim)
+    return {
+        "k": torch.zeros(shape, device=device, dtype=dtype),
+        "v": torch.zeros(shape, device=device, dtype=dtype),
+        "position": torch.zeros(batch, device=device, dtype=torch.long),
+    }
+
+
+def append_kv(state: State, k_BHTK: Tensor, v_BHTK: Tensor, position_BT: Tensor) -> State:
+    """A copy of the cache with the segment's keys and values written at their positions.
+
+    Raises:
+        ValueError: the segment alone is longer than the cache.
+    """
+    n_new, size = k_BHTK.shape[2], state["k"].shape[2]
+    if n_new > size:
+        raise ValueError(f"{n_new} tokens do not fit a state made for max_len={size}; make it with a larger max_len")
+    index = position_BT[:, None, :, None].expand_as(k_BHTK)
+    return {
+        "k": state["k"].scatter(2, index, k_BHTK.to(state["k"].dtype)),
+        "v": state["v"].scatter(2, index, v_BHTK.to(state["v"].dtype)),
+        "position": position_BT[:, -1] + 1,
+    }
+
+
+def window_cache(
+    batch: int,
+    n_heads: int,
+    max_len: int,
+    head_dim: int,
+    *,
+    window: int,
+    sinks: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> State:
+    """Empty storage for the window - 1 keys before the next token, in order of age, and for the first `sinks` keys."""
+
+    def zeros(length: int) -> Tensor:
+        return torch.zeros(batch, n_heads, min(length, max_len), head_dim, device=device, dtype=dtype)
+
+    state = {"k": zeros(window - 1), "v": zeros(window - 1)}
+    if sinks:
+        state |= {"sink_k": zeros(sinks), "sink_v": zeros(sinks)}
+    return state | {"position": torch.zeros(batch, device=device, dtype=torch.long)}
+
+
+def attend_window(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, state: State, *, window: int) -> tuple[Tensor, State]:
+    """Attends to the stored window, the sinks and the segment itself; stores the last keys and values.
+
+    Returns:
+        The output [B, H, T, K] and the new storage.
+    """
+    n_new, start_B = q_BHTK.shape[2], state["position"]
+    k = torch.cat((state["k"], k_BHTK.to(state["k"].dtype)), 2)
+    v = torch.cat((state["v"], v_BHTK.to(state["v"].dtype)), 2)
+    new_state = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
+    sinks = None
+    if "sink_k" in state:
+        new_state |= {
+            "sink_k": _fill_sinks(state["sink_k"], k_BHTK, start_B),
+            "sink_v": _fill_sinks(state["sink_v"], v_BHTK, start_B),
+        }
+        sinks = (new_state["sink_k"].to(q_BHTK.dtype), new_state["sink_v"].to(q_BHTK.dtype))
+    y = banded_attention(q_BHTK, k.to(q_BHTK.dtype), v.to(q_BHTK.dtype), window=window, start_B=start_B, sink_kv=sinks)
+    return y, new_state
+
+
+def _fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, start_B: Tensor) -> Tensor:
+    """The sink storage after new tokens, the first of which is at `start_B`: token j < P belongs in row j."""
+    source_BP = torch.arange(sink_BHPK.shape[2], device=sink_BHPK.device) - start_B[:, None]
+    is_new = (source_BP >= 0) & (source_BP < new_BHTK.shape[2])
+    index = source_BP.clamp(0, new_BHTK.shape[2] - 1)[:, None, :, None].expand_as(sink_BHPK)
+    return torch.where(is_new[:, None, :, None], new_BHTK.gather(2, index).to(sink_BHPK.dtype), sink_BHPK)
