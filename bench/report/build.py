@@ -1,0 +1,197 @@
+"""Builds the page: one HTML file with its data, styles, scripts and chart library inside, opened without a network."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from bench.points import Point, points
+from bench.records import RunRecord
+from bench.report import charts, frames, styles
+from bench.report.influence import Picture, picture
+from bench.spec import SELECTION_SEED
+from bench.store import Store, atomic_write
+
+HERE = Path(__file__).parent
+MAX_PICTURES = 24
+
+
+@dataclass
+class ReportSummary:
+    """What was written.
+
+    Args:
+        path: the HTML file.
+        points: points on the page.
+        runs: records on the page.
+        bytes: size of the file.
+        warnings: records that were skipped and points to be read with care.
+    """
+
+    path: Path
+    points: int
+    runs: int
+    bytes: int
+    warnings: list[str] = field(default_factory=list)
+
+
+def build_report(store: Store, out: Path, *, title: str = "Mixer Bench", task: str | None = None) -> ReportSummary:
+    """Writes the report of a store.
+
+    Args:
+        store: where the runs are.
+        out: the HTML file to write; its folder is made if it is missing.
+        title: heading of the page.
+        task: name of the only task to show; None shows all.
+
+    Raises:
+        UserError: the store holds no run to show, or the file cannot be written.
+    """
+    records, warnings = load_records(store, task)
+    found = points(records)
+    page, page_warnings = _render(found, store, title, warnings)
+    content = page.encode()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(out, content)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"The report {out} cannot be written ({reason}); choose another path with --out.") from None
+    return ReportSummary(out, len(found), len(records), len(content), page_warnings)
+
+
+def load_records(store: Store, task: str | None) -> tuple[list[RunRecord], list[str]]:
+    """The records to report on, and the store's warnings.
+
+    Raises:
+        UserError: there are none.
+    """
+    records, warnings = store.load()
+    if not records:
+        skipped = f" ({len(warnings)} unreadable record(s) were skipped)" if warnings else ""
+        raise UserError(f"The store {store.root} holds no runs to report{skipped}; train some with bench synthetic --task mqar.")
+    if task is None:
+        return records, warnings
+    chosen = [record for record in records if record.spec.task.name == task]
+    if not chosen:
+        held = ", ".join(sorted({record.spec.task.name for record in records}))
+        raise UserError(f"The store {store.root} holds no runs of the task {task!r}; it holds runs of: {held}.")
+    return chosen, warnings
+
+
+def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str]) -> tuple[str, list[str]]:
+    """The page as text, and every warning on it."""
+    import jinja2
+    import vl_convert
+    from markupsafe import Markup
+
+    tasks = frames.task_rows(found)
+    rows = frames.point_rows(found, tasks)
+    curves, curve_warnings = frames.curve_rows(found, rows, store)
+    pictures, picture_warnings = _pictures(found, rows, store)
+    point_warnings = [f"{row['task_title']}, {row['name']}: {text}." for row in rows for text in row["warnings"]]
+    warnings = [*warnings, *curve_warnings, *picture_warnings, *point_warnings]
+    look = styles.assign(point.mixer for point in found)
+    for task in tasks:
+        task["slices"] = frames.slice_names([p for p, row in zip(found, rows, strict=True) if row["task"] == task["id"]])
+    data = {
+        "tasks": tasks,
+        "points": rows,
+        "curves": curves,
+        "mixers": {name: {"light": style.light, "dark": style.dark, "shape": style.shape} for name, style in look.items()},
+        "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
+        "specs": charts.specs(),
+        "csv": frames.csv_text(rows),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": frames.percent, "bytes": frames.human_bytes}
+    page = environment.get_template("page.html.j2").render(
+        title=title,
+        tasks=tasks,
+        points=list(zip(found, rows, strict=True)),
+        styles=look,
+        curves=curves,
+        pictures=pictures,
+        warnings=warnings,
+        failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
+        facts=_facts(found),
+        selection_seed=SELECTION_SEED,
+        store=store.root,
+        axes=charts.AXES,
+        data=Markup(_script_json(data)),
+        css=Markup((HERE / "page.css").read_text("utf-8")),
+        scripts=[Markup((HERE / name).read_text("utf-8")) for name in ("table.js", "page.js")],
+        bundle=Markup(vl_convert.javascript_bundle()),
+    )
+    return page, warnings
+
+
+def _pictures(
+    found: Sequence[Point], rows: Sequence[dict[str, Any]], store: Store
+) -> tuple[list[tuple[dict[str, Any], RunRecord, Picture]], list[str]]:
+    """The influence map of the first reported run that has one, for each point; and a warning for each unreadable file."""
+    pictures: list[tuple[dict[str, Any], RunRecord, Picture]] = []
+    warnings: list[str] = []
+    for point, row in zip(found, rows, strict=True):
+        for record in point.reported:
+            try:
+                arrays = store.influence(record.run_id)
+                if arrays is not None:
+                    pictures.append((row, record, picture(arrays, point.name)))
+                    break
+            except (OSError, ValueError, KeyError) as error:
+                path = store.path(record.run_id) / "influence.npz"
+                warnings.append(f"Skipped {path}: not a readable influence map ({type(error).__name__}).")
+    if len(pictures) > MAX_PICTURES:
+        warnings.append(f"{MAX_PICTURES} of {len(pictures)} influence maps are shown, those of the most accurate points.")
+        pictures = sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES]
+    return pictures, warnings
+
+
+def _facts(found: Sequence[Point]) -> dict[str, Any]:
+    """What was run, where and when, over all records."""
+    records = [record for point in found for record in point.records]
+    provenance = [record.provenance for record in records]
+    commits = Counter(
+        (p.commit or "unknown") + (f" + uncommitted changes {p.diff_hash or ''}".rstrip() if p.dirty else "") for p in provenance
+    )
+    started = sorted(record.started for record in records)
+    return {
+        "runs": len(records),
+        "statuses": dict(Counter(record.status for record in records)),
+        "hardware": dict(Counter(f"{frames.hardware(record)} ({record.device}, {record.precision})" for record in records)),
+        "commits": dict(commits),
+        "commands": dict(Counter(p.command for p in provenance)),
+        "versions": dict(Counter(", ".join(f"{name} {text}" for name, text in sorted(p.versions.items())) for p in provenance)),
+        "backends": dict(Counter(record.backend for record in records)),
+        "first": _date(started[0]),
+        "last": _date(started[-1]),
+        "train_hours": sum(record.train_seconds for record in records) / 3600,
+        "built": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _date(started: str) -> str:
+    """A record's start, to the minute where it is ISO 8601, else as it stands."""
+    try:
+        return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return started
+
+
+def _script_json(data: Any) -> str:
+    """JSON that cannot end the script element it stands in, whatever its strings say."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028")

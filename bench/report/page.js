@@ -1,0 +1,230 @@
+// The page's behaviour: one state, kept in the address after "#", drives every chart and every table.
+"use strict";
+
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const controls = document.getElementById("controls");
+  const table = document.getElementById("points");
+  const byId = Object.fromEntries(data.points.map((point) => [point.id, point]));
+  const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+  const reduceMotion = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+  // State. What is hidden is listed, so that nothing is hidden by default and new mixers show up in old links.
+  let state = readHash();
+
+  function readHash() {
+    const given = new URLSearchParams(location.hash.slice(1));
+    const list = (key) => new Set(given.getAll(key));
+    const [column, direction] = (given.get("sort") || "").split(".");
+    return {
+      axis: given.get("cost") in data.axes ? given.get("cost") : "state",
+      progress: given.get("progress") === "examples" ? "examples" : "step",
+      hiddenMixers: list("hide"),
+      hiddenTasks: new Set(data.tasks.filter((task) => list("hidetask").has(task.title)).map((task) => task.id)),
+      front: given.get("front") === "1",
+      sort: direction === "ascending" || direction === "descending" ? { column, direction } : null,
+      theme: ["dark", "light"].includes(given.get("theme")) ? given.get("theme") : null,
+    };
+  }
+
+  function writeHash() {
+    const out = new URLSearchParams();
+    if (state.axis !== "state") out.set("cost", state.axis);
+    if (state.progress !== "step") out.set("progress", state.progress);
+    for (const mixer of state.hiddenMixers) out.append("hide", mixer);
+    for (const task of data.tasks) if (state.hiddenTasks.has(task.id)) out.append("hidetask", task.title);
+    if (state.front) out.set("front", "1");
+    if (state.sort) out.set("sort", `${state.sort.column}.${state.sort.direction}`);
+    if (state.theme) out.set("theme", state.theme);
+    history.replaceState(null, "", out.size ? `#${out}` : location.pathname + location.search);
+  }
+
+  const isDark = () => (state.theme ? state.theme === "dark" : prefersDark.matches);
+  const isShown = (point) =>
+    !state.hiddenMixers.has(point.mixer) && !state.hiddenTasks.has(point.task) && (!state.front || point[`front_${state.axis}`]);
+
+  // Data of the charts: the rows that are shown, with the cost, colour and shape to draw.
+  function drawn(point) {
+    const mixer = data.mixers[point.mixer];
+    const color = isDark() ? mixer.dark : mixer.light;
+    return { ...point, x: point[data.axes[state.axis]], color, fill: point.n > 1 ? color : "transparent", shape: mixer.shape };
+  }
+
+  function humanBytes(count) {
+    for (const unit of ["B", "KiB", "MiB"]) {
+      if (count < 1024) return `${Number(count.toPrecision(4))} ${unit}`;
+      count /= 1024;
+    }
+    return `${Number(count.toPrecision(4))} GiB`;
+  }
+
+  function paretoData(task) {
+    const points = data.points.filter((p) => p.task === task.id && isShown(p) && p.accuracy !== null).map(drawn).filter((p) => p.x > 0);
+    const front = points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x);
+    // A need far below every state would squeeze the points into a corner: it becomes a note at the left edge.
+    const need = task.bits / 8;
+    const least = Math.min(...points.map((p) => p.x));
+    const off = need < least / 8;
+    const label = `needed for ${task.bits_cell}: ${humanBytes(need)}`;
+    const bits = points.length && need > 0 ? [{ x: off ? least : need, off, label: off ? `◂ ${label}, left of this plot` : label }] : [];
+    const ceilings = Object.entries(task.ceilings).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
+    return { points, front, bits, ceilings };
+  }
+
+  function heatData(task) {
+    const slices = [];
+    for (const point of data.points.filter((p) => p.task === task.id && isShown(p))) {
+      for (const slice of task.slices) {
+        if (slice in point.slices) slices.push({ name: point.name, slice, accuracy: point.slices[slice], n: point.n });
+      }
+    }
+    return { slices };
+  }
+
+  function curveData(task) {
+    const curves = [];
+    for (const curve of data.curves) {
+      const point = byId[curve.point];
+      if (point.task !== task.id || !isShown(point)) continue;
+      const { name, color } = drawn(point);
+      curve.step.forEach((step, i) => curves.push({
+        name, color, step, examples: curve.examples[i], mean: curve.mean[i], low: curve.low[i], high: curve.high[i],
+        variant: curve.variant, n: curve.n,
+      }));
+    }
+    return { curves };
+  }
+
+  const KINDS = {
+    pareto: { spec: () => data.specs.pareto[state.axis], datasets: paretoData, rows: "points" },
+    heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices" },
+    curves: { spec: () => data.specs.curves[state.progress], datasets: curveData, rows: "curves" },
+  };
+
+  // The charts take their colours from the style sheet, so there is one palette for the whole page.
+  function chartConfig() {
+    const style = getComputedStyle(document.documentElement);
+    const ink = style.getPropertyValue("--ink").trim(), muted = style.getPropertyValue("--muted").trim();
+    const line = style.getPropertyValue("--line").trim();
+    const axis = { labelColor: muted, titleColor: ink, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: 500, labelFontSize: 12, titleFontSize: 13, titlePadding: 10 };
+    return {
+      background: "transparent", font: style.getPropertyValue("--font").trim(), axis, view: { stroke: line },
+      style: { front: { stroke: muted }, rule: { stroke: muted }, note: { fill: muted, fontSize: 11 }, name: { fill: ink } },
+    };
+  }
+
+  const drawing = new Map();
+
+  async function draw(figure) {
+    const kind = KINDS[figure.dataset.chart];
+    const task = data.tasks.find((item) => item.id === figure.dataset.task);
+    const target = figure.querySelector(".vis");
+    const datasets = kind.datasets(task);
+    figure.hidden = state.hiddenTasks.has(task.id);
+    // A later call overtakes an earlier one that is still being drawn.
+    const turn = (drawing.get(target) || { turn: 0 }).turn + 1;
+    drawing.get(target)?.result?.finalize();
+    drawing.set(target, { turn });
+    if (figure.hidden) return;
+    if (!datasets[kind.rows].length) {
+      target.textContent = "Nothing to draw: no point with a result is shown.";
+      return;
+    }
+    const result = await vegaEmbed(target, { ...kind.spec(), datasets }, {
+      renderer: "svg",
+      actions: { export: true, source: false, compiled: false, editor: false },
+      config: chartConfig(),
+      tooltip: { theme: isDark() ? "dark" : "light" },
+      downloadFileName: `mixer-bench-${figure.dataset.chart}-${task.title}`,
+    });
+    if (drawing.get(target).turn === turn) drawing.set(target, { turn, result });
+  }
+
+  function frontText(task) {
+    const front = paretoData(task).front;
+    if (!front.length) return "";
+    const cost = (p) => (state.axis === "parameters" ? p.parameters_text : humanBytes(p.x));
+    return `Front, cheapest first: ${front.map((p) => `${p.name} (${cost(p)}, ${p.accuracy_text})`).join(" → ")}.`;
+  }
+
+  function showControls() {
+    for (const box of controls.querySelectorAll("[name=mixer]")) box.checked = !state.hiddenMixers.has(box.value);
+    for (const box of controls.querySelectorAll("[name=task]")) box.checked = !state.hiddenTasks.has(box.value);
+    controls.elements.front.checked = state.front;
+    controls.elements.axis.value = state.axis;
+    controls.elements.progress.value = state.progress;
+    const count = data.points.filter(isShown).length;
+    document.getElementById("shown").textContent = `${count} of ${data.points.length} points shown`;
+    const theme = document.getElementById("theme");
+    theme.setAttribute("aria-pressed", String(isDark()));
+    document.documentElement.dataset.theme = isDark() ? "dark" : "light";
+  }
+
+  function showTables() {
+    for (const element of document.querySelectorAll("[data-point]")) element.hidden = !isShown(byId[element.dataset.point]);
+    for (const row of table.tBodies[0].rows) {
+      const on = byId[row.dataset.point][`front_${state.axis}`];
+      const cell = row.querySelector(".front");
+      cell.textContent = on ? "yes" : "";
+      cell.dataset.value = on ? "1" : "0";
+    }
+    if (state.sort) SortableTable.sort(table, state.sort.column, state.sort.direction);
+    for (const figure of document.querySelectorAll("[data-chart=pareto]")) {
+      figure.querySelector(".front-text").textContent = frontText(data.tasks.find((task) => task.id === figure.dataset.task));
+    }
+  }
+
+  function update(kinds = Object.keys(KINDS)) {
+    writeHash();
+    showControls();
+    showTables();
+    const figures = [...document.querySelectorAll("[data-chart]")].filter((figure) => kinds.includes(figure.dataset.chart));
+    return Promise.all(figures.map(draw)).then(() => { document.documentElement.dataset.ready = "1"; });
+  }
+
+  const toggle = (set, value, hidden) => (hidden ? set.add(value) : set.delete(value));
+
+  document.addEventListener("change", ({ target }) => {
+    if (target.form !== controls) return;
+    if (target.name === "mixer") toggle(state.hiddenMixers, target.value, !target.checked);
+    else if (target.name === "task") toggle(state.hiddenTasks, target.value, !target.checked);
+    else if (target.name === "front") state.front = target.checked;
+    else state[target.name] = target.value;
+    update(target.name === "progress" ? ["curves"] : undefined);
+  });
+  controls.addEventListener("submit", (event) => event.preventDefault());
+  document.getElementById("reset").addEventListener("click", () => {
+    state = { ...state, hiddenMixers: new Set(), hiddenTasks: new Set(), front: false };
+    update();
+  });
+  document.getElementById("theme").addEventListener("click", () => {
+    state.theme = isDark() ? "light" : "dark";
+    update();
+  });
+  prefersDark.addEventListener("change", () => update());
+  window.addEventListener("hashchange", () => { state = readHash(); update(); });
+  SortableTable.attach(table, (column, direction) => { state.sort = { column, direction }; writeHash(); });
+
+  function download(name, type, text) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+  document.getElementById("csv").addEventListener("click", () => download("points.csv", "text/csv", data.csv));
+  document.getElementById("json").addEventListener("click", () => {
+    const { points, curves, tasks } = data;
+    download("report.json", "application/json", JSON.stringify({ tasks, points, curves }, null, 1));
+  });
+
+  // On paper everything is open and light.
+  const wasOpen = new Map();
+  window.addEventListener("beforeprint", () => {
+    for (const item of document.querySelectorAll("details:not(.vis details)")) { wasOpen.set(item, item.open); item.open = item.id !== "runs" || item.open; }
+  });
+  window.addEventListener("afterprint", () => { for (const [item, open] of wasOpen) item.open = open; });
+
+  if (reduceMotion) document.documentElement.classList.add("still");
+  update();
+})();
