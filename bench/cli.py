@@ -17,9 +17,7 @@ import typer
 from bench import __version__
 from bench.errors import UserError, unknown
 
-EXIT_CODES = (
-    "Exit codes: 0 all good; 1 some run failed, a check failed or a comparison regressed; 2 bad input; 130 interrupted."
-)
+EXIT_CODES = "Exit codes: 0 all good; 1 some run failed, a check failed or a comparison regressed; 2 bad input; 130 interrupted."
 
 app = typer.Typer(
     name="bench",
@@ -112,7 +110,6 @@ def synthetic(
     """Train mixers on a synthetic task and report what their memory buys.
 
     Examples:
-
     bench synthetic --task mqar
 
     bench synthetic --task mqar --mixer ./mine.py@Mine,gla,attention --seeds 5
@@ -128,9 +125,7 @@ def synthetic(
 
         if rerun not in (None, "failed", "all"):
             raise unknown("value of --rerun", rerun, ["failed", "all"])
-        request = module.Request(
-            task, mixer or [], recipe, settings or [], seeds, device, store, jobs, rerun, dry_run, report
-        )
+        request = module.Request(task, mixer or [], recipe, settings or [], seeds, device, store, jobs, rerun, dry_run, report)
         return module.run(request, Output(as_json=as_json))
 
     _guard(debug, command)
@@ -200,7 +195,6 @@ def compare(
     """Compare two mixers, or two stores, by paired differences over seeds.
 
     Examples:
-
     bench compare gla gated_delta_net
 
     bench compare results/old results/runs --fail accuracy:-0.01
@@ -226,7 +220,6 @@ def check(
     """Check a mixer against the contract: causal, self-consistent, honest about its state.
 
     Examples:
-
     bench check ./mine.py@Mine
 
     bench check gla --json

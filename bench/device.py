@@ -42,5 +42,7 @@ def resolve_device(wanted: str) -> Device:
         name = torch.cuda.get_device_name(int(index or 0))
         return Device(kind, f"Device: {name} ({count} visible), bf16 autocast, plain torch kernels.")
     if base == "cuda":
-        raise UserError("--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch.")
+        raise UserError(
+            "--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch."
+        )
     return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels (no CUDA device was found).")

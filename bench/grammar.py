@@ -1,14 +1,14 @@
 """The little languages of the command line: mixer expressions and `--set` paths.
 
-    gla                             a mixer; alone, it follows one short-convolution layer (Zoology's MQAR frame)
-    sliding_window:window=32        with options
-    gla*3+attention                 an explicit layer pattern, cycled over the depth
-    based:feature_dim=8             a named layer pattern
-    ./mine.py@Mine                  a class in a file of your own
-    package/name                    a third-party entry point
+gla                             a mixer; alone, it follows one short-convolution layer (Zoology's MQAR frame)
+sliding_window:window=32        with options
+gla*3+attention                 an explicit layer pattern, cycled over the depth
+based:feature_dim=8             a named layer pattern
+./mine.py@Mine                  a class in a file of your own
+package/name                    a third-party entry point
 
-    train.lr=1e-3,3e-4              candidates for the learning rate
-    model.d_model=64,128            a grid
+train.lr=1e-3,3e-4              candidates for the learning rate
+model.d_model=64,128            a grid
 """
 
 from __future__ import annotations

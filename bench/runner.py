@@ -124,13 +124,9 @@ def _metrics(split: Any, scores: Scores) -> list[Metric]:
     ]
     for cell, value in scores.accuracy.items():
         n, error = scores.examples[cell], scores.stderr[cell]
-        metrics.append(
-            Metric(split=split, name="accuracy", slice=cell, value=value, n=n, stderr=error, stderr_kind="examples")
-        )
+        metrics.append(Metric(split=split, name="accuracy", slice=cell, value=value, n=n, stderr=error, stderr_kind="examples"))
     for name, value in scores.groups.items():
-        metrics.append(
-            Metric(split=split, name="accuracy", slice=name, value=value, n=scores.examples[name.partition("/")[0]])
-        )
+        metrics.append(Metric(split=split, name="accuracy", slice=name, value=value, n=scores.examples[name.partition("/")[0]]))
     for (lure, cell), value in scores.lures.items():
         metrics.append(Metric(split=split, name=f"rate:{lure}", slice=cell, value=value, n=scores.examples[cell]))
     return metrics
@@ -164,9 +160,7 @@ def _record(
         parameters=sum(p.numel() for p in model.parameters()),
         state=state_info(model, task, precision),
         cells=[
-            CellInfo(
-                name=cell.name, axes=dict(cell.axes), ceilings=task.ceilings(cell), bits_needed=task.bits_needed(cell)
-            )
+            CellInfo(name=cell.name, axes=dict(cell.axes), ceilings=task.ceilings(cell), bits_needed=task.bits_needed(cell))
             for cell in task.cells("test")
         ],
         metrics=outcome.metrics,
@@ -232,9 +226,7 @@ def _restore(trainer: Trainer, store: Store, identity: str) -> None:
         trainer.__dict__.update(fresh.__dict__)
 
 
-def _progress_reporter(
-    store: Store, identity: str, on_progress: Callable[[Progress], None] | None
-) -> Callable[[Progress], None]:
+def _progress_reporter(store: Store, identity: str, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
     """Passes progress on, and leaves it in the store now and then for `bench status` on any machine."""
     written, began = 0.0, time.time()
 
@@ -247,7 +239,13 @@ def _progress_reporter(
             written = now
             folder = store.path(identity)
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"pid": os.getpid(), "host": socket.gethostname(), "started": began, "time": time.time(), **vars(progress)}
+            content = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": began,
+                "time": time.time(),
+                **vars(progress),
+            }
             atomic_write(folder / "progress.json", json.dumps(content).encode())
 
     return report

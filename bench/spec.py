@@ -20,6 +20,10 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __hash__(self) -> int:
+        """Equal specs hash alike, options (a dictionary) included."""
+        return hash(self.model_dump_json())
+
 
 class LayerSpec(Frozen):
     """One layer: a mixer's name (or `file.py@Class`, or `package/name`) and its own options."""

@@ -80,9 +80,7 @@ def pareto_front(x: Sequence[float], y: Sequence[float]) -> list[bool]:
     return flags
 
 
-def mean_interval(
-    values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, math.inf), over: str = "seeds"
-) -> Interval:
+def mean_interval(values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, math.inf), over: str = "seeds") -> Interval:
     """Mean of a few repeated measurements with the interval that their number allows (see the module's docstring).
 
     Args:

@@ -29,7 +29,7 @@ EVAL_TOKENS = 1 << 16
 PROGRESS_SECONDS = 0.5
 
 
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
+class Interrupted(Exception):
     """The caller asked to stop; carries the checkpoint that continues the run."""
 
     def __init__(self, checkpoint: dict[str, Any]) -> None:

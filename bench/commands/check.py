@@ -25,8 +25,9 @@ def run_checks(layer: LayerSpec) -> list[CheckResult]:
     Raises:
         UserError: the name is not a Mixer subclass, or the mixer refuses its options.
     """
-    from bench.model import build_mixer
     from mixers._contract import check_contract
+
+    from bench.model import build_mixer
 
     build_mixer(layer, CHECK_D_MODEL, 0, CHECK_MAX_LEN)  # a wrong option is the caller's error, not a broken contract
     return check_contract(lambda: build_mixer(layer, CHECK_D_MODEL, 0, CHECK_MAX_LEN))
@@ -63,4 +64,3 @@ def run(expression: str, output: Output) -> int:
         failures += sum(not result.passed for result in results)
     output.say("Every check passed." if not failures else f"{failures} check(s) failed.")
     return 1 if failures else 0
-

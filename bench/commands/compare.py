@@ -46,7 +46,7 @@ def run(a: str, b: str, fail: str | None, root: Path, output: Output) -> int:
             continue
         interval = "-" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
         chance = "-" if difference.p_value is None else f"{difference.p_value:.3f}"
-        verdict = difference.verdict.replace("a is", f"{b} is").replace("b is", f"{a} is")
+        verdict = {"a is higher": f"{b} is higher", "b is higher": f"{a} is higher"}.get(difference.verdict, difference.verdict)
         table.add_row(name, str(difference.n), f"{difference.mean:+.4f}", interval, chance, verdict)
         output.emit("difference", {"metric": metric, "slice": name, **asdict(difference), "verdict": verdict})
         if name == "mean":

@@ -8,6 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+PLAIN_WIDTH = 120
+"""Columns where there is no terminal to ask."""
+
 
 class Output:
     """The two audiences of a command.
@@ -18,11 +21,12 @@ class Output:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+        stream = sys.stderr if as_json else sys.stdout
+        self.console = Console(stderr=as_json, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
     def say(self, text: str = "") -> None:
         """One line for people."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def emit(self, kind: str, content: dict[str, Any]) -> None:
         """One JSON line for programs, if they listen."""

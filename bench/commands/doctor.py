@@ -97,7 +97,11 @@ def kernels_clash() -> Finding:
     from packaging.specifiers import SpecifierSet
 
     if SpecifierSet(accepted).contains(foreign, prereleases=True):
-        return "kernels name", "FAIL", f"kernels {foreign} makes transformers import our kernels folder; `pip uninstall kernels`"
+        return (
+            "kernels name",
+            "FAIL",
+            f"kernels {foreign} makes transformers import our kernels folder; `pip uninstall kernels`",
+        )
     return "kernels name", "ok", f"kernels {foreign} is outside the range {accepted} that transformers would import"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -16,13 +15,10 @@ from bench.errors import UserError
 from bench.grammar import apply_settings, parse_mixers
 from bench.launch import Workers, worker_devices
 from bench.points import Point, points
-from bench.records import RunRecord, StateInfo
+from bench.records import StateInfo
 from bench.spec import RunSpec, TaskSpec
 from bench.store import Store
 from bench.sweep import Experiment, Planner, Sweep
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 DEFAULT_RECIPE = "laptop"
 
@@ -84,7 +80,7 @@ def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
     if given == {task}:
         return sweep
     changed = (experiment.model_copy(update={"task": TaskSpec(name=task)}) for experiment in sweep.experiments)
-    return sweep.model_copy(update={"experiments": tuple(_distinct(changed))})
+    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
 
 
 def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
@@ -94,18 +90,14 @@ def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
     bare = (e.model_copy(update={"model": e.model.model_copy(update={"layers": first})}) for e in sweep.experiments)
     changed = [
         template.model_copy(update={"model": template.model.model_copy(update={"layers": chosen})})
-        for template in _distinct(bare)
+        for template in dict.fromkeys(bare)
         for chosen in layers
     ]
-    return sweep.model_copy(update={"experiments": tuple(_distinct(changed))})
+    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
 
 
-def _distinct(experiments: Iterable[Experiment]) -> list[Experiment]:
-    return list({experiment.model_dump_json(): experiment for experiment in experiments}.values())
-
-
-def inspect(sweep: Sweep, device: Device) -> dict[str, ModelInfo]:
-    """Builds every task and model of a sweep without memory, by the experiment's JSON.
+def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
+    """Builds every task and model of a sweep without memory.
 
     Raises:
         UserError: anything that a run would stumble over: options, head counts, a loose file that breaks the contract.
@@ -115,7 +107,7 @@ def inspect(sweep: Sweep, device: Device) -> dict[str, ModelInfo]:
     from bench.runner import label, state_info
     from bench.train import build_model, build_task, resolve_precision
 
-    found: dict[str, ModelInfo] = {}
+    found: dict[Experiment, ModelInfo] = {}
     for experiment in sweep.experiments:
         spec = experiment.run(experiment.lrs[0], 0)
         task = build_task(spec.task)
@@ -123,7 +115,7 @@ def inspect(sweep: Sweep, device: Device) -> dict[str, ModelInfo]:
         precision = resolve_precision(spec.train, torch.device(device.kind))
         tokens = spec.train.epochs * sum(cell.length * cell.examples for cell in task.cells("train"))
         parameters = sum(p.numel() for p in model.parameters())
-        found[experiment.model_dump_json()] = ModelInfo(label(spec), parameters, state_info(model, task, precision), tokens)
+        found[experiment] = ModelInfo(label(spec), parameters, state_info(model, task, precision), tokens)
     _check_outside_mixers(sweep)
     return found
 
@@ -182,15 +174,20 @@ def run(request: Request, output: Output) -> int:
         output.emit("run", record.model_dump(mode="json"))
     shown = points(records)
     print_table(shown, output)
-    _report(store, records, request, output)
+    _report(store, request, output)
     return 0 if all(record.status == "done" for record in records) else 1
 
 
 def _train(
-    sweep: Sweep, planner: Planner, info: dict[str, ModelInfo], store: Store, devices: list[str], missing: int, output: Output
+    sweep: Sweep,
+    planner: Planner,
+    info: dict[Experiment, ModelInfo],
+    store: Store,
+    devices: list[str],
+    missing: int,
+    output: Output,
 ) -> bool:
     """Trains everything that is missing; False if interrupted."""
-    labels = {experiment.model_dump_json(): info[experiment.model_dump_json()].label for experiment in sweep.experiments}
     running: set[RunSpec] = set()
     names: dict[RunSpec, str] = {}
     with SweepProgress(output, missing) as progress, Workers(devices[:missing], store.root) as workers:
@@ -200,7 +197,7 @@ def _train(
                     for spec in planner.plan(experiment, sweep).ready:
                         if workers.idle() and spec not in running:
                             running.add(spec)
-                            names[spec] = run_name(spec, labels[experiment.model_dump_json()])
+                            names[spec] = run_name(spec, info[experiment].label)
                             progress.start(spec, names[spec])
                             workers.submit(spec)
                 if not workers.busy():
@@ -218,13 +215,22 @@ def _train(
             return False
 
 
-def _print_plan(sweep: Sweep, planner: Planner, info: dict[str, ModelInfo], output: Output) -> None:
+def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], output: Output) -> None:
     table = Table(title="Plan")
-    for column in ("mixer", "d", "parameters", f"state at T={_longest(info)}", "lr candidates", "runs to do", "done", "tokens a run"):
-        table.add_column(column, justify="left" if column == "mixer" else "right")
+    for column in (
+        "mixer",
+        "d",
+        "parameters",
+        f"state at T={_longest(info)}",
+        "lr candidates",
+        "to do",
+        "done",
+        "tokens a run",
+    ):
+        table.add_column(column, justify="left" if column == "mixer" else "right", no_wrap=column == "mixer")
     for experiment in sweep.experiments:
-        plan, about = planner.plan(experiment, sweep), info[experiment.model_dump_json()]
-        waiting = f" + {plan.waiting} at the chosen lr" if plan.waiting else ""
+        plan, about = planner.plan(experiment, sweep), info[experiment]
+        waiting = f" + {plan.waiting}" if plan.waiting else ""
         rates = " ".join(f"{lr:g}" for lr in experiment.lrs)
         output.emit(
             "plan",
@@ -249,9 +255,10 @@ def _print_plan(sweep: Sweep, planner: Planner, info: dict[str, ModelInfo], outp
             f"{about.tokens_per_run:,}",
         )
     output.console.print(table)
+    output.say("To do: runs that choose the learning rate + runs at the chosen rate.")
 
 
-def _longest(info: dict[str, ModelInfo]) -> int:
+def _longest(info: dict[Experiment, ModelInfo]) -> int:
     return max(about.state.seq_len for about in info.values())
 
 
@@ -259,7 +266,7 @@ def print_table(shown: list[Point], output: Output) -> None:
     """Points as a table, smallest state first."""
     table = Table(title="Test accuracy (equal mean over the difficulty cells) against decoding state")
     for column in ("mixer", "d", "state", "accuracy", "95% interval", "seeds", "lr", "time a run"):
-        table.add_column(column, justify="left" if column == "mixer" else "right")
+        table.add_column(column, justify="left" if column == "mixer" else "right", no_wrap=True)
     for point in sorted(shown, key=lambda point: point.state.true_bytes):
         mean, seconds = point.accuracy, point.train_seconds
         interval = f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else "-"
@@ -279,10 +286,10 @@ def print_table(shown: list[Point], output: Output) -> None:
         output.say(f"{record.status}: {run_name(record.spec, record.label)}: {record.reason}")
 
 
-def _report(store: Store, records: list[RunRecord], request: Request, output: Output) -> None:
+def _report(store: Store, request: Request, output: Output) -> None:
     from bench.report.build import build_report
 
     out = request.report or store.root.parent / "reports" / f"{request.task or request.recipe}.html"
-    build_report(store, out, run_ids={record.run_id for record in records})
+    build_report(store, out, task=request.task)
     output.say(f"Report: {out}")
     output.emit("report", {"path": str(out)})

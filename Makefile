@@ -1,0 +1,16 @@
+PYTHON ?= .venv/bin/python
+
+check:  ## lint, types, import directions, tests
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+	$(dir $(PYTHON))lint-imports
+	$(PYTHON) -m pytest -m "not slow and not gpu"
+
+test-slow:  ## minutes long
+	$(PYTHON) -m pytest -m slow
+
+test-gpu:  ## needs a CUDA device
+	$(PYTHON) -m pytest -m gpu tests
+
+.PHONY: check test-slow test-gpu
