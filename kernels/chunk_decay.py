@@ -34,7 +34,13 @@ class Lift(NamedTuple):
 
 
 def scalar_decay(
-    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, state: Tensor | None, size: int, lift: Lift | None
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    size: int,
+    lift: Lift | None,
 ) -> Pair:
     """No decay (None), a constant one [H], or a scalar per token and head [B, T, H]."""
     length, groups = v_BTHV.shape[1], k_BTGK.shape[2]

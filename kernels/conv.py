@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def short_conv(
@@ -27,10 +26,8 @@ def short_conv(
         The output [B, T, D], and the tail after the segment if one was given, else None.
     """
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
-    if tail_BPD is None:
-        padded_BSD = F.pad(x_BTD, (0, 0, taps - 1, 0))
-    else:
-        padded_BSD = torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+    before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
+    padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
     taps_KD = weight_DK.t().to(x_BTD.dtype)
     y_BTD = padded_BSD[:, :length] * taps_KD[0]
     for j in range(1, taps):

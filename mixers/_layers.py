@@ -1,15 +1,18 @@
-"""Layers that several mixers share: per-head norms, a low-rank linear map, a short convolution with its tail.
+"""Parts that several mixers share: norms, a low-rank map, a short convolution with its tail, initial decays.
 
 Shape legend: B batch, T time, D channels, H heads, V width of a head, K taps.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.conv import short_conv, short_conv_step
+from mixers._base import Mixer
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +29,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widen(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight).to(x.dtype)
 
@@ -48,7 +51,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises [..., H, V]."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widen(x)
         normed = F.layer_norm(wide, wide.shape[-1:], eps=self.eps)
         return torch.addcmul(self.bias, normed, self.weight).to(x.dtype)
 
@@ -80,36 +83,63 @@ class ShortConv(nn.Module):
 
     Args:
         dim: channels D.
-        taps: K; the tail holds K - 1 inputs.
+        taps: K; the tail holds K - 1 inputs. Zero switches the convolution off: the tail is empty, the SiLU stays.
         bias: whether to add a bias.
         silu: whether to apply SiLU to the output.
     """
 
     def __init__(self, dim: int, taps: int, *, bias: bool = False, silu: bool = True) -> None:
         super().__init__()
-        if taps < 1:
-            raise ValueError(f"a short convolution needs at least 1 tap; {taps} were asked for")
+        if taps < 0:
+            raise ValueError(f"a short convolution cannot have {taps} taps; 0 switches it off")
         self.dim, self.taps, self.silu = dim, taps, silu
-        bound = taps**-0.5
-        self.weight = nn.Parameter(torch.empty(dim, taps).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound)) if bias else None
+        if taps:
+            bound = taps**-0.5
+            self.weight = nn.Parameter(torch.empty(dim, taps).uniform_(-bound, bound))
+            self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x_BTD: Tensor, tail_BPD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Filters a segment; returns [B, T, D] and, if a tail was given, the tail after it."""
-        y_BTD, tail_BPD = short_conv(x_BTD, self.weight, self.bias, tail_BPD)
-        return F.silu(y_BTD) if self.silu else y_BTD, tail_BPD
+        if self.taps:
+            x_BTD, tail_BPD = short_conv(x_BTD, self.weight, self.bias, tail_BPD)
+        return F.silu(x_BTD) if self.silu else x_BTD, tail_BPD
 
     def step(self, x_BD: Tensor, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """Filters one token; returns [B, D] and the new tail."""
-        y_BD, tail_BPD = short_conv_step(x_BD, self.weight, self.bias, tail_BPD)
-        return F.silu(y_BD) if self.silu else y_BD, tail_BPD
+        if self.taps:
+            x_BD, tail_BPD = short_conv_step(x_BD, self.weight, self.bias, tail_BPD)
+        return F.silu(x_BD) if self.silu else x_BD, tail_BPD
 
     def init_tail(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """The tail before the first token: zeros [B, K-1, D]."""
-        return torch.zeros(batch, self.taps - 1, self.dim, device=device, dtype=dtype)
+        return torch.zeros(batch, max(self.taps - 1, 0), self.dim, device=device, dtype=dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """To fp32 if narrower: gates, decays and norms are not computed in 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scales the last axis to unit length, in fp32 or better; eps under the root keeps the gradient finite at zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    """Scales the last axis to unit length; eps under the root keeps the gradient finite at zero."""
+    wide = widen(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def refuse_context(mixer: Mixer, context_BSD: Tensor | None) -> None:
+    """Raises ValueError if a mixer that reads its own input only is given a context."""
+    if context_BSD is not None:
+        raise ValueError(
+            f"pattern {mixer.pattern!r} of {mixer.name} reads its own input only; context_BSD belongs to the cross patterns"
+        )
+
+
+def log_rates(n: int, low: float = 1.0, high: float = 16.0) -> nn.Parameter:
+    """Logs of n decay rates drawn uniformly from [low, high] (Dao & Gu 2024)."""
+    return nn.Parameter(torch.empty(n).uniform_(low, high).log())
+
+
+def time_step_bias(n: int, low: float = 1e-3, high: float = 1e-1) -> nn.Parameter:
+    """Biases whose softplus is log-uniform in [low, high] (Gu & Dao 2023)."""
+    step = torch.empty(n).uniform_(math.log(low), math.log(high)).exp()
+    return nn.Parameter(step + torch.log(-torch.expm1(-step)))

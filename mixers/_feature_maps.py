@@ -1,0 +1,113 @@
+"""Feature maps phi of linear attention, whose inner products stand in for exp(q . k).
+
+Shape legend: H heads, K width of a head before the map, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.chunk_decay import Lift
+from mixers._layers import widen
+
+FEATURE_MAPS = ("elu", "relu", "t2r", "hedgehog", "taylor2", "identity")
+
+
+def make_feature_map(kind: str, n_heads: int, dim: int) -> nn.Module:
+    """A module from [..., H, K] to [..., H, F] with attributes `features` (F) and `lift`.
+
+    Args:
+        kind: one of `FEATURE_MAPS`.
+        n_heads: H.
+        dim: K.
+
+    Raises:
+        ValueError: no such map.
+    """
+    if kind == "t2r":
+        return T2R(n_heads, dim)
+    if kind == "hedgehog":
+        return Hedgehog(n_heads, dim)
+    if kind == "taylor2":
+        return Taylor2(dim)
+    if kind in ("elu", "relu", "identity"):
+        return Pointwise(kind, dim)
+    raise ValueError(f"there is no feature map {kind!r}; there are {', '.join(FEATURE_MAPS)}")
+
+
+class Pointwise(nn.Module):
+    """elu(x) + 1 (Katharopoulos et al. 2020, eq. 7), relu(x), or x K^(-1/4), the linear part of softmax's kernel."""
+
+    lift = None
+
+    def __init__(self, kind: str, dim: int) -> None:
+        super().__init__()
+        self.kind, self.features = kind, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "identity":
+            return x * self.features**-0.25
+        return F.elu(x) + 1 if self.kind == "elu" else F.relu(x)
+
+
+class T2R(nn.Module):
+    """relu(x W + b), learned per head (Kasai et al. 2021, eq. 4), here with as many features as inputs."""
+
+    lift = None
+
+    def __init__(self, n_heads: int, dim: int) -> None:
+        super().__init__()
+        self.features = dim
+        bound = dim**-0.5
+        self.weight = nn.Parameter(torch.empty(n_heads, dim, dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(n_heads, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(per_head(x, self.weight) + self.bias)
+
+
+class Hedgehog(nn.Module):
+    """[softmax(x W), softmax(-x W)], learned per head and starting from W = I (Zhang et al. 2024, section 4.2)."""
+
+    lift = None
+
+    def __init__(self, n_heads: int, dim: int) -> None:
+        super().__init__()
+        self.features = 2 * dim
+        self.weight = nn.Parameter(torch.eye(dim).repeat(n_heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = widen(per_head(x, self.weight))
+        return torch.cat((projected.softmax(-1), (-projected).softmax(-1)), dim=-1)
+
+
+class Taylor2(nn.Module):
+    """Second-order Taylor features of exp: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K).
+
+    The second-order features are symmetric in their two indices, so each unordered pair is stored once: F =
+    1 + K + K (K + 1) / 2 (Arora et al. 2024, BASED, section 4, whose public code stores all K^2 pairs).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.features = 1 + dim + dim * (dim + 1) // 2
+        self.lift = Lift(self.forward, self.scores)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = widen(x) * self.dim**-0.25
+        first, second = torch.triu_indices(self.dim, self.dim, device=x.device).unbind(0)
+        weight = torch.where(first == second, 0.5**0.5, 1.0).to(x.dtype)
+        return torch.cat((torch.ones_like(x[..., :1]), x, x[..., first] * x[..., second] * weight), dim=-1)
+
+    def scores(self, dots: Tensor) -> Tensor:
+        """phi(q) . phi(k) from q . k."""
+        s = dots * self.dim**-0.5
+        return 1 + s + 0.5 * s.square()
+
+
+def per_head(x: Tensor, weight_HKF: Tensor) -> Tensor:
+    """[..., H, K] times a matrix for each head: [..., H, F]."""
+    return (x[..., None, :] @ weight_HKF)[..., 0, :]

@@ -1,0 +1,113 @@
+"""Gated DeltaNet (Yang et al. 2025): the delta rule on a state that decays by one gate per token and head.
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T q_t,    |k_t| = 1
+    alpha_t = exp(-exp(A) softplus(x_t W + b))
+
+Shape legend: B batch, T time, D width, H heads, K key width of a head, V value width of a head, P conv taps - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.chunked import linear_recurrence
+from mixers._base import Mixer, State, heads, mixer
+from mixers._layers import RMSNorm, ShortConv, l2_normalize, log_rates, refuse_context, time_step_bias, widen
+
+
+@mixer("gated_delta_net")
+class GatedDeltaNet(Mixer):
+    """Gated DeltaNet in the setting of Zoology's figures: two heads, values twice as wide as D, no output gate.
+
+    Args:
+        n_heads: number of heads.
+        expand_k: key width over all heads as a multiple of D.
+        expand_v: value width over all heads as a multiple of D.
+        conv: taps of the short convolutions on q, k and v, which SiLU follows; 0 for none.
+        output_gate: multiply the normed output by SiLU of a projection, as the paper's own model does.
+        negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can flip a direction (Grazzi et al. 2025).
+    """
+
+    variants = ({}, {"conv": 0, "n_heads": 1, "expand_v": 1.0}, {"output_gate": True, "negative_eigenvalues": True})
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        layer: int = 0,
+        pattern: str = "causal_self",
+        n_heads: int = 2,
+        expand_k: float = 1.0,
+        expand_v: float = 2.0,
+        conv: int = 4,
+        output_gate: bool = False,
+        negative_eigenvalues: bool = False,
+    ) -> None:
+        super().__init__(d_model, pattern=pattern)
+        d_key, d_value = int(expand_k * d_model), int(expand_v * d_model)
+        self.n_heads, self.max_beta = n_heads, 2.0 if negative_eigenvalues else 1.0
+        self.k_dim = heads(d_key, n_heads, what="expand_k * d_model")
+        self.v_dim = heads(d_value, n_heads, what="expand_v * d_model")
+        self.qkv_proj = nn.Linear(d_model, 2 * d_key + d_value, bias=False)
+        self.conv = ShortConv(2 * d_key + d_value, conv)
+        self.gate_proj = nn.Linear(d_model, 2 * n_heads, bias=False)
+        self.log_rate = log_rates(n_heads)
+        self.gate_bias = time_step_bias(n_heads)
+        self.g_proj = nn.Linear(d_model, d_value, bias=False) if output_gate else None
+        self.norm = RMSNorm(self.v_dim)
+        self.o_proj = nn.Linear(d_value, d_model, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.forward`."""
+        refuse_context(self, context_BSD)
+        qkv, tail_BPD = self.conv(self.qkv_proj(x_BTD), None if state is None else state["conv"])
+        q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
+        log_alpha_BTH, beta_BTH = self._gates(x_BTD)
+        s_BHKV = None if state is None else state["s"]
+        o_BTHV, s_BHKV = linear_recurrence(
+            q_BTHK, k_BTHK, v_BTHV, log_decay=log_alpha_BTH, beta_BTH=beta_BTH, state_BHKV=s_BHKV
+        )
+        return self._output(o_BTHV, x_BTD), None if state is None else {"s": s_BHKV, "conv": tail_BPD}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.step`."""
+        qkv, tail_BPD = self.conv.step(self.qkv_proj(x_BD), state["conv"])
+        q_BHK, k_BHK, v_BHV = self._split(qkv)
+        log_alpha_BH, beta_BH = self._gates(x_BD)
+        decayed_BHKV = log_alpha_BH.exp()[..., None, None] * state["s"]
+        old_BHV = (k_BHK[..., None] * decayed_BHKV).sum(-2)
+        s_BHKV = decayed_BHKV + k_BHK[..., None] * (beta_BH[..., None] * (v_BHV - old_BHV))[..., None, :]
+        o_BHV = (q_BHK[..., None] * s_BHKV).sum(-2)
+        return self._output(o_BHV, x_BD), {"s": s_BHKV.to(state["s"].dtype), "conv": tail_BPD}
+
+    def init_state(
+        self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """See `Mixer.init_state`."""
+        return {
+            "s": torch.zeros(batch, self.n_heads, self.k_dim, self.v_dim, device=device, dtype=dtype),
+            "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
+        }
+
+    def published_elements(self, seq_len: int) -> int:
+        """See `Mixer.published_elements`: Zoology's plots count the matrix state, without convolution tails."""
+        return self.n_heads * self.k_dim * self.v_dim
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, [..., H, K or V]; queries and keys have unit length."""
+        d_key, d_value = self.n_heads * self.k_dim, self.n_heads * self.v_dim
+        q, k, v = (x.unflatten(-1, (self.n_heads, -1)) for x in qkv.split((d_key, d_key, d_value), dim=-1))
+        return l2_normalize(q) * self.k_dim**-0.5, l2_normalize(k), v
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of alpha, and beta: [..., H] each."""
+        decay, write = widen(self.gate_proj(x)).chunk(2, dim=-1)
+        return -self.log_rate.exp() * F.softplus(decay + self.gate_bias), self.max_beta * torch.sigmoid(write)
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        y = self.norm(o).flatten(-2).to(x.dtype)
+        return self.o_proj(y if self.g_proj is None else y * F.silu(self.g_proj(x)))

@@ -1,0 +1,121 @@
+"""Mamba-2 (Dao & Gu 2024): a state space model whose decay is one scalar per token and head.
+
+    S_t = exp(-exp(A) dt_t) S_{t-1} + B_t (dt_t x_t)^T,    y_t = S_t^T C_t + D x_t,    dt_t = softplus(.)
+
+Shape legend: B batch, T time, D width, H heads, P width of a head, G groups that share B and C, N state size, taps K.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.chunked import linear_recurrence
+from mixers._base import Mixer, State, heads, mixer
+from mixers._layers import RMSNorm, ShortConv, log_rates, refuse_context, time_step_bias, widen
+
+
+@mixer("mamba2")
+class Mamba2(Mixer):
+    """The Mamba-2 block of the paper's section 7 (SSD with a short convolution and a gated norm).
+
+    Args:
+        d_state: N. The paper uses 64 to 256, Zoology's figures 8, 16 and 24.
+        head_dim: P, cut down to the inner width where that is smaller.
+        n_groups: G, the number of heads' groups with B and C of their own.
+        expand: inner width as a multiple of D.
+        conv: taps of the short convolution on x, B and C; 0 for none.
+    """
+
+    variants = ({}, {"d_state": 8, "head_dim": 8, "n_groups": 2}, {"conv": 0, "expand": 1, "head_dim": 4})
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        layer: int = 0,
+        pattern: str = "causal_self",
+        d_state: int = 16,
+        head_dim: int = 64,
+        n_groups: int = 1,
+        expand: int = 2,
+        conv: int = 4,
+    ) -> None:
+        super().__init__(d_model, pattern=pattern)
+        self.d_inner, self.d_state, self.n_groups = expand * d_model, d_state, n_groups
+        self.head_dim = min(head_dim, self.d_inner)
+        self.n_heads = heads(self.d_inner, self.head_dim, what="head_dim as n_heads, expand * d_model")
+        heads(self.n_heads, n_groups, what="n_groups as n_heads, the number of heads")
+        d_conv = self.d_inner + 2 * n_groups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + d_conv + self.n_heads, bias=False)
+        self.conv = ShortConv(d_conv, conv, bias=True)
+        self.dt_bias = time_step_bias(self.n_heads)
+        self.log_rate = log_rates(self.n_heads)
+        self.skip = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = RMSNorm(self.d_inner)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.forward`."""
+        refuse_context(self, context_BSD)
+        z, xbc, dt = self._project(x_BTD)
+        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
+        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
+        dt_BTH, log_decay_BTH = self._time_step(dt)
+        y_BTHP, s_BHNP = linear_recurrence(
+            c_BTGN,
+            b_BTGN,
+            x_BTHP * dt_BTH[..., None],
+            log_decay=log_decay_BTH,
+            state_BHKV=None if state is None else state["s"],
+        )
+        y = self._output(y_BTHP, x_BTHP, z)
+        return y, None if state is None else {"s": s_BHNP, "conv": tail}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.step`."""
+        z, xbc, dt = self._project(x_BD)
+        xbc, tail = self.conv.step(xbc, state["conv"])
+        x_BHP, b_BGN, c_BGN = self._split(xbc)
+        b_BHN, c_BHN = (a.repeat_interleave(self.n_heads // self.n_groups, dim=1) for a in (b_BGN, c_BGN))
+        dt_BH, log_decay_BH = self._time_step(dt)
+        write_BHNP = b_BHN[..., None] * (dt_BH[..., None] * x_BHP)[..., None, :]
+        s_BHNP = log_decay_BH.exp()[..., None, None] * state["s"] + write_BHNP
+        y_BHP = (c_BHN[..., None] * s_BHNP).sum(-2)
+        return self._output(y_BHP, x_BHP, z), {"s": s_BHNP.to(state["s"].dtype), "conv": tail}
+
+    def init_state(
+        self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """See `Mixer.init_state`."""
+        return {
+            "s": torch.zeros(batch, self.n_heads, self.d_state, self.head_dim, device=device, dtype=dtype),
+            "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
+        }
+
+    def published_elements(self, seq_len: int) -> int:
+        """See `Mixer.published_elements`: Zoology's plots count the SSM state, without the convolution tail."""
+        return self.d_inner * self.d_state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""
+        return self.in_proj(x).split((self.d_inner, self.conv.dim, self.n_heads), dim=-1)
+
+    def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs [..., H, P], and B and C [..., G, N]."""
+        n = self.n_groups * self.d_state
+        x, b, c = xbc.split((self.d_inner, n, n), dim=-1)
+        groups = (self.n_groups, self.d_state)
+        return x.unflatten(-1, (self.n_heads, self.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
+
+    def _time_step(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """The step dt and the log decay -exp(A) dt: [..., H] each."""
+        dt = F.softplus(widen(dt) + self.dt_bias)
+        return dt, -self.log_rate.exp() * dt
+
+    def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        y = (y + self.skip[:, None] * x).flatten(-2)
+        return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
