@@ -61,9 +61,7 @@ def scalar_decay(
     return from_chunks(o, length), None if state is None else state.flatten(1, 2)
 
 
-def vector_decay(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTHK: Tensor, state: Tensor | None, size: int
-) -> Pair:
+def vector_decay(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTHK: Tensor, state: Tensor | None, size: int) -> Pair:
     """A decay per token, head and key channel."""
     length, n_heads = v_BTHV.shape[1:3]
     q, k, v, g = (to_chunks(x, size, n_heads) for x in (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK))

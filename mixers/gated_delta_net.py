@@ -68,9 +68,7 @@ class GatedDeltaNet(Mixer):
         q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
         log_alpha_BTH, beta_BTH = self._gates(x_BTD)
         s_BHKV = None if state is None else state["s"]
-        o_BTHV, s_BHKV = linear_recurrence(
-            q_BTHK, k_BTHK, v_BTHV, log_decay=log_alpha_BTH, beta_BTH=beta_BTH, state_BHKV=s_BHKV
-        )
+        o_BTHV, s_BHKV = linear_recurrence(q_BTHK, k_BTHK, v_BTHV, log_decay=log_alpha_BTH, beta_BTH=beta_BTH, state_BHKV=s_BHKV)
         return self._output(o_BTHV, x_BTD), None if state is None else {"s": s_BHKV, "conv": tail_BPD}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
