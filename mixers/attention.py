@@ -53,6 +53,8 @@ class Attention(Mixer):
         self.n_heads, self.head_dim = n_heads, heads(d_model, n_heads)
         self.cross = pattern.endswith("cross")
         check_positions(positions, self.head_dim, ("none",) if self.cross else POSITIONS)
+        if positions != "none":
+            self.caps = replace(self.caps, patterns=frozenset({"causal_self", "noncausal_self"}))
         self.positions, self.max_len = positions, max_len
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)

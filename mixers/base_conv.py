@@ -33,7 +33,7 @@ class BaseConv(Mixer):
     """
 
     caps = Caps(patterns=frozenset({"causal_self"}))
-    variants = ({}, {"kernel_size": 1}, {"implicit": True, "max_len": 96})
+    variants = ({}, {"kernel_size": 2}, {"implicit": True, "max_len": 96})
 
     def __init__(
         self,
