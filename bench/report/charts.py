@@ -21,9 +21,18 @@ AXES = {
 SECONDS_AXES = {"step": "Training step (log scale)", "examples": "Training examples seen (log scale)"}
 
 _BYTES = (
-    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : "
-    "datum.value / 1048576 + ' MiB'"
+    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : datum.value / 1048576 + ' MiB'"
 )
+ZOOM = {
+    "name": "zoom",
+    "bind": "scales",
+    "select": {"type": "interval", "zoom": "wheel![event.shiftKey]", "clear": "dblclick"},
+}
+"""Drag to move, Shift and wheel to zoom (so that the page still scrolls), double-click to reset. It is set on one layer by
+hand, because Altair would set it on the whole chart, some of whose layers have no field on one axis."""
+ZOOMED = ("points", "curves")
+LayeredChart = alt.LayerChart | alt.FacetChart
+_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 _TOOLTIP = {
     "name": "point",
     "mixer": "mixer",
@@ -51,18 +60,14 @@ def specs() -> dict[str, Any]:
     }
 
 
-def _finish(chart: alt.LayerChart) -> dict[str, Any]:
+def _finish(chart: LayeredChart) -> dict[str, Any]:
     """The specification without Altair's default configuration, which the page's themes replace."""
     spec = chart.to_dict()
     spec.pop("config", None)
+    for layer in spec["layer"]:
+        if layer.get("name") in ZOOMED:
+            layer["params"] = [ZOOM]
     return spec
-
-
-def _zoom() -> alt.Parameter:
-    """Pan by dragging, zoom with Shift and the wheel (so that the page still scrolls), reset by double-click."""
-    return alt.selection_interval(
-        name="zoom", bind="scales", zoom="wheel![event.shiftKey]", translate=True, clear="dblclick"
-    )
 
 
 def _literal(field: str) -> dict[str, Any]:
@@ -75,12 +80,12 @@ def _accuracy(field: str, title: str) -> alt.Y:
     return alt.Y(
         f"{field}:Q",
         title=title,
-        scale=alt.Scale(domain=[-0.03, 1.05], nice=False),
+        scale=alt.Scale(domain=[-0.08, 1.06], nice=False),
         axis=alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1]),
     )
 
 
-def _pareto(axis: str) -> alt.LayerChart:
+def _pareto(axis: str) -> LayeredChart:
     """Accuracy against one kind of cost, with intervals, the front, the bits-needed line and the ceilings."""
     label = alt.Undefined if axis == "parameters" else _BYTES
     form = "~s" if axis == "parameters" else alt.Undefined
@@ -109,18 +114,29 @@ def _pareto(axis: str) -> alt.LayerChart:
     )
     front = alt.Chart(alt.NamedData(name="front")).encode(x=x, y=_accuracy("accuracy", "Mean test accuracy"))
     line = front.mark_line(interpolate="step-after", strokeDash=[6, 4], strokeWidth=1.5, clip=True, style="front")
-    names = front.mark_text(align="right", dx=-9, dy=-9, fontSize=11, clip=True, style="name", limit=150).encode(
-        text="name:N"
-    )
-    layers = [_ceilings(), *([_bits(x)] if axis in ("state", "published") else []), line, series, bars, marks, names]
-    return alt.layer(*layers).add_params(_zoom()).properties(
+    # Free space lies up and left of a front; only names at the left edge must go right.
+    names = [
+        front.mark_text(align=side, dx=shift, dy=-10, fontSize=11, clip=True, style="name").encode(text=f"{side}_name:N")
+        for side, shift in (("right", -8), ("left", 8))
+    ]
+    layers = [
+        _ceilings(),
+        *([_bits(x)] if axis in ("state", "published") else []),
+        line,
+        series,
+        bars,
+        marks.properties(name="points"),
+        *names,
+    ]
+    return alt.layer(*layers).properties(
         width="container",
         height=400,
+        autosize=_FIT,
         description="Scatter plot of mean test accuracy against cost, one point for each mixer and size; see the table.",
     )
 
 
-def _ceilings() -> alt.LayerChart:
+def _ceilings() -> LayeredChart:
     """Horizontal lines: accuracy of solvers that do not solve the task."""
     base = alt.Chart(alt.NamedData(name="ceilings")).encode(y=_accuracy("y", "Mean test accuracy"))
     rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
@@ -128,15 +144,17 @@ def _ceilings() -> alt.LayerChart:
     return alt.layer(rule, text)
 
 
-def _bits(x: alt.X) -> alt.LayerChart:
+def _bits(x: alt.X) -> LayeredChart:
     """Vertical line: the least state that can answer every query of the hardest cell."""
     base = alt.Chart(alt.NamedData(name="bits")).encode(x=x)
-    rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
-    text = base.mark_text(align="left", baseline="top", dx=5, style="note", y=4).encode(text="label:N")
+    rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True).encode(
+        strokeOpacity=alt.condition("datum.off", alt.value(0), alt.value(1))
+    )
+    text = base.mark_text(align="left", baseline="bottom", dx=5, dy=-4, style="note", y="height").encode(text="label:N")
     return alt.layer(rule, text)
 
 
-def _heat_map() -> alt.LayerChart:
+def _heat_map() -> LayeredChart:
     """Accuracy by difficulty slice and point, with the numbers written in."""
     base = alt.Chart(alt.NamedData(name="slices")).encode(
         x=alt.X("slice:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=0, labelLimit=120)),
@@ -158,11 +176,12 @@ def _heat_map() -> alt.LayerChart:
     return alt.layer(cells, numbers).properties(
         width="container",
         height={"step": 24},
+        autosize=_FIT,
         description="Heat map of mean test accuracy by difficulty slice and point; the numbers are in the table below.",
     )
 
 
-def _curves(axis: str) -> alt.LayerChart:
+def _curves(axis: str) -> LayeredChart:
     """Validation accuracy against training, mean over the reported seeds with their range."""
     base = alt.Chart(alt.NamedData(name="curves")).encode(
         x=alt.X(
@@ -188,8 +207,9 @@ def _curves(axis: str) -> alt.LayerChart:
             alt.Tooltip("n:Q", title="seeds"),
         ],
     )
-    return alt.layer(band, line).add_params(_zoom()).properties(
+    return alt.layer(band, line.properties(name="curves")).properties(
         width="container",
         height=340,
+        autosize=_FIT,
         description="Learning curves: validation accuracy against training, one line for each point; see the table below.",
     )

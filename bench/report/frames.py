@@ -35,9 +35,7 @@ def task_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
                 "cells": [{"name": c.name, "axes": c.axes, "bits": c.bits_needed, "ceilings": c.ceilings} for c in cells],
                 "bits": hardest.bits_needed,
                 "bits_cell": hardest.name,
-                "ceilings": {
-                    name: math.fsum(c.ceilings.get(name, 0.0) for c in cells) / len(cells) for name in hardest.ceilings
-                },
+                "ceilings": {name: math.fsum(c.ceilings.get(name, 0.0) for c in cells) / len(cells) for name in hardest.ceilings},
                 "points": len(group),
                 "runs": sum(len(point.records) for point in group),
             }
@@ -222,12 +220,12 @@ def percent(value: float | None) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """A byte count with a binary unit and at most three significant digits more than needed."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
+    """A byte count with a binary unit and three significant digits, or all digits before the point."""
+    units = ["B", "KiB", "MiB", "GiB"]
+    while count >= 1024 and len(units) > 1:
         count /= 1024
-    return f"{count:.4g} GiB"
+        del units[0]
+    return f"{count:.0f} {units[0]}" if count >= 100 else f"{count:.3g} {units[0]}"
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

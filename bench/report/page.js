@@ -52,21 +52,25 @@
 
   function humanBytes(count) {
     for (const unit of ["B", "KiB", "MiB"]) {
-      if (count < 1024) return `${Number(count.toPrecision(4))} ${unit}`;
+      if (count < 1024) return `${count < 100 ? Number(count.toPrecision(3)) : Math.round(count)} ${unit}`;
       count /= 1024;
     }
-    return `${Number(count.toPrecision(4))} GiB`;
+    return `${Math.round(count)} GiB`;
   }
 
-  function paretoData(task) {
+  function paretoData(task, width) {
     const points = data.points.filter((p) => p.task === task.id && isShown(p) && p.accuracy !== null).map(drawn).filter((p) => p.x > 0);
-    const front = points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x);
+    const least = Math.min(...points.map((p) => p.x)), most = Math.max(...points.map((p) => p.x));
+    // Names need about 160 pixels beside their point; a narrow page goes without, the caption lists them too.
+    const wide = width > 500;
+    const atEdge = (p) => Math.log(p.x / least) * width < 160 * Math.log(most / least);
+    const front = points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x)
+      .map((p) => ({ ...p, left_name: wide && atEdge(p) ? p.name : "", right_name: wide && !atEdge(p) ? p.name : "" }));
     // A need far below every state would squeeze the points into a corner: it becomes a note at the left edge.
     const need = task.bits / 8;
-    const least = Math.min(...points.map((p) => p.x));
     const off = need < least / 8;
-    const label = `needed for ${task.bits_cell}: ${humanBytes(need)}`;
-    const bits = points.length && need > 0 ? [{ x: off ? least : need, off, label: off ? `◂ ${label}, left of this plot` : label }] : [];
+    const label = wide ? `needed for ${task.bits_cell}: ${humanBytes(need)}` : `needed: ${humanBytes(need)}`;
+    const bits = points.length && need > 0 ? [{ x: off ? least : need, off, label: off ? `◂ ${label}${wide ? ", left of this plot" : ""}` : label }] : [];
     const ceilings = Object.entries(task.ceilings).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
     return { points, front, bits, ceilings };
   }
@@ -109,7 +113,7 @@
     const axis = { labelColor: muted, titleColor: ink, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: 500, labelFontSize: 12, titleFontSize: 13, titlePadding: 10 };
     return {
       background: "transparent", font: style.getPropertyValue("--font").trim(), axis, view: { stroke: line },
-      style: { front: { stroke: muted }, rule: { stroke: muted }, note: { fill: muted, fontSize: 11 }, name: { fill: ink } },
+      style: { front: { color: muted }, rule: { color: muted }, note: { color: muted }, name: { color: ink } },
     };
   }
 
@@ -119,7 +123,7 @@
     const kind = KINDS[figure.dataset.chart];
     const task = data.tasks.find((item) => item.id === figure.dataset.task);
     const target = figure.querySelector(".vis");
-    const datasets = kind.datasets(task);
+    const datasets = kind.datasets(task, target.clientWidth);
     figure.hidden = state.hiddenTasks.has(task.id);
     // A later call overtakes an earlier one that is still being drawn.
     const turn = (drawing.get(target) || { turn: 0 }).turn + 1;
@@ -132,6 +136,7 @@
     }
     const result = await vegaEmbed(target, { ...kind.spec(), datasets }, {
       renderer: "svg",
+      logLevel: vega.Error,
       actions: { export: true, source: false, compiled: false, editor: false },
       config: chartConfig(),
       tooltip: { theme: isDark() ? "dark" : "light" },
@@ -141,7 +146,7 @@
   }
 
   function frontText(task) {
-    const front = paretoData(task).front;
+    const front = paretoData(task, 0).front;
     if (!front.length) return "";
     const cost = (p) => (state.axis === "parameters" ? p.parameters_text : humanBytes(p.x));
     return `Front, cheapest first: ${front.map((p) => `${p.name} (${cost(p)}, ${p.accuracy_text})`).join(" → ")}.`;

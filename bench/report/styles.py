@@ -54,8 +54,10 @@ def assign(names: Iterable[str]) -> dict[str, Style]:
     shapes = list(SHAPES)
     found: dict[str, Style] = {}
     pairs: set[tuple[int, int]] = set()
-    for rank, name in enumerate(sorted(set(names))):
-        if rank % len(COLOURS) == 0:
+    free_colours: list[int] = []
+    free_shapes: list[int] = []
+    for name in sorted(set(names)):
+        if not free_colours:
             free_colours, free_shapes = list(range(len(COLOURS))), list(range(len(shapes)))
         code = zlib.crc32(name.encode())
         colour = _nearest(free_colours, code % len(COLOURS), len(COLOURS))
