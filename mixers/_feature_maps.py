@@ -99,7 +99,7 @@ class Taylor2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = widen(x) * self.dim**-0.25
         first, second = torch.triu_indices(self.dim, self.dim, device=x.device).unbind(0)
-        weight = torch.where(first == second, 0.5**0.5, 1.0).to(x.dtype)
+        weight = torch.ones_like(first, dtype=x.dtype).masked_fill(first == second, 0.5**0.5)
         return torch.cat((torch.ones_like(x[..., :1]), x, x[..., first] * x[..., second] * weight), dim=-1)
 
     def scores(self, dots: Tensor) -> Tensor:

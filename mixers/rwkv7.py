@@ -1,0 +1,122 @@
+"""RWKV-7 time mixing (Peng et al. 2025): a delta rule with separate removal and replacement keys and vector decays.
+
+    S_t = (Diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T,    |kappa_t| = 1
+    p_t = groupnorm(S_t^T r_t) + (sum(r_t * rho * k_t)) v_t,    y_t = (g_t * p_t) W_o
+
+The state here is the transpose of the paper's. r, w, k, v, a and g each read their own mix of x_t and x_{t-1}.
+
+Shape legend: B batch, T time, D width, H heads, K width of a head (of keys and values alike).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kernels.chunked import dplr_recurrence
+from mixers._base import Mixer, State, heads, mixer
+from mixers._layers import HeadNorm, LowRank, l2_normalize, refuse_context, widen
+
+LOG_DECAY_SCALE = -math.exp(-0.5)
+"""The strongest log decay per token: w = exp(-exp(-1/2) sigmoid(.)), at least 0.545 (section 4.1)."""
+
+
+@mixer("rwkv7")
+class RWKV7(Mixer):
+    """RWKV-7's time mixing as one layer on its own: the value residual, which needs the first layer's v, is left out.
+
+    Args:
+        head_dim: K, cut down to D where that is smaller.
+        decay_rank: bottleneck of w; the ranks are those of Zoology's figures.
+        rate_rank: bottleneck of a, the in-context learning rate.
+        gate_rank: bottleneck of g.
+    """
+
+    variants = ({}, {"head_dim": 8, "decay_rank": 4, "rate_rank": 3, "gate_rank": 5})
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        layer: int = 0,
+        pattern: str = "causal_self",
+        head_dim: int = 64,
+        decay_rank: int = 16,
+        rate_rank: int = 16,
+        gate_rank: int = 64,
+    ) -> None:
+        super().__init__(d_model, pattern=pattern)
+        self.head_dim = min(head_dim, d_model)
+        self.n_heads = heads(d_model, self.head_dim, what="head_dim as n_heads, d_model")
+        self.shift = nn.Parameter(torch.rand(6, d_model))
+        self.r_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)
+        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.decay = LowRank(d_model, decay_rank, d_model, activation="tanh")
+        self.rate = LowRank(d_model, rate_rank, d_model)
+        self.gate = LowRank(d_model, gate_rank, d_model, bias=False, activation="sigmoid")
+        self.removal_scale = nn.Parameter(torch.full((self.n_heads, self.head_dim), 0.85))
+        self.replacement_mix = nn.Parameter(torch.ones(self.n_heads, self.head_dim))
+        self.bonus = nn.Parameter(torch.zeros(self.n_heads, self.head_dim))
+        self.norm = HeadNorm(self.n_heads, self.head_dim, eps=1e-5 * self.head_dim)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.forward`."""
+        refuse_context(self, context_BSD)
+        first_B1D = torch.zeros_like(x_BTD[:, :1]) if state is None else state["x"].to(x_BTD.dtype)[:, None]
+        before_BTD = torch.cat((first_B1D, x_BTD[:, :-1]), dim=1)
+        r, log_w, k, v, a, kappa, g = self._project(x_BTD, before_BTD)
+        o_BTHK, s_BHKK = dplr_recurrence(
+            r, k, v, -a * kappa, kappa, log_decay_BTHK=log_w, state_BHKV=None if state is None else state["s"]
+        )
+        y_BTD = self._output(o_BTHK, r, k, v, g)
+        return y_BTD, None if state is None else {"s": s_BHKK, "x": x_BTD[:, -1].to(state["x"].dtype)}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Mixer.step`."""
+        r, log_w, k, v, a, kappa, g = self._project(x_BD, state["x"].to(x_BD.dtype))
+        removed_BHK = (kappa[..., None] * state["s"]).sum(-2)
+        s_BHKK = (
+            log_w.exp()[..., None] * state["s"]
+            - (a * kappa)[..., None] * removed_BHK[..., None, :]
+            + k[..., None] * v[..., None, :]
+        )
+        o_BHK = (r[..., None] * s_BHKK).sum(-2)
+        new = {"s": s_BHKK.to(state["s"].dtype), "x": x_BD.to(state["x"].dtype)}
+        return self._output(o_BHK, r, k, v, g), new
+
+    def init_state(
+        self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """See `Mixer.init_state`: the matrix state, and the token before for the token shift."""
+        return {
+            "s": torch.zeros(batch, self.n_heads, self.head_dim, self.head_dim, device=device, dtype=dtype),
+            "x": torch.zeros(batch, self.d_model, device=device, dtype=dtype),
+        }
+
+    def published_elements(self, seq_len: int) -> int:
+        """See `Mixer.published_elements`: Zoology's plots count the matrix state, without the token shift."""
+        return self.d_model * self.head_dim
+
+    def _project(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        """Receptance r, log decay, replacement key, value, learning rate a, removal key: [..., H, K]; gate g: [..., D]."""
+        difference = before - x
+        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, difference, mix.to(x.dtype)) for mix in self.shift.unbind(0))
+        r, k, v = self._heads(self.r_proj(x_r)), self._heads(self.k_proj(x_k)), self._heads(self.v_proj(x_v))
+        log_w = LOG_DECAY_SCALE * torch.sigmoid(widen(self._heads(self.decay(x_w))))
+        a = torch.sigmoid(widen(self._heads(self.rate(x_a))))
+        kappa = l2_normalize(widen(k) * self.removal_scale)
+        k = widen(k) * (1 + (a - 1) * self.replacement_mix)
+        return r, log_w, k, v, a, kappa, self.gate(x_g)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, self.head_dim))
+
+    def _output(self, o: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        p = self.norm(o) + (r * k * self.bonus).sum(-1, keepdim=True) * v
+        return self.o_proj(g * p.flatten(-2).to(g.dtype))
