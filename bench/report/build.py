@@ -133,7 +133,7 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         data=Markup(_script_json(data)),
         css=Markup((HERE / "page.css").read_text("utf-8")),
         scripts=[Markup((HERE / name).read_text("utf-8")) for name in ("table.js", "page.js")],
-        bundle=Markup(vl_convert.javascript_bundle(None)),
+        bundle=Markup(vl_convert.javascript_bundle()),  # pyright: ignore[reportCallIssue] - its stub forgets the default
     )
     return page, warnings
 

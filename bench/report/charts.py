@@ -115,10 +115,8 @@ def _pareto(axis: str) -> LayeredChart:
     front = alt.Chart(alt.NamedData(name="front")).encode(x=x, y=_accuracy("accuracy", "Mean test accuracy"))
     line = front.mark_line(interpolate="step-after", strokeDash=[6, 4], strokeWidth=1.5, clip=True, style="front")
     # Free space lies up and left of a front; only names at the left edge must go right.
-    names = [
-        front.mark_text(align=side, dx=shift, dy=-10, fontSize=11, clip=True, style="name").encode(text=f"{side}_name:N")
-        for side, shift in (("right", -8), ("left", 8))
-    ]
+    right = front.mark_text(align="right", dx=-8, dy=-10, clip=True, style="name").encode(text="right_name:N")
+    left = front.mark_text(align="left", dx=8, dy=-10, clip=True, style="name").encode(text="left_name:N")
     layers = [
         _ceilings(),
         *([_bits(x)] if axis in ("state", "published") else []),
@@ -126,7 +124,8 @@ def _pareto(axis: str) -> LayeredChart:
         series,
         bars,
         marks.properties(name="points"),
-        *names,
+        right,
+        left,
     ]
     return alt.layer(*layers).properties(
         width="container",

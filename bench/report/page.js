@@ -136,7 +136,7 @@
     }
     const result = await vegaEmbed(target, { ...kind.spec(), datasets }, {
       renderer: "svg",
-      logLevel: vega.Error,
+      logLevel: 1, // errors only: an empty layer is not worth a warning
       actions: { export: true, source: false, compiled: false, editor: false },
       config: chartConfig(),
       tooltip: { theme: isDark() ? "dark" : "light" },
