@@ -110,4 +110,4 @@ class Taylor2(nn.Module):
 
 def per_head(x: Tensor, weight_HKF: Tensor) -> Tensor:
     """[..., H, K] times a matrix for each head: [..., H, F]."""
-    return (x[..., None, :] @ weight_HKF)[..., 0, :]
+    return torch.einsum("...hk,hkf->...hf", x, weight_HKF)
