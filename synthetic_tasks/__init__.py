@@ -6,7 +6,6 @@ from synthetic_tasks._base import (
     Batch,
     Cell,
     Task,
-    accuracy,
     blocks,
     build_split,
     example_hashes,
@@ -14,6 +13,7 @@ from synthetic_tasks._base import (
     stream,
     task,
 )
+from synthetic_tasks._metrics import accuracy, binding_gain, effective_memory_length
 
 __all__ = [
     "SPLITS",
@@ -22,8 +22,10 @@ __all__ = [
     "Cell",
     "Task",
     "accuracy",
+    "binding_gain",
     "blocks",
     "build_split",
+    "effective_memory_length",
     "example_hashes",
     "split_digest",
     "stream",

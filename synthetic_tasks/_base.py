@@ -52,7 +52,7 @@ class Batch:
     """Examples of one cell.
 
     Args:
-        inputs: token ids, [N, T], int32.
+        inputs: token ids, [N, T], int32; where the model reads `features`, the symbols behind them, or zeros if none.
         targets: the label of each position, [N, T], int32; meaningless where `mask` is False.
         mask: which positions are labelled, [N, T], bool; at least one a row.
         groups: named subsets of the labelled positions with an accuracy of their own, e.g. {"updated": [N, T] bool}.
@@ -141,8 +141,8 @@ class Task(ABC):
 
 
 def example_hashes(batch: Batch) -> np.ndarray:
-    """A 64-bit hash of what the model reads of each example, [N] uint64."""
-    rows = batch.inputs if batch.features is None else batch.features
+    """A 64-bit hash of each example, [N] uint64: of its symbols, or of its features where there are no symbols."""
+    rows = batch.inputs if batch.features is None or batch.inputs.any() else batch.features
     words = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint32)
     multipliers = stream(0, "row-hash").integers(0, 2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
     mixed = (words + np.uint64(1)) * multipliers[None, :]
@@ -158,20 +158,6 @@ def split_digest(batches: Mapping[str, Batch]) -> str:
             digest.update(f"{name}/{key}{array.shape}{array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None) -> float:
-    """Mean over examples of the fraction of labelled positions (of `group`) predicted right; rows without any are left out."""
-    mask = batch.mask if group is None else batch.groups[group]
-    counts = mask.sum(axis=1)
-    right = ((predictions_NT == batch.targets) & mask).sum(axis=1)
-    return float((right[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
-
-
-def measured(task: Task, cell: Cell, examples: int = 256) -> dict[str, float]:
-    """Accuracy of each of the task's shortcut solvers, measured on a fixed sample of `cell`."""
-    batch = task.sample(cell, examples, stream(0, "ceiling", cell.name))
-    return {name: accuracy(predictions, batch) for name, predictions in task.shortcuts(batch).items()}
 
 
 def build_split(task: Task, split: str, seed: int) -> dict[str, Batch]:
@@ -254,9 +240,7 @@ def _replace_rows(batch: Batch, rows: np.ndarray, fresh: Batch) -> Batch:
 def _concatenate(parts: list[Batch]) -> Batch:
     """One batch of all rows."""
     named = [part.arrays() for part in parts]
-    return (
-        parts[0] if len(parts) == 1 else Batch.from_arrays({key: np.concatenate([p[key] for p in named]) for key in named[0]})
-    )
+    return parts[0] if len(parts) == 1 else Batch.from_arrays({key: np.concatenate([p[key] for p in named]) for key in named[0]})
 
 
 TASKS: dict[str, type[Task]] = {}

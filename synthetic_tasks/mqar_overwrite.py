@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, measured, task
+from synthetic_tasks._base import Batch, Cell, Task, task
 from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._draws import distinct, weighted_order
+from synthetic_tasks._metrics import measured
 
 TRAIN = "64x4:8000+64x8:8000+128x16:8000"
 TEST = "64x4:500+64x8:500+128x16:500+256x32:500"

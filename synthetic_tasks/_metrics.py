@@ -1,0 +1,46 @@
+"""Numbers computed from predictions and ceilings: accuracy, measured shortcuts, binding gain, effective memory length.
+
+Shape legend: N examples, T length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from synthetic_tasks._base import Batch, Cell, Task, stream
+
+
+def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None) -> float:
+    """Mean over examples of the fraction of labelled positions (of `group`) predicted right; rows without any are left out."""
+    mask = batch.mask if group is None else batch.groups[group]
+    counts = mask.sum(axis=1)
+    right = ((predictions_NT == batch.targets) & mask).sum(axis=1)
+    return float((right[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
+
+
+def measured(task: Task, cell: Cell, examples: int = 256) -> dict[str, float]:
+    """Accuracy of each of the task's shortcut solvers, measured on a fixed sample of `cell`."""
+    batch = task.sample(cell, examples, stream(0, "ceiling", cell.name))
+    return {name: accuracy(predictions, batch) for name, predictions in task.shortcuts(batch).items()}
+
+
+def binding_gain(score: float, shortcut: float) -> float:
+    """Accuracy gained over a shortcut solver as a fraction of what it leaves, (a - m) / (1 - m); nan where m is 1."""
+    return (score - shortcut) / (1 - shortcut) if shortcut < 1 else float("nan")
+
+
+def effective_memory_length(score: float, ceilings: Mapping[str, float]) -> float:
+    """How many symbols of history an ideal observer needs to score as much: the Bayes curve of `ceilings`, read backwards.
+
+    Args:
+        score: accuracy of a model.
+        ceilings: with entries "bayes 1", "bayes 2", ... : accuracy of the Bayes filter that sees the last k symbols.
+
+    Returns:
+        The interpolated k; 0 at or below chance, and the largest k of the curve for scores above it.
+    """
+    curve = {0: ceilings["chance"]} | {int(n.split()[1]): v for n, v in ceilings.items() if n.startswith("bayes ")}
+    lengths = sorted(curve)
+    return float(np.interp(score, np.maximum.accumulate([curve[k] for k in lengths]), lengths))
