@@ -27,14 +27,10 @@ def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS:
     scores = (q_BHTK * q_BHTK.shape[-1] ** -0.5) @ k_BHSK.mT
     if mask_TS is not None:
         scores = scores.masked_fill(~mask_TS, float("-inf"))
-    # a 16-bit softmax loses the small weights that long contexts consist of
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide).to(v_BHSV.dtype) @ v_BHSV
+    return scores.softmax(-1) @ v_BHSV
 
 
-def attention(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, mask_TS: Tensor | None = None, causal: bool = False
-) -> Tensor:
+def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, mask_TS: Tensor | None = None, causal: bool = False) -> Tensor:
     """Softmax attention through torch's fused kernels, or by the definition where those lack a vmap rule.
 
     Args:

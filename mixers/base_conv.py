@@ -47,6 +47,8 @@ class BaseConv(Mixer):
         hidden: int = 16,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size}: the short convolution has at least 1 tap")
         self.kernel_size, self.implicit, self.max_len = kernel_size, implicit, max_len
         self.projection = nn.Linear(d_model, d_model)
         if implicit:

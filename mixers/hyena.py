@@ -43,6 +43,8 @@ class Hyena(Mixer):
         kernel_size: int = 3,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size}: the short convolution has at least 1 tap")
         self.max_len = max_len
         self.caps = replace(self.caps, max_len=max_len)
         self.in_proj = nn.Linear(d_model, 3 * d_model)
