@@ -116,7 +116,7 @@ def _pareto(axis: str) -> LayeredChart:
     line = front.mark_line(interpolate="step-after", strokeDash=[6, 4], strokeWidth=1.5, clip=True, style="front")
     # Free space lies up and left of a front; only names at the left edge must go right.
     right = front.mark_text(align="right", dx=-8, dy=-10, clip=True, style="name").encode(text="right_name:N")
-    left = front.mark_text(align="left", dx=8, dy=-10, clip=True, style="name").encode(text="left_name:N")
+    left = front.mark_text(align="left", dx=8, dy=14, clip=True, style="name").encode(text="left_name:N")
     layers = [
         _ceilings(),
         *([_bits(x)] if axis in ("state", "published") else []),
@@ -174,7 +174,6 @@ def _heat_map() -> LayeredChart:
     )
     return alt.layer(cells, numbers).properties(
         width="container",
-        height={"step": 24},
         autosize=_FIT,
         description="Heat map of mean test accuracy by difficulty slice and point; the numbers are in the table below.",
     )

@@ -101,7 +101,7 @@
 
   const KINDS = {
     pareto: { spec: () => data.specs.pareto[state.axis], datasets: paretoData, rows: "points" },
-    heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices" },
+    heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices", layout: (sets) => ({ height: 24 * new Set(sets.slices.map((s) => s.name)).size }) },
     curves: { spec: () => data.specs.curves[state.progress], datasets: curveData, rows: "curves" },
   };
 
@@ -134,7 +134,7 @@
       target.textContent = "Nothing to draw: no point with a result is shown.";
       return;
     }
-    const result = await vegaEmbed(target, { ...kind.spec(), datasets }, {
+    const result = await vegaEmbed(target, { ...kind.spec(), ...kind.layout?.(datasets), datasets }, {
       renderer: "svg",
       logLevel: 1, // errors only: an empty layer is not worth a warning
       actions: { export: true, source: false, compiled: false, editor: false },
