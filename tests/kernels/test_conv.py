@@ -1,0 +1,51 @@
+"""The causal convolutions against torch's own and against the sum that defines them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels.conv import long_conv, short_conv, short_conv_step
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_short_conv(length, taps):
+    torch.manual_seed(length)
+    x = torch.randn(2, length, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, taps, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    tail = torch.randn(2, taps - 1, 5, dtype=torch.float64, requires_grad=True)
+    y, new_tail = short_conv(x, weight, bias, tail)
+    padded = torch.cat((tail, x), dim=1)
+    expected = F.conv1d(padded.mT, weight[:, None], bias, groups=5).mT
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(new_tail, padded[:, length:])
+    out = torch.randn_like(y)
+    leaves = (x, weight, bias)
+    for got, true in zip(torch.autograd.grad(y, leaves, out), torch.autograd.grad(expected, leaves, out), strict=True):
+        torch.testing.assert_close(got, true)
+
+    y, none = short_conv(x, weight)
+    assert none is None
+    torch.testing.assert_close(y, short_conv(x, weight, None, torch.zeros_like(tail))[0])
+
+
+def test_short_conv_step_continues_a_segment():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(5)
+    whole, _ = short_conv(x, weight, bias)
+    y, tail = short_conv(x[:, :2], weight, bias, torch.zeros(2, 3, 5))
+    outputs = [y]
+    for t in range(2, 9):
+        y, tail = short_conv_step(x[:, t], weight, bias, tail)
+        outputs.append(y[:, None])
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+
+
+@pytest.mark.parametrize(("length", "taps"), [(1, 1), (7, 7), (8, 20), (33, 40)])
+def test_long_conv(length, taps):
+    torch.manual_seed(length)
+    x = torch.randn(2, length, 3, dtype=torch.float64)
+    kernel = torch.randn(3, taps, dtype=torch.float64)
+    expected = sum(F.pad(x[:, : length - s], (0, 0, s, 0)) * kernel[:, s] for s in range(length))
+    torch.testing.assert_close(long_conv(x, kernel), expected)
