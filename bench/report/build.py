@@ -123,7 +123,8 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         points=list(zip(found, rows, strict=True)),
         styles=look,
         curves=curves,
-        pictures=pictures,
+        pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
+        pictures_made=len(pictures),
         warnings=warnings,
         failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
         facts=_facts(found),
@@ -154,9 +155,6 @@ def _pictures(
             except (OSError, ValueError, KeyError) as error:
                 path = store.path(record.run_id) / "influence.npz"
                 warnings.append(f"Skipped {path}: not a readable influence map ({type(error).__name__}).")
-    if len(pictures) > MAX_PICTURES:
-        warnings.append(f"{MAX_PICTURES} of {len(pictures)} influence maps are shown, those of the most accurate points.")
-        pictures = sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES]
     return pictures, warnings
 
 

@@ -100,10 +100,10 @@ def _point_row(index: int, point: Point, task: dict[str, Any]) -> dict[str, Any]
 def _texts(point: Point) -> dict[str, str]:
     """The values of the tooltip and the table as a reader wants them."""
     accuracy = point.accuracy
-    ends = f"{percent(accuracy.low)} to {percent(accuracy.high)}, " if accuracy.low is not None else ""
     return {
         "accuracy_text": percent(accuracy.mean),
-        "interval_text": ends + accuracy.kind,
+        "interval_text": (f"{percent(accuracy.low)} to {percent(accuracy.high)}, " if accuracy.low is not None else "")
+        + accuracy.kind,
         "state_text": f"{human_bytes(point.state.true_bytes)} ({point.state.true_bytes:,} B, {point.state.dtype})",
         "published_text": f"{human_bytes(point.state.published_bytes)} ({point.state.published_bytes:,} B)",
         "read_text": f"{human_bytes(point.state.read_bytes)} ({point.state.read_bytes:,} B)",

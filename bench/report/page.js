@@ -58,15 +58,30 @@
     return `${Math.round(count)} GiB`;
   }
 
+  // Names beside the points of the front: up and left where space is free, down and right at the left edge. A name that
+  // would cover another is left out, and so are all on a narrow page; the caption lists the whole front.
+  function withNames(front, points, width) {
+    const costs = points.map((p) => Math.log(p.x));
+    const least = Math.min(...costs), span = Math.max(...costs) - least || 1;
+    const taken = [];
+    const named = front.map((p) => ({ ...p, left_name: "", right_name: "" }));
+    for (const p of width > 500 ? named : []) {
+      const x = ((Math.log(p.x) - least) / span) * (width - 180), y = -350 * p.accuracy, long = 6.5 * p.name.length;
+      const atEdge = x < long - 20;
+      const box = atEdge ? { x0: x, x1: x + long, y: y + 14 } : { x0: x - long, x1: x, y: y - 10 };
+      if (taken.some((other) => box.x0 < other.x1 && other.x0 < box.x1 && Math.abs(box.y - other.y) < 13)) continue;
+      taken.push(box);
+      p[atEdge ? "left_name" : "right_name"] = p.name;
+    }
+    return named;
+  }
+
   function paretoData(task, width) {
     const points = data.points.filter((p) => p.task === task.id && isShown(p) && p.accuracy !== null).map(drawn).filter((p) => p.x > 0);
-    const least = Math.min(...points.map((p) => p.x)), most = Math.max(...points.map((p) => p.x));
-    // Names need about 160 pixels beside their point; a narrow page goes without, the caption lists them too.
-    const wide = width > 500;
-    const atEdge = (p) => Math.log(p.x / least) * width < 160 * Math.log(most / least);
-    const front = points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x)
-      .map((p) => ({ ...p, left_name: wide && atEdge(p) ? p.name : "", right_name: wide && !atEdge(p) ? p.name : "" }));
+    const front = withNames(points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x), points, width);
     // A need far below every state would squeeze the points into a corner: it becomes a note at the left edge.
+    const least = Math.min(...points.map((p) => p.x));
+    const wide = width > 500;
     const need = task.bits / 8;
     const off = need < least / 8;
     const label = wide ? `needed for ${task.bits_cell}: ${humanBytes(need)}` : `needed: ${humanBytes(need)}`;

@@ -145,7 +145,7 @@ def _heat_map(slices: list[str], rows: list[dict[str, Any]]) -> Figure:
 
 def _curves(lines: list[tuple[dict[str, Any], dict[str, Any]]], look: dict[str, styles.Style]) -> Figure:
     """Validation accuracy against training steps, mean and range over the reported seeds."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
     figure, axes = _figure(5.8, 3.2)
     for row, curve in lines:
@@ -153,6 +153,9 @@ def _curves(lines: list[tuple[dict[str, Any], dict[str, Any]]], look: dict[str, 
         axes.fill_between(curve["step"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
         axes.plot(curve["step"], curve["mean"], color=colour, linestyle=dash, linewidth=1.2, label=row["name"])
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel="Training step", ylabel="Validation accuracy", ylim=(-0.03, 1.04))
     figure.legend(loc="outside right upper")
