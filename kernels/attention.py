@@ -55,6 +55,11 @@ def _inside_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+# What torch.compile traces under a transform runs under it, so the answer is a constant there. This is the mark that
+# torch.compiler.assume_constant_result sets, which costs two seconds of imports.
+_inside_transform._dynamo_marked_constant = True
+
+
 def band_mask(
     n_queries: int, n_keys: int, *, window: int | None = None, sinks: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -104,11 +109,15 @@ def banded_attention(
         [B, H, T, V].
     """
     n_tokens, history = q_BHTK.shape[-2], k_BHSK.shape[-2] - q_BHTK.shape[-2]
-    if start_B is None and history == 0 and window >= n_tokens:
-        return attention(q_BHTK, k_BHSK, v_BHSV, causal=True)
-    start = torch.zeros((), dtype=torch.long, device=q_BHTK.device) if start_B is None else start_B
     n_sinks = 0 if sink_kv is None else sink_kv[0].shape[-2]
     block = max(window - 1, 32)
+    if start_B is None and history == 0 and n_tokens <= max(2 * block, window):
+        # a short sequence holds its sinks already
+        if window >= n_tokens:
+            return attention(q_BHTK, k_BHSK, v_BHSV, causal=True)
+        mask_TS = band_mask(n_tokens, n_tokens, window=window, sinks=n_sinks, device=q_BHTK.device)
+        return attention(q_BHTK, k_BHSK, v_BHSV, mask_TS=mask_TS)
+    start = torch.zeros((), dtype=torch.long, device=q_BHTK.device) if start_B is None else start_B
     if n_tokens <= 2 * block:
         mask = _band_visible(n_tokens, history, window, start, n_sinks)
         if sink_kv is not None:

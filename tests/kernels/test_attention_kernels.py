@@ -42,6 +42,17 @@ def test_attention_equals_the_reference_inside_and_outside_of_vmap():
     torch.testing.assert_close(mapped[0], causal)
 
 
+def test_vmapped_attention_compiles_as_one_graph():
+    stacked = [torch.stack((a, 2 * a)) for a in qkv(9)]
+    torch._dynamo.reset()
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.func.vmap(lambda q, k, v: attention(q, k, v, causal=True))(q, k, v)
+
+    compiled = torch.compile(causal, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*stacked), causal(*stacked))
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 0), (4, 3), (100, 2)])
 def test_band_mask_is_its_definition(window: int, sinks: int):
     n_queries, n_keys = 7, 12
