@@ -50,7 +50,7 @@ def bigbird(query: Tensor, key: Tensor, *, window: int, sinks: int, n_random: in
 
 
 def power(query: Tensor, key: Tensor, *, window: int, sinks: int) -> Tensor:
-    """Window, sinks, and every key whose distance is a power of two (Chen et al. 2025, PowerAttention).
+    """Window, sinks, and every key whose distance is a power of two (PowerAttention, 2025, here with blocks of one token).
 
     Any distance below T is a sum of at most ceil(log2 T) powers of two: that many layers see the whole past.
     """
