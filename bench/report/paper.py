@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.errors import UserError
 from bench.points import Point
 from bench.report import frames, styles
 from bench.store import Store
@@ -45,6 +46,9 @@ def paper_figures(points: Sequence[Point], folder: Path, *, store: Store | None 
 
     Returns:
         The files written, two for each figure.
+
+    Raises:
+        UserError: the folder cannot be made.
     """
     import matplotlib as mpl
 
@@ -52,7 +56,11 @@ def paper_figures(points: Sequence[Point], folder: Path, *, store: Store | None 
     rows = frames.point_rows(points, tasks)
     curves = frames.curve_rows(points, rows, store)[0] if store is not None else []
     look = styles.assign(point.mixer for point in points)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"The folder {folder} cannot be made ({reason}); choose another one with --paper.") from None
     written: list[Path] = []
     with mpl.rc_context(SETTINGS):
         for task in tasks:

@@ -216,5 +216,8 @@ def test_paper_figures_are_vector_text_and_repeatable(built, tmp_path: Path):
     }
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        paper_figures(found, tmp_path / "file")
     svg = (tmp_path / "a" / "mqar_pareto.svg").read_text("utf-8")
     assert ">Mean test accuracy</text>" in svg and "<image" not in svg
