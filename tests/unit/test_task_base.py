@@ -67,9 +67,7 @@ def test_earlier_splits_are_generated_once(monkeypatch):
 
 
 def test_streams_with_different_paths_differ():
-    draws = {stream(0, *path).integers(2**62) for path in [("a",), ("b",), ("a", "b"), ("a", 0)]} | {
-        stream(1, "a").integers(2**62)
-    }
+    draws = {stream(0, *path).integers(2**62) for path in [("a",), ("b",), ("a", "b"), ("a", 0)]} | {stream(1, "a").integers(2**62)}
     assert len(draws) == 5
 
 
