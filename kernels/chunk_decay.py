@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels._chunks import decayed_scores, from_chunks, pairwise_decay, to_chunks, walk
@@ -50,15 +49,16 @@ def scalar_decay(
     if lift is not None:
         scores = lift.scores(scores)
     scores = scores.tril() if g is None else scores * pairwise_decay(g)
-    o = scores @ v
+    o, final = scores @ v, None
     if v.shape[3] > 1 or state is not None:
         features = (lambda x: x) if lift is None else lift.features
-        update = features(k).mT @ (v if g is None else v * (g[..., -1:] - g).exp()[..., None])
+        phi_q, phi_k = features(q), features(k)
+        update = phi_k.mT @ (v if g is None else v * (g[..., -1:] - g).exp()[..., None])
         carry = None if g is None else g[..., -1:, None].exp()
-        entering, state = walk(update, carry, initial_state(state, update))
-        read = features(q) @ entering
+        entering, final = walk(update, carry, initial_state(state, phi_k, v))
+        read = phi_q @ entering
         o = o + (read if g is None else read * g.exp()[..., None])
-    return from_chunks(o, length), None if state is None else state.flatten(1, 2)
+    return from_chunks(o, length), None if state is None else final.flatten(1, 2)
 
 
 def vector_decay(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTHK: Tensor, state: Tensor | None, size: int) -> Pair:
@@ -67,13 +67,13 @@ def vector_decay(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTHK:
     q, k, v, g = (to_chunks(x, size, n_heads) for x in (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK))
     g = g.cumsum(-2)
     scores = decayed_scores(q[..., None, :], g[..., None, :], k[..., None, :], g[..., None, :])[..., 0, :, 0]
-    o = scores @ v + (q * k).sum(-1, keepdim=True) * v
+    o, final = scores @ v + (q * k).sum(-1, keepdim=True) * v, None
     if v.shape[3] > 1 or state is not None:
         last = g[..., -1:, :]
         update = (k * (last - g).exp()).mT @ v
-        entering, state = walk(update, last.exp().mT, initial_state(state, update))
+        entering, final = walk(update, last.exp().mT, initial_state(state, k, v))
         o = o + (q * g.exp()) @ entering
-    return from_chunks(o, length), None if state is None else state.flatten(1, 2)
+    return from_chunks(o, length), None if state is None else final.flatten(1, 2)
 
 
 def cumulated(log_decay: Tensor, length: int, size: int, groups: int) -> Tensor:
@@ -83,8 +83,8 @@ def cumulated(log_decay: Tensor, length: int, size: int, groups: int) -> Tensor:
     return to_chunks(log_decay, size, groups).cumsum(-1)
 
 
-def initial_state(state_BHKV: Tensor | None, updates: Tensor) -> Tensor:
-    """The state before the first chunk, [B, G, R, K, V]."""
+def initial_state(state_BHKV: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    """The state before the first chunk, [B, G, R, K, V], from keys and values in chunks."""
     if state_BHKV is None:
-        return torch.zeros_like(updates[:, :, :, 0])
-    return state_BHKV.unflatten(1, updates.shape[1:3])
+        return v.new_zeros(*v.shape[:3], k.shape[-1], v.shape[-1])
+    return state_BHKV.unflatten(1, v.shape[1:3])

@@ -32,16 +32,14 @@ def delta_rule(
     else:
         g = to_chunks(log_decay, size, n_heads).cumsum(-2)
         erase, scores = _vector_scores(q, k, g)
-    k_read, q_read, k_write = (k, q, k) if g is None else (k * g.exp(), q * g.exp(), k * (g[..., -1:, :] - g).exp())
     if v.shape[3] == 1 and state is None:
-        u = _solve(beta * erase, beta * v)
-        return from_chunks(scores @ u, length), None
-    v_dim = v.shape[-1]
-    solved = _solve(beta * erase, beta * torch.cat((v.expand(*k.shape[:-1], v_dim), k_read), dim=-1))
+        return from_chunks(scores @ _solve(beta * erase, beta * v), length), None
+    k_read, q_read, k_write = (k, q, k) if g is None else (k * g.exp(), q * g.exp(), k * (g[..., -1:, :] - g).exp())
+    solved = _solve(beta * erase, beta * torch.cat((v, -k_read), dim=-1))
     carry = None if g is None else g[..., -1:, :].exp().mT
-    u, entering, state = _walk_delta(solved[..., :v_dim], solved[..., v_dim:], k_write.mT, carry, state)
+    u, entering, final = _walk(solved, k_write.mT, carry, None, initial_state(state, k, v))
     o = scores @ u + q_read @ entering
-    return from_chunks(o, length), None if state is None else state.flatten(1, 2)
+    return from_chunks(o, length), None if state is None else final.flatten(1, 2)
 
 
 def _scalar_scores(q: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,19 +62,32 @@ def _solve(strict: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(strict, right, upper=False, unitriangular=True)
 
 
-def _walk_delta(
-    u_own: Tensor, k_erase: Tensor, k_write_T: Tensor, carry: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Walks the chunks: u = u_own - k_erase S, S <- carry S + K^T u; returns every u and every entering S."""
-    given = state is not None
-    state = initial_state(state, u_own.new_zeros(1).expand(*u_own.shape[:4], k_erase.shape[-1], u_own.shape[-1]))
+def _walk(
+    solved: Tensor, write_T: Tensor, carry: Tensor | None, plain: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walks the chunks: u = own + read S, S <- carry S + write^T u + plain.
+
+    Args:
+        solved: own and read side by side, [B, H, 1, N, C, V + K].
+        write_T: [B, H, 1, N, K, C].
+        carry: decay of a whole chunk, [B, H, 1, N, K or 1, 1], or None for 1.
+        plain: writes that do not depend on S, [B, H, 1, N, K, V], or None for none.
+        state: S before the first chunk, [B, H, 1, K, V].
+
+    Returns:
+        Every u [B, H, 1, N, C, V], every S before its chunk [B, H, 1, N, K, V], and the last S.
+    """
+    v_dim = state.shape[-1]
     values, entering = [], []
-    for n in range(u_own.shape[3]):
+    for n in range(solved.shape[3]):
         entering.append(state)
-        values.append(u_own[:, :, :, n] - k_erase[:, :, :, n] @ state)
-        decayed = state if carry is None else state * carry[:, :, :, n]
-        state = decayed + k_write_T[:, :, :, n] @ values[-1]
-    return torch.stack(values, dim=3), torch.stack(entering, dim=3), state if given else None
+        values.append(solved[:, :, :, n, :, :v_dim] + solved[:, :, :, n, :, v_dim:] @ state)
+        if carry is not None:
+            state = state * carry[:, :, :, n]
+        if plain is not None:
+            state = state + plain[:, :, :, n]
+        state = state + write_T[:, :, :, n] @ values[-1]
+    return torch.stack(values, dim=3), torch.stack(entering, dim=3), state
 
 
 def dplr(
@@ -94,30 +105,27 @@ def dplr(
     With w_t = S_{t-1}^T b_t the chunk solves (I - L_ba) W = L_bk V + exp(G_{i-1}) B S, and then
     O = A_qk V + A_qa W + exp(G) Q S.
     """
-    length, n_heads, v_dim = *v_BTHV.shape[1:3], v_BTHV.shape[3]
+    length, n_heads = v_BTHV.shape[1:3]
     q, k, v, a, b, log_decay = (to_chunks(x, size, n_heads) for x in (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK))
     g = log_decay.cumsum(-2)
     g_before = g - log_decay
-    cols = torch.stack((k, a), dim=-2)
-    all_scores = decayed_scores(torch.stack((q, b), dim=-2), torch.stack((g, g_before), dim=-2), cols, g[..., None, :])
-    q_rows, b_rows = all_scores.unbind(-3)
-    (qk, qa), (bk, ba) = q_rows.unbind(-1), b_rows.unbind(-1)
-    own_k, own_a = (q[..., None, :] * cols).sum(-1, keepdim=True).unbind(-2)
-    right = bk @ v
+    qk, qa, bk, ba = _dplr_scores(q, k, a, b, g, g_before)
     if v.shape[3] == 1 and state is None:
-        w = _solve(-ba, right)
-        return from_chunks(qk @ v + qa @ w + own_k * v + own_a * w, length), None
-    solved = _solve(-ba, torch.cat((right, b * g_before.exp()), dim=-1))
+        return from_chunks(qk @ v + qa @ _solve(-ba, bk @ v), length), None
+    solved = _solve(-ba, torch.cat((bk @ v, b * g_before.exp()), dim=-1))
     last = g[..., -1:, :]
     fade = (last - g).exp()
-    given = state is not None
-    state = initial_state(state, q.new_zeros(1).expand(*q.shape[:4], q.shape[-1], v_dim))
-    reads, entering = [], []
-    write = (k * fade).mT @ v
-    for n in range(v.shape[3]):
-        entering.append(state)
-        reads.append(solved[:, :, :, n, :, :v_dim] + solved[:, :, :, n, :, v_dim:] @ state)
-        state = state * last[:, :, :, n].exp().mT + write[:, :, :, n] + (a * fade)[:, :, :, n].mT @ reads[-1]
-    w = torch.stack(reads, dim=3)
-    o = qk @ v + qa @ w + own_k * v + own_a * w + (q * g.exp()) @ torch.stack(entering, dim=3)
-    return from_chunks(o, length), state.flatten(1, 2) if given else None
+    plain = (k * fade).mT @ v
+    w, entering, final = _walk(solved, (a * fade).mT, last.exp().mT, plain, initial_state(state, k, v))
+    o = qk @ v + qa @ w + (q * g.exp()) @ entering
+    return from_chunks(o, length), None if state is None else final.flatten(1, 2)
+
+
+def _dplr_scores(q: Tensor, k: Tensor, a: Tensor, b: Tensor, g: Tensor, g_before: Tensor) -> tuple[Tensor, ...]:
+    """Scores [..., C, C] of q against k and a, which include the own token, and of b against k and a, which do not."""
+    rows, cols = torch.stack((q, b), dim=-2), torch.stack((k, a), dim=-2)
+    scores = decayed_scores(rows, torch.stack((g, g_before), dim=-2), cols, g[..., None, :])
+    own_k, own_a = (q[..., None, :] * cols).sum(-1).unbind(-1)
+    q_rows, b_rows = scores.unbind(-3)
+    (qk, qa), (bk, ba) = q_rows.unbind(-1), b_rows.unbind(-1)
+    return qk + torch.diag_embed(own_k), qa + torch.diag_embed(own_a), bk, ba

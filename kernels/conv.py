@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def short_conv(
@@ -28,13 +29,41 @@ def short_conv(
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
     before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
     padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
-    taps_KD = weight_DK.t().to(x_BTD.dtype)
-    y_BTD = padded_BSD[:, :length] * taps_KD[0]
-    for j in range(1, taps):
-        y_BTD = torch.addcmul(y_BTD, padded_BSD[:, j : j + length], taps_KD[j])
+    y_BTD = _ShortConv.apply(padded_BSD, weight_DK.t().to(x_BTD.dtype))
     if bias_D is not None:
         y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
     return y_BTD, None if tail_BPD is None else padded_BSD[:, length:].to(tail_BPD.dtype)
+
+
+class _ShortConv(torch.autograd.Function):
+    """The sum over taps; its gradient is written out because autograd would pad each tap's share to full length."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(padded_BSD: Tensor, taps_KD: Tensor) -> Tensor:
+        return _stencil(padded_BSD, taps_KD)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        padded_BSD, taps_KD = ctx.saved_tensors
+        length, taps = dy_BTD.shape[1], taps_KD.shape[0]
+        d_padded_BSD = _stencil(F.pad(dy_BTD, (0, 0, taps - 1, taps - 1)), taps_KD.flip(0))
+        d_taps = [(dy_BTD * padded_BSD[:, j : j + length]).sum((0, 1)) for j in range(taps)]
+        return d_padded_BSD, torch.stack(d_taps)
+
+
+def _stencil(x_BSD: Tensor, taps_KD: Tensor) -> Tensor:
+    """sum_j taps_j x_{t+j}, as long as the window fits."""
+    length = x_BSD.shape[1] - taps_KD.shape[0] + 1
+    y_BTD = x_BSD[:, :length] * taps_KD[0]
+    for j in range(1, taps_KD.shape[0]):
+        y_BTD = torch.addcmul(y_BTD, x_BSD[:, j : j + length], taps_KD[j])
+    return y_BTD
 
 
 def short_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,19 @@ def refuse_context(mixer: Mixer, context_BSD: Tensor | None) -> None:
         )
 
 
+def head_count(width: int, head_dim: int, *, what: str) -> int:
+    """Number of heads of a given width, which is cut down to the total width where that is smaller.
+
+    Raises:
+        ValueError: the head width does not divide the total width.
+    """
+    head_dim = min(head_dim, width)
+    if head_dim < 1 or width % head_dim:
+        nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - head_dim))
+        raise ValueError(f"head_dim={head_dim} does not divide {what}={width}; the nearest head width that does is {nearest}")
+    return width // head_dim
+
+
 def log_rates(n: int, low: float = 1.0, high: float = 16.0) -> nn.Parameter:
     """Logs of n decay rates drawn uniformly from [low, high] (Dao & Gu 2024)."""
     return nn.Parameter(torch.empty(n).uniform_(low, high).log())

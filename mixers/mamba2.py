@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.chunked import linear_recurrence
-from mixers._base import Mixer, State, heads, mixer
-from mixers._layers import RMSNorm, ShortConv, log_rates, refuse_context, time_step_bias, widen
+from mixers._base import Mixer, State, mixer
+from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, refuse_context, time_step_bias, widen
 
 
 @mixer("mamba2")
@@ -44,9 +44,10 @@ class Mamba2(Mixer):
     ) -> None:
         super().__init__(d_model, pattern=pattern)
         self.d_inner, self.d_state, self.n_groups = expand * d_model, d_state, n_groups
-        self.head_dim = min(head_dim, self.d_inner)
-        self.n_heads = heads(self.d_inner, self.head_dim, what="head_dim as n_heads, expand * d_model")
-        heads(self.n_heads, n_groups, what="n_groups as n_heads, the number of heads")
+        self.n_heads = head_count(self.d_inner, head_dim, what="expand * d_model")
+        self.head_dim = self.d_inner // self.n_heads
+        if n_groups < 1 or self.n_heads % n_groups:
+            raise ValueError(f"n_groups={n_groups} does not divide the {self.n_heads} heads; one group always does")
         d_conv = self.d_inner + 2 * n_groups * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + d_conv + self.n_heads, bias=False)
         self.conv = ShortConv(d_conv, conv, bias=True)

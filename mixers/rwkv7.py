@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.chunked import dplr_recurrence
-from mixers._base import Mixer, State, heads, mixer
-from mixers._layers import HeadNorm, LowRank, l2_normalize, refuse_context, widen
+from mixers._base import Mixer, State, mixer
+from mixers._layers import HeadNorm, LowRank, head_count, l2_normalize, refuse_context, widen
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
 """The strongest log decay per token: w = exp(-exp(-1/2) sigmoid(.)), at least 0.545 (section 4.1)."""
@@ -48,8 +48,8 @@ class RWKV7(Mixer):
         gate_rank: int = 64,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
-        self.head_dim = min(head_dim, d_model)
-        self.n_heads = heads(d_model, self.head_dim, what="head_dim as n_heads, d_model")
+        self.n_heads = head_count(d_model, head_dim, what="d_model")
+        self.head_dim = d_model // self.n_heads
         self.shift = nn.Parameter(torch.rand(6, d_model))
         self.r_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
