@@ -84,6 +84,18 @@ def execute(
     return record
 
 
+def record_death(spec: RunSpec, device: torch.device, store: Store, exit_code: int | None) -> RunRecord:
+    """Stores the record of a run whose worker process died on it repeatedly, with no chance to say why."""
+    identity = run_id(spec, provenance.identity_code(spec))
+    outcome = _Outcome()
+    signal = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+    outcome.status, outcome.reason = "failed", f"its worker process died twice ({signal})"
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    record = _record(spec, identity, device, outcome, started, 0.0, 1)
+    store.write(record)
+    return record
+
+
 class _Outcome:
     """What a run has to show so far."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from bench import provenance
 from bench.points import choose_lr
@@ -23,7 +23,7 @@ class Experiment(Frozen):
     task: TaskSpec
     model: ModelSpec
     train: TrainSpec = TrainSpec()
-    lrs: tuple[float, ...] = Field(min_length=1)
+    lrs: tuple[PositiveFloat, ...] = Field(min_length=1)
 
     def run(self, lr: float, seed: int) -> RunSpec:
         """The run of this experiment at a learning rate and a seed."""

@@ -44,7 +44,7 @@ class SweepProgress:
 
     def start(self, spec: RunSpec, name: str) -> None:
         """A run begins."""
-        if self.live is not None:
+        if self.live is not None and spec not in self.bars:
             self.bars[spec] = self.live.add_task(name, total=None, note="starting")
 
     def update(self, spec: RunSpec, progress: TrainProgress) -> None:

@@ -28,7 +28,7 @@ def run(root: Path, out: Path, task: str | None, paper: Path | None, output: Out
     if paper is not None:
         records, _ = store.load()
         chosen = [record for record in records if task in (None, record.spec.task.name)]
-        for path in paper_figures(points(chosen), paper):
+        for path in paper_figures(points(chosen), paper, store=store):
             output.say(f"Figure: {path}")
             output.emit("figure", {"path": str(path)})
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,16 @@ from bench.commands.progress import SweepProgress, run_name
 from bench.device import Device, resolve_device
 from bench.errors import UserError
 from bench.grammar import apply_settings, parse_mixers
-from bench.launch import Workers, worker_devices
+from bench.launch import Event, Workers, worker_devices
 from bench.points import Point, points
-from bench.records import StateInfo
+from bench.records import RunRecord, StateInfo
 from bench.spec import RunSpec, TaskSpec
 from bench.store import Store
 from bench.sweep import Experiment, Planner, Sweep
 
 DEFAULT_RECIPE = "laptop"
+MAX_DEATHS = 2
+"""Worker processes that one run may take down."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,11 @@ def run(request: Request, output: Output) -> int:
     else:
         already = f" ({present} are already in {store.root})" if present else ""
         output.say(f"{len(sweep.experiments)} points, {missing} runs to do{already}; Ctrl-C stops and keeps what is done.")
-        if not _train(sweep, planner, info, store, worker_devices(device.kind, request.jobs), missing, output):
+        devices = worker_devices(device.kind, request.jobs)[:missing]
+        try:
+            with SweepProgress(output, missing) as progress, Workers(devices, store.root) as workers:
+                _Training(sweep, planner, info, workers).run(progress)
+        except KeyboardInterrupt:
             output.say("Interrupted; finished runs are stored and runs in flight left a checkpoint. The same command goes on.")
             return 130
     records = [record for experiment in sweep.experiments for record in planner.plan(experiment, sweep).done]
@@ -178,41 +185,55 @@ def run(request: Request, output: Output) -> int:
     return 0 if all(record.status == "done" for record in records) else 1
 
 
-def _train(
-    sweep: Sweep,
-    planner: Planner,
-    info: dict[Experiment, ModelInfo],
-    store: Store,
-    devices: list[str],
-    missing: int,
-    output: Output,
-) -> bool:
-    """Trains everything that is missing; False if interrupted."""
-    running: set[RunSpec] = set()
-    names: dict[RunSpec, str] = {}
-    with SweepProgress(output, missing) as progress, Workers(devices[:missing], store.root) as workers:
-        try:
-            while True:
-                for experiment in sweep.experiments:
-                    for spec in planner.plan(experiment, sweep).ready:
-                        if workers.idle() and spec not in running:
-                            running.add(spec)
-                            names[spec] = run_name(spec, info[experiment].label)
-                            progress.start(spec, names[spec])
-                            workers.submit(spec)
-                if not workers.busy():
-                    return True
-                for event in workers.events(timeout=1.0):
-                    if event.kind == "progress":
-                        progress.update(event.spec, event.content)
-                    elif event.kind == "finished":
-                        planner.add(event.content)
-                        progress.finish(event.content, names[event.spec])
-                    else:
-                        progress.note(f"A worker died (exit code {event.content}) on {names[event.spec]}; the run starts again.")
-                        running.discard(event.spec)
-        except KeyboardInterrupt:
-            return False
+class _Training:
+    """A sweep while it trains."""
+
+    def __init__(self, sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], workers: Workers) -> None:
+        self.sweep, self.planner, self.info, self.workers = sweep, planner, info, workers
+        self.names: dict[RunSpec, str] = {}
+        self.deaths: Counter[RunSpec] = Counter()
+
+    def run(self, progress: SweepProgress) -> None:
+        """Trains until nothing is missing."""
+        while True:
+            self._hand_out(progress)
+            if not self.workers.busy():
+                return
+            for event in self.workers.events(timeout=1.0):
+                if event.kind == "progress":
+                    progress.update(event.spec, event.content)
+                elif event.kind == "finished":
+                    self._finish(event.content, progress)
+                else:
+                    self._died(event, progress)
+
+    def _hand_out(self, progress: SweepProgress) -> None:
+        """Gives every idle worker a run that can start now."""
+        for experiment in self.sweep.experiments:
+            for spec in self.planner.plan(experiment, self.sweep).ready:
+                if not self.workers.idle():
+                    return
+                if spec not in self.workers.busy():
+                    self.names[spec] = run_name(spec, self.info[experiment].label)
+                    progress.start(spec, self.names[spec])
+                    self.workers.submit(spec)
+
+    def _finish(self, record: RunRecord, progress: SweepProgress) -> None:
+        self.planner.add(record)
+        progress.finish(record, self.names[record.spec])
+
+    def _died(self, event: Event, progress: SweepProgress) -> None:
+        """A worker process is gone: its run starts again once, then it is recorded as failed."""
+        import torch
+
+        from bench.runner import record_death
+
+        self.deaths[event.spec] += 1
+        if self.deaths[event.spec] < MAX_DEATHS:
+            progress.note(f"A worker died (exit code {event.content}) on {self.names[event.spec]}; the run starts again.")
+            return
+        store = Store(self.workers.store)
+        self._finish(record_death(event.spec, torch.device(self.workers.devices[0]), store, event.content), progress)
 
 
 def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], output: Output) -> None:
