@@ -99,6 +99,8 @@ class Task(ABC):
     """Whether the model embeds `Batch.inputs` or projects `Batch.features`."""
     target_kind: ClassVar[Literal["tokens", "real"]] = "tokens"
     """Whether labels are `Batch.targets` (cross-entropy) or `Batch.values` (squared error)."""
+    readout: ClassVar[Literal["positions", "last"]] = "positions"
+    """Whether each label is predicted from its own position, or all of them from the last position's hidden vector."""
     vocab_size: int
     """Number of token ids, of inputs and targets together."""
     feature_dim: int = 0

@@ -13,6 +13,8 @@ def distinct(rng: np.random.Generator, rows: int, draws: int, population: int) -
     changes neither the stream's law nor the number of distinct draws in it.
     """
     assert draws <= population
+    if draws <= 3:
+        return _few_distinct(rng, rows, draws, population)
     if 4 * draws > population:  # then a full shuffle of the population costs little more
         return rng.permuted(np.tile(np.arange(population), (rows, 1)), axis=1)[:, :draws]
     expected = population * np.log(population / (population - draws + 1e-9))
@@ -25,6 +27,17 @@ def distinct(rng: np.random.Generator, rows: int, draws: int, population: int) -
         done = first.sum(axis=1) >= draws
         out[open_rows[done]] = _keep_first(stream[done], first[done], draws)
         open_rows = open_rows[~done]
+    return out
+
+
+def _few_distinct(rng: np.random.Generator, rows: int, draws: int, population: int) -> np.ndarray:
+    """The same for a few draws: draw j is a rank among the ids not drawn yet."""
+    out = np.empty((rows, draws), dtype=np.int64)
+    for j in range(draws):
+        rank = rng.integers(0, population - j, size=rows)
+        for earlier in np.sort(out[:, :j], axis=1).T:
+            rank += rank >= earlier
+        out[:, j] = rank
     return out
 
 
