@@ -93,5 +93,5 @@ class SelectiveCopy(Task):
         return {"chance": 1 / self.symbols, **measured(self, cell)}
 
     def bits_needed(self, cell: Cell) -> float:
-        """N log2(symbols)."""
+        """Bits of the n tokens, n log2(symbols)."""
         return cell.axes["tokens"] * log2(self.symbols)
