@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, stream
+from synthetic_tasks._base import Batch, Cell, Task, content_key, stream
 
 
 def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None) -> float:
@@ -20,22 +20,43 @@ def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None)
     return float((right[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
 
 
-def measured(task: Task, cell: Cell, examples: int = 256) -> dict[str, float]:
-    """Accuracy of each of the task's shortcut solvers, measured on a fixed sample of `cell`."""
-    batch = task.sample(cell, examples, stream(0, "ceiling", cell.name))
-    return {name: accuracy(predictions, batch) for name, predictions in task.shortcuts(batch).items()}
+def score(predictions: np.ndarray, batch: Batch) -> float:
+    """Accuracy, or the mean squared error where labels are real."""
+    if batch.values is None:
+        return accuracy(predictions, batch)
+    return float(((predictions - batch.values)[batch.mask] ** 2).mean())
 
 
-def binding_gain(score: float, shortcut: float) -> float:
+def measured(task: Task, cell: Cell, examples: int = 256, *, exact: bool = False) -> dict[str, float]:
+    """Score of each of the task's shortcut solvers on a fixed sample of `cell`, and of the exact one as "exact".
+
+    Results are kept for the life of the process, as every run of a sweep asks for them.
+    """
+    key = content_key(task, cell, examples, exact)
+    if key is None or key not in _MEASURED:
+        batch = task.sample(cell, examples, stream(0, "ceiling", cell.name))
+        found = {name: score(predictions, batch) for name, predictions in task.shortcuts(batch).items()}
+        if exact:
+            found["exact"] = score(task.solve(batch), batch)
+        if key is None:
+            return found
+        _MEASURED[key] = found
+    return dict(_MEASURED[key])
+
+
+_MEASURED: dict[str, dict[str, float]] = {}
+
+
+def binding_gain(accuracy: float, shortcut: float) -> float:
     """Accuracy gained over a shortcut solver as a fraction of what it leaves, (a - m) / (1 - m); nan where m is 1."""
-    return (score - shortcut) / (1 - shortcut) if shortcut < 1 else float("nan")
+    return (accuracy - shortcut) / (1 - shortcut) if shortcut < 1 else float("nan")
 
 
-def effective_memory_length(score: float, ceilings: Mapping[str, float]) -> float:
+def effective_memory_length(accuracy: float, ceilings: Mapping[str, float]) -> float:
     """How many symbols of history an ideal observer needs to score as much: the Bayes curve of `ceilings`, read backwards.
 
     Args:
-        score: accuracy of a model.
+        accuracy: of a model.
         ceilings: with entries "bayes 1", "bayes 2", ... : accuracy of the Bayes filter that sees the last k symbols.
 
     Returns:
@@ -43,4 +64,4 @@ def effective_memory_length(score: float, ceilings: Mapping[str, float]) -> floa
     """
     curve = {0: ceilings["chance"]} | {int(n.split()[1]): v for n, v in ceilings.items() if n.startswith("bayes ")}
     lengths = sorted(curve)
-    return float(np.interp(score, np.maximum.accumulate([curve[k] for k in lengths]), lengths))
+    return float(np.interp(accuracy, np.maximum.accumulate([curve[k] for k in lengths]), lengths))

@@ -77,10 +77,10 @@ class CorrelatedRecall(Task):
         asked = random_order(rng, examples, pairs)
         head = cell.length - pairs
         written = random_order(rng, examples, head // pairs, pairs).reshape(examples, head)
+        rows = np.arange(examples)[:, None]
         features = np.zeros((examples, cell.length, self.feature_dim), dtype=np.float32)
-        order = np.concatenate([written, asked], axis=1)
-        features[..., : self.key_dim] = np.take_along_axis(key, order[..., None], axis=1)
-        features[:, :head, self.key_dim : -1] = np.eye(self.vocab_size)[np.take_along_axis(value, written, axis=1)]
+        features[..., : self.key_dim] = key.astype(np.float32)[rows, np.concatenate([written, asked], axis=1)]
+        features[rows, np.arange(head), self.key_dim + value[rows, written]] = 1
         features[:, head:, -1] = 1
         targets = np.zeros((examples, cell.length), dtype=np.int32)
         targets[:, head:] = np.take_along_axis(value, asked, axis=1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from synthetic_tasks._base import Batch, Cell, Task, stream, task
 from synthetic_tasks._cells import parse_splits
+from synthetic_tasks._metrics import measured
 
 
 def _length(axes: Mapping[str, int]) -> int:
@@ -137,10 +138,7 @@ class InContextRegression(Task):
 
     def ceilings(self, cell: Cell) -> dict[str, float]:
         """Mean squared errors, measured: lower is better; excess error is (error - exact) / (predict zero - exact)."""
-        batch = self.sample(cell, 512, stream(0, "ceiling", cell.name))
-        assert batch.values is not None
-        found = {"exact": self.solve(batch), **self.shortcuts(batch)}
-        return {name: float(((guess - batch.values)[batch.mask] ** 2).mean()) for name, guess in found.items()}
+        return measured(self, cell, 512, exact=True)
 
     def bits_needed(self, cell: Cell) -> float:
         """Scalars an exact online solver keeps, at 32 bits: the Gram matrix and the d by k moment, for each live region.

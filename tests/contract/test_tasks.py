@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from synthetic_tasks.time_generation import load_all
 
 load_all()
 NAMES = sorted(TASKS)
-GOLDEN = json.loads((Path(__file__).parent / "task_digests.json").read_text())
+GOLDEN_FILE = Path(__file__).parent / "task_digests.json"
+GOLDEN_OPTIONS: dict[str, dict] = {"mqar": {"vocab_size": 256, "test_cells": "64x4:1+64x16:1+128x32:1"}}
+"""Options that keep a golden digest apart from the tuning of a task's default cells."""
 ROWS = 48
 
 
@@ -84,8 +87,8 @@ def test_solver_reaches_the_stated_rate(made: Task):
             assert predictions.shape == batch.values.shape
             assert np.isfinite(predictions[batch.mask]).all()
             continue
-        rate = made.ceilings(cell).get("exact", 1.0)
-        assert accuracy(predictions, batch) >= (1.0 if rate == 1.0 else rate - 0.06)
+        stated = made.ceilings(cell).get("exact")
+        assert accuracy(predictions, batch) >= (1.0 if stated is None else stated - 0.06)
 
 
 def test_solver_reads_no_label_and_no_future(made: Task):
@@ -124,13 +127,19 @@ def test_ceilings_and_bits(made: Task):
         assert all(predictions.shape == made.solve(batch).shape for predictions in shortcuts.values())
 
 
-def tiny(made: Task, split: str) -> dict[str, Batch]:
-    return {cell.name: made.sample(cell, 4, stream(7, made.name, split, cell.name)) for cell in small_cells(made)}
+def tiny(name: str) -> dict[str, Batch]:
+    made = TASKS[name](**GOLDEN_OPTIONS.get(name, {}))
+    return {cell.name: made.sample(cell, 4, stream(7, name, cell.name)) for cell in small_cells(made)}
 
 
-def test_golden_digest(made: Task):
-    """The bytes of a tiny configuration; a deliberate change of a generator regenerates `task_digests.json`."""
-    assert split_digest(tiny(made, "test")) == GOLDEN[made.name]
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_digest(name: str):
+    """The bytes of a tiny configuration; after a deliberate change of a generator run this with UPDATE_TASK_DIGESTS=1."""
+    golden = json.loads(GOLDEN_FILE.read_text()) if GOLDEN_FILE.exists() else {}
+    if os.environ.get("UPDATE_TASK_DIGESTS"):
+        golden = {known: digest for known, digest in golden.items() if known in NAMES} | {name: split_digest(tiny(name))}
+        GOLDEN_FILE.write_text(json.dumps(golden, indent=2, sort_keys=True) + "\n")
+    assert split_digest(tiny(name)) == golden[name]
 
 
 def test_one_seed_decides_every_byte(made: Task):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from synthetic_tasks import Batch, Cell, Task, _base, accuracy, blocks, build_split, split_digest, stream
+from synthetic_tasks import TASKS, Batch, Cell, Task, _base, accuracy, blocks, build_split, split_digest, stream, time_generation
 from synthetic_tasks._cells import parse_cells, parse_splits
+from synthetic_tasks._metrics import measured
 from synthetic_tasks.mqar import MQAR
 
 
@@ -64,6 +65,21 @@ def test_earlier_splits_are_generated_once(monkeypatch):
     for split in ("train", "valid", "test"):
         build_split(MQAR(train_cells="32x4:151", test_cells="32x4:51"), split, 99)
     assert sorted(drawn) == [51, 51, 151]
+
+
+def test_a_task_that_cannot_be_pickled_works_without_reuse():
+    task = Tiny(length=11, examples=60)
+    task.hook = lambda: None
+    train, test = (build_split(task, split, 0)["only"] for split in ("train", "test"))
+    assert not {tuple(row) for row in train.inputs.tolist()} & {tuple(row) for row in test.inputs.tolist()}
+    assert measured(task, task.cells("test")[0], exact=True) == {"exact": 1.0}
+
+
+def test_timing_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["time_generation", "--task", "parity", "--examples", "8", "--long"])
+    time_generation.main()
+    assert "length   512" in capsys.readouterr().out
+    assert sorted(time_generation.LONG) == sorted(TASKS), "every task is timed"
 
 
 def test_streams_with_different_paths_differ():

@@ -49,7 +49,7 @@ def test_published_mean_slots():
 
 def test_fillers():
     def fill(name: str):
-        batch = MQAR(filler=name).sample(cell(64, 8), 400, stream(3))
+        batch = MQAR(filler=name, vocab_size=256).sample(cell(64, 8), 400, stream(3))
         return batch, ~batch.mask & (np.arange(64) >= 16)
 
     zero, where = fill("zero")
@@ -90,7 +90,7 @@ def test_decay_axis():
     ("options", "words"),
     [
         ({"test_cells": "64x17:1"}, "17 pairs do not fit length 64, which holds 1 to 16"),
-        ({"train_cells": "1024x200:1"}, "vocab_size=256 has 127"),
+        ({"train_cells": "1024x200:1", "vocab_size": 256}, "vocab_size=256 has 127"),
         ({"power_a": 0.0}, "must be positive"),
         ({"test_powers": "1,x"}, "not a list of numbers"),
         ({"test_powers": "1,1"}, "distinct"),
