@@ -31,7 +31,7 @@ class MADRecall(Task):
         symbols = vocab_size - self.noise_ids
         if symbols < 2:
             raise ValueError(
-                f"{self.name}: vocab_size={vocab_size} with {self.noise_ids} noise ids leaves {symbols} keys and values; use at "
+                f"vocab_size={vocab_size} with {self.noise_ids} noise ids leaves {symbols} keys and values; use at "
                 f"least {self.noise_ids + 2}"
             )
         self.keys = symbols // 2
@@ -39,7 +39,7 @@ class MADRecall(Task):
         self._cells = with_full_loss(cells) if self.full_loss else cells
         for cell in itertools.chain(*cells.values()):
             if cell.length % 2 or cell.length < 4:
-                raise ValueError(f"{self.name}: length {cell.length} must be even and at least 4, two pairs of two tokens")
+                raise ValueError(f"length {cell.length} must be even and at least 4, two pairs of two tokens")
 
     def cells(self, split: str) -> tuple[Cell, ...]:
         """See `Task.cells`."""

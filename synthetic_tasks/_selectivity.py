@@ -34,13 +34,13 @@ class Selectivity(Task):
     def _prepare(self, ambiguity: int, grammar_seed: int, cells: dict[str, tuple[Cell, ...]]) -> None:
         """Draws the grammar and checks the cells; called at the end of `__init__`."""
         if ambiguity < 2:
-            raise ValueError(f"{self.name}: ambiguity={ambiguity} leaves no hidden state to track; use at least 2")
+            raise ValueError(f"ambiguity={ambiguity} leaves no hidden state to track; use at least 2")
         self.grammar = Grammar(ambiguity, ambiguity, stream(grammar_seed, "grammar", ambiguity))
         self.vocab_size = max(self.grammar.states, ambiguity + 2)
         self._cells = cells
         for cell in itertools.chain(*cells.values()):
             if cell.axes["symbols"] < 2:
-                raise ValueError(f"{self.name}: cell {cell.name} has {cell.axes['symbols']:g} symbols; use at least 2")
+                raise ValueError(f"cell {cell.name} has {cell.axes['symbols']:g} symbols; use at least 2")
         if self.input_kind == "features":
             self.feature_dim = ambiguity + 1
 

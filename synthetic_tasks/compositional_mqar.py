@@ -55,7 +55,7 @@ class CompositionalMQAR(Task):
         self.vocab_size, self.values, self.filler, self.power_a = vocab_size, values, filler, power_a
         self._cells = parse_splits(("length", "pairs"), train=train_cells, valid=valid_cells, test=test_cells)
         if power_a <= 0:
-            raise ValueError(f"compositional_mqar: power_a={power_a} must be positive; 0.01 is the published value")
+            raise ValueError(f"power_a={power_a} must be positive; 0.01 is the published value")
         for cell in itertools.chain(*self._cells.values()):
             self._check(cell)
 
@@ -64,15 +64,15 @@ class CompositionalMQAR(Task):
         pairs, third = int(cell.axes["pairs"]), self.vocab_size // 3
         side = isqrt(pairs)
         if side**2 != pairs:
-            raise ValueError(f"compositional_mqar: {pairs} pairs are no square grid; use {side**2} or {(side + 1) ** 2} pairs")
+            raise ValueError(f"{pairs} pairs are no square grid; use {side**2} or {(side + 1) ** 2} pairs")
         if 6 * pairs > cell.length:
             raise ValueError(
-                f"compositional_mqar: {pairs} pairs need {6 * pairs} tokens (3 a pair, 3 a query) but the length is {cell.length}; "
+                f"{pairs} pairs need {6 * pairs} tokens (3 a pair, 3 a query) but the length is {cell.length}; "
                 f"use at most {isqrt(cell.length // 6) ** 2} pairs or a length of at least {6 * pairs}"
             )
         if side > third - 1 or (self.values == "distinct" and pairs > self._value_count()):
             raise ValueError(
-                f"compositional_mqar: {pairs} pairs need {side} keys of each kind and up to {pairs} values, but vocab_size="
+                f"{pairs} pairs need {side} keys of each kind and up to {pairs} values, but vocab_size="
                 f"{self.vocab_size} has {third - 1} and {self._value_count()}; use vocab_size={3 * max(side + 1, pairs)}"
             )
 

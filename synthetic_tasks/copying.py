@@ -49,10 +49,10 @@ class Copying(Task):
         self.alphabet, self.vocab_size = alphabet, FIRST + alphabet
         self._cells = parse_splits(("letters",), train=train_cells, valid=valid_cells, test=test_cells, length=_length)
         if alphabet < 2:
-            raise ValueError(f"copying: alphabet={alphabet} leaves nothing to tell apart; use at least 2")
+            raise ValueError(f"alphabet={alphabet} leaves nothing to tell apart; use at least 2")
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["letters"] < 2:
-                raise ValueError(f"copying: cell {cell.name} copies {cell.axes['letters']:g} letter; use at least 2")
+                raise ValueError(f"cell {cell.name} copies {cell.axes['letters']:g} letter; use at least 2")
 
     def cells(self, split: str) -> tuple[Cell, ...]:
         """See `Task.cells`."""

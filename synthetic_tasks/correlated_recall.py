@@ -55,11 +55,11 @@ class CorrelatedRecall(Task):
             ("pairs", "percent", "passes"), train=train_cells, valid=valid_cells, test=test_cells, length=_length
         )
         if key_dim < 2 or values < 2:
-            raise ValueError(f"correlated_recall: key_dim={key_dim} and values={values} must both be at least 2")
+            raise ValueError(f"key_dim={key_dim} and values={values} must both be at least 2")
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["percent"] >= 100 or cell.axes["pairs"] > key_dim:
                 raise ValueError(
-                    f"correlated_recall: cell {cell.name} needs a correlation below 100 percent and at most key_dim={key_dim} "
+                    f"cell {cell.name} needs a correlation below 100 percent and at most key_dim={key_dim} "
                     "pairs, beyond which no linear memory can hold them apart; use fewer pairs or a larger key_dim"
                 )
 

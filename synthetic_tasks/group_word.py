@@ -42,7 +42,7 @@ class GroupWord(Task):
         self.vocab_size, self.group, self.labels = len(self.table), group, labels
         self._cells = parse_splits(("length",), train=train_cells, valid=valid_cells, test=test_cells)
         if self.vocab_size < 2:
-            raise ValueError(f"group_word: {group} has one element only, so there is nothing to predict; use S3 or larger")
+            raise ValueError(f"{group} has one element only, so there is nothing to predict; use S3 or larger")
 
     def cells(self, split: str) -> tuple[Cell, ...]:
         """See `Task.cells`."""

@@ -63,14 +63,11 @@ class InContextRegression(Task):
         self.dim, self.value_dim, self.noise, self.kind, self.condition = dim, target_dim, noise, kind, condition
         self.feature_dim = dim + target_dim + 1
         if min(dim, target_dim) < 1 or noise < 0 or condition < 1:
-            raise ValueError(
-                f"in_context_regression: dim={dim} and target_dim={target_dim} start at 1, noise={noise} at 0 and "
-                f"condition={condition} at 1"
-            )
+            raise ValueError(f"dim={dim} and target_dim={target_dim} start at 1, noise={noise} at 0 and condition={condition} at 1")
         self._cells = parse_splits(("pairs",), train=train_cells, valid=valid_cells, test=test_cells, length=_length)
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["pairs"] < 2:
-                raise ValueError(f"in_context_regression: cell {cell.name} has {cell.axes['pairs']:g} pair; use at least 2")
+                raise ValueError(f"cell {cell.name} has {cell.axes['pairs']:g} pair; use at least 2")
         self.scales = condition ** -(np.arange(dim) / max(dim - 1, 1) / 2)
         mean = stream(0, "regression-mean").standard_normal((dim, target_dim)) * 2 / np.sqrt(dim)
         self.mean = mean if kind == "nonzero_mean" else np.zeros_like(mean)

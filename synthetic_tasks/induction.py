@@ -59,12 +59,12 @@ class Induction(Task):
         cues, allowed = int(cell.axes["cues"]), 1 if self.cue == "fixed" else self.vocab_size - 1
         if cues > allowed:
             raise ValueError(
-                f"induction: {cues} cues in cell {cell.name}, but at most {allowed} are allowed with cue={self.cue} and "
+                f"{cues} cues in cell {cell.name}, but at most {allowed} are allowed with cue={self.cue} and "
                 f"vocab_size={self.vocab_size}, because the rest of the body needs a token of its own"
             )
         if 2 * cues + 1 > cell.length:
             raise ValueError(
-                f"induction: {cues} cues need a length of at least {2 * cues + 1} (each stands in the body and is asked, and the "
+                f"{cues} cues need a length of at least {2 * cues + 1} (each stands in the body and is asked, and the "
                 f"last needs a follower) but it is {cell.length}; use at most {(cell.length - 1) // 2} cues"
             )
 

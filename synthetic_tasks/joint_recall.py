@@ -61,7 +61,7 @@ class JointRecall(Task):
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["size"] > min(alphabet, value_alphabet):
                 raise ValueError(
-                    f"joint_recall: cell {cell.name} needs {cell.axes['size']:g} symbols a level and as many values, but "
+                    f"cell {cell.name} needs {cell.axes['size']:g} symbols a level and as many values, but "
                     f"alphabet={alphabet} and value_alphabet={value_alphabet}; use a size of at most "
                     f"{min(alphabet, value_alphabet)} or larger alphabets"
                 )

@@ -80,7 +80,7 @@ class JointRecallHAX(Task):
             largest = max(cell.axes["contexts"], cell.axes["keys"])
             if largest > SIZE:
                 raise ValueError(
-                    f"joint_recall_hax: cell {cell.name} needs {largest:g} symbols of a kind, but the published alphabet has "
+                    f"cell {cell.name} needs {largest:g} symbols of a kind, but the published alphabet has "
                     f"{SIZE} contexts and {SIZE} keys; use at most {SIZE}, or the task joint_recall"
                 )
 

@@ -44,10 +44,10 @@ class MADCompression(Task):
         self.vocab_size, self.compat = vocab_size, compat
         self._cells = parse_splits(("length",), train=train_cells, valid=valid_cells, test=test_cells)
         if vocab_size < 3:
-            raise ValueError(f"mad_compression: vocab_size={vocab_size} leaves fewer than 2 symbols; use at least 3")
+            raise ValueError(f"vocab_size={vocab_size} leaves fewer than 2 symbols; use at least 3")
         for cell in itertools.chain(*self._cells.values()):
             if cell.length < 2:
-                raise ValueError(f"mad_compression: length {cell.length} has no token before the marker; use at least 2")
+                raise ValueError(f"length {cell.length} has no token before the marker; use at least 2")
 
     def cells(self, split: str) -> tuple[Cell, ...]:
         """See `Task.cells`."""

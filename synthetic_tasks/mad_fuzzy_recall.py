@@ -52,14 +52,12 @@ class MADFuzzyRecall(Task):
         self._cells = with_full_loss(cells) if compat == "mad" else cells
         if self.keys < MOTIF:
             raise ValueError(
-                f"mad_fuzzy_recall: vocab_size={vocab_size} has {self.keys} key tokens, but a motif has up to {MOTIF} distinct "
+                f"vocab_size={vocab_size} has {self.keys} key tokens, but a motif has up to {MOTIF} distinct "
                 f"ones; use at least {2 * MOTIF + 1}"
             )
         for cell in itertools.chain(*cells.values()):
             if cell.length < 4 * MOTIF:
-                raise ValueError(
-                    f"mad_fuzzy_recall: length {cell.length} cannot hold a pair and its repetition; use at least {4 * MOTIF}"
-                )
+                raise ValueError(f"length {cell.length} cannot hold a pair and its repetition; use at least {4 * MOTIF}")
 
     def cells(self, split: str) -> tuple[Cell, ...]:
         """See `Task.cells`."""

@@ -47,10 +47,10 @@ class MADMemorization(Task):
         self.values = vocab_size - 1 - self.keys
         self._cells = parse_splits(("length",), train=train_cells, valid=valid_cells, test=test_cells)
         if self.keys < 2:
-            raise ValueError(f"mad_memorization: vocab_size={vocab_size} leaves {self.keys} keys; use at least 5")
+            raise ValueError(f"vocab_size={vocab_size} leaves {self.keys} keys; use at least 5")
         for cell in itertools.chain(*self._cells.values()):
             if cell.length % 2:
-                raise ValueError(f"mad_memorization: length {cell.length} must be even, a key and the insert token each")
+                raise ValueError(f"length {cell.length} must be even, a key and the insert token each")
         rng = stream(map_seed, "dictionary")
         drawn = rng.permutation(self.values)[: self.keys] if compat == "mad" else rng.integers(0, self.values, size=self.keys)
         self.dictionary = (self.keys + drawn).astype(np.int32)

@@ -38,8 +38,7 @@ class MADNoisyRecall(MADRecall):
     ) -> None:
         if not 0 <= noise < 1 or noise_ids < 1:
             raise ValueError(
-                f"mad_noisy_recall: noise={noise} must be at least 0 and below 1, and noise_ids={noise_ids} at least 1; "
-                "published 0.2 and 16"
+                f"noise={noise} must be at least 0 and below 1, and noise_ids={noise_ids} at least 1; published 0.2 and 16"
             )
         self.full_loss, self.noise, self.noise_ids = compat == "mad", noise, noise_ids
         self._prepare(vocab_size, parse_splits(("length",), train=train_cells, valid=valid_cells, test=test_cells))

@@ -44,12 +44,12 @@ class MADSelectiveCopy(Task):
         self.vocab_size, self.compat = vocab_size, compat
         self._cells = parse_splits(("length", "letters"), train=train_cells, valid=valid_cells, test=test_cells)
         if vocab_size < 4:
-            raise ValueError(f"mad_selective_copy: vocab_size={vocab_size} leaves fewer than 2 letters; use at least 4")
+            raise ValueError(f"vocab_size={vocab_size} leaves fewer than 2 letters; use at least 4")
         for cell in itertools.chain(*self._cells.values()):
             letters = int(cell.axes["letters"])
             if 2 * letters + 1 > cell.length:
                 raise ValueError(
-                    f"mad_selective_copy: {letters} letters, the copy token and as many blanks need {2 * letters + 1} tokens but "
+                    f"{letters} letters, the copy token and as many blanks need {2 * letters + 1} tokens but "
                     f"the length is {cell.length}; use at most {(cell.length - 1) // 2} letters"
                 )
 

@@ -41,7 +41,7 @@ class ModularCounting(Task):
         self.vocab_size, self.modulus, self.increments, self.labels = modulus, modulus, increments, labels
         self._cells = parse_splits(("length",), train=train_cells, valid=valid_cells, test=test_cells)
         if modulus < 2:
-            raise ValueError(f"modular_counting: modulus={modulus} has one residue only; use at least 2")
+            raise ValueError(f"modulus={modulus} has one residue only; use at least 2")
 
     def cells(self, split: str) -> tuple[Cell, ...]:
         """See `Task.cells`."""

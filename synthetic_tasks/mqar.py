@@ -87,7 +87,7 @@ class MQAR(Task):
             test=test_cells or chosen.test.format(setting=setting),
         )
         if power_a <= 0:
-            raise ValueError(f"mqar: power_a={power_a} must be positive; 1 is uniform and 0.01 the published value")
+            raise ValueError(f"power_a={power_a} must be positive; 1 is uniform and 0.01 the published value")
         for cell in itertools.chain(*self._cells.values()):
             self._check(cell)
         if test_powers:
@@ -99,12 +99,12 @@ class MQAR(Task):
         pairs, keys = int(cell.axes["pairs"]), self.vocab_size // 2 - 1
         if pairs < 1 or 4 * pairs > cell.length:
             raise ValueError(
-                f"mqar: {pairs} pairs do not fit length {cell.length}, which holds 1 to {cell.length // 4} (2 tokens a pair "
+                f"{pairs} pairs do not fit length {cell.length}, which holds 1 to {cell.length // 4} (2 tokens a pair "
                 f"and 2 a query); use at most {cell.length // 4} pairs or a length of at least {4 * max(pairs, 1)}"
             )
         if pairs > keys:
             raise ValueError(
-                f"mqar: {pairs} pairs need as many distinct keys, but vocab_size={self.vocab_size} has {keys} (half of it "
+                f"{pairs} pairs need as many distinct keys, but vocab_size={self.vocab_size} has {keys} (half of it "
                 f"less the filler 0); use at most {keys} pairs or vocab_size={2 * pairs + 2}"
             )
 
@@ -160,9 +160,9 @@ def _parse_powers(text: str) -> list[float]:
     try:
         powers = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"mqar: test_powers={text!r} is not a list of numbers; write it like 0.01,0.1,0.3,1.0") from None
+        raise ValueError(f"test_powers={text!r} is not a list of numbers; write it like 0.01,0.1,0.3,1.0") from None
     if min(powers) <= 0 or len(set(powers)) < len(powers):
-        raise ValueError(f"mqar: test_powers={text!r} must be positive and distinct, e.g. 0.01,0.1,0.3,1.0")
+        raise ValueError(f"test_powers={text!r} must be positive and distinct, e.g. 0.01,0.1,0.3,1.0")
     return powers
 
 

@@ -54,12 +54,12 @@ class MQARMultihop(Task):
             pairs, hops = int(cell.axes["pairs"]), int(cell.axes["hops"])
             if hops >= pairs or hops > FIRST - SEP - 1:
                 raise ValueError(
-                    f"mqar_multihop: {hops} hops in cell {cell.name} must be fewer than its {pairs} pairs and at most "
+                    f"{hops} hops in cell {cell.name} must be fewer than its {pairs} pairs and at most "
                     f"{FIRST - SEP - 1}; use more pairs or fewer hops"
                 )
             if pairs > vocab_size - FIRST:
                 raise ValueError(
-                    f"mqar_multihop: {pairs} pairs need as many keys, but vocab_size={vocab_size} leaves {vocab_size - FIRST}; "
+                    f"{pairs} pairs need as many keys, but vocab_size={vocab_size} leaves {vocab_size - FIRST}; "
                     f"use at most {max(vocab_size - FIRST, 0)} pairs or vocab_size={pairs + FIRST}"
                 )
 

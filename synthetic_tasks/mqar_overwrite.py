@@ -57,7 +57,7 @@ class MQAROverwrite(Task):
         self.vocab_size, self.updates, self.filler, self.power_a, self.compat = vocab_size, updates, filler, power_a, compat
         self._cells = parse_splits(("length", "pairs"), train=train_cells, valid=valid_cells, test=test_cells)
         if updates <= 0 or power_a <= 0:
-            raise ValueError(f"mqar_overwrite: updates={updates} and power_a={power_a} must be positive, e.g. 0.5 and 0.01")
+            raise ValueError(f"updates={updates} and power_a={power_a} must be positive, e.g. 0.5 and 0.01")
         for cell in itertools.chain(*self._cells.values()):
             self._check(cell)
 
@@ -72,13 +72,13 @@ class MQAROverwrite(Task):
         need = 4 * pairs + 2 * updates
         if pairs < 1 or need > cell.length:
             raise ValueError(
-                f"mqar_overwrite: {pairs} pairs with {updates} updates need {need} tokens (2 a pair, 2 an update, 2 a query) "
+                f"{pairs} pairs with {updates} updates need {need} tokens (2 a pair, 2 an update, 2 a query) "
                 f"but the length is {cell.length}; use fewer pairs, a smaller `updates` or a length of at least {need}"
             )
         values = pairs if self.compat == "zoology" else pairs + updates
         if pairs > half - 1 or values > self.vocab_size - half:
             raise ValueError(
-                f"mqar_overwrite: {pairs} pairs with {updates} updates need {pairs} keys and {values} values, but vocab_size="
+                f"{pairs} pairs with {updates} updates need {pairs} keys and {values} values, but vocab_size="
                 f"{self.vocab_size} has {half - 1} and {self.vocab_size - half}; use vocab_size={2 * max(pairs + 1, values)}"
             )
 

@@ -50,18 +50,17 @@ class NgramLookup(Task):
         self.order, self.ngram, self.answer, self.alphabet = order, ngram, answer, alphabet
         self.vocab_size = FIRST + alphabet
         if min(ngram, answer) < 1 or alphabet < 2:
-            raise ValueError(f"ngram_lookup: ngram={ngram} and answer={answer} start at 1, and alphabet={alphabet} at 2")
+            raise ValueError(f"ngram={ngram} and answer={answer} start at 1, and alphabet={alphabet} at 2")
         self._cells = parse_splits(("letters",), train=train_cells, valid=valid_cells, test=test_cells, length=self._length)
         for cell in itertools.chain(*self._cells.values()):
             letters = int(cell.axes["letters"])
             if letters < ngram + answer:
                 raise ValueError(
-                    f"ngram_lookup: {letters} letters cannot hold an n-gram of {ngram} and its answer of {answer}; use at least "
-                    f"{ngram + answer}"
+                    f"{letters} letters cannot hold an n-gram of {ngram} and its answer of {answer}; use at least {ngram + answer}"
                 )
             if letters > 2 * alphabet**ngram:
                 raise ValueError(
-                    f"ngram_lookup: in {letters} letters hardly any n-gram is unique, as there are {alphabet**ngram}; use at most "
+                    f"in {letters} letters hardly any n-gram is unique, as there are {alphabet**ngram}; use at most "
                     f"{2 * alphabet**ngram} letters, a larger ngram or a larger alphabet"
                 )
 

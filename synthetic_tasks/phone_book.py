@@ -47,12 +47,12 @@ class PhoneBook(Task):
         self.names, self.digits = names, digits
         self.vocab_size = FIRST + 2 * names
         if digits < 1:
-            raise ValueError(f"phone_book: digits={digits} leaves no number to ask for; use at least 1")
+            raise ValueError(f"digits={digits} leaves no number to ask for; use at least 1")
         self._cells = parse_splits(("entries",), train=train_cells, valid=valid_cells, test=test_cells, length=self._length)
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["entries"] > names**2:
                 raise ValueError(
-                    f"phone_book: {cell.axes['entries']:g} entries need different names, but {names} first and last names make "
+                    f"{cell.axes['entries']:g} entries need different names, but {names} first and last names make "
                     f"{names**2}; use names={isqrt(int(cell.axes['entries']) - 1) + 1}"
                 )
 

@@ -48,11 +48,11 @@ class SelectiveCopy(Task):
         self.vocab_size = FIRST + symbols
         self._cells = parse_splits(("length", "tokens"), train=train_cells, valid=valid_cells, test=test_cells)
         if symbols < 2:
-            raise ValueError(f"selective_copy: symbols={symbols} leaves nothing to tell apart; use at least 2")
+            raise ValueError(f"symbols={symbols} leaves nothing to tell apart; use at least 2")
         for cell in itertools.chain(*self._cells.values()):
             if 2 * cell.axes["tokens"] > cell.length:
                 raise ValueError(
-                    f"selective_copy: {cell.axes['tokens']:g} data tokens need as many markers, at least "
+                    f"{cell.axes['tokens']:g} data tokens need as many markers, at least "
                     f"{2 * cell.axes['tokens']:g} tokens in all, but the length is {cell.length}; use at most {cell.length // 2}"
                 )
 

@@ -50,7 +50,7 @@ class SelectivityT3(Selectivity):
             length=lambda axes: 2 * axes["symbols"],
         )
         if not 0 < distractors < 1:
-            raise ValueError(f"selectivity_t3: distractors={distractors} must lie between 0 and 1; 0.1 is published, T1 has none")
+            raise ValueError(f"distractors={distractors} must lie between 0 and 1; 0.1 is published, T1 has none")
         self.distractors, self.distractor_start = distractors, (50 if published else 8) if start < 0 else start
         self._prepare(ambiguity or (40 if published else 6), grammar_seed, cells)
 

@@ -57,7 +57,7 @@ class SelectivityT4(Selectivity):
         )
         cells["train"] = with_jitter(jittered["train"])
         if not 0 <= noise < 0.5:
-            raise ValueError(f"selectivity_t4: noise={noise} must be at least 0 and below 0.5, else letters drown; published 0.2")
+            raise ValueError(f"noise={noise} must be at least 0 and below 0.5, else letters drown; published 0.2")
         self.noise = noise
         self._prepare(ambiguity or (40 if protocol == "published" else 6), grammar_seed, cells)
 
