@@ -95,6 +95,8 @@ class Task(ABC):
     """
 
     name: ClassVar[str] = ""
+    suite: ClassVar[str] = ""
+    """The family that the task is scored with: "recall", "selectivity", "mad" or "state_tracking"."""
     input_kind: ClassVar[Literal["tokens", "features"]] = "tokens"
     """Whether the model embeds `Batch.inputs` or projects `Batch.features`."""
     target_kind: ClassVar[Literal["tokens", "real"]] = "tokens"
@@ -267,11 +269,16 @@ TASKS: dict[str, type[Task]] = {}
 T = TypeVar("T", bound=type[Task])
 
 
-def task(name: str) -> Callable[[T], T]:
-    """Registers a `Task` class under `name`; in this package the name is the file's stem."""
+def task(name: str, *, suite: str = "") -> Callable[[T], T]:
+    """Registers a `Task` class under `name`; in this package the name is the file's stem.
+
+    Args:
+        name: of the task.
+        suite: the family that the task is scored with, such as "recall".
+    """
 
     def register(cls: T) -> T:
-        cls.name = name
+        cls.name, cls.suite = name, suite
         TASKS[name] = cls
         return cls
 

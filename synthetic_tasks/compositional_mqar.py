@@ -22,7 +22,7 @@ from synthetic_tasks._latin import latin_squares, log2_squares
 from synthetic_tasks._metrics import measured
 
 
-@task("compositional_mqar")
+@task("compositional_mqar", suite="recall")
 class CompositionalMQAR(Task):
     """Multi-query associative recall with conjunctive keys.
 

@@ -23,7 +23,7 @@ def _length(axes: Mapping[str, int]) -> int:
     return 2 * axes["letters"] + 2
 
 
-@task("copying")
+@task("copying", suite="recall")
 class Copying(Task):
     """`$ s | s .` with labels on the second string and the end sign.
 

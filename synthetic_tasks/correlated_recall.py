@@ -21,7 +21,7 @@ from synthetic_tasks._joint import random_order
 from synthetic_tasks._metrics import measured
 
 
-@task("correlated_recall")
+@task("correlated_recall", suite="recall")
 class CorrelatedRecall(Task):
     """Recall of discrete values by real keys of given correlation.
 

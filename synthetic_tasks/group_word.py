@@ -17,7 +17,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._groups import commutator_order, group_table
 
 
-@task("group_word")
+@task("group_word", suite="state_tracking")
 class GroupWord(Task):
     """Prefix products in a group.
 

@@ -23,7 +23,7 @@ def _length(axes: Mapping[str, int]) -> int:
     return axes["pairs"] + max(4, axes["pairs"] // 4)
 
 
-@task("in_context_regression")
+@task("in_context_regression", suite="recall")
 class InContextRegression(Task):
     """In-context linear regression with real inputs and outputs.
 

@@ -18,7 +18,7 @@ from synthetic_tasks._draws import distinct, outside
 from synthetic_tasks._metrics import measured
 
 
-@task("induction")
+@task("induction", suite="recall")
 class Induction(Task):
     """Induction with random cues.
 

@@ -25,7 +25,7 @@ from synthetic_tasks._metrics import measured
 BOS, SEP, MASK, FIRST = 1, 2, 3, 4
 
 
-@task("joint_recall")
+@task("joint_recall", suite="recall")
 class JointRecall(Task):
     """Joint recall that certifies binding.
 

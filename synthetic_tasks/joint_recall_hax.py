@@ -41,7 +41,7 @@ def _length(axes: Mapping[str, int]) -> int:
     return 2 + 2 * axes["contexts"] * (1 + 2 * axes["keys"])
 
 
-@task("joint_recall_hax")
+@task("joint_recall_hax", suite="recall")
 class JointRecallHAX(Task):
     """Joint recall with the published ids, order, labels and grid.
 

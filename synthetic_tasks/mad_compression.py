@@ -15,7 +15,7 @@ from synthetic_tasks._base import Batch, Cell, Task, task
 from synthetic_tasks._cells import parse_splits
 
 
-@task("mad_compression")
+@task("mad_compression", suite="mad")
 class MADCompression(Task):
     """Compression with the published sizes: vocabulary 16, length 32.
 

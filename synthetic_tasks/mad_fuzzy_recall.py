@@ -19,7 +19,7 @@ from synthetic_tasks._mad import next_tokens, seen_before, with_full_loss
 MOTIF = 3
 
 
-@task("mad_fuzzy_recall")
+@task("mad_fuzzy_recall", suite="mad")
 class MADFuzzyRecall(Task):
     """Fuzzy recall with the published sizes: vocabulary 16 with one pad id, length 128.
 

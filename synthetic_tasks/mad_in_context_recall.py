@@ -9,7 +9,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._mad_recall import MADRecall
 
 
-@task("mad_in_context_recall")
+@task("mad_in_context_recall", suite="mad")
 class MADInContextRecall(MADRecall):
     """In-context recall with the published sizes: vocabulary 16, length 128.
 

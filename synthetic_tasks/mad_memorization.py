@@ -15,7 +15,7 @@ from synthetic_tasks._base import Batch, Cell, Task, stream, task
 from synthetic_tasks._cells import parse_splits
 
 
-@task("mad_memorization")
+@task("mad_memorization", suite="mad")
 class MADMemorization(Task):
     """Memorisation with the published sizes: vocabulary 256, length 32, 256 training examples.
 

@@ -9,7 +9,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._mad_recall import MADRecall
 
 
-@task("mad_noisy_recall")
+@task("mad_noisy_recall", suite="mad")
 class MADNoisyRecall(MADRecall):
     """Noisy recall with the published sizes: vocabulary 32, of which 16 ids are noise, length 128, 20 % noise.
 

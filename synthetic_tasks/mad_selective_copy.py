@@ -16,7 +16,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._draws import distinct
 
 
-@task("mad_selective_copy")
+@task("mad_selective_copy", suite="mad")
 class MADSelectiveCopy(Task):
     """Selective copying with the published sizes: vocabulary 16 (14 letters, blank, copy token), length 256, 16 letters.
 

@@ -15,7 +15,7 @@ from synthetic_tasks._base import Batch, Cell, Task, task
 from synthetic_tasks._cells import parse_splits
 
 
-@task("modular_counting")
+@task("modular_counting", suite="state_tracking")
 class ModularCounting(Task):
     """Running sum of random numbers modulo m.
 

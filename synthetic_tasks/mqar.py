@@ -40,7 +40,7 @@ PROTOCOLS = {
 }
 
 
-@task("mqar")
+@task("mqar", suite="recall")
 class MQAR(Task):
     """Multi-query associative recall with the generator of Zoology and Based.
 

@@ -25,7 +25,7 @@ def _length(axes: Mapping[str, int]) -> int:
     return 4 * axes["pairs"] + 1
 
 
-@task("mqar_multihop")
+@task("mqar_multihop", suite="recall")
 class MQARMultihop(Task):
     """Recall along chains.
 

@@ -21,7 +21,7 @@ TRAIN = "64x4:8000+64x8:8000+128x16:8000"
 TEST = "64x4:500+64x8:500+128x16:500+256x32:500"
 
 
-@task("mqar_overwrite")
+@task("mqar_overwrite", suite="recall")
 class MQAROverwrite(Task):
     """Multi-query associative recall with updates.
 

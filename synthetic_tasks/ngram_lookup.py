@@ -20,7 +20,7 @@ from synthetic_tasks._metrics import measured
 START, SEP, FIRST = 0, 1, 2
 
 
-@task("ngram_lookup")
+@task("ngram_lookup", suite="recall")
 class NgramLookup(Task):
     """`$ s | g a` (suffix) or `$ g | s | a` (prefix), with labels on the answer a, the letters that follow g in s.
 

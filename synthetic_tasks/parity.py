@@ -14,7 +14,7 @@ from synthetic_tasks._base import Batch, Cell, Task, task
 from synthetic_tasks._cells import parse_splits
 
 
-@task("parity")
+@task("parity", suite="state_tracking")
 class Parity(Task):
     """Running parity of random bits.
 

@@ -19,7 +19,7 @@ DIGITS, NEXT, ASK = 10, 10, 11
 FIRST = 12
 
 
-@task("phone_book")
+@task("phone_book", suite="recall")
 class PhoneBook(Task):
     """Entries `first last digits`, then one name whose digits are to be emitted.
 

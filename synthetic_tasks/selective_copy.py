@@ -20,7 +20,7 @@ from synthetic_tasks._metrics import measured
 NOISE, MARKER, FIRST = 0, 1, 2
 
 
-@task("selective_copy")
+@task("selective_copy", suite="selectivity")
 class SelectiveCopy(Task):
     """Selective copying.
 

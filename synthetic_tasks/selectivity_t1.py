@@ -14,7 +14,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._selectivity import Selectivity
 
 
-@task("selectivity_t1")
+@task("selectivity_t1", suite="selectivity")
 class SelectivityT1(Selectivity):
     """Grammar tracking without noise.
 

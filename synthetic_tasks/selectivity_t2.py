@@ -11,7 +11,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._selectivity import Selectivity, jittered_length, with_jitter
 
 
-@task("selectivity_t2")
+@task("selectivity_t2", suite="selectivity")
 class SelectivityT2(Selectivity):
     """Grammar tracking with noise on every input entry; gaps vary in training and are longest in the test.
 

@@ -11,7 +11,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._selectivity import Selectivity
 
 
-@task("selectivity_t3")
+@task("selectivity_t3", suite="selectivity")
 class SelectivityT3(Selectivity):
     """Grammar tracking with distractors.
 

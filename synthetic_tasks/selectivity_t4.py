@@ -11,7 +11,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._selectivity import Selectivity, jittered_length, with_jitter
 
 
-@task("selectivity_t4")
+@task("selectivity_t4", suite="selectivity")
 class SelectivityT4(Selectivity):
     """Grammar tracking with noise, trained like T2 and tested on longer gaps.
 

@@ -39,6 +39,10 @@ def test_options_are_keyword_only_and_typed(made: Task):
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.annotation is not p.empty for p in parameters)
 
 
+def test_every_task_belongs_to_a_suite(made: Task):
+    assert made.suite in {"recall", "selectivity", "mad", "state_tracking"}
+
+
 def test_cells_are_distinct_and_named_safely(made: Task):
     for split in SPLITS:
         cells = made.cells(split)

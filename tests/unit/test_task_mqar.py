@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from synthetic_tasks import Cell, accuracy, stream
+from synthetic_tasks import Cell, accuracy, build_split, example_hashes, stream
 from synthetic_tasks.mqar import MQAR
 from synthetic_tasks.mqar_overwrite import MQAROverwrite
 
@@ -132,3 +132,20 @@ def test_overwrite_as_published_rewards_ignoring_updates():
 def test_overwrite_bad_options(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         MQAROverwrite(**options)
+
+
+@pytest.mark.slow
+def test_published_splits_at_full_size():
+    """180,000 training examples, all splits disjoint, and the exact solver right on every one of them."""
+    task = MQAR(protocol="based_figure2")
+    seen: dict[int, np.ndarray] = {}
+    for split in ("train", "valid", "test"):
+        batches = build_split(task, split, 0)
+        assert sum(len(batch.inputs) for batch in batches.values()) == (180_000 if split == "train" else 7_000)
+        for batch in batches.values():
+            assert accuracy(task.solve(batch), batch) == 1
+            hashes = example_hashes(batch)
+            length = batch.inputs.shape[1]
+            assert not np.isin(hashes, seen.get(length, np.empty(0, np.uint64))).any()
+            if split != "test":
+                seen[length] = np.concatenate([seen.get(length, np.empty(0, np.uint64)), hashes])
