@@ -50,13 +50,15 @@ class JointRecall(Task):
         train_cells: str = "2x8:8000+4x16:8000+6x16:8000",
         valid_cells: str = "",
         test_cells: str = "2x8:500+4x16:500+6x16:500+8x16:500",
-        levels: Literal[1, 2, 3] = 2,
+        levels: int = 2,
         tables: Literal["latin", "iid"] = "latin",
         alphabet: int = 32,
         value_alphabet: int = 16,
     ) -> None:
         self.levels, self.tables, self.alphabet, self.value_alphabet = levels, tables, alphabet, value_alphabet
         self.vocab_size = FIRST + value_alphabet + levels * alphabet
+        if not 1 <= levels <= 3:
+            raise ValueError(f"levels={levels} is not supported; use 1 (a dictionary), 2 (context and key) or 3 (two contexts)")
         self._cells = parse_splits(("size", "queries"), train=train_cells, valid=valid_cells, test=test_cells, length=self._length)
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["size"] > min(alphabet, value_alphabet):

@@ -136,6 +136,7 @@ def test_metrics():
     [
         (lambda: JointRecallHAX(test_cells="17x5:1"), "use at most 16"),
         (lambda: JointRecall(test_cells="20x5:1"), "use a size of at most 16"),
+        (lambda: JointRecall(levels=4), "use 1 .a dictionary"),
         (lambda: CompositionalMQAR(test_cells="64x8:1"), "use 4 or 9 pairs"),
         (lambda: CompositionalMQAR(test_cells="64x16:1"), "use at most 9 pairs"),
         (lambda: CompositionalMQAR(test_cells="1024x81:1", values="distinct"), "vocab_size=243"),
