@@ -40,8 +40,8 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def parse_mixers(text: str) -> list[tuple[LayerSpec, ...]]:
-    """Each comma-separated mixer expression as the layers of a model.
+def parse_mixers(text: str) -> list[dict[str, Any]]:
+    """Each comma-separated mixer expression as the fields of a `ModelSpec` (see `named_layers`).
 
     Raises:
         UserError: a malformed expression, an unknown mixer, or options that do not exist or do not fit.
@@ -49,7 +49,12 @@ def parse_mixers(text: str) -> list[tuple[LayerSpec, ...]]:
     expressions = [part.strip() for part in text.split(",")]
     if not all(expressions):
         raise UserError(f"--mixer {text!r} has an empty name; separate mixers by single commas, as in gla,attention.")
-    return [parse_layers(expression) for expression in expressions]
+    return [named_layers(expression) for expression in expressions]
+
+
+def named_layers(expression: str) -> dict[str, Any]:
+    """One mixer expression as the fields `layers` and `alias` of a `ModelSpec`."""
+    return {"layers": parse_layers(expression), "alias": expression}
 
 
 def parse_layers(expression: str) -> tuple[LayerSpec, ...]:

@@ -160,15 +160,14 @@ def _record(
     task = build_task(spec.task)
     model = build_model(spec, task, torch.device("meta"))
     precision = resolve_precision(spec.train, device)
-    layers = [spec.model.layer(index) for index in range(spec.model.n_layers)]
     return RunRecord(
         run_id=identity,
         spec=spec,
         role=spec.role,
         status=outcome.status,
         reason=outcome.reason,
-        mixer=layers[-1].mixer,
-        label=label(spec),
+        mixer=spec.model.mixer(),
+        label=spec.model.label(),
         parameters=sum(p.numel() for p in model.parameters()),
         state=state_info(model, task, precision),
         cells=[
@@ -190,14 +189,6 @@ def _record(
         peak_memory_bytes=_peak_memory(device),
         provenance=provenance.collect(spec, hardware(device)),
     )
-
-
-def label(spec: RunSpec) -> str:
-    """The layers as written on the command line; the short-convolution layer that precedes a lone mixer is left out."""
-    layers = [layer.label() for layer in spec.model.layers]
-    if len(layers) == 2 and layers[0] == "base_conv":
-        return layers[1]
-    return "+".join(layers)
 
 
 def hardware(device: torch.device) -> dict[str, str]:

@@ -54,6 +54,19 @@ class ModelSpec(Frozen):
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the pre-norm frame's MLP over `d_model`; the Zoology frame has none."""
 
+    alias: str = ""
+    """The layers as they were written on the command line; a name to show, not part of a run's identity."""
+
+    def label(self) -> str:
+        """The alias, or the layers spelled out."""
+        return self.alias or "+".join(layer.label() for layer in self.layers)
+
+    def mixer(self) -> str:
+        """The mixer under test: the named pattern of a simple alias, else the mixer of the last layer."""
+        if self.alias and not set("+*") & set(self.alias):
+            return self.alias.partition(":")[0]
+        return self.layer(self.n_layers - 1).mixer
+
     def layer(self, index: int) -> LayerSpec:
         """The spec of layer `index`, counted from 0."""
         return self.layers[index % len(self.layers)]
@@ -102,9 +115,13 @@ class RunSpec(Frozen):
         """Whether the run serves learning-rate selection or is reported."""
         return "select" if self.seed >= SELECTION_SEED else "report"
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the run computes, as JSON content."""
+        return self.model_dump(mode="json", exclude={"model": {"alias"}})
+
     def point_id(self) -> str:
         """Hash of everything but seed and learning rate: runs that share it are one point of a plot."""
-        content = self.model_dump(mode="json")
+        content = self.identity()
         del content["seed"], content["train"]["lr"]
         return digest(content)
 
@@ -117,4 +134,4 @@ def digest(content: Any) -> str:
 
 def run_id(spec: RunSpec, code: str) -> str:
     """The identity of a run: hash of the spec, seed included, and of the code of its mixers and task."""
-    return digest({"spec": spec.model_dump(mode="json"), "code": code})
+    return digest({"spec": spec.identity(), "code": code})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -88,14 +89,13 @@ def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
 
 def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
     """The recipe's settings with the given mixers in place of its own."""
-    layers = [found for text in mixers for found in parse_mixers(text)]
-    first = sweep.experiments[0].model.layers
-    bare = (e.model_copy(update={"model": e.model.model_copy(update={"layers": first})}) for e in sweep.experiments)
-    changed = [
-        template.model_copy(update={"model": template.model.model_copy(update={"layers": chosen})})
-        for template in dict.fromkeys(bare)
-        for chosen in layers
-    ]
+    named = [found for text in mixers for found in parse_mixers(text)]
+
+    def with_layers(experiment: Experiment, fields: dict[str, Any]) -> Experiment:
+        return experiment.model_copy(update={"model": experiment.model.model_copy(update=fields)})
+
+    templates = dict.fromkeys(with_layers(experiment, named[0]) for experiment in sweep.experiments)
+    changed = [with_layers(template, fields) for template in templates for fields in named]
     return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
 
 
@@ -107,7 +107,7 @@ def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
     """
     import torch
 
-    from bench.runner import label, state_info
+    from bench.runner import state_info
     from bench.train import build_model, build_task, resolve_precision
 
     found: dict[Experiment, ModelInfo] = {}
@@ -118,7 +118,7 @@ def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
         precision = resolve_precision(spec.train, torch.device(device.kind))
         tokens = spec.train.epochs * sum(cell.length * cell.examples for cell in task.cells("train"))
         parameters = sum(p.numel() for p in model.parameters())
-        found[experiment] = ModelInfo(label(spec), parameters, state_info(model, task, precision), tokens)
+        found[experiment] = ModelInfo(spec.model.label(), parameters, state_info(model, task, precision), tokens)
     _check_outside_mixers(sweep)
     return found
 

@@ -1,35 +1,49 @@
-"""MQAR on a laptop: what each kind of mixer's memory buys, in three minutes on two CPU cores.
+"""MQAR on a laptop: what each kind of mixer's memory buys, in under three minutes on two CPU cores.
 
 Command: `bench synthetic --task mqar`
+
+Twelve points: softmax attention, whose memory grows with the text, and six kinds of bounded or convolutional memory, most
+of them at two sizes. Two layers of width 32, the first a short convolution, in Zoology's frame; 12,000 training examples of
+2, 4 and 8 pairs in 32 tokens; the test adds a cell of twice the length and load. Two learning rates are tried on one
+selection seed, three other seeds are reported: 60 runs of 750 steps.
+
+Expect attention at 1.0, Gated DeltaNet's and BASED's larger states around 0.9, Mamba-2 and GLA between, windows as good as
+their reach, and Hyena, which has no content-based addressing, far below at this width.
 """
 
-from bench.grammar import parse_layers
+from bench.grammar import named_layers
 from bench.recipes import recipe
 from bench.spec import ModelSpec, TaskSpec, TrainSpec
 from bench.sweep import Experiment, Sweep
 
 MIXERS = (
-    "attention",
-    "sliding_window:window=8",
-    "sliding_window:window=32",
+    "gated_delta_net:n_heads=4",
+    "gated_delta_net:n_heads=2",
+    "gla:n_heads=4",
+    "gla:n_heads=2",
+    "mamba2:d_state=8",
+    "mamba2:d_state=32",
     "hyena",
+    "based:feature_dim=4",
+    "based:feature_dim=8",
+    "sliding_window:window=12",
+    "sliding_window:window=24",
+    "attention",
 )
+"""Slowest first, so that the cores finish together."""
 
 
 @recipe("mqar")
 def mqar() -> Sweep:
     """The default of `bench synthetic --task mqar`."""
-    train = TrainSpec(batch_size=64, epochs=2, shuffle="batches", schedule="cosine", weight_decay=0.1, stop_at=0.995)
-    return Sweep(
-        experiments=tuple(
-            Experiment(
-                task=TaskSpec(name="mqar"),
-                model=ModelSpec(layers=parse_layers(mixer), d_model=32, embed_dropout=0.0),
-                train=train,
-                lrs=(3e-3, 1e-2),
-            )
-            for mixer in MIXERS
-        ),
-        select_seeds=1,
-        seeds=2,
+    train = TrainSpec(batch_size=32, epochs=2, shuffle="batches", schedule="cosine", stop_at=0.995)
+    experiments = tuple(
+        Experiment(
+            task=TaskSpec(name="mqar"),
+            model=ModelSpec(**named_layers(mixer), d_model=64, embed_dropout=0.0),
+            train=train,
+            lrs=(5e-3, 1e-2),
+        )
+        for mixer in MIXERS
     )
+    return Sweep(experiments=experiments, select_seeds=1, seeds=2)
