@@ -94,6 +94,9 @@ def synthetic(
         typer.Option("--set", help="Change a setting: train.epochs=8, model.d_model=64,128 (a grid).", rich_help_panel="What"),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Reported seeds per point.", rich_help_panel="What")] = None,
+    select_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds per learning rate in its selection.", rich_help_panel="What")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default one per GPU or CPU core.", rich_help_panel="How")
@@ -103,6 +106,7 @@ def synthetic(
     report: Annotated[
         Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")
     ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.", rich_help_panel="Output")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -125,7 +129,20 @@ def synthetic(
 
         if rerun not in (None, "failed", "all"):
             raise unknown("value of --rerun", rerun, ["failed", "all"])
-        request = module.Request(task, mixer or [], recipe, settings or [], seeds, device, store, jobs, rerun, dry_run, report)
+        request = module.Request(
+            task=task,
+            mixers=mixer or [],
+            recipe=recipe,
+            settings=settings or [],
+            seeds=seeds,
+            select_seeds=select_seeds,
+            device=device,
+            store=store,
+            jobs=jobs,
+            rerun=rerun,
+            dry_run=dry_run,
+            report=None if no_report else report or store.parent / "reports" / f"{task or recipe}.html",
+        )
         return module.run(request, Output(as_json=as_json))
 
     _guard(debug, command)

@@ -36,12 +36,14 @@ class Request:
     recipe: str | None
     settings: list[str]
     seeds: int | None
+    select_seeds: int | None
     device: str
     store: Path
     jobs: int | None
     rerun: str | None
     dry_run: bool
     report: Path | None
+    """Where the report goes, or None for no report."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,8 @@ def build_sweep(request: Request) -> Sweep:
     if request.mixers:
         sweep = _with_mixers(sweep, request.mixers)
     sweep = apply_settings(sweep, request.settings)
-    if request.seeds is not None:
-        sweep = sweep.model_copy(update={"seeds": request.seeds})
-    return sweep
+    counts = {"seeds": request.seeds, "select_seeds": request.select_seeds}
+    return sweep.model_copy(update={key: count for key, count in counts.items() if count is not None})
 
 
 def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
@@ -286,18 +287,18 @@ def _longest(info: dict[Experiment, ModelInfo]) -> int:
 def print_table(shown: list[Point], output: Output) -> None:
     """Points as a table, smallest state first."""
     table = Table(title="Test accuracy (equal mean over the difficulty cells) against decoding state")
-    for column in ("mixer", "d", "state", "accuracy", "95% interval", "seeds", "lr", "time a run"):
+    for column in ("mixer", "d", "state", "accuracy", "low to high", "interval", "lr", "time a run"):
         table.add_column(column, justify="left" if column == "mixer" else "right", no_wrap=True)
     for point in sorted(shown, key=lambda point: point.state.true_bytes):
         mean, seconds = point.accuracy, point.train_seconds
-        interval = f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else "-"
+        ends = f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else "-"
         table.add_row(
             point.label,
             str(point.spec.model.d_model),
             bytes_text(point.state.true_bytes),
             "failed" if mean.mean is None else f"{mean.mean:.3f}",
-            interval,
-            str(mean.n),
+            ends,
+            mean.kind,
             "-" if point.lr is None else f"{point.lr:g}",
             "-" if seconds is None else seconds_text(seconds),
         )
@@ -310,7 +311,7 @@ def print_table(shown: list[Point], output: Output) -> None:
 def _report(store: Store, request: Request, output: Output) -> None:
     from bench.report.build import build_report
 
-    out = request.report or store.root.parent / "reports" / f"{request.task or request.recipe}.html"
-    build_report(store, out, task=request.task)
-    output.say(f"Report: {out}")
-    output.emit("report", {"path": str(out)})
+    if request.report is not None:
+        build_report(store, request.report, task=request.task)
+        output.say(f"Report: {request.report}")
+        output.emit("report", {"path": str(request.report)})

@@ -2,13 +2,15 @@
 
 Command: `bench synthetic --task mqar`
 
-Twelve points: softmax attention, whose memory grows with the text, and six kinds of bounded or convolutional memory, most
-of them at two sizes. Two layers of width 32, the first a short convolution, in Zoology's frame; 12,000 training examples of
-2, 4 and 8 pairs in 32 tokens; the test adds a cell of twice the length and load. Two learning rates are tried on one
-selection seed, three other seeds are reported: 60 runs of 750 steps.
+Twelve points: softmax attention, whose memory grows with the text; windows, gated, delta, BASED and state-space memories of
+constant size, each at two sizes; and a long convolution. Two layers of width 64, the first a short convolution, in Zoology's
+frame; 9,000 training examples of 2 and 4 pairs in 16 tokens and 8 pairs in 32; the test adds a cell of twice the length and
+load. Two learning rates are tried on one selection seed and three other seeds are reported: 60 runs of 562 steps.
 
-Expect attention at 1.0, Gated DeltaNet's and BASED's larger states around 0.9, Mamba-2 and GLA between, windows as good as
-their reach, and Hyena, which has no content-based addressing, far below at this width.
+Expect attention at 1.0; Gated DeltaNet and BASED above 0.9 with a hundredth of the text's memory in state; windows exactly
+as good as their reach; GLA and Mamba-2 between, because they have not finished learning in 562 steps; and Hyena, which has
+no content-based addressing, far below at this width. The step budget is part of the result: these are capacities *learnt in
+a minute*, not bounds.
 """
 
 from bench.grammar import named_layers
@@ -19,8 +21,8 @@ from bench.sweep import Experiment, Sweep
 MIXERS = (
     "gated_delta_net:n_heads=4",
     "gated_delta_net:n_heads=2",
+    "gla:n_heads=8",
     "gla:n_heads=4",
-    "gla:n_heads=2",
     "mamba2:d_state=8",
     "mamba2:d_state=32",
     "hyena",
@@ -46,4 +48,4 @@ def mqar() -> Sweep:
         )
         for mixer in MIXERS
     )
-    return Sweep(experiments=experiments, select_seeds=1, seeds=2)
+    return Sweep(experiments=experiments, select_seeds=1, seeds=3)
