@@ -1,23 +1,20 @@
-"""Mamba-2 (Dao & Gu 2024): a state space model whose decay is one scalar per token and head.
+"""Mamba-2 (Dao & Gu 2024): a state space model whose decay is one scalar per token and head; see `mixers._ssd`.
 
-    S_t = exp(-exp(A) dt_t) S_{t-1} + B_t (dt_t x_t)^T,    y_t = S_t^T C_t + D x_t,    dt_t = softplus(.)
-
-Shape legend: B batch, T time, D width, H heads, P width of a head, G groups that share B and C, N state size, taps K.
+Shape legend: B batch, T time, D width.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels.chunked import linear_recurrence
-from mixers._base import Mixer, State, mixer
-from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, refuse_context, time_step_bias, widen
+from mixers._base import State, mixer
+from mixers._layers import refuse_context
+from mixers._ssd import SSDBlock
 
 
 @mixer("mamba2")
-class Mamba2(Mixer):
+class Mamba2(SSDBlock):
     """The Mamba-2 block of the paper's section 7 (SSD with a short convolution and a gated norm).
 
     Args:
@@ -42,81 +39,27 @@ class Mamba2(Mixer):
         expand: int = 2,
         conv: int = 4,
     ) -> None:
-        super().__init__(d_model, pattern=pattern)
-        self.d_inner, self.d_state, self.n_groups = expand * d_model, d_state, n_groups
-        self.n_heads = head_count(self.d_inner, head_dim, what="expand * d_model")
-        self.head_dim = self.d_inner // self.n_heads
-        if n_groups < 1 or self.n_heads % n_groups:
-            raise ValueError(f"n_groups={n_groups} does not divide the {self.n_heads} heads; one group always does")
-        d_conv = self.d_inner + 2 * n_groups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + d_conv + self.n_heads, bias=False)
-        self.conv = ShortConv(d_conv, conv, bias=True)
-        self.dt_bias = time_step_bias(self.n_heads)
-        self.log_rate = log_rates(self.n_heads)
-        self.skip = nn.Parameter(torch.ones(self.n_heads))
-        self.norm = RMSNorm(self.d_inner)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        super().__init__(d_model, pattern=pattern, d_state=d_state, head_dim=head_dim, n_groups=n_groups, expand=expand, conv=conv)
 
     def forward(
         self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
-        z, xbc, dt = self._project(x_BTD)
-        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
-        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH, log_decay_BTH = self._time_step(dt)
-        y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            x_BTHP * dt_BTH[..., None],
-            log_decay=log_decay_BTH,
-            state_BHKV=None if state is None else state["s"],
-        )
-        y = self._output(y_BTHP, x_BTHP, z)
-        return y, None if state is None else {"s": s_BHNP, "conv": tail}
+        y, _, z, state = self.scan(x_BTD, state)
+        return self.project_out(y, z), state
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
-        z, xbc, dt = self._project(x_BD)
-        xbc, tail = self.conv.step(xbc, state["conv"])
-        x_BHP, b_BGN, c_BGN = self._split(xbc)
-        b_BHN, c_BHN = (a.repeat_interleave(self.n_heads // self.n_groups, dim=1) for a in (b_BGN, c_BGN))
-        dt_BH, log_decay_BH = self._time_step(dt)
-        write_BHNP = b_BHN[..., None] * (dt_BH[..., None] * x_BHP)[..., None, :]
-        s_BHNP = log_decay_BH.exp()[..., None, None] * state["s"] + write_BHNP
-        y_BHP = (c_BHN[..., None] * s_BHNP).sum(-2)
-        return self._output(y_BHP, x_BHP, z), {"s": s_BHNP.to(state["s"].dtype), "conv": tail}
+        y, _, z, state = self.scan_step(x_BD, state)
+        return self.project_out(y, z), state
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
         """See `Mixer.init_state`."""
-        return {
-            "s": torch.zeros(batch, self.n_heads, self.d_state, self.head_dim, device=device, dtype=dtype),
-            "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
-        }
+        return self.scan_state(batch, device=device, dtype=dtype)
 
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: Zoology's plots count the SSM state, without the convolution tail."""
         return self.d_inner * self.d_state
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""
-        return self.in_proj(x).split((self.d_inner, self.conv.dim, self.n_heads), dim=-1)
-
-    def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs [..., H, P], and B and C [..., G, N]."""
-        n = self.n_groups * self.d_state
-        x, b, c = xbc.split((self.d_inner, n, n), dim=-1)
-        groups = (self.n_groups, self.d_state)
-        return x.unflatten(-1, (self.n_heads, self.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
-
-    def _time_step(self, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """The step dt and the log decay -exp(A) dt: [..., H] each."""
-        dt = F.softplus(widen(dt) + self.dt_bias)
-        return dt, -self.log_rate.exp() * dt
-
-    def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        y = (y + self.skip[:, None] * x).flatten(-2)
-        return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))

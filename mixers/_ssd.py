@@ -1,0 +1,106 @@
+"""The state space block of Mamba-2 (Dao & Gu 2024, section 7), which mixers run alone or beside an attention.
+
+    S_t = exp(-exp(A) dt_t) S_{t-1} + B_t (dt_t x_t)^T,    y_t = S_t^T C_t + D x_t,    dt_t = softplus(.)
+
+Shape legend: B batch, T time, D width, E inner width, H heads, P width of a head (E = H P), G groups that share B and C,
+N state size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.chunked import linear_recurrence
+from mixers._base import Mixer, State
+from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
+
+
+class SSDBlock(Mixer):
+    """Projections, short convolution, scan and gated norm; a subclass says what joins the scan before the norm.
+
+    Args:
+        d_model: D.
+        pattern: see `Mixer`.
+        d_state: N.
+        head_dim: P, cut down to the inner width where that is smaller.
+        n_groups: G.
+        expand: E as a multiple of D.
+        conv: taps of the short convolution on x, B and C; 0 for none.
+    """
+
+    def __init__(self, d_model: int, *, pattern: str, d_state: int, head_dim: int, n_groups: int, expand: int, conv: int) -> None:
+        super().__init__(d_model, pattern=pattern)
+        self.d_inner, self.d_state, self.n_groups = expand * d_model, d_state, n_groups
+        self.n_heads = head_count(self.d_inner, head_dim, what="expand * d_model")
+        self.head_dim = self.d_inner // self.n_heads
+        if n_groups < 1 or self.n_heads % n_groups:
+            raise ValueError(f"n_groups={n_groups} does not divide the {self.n_heads} heads; one group always does")
+        d_conv = self.d_inner + 2 * n_groups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + d_conv + self.n_heads, bias=False)
+        self.conv = ShortConv(d_conv, conv, bias=True)
+        self.dt_bias = time_step_bias(self.n_heads)
+        self.log_rate = log_rates(self.n_heads)
+        self.skip = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = RMSNorm(self.d_inner)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def scan(self, x_BTD: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, State | None]:
+        """A segment through the state space model.
+
+        Returns:
+            Its output, the convolved input and the gate, [B, T, E] each, and the state's part `s` and `conv`, or None.
+        """
+        z, xbc, dt = self._project(x_BTD)
+        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
+        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
+        dt_BTH, log_decay_BTH = self._time_step(dt)
+        y_BTHP, s_BHNP = linear_recurrence(
+            c_BTGN,
+            b_BTGN,
+            x_BTHP * dt_BTH[..., None],
+            log_decay=log_decay_BTH,
+            state_BHKV=None if state is None else state["s"],
+        )
+        y_BTHP = y_BTHP + self.skip[:, None] * x_BTHP
+        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), z, None if state is None else {"s": s_BHNP, "conv": tail}
+
+    def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
+        """One token of `scan`, by the recurrence: [B, E] three times, and the state's part."""
+        z, xbc, dt = self._project(x_BD)
+        xbc, tail = self.conv.step(xbc, state["conv"])
+        x_BHP, b_BGN, c_BGN = self._split(xbc)
+        b_BHN, c_BHN = (a.repeat_interleave(self.n_heads // self.n_groups, dim=1) for a in (b_BGN, c_BGN))
+        dt_BH, log_decay_BH = self._time_step(dt)
+        write_BHNP = b_BHN[..., None] * (dt_BH[..., None] * x_BHP)[..., None, :]
+        s_BHNP = log_decay_BH.exp()[..., None, None] * state["s"] + write_BHNP
+        y_BHP = (c_BHN[..., None] * s_BHNP).sum(-2) + self.skip[:, None] * x_BHP
+        return y_BHP.flatten(-2), x_BHP.flatten(-2), z, {"s": s_BHNP.to(state["s"].dtype), "conv": tail}
+
+    def scan_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The scan's part of the state before the first token."""
+        return {
+            "s": torch.zeros(batch, self.n_heads, self.d_state, self.head_dim, device=device, dtype=dtype),
+            "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
+        }
+
+    def project_out(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gated norm and the output projection of [..., E]."""
+        return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""
+        return self.in_proj(x).split((self.d_inner, self.conv.dim, self.n_heads), dim=-1)
+
+    def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs [..., H, P], and B and C [..., G, N]."""
+        n = self.n_groups * self.d_state
+        x, b, c = xbc.split((self.d_inner, n, n), dim=-1)
+        groups = (self.n_groups, self.d_state)
+        return x.unflatten(-1, (self.n_heads, self.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
+
+    def _time_step(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """The step dt and the log decay -exp(A) dt: [..., H] each."""
+        dt = F.softplus(widen(dt) + self.dt_bias)
+        return dt, -self.log_rate.exp() * dt
