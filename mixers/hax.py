@@ -29,7 +29,7 @@ from mixers._base import State, mixer
 from mixers._layers import l2_normalize, refuse_context, widen
 from mixers._ssd import SSDBlock
 
-KEYS = ("none", "window", "dilated", "lsh", "key_selection", "hax", "full")
+KEYS = ("off", "window", "dilated", "lsh", "key_selection", "hax", "full")
 HASHED, SCORED, RECENT = ("lsh", "hax"), ("key_selection", "hax"), ("window", "dilated")
 
 
@@ -38,7 +38,7 @@ class HAX(SSDBlock):
     """Mamba-2 plus attention over the keys of one pattern.
 
     Args:
-        keys: which keys a query reads, its own counted where it is among them. none: no attention, plain Mamba-2. window: the
+        keys: which keys a query reads, its own counted where it is among them. off: no attention, plain Mamba-2. window: the
             last `budget`. dilated: every `dilation`-th back from the query. lsh: the newest that share a hash bucket.
             key_selection: the best-scored so far. hax: half the budget of each of the last two. full: all.
         budget: most keys of a query.
@@ -53,7 +53,7 @@ class HAX(SSDBlock):
     """
 
     variants = (
-        {"keys": "none"},
+        {"keys": "off"},
         {"keys": "window", "budget": 6},
         {"keys": "dilated", "budget": 4, "dilation": 3},
         {"keys": "lsh", "budget": 5, "bits": 2},
@@ -83,7 +83,7 @@ class HAX(SSDBlock):
         super().__init__(d_model, pattern=pattern, d_state=d_state, head_dim=head_dim, n_groups=1, expand=expand, conv=conv)
         _check(keys, budget, dilation, rounds, bits)
         self.keys, self.budget, self.dilation = keys, budget, dilation if keys == "dilated" else 1
-        if keys == "none":
+        if keys == "off":
             return
         self.kq_proj = nn.Linear(self.d_inner, 2 * d_state, bias=False)
         self.gain = nn.Parameter(torch.ones(self.d_inner))
@@ -100,7 +100,7 @@ class HAX(SSDBlock):
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
         y, x, z, new_state = self.scan(x_BTD, state)
-        if self.keys != "none":
+        if self.keys != "off":
             read, cache = self._read(x, state)
             y = y + self.gain * read
             new_state = None if new_state is None or cache is None else new_state | cache
@@ -109,7 +109,7 @@ class HAX(SSDBlock):
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: the recurrence, and attention to the chosen ones of the stored keys and the own one."""
         y, x, z, new_state = self.scan_step(x_BD, state)
-        if self.keys != "none":
+        if self.keys != "off":
             read, cache = self._read(x[:, None], state)
             y, new_state = y + self.gain * read[:, 0], new_state | cache
         return self.project_out(y, z), new_state
@@ -123,7 +123,7 @@ class HAX(SSDBlock):
         refilled from any depth, so `lsh` and `hax` keep all keys, with a byte per hash round and, for `hax`, a score.
         """
         state = self.scan_state(batch, device=device, dtype=dtype)
-        if self.keys == "none":
+        if self.keys == "off":
             return state
         size = min(self._stored(), max_len) if self._stored() is not None else max_len
 
@@ -141,13 +141,13 @@ class HAX(SSDBlock):
 
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: the SSM state as Zoology counts it, and keys and values of all stored tokens."""
-        stored = 0 if self.keys == "none" else min(seq_len, self._stored() or seq_len)
+        stored = 0 if self.keys == "off" else min(seq_len, self._stored() or seq_len)
         return self.d_inner * self.d_state + stored * (self.d_state + self.d_inner)
 
     def read_elements(self, seq_len: int) -> int:
         """See `Mixer.read_elements`: all but the keys and values that the last of `seq_len` tokens does not read."""
         stored = self.init_state(1, seq_len, device="meta")
-        if self.keys == "none":
+        if self.keys == "off":
             return self.state_elements(seq_len)
         unread = stored["k"].shape[1] - min(self._n_read(seq_len), stored["k"].shape[1])
         return self.state_elements(seq_len) - unread * (self.d_state + self.d_inner)

@@ -82,7 +82,7 @@ def chosen(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("keys", [keys for keys in KEYS if keys not in ("none", "full")])
+@pytest.mark.parametrize("keys", [keys for keys in KEYS if keys not in ("off", "full")])
 def test_budget_is_kept_and_no_row_is_empty(chosen, keys):
     counts = chosen(keys=keys).sum(-1)
     assert counts.min() >= 1
@@ -114,7 +114,7 @@ def test_hax_is_the_union_of_half_budgets(chosen, monkeypatch):
 
 def test_without_keys_it_is_mamba2():
     torch.manual_seed(0)
-    hax, mamba2 = HAX(16, keys="none", d_state=8, head_dim=8), Mamba2(16, d_state=8, head_dim=8)
+    hax, mamba2 = HAX(16, keys="off", d_state=8, head_dim=8), Mamba2(16, d_state=8, head_dim=8)
     mamba2.load_state_dict(hax.state_dict())
     x = torch.randn(2, 20, 16)
     assert torch.equal(hax(x)[0], mamba2(x)[0])
@@ -122,7 +122,7 @@ def test_without_keys_it_is_mamba2():
 
 
 def test_stored_keys():
-    per_key, scan = 32 + 128, HAX(64, keys="none").state_elements(1057)
+    per_key, scan = 32 + 128, HAX(64, keys="off").state_elements(1057)
     stored = {keys: HAX(64, keys=keys).state_elements(1057) - scan for keys in KEYS[1:]}
     assert stored["window"] == 63 * per_key + 1
     assert stored["key_selection"] == 64 * (per_key + 1) + 32 + 1

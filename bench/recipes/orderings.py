@@ -1,0 +1,91 @@
+"""Three orderings that the literature reports: negative eigenvalues, length extrapolation of softmax, and selectivity.
+
+Command: `bench synthetic --recipe orderings --device cuda --jobs 12`
+
+Parity (Grazzi et al. 2025): DeltaNet whose beta may reach 2 flips its state and solves parity beyond the trained lengths; with beta
+below 1 it cannot. Trained at lengths 8, 16 and 40 (the paper: 3 to 40), tested to 256; Gated DeltaNet likewise.
+
+Words of S5 and of S3 (Merrill et al. 2024; Yang et al. 2025): softmax attention of fixed depth learns short words and fails on
+longer ones. Trained at lengths 4, 8 and 16, tested to 64. DeltaNet with negative eigenvalues stands beside it: a token is one
+reflection a layer there, enough for S3 in two layers, while an element of S5 may need four, so it too may fail on S5.
+
+Selective copying (Gu & Dao 2023): Mamba, whose step depends on the token, against S4D and Hyena, whose convolutions do not.
+Published at 4,096 tokens and 400,000 steps: Mamba 99.8, Hyena 30.1 and S4 57.0 in H3's block, S4 18.3. Here 8 of 128 tokens, tested
+also at 256: Hyena's gates can do more at this length, and MAD's shorter version has it at 93.
+
+Two layers of width 64 with SwiGLU, two learning rates on one selection seed, three reported seeds: 65 runs of 3,000 steps or fewer.
+The papers train 20,000 steps of 256 on parity, 500 epochs of up to 1M words on S5, widths of 128 and 512. In fp32: state tracking
+at lengths never trained magnifies rounding.
+"""
+
+from bench.grammar import named_layers
+from bench.recipes import recipe
+from bench.spec import ModelSpec, TaskSpec, TrainSpec
+from bench.sweep import Experiment, Sweep
+
+ATTENTION = "attention:n_heads=4:positions=rotary"
+FLIPPING = "delta_net:n_heads=4:negative_eigenvalues=true"
+ROWS = {
+    "selective_copy": ("mamba", "hyena", "s4d"),
+    "S5": (ATTENTION, FLIPPING),
+    "S3": (ATTENTION, FLIPPING, "delta_net:n_heads=4"),
+    "parity": (
+        FLIPPING,
+        "delta_net:n_heads=4",
+        "gated_delta_net:n_heads=4:negative_eigenvalues=true",
+        "gated_delta_net:n_heads=4",
+        ATTENTION,
+    ),
+}
+"""Mixers of each task."""
+
+
+@recipe("orderings")
+def orderings(*, epochs: int = 3, examples: int = 64_000, lrs: tuple[float, ...] = (1e-3, 3e-3), seeds: int = 3) -> Sweep:
+    """All three orderings.
+
+    Args:
+        epochs: passes over the training split; one is `examples` / 64 steps.
+        examples: training sequences of a task, over all its cells.
+        lrs: learning rates to choose from.
+        seeds: reported seeds.
+    """
+    train = TrainSpec(
+        batch_size=64,
+        epochs=epochs,
+        schedule="cosine",
+        warmup_steps=100,
+        shuffle="batches",
+        stop_at=None,
+        precision="fp32",
+    )
+    tasks = _tasks(examples)
+    experiments = tuple(
+        Experiment(task=tasks[name], model=_model(mixer), train=train, lrs=lrs) for name, mixers in ROWS.items() for mixer in mixers
+    )
+    return Sweep(experiments=experiments, seeds=seeds)
+
+
+def _model(mixer: str) -> ModelSpec:
+    return ModelSpec(**named_layers(f"{mixer}*2"), d_model=64, frame="prenorm", mlp_ratio=2.0, embed_dropout=0.0)
+
+
+def _tasks(examples: int) -> dict[str, TaskSpec]:
+    quarter, half = examples // 4, examples // 2
+    words = {
+        "train_cells": f"4:{quarter}+8:{quarter}+16:{half}",
+        "valid_cells": "16:500",
+        "test_cells": "16:500+32:500+64:500",
+    }
+    parity = {
+        "train_cells": f"8:{quarter}+16:{quarter}+40:{half}",
+        "valid_cells": "40:500",
+        "test_cells": "40:500+64:500+128:500+256:500",
+    }
+    copying = {"train_cells": f"64x8:{half}+128x8:{half}", "valid_cells": "128x8:500", "test_cells": "64x8:500+128x8:500+256x8:500"}
+    return {
+        "parity": TaskSpec(name="parity", options=parity),
+        "S5": TaskSpec(name="group_word", options=words | {"group": "S5"}),
+        "S3": TaskSpec(name="group_word", options=words | {"group": "S3"}),
+        "selective_copy": TaskSpec(name="selective_copy", options=copying),
+    }
