@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -149,4 +148,4 @@ def test_debug_shows_the_traceback(bench: Bench) -> None:
 def test_usage_errors_are_code_2(bench: Bench) -> None:
     assert bench("synthetic", "--tsk=mqar").code == 2
     assert bench("syntetic").code == 2
-    assert os.listdir() == []
+    assert bench.files() == set()

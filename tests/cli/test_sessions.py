@@ -68,17 +68,20 @@ def test_dry_run_plans_and_writes_nothing(bench: Bench) -> None:
     assert bench.files() == set()
 
 
+def _in_a_process(*arguments: str) -> str:
+    command = [sys.executable, "-m", "bench.cli", "synthetic", *TINY, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_loose_file_trains_and_a_changed_file_is_a_new_run(bench: Bench) -> None:
     source = Path(__file__).parents[2] / "mixers" / "linear_attention.py"
     Path("mine.py").write_text(source.read_text().replace('@mixer("linear_attention")', '@mixer("mine")'))
     setting = ["--mixer=./mine.py@LinearAttention", "--seeds=1", "--set=train.lr=1e-3"]
     assert bench.tiny(*setting).code == 0
     Path("mine.py").write_text(Path("mine.py").read_text() + "\n# a comment changes nothing\n")
-    again = subprocess.run([sys.executable, "-m", "bench.cli", "synthetic", *TINY, *setting], capture_output=True, text=True)
-    assert "Nothing to train" in again.stdout, again.stderr
+    assert "Nothing to train" in _in_a_process(*setting)
     Path("mine.py").write_text(Path("mine.py").read_text() + "\nCHANGED = 1\n")
-    changed = subprocess.run([sys.executable, "-m", "bench.cli", "synthetic", *TINY, *setting], capture_output=True, text=True)
-    assert "1 runs to do" in changed.stdout, changed.stderr
+    assert "1 runs to do" in _in_a_process(*setting)
 
 
 def test_status_list_compare_report_check_doctor(bench: Bench) -> None:

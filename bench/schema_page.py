@@ -1,0 +1,57 @@
+"""Writes `results/README.md` from the record schema. Command: `python -m bench.schema_page`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from bench.records import CellInfo, Metric, Provenance, RunRecord, StateInfo
+from bench.spec import LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec
+
+PAGE = Path("results/README.md")
+MODELS: tuple[type[BaseModel], ...] = (
+    RunRecord,
+    RunSpec,
+    TaskSpec,
+    ModelSpec,
+    LayerSpec,
+    TrainSpec,
+    StateInfo,
+    CellInfo,
+    Metric,
+    Provenance,
+)
+HEAD = """# Results
+
+This file is generated: `python -m bench.schema_page`.
+
+    runs/<run_id>/record.json      one run, schema below; its presence makes the run complete
+    runs/<run_id>/curve.parquet    learning curve, a row an epoch
+    runs/<run_id>/influence.npz    influence map of the trained model on one test example (seed 0)
+    reports/                       HTML reports
+    measured/                      committed records behind every figure in README and docs
+    published/                     published values that recipes compare with
+
+`runs/` and `reports/` are not committed. Stores merge by copying folders. A folder of `measured/` that holds runs is a
+store: `bench report --store results/measured/mqar_laptop`.
+"""
+
+
+def page() -> str:
+    """The page as text."""
+    parts = [HEAD]
+    for model in MODELS:
+        parts.append(f"\n## {model.__name__}\n\n{(model.__doc__ or '').splitlines()[0]}\n\n| field | type | meaning |\n| --- | --- | --- |\n")
+        for name, field in model.model_fields.items():
+            kind = str(field.annotation) if "[" in str(field.annotation) else getattr(field.annotation, "__name__", str(field.annotation))
+            for prefix in ("typing.", "bench.records.", "bench.spec."):
+                kind = kind.replace(prefix, "")
+            kind = kind.replace("|", "or").replace("NoneType", "None")
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            parts.append(f"| `{name}` | {kind} | {meaning} |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
