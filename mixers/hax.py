@@ -266,7 +266,7 @@ def _check(keys: str, budget: int, dilation: int, rounds: int, bits: int) -> Non
         raise ValueError(f"keys={keys!r} is not a pattern; choose one of {', '.join(KEYS)}")
     least = 2 if keys == "hax" else 1
     if budget < least or dilation < 1:
-        raise ValueError(f"budget={budget}, dilation={dilation}: {keys} needs a budget of at least {least} and a dilation of 1")
+        raise ValueError(f"keys={keys}, budget={budget}, dilation={dilation}: budget is {least} or more, dilation 1 or more")
     if rounds < 1 or not 1 <= bits <= 8:
         raise ValueError(f"rounds={rounds}, bits={bits}: at least one round, and 1 to 8 bits, which fit a byte")
 
