@@ -17,8 +17,14 @@ PROBES = 8
 MAX_LENGTH = 128
 
 
-def influence_map(model: LanguageModel, batch: Batch, device: torch.device) -> dict[str, np.ndarray] | None:
+def influence_map(model: LanguageModel, batch: Batch, device: torch.device, *, links: bool = True) -> dict[str, np.ndarray] | None:
     """The influence map on the first example of a batch, with its key-to-query links.
+
+    Args:
+        model: the trained model.
+        batch: examples of its task.
+        device: where the model is.
+        links: whether answers are tokens that stand in the input before; otherwise no link is drawn.
 
     Returns:
         `map` [T, T] float32 (row = output position), `tokens` [T], and for each labelled row its `query_positions`, the
@@ -32,18 +38,19 @@ def influence_map(model: LanguageModel, batch: Batch, device: torch.device) -> d
     squared = np.zeros((length, length))
     rng = stream(0, "influence")
     model.eval()
-    ids_TT = torch.from_numpy(tokens.astype(np.int64)).to(device).expand(length, length)
+    read = torch.from_numpy(tokens.astype(np.int64) if batch.features is None else batch.features[0]).to(device)
+    inputs = read.expand(length, *read.shape)
     diagonal = torch.arange(length, device=device)
     for _ in range(PROBES):
         with torch.no_grad():
-            x_TTD = model.embed(ids_TT)
+            x_TTD = model.embed(inputs)
         x_TTD.requires_grad_(True)
         h_TTD = model.norm(model.hidden(x_TTD))
         signs_D = torch.from_numpy(rng.choice([-1.0, 1.0], size=h_TTD.shape[-1])).to(h_TTD)
         (gradient_TTD,) = torch.autograd.grad((h_TTD[diagonal, diagonal] * signs_D).sum(), x_TTD)
         squared += gradient_TTD.double().square().sum(-1).cpu().numpy()
     queries = np.flatnonzero(mask)
-    values = np.array([_last_before(tokens, query, targets[query]) for query in queries])
+    values = np.array([_last_before(tokens, query, targets[query]) if links else -1 for query in queries])
     return {
         "map": np.sqrt(squared / PROBES).astype(np.float32),
         "tokens": tokens,

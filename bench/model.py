@@ -1,4 +1,4 @@
-"""The one language model: embedding, layers of mixers in one of two frames, final norm, tied head.
+"""The one language model: embedding, layers of mixers in one of two frames, final norm, head.
 
 Frames:
     zoology   The block of Zoology's MQAR experiments (Arora et al. 2023), quirks included, so that its figures can be
@@ -8,7 +8,7 @@ Frames:
               overrides a mixer's own initialisation, and `out_proj` from N(0, 0.02 / sqrt(2 L)).
     prenorm   r += mixer(RMSNorm(r)); r += SwiGLU(RMSNorm(r)). Mixers keep their own initialisation.
 
-Shape legend: B batch, T time, D width, V vocabulary, R labelled rows.
+Shape legend: B batch, T time, D width, F features, V vocabulary, K values, M labelled rows of an example.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import catalog
+from bench import catalog, ends
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
 from mixers import Mixer
+from synthetic_tasks import Task
 
 MAMBA_BLOCK = frozenset({"mamba", "mamba2"})
 """Mixers that Zoology trains in the block and with the initialisation of the Mamba repository."""
@@ -51,31 +52,33 @@ def build_mixer(spec: LayerSpec, d_model: int, layer: int, max_len: int) -> Mixe
 
 
 class LanguageModel(nn.Module):
-    """Token ids to hidden states, and hidden rows to logits; the head is only ever applied to the rows asked for.
+    """Inputs to hidden states, and hidden rows to predictions; the head is only ever applied to the rows asked for.
 
     Args:
         spec: the model.
-        vocab_size: V.
-        max_len: longest sequence, for learned positions and for mixers that need one.
+        task: decides what is read (token ids or features) and what is predicted (tokens by a head tied to the embedding where
+            tokens are read too, real values, or all labels from the last position); see `bench.ends`. Its longest sequence
+            bounds learned positions and mixers that need a length.
     """
 
-    def __init__(self, spec: ModelSpec, vocab_size: int, max_len: int) -> None:
+    def __init__(self, spec: ModelSpec, task: Task) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = nn.Embedding(vocab_size, spec.d_model)
+        max_len = task.max_length()
+        self.embedding = ends.reader(task, spec.d_model)
         self.positions = nn.Embedding(max_len, spec.d_model) if spec.positions == "learned" else None
         make = _ZoologyBlock if spec.frame == "zoology" else _PreNormBlock
         self.blocks = nn.ModuleList(make(spec, index, max_len) for index in range(spec.n_layers))
         self.norm = nn.LayerNorm(spec.d_model) if spec.frame == "zoology" else nn.RMSNorm(spec.d_model)
-        for table in (self.embedding, self.positions):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        self.head = ends.head(task, spec.d_model)
+        ends.initialise(self.embedding)
+        ends.initialise(self.positions)
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """Embeddings of token ids, positions and dropout included: [B, T, D]."""
-        x_BTD = self.embedding(ids_BT)
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Embeddings of token ids [B, T] or features [B, T, F], positions and dropout included: [B, T, D]."""
+        x_BTD = self.embedding(inputs)
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[: ids_BT.shape[1]]
+            x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]]
         plain = self.spec.frame == "zoology" and self.spec.layer(0).mixer in MAMBA_BLOCK
         return x_BTD if plain else F.dropout(x_BTD, self.spec.embed_dropout, self.training)
 
@@ -85,24 +88,28 @@ class LanguageModel(nn.Module):
             x_BTD = block(x_BTD)
         return x_BTD
 
-    def logits(self, h_RD: Tensor) -> Tensor:
-        """Final norm and tied head on the rows given: [R, D] to [R, V]."""
-        return F.linear(self.norm(h_RD), self.embedding.weight)
+    def predict(self, h_BMD: Tensor) -> Tensor:
+        """Final norm and head on the hidden rows given: [B, M, D] to [B, M, V or K]."""
+        h_BMD = self.norm(h_BMD)
+        return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
-    def forward(self, ids_BT: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        """Logits of the labelled rows.
+    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        """Predictions at the labelled rows.
 
         Args:
-            ids_BT: token ids, [B, T].
+            inputs: token ids [B, T] or features [B, T, F].
             rows_BM: positions of the M labelled rows of each example, [B, M]; None means every position.
 
         Returns:
-            Logits, [B, M, V] or [B, T, V].
+            Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
         """
-        h_BTD = self.hidden(self.embed(ids_BT))
+        h_BTD = self.hidden(self.embed(inputs))
+        if isinstance(self.head, ends.LastDecoder):
+            every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+            return self.head(self.norm(h_BTD[:, -1]), every_BT if rows_BM is None else rows_BM)
         if rows_BM is not None:
             h_BTD = h_BTD.gather(1, rows_BM[..., None].expand(-1, -1, h_BTD.shape[-1]))
-        return self.logits(h_BTD)
+        return self.predict(h_BTD)
 
     def mixers(self) -> Iterator[Mixer]:
         """The mixers, first layer first."""

@@ -39,7 +39,7 @@ def shared_hashes() -> dict[str, str]:
         "kernels": sorted((root / "kernels").glob("*.py")),
         "mixers": sorted((root / "mixers").glob("_*.py")),
         "tasks": sorted((root / "synthetic_tasks").glob("_*.py")),
-        "trainer": [root / "bench" / name for name in ("data.py", "model.py", "train.py")],
+        "trainer": [root / "bench" / name for name in ("data.py", "ends.py", "evaluate.py", "model.py", "train.py")],
     }
     return {f"shared:{key}": digest([catalog.source_hash(path) for path in paths]) for key, paths in folders.items()}
 

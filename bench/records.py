@@ -16,7 +16,7 @@ Status = Literal["done", "diverged", "failed", "oom"]
 class Strict(BaseModel):
     """Base of all record parts: unknown fields are an error and NaN cannot be written."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Metric(Strict):
@@ -24,7 +24,9 @@ class Metric(Strict):
 
     split: Literal["valid", "test"]
     name: str
-    """"accuracy", "loss", or "rate:<lure>" (how often a named wrong answer was given)."""
+    """"accuracy" (for real-valued labels the share of the squared error of predicting zero that is removed, at least 0),
+    "loss", "rate:<lure>" (how often a named wrong answer was given), "mse", or a metric of the task's own, such as
+    "binding gain" or "effective memory length"."""
     slice: str
     """"mean" (equal mean over the cells), a cell's name, or "<cell>/<group>"."""
     value: float | None
@@ -42,9 +44,11 @@ class CellInfo(Strict):
     name: str
     axes: dict[str, float]
     ceilings: dict[str, float]
-    """Accuracy of solvers that do not solve the task, by name."""
+    """Accuracy of solvers that do not solve the task, by name; "exact" is that of the exact solver where it misses labels."""
     bits_needed: float
     """Bits that a causal state must hold to answer every query of the cell."""
+    trained: bool = True
+    """Whether the cell lies within the trained range of every axis."""
 
 
 class StateInfo(Strict):
@@ -89,6 +93,8 @@ class RunRecord(Strict):
     """Name of the mixer under test: the mixer of the last layer."""
     label: str
     """The layers as written on the command line."""
+    family: str = ""
+    """The family that the task is scored with: "recall", "selectivity", "mad" or "state_tracking"."""
     parameters: int
     state: StateInfo
     cells: list[CellInfo]

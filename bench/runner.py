@@ -25,10 +25,12 @@ from bench.records import CellInfo, Metric, RunRecord, StateInfo, Status
 from bench.spec import RunSpec, run_id
 from bench.store import Store, atomic_write
 from bench.train import Interrupted, Progress, Scores, Trainer, build_model, build_task, resolve_precision
-from synthetic_tasks import SPLITS, Task, build_split, split_digest
+from synthetic_tasks import SPLITS, Cell, Task, build_split, split_digest
 
 MAX_MICRO_BATCHES = 8
 PROGRESS_FILE_SECONDS = 2.0
+LINKED_SUITES = ("recall", "mad")
+"""Families whose answers stand in the context, so that influence maps can link a query with its answer."""
 
 
 def execute(
@@ -113,7 +115,7 @@ class _Outcome:
         """Takes over a trained model: final validation and test scores, and its influence map."""
         self.curve, self.epochs, self.steps = trainer.curve, trainer.epoch, trainer.step
         self.seconds = trainer.seconds
-        examples = self.epochs * sum(len(cell.inputs_NT) for cell in trainer.train_cells)
+        examples = self.epochs * sum(len(cell) for cell in trainer.train_cells)
         self.examples_per_second = examples / trainer.seconds if trainer.seconds else None
         if trainer.diverged:
             self.status = "diverged"
@@ -125,7 +127,9 @@ class _Outcome:
         if trainer.spec.seed == 0:
             first = trainer.task.cells("test")[0]
             batch = build_split(trainer.task, "test", trainer.spec.seed)[first.name]
-            self.influence = influence_map(trainer.model, batch, trainer.device)
+            task = trainer.task
+            links = task.suite in LINKED_SUITES and task.input_kind == "tokens" and task.readout == "positions"
+            self.influence = influence_map(trainer.model, batch, trainer.device, links=links)
 
 
 def _metrics(split: Any, scores: Scores) -> list[Metric]:
@@ -139,8 +143,13 @@ def _metrics(split: Any, scores: Scores) -> list[Metric]:
         metrics.append(Metric(split=split, name="accuracy", slice=cell, value=value, n=n, stderr=error, stderr_kind="examples"))
     for name, value in scores.groups.items():
         metrics.append(Metric(split=split, name="accuracy", slice=name, value=value, n=scores.examples[name.partition("/")[0]]))
-    for (lure, cell), value in scores.lures.items():
-        metrics.append(Metric(split=split, name=f"rate:{lure}", slice=cell, value=value, n=scores.examples[cell]))
+    named = {(f"rate:{lure}", cell): value for (lure, cell), value in scores.lures.items()} | scores.extra
+    for (name, cell), value in named.items():
+        metrics.append(Metric(split=split, name=name, slice=cell, value=value, n=scores.examples[cell]))
+    for name in dict.fromkeys(name for name, _ in named):
+        found = {cell: value for (other, cell), value in named.items() if other == name}
+        n = sum(scores.examples[cell] for cell in found)
+        metrics.append(Metric(split=split, name=name, slice="mean", value=scores.mean(found), n=n))
     return metrics
 
 
@@ -151,6 +160,20 @@ def state_info(model: LanguageModel, task: Task, precision: str) -> StateInfo:
     true, published, read = model.state_bytes(length, dtype)
     return StateInfo(
         seq_len=length, dtype=str(dtype).removeprefix("torch."), true_bytes=true, published_bytes=published, read_bytes=read
+    )
+
+
+def cell_info(task: Task, cell: Cell) -> CellInfo:
+    """A test cell as it is recorded; ceilings that are squared errors become scores like the model's own."""
+    ceilings = task.ceilings(cell)
+    if task.target_kind == "real":
+        ceilings = {name: max(0.0, 1 - error / ceilings["predict zero"]) for name, error in ceilings.items()}
+    return CellInfo(
+        name=cell.name,
+        axes=dict(cell.axes),
+        ceilings=ceilings,
+        bits_needed=task.bits_needed(cell),
+        trained=task.trained(cell),
     )
 
 
@@ -170,10 +193,8 @@ def _record(
         label=spec.model.label(),
         parameters=sum(p.numel() for p in model.parameters()),
         state=state_info(model, task, precision),
-        cells=[
-            CellInfo(name=cell.name, axes=dict(cell.axes), ceilings=task.ceilings(cell), bits_needed=task.bits_needed(cell))
-            for cell in task.cells("test")
-        ],
+        family=task.suite,
+        cells=[cell_info(task, cell) for cell in task.cells("test")],
         metrics=outcome.metrics,
         data_hashes={split: split_digest(build_split(task, split, spec.seed)) for split in SPLITS},
         device=str(device),

@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bench import catalog
+from bench import catalog, evaluate
 from bench.data import DeviceCell, device_split, epoch_plan
 from bench.errors import UserError
+from bench.evaluate import Scores
 from bench.model import LanguageModel
 from bench.spec import RunSpec, TaskSpec, TrainSpec
 from synthetic_tasks import Task, stream
 
-EVAL_TOKENS = 1 << 16
-"""Tokens per evaluation batch."""
 PROGRESS_SECONDS = 0.5
 
 
@@ -48,22 +45,6 @@ class Progress:
     accuracy: float | None
 
 
-@dataclass
-class Scores:
-    """Accuracy and loss of a split by cell, group rates by "<cell>/<group>", lure rates by (lure, cell)."""
-
-    accuracy: dict[str, float]
-    loss: dict[str, float]
-    stderr: dict[str, float]
-    examples: dict[str, int]
-    groups: dict[str, float] = field(default_factory=dict)
-    lures: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def mean(self, what: dict[str, float]) -> float:
-        """Equal mean over the cells."""
-        return float(np.mean(list(what.values())))
-
-
 def build_task(spec: TaskSpec) -> Task:
     """A task from its spec.
 
@@ -83,7 +64,7 @@ def build_model(spec: RunSpec, task: Task, device: torch.device) -> LanguageMode
     place = torch.device("meta" if device.type == "meta" else "cpu")  # drawn on the CPU, so every device starts alike
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(_torch_seed(spec.seed, "init"))
-        model = LanguageModel(spec.model, task.vocab_size, task.max_length())
+        model = LanguageModel(spec.model, task)
     return model.to(device)
 
 
@@ -131,8 +112,8 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed."""
-        return self.step // self.steps_per_epoch
+        """Epochs completed, validation included."""
+        return len(self.curve)
 
     @property
     def steps(self) -> int:
@@ -159,7 +140,7 @@ class Trainer:
             saved = shown = time.monotonic()
             while not self.finished():
                 plan = epoch_plan(self.train_cells, self.spec.train, self.spec.seed, self.epoch)
-                for cell_index, examples in plan[self.step % self.steps_per_epoch :]:
+                for cell_index, examples in plan[self.step - self.epoch * self.steps_per_epoch :]:
                     began = time.monotonic()
                     self._train_step(self.train_cells[cell_index], examples)
                     now = time.monotonic()
@@ -176,10 +157,10 @@ class Trainer:
 
     def finished(self) -> bool:
         """Whether training is over."""
-        if self.diverged or self.step >= self.steps:
+        if self.diverged or self.epoch >= self.spec.train.epochs:
             return True
         stop_at = self.spec.train.stop_at
-        if stop_at is None or not self.curve or self.step % self.steps_per_epoch:
+        if stop_at is None or not self.curve:
             return False
         accuracy = self.curve[-1]["valid_accuracy"]
         return accuracy is not None and accuracy > stop_at
@@ -191,22 +172,15 @@ class Trainer:
         self.model.train()
         labelled = (cell.labels_NM[examples] >= 0).sum()
         for part in examples.tensor_split(self.micro_batches):
-            loss, hits_BM, labels_BM = self._loss(cell, part)
+            outputs_BMX = evaluate.forward(self.model, cell, part, self.precision)
+            loss = evaluate.summed_loss(outputs_BMX, cell, part)
             (loss / labelled).backward()
-            valid_BM = labels_BM >= 0
-            accuracy = (hits_BM.sum(1) / valid_BM.sum(1)).sum()
-            self.sums += torch.stack([loss.detach().float() * len(examples) / labelled, accuracy, accuracy.new_tensor(len(part))])
+            scores_BM = evaluate.row_scores(evaluate.predictions(outputs_BMX, cell), cell, part)
+            score = evaluate.example_scores(scores_BM, cell, part).sum().clamp(min=0)
+            self.sums += torch.stack([loss.detach().float() * len(examples) / labelled, score, score.new_tensor(len(part))])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-
-    def _loss(self, cell: DeviceCell, examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed cross entropy over the labelled rows, hits [B, M] and labels [B, M]."""
-        labels_BM = cell.labels_NM[examples]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits_BMV = self.model(cell.inputs_NT[examples].long(), cell.rows_NM[examples])
-        loss = F.cross_entropy(logits_BMV.flatten(0, 1).float(), labels_BM.flatten(), ignore_index=-100, reduction="sum")
-        return loss, logits_BMV.detach().argmax(-1) == labels_BM, labels_BM
 
     def _end_epoch(self) -> None:
         loss_sum, accuracy_sum, examples = self.sums.tolist()
@@ -217,9 +191,9 @@ class Trainer:
         self.diverged = not (math.isfinite(train_loss) and math.isfinite(valid_loss))
         self.curve.append(
             {
-                "epoch": self.epoch,
+                "epoch": self.epoch + 1,
                 "step": self.step,
-                "examples": self.epoch * sum(len(cell.inputs_NT) for cell in self.train_cells),
+                "examples": (self.epoch + 1) * sum(len(cell) for cell in self.train_cells),
                 "lr": learning_rate(self.spec.train, self.step - 1, self.steps_per_epoch),
                 "train_loss": train_loss if math.isfinite(train_loss) else None,
                 "train_accuracy": accuracy_sum / examples,
@@ -229,27 +203,13 @@ class Trainer:
             }
         )
 
-    @torch.no_grad()
     def evaluate(self, cells: list[DeviceCell]) -> Scores:
-        """Scores on a split; accuracy is the mean over examples of the accuracy over an example's labelled rows."""
-        self.model.eval()
-        scores = Scores({}, {}, {}, {})
-        for cell in cells:
-            n, length = cell.inputs_NT.shape
-            losses, hits, predictions = [], [], []
-            for part in torch.arange(n, device=self.device).split(max(1, EVAL_TOKENS // length)):
-                labels_BM = cell.labels_NM[part]
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    logits_BMV = self.model(cell.inputs_NT[part].long(), cell.rows_NM[part])
-                losses.append(F.cross_entropy(logits_BMV.flatten(0, 1).float(), labels_BM.flatten(), reduction="sum"))
-                predictions.append(logits_BMV.argmax(-1))
-                hits.append(predictions[-1] == labels_BM)
-            _score_cell(scores, cell, torch.cat(hits), torch.cat(predictions), torch.stack(losses).sum())
-        return scores
+        """Scores on a split."""
+        return evaluate.evaluate(self.model, cells, self.precision)
 
     def test(self) -> Scores:
         """Scores on the test split."""
-        return self.evaluate(device_split(self.task, "test", self.spec.seed, self.device))
+        return evaluate.evaluate_test(self.model, self.task, self.spec.seed, self.device, self.precision)
 
     def _progress(self) -> Progress:
         loss_sum, accuracy_sum, examples = self.sums.tolist()
@@ -298,20 +258,3 @@ def resolve_precision(train: TrainSpec, device: torch.device) -> str:
     if train.precision != "auto":
         return train.precision
     return "bf16" if device.type == "cuda" else "fp32"
-
-
-def _score_cell(scores: Scores, cell: DeviceCell, hits_NM: Tensor, predictions_NM: Tensor, loss: Tensor) -> None:
-    valid_NM = cell.labels_NM >= 0
-    accuracy_N = hits_NM.sum(1).double() / valid_NM.sum(1)
-    name, n = cell.cell.name, len(accuracy_N)
-    scores.accuracy[name] = float(accuracy_N.mean())
-    scores.stderr[name] = float(accuracy_N.std() / math.sqrt(n)) if n > 1 else 0.0
-    scores.loss[name] = float(loss / valid_NM.sum())
-    scores.examples[name] = n
-    for group, rows_NM in cell.groups.items():
-        if rows_NM.any():
-            scores.groups[f"{name}/{group}"] = float(hits_NM[rows_NM].double().mean())
-    for lure, wrong_NM in cell.lures.items():
-        present_NM = wrong_NM >= 0
-        if present_NM.any():
-            scores.lures[lure, name] = float((predictions_NM == wrong_NM)[present_NM].double().mean())

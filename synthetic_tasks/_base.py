@@ -120,7 +120,11 @@ class Task(ABC):
 
     @abstractmethod
     def ceilings(self, cell: Cell) -> dict[str, float]:
-        """Accuracy of the solvers that do not solve the task, e.g. {"chance": 1/4096, "in-context guess": 1/4}."""
+        """Accuracy of the solvers that do not solve the task, e.g. {"chance": 1/4096, "in-context guess": 1/4}.
+
+        Where labels are real they are mean squared errors, and "predict zero", the scale of all errors, is one of them.
+        "exact" is the exact solver's, where even that misses some labels.
+        """
 
     @abstractmethod
     def bits_needed(self, cell: Cell) -> float:
@@ -138,6 +142,34 @@ class Task(ABC):
         """Predictions of the solvers that miss the point of the task, by the name they have in `ceilings`; may be none."""
         del batch
         return {}
+
+    def extra_metrics(self, cell: Cell, batch: Batch, predictions: np.ndarray) -> dict[str, float]:
+        """Metrics beyond accuracy, group accuracies and lure rates, of a model's predictions on one test cell; may be none.
+
+        Args:
+            cell: the cell.
+            batch: all its examples.
+            predictions: in the form that `solve` gives them.
+
+        Returns:
+            Values by name; those that are not finite are left out of the records.
+        """
+        del cell, batch, predictions
+        return {}
+
+    def votes(self, batch: Batch) -> np.ndarray | None:
+        """Which labelled positions vote as one, [N, T] numbers below T, or None where each position speaks for itself.
+
+        The probabilities that a model gives at the positions of a vote are summed; "symbol accuracy" counts the best answers.
+        """
+        del batch
+        return None
+
+    def trained(self, cell: Cell) -> bool:
+        """Whether a test cell lies within the trained range of every axis that the training cells share with it."""
+        cells = self.cells("train")
+        ranges = {axis: [c.axes[axis] for c in cells if axis in c.axes] for axis in cell.axes}
+        return all(min(found) <= cell.axes[axis] <= max(found) for axis, found in ranges.items() if found)
 
     def max_length(self) -> int:
         """Longest sequence of any split."""

@@ -10,12 +10,12 @@ from math import log2
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task
-from synthetic_tasks._mad import next_tokens, seen_before, with_full_loss
+from synthetic_tasks._base import Batch, Cell
+from synthetic_tasks._mad import MADTask, next_tokens, seen_before, with_full_loss
 from synthetic_tasks._metrics import measured
 
 
-class MADRecall(Task):
+class MADRecall(MADTask):
     """Pairs `k v` drawn with replacement from a map that is random in each sequence; repeats are labelled.
 
     Ids: keys, then values, then noise.

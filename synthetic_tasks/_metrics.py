@@ -20,6 +20,14 @@ def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None)
     return float((right[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
 
 
+def macro_accuracy(predictions_NT: np.ndarray, batch: Batch) -> float:
+    """Accuracy averaged over the labels that occur, each counting the same: MAD's metric (its library's default)."""
+    labels, predicted = batch.targets[batch.mask], predictions_NT[batch.mask]
+    counts = np.bincount(labels)
+    hits = np.bincount(labels[labels == predicted], minlength=len(counts))
+    return float((hits[counts > 0] / counts[counts > 0]).mean())
+
+
 def score(predictions: np.ndarray, batch: Batch) -> float:
     """Accuracy, or the mean squared error where labels are real."""
     if batch.values is None:

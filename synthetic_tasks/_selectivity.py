@@ -16,7 +16,7 @@ import numpy as np
 
 from synthetic_tasks._base import Batch, Cell, Task, stream
 from synthetic_tasks._grammar import Grammar
-from synthetic_tasks._metrics import measured
+from synthetic_tasks._metrics import accuracy, effective_memory_length, measured
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 8)
 
@@ -138,6 +138,16 @@ class Selectivity(Task):
         else:
             found = {f"bayes {k}": states for k, states in self.grammar.window_filters(letters, WINDOWS).items()}
         return {name: np.take_along_axis(states, event, axis=1).astype(np.int32) for name, states in found.items()}
+
+    def votes(self, batch: Batch) -> np.ndarray:
+        """SelectivBench's metric: the frame of a symbol and the empty frames after it vote as one."""
+        return np.cumsum(batch.inputs <= self.grammar.letters, axis=1) - 1
+
+    def extra_metrics(self, cell: Cell, batch: Batch, predictions: np.ndarray) -> dict[str, float]:
+        """Effective memory length, where there is a Bayes curve to read it from."""
+        if self.distractors:
+            return {}
+        return {"effective memory length": effective_memory_length(accuracy(predictions, batch), self.ceilings(cell))}
 
     def ceilings(self, cell: Cell) -> dict[str, float]:
         """Chance, the filters of `shortcuts` and, as "exact", the filter of the whole past, measured."""

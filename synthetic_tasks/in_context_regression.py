@@ -15,7 +15,7 @@ import numpy as np
 
 from synthetic_tasks._base import Batch, Cell, Task, stream, task
 from synthetic_tasks._cells import parse_splits
-from synthetic_tasks._metrics import measured
+from synthetic_tasks._metrics import measured, score
 
 
 def _length(axes: Mapping[str, int]) -> int:
@@ -132,6 +132,12 @@ class InContextRegression(Task):
         guess = memory[batch.mask].ravel()
         scale = (guess @ labels) / max(guess @ guess, 1e-30)
         return {"predict zero": np.zeros_like(memory, dtype=np.float32), "additive memory": (scale * memory).astype(np.float32)}
+
+    def extra_metrics(self, cell: Cell, batch: Batch, predictions: np.ndarray) -> dict[str, float]:
+        """Error above the Bayes predictor's as a share of that of predicting zero: 0 is optimal, 1 is no better than zero."""
+        del cell
+        least, zero = score(self.solve(batch), batch), score(np.zeros_like(predictions), batch)
+        return {"excess error": (score(predictions, batch) - least) / (zero - least)}
 
     def ceilings(self, cell: Cell) -> dict[str, float]:
         """Mean squared errors, measured: lower is better; excess error is (error - exact) / (predict zero - exact)."""

@@ -20,7 +20,7 @@ from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._draws import distinct
 from synthetic_tasks._joint import random_order
 from synthetic_tasks._latin import latin_tables, log2_squares
-from synthetic_tasks._metrics import measured
+from synthetic_tasks._metrics import accuracy, binding_gain, measured
 
 BOS, SEP, MASK, FIRST = 1, 2, 3, 4
 
@@ -172,6 +172,13 @@ class JointRecall(Task):
         out = np.zeros_like(batch.inputs)
         out[batch.mask] = guesses_NQ.ravel()
         return out
+
+    def extra_metrics(self, cell: Cell, batch: Batch, predictions: np.ndarray) -> dict[str, float]:
+        """Binding gain over the marginal solver on these very examples, and accuracy where that solver is wrong."""
+        del cell
+        marginal = accuracy(self.shortcuts(batch)["marginals"], batch)
+        gain = binding_gain(accuracy(predictions, batch), marginal)
+        return {"binding gain": gain, "conflict accuracy": accuracy(predictions, batch, "conflict")}
 
     def ceilings(self, cell: Cell) -> dict[str, float]:
         """Guesses over all values and over those of the table; the marginal solver, measured."""

@@ -11,12 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, task
+from synthetic_tasks._base import Batch, Cell, task
 from synthetic_tasks._cells import parse_splits
+from synthetic_tasks._mad import MADTask
 
 
 @task("mad_compression", suite="mad")
-class MADCompression(Task):
+class MADCompression(MADTask):
     """Compression with the published sizes: vocabulary 16, length 32.
 
     T - 1 random tokens are followed by a marker; every token is to be decoded from the hidden vector at the marker, which is

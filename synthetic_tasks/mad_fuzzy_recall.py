@@ -11,16 +11,16 @@ from typing import Literal
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, task
+from synthetic_tasks._base import Batch, Cell, task
 from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._draws import distinct
-from synthetic_tasks._mad import next_tokens, seen_before, with_full_loss
+from synthetic_tasks._mad import MADTask, next_tokens, seen_before, with_full_loss
 
 MOTIF = 3
 
 
 @task("mad_fuzzy_recall", suite="mad")
-class MADFuzzyRecall(Task):
+class MADFuzzyRecall(MADTask):
     """Fuzzy recall with the published sizes: vocabulary 16 with one pad id, length 128.
 
     A motif is one to three distinct tokens, each length equally likely. A sequence is key motif, value motif, and so on, with

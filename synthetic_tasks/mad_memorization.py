@@ -11,12 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, stream, task
+from synthetic_tasks._base import Batch, Cell, stream, task
 from synthetic_tasks._cells import parse_splits
+from synthetic_tasks._mad import MADTask
 
 
 @task("mad_memorization", suite="mad")
-class MADMemorization(Task):
+class MADMemorization(MADTask):
     """Memorisation with the published sizes: vocabulary 256, length 32, 256 training examples.
 
     A sequence is random keys, each followed by the insert token, which is labelled with the key's value. Values are never

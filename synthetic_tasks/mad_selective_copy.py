@@ -11,13 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, task
+from synthetic_tasks._base import Batch, Cell, task
 from synthetic_tasks._cells import parse_splits
 from synthetic_tasks._draws import distinct
+from synthetic_tasks._mad import MADTask
 
 
 @task("mad_selective_copy", suite="mad")
-class MADSelectiveCopy(Task):
+class MADSelectiveCopy(MADTask):
     """Selective copying with the published sizes: vocabulary 16 (14 letters, blank, copy token), length 256, 16 letters.
 
     n random letters are spread among blanks; after the copy token come n blanks, of which the j-th is labelled with the j-th

@@ -66,7 +66,7 @@ def measure(setting: Setting) -> dict[str, object]:
     trainer = Trainer(spec, torch.device("cpu"))
     cell = trainer.train_cells[0]
     chosen = torch.arange(setting.batch)
-    inputs_BT = cell.inputs_NT[chosen].long()
+    inputs_BT = cell.inputs[chosen].long()
     targets_BT = torch.full_like(inputs_BT, -100).scatter(1, cell.rows_NM[chosen], cell.labels_NM[chosen])
 
     def labelled() -> None:

@@ -40,7 +40,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_labelled_rows_give_the_gradients_of_the_loss_over_all_positions() -> None:
     trainer = Trainer(spec(model={"embed_dropout": 0.0}), CPU)
     cell = trainer.train_cells[0]
-    inputs_BT = cell.inputs_NT.long()
+    inputs_BT = cell.inputs.long()
     trainer.model.train()
 
     def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
