@@ -49,6 +49,7 @@ def execute(
     identity = run_id(spec, provenance.identity_code(spec))
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     if device.type == "cuda":
+        torch.cuda.init()  # resetting statistics does not, and fails in a fresh process
         torch.cuda.reset_peak_memory_stats(device)
     outcome = _Outcome()
     folder = store.path(identity)

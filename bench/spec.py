@@ -18,7 +18,7 @@ SELECTION_SEED = 1000
 class Frozen(BaseModel):
     """Base of all specs: immutable, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def __hash__(self) -> int:
         """Equal specs hash alike, options (a dictionary) included."""

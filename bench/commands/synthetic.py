@@ -309,9 +309,10 @@ def print_table(shown: list[Point], output: Output) -> None:
 
 
 def _report(store: Store, request: Request, output: Output) -> None:
+    if request.report is None:
+        return
     from bench.report.build import build_report
 
-    if request.report is not None:
-        build_report(store, request.report, task=request.task)
-        output.say(f"Report: {request.report}")
-        output.emit("report", {"path": str(request.report)})
+    build_report(store, request.report, task=request.task)
+    output.say(f"Report: {request.report}")
+    output.emit("report", {"path": str(request.report)})
