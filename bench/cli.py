@@ -89,6 +89,13 @@ def synthetic(
         str | None,
         typer.Option(help="Recipe to run instead of the task's own.", autocompletion=_complete("recipe"), rich_help_panel="What"),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Whole families: recall, selectivity, mad, state_tracking or all.", rich_help_panel="What"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Size of a suite: quick (two cores, 15 minutes) or laptop.", rich_help_panel="What")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a setting: train.epochs=8, model.d_model=64,128 (a grid).", rich_help_panel="What"),
@@ -120,6 +127,8 @@ def synthetic(
 
     bench synthetic --task mqar --set train.lr=1e-3,3e-3 --set model.d_model=32,64 --dry-run
 
+    bench synthetic --suite all --preset quick
+
     Exit codes: 0 all runs done; 1 some run failed; 2 bad input; 130 interrupted.
     """
 
@@ -141,7 +150,9 @@ def synthetic(
             jobs=jobs,
             rerun=rerun,
             dry_run=dry_run,
-            report=None if no_report else report or store.parent / "reports" / f"{task or recipe}.html",
+            report=None if no_report else report or store.parent / "reports" / f"{suite or task or recipe}.html",
+            suite=suite,
+            preset=preset,
         )
         return module.run(request, Output(as_json=as_json))
 

@@ -50,7 +50,7 @@ def influence_map(model: LanguageModel, batch: Batch, device: torch.device, *, l
         (gradient_TTD,) = torch.autograd.grad((h_TTD[diagonal, diagonal] * signs_D).sum(), x_TTD)
         squared += gradient_TTD.double().square().sum(-1).cpu().numpy()
     queries = np.flatnonzero(mask)
-    values = np.array([_last_before(tokens, query, targets[query]) if links else -1 for query in queries])
+    values = np.array([_last_before(tokens, query, targets[query]) if links else -1 for query in queries.tolist()])
     return {
         "map": np.sqrt(squared / PROBES).astype(np.float32),
         "tokens": tokens,

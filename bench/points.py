@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from bench.records import CellInfo, RunRecord, StateInfo, Status
+from bench.records import CellInfo, Metric, RunRecord, StateInfo, Status
 from bench.spec import RunSpec, digest
 from bench.stats import Interval, mean_interval
 
@@ -67,6 +67,7 @@ class Point:
         accuracy: mean test accuracy over the reported seeds at `lr`, with its interval.
         seeds: test accuracy of each reported seed.
         slices: mean test accuracy of each cell or cell/group, over the same seeds.
+        metrics: mean of every other test metric, such as "binding gain", over the same seeds.
         trials: the matrix of learning rate by seed, every run.
         reported: the records behind `accuracy`.
         records: all records of the point.
@@ -87,6 +88,7 @@ class Point:
     accuracy: Interval
     seeds: dict[int, float]
     slices: dict[str, float]
+    metrics: dict[str, float]
     trials: list[Trial]
     statuses: dict[str, int]
     reported: list[RunRecord]
@@ -98,6 +100,11 @@ class Point:
         """The task as written on the command line, e.g. `mqar:vocab_size=256`."""
         options = self.spec.task.options
         return ":".join([self.spec.task.name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+
+    @property
+    def family(self) -> str:
+        """The family that the task is scored with; "" in records older than families."""
+        return self.records[-1].family
 
     @property
     def bits_needed(self) -> float:
@@ -185,7 +192,8 @@ def _point(identity: str, group: list[RunRecord]) -> Point:
         lr_scores=choice.scores,
         accuracy=mean_interval(list(values.values()), bounds=(0.0, 1.0)),
         seeds=values,
-        slices=_slice_means(reported),
+        slices=_means(reported, lambda m: m.slice if m.name == "accuracy" and m.slice != "mean" else None),
+        metrics=_means(reported, lambda m: m.name if m.name not in ("accuracy", "loss") and m.slice == "mean" else None),
         trials=[_trial(r) for r in current],
         statuses=dict(Counter(r.status for r in current)),
         reported=reported,
@@ -217,13 +225,14 @@ def _lr_of_point(records: Sequence[RunRecord]) -> tuple[LrChoice, str]:
     return choice, "validation accuracy of the reported seeds"
 
 
-def _slice_means(records: Sequence[RunRecord]) -> dict[str, float]:
-    """Mean test accuracy of each slice but the overall mean, over the records that have it."""
+def _means(records: Sequence[RunRecord], name_of: Callable[[Metric], str | None]) -> dict[str, float]:
+    """Means of test metrics over the records that have them, by the name that `name_of` gives; None leaves a metric out."""
     values: dict[str, list[float]] = {}
     for record in records:
         for metric in record.metrics:
-            if (metric.split, metric.name) == ("test", "accuracy") and metric.slice != "mean" and metric.value is not None:
-                values.setdefault(metric.slice, []).append(metric.value)
+            name = name_of(metric)
+            if metric.split == "test" and name is not None and metric.value is not None:
+                values.setdefault(name, []).append(metric.value)
     return {name: fmean(found) for name, found in values.items()}
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from bench import catalog
 from bench.commands.console import Output, bytes_text, seconds_text
 from bench.commands.progress import SweepProgress, run_name
+from bench.commands.suite import print_families, suite_sweep
 from bench.device import Device, resolve_device
 from bench.errors import UserError
 from bench.grammar import apply_settings, parse_mixers
@@ -44,6 +45,8 @@ class Request:
     dry_run: bool
     report: Path | None
     """Where the report goes, or None for no report."""
+    suite: str | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,30 @@ def build_sweep(request: Request) -> Sweep:
     Raises:
         UserError: unknown names, paths or options, or values that do not fit.
     """
-    if request.task is None and request.recipe is None:
-        raise UserError("Nothing to run: give --task (see `bench list tasks`) or --recipe (see `bench list recipes`).")
-    if request.task is not None:
-        catalog.load("task", request.task)
-    name = request.recipe or (request.task if request.task in catalog.names("recipe") else DEFAULT_RECIPE)
-    assert name is not None
-    sweep: Sweep = catalog.load("recipe", name)()
-    if request.task is not None:
-        sweep = _with_task(sweep, request.task, named=request.recipe)
+    if request.suite is not None or request.preset is not None:
+        sweep = suite_sweep(request.suite, request.preset, others=(request.task, request.recipe))
+    else:
+        sweep = _named_sweep(request)
     if request.mixers:
         sweep = _with_mixers(sweep, request.mixers)
     sweep = apply_settings(sweep, request.settings)
     counts = {"seeds": request.seeds, "select_seeds": request.select_seeds}
     return sweep.model_copy(update={key: count for key, count in counts.items() if count is not None})
+
+
+def _named_sweep(request: Request) -> Sweep:
+    """The sweep of a task or a recipe."""
+    if request.task is None and request.recipe is None:
+        raise UserError("Nothing to run: give --task (see `bench list tasks`), --recipe (see `bench list recipes`) or --suite.")
+    if request.task is not None:
+        catalog.load("task", request.task)
+    name = request.recipe or (request.task if request.task in catalog.names("recipe") else DEFAULT_RECIPE)
+    make = catalog.load("recipe", name or DEFAULT_RECIPE)
+    if request.task is None:
+        return make()
+    if "task" in catalog.options_of(make):
+        return make(task=request.task)
+    return _with_task(make(), request.task, named=request.recipe)
 
 
 def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
@@ -181,8 +194,8 @@ def run(request: Request, output: Output) -> int:
     for record in records:
         output.emit("run", record.model_dump(mode="json"))
     shown = points(records)
-    print_table(shown, output)
-    _report(store, request, output)
+    (print_table if request.suite is None else print_families)(shown, output)
+    _report(store, request, sweep, output)
     return 0 if all(record.status == "done" for record in records) else 1
 
 
@@ -239,7 +252,9 @@ class _Training:
 
 def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], output: Output) -> None:
     table = Table(title="Plan")
+    several = len({experiment.task.name for experiment in sweep.experiments}) > 1
     for column in (
+        *(["task"] if several else []),
         "mixer",
         "d",
         "parameters",
@@ -249,7 +264,8 @@ def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo
         "done",
         "tokens a run",
     ):
-        table.add_column(column, justify="left" if column == "mixer" else "right", no_wrap=column == "mixer")
+        words = column in ("task", "mixer")
+        table.add_column(column, justify="left" if words else "right", no_wrap=words)
     for experiment in sweep.experiments:
         plan, about = planner.plan(experiment, sweep), info[experiment]
         waiting = f" + {plan.waiting}" if plan.waiting else ""
@@ -267,6 +283,7 @@ def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo
             },
         )
         table.add_row(
+            *([experiment.task.name] if several else []),
             about.label,
             str(experiment.model.d_model),
             f"{about.parameters:,}",
@@ -308,11 +325,12 @@ def print_table(shown: list[Point], output: Output) -> None:
         output.say(f"{record.status}: {run_name(record.spec, record.label)}: {record.reason}")
 
 
-def _report(store: Store, request: Request, output: Output) -> None:
+def _report(store: Store, request: Request, sweep: Sweep, output: Output) -> None:
     if request.report is None:
         return
     from bench.report.build import build_report
 
-    build_report(store, request.report, task=request.task)
+    specs = None if request.suite is None else [experiment.task for experiment in sweep.experiments]
+    build_report(store, request.report, task=request.task, specs=specs)
     output.say(f"Report: {request.report}")
     output.emit("report", {"path": str(request.report)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from bench.points import Point, points
 from bench.records import RunRecord
 from bench.report import charts, frames, styles
 from bench.report.influence import Picture, picture
-from bench.spec import SELECTION_SEED
+from bench.spec import SELECTION_SEED, TaskSpec
 from bench.store import Store, atomic_write
 
 HERE = Path(__file__).parent
@@ -41,7 +41,14 @@ class ReportSummary:
     warnings: list[str] = field(default_factory=list)
 
 
-def build_report(store: Store, out: Path, *, title: str = "Mixer Bench", task: str | None = None) -> ReportSummary:
+def build_report(
+    store: Store,
+    out: Path,
+    *,
+    title: str = "Mixer Bench",
+    task: str | None = None,
+    specs: Collection[TaskSpec] | None = None,
+) -> ReportSummary:
     """Writes the report of a store.
 
     Args:
@@ -49,11 +56,13 @@ def build_report(store: Store, out: Path, *, title: str = "Mixer Bench", task: s
         out: the HTML file to write; its folder is made if it is missing.
         title: heading of the page.
         task: name of the only task to show; None shows all.
+        specs: tasks to show, options included; None shows all.
 
     Raises:
         UserError: the store holds no run to show, or the file cannot be written.
     """
     records, warnings = load_records(store, task)
+    records = [record for record in records if specs is None or record.spec.task in specs]
     found = points(records)
     page, page_warnings = _render(found, store, title, warnings)
     content = page.encode()
