@@ -18,9 +18,9 @@ from bench.spec import ModelSpec, TaskSpec, TrainSpec
 from bench.sweep import Experiment, Sweep
 
 MIXERS = ("gated_delta_net:n_heads=2", "mamba2:d_state=16", "hyena", "attention")
-TOKENS = 1_200_000
+TOKENS = 800_000
 """Training tokens of a quick run."""
-MAX_EXAMPLES = 24_000
+MAX_EXAMPLES = 16_000
 """Training examples of a cell of a quick run."""
 CELLS = {
     "compositional_mqar": ("32x4 64x9", "32x4 64x9 128x16"),

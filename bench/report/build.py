@@ -14,6 +14,7 @@ from bench.errors import UserError
 from bench.points import Point, points
 from bench.records import RunRecord
 from bench.report import charts, frames, styles
+from bench.report.families import family_map
 from bench.report.influence import Picture, picture
 from bench.spec import SELECTION_SEED, TaskSpec
 from bench.store import Store, atomic_write
@@ -117,6 +118,7 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
         "specs": charts.specs(),
         "csv": frames.csv_text(rows),
+        "families": family_map(found, tasks),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -125,13 +127,15 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": frames.percent, "bytes": frames.human_bytes}
+    environment.filters |= {"percent": frames.percent, "metric": frames.metric_text, "bytes": frames.human_bytes}
     page = environment.get_template("page.html.j2").render(
         title=title,
         tasks=tasks,
         points=list(zip(found, rows, strict=True)),
         styles=look,
         curves=curves,
+        families=data["families"],
+        metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
         pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
         pictures_made=len(pictures),
         warnings=warnings,

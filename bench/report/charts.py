@@ -52,10 +52,11 @@ _TOOLTIP = {
 
 
 def specs() -> dict[str, Any]:
-    """Every specification of the page: the Pareto plot by axis, the heat map, the curves by axis."""
+    """Every specification of the page: the Pareto plot by axis, both heat maps, the curves by axis."""
     return {
         "pareto": {axis: _finish(_pareto(axis)) for axis in AXES},
         "heat": _finish(_heat_map()),
+        "families": _finish(_family_map()),
         "curves": {axis: _finish(_curves(axis)) for axis in SECONDS_AXES},
     }
 
@@ -164,6 +165,7 @@ def _heat_map() -> LayeredChart:
         tooltip=[
             alt.Tooltip("name:N", title="point"),
             alt.Tooltip("slice:N", title="slice"),
+            alt.Tooltip("range:N", title="trained range"),
             alt.Tooltip("accuracy:Q", format=".1%"),
             alt.Tooltip("n:Q", title="seeds"),
         ],
@@ -176,6 +178,34 @@ def _heat_map() -> LayeredChart:
         width="container",
         autosize=_FIT,
         description="Heat map of mean test accuracy by difficulty slice and point; the numbers are in the table below.",
+    )
+
+
+def _family_map() -> LayeredChart:
+    """Scores by task and mixer, families side by side; means are framed."""
+    order = {field: alt.EncodingSortField(field=field, op="min") for field in ("place", "rank")}
+    base = alt.Chart(alt.NamedData(name="scores")).encode(
+        x=alt.X("label:N", sort=order["place"], title=None, axis=alt.Axis(orient="top", labelAngle=-45, labelLimit=150)),
+        y=alt.Y("name:N", sort=order["rank"], title=None, axis=alt.Axis(labelLimit=260)),
+    )
+    cells = base.mark_rect(strokeWidth=2).encode(
+        color=alt.Color("score:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1]), legend=None),
+        stroke=alt.condition("datum.mean", alt.value("#d9480f"), alt.value("transparent")),
+        tooltip=[
+            alt.Tooltip("name:N", title="point"),
+            alt.Tooltip("label:N", title="task"),
+            alt.Tooltip("family:N"),
+            alt.Tooltip("score:Q", format=".1%"),
+        ],
+    )
+    numbers = base.mark_text(fontSize=11).encode(
+        text=alt.Text("number:N"),
+        color=alt.condition("datum.score > 0.55", alt.value("#10151a"), alt.value("#ffffff")),
+    )
+    return alt.layer(cells, numbers).properties(
+        width="container",
+        autosize=_FIT,
+        description="Heat map of scores by task and point, with the mean of each family; the numbers are in the table below.",
     )
 
 

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from bench.families import task_score
 from bench.points import Point
 from bench.records import RunRecord
 from bench.report.charts import AXES
+from bench.report.families import shortcut_lines
 from bench.stats import pareto_front
 from bench.store import Store
 
@@ -27,15 +29,22 @@ def task_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
         cells = group[0].cells
         hardest = max(cells, key=lambda cell: cell.bits_needed)
         name = group[0].spec.task.name
+        ceilings = {name: math.fsum(c.ceilings.get(name, 0.0) for c in cells) / len(cells) for name in hardest.ceilings}
         rows.append(
             {
                 "id": f"t{index}",
                 "key": key,
                 "title": name if names.count(name) == 1 else key,
-                "cells": [{"name": c.name, "axes": c.axes, "bits": c.bits_needed, "ceilings": c.ceilings} for c in cells],
+                "cells": [
+                    {"name": c.name, "axes": c.axes, "bits": c.bits_needed, "ceilings": c.ceilings, "trained": c.trained}
+                    for c in cells
+                ],
+                "beyond": [c.name for c in cells if not c.trained],
                 "bits": hardest.bits_needed,
                 "bits_cell": hardest.name,
-                "ceilings": {name: math.fsum(c.ceilings.get(name, 0.0) for c in cells) / len(cells) for name in hardest.ceilings},
+                "ceilings": ceilings,
+                "lines": shortcut_lines(ceilings),
+                "metrics": list(dict.fromkeys(name for point in group for name in point.metrics)),
                 "points": len(group),
                 "runs": sum(len(point.records) for point in group),
             }
@@ -90,6 +99,10 @@ def _point_row(index: int, point: Point, task: dict[str, Any]) -> dict[str, Any]
         "device": newest.device,
         "commit": (newest.provenance.commit or "unknown")[:10] + (" + changes" if newest.provenance.dirty else ""),
         "slices": {name: round(value, 5) for name, value in point.slices.items()},
+        "metrics": {name: round(value, 5) for name, value in point.metrics.items()},
+        "score": _rounded(task_score(point), 5),
+        "score_trained": _rounded(task_score(point, trained=True), 5),
+        "score_beyond": _rounded(task_score(point, trained=False), 5),
         "seeds": {str(seed): value for seed, value in sorted(point.seeds.items())},
         "warnings": point.warnings,
         "point_id": point.id,
@@ -114,7 +127,7 @@ def _texts(point: Point) -> dict[str, str]:
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """All points as CSV: the display texts left out, slices and seeds as columns of their own."""
+    """All points as CSV: the display texts left out, slices, further metrics and seeds as columns of their own."""
     import pandas as pd
 
     texts = ("_text", "task_title")
@@ -123,6 +136,7 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
         plain = {key: value for key, value in row.items() if not key.endswith(texts) and not isinstance(value, dict | list)}
         plain["task"] = row["task_title"]
         plain |= {f"accuracy:{name}": value for name, value in row["slices"].items()}
+        plain |= row["metrics"]
         plain |= {f"seed:{seed}": value for seed, value in row["seeds"].items()}
         flat.append(plain | {"warnings": "; ".join(row["warnings"])})
     return pd.DataFrame(flat).drop(columns="id").to_csv(index=False)
@@ -212,6 +226,11 @@ def hardware(record: RunRecord) -> str:
     """The processor that trained a run."""
     found = record.provenance.hardware
     return found.get("gpu") or found.get("cpu") or record.device
+
+
+def metric_text(value: float) -> str:
+    """A metric that need not be a share, with three significant digits."""
+    return f"{value:.3g}"
 
 
 def percent(value: float | None) -> str:

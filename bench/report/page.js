@@ -86,7 +86,7 @@
     const off = need < least / 8;
     const label = wide ? `needed for ${task.bits_cell}: ${humanBytes(need)}` : `needed: ${humanBytes(need)}`;
     const bits = points.length && need > 0 ? [{ x: off ? least : need, off, label: off ? `◂ ${label}${wide ? ", left of this plot" : ""}` : label }] : [];
-    const ceilings = Object.entries(task.ceilings).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
+    const ceilings = Object.entries(task.lines).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
     return { points, front, bits, ceilings };
   }
 
@@ -94,10 +94,23 @@
     const slices = [];
     for (const point of data.points.filter((p) => p.task === task.id && isShown(p))) {
       for (const slice of task.slices) {
-        if (slice in point.slices) slices.push({ name: point.name, slice, accuracy: point.slices[slice], n: point.n });
+        const beyond = task.beyond.includes(slice.split("/")[0]);
+        const label = beyond ? `${slice} ↗` : slice;
+        if (slice in point.slices) slices.push({ name: point.name, slice: label, range: beyond ? "beyond" : "inside", accuracy: point.slices[slice], n: point.n });
       }
     }
     return { slices };
+  }
+
+  // Scores by task: a mixer's row stays as long as the mixer is shown, whatever its place on the fronts.
+  function familyData() {
+    const scores = [];
+    data.families.rows.forEach((row, rank) => data.families.columns.forEach((column, i) => {
+      const score = row.scores[i];
+      if (state.hiddenMixers.has(row.mixer) || state.hiddenTasks.has(column.task) || score === null) return;
+      scores.push({ name: row.name, rank, score, number: Math.round(100 * score), mean: column.task === null, ...column });
+    }));
+    return { scores };
   }
 
   function curveData(task) {
@@ -117,6 +130,7 @@
   const KINDS = {
     pareto: { spec: () => data.specs.pareto[state.axis], datasets: paretoData, rows: "points" },
     heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices", layout: (sets) => ({ height: 24 * new Set(sets.slices.map((s) => s.name)).size }) },
+    families: { spec: () => data.specs.families, datasets: familyData, rows: "scores", layout: (sets) => ({ height: 24 * new Set(sets.scores.map((s) => s.name)).size }) },
     curves: { spec: () => data.specs.curves[state.progress], datasets: curveData, rows: "curves" },
   };
 
@@ -139,7 +153,7 @@
     const task = data.tasks.find((item) => item.id === figure.dataset.task);
     const target = figure.querySelector(".vis");
     const datasets = kind.datasets(task, target.clientWidth);
-    figure.hidden = state.hiddenTasks.has(task.id);
+    figure.hidden = task !== undefined && state.hiddenTasks.has(task.id);
     // A later call overtakes an earlier one that is still being drawn.
     const turn = (drawing.get(target) || { turn: 0 }).turn + 1;
     drawing.get(target)?.result?.finalize();
@@ -155,7 +169,7 @@
       actions: { export: true, source: false, compiled: false, editor: false },
       config: chartConfig(),
       tooltip: { theme: isDark() ? "dark" : "light" },
-      downloadFileName: `mixer-bench-${figure.dataset.chart}-${task.title}`,
+      downloadFileName: `mixer-bench-${[figure.dataset.chart, task?.title].filter(Boolean).join("-")}`,
     });
     if (drawing.get(target).turn === turn) drawing.set(target, { turn, result });
   }

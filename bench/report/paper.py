@@ -116,7 +116,7 @@ def _pareto(task: dict[str, Any], rows: list[dict[str, Any]], look: dict[str, st
     front = sorted((row for row in rows if row["front_state"]), key=lambda row: row["state_bytes"])
     xs, ys = [row["state_bytes"] for row in front], [row["accuracy"] for row in front]
     axes.step(xs, ys, where="post", color="0.4", linestyle="--", linewidth=0.8, zorder=0)
-    for name, value in task["ceilings"].items():
+    for name, value in task["lines"].items():
         axes.axhline(value, color="0.5", linestyle=":", linewidth=0.8)
         axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4", fontsize=7)
     need = task["bits"] / 8
