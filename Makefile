@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 check:  ## lint, types, import directions, tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 	$(dir $(PYTHON))lint-imports
 	$(PYTHON) -m pytest -m "not slow and not gpu"
 

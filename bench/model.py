@@ -27,8 +27,8 @@ from bench.spec import LayerSpec, ModelSpec
 from mixers import Mixer
 from synthetic_tasks import Task
 
-MAMBA_BLOCK = frozenset({"mamba", "mamba2"})
-"""Mixers that Zoology trains in the block and with the initialisation of the Mamba repository."""
+MAMBA_BLOCK = frozenset({"mamba", "mamba2", "hax"})
+"""Mixers that Zoology trains in the block and with the initialisation of the Mamba repository, and HAX, which extends one."""
 
 States = list[dict[str, Tensor]]
 

@@ -43,7 +43,7 @@ def gradients(mixer: Mixer, x_BTD: torch.Tensor) -> tuple[torch.Tensor, dict[str
     return y_BTD.detach(), {key: p.grad for key, p in mixer.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("name", "options"), zoo(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "options"), zoo(), ids=str)
 def test_gpu_equals_cpu(name: str, options: dict) -> None:
     exact = build(name, options).double()
     length = min(LENGTH, exact.caps.max_len or LENGTH)
@@ -65,7 +65,7 @@ def test_gpu_equals_cpu(name: str, options: dict) -> None:
         assert rms_error(rough, want) < 5e-2
 
 
-@pytest.mark.parametrize(("name", "options"), zoo(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "options"), zoo(), ids=str)
 def test_step_equals_forward(name: str, options: dict) -> None:
     mixer = build(name, options).cuda()
     x_BTD = torch.randn(BATCH, 40, WIDTH, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
