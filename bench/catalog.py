@@ -48,6 +48,7 @@ def names(kind: str) -> dict[str, str]:
     return found
 
 
+@cache
 def first_line(path: Path) -> str:
     """First line of a module's docstring."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

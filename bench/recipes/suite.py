@@ -69,16 +69,9 @@ def suite(
         sweeps = [laptop(task=name) for name in members(suite)]
         return sweeps[0].model_copy(update={"experiments": tuple(item for sweep in sweeps for item in sweep.experiments)})
     train = TrainSpec(batch_size=32, epochs=1, shuffle="batches", schedule="cosine", stop_at=None)
-    experiments = tuple(
-        Experiment(
-            task=quick_task(name),
-            model=ModelSpec(**named_layers(mixer), d_model=64, embed_dropout=0.0),
-            train=train,
-            lrs=(5e-3,),
-        )
-        for mixer in MIXERS
-        for name in members(suite)
-    )
+    models = [ModelSpec(**named_layers(mixer), d_model=64, embed_dropout=0.0) for mixer in MIXERS]
+    tasks = [quick_task(name) for name in members(suite)]
+    experiments = tuple(Experiment(task=task, model=model, train=train, lrs=(5e-3,)) for model in models for task in tasks)
     return Sweep(experiments=experiments, seeds=1)
 
 
