@@ -16,6 +16,7 @@ import pytest
 
 from bench.errors import UserError
 from bench.points import points
+from bench.records import Metric
 from bench.report import styles
 from bench.report.build import ReportSummary, build_report
 from bench.report.frames import human_bytes
@@ -221,3 +222,23 @@ def test_paper_figures_are_vector_text_and_repeatable(built, tmp_path: Path):
         paper_figures(found, tmp_path / "file")
     svg = (tmp_path / "a" / "mqar_pareto.svg").read_text("utf-8")
     assert ">Mean test accuracy</text>" in svg and "<image" not in svg
+
+
+def test_several_tasks_get_a_map_of_scores_by_family(tmp_path: Path):
+    store = Store(tmp_path / "runs")
+    for task, family, metrics in (("mqar", "recall", {}), ("parity", "state_tracking", {"stale": 0.25})):
+        made = fake_store.record(fake_store.spec("gla", task=task), test=0.5)
+        cells = [cell.model_copy(update={"trained": cell.name != "64x16"}) for cell in made.cells]
+        extra = [Metric(split="test", name=name, slice="mean", value=value, n=9) for name, value in metrics.items()]
+        store.write(made.model_copy(update={"family": family, "cells": cells, "metrics": [*made.metrics, *extra]}))
+    page = build_report(store, tmp_path / "r.html").path.read_text("utf-8")
+    data = page_data(page)
+    assert 'id="h-families"' in page and "64x16 <span" in page and ">stale<" in page
+    labels = [column["label"] for column in data["families"]["columns"]]
+    assert labels == ["mqar", "mean of recall", "parity", "mean of state_tracking", "mean of all families"]
+    assert [task["beyond"] for task in data["tasks"]] == [["64x16"], ["64x16"]]
+    assert set(data["tasks"][0]["lines"]) == {"chance", "in-context guess"}
+    frame = pd.read_csv(io.StringIO(data["csv"]))
+    assert frame["stale"].dropna().tolist() == [0.25]
+    only = build_report(store, tmp_path / "one.html", specs=[fake_store.spec("gla").task])
+    assert only.points == 1 and 'id="h-families"' not in only.path.read_text("utf-8")
