@@ -206,6 +206,7 @@ class _Training:
         self.sweep, self.planner, self.info, self.workers = sweep, planner, info, workers
         self.names: dict[RunSpec, str] = {}
         self.deaths: Counter[RunSpec] = Counter()
+        self.several = len({experiment.task.name for experiment in sweep.experiments}) > 1
 
     def run(self, progress: SweepProgress) -> None:
         """Trains until nothing is missing."""
@@ -228,7 +229,8 @@ class _Training:
                 if not self.workers.idle():
                     return
                 if spec not in self.workers.busy():
-                    self.names[spec] = run_name(spec, self.info[experiment].label)
+                    name = run_name(spec, self.info[experiment].label)
+                    self.names[spec] = f"{spec.task.name} {name}" if self.several else name
                     progress.start(spec, self.names[spec])
                     self.workers.submit(spec)
 
