@@ -61,8 +61,8 @@ def parse_layers(expression: str) -> tuple[LayerSpec, ...]:
     """One mixer expression as layers."""
     parts = [_parse_part(part.strip(), expression) for part in expression.split("+")]
     layers = tuple(itertools.chain.from_iterable(parts))
-    explicit = "+" in expression or "*" in expression or len(layers) > 1
-    return layers if explicit or layers[0] == STEM else (STEM, *layers)
+    explicit = "+" in expression or "*" in expression or len(layers) != 1
+    return layers if explicit or layers == (STEM,) else (STEM, *layers)
 
 
 def _parse_part(part: str, expression: str) -> tuple[LayerSpec, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,10 @@ def build_mixer(spec: LayerSpec, d_model: int, layer: int, max_len: int) -> Mixe
     options = catalog.check_options("mixer", spec.mixer, cls, spec.options)
     if "max_len" in catalog.options_of(cls):
         options.setdefault("max_len", max_len)
+    construct: Callable[..., Mixer] = cls
     try:
-        return cls(d_model, layer=layer, **options)
-    except ValueError as error:
+        return construct(d_model, layer=layer, **options)
+    except (TypeError, ValueError) as error:
         raise UserError(f"Mixer {spec.label()} at d_model={d_model}: {error}") from error
 
 

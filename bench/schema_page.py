@@ -42,15 +42,20 @@ def page() -> str:
     """The page as text."""
     parts = [HEAD]
     for model in MODELS:
-        parts.append(f"\n## {model.__name__}\n\n{(model.__doc__ or '').splitlines()[0]}\n\n| field | type | meaning |\n| --- | --- | --- |\n")
+        summary = (model.__doc__ or "").splitlines()[0]
+        parts.append(f"\n## {model.__name__}\n\n{summary}\n\n| field | type | meaning |\n| --- | --- | --- |\n")
         for name, field in model.model_fields.items():
-            kind = str(field.annotation) if "[" in str(field.annotation) else getattr(field.annotation, "__name__", str(field.annotation))
-            for prefix in ("typing.", "bench.records.", "bench.spec."):
-                kind = kind.replace(prefix, "")
-            kind = kind.replace("|", "or").replace("NoneType", "None")
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            parts.append(f"| `{name}` | {kind} | {meaning} |\n")
+            parts.append(f"| `{name}` | {_type_text(field.annotation)} | {meaning} |\n")
     return "".join(parts)
+
+
+def _type_text(annotation: object) -> str:
+    """A field's type as a reader wants it."""
+    text = str(annotation) if "[" in str(annotation) or not isinstance(annotation, type) else annotation.__name__
+    for prefix in ("typing.", "bench.records.", "bench.spec."):
+        text = text.replace(prefix, "")
+    return text.replace("|", "or").replace("NoneType", "None")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ def new_positions(state: State, x_BTD: Tensor) -> Tensor:
     return state["position"][:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
 
 
-def kv_cache(
-    batch: int, n_heads: int, max_len: int, head_dim: int, *, device: torch.device | str, dtype: torch.dtype
-) -> State:
+def kv_cache(batch: int, n_heads: int, max_len: int, head_dim: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
     """An empty cache for `max_len` tokens, and how much of it is filled in each sequence."""
     shape = (batch, n_heads, max_len, head_dim)
     return {

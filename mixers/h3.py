@@ -31,9 +31,7 @@ class H3(Mixer):
     caps = Caps(patterns=frozenset({"causal_self"}))
     variants = ({"d_state": 4}, {"d_state": 16, "head_dim": 4}, {"d_state": 2, "head_dim": 1})
 
-    def __init__(
-        self, d_model: int, *, layer: int = 0, pattern: str = "causal_self", d_state: int = 64, head_dim: int = 2
-    ) -> None:
+    def __init__(self, d_model: int, *, layer: int = 0, pattern: str = "causal_self", d_state: int = 64, head_dim: int = 2) -> None:
         super().__init__(d_model, pattern=pattern)
         if head_dim < 1 or d_model % head_dim:
             raise ValueError(f"head_dim={head_dim} does not divide d_model={d_model}")

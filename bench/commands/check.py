@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -38,9 +37,8 @@ def layers_to_check(expression: str) -> list[LayerSpec]:
     layers = {layer.label(): layer for layer in parse_layers(expression)}
     chosen = [layer for layer in layers.values() if layer != STEM or expression.startswith("base_conv")]
     if len(chosen) == 1 and not chosen[0].options:
-        cls: Any = catalog.load("mixer", chosen[0].mixer)
-        if inspect.isclass(cls) and getattr(cls, "variants", None):
-            return [LayerSpec(mixer=chosen[0].mixer, options=dict(options)) for options in cls.variants]
+        variants = getattr(catalog.load("mixer", chosen[0].mixer), "variants", ({},))
+        return [LayerSpec(mixer=chosen[0].mixer, options=dict(options)) for options in variants]
     return chosen
 
 

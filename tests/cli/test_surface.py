@@ -35,9 +35,11 @@ def test_options_are_frozen() -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys; from bench import cli; from bench.commands import listing, status, compare, report; " \
-        "from bench.catalog import names; [names(kind) for kind in ('mixer', 'task', 'recipe')]; " \
+    code = (
+        "import sys; from bench import cli; from bench.commands import listing, status, compare, report; "
+        "from bench.catalog import names; [names(kind) for kind in ('mixer', 'task', 'recipe')]; "
         "print([name for name in ('torch', 'pandas', 'scipy', 'altair', 'matplotlib', 'transformers') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
