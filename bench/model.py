@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def build_mixer(spec: LayerSpec, d_model: int, layer: int, max_len: int) -> Mixe
     options = catalog.check_options("mixer", spec.mixer, cls, spec.options)
     if "max_len" in catalog.options_of(cls):
         options.setdefault("max_len", max_len)
-    construct: Callable[..., Mixer] = cls
+    construct = cast(Callable[..., Mixer], cls)
     try:
         return construct(d_model, layer=layer, **options)
     except (TypeError, ValueError) as error:

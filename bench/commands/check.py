@@ -24,9 +24,8 @@ def run_checks(layer: LayerSpec) -> list[CheckResult]:
     Raises:
         UserError: the name is not a Mixer subclass, or the mixer refuses its options.
     """
-    from mixers._contract import check_contract
-
     from bench.model import build_mixer
+    from mixers._contract import check_contract
 
     build_mixer(layer, CHECK_D_MODEL, 0, CHECK_MAX_LEN)  # a wrong option is the caller's error, not a broken contract
     return check_contract(lambda: build_mixer(layer, CHECK_D_MODEL, 0, CHECK_MAX_LEN))

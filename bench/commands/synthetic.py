@@ -306,7 +306,7 @@ def _longest(info: dict[Experiment, ModelInfo]) -> int:
 def print_table(shown: list[Point], output: Output) -> None:
     """Points as a table, smallest state first."""
     table = Table(title="Test accuracy (equal mean over the difficulty cells) against decoding state")
-    for column in ("mixer", "d", "state", "accuracy", "low to high", "interval", "lr", "time a run"):
+    for column in ("mixer", "d", "state", "accuracy", "low to high", "seeds", "lr", "time a run"):
         table.add_column(column, justify="left" if column == "mixer" else "right", no_wrap=True)
     for point in sorted(shown, key=lambda point: point.state.true_bytes):
         mean, seconds = point.accuracy, point.train_seconds
@@ -317,11 +317,12 @@ def print_table(shown: list[Point], output: Output) -> None:
             bytes_text(point.state.true_bytes),
             "failed" if mean.mean is None else f"{mean.mean:.3f}",
             ends,
-            mean.kind,
+            str(mean.n),
             "-" if point.lr is None else f"{point.lr:g}",
             "-" if seconds is None else seconds_text(seconds),
         )
     output.console.print(table)
+    output.say("Low to high: " + "; ".join(sorted({point.accuracy.kind for point in shown})) + ".")
     failures = [record for point in shown for record in point.failures]
     for record in failures:
         output.say(f"{record.status}: {run_name(record.spec, record.label)}: {record.reason}")
