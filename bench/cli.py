@@ -135,10 +135,11 @@ def synthetic(
     def command() -> int:
         from bench.commands import synthetic as module
         from bench.commands.console import Output
+        from bench.commands.request import Request
 
         if rerun not in (None, "failed", "all"):
             raise unknown("value of --rerun", rerun, ["failed", "all"])
-        request = module.Request(
+        request = Request(
             task=task,
             mixers=mixer or [],
             recipe=recipe,

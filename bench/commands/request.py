@@ -1,0 +1,148 @@
+"""What `bench synthetic` was asked for: its options, the sweep they mean, and what can be said before any training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import catalog
+from bench.commands.suite import suite_sweep
+from bench.device import Device
+from bench.errors import UserError
+from bench.grammar import apply_settings, parse_mixers
+from bench.records import StateInfo
+from bench.spec import TaskSpec
+from bench.sweep import Experiment, Sweep
+
+DEFAULT_RECIPE = "laptop"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `bench synthetic`."""
+
+    task: str | None
+    mixers: list[str]
+    recipe: str | None
+    settings: list[str]
+    seeds: int | None
+    select_seeds: int | None
+    device: str
+    store: Path
+    jobs: int | None
+    rerun: str | None
+    dry_run: bool
+    report: Path | None
+    """Where the report goes, or None for no report."""
+    suite: str | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of an experiment before any training."""
+
+    label: str
+    parameters: int
+    state: StateInfo
+    tokens_per_run: int
+
+
+def build_sweep(request: Request) -> Sweep:
+    """The sweep that a request asks for.
+
+    Raises:
+        UserError: unknown names, paths or options, or values that do not fit.
+    """
+    if request.suite is not None or request.preset is not None:
+        sweep = suite_sweep(request.suite, request.preset, others=(request.task, request.recipe))
+    else:
+        sweep = _named_sweep(request)
+    if request.mixers:
+        sweep = _with_mixers(sweep, request.mixers)
+    sweep = apply_settings(sweep, request.settings)
+    counts = {"seeds": request.seeds, "select_seeds": request.select_seeds}
+    return sweep.model_copy(update={key: count for key, count in counts.items() if count is not None})
+
+
+def _named_sweep(request: Request) -> Sweep:
+    """The sweep of a task or a recipe."""
+    if request.task is None and request.recipe is None:
+        raise UserError("Nothing to run: give --task (see `bench list tasks`), --recipe (see `bench list recipes`) or --suite.")
+    if request.task is not None:
+        catalog.load("task", request.task)
+    name = request.recipe or (request.task if request.task in catalog.names("recipe") else DEFAULT_RECIPE)
+    make = catalog.load("recipe", name or DEFAULT_RECIPE)
+    if request.task is None:
+        return make()
+    if "task" in catalog.options_of(make):
+        return make(task=request.task)
+    return _with_task(make(), request.task, named=request.recipe)
+
+
+def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
+    given = {experiment.task.name for experiment in sweep.experiments}
+    if named is not None and given != {task}:
+        raise UserError(f"Recipe {named!r} is for the task {', '.join(sorted(given))}, not {task!r}; leave out --task or --recipe.")
+    if given == {task}:
+        return sweep
+    changed = (experiment.model_copy(update={"task": TaskSpec(name=task)}) for experiment in sweep.experiments)
+    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
+
+
+def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
+    """The recipe's settings with the given mixers in place of its own."""
+    named = [found for text in mixers for found in parse_mixers(text)]
+
+    def with_layers(experiment: Experiment, fields: dict[str, Any]) -> Experiment:
+        return experiment.model_copy(update={"model": experiment.model.model_copy(update=fields)})
+
+    templates = dict.fromkeys(with_layers(experiment, named[0]) for experiment in sweep.experiments)
+    changed = [with_layers(template, fields) for template in templates for fields in named]
+    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
+
+
+def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
+    """Builds every task and model of a sweep without memory.
+
+    Raises:
+        UserError: anything that a run would stumble over: options, head counts, a loose file that breaks the contract.
+    """
+    import torch
+
+    from bench.runner import state_info
+    from bench.train import build_model, build_task, resolve_precision
+
+    found: dict[Experiment, ModelInfo] = {}
+    for experiment in sweep.experiments:
+        spec = experiment.run(experiment.lrs[0], 0)
+        task = build_task(spec.task)
+        model = build_model(spec, task, torch.device("meta"))
+        precision = resolve_precision(spec.train, torch.device(device.kind))
+        tokens = spec.train.epochs * sum(cell.length * cell.examples for cell in task.cells("train"))
+        parameters = sum(p.numel() for p in model.parameters())
+        found[experiment] = ModelInfo(spec.model.label(), parameters, state_info(model, task, precision), tokens)
+    _check_outside_mixers(sweep)
+    return found
+
+
+def _check_outside_mixers(sweep: Sweep) -> None:
+    """A mixer from outside the zoo meets the contract before it costs training time."""
+    outside = {
+        (layer.mixer, layer.label()): layer
+        for experiment in sweep.experiments
+        for layer in experiment.model.layers
+        if "@" in layer.mixer or "/" in layer.mixer
+    }
+    if not outside:
+        return
+    from bench.commands.check import run_checks
+
+    for layer in outside.values():
+        failed = [result for result in run_checks(layer) if not result.passed]
+        if failed:
+            names = ", ".join(result.name for result in failed)
+            raise UserError(
+                f"Mixer {layer.mixer!r} breaks the contract ({names}: {failed[0].detail}); see `bench check {layer.mixer}`."
+            )
