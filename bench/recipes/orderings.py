@@ -17,7 +17,7 @@ trained lengths filters and gates get far, as in MAD, so the untrained length te
 
 Two layers of width 64 with SwiGLU, two learning rates on one selection seed, three reported seeds: 65 runs of 6,000 steps, or
 3,000 for parity.
-Cost: estimated at 6 minutes for 12 workers on one H200.
+Cost: about 20 minutes for 14 workers on one H200, from an unfinished pilot.
 The papers train 20,000 steps of 256 on parity, 500 epochs of up to 1M words on S5, widths of 128 and 512. In fp32: state tracking
 at lengths never trained magnifies rounding.
 """
