@@ -106,8 +106,11 @@ def synthetic(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; default one per GPU or CPU core.", rich_help_panel="How")
+        int | None, typer.Option(min=1, help="Worker processes; default one per GPU or CPU core.", rich_help_panel="How")
     ] = None,
+    fleet: Annotated[
+        int, typer.Option(min=1, help="Most seeds and learning rates trained together as one model.", rich_help_panel="How")
+    ] = 16,
     rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
     report: Annotated[
@@ -149,6 +152,7 @@ def synthetic(
             device=device,
             store=store,
             jobs=jobs,
+            fleet=fleet,
             rerun=rerun,
             dry_run=dry_run,
             report=None if no_report else report or store.parent / "reports" / f"{suite or task or recipe}.html",

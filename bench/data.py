@@ -1,16 +1,19 @@
 """Splits on the device: what the model reads, and for each example the positions and labels of its labelled rows.
 
-Shape legend: N examples, T length, F features, K values, M labelled rows of an example (the most of any example of the cell).
+Shape legend: N examples, B batch, T length, F features, K values, M labelled rows of an example (the most of any example of the
+cell), S seeds, E members of a fleet, P steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench.spec import TrainSpec
 from synthetic_tasks import Batch, Cell, Task, build_split, stream
@@ -82,18 +85,95 @@ def device_split(task: Task, split: str, seed: int, device: torch.device) -> lis
     return [DeviceCell.from_batch(cell, batches[cell.name], device) for cell in task.cells(split)]
 
 
-def epoch_plan(cells: list[DeviceCell], train: TrainSpec, seed: int, epoch: int) -> list[tuple[int, Tensor]]:
-    """The batches of one epoch as (cell index, example indices), a pure function of its arguments.
+class Picked(NamedTuple):
+    """A batch of every member, members first; where an example or a row is only padding, its label is -100."""
 
-    A batch never mixes cells. With `shuffle="none"` the cells follow one another, easiest first, in the same order every
-    epoch, as in Zoology; "batches" permutes whole batches; "examples" redraws their composition too.
+    inputs: Tensor
+    """[E, B, T] int32 or [E, B, T, F] float32."""
+    rows_EBM: Tensor
+    labels_EBM: Tensor
+    values_EBMK: Tensor | None
+
+
+@dataclass(frozen=True)
+class StackedCell:
+    """The same cell drawn for several seeds: the tensors of their `DeviceCell`s, seeds first."""
+
+    cell: Cell
+    inputs: Tensor
+    rows_SNM: Tensor
+    labels_SNM: Tensor
+    values_SNMK: Tensor | None
+    zero_error_S: Tensor
+
+    @classmethod
+    def from_cells(cls, cells: list[DeviceCell]) -> StackedCell:
+        """Stacks one cell a seed; examples with fewer labelled rows than those of other seeds are padded."""
+        most = max(cell.rows_NM.shape[1] for cell in cells)
+
+        def stacked(name: str, fill: int) -> Tensor:
+            return torch.stack([F.pad(t, (0, most - t.shape[1]), value=fill) for t in (getattr(cell, name) for cell in cells)])
+
+        values = [F.pad(t, (0, 0, 0, most - t.shape[1])) for cell in cells if (t := cell.values_NMK) is not None]
+        return cls(
+            cells[0].cell,
+            torch.stack([cell.inputs for cell in cells]),
+            stacked("rows_NM", 0),
+            stacked("labels_NM", -100),
+            torch.stack(values) if values else None,
+            torch.tensor([cell.zero_error if values else 1.0 for cell in cells], device=cells[0].inputs.device),
+        )
+
+    def __len__(self) -> int:
+        """Number of examples of a seed."""
+        return self.inputs.shape[1]
+
+    def pick(self, sets_E: Tensor, examples_EB: Tensor) -> Picked:
+        """Each member's examples.
+
+        Args:
+            sets_E: each member's seed, as an index into S.
+            examples_EB: indices into N; -1 stands for no example.
+        """
+        set_E1, example_EB = sets_E[:, None], examples_EB.clamp(min=0)
+        labels_EBM = self.labels_SNM[set_E1, example_EB].masked_fill(examples_EB[..., None] < 0, -100)
+        values = None if self.values_SNMK is None else self.values_SNMK[set_E1, example_EB]
+        return Picked(self.inputs[set_E1, example_EB], self.rows_SNM[set_E1, example_EB], labels_EBM, values)
+
+
+def stacked_split(task: Task, split: str, seeds: list[int], device: torch.device) -> list[StackedCell]:
+    """A split of several seeds on the device, cell by cell."""
+    by_seed = [device_split(task, split, seed, device) for seed in seeds]
+    return [StackedCell.from_cells(list(cells)) for cells in zip(*by_seed, strict=True)]
+
+
+def epoch_plan(sizes: list[int], train: TrainSpec, seeds: list[int], epoch: int) -> tuple[list[int], np.ndarray]:
+    """The batches of one epoch, a pure function of its arguments.
+
+    A batch never mixes cells, and all seeds meet the cells in the same order, so that runs of different seeds can be
+    trained together. With `shuffle="none"` the cells follow one another, easiest first, in the same order every epoch, as
+    in Zoology; "batches" permutes whole batches, those of a cell in an order of the seed's own; "examples" redraws their
+    composition too.
+
+    Args:
+        sizes: examples of each cell.
+        train: batch size and shuffling.
+        seeds: the S seeds.
+        epoch: counted from 0.
+
+    Returns:
+        The cell of each of the P steps, and examples [P, S, B] int64; -1 fills the last batch of a cell.
     """
-    rng = stream(seed, "order", epoch)
-    plan: list[tuple[int, Tensor]] = []
-    for index, cell in enumerate(cells):
-        order = rng.permutation(len(cell)) if train.shuffle == "examples" else np.arange(len(cell))
-        indices = torch.from_numpy(order).to(cell.inputs.device)
-        plan.extend((index, part) for part in indices.split(train.batch_size))
+    batches = [-(-size // train.batch_size) for size in sizes]
+    cells = np.repeat(np.arange(len(sizes)), batches)
     if train.shuffle != "none":
-        plan = [plan[position] for position in rng.permutation(len(plan))]
-    return plan
+        cells = stream(0, "order", epoch).permutation(cells)
+    examples = np.full((len(cells), len(seeds), train.batch_size), -1, dtype=np.int64)
+    for column, seed in enumerate(seeds):
+        rng = stream(seed, "order", epoch)
+        for index, (size, count) in enumerate(zip(sizes, batches, strict=True)):
+            order = np.full(count * train.batch_size, -1, dtype=np.int64)
+            order[:size] = rng.permutation(size) if train.shuffle == "examples" else np.arange(size)
+            parts = order.reshape(count, train.batch_size)
+            examples[cells == index, column] = rng.permutation(parts) if train.shuffle == "batches" else parts
+    return cells.tolist(), examples

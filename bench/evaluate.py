@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.data import DeviceCell
-from bench.model import LanguageModel
-from synthetic_tasks import Batch, Task, build_split
+from synthetic_tasks import Batch, Cell, Task
 
 EVAL_TOKENS = 1 << 16
 """Tokens per evaluation batch."""
@@ -40,102 +39,86 @@ class Scores:
         return float(np.mean(list(what.values())))
 
 
-def summed_loss(outputs_BMX: Tensor, cell: DeviceCell, examples: Tensor) -> Tensor:
+def summed_loss(outputs_BMX: Tensor, labels_BM: Tensor, values_BMK: Tensor | None = None) -> Tensor:
     """Cross entropy, or squared error in the mean over K, summed over the labelled rows."""
-    labels_BM = cell.labels_NM[examples]
-    if cell.values_NMK is None:
+    if values_BMK is None:
         return F.cross_entropy(outputs_BMX.flatten(0, 1).float(), labels_BM.flatten(), ignore_index=-100, reduction="sum")
-    return _errors(outputs_BMX.float(), cell, examples)[labels_BM >= 0].sum()
+    errors_BM = (outputs_BMX.float() - values_BMK).square().mean(-1)
+    return torch.where(labels_BM >= 0, errors_BM, 0.0).sum()
 
 
-def _errors(values_BMK: Tensor, cell: DeviceCell, examples: Tensor) -> Tensor:
-    """Squared error of each row, [B, M]."""
-    assert cell.values_NMK is not None
-    return (values_BMK - cell.values_NMK[examples]).square().mean(-1)
-
-
-def predictions(outputs_BMX: Tensor, cell: DeviceCell) -> Tensor:
+def predictions(outputs_BMX: Tensor, *, real: bool) -> Tensor:
     """Token ids [B, M], or values [B, M, K]."""
-    return outputs_BMX.detach().argmax(-1) if cell.values_NMK is None else outputs_BMX.detach().float()
+    return outputs_BMX.detach().float() if real else outputs_BMX.detach().argmax(-1)
 
 
-def row_scores(predictions_B: Tensor, cell: DeviceCell, examples: Tensor) -> Tensor:
-    """Score of each row, [B, M]; 0 where there is no label."""
-    labels_BM = cell.labels_NM[examples]
-    if cell.values_NMK is None:
-        return (predictions_B == labels_BM).float()
-    scores_BM = 1 - _errors(predictions_B, cell, examples) / cell.zero_error
+def row_scores(predicted: Tensor, labels_BM: Tensor, values_BMK: Tensor | None = None, zero_error: Tensor | float = 1.0) -> Tensor:
+    """Score of each row, [B, M]; 0 where there is no label.
+
+    Args:
+        predicted: from `predictions`.
+        labels_BM: -100 where there is no label.
+        values_BMK: real-valued labels, None where labels are tokens.
+        zero_error: mean squared error of predicting zero.
+    """
+    if values_BMK is None:
+        return (predicted == labels_BM).float()
+    scores_BM = 1 - (predicted - values_BMK).square().mean(-1) / zero_error
     return torch.where(labels_BM >= 0, scores_BM, 0.0)
 
 
-def example_scores(scores_BM: Tensor, cell: DeviceCell, examples: Tensor) -> Tensor:
-    """Mean score over an example's labelled rows, [B]."""
-    return scores_BM.sum(1) / (cell.labels_NM[examples] >= 0).sum(1)
+def example_scores(scores_BM: Tensor, labels_BM: Tensor) -> Tensor:
+    """Mean score over an example's labelled rows, [B]; 0 for an example that has none."""
+    return scores_BM.sum(-1) / (labels_BM >= 0).sum(-1).clamp(min=1)
 
 
-def forward(model: LanguageModel, cell: DeviceCell, examples: Tensor, precision: str) -> Tensor:
-    """The model's outputs at the labelled rows, [B, M, X]."""
-    with torch.autocast(cell.inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model(cell.inputs[examples], cell.rows_NM[examples])
+@dataclass
+class CellOutputs:
+    """What a model made of a cell.
+
+    Args:
+        loss: summed over the labelled rows.
+        predicted: [N, M] token ids or [N, M, K] values.
+        votes_N: accuracy over each example's votes, where the task has votes.
+    """
+
+    loss: float
+    predicted: Tensor
+    votes_N: Tensor | None = None
 
 
-def evaluate(model: LanguageModel, cells: list[DeviceCell], precision: str) -> Scores:
-    """Scores on a split; accuracy is the mean over examples of the accuracy over an example's labelled rows."""
-    scores = Scores()
-    for cell in cells:
-        _score_cell(scores, cell, model, precision)
-    return scores
-
-
-def evaluate_test(model: LanguageModel, task: Task, seed: int, device: torch.device, precision: str) -> Scores:
-    """Scores on the test split, with the metrics that only the task can define."""
-    scores = Scores()
-    batches = build_split(task, "test", seed)
-    for cell in task.cells("test"):
-        batch = batches[cell.name]
-        on_device = DeviceCell.from_batch(cell, batch, device, votes_NT=task.votes(batch))
-        predicted = _score_cell(scores, on_device, model, precision)
-        found = task.extra_metrics(cell, batch, _placed(predicted.cpu().numpy(), batch))
-        scores.extra |= {(name, cell.name): value for name, value in found.items() if math.isfinite(value)}
-    return scores
-
-
-def _placed(predicted: np.ndarray, batch: Batch) -> np.ndarray:
+def placed(predicted: np.ndarray, batch: Batch) -> np.ndarray:
     """Predictions of the labelled rows at their positions, as `Task.solve` gives them: [N, T] or [N, T, K]."""
-    placed = np.zeros((*batch.mask.shape, *predicted.shape[2:]), dtype=np.int32 if predicted.ndim == 2 else np.float32)
+    found = np.zeros((*batch.mask.shape, *predicted.shape[2:]), dtype=np.int32 if predicted.ndim == 2 else np.float32)
     counts = batch.mask.sum(axis=1)
-    placed[batch.mask] = predicted[np.arange(predicted.shape[1]) < counts[:, None]]
-    return placed
+    found[batch.mask] = predicted[np.arange(predicted.shape[1]) < counts[:, None]]
+    return found
 
 
-@torch.no_grad()
-def _score_cell(scores: Scores, cell: DeviceCell, model: LanguageModel, precision: str) -> Tensor:
-    """Adds the scores of a cell; its predictions, [N, M] or [N, M, K]."""
-    model.eval()
-    losses, predicted, votes = [], [], []
-    everyone = torch.arange(len(cell), device=cell.inputs.device)
-    for part in everyone.split(max(1, EVAL_TOKENS // cell.cell.length)):
-        outputs_BMX = forward(model, cell, part, precision)
-        losses.append(summed_loss(outputs_BMX, cell, part))
-        predicted.append(predictions(outputs_BMX, cell))
-        if cell.votes_NM is not None:
-            votes.append(_vote_accuracy(outputs_BMX, cell.votes_NM[part], cell.labels_NM[part]))
-    found = torch.cat(predicted)
-    scores_NM = row_scores(found, cell, everyone)
+def add_scores(scores: Scores, cell: DeviceCell, outputs: CellOutputs) -> None:
+    """Adds the scores of a cell; accuracy is the mean over examples of the accuracy over an example's labelled rows."""
+    found = outputs.predicted
+    real = cell.values_NMK is not None
+    scores_NM = row_scores(found, cell.labels_NM, cell.values_NMK, cell.zero_error if real else 1.0)
     name, labelled = cell.cell.name, int((cell.labels_NM >= 0).sum())
-    _add_means(scores, cell, scores_NM.double(), float(torch.stack(losses).sum() / labelled))
+    _add_means(scores, cell, scores_NM.double(), outputs.loss / labelled)
     for lure, wrong_NM in cell.lures.items():
         present_NM = wrong_NM >= 0
         if present_NM.any():
             scores.lures[lure, name] = float((found == wrong_NM)[present_NM].double().mean())
-    if votes:
-        scores.extra["symbol accuracy", name] = float(torch.cat(votes).double().mean())
-    return found
+    if outputs.votes_N is not None:
+        scores.extra["symbol accuracy", name] = float(outputs.votes_N.double().mean())
+
+
+def add_extra(scores: Scores, task: Task, cell: Cell, batch: Batch, predicted: Tensor) -> None:
+    """Adds the metrics that only the task can define."""
+    found = task.extra_metrics(cell, batch, placed(predicted.cpu().numpy(), batch))
+    scores.extra |= {(name, cell.name): value for name, value in found.items() if math.isfinite(value)}
 
 
 def _add_means(scores: Scores, cell: DeviceCell, scores_NM: Tensor, loss: float) -> None:
     name, n = cell.cell.name, len(cell)
-    score_N = example_scores(scores_NM, cell, torch.arange(n, device=scores_NM.device))
+    score_N = example_scores(scores_NM, cell.labels_NM)
     scores.accuracy[name] = max(0.0, float(score_N.mean()))
     scores.stderr[name] = float(score_N.std() / math.sqrt(n)) if n > 1 else 0.0
     scores.loss[name], scores.examples[name] = loss, n
@@ -146,7 +129,7 @@ def _add_means(scores: Scores, cell: DeviceCell, scores_NM: Tensor, loss: float)
             scores.groups[f"{name}/{group}"] = max(0.0, float(scores_NM[rows_NM].mean()))
 
 
-def _vote_accuracy(logits_BMV: Tensor, votes_BM: Tensor, labels_BM: Tensor) -> Tensor:
+def vote_accuracy(logits_BMV: Tensor, votes_BM: Tensor, labels_BM: Tensor) -> Tensor:
     """Accuracy over votes of each example, [B]: the probabilities of the rows of a vote are summed before the best is taken.
 
     A vote's label is that of its first row.

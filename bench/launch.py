@@ -1,7 +1,7 @@
-"""Runs specs in worker processes of this machine: one per core on a CPU, one per GPU where there are GPUs.
+"""Trains fleets in worker processes of this machine: one per core on a CPU, one per GPU where there are GPUs.
 
-Workers train and store; the parent only hands out specs and listens, so a killed worker loses one run in flight, and a
-killed parent makes its workers save a checkpoint and leave.
+Workers train and store; the parent only hands out fleets and listens, so a killed worker loses one fleet in flight, and a
+killed parent makes its workers save checkpoints and leave.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,12 +26,22 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073
 """glibc keeps the memory of a training step for the next one instead of returning it to the system: 5 to 12 % of a step."""
 
 
+Fleet = tuple[RunSpec, ...]
+"""Runs that are trained together: equal but for seed and learning rate."""
+
+
 @dataclass(frozen=True)
 class Event:
-    """Something a worker said: "progress" (content as of `train.Progress`), "finished", or "died"."""
+    """Something a worker said of its fleet.
+
+    Args:
+        kind: "progress" (content: `train.Progress`), "record" (content: the record of a run that has ended), "finished" (the
+            fleet is over), or "died" (content: the exit code).
+        fleet: the runs that the worker was given.
+    """
 
     kind: str
-    spec: RunSpec
+    fleet: Fleet
     content: Any = None
 
 
@@ -38,7 +49,7 @@ class Event:
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    spec: RunSpec | None = None
+    fleet: Fleet = ()
 
 
 def worker_devices(device: str, jobs: int | None) -> list[str]:
@@ -86,37 +97,36 @@ class Workers:
         return _Worker(process, ours)
 
     def idle(self) -> int:
-        """Workers without a run."""
-        return sum(worker.spec is None for worker in self.workers)
+        """Workers without a fleet."""
+        return sum(not worker.fleet for worker in self.workers)
 
-    def busy(self) -> list[RunSpec]:
-        """Runs in flight."""
-        return [worker.spec for worker in self.workers if worker.spec is not None]
+    def busy(self) -> set[RunSpec]:
+        """Runs of the fleets in flight."""
+        return {spec for worker in self.workers for spec in worker.fleet}
 
-    def submit(self, spec: RunSpec) -> None:
-        """Hands a run to an idle worker."""
-        worker = next(worker for worker in self.workers if worker.spec is None)
-        worker.spec = spec
-        worker.pipe.send(spec.model_dump_json())
+    def submit(self, fleet: Fleet) -> None:
+        """Hands a fleet to an idle worker."""
+        worker = next(worker for worker in self.workers if not worker.fleet)
+        worker.fleet = fleet
+        worker.pipe.send([spec.model_dump_json() for spec in fleet])
 
     def events(self, timeout: float) -> Iterator[Event]:
         """What the workers have said, waiting at most `timeout` seconds for the first word."""
-        busy = {worker.pipe: worker for worker in self.workers if worker.spec is not None}
+        busy = {worker.pipe: index for index, worker in enumerate(self.workers) if worker.fleet}
         for pipe in wait(list(busy), timeout):
-            worker = busy[pipe]  # type: ignore[index]
-            assert worker.spec is not None
+            index = busy[pipe]  # type: ignore[index]
+            worker = self.workers[index]
+            fleet = worker.fleet
             try:
                 kind, content = worker.pipe.recv()
             except (EOFError, ConnectionResetError):
-                spec = worker.spec
                 worker.process.join()
-                self.workers[self.workers.index(worker)] = self._start(self.devices[self.workers.index(worker)])
-                yield Event("died", spec, worker.process.exitcode)
+                self.workers[index] = self._start(self.devices[index])
+                yield Event("died", fleet, worker.process.exitcode)
                 continue
-            spec = worker.spec
             if kind == "finished":
-                worker.spec = None
-            yield Event(kind, spec, content)
+                worker.fleet = ()
+            yield Event(kind, fleet, content)
 
     def stop(self) -> None:
         """Asks every worker to save a checkpoint and leave; ends those that do not within a minute."""
@@ -143,31 +153,31 @@ def _environment(defaults: dict[str, str]) -> Iterator[None]:
 
 
 def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> None:
-    """A worker's life: take a spec, run it, say so; a closed pipe means stop."""
+    """A worker's life: take a fleet, train it, say so; a closed pipe means stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     import torch
 
     from bench.runner import execute
     from bench.store import Store
 
-    def tell(progress: object) -> None:
+    def tell(kind: str, content: object = None) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a gone parent is noticed by `should_stop`
-            pipe.send(("progress", progress))
+            pipe.send((kind, content))
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # probabilities of a confident model are denormal and slow a CPU step by a tenth
     try:
         while True:
-            spec = RunSpec.model_validate_json(pipe.recv())
-            record = execute(
-                spec,
+            ended = execute(
+                [RunSpec.model_validate_json(text) for text in pipe.recv()],
                 torch.device(device),
                 Store(Path(store)),
-                on_progress=tell,
-                should_stop=pipe.poll,  # the parent says nothing during a run, so a readable pipe is a closed one
+                on_progress=partial(tell, "progress"),
+                on_record=partial(tell, "record"),
+                should_stop=pipe.poll,  # the parent says nothing while a fleet trains, so a readable pipe is a closed one
             )
-            if record is None:
+            if not ended:
                 return
-            pipe.send(("finished", record))
+            tell("finished")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return

@@ -76,13 +76,23 @@ class LanguageModel(nn.Module):
         ends.initialise(self.embedding)
         ends.initialise(self.positions)
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Embeddings of token ids [B, T] or features [B, T, F], positions and dropout included: [B, T, D]."""
+    @property
+    def embed_dropout(self) -> float:
+        """Rate at which embeddings are dropped in training; the Mamba repository's block has none."""
+        plain = self.spec.frame == "zoology" and self.spec.layer(0).mixer in MAMBA_BLOCK
+        return 0.0 if plain else self.spec.embed_dropout
+
+    def embed(self, inputs: Tensor, keep_BTD: Tensor | None = None) -> Tensor:
+        """Embeddings of token ids [B, T] or features [B, T, F], positions included: [B, T, D].
+
+        Args:
+            inputs: what the task gives.
+            keep_BTD: the elements that dropout keeps, bool; they are scaled up. None drops nothing.
+        """
         x_BTD = self.embedding(inputs)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]]
-        plain = self.spec.frame == "zoology" and self.spec.layer(0).mixer in MAMBA_BLOCK
-        return x_BTD if plain else F.dropout(x_BTD, self.spec.embed_dropout, self.training)
+        return x_BTD if keep_BTD is None else x_BTD * keep_BTD / (1 - self.embed_dropout)
 
     def hidden(self, x_BTD: Tensor) -> Tensor:
         """Runs the blocks over embeddings; the result still lacks the final norm: [B, T, D]."""
@@ -95,17 +105,18 @@ class LanguageModel(nn.Module):
         h_BMD = self.norm(h_BMD)
         return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
-    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, keep_BTD: Tensor | None = None) -> Tensor:
         """Predictions at the labelled rows.
 
         Args:
             inputs: token ids [B, T] or features [B, T, F].
             rows_BM: positions of the M labelled rows of each example, [B, M]; None means every position.
+            keep_BTD: as for `embed`.
 
         Returns:
             Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
         """
-        h_BTD = self.hidden(self.embed(inputs))
+        h_BTD = self.hidden(self.embed(inputs, keep_BTD))
         if isinstance(self.head, ends.LastDecoder):
             every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
             return self.head(self.norm(h_BTD[:, -1]), every_BT if rows_BM is None else rows_BM)

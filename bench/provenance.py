@@ -31,6 +31,10 @@ def identity_code(spec: RunSpec) -> str:
     return digest(code_hashes(spec))
 
 
+TRAINER = ("build", "data", "ends", "evaluate", "member", "model", "scoring", "stacked", "train")
+"""Modules that decide how a run trains and is scored."""
+
+
 @cache
 def shared_hashes() -> dict[str, str]:
     """Source hashes of the modules that every run uses; not part of the identity, but the report warns when they mix."""
@@ -39,7 +43,7 @@ def shared_hashes() -> dict[str, str]:
         "kernels": sorted((root / "kernels").glob("*.py")),
         "mixers": sorted((root / "mixers").glob("_*.py")),
         "tasks": sorted((root / "synthetic_tasks").glob("_*.py")),
-        "trainer": [root / "bench" / name for name in ("data.py", "ends.py", "evaluate.py", "model.py", "train.py")],
+        "trainer": [root / "bench" / f"{name}.py" for name in TRAINER],
     }
     return {f"shared:{key}": digest([catalog.source_hash(path) for path in paths]) for key, paths in folders.items()}
 

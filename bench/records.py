@@ -106,6 +106,10 @@ class RunRecord(Strict):
     precision: str
     backend: str
     """Kernel backend that was really used."""
+    execution: str = "eager"
+    """How training steps ran: "eager", "CUDA graph", or "compiled, CUDA graph"."""
+    fleet_size: int = 1
+    """Runs that were trained together as one batched model, this one included; times are a run's share of theirs."""
     micro_batches: int = 1
     """Parts that each batch was split into because it did not fit the memory whole."""
     epochs_run: int = 0
@@ -113,9 +117,11 @@ class RunRecord(Strict):
     started: str
     """UTC, ISO 8601."""
     train_seconds: float = 0.0
+    """Training time divided among the fleet's members."""
     wall_seconds: float = 0.0
+    """From the start of the fleet to this record, not divided."""
     examples_per_second: float | None = None
-    """Training examples per second of training time, evaluation left out."""
+    """Training examples over `train_seconds`, evaluation left out."""
     peak_memory_bytes: int | None = None
     """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
     provenance: Provenance

@@ -1,16 +1,18 @@
 """Sweeps: experiments, their learning rates and seeds, and the runs that are still missing.
 
 An experiment is trained in two stages. Selection runs, on seeds of their own, cover every learning rate; the rate with the
-best validation accuracy is then trained on the reported seeds, and only those meet the test split in the report.
+best validation accuracy is then trained on the reported seeds, and only their test scores become the point's accuracy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import Field, PositiveFloat
 
 from bench import provenance
+from bench.launch import Fleet
 from bench.points import choose_lr
 from bench.records import RunRecord
 from bench.spec import SELECTION_SEED, Frozen, ModelSpec, RunSpec, TaskSpec, TrainSpec, run_id
@@ -110,3 +112,11 @@ class Planner:
         if lr is None:  # every selection run failed: there is nothing to report
             return ExperimentPlan(experiment, [], 0, done, None)
         return ExperimentPlan(experiment, missing(experiment.report_runs(lr, sweep.seeds)), 0, done, lr)
+
+
+def fleets(runs: Iterable[RunSpec], largest: int) -> list[Fleet]:
+    """Groups runs that differ in seed and learning rate only, at most `largest` together; order is kept."""
+    groups: dict[str, list[RunSpec]] = {}
+    for run in runs:
+        groups.setdefault(run.point_id(), []).append(run)
+    return [tuple(group[start : start + largest]) for group in groups.values() for start in range(0, len(group), largest)]

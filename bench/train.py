@@ -1,42 +1,49 @@
-"""Training one run: a spec goes in, curve points and metrics come out; nothing is written here.
+"""Training a fleet: runs that differ in seed and learning rate only become one batched model; a single run is a fleet of one.
 
-What costs nothing is left out: the head sees labelled rows only, the data stay on the device, nothing is read back from
-the device inside an epoch except for the progress bar, at most twice a second.
+What costs nothing is left out: the head sees labelled rows only, data and batch order stay on the device, a step is one
+CUDA graph on a GPU, and nothing is read back inside an epoch except for the progress bar, at most twice a second. Members
+share no number, so a member's curve is that of the run alone. Nothing is written here.
+
+Shape legend: E members, S seeds, P parameters of a member or steps of an epoch, B batch, N examples, T time, D width.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import catalog, evaluate
-from bench.data import DeviceCell, device_split, epoch_plan
-from bench.errors import UserError
+from bench.build import build_task, resolve_precision, torch_seed
+from bench.capture import Repeated, graph_pool
+from bench.data import Picked, StackedCell, epoch_plan, stacked_split
 from bench.evaluate import Scores
-from bench.model import LanguageModel
-from bench.spec import RunSpec, TaskSpec, TrainSpec
-from synthetic_tasks import Task, stream
+from bench.member import Member, MemberState, learning_rate
+from bench.scoring import Scorer, Split
+from bench.spec import RunSpec
+from bench.stacked import StackedModel
 
 PROGRESS_SECONDS = 0.5
+STEPS_AHEAD = 64
+"""How far the host may run ahead of a GPU, twice: what a stop has to wait for."""
 
 
 class Interrupted(Exception):
-    """The caller asked to stop; carries the checkpoint that continues the run."""
+    """The caller asked to stop; carries each member's checkpoint."""
 
-    def __init__(self, checkpoint: dict[str, Any]) -> None:
+    def __init__(self, checkpoints: list[dict[str, Any]]) -> None:
         super().__init__("interrupted")
-        self.checkpoint = checkpoint
+        self.checkpoints = checkpoints
 
 
 @dataclass
 class Progress:
-    """What a progress bar shows."""
+    """What a progress bar shows; loss and accuracy are those of the best member."""
 
     step: int
     steps: int
@@ -45,216 +52,261 @@ class Progress:
     accuracy: float | None
 
 
-def build_task(spec: TaskSpec) -> Task:
-    """A task from its spec.
-
-    Raises:
-        UserError: unknown task or option, or options that the task refuses.
-    """
-    cls = catalog.load("task", spec.name)
-    options = catalog.check_options("task", spec.name, cls, spec.options)
-    try:
-        return cls(**options)
-    except ValueError as error:
-        raise UserError(f"Task {spec.name}: {error}") from error
-
-
-def build_model(spec: RunSpec, task: Task, device: torch.device) -> LanguageModel:
-    """The run's model with the weights that its seed decides; the caller's random state is left alone."""
-    place = torch.device("meta" if device.type == "meta" else "cpu")  # drawn on the CPU, so every device starts alike
-    with torch.random.fork_rng(devices=[]), place:
-        torch.manual_seed(_torch_seed(spec.seed, "init"))
-        model = LanguageModel(spec.model, task)
-    return model.to(device)
-
-
-def _torch_seed(seed: int, purpose: str) -> int:
-    return int(stream(seed, purpose).integers(2**62))
-
-
-def learning_rate(train: TrainSpec, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step, counted from 0."""
-    total = train.epochs * steps_per_epoch
-    if train.schedule == "cosine_epoch":
-        factor = 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / train.epochs))
-    elif train.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * step / total))
-    else:
-        factor = 1.0
-    return train.lr * factor * min(1.0, (step + 1) / (train.warmup_steps + 1))
-
-
-class Trainer:
-    """One run in progress.
+class FleetTrainer:
+    """A fleet in progress.
 
     Args:
-        spec: the run.
+        specs: the members; equal but for seed and learning rate.
         device: where to train.
         micro_batches: parts that a batch is split into, to fit memory; gradients are those of the whole batch.
+        compiled: whether the loss goes through `torch.compile`.
+        checkpoints: each member's checkpoint, all at the same step.
     """
 
-    def __init__(self, spec: RunSpec, device: torch.device, *, micro_batches: int = 1) -> None:
-        self.spec, self.device, self.micro_batches = spec, device, micro_batches
-        self.task = build_task(spec.task)
-        self.precision = resolve_precision(spec.train, device)
-        self.train_cells = device_split(self.task, "train", spec.seed, device)
-        self.valid_cells = device_split(self.task, "valid", spec.seed, device)
-        self.model = build_model(spec, self.task, device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=spec.train.lr, weight_decay=spec.train.weight_decay, fused=True
-        )
-        self.steps_per_epoch = len(epoch_plan(self.train_cells, spec.train, spec.seed, 0))
-        self.step = 0
-        self.seconds = 0.0
-        self.curve: list[dict[str, float | int | None]] = []
-        self.sums = torch.zeros(3, device=device)  # loss, accuracy and examples of this epoch so far
-        self.diverged = False
+    def __init__(
+        self,
+        specs: list[RunSpec],
+        device: torch.device,
+        *,
+        micro_batches: int = 1,
+        compiled: bool = False,
+        checkpoints: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.device, self.micro_batches, self.compiled = device, micro_batches, compiled
+        self.train = specs[0].train
+        self.task = build_task(specs[0].task)
+        self.precision = resolve_precision(self.train, device)
+        self.seeds = sorted({spec.seed for spec in specs})
+        self.train_cells = stacked_split(self.task, "train", self.seeds, device)
+        self.valid = Split(self.task, "valid", self.seeds, device)
+        self.sizes = [len(cell) for cell in self.train_cells]
+        self.steps_per_epoch = len(epoch_plan(self.sizes, self.train, [], 0)[0])
+        if checkpoints is None:
+            self.step, states = 0, None
+            self.members = [Member(spec) for spec in specs]
+        else:
+            restored = [Member.restored(spec, content) for spec, content in zip(specs, checkpoints, strict=True)]
+            self.members, steps, states = (list(part) for part in zip(*restored, strict=True))
+            (self.step,) = set(steps)
+        self.epoch = self.members[0].epoch
+        self._stack(states)
+
+    def _stack(self, states: list[MemberState] | None) -> None:
+        """Builds the stacked tensors of the present members, from their seeds or from given numbers."""
+        specs, device = [member.spec for member in self.members], self.device
+        self.model = StackedModel(specs, self.task, device, self.precision, compiled=self.compiled)
+        self.sets_E = torch.tensor([self.seeds.index(spec.seed) for spec in specs], device=device)
+        self.generators = tuple(torch.Generator(device).manual_seed(torch_seed(spec.seed, "dropout")) for spec in specs)
+        self.gradient_EP = torch.zeros_like(self.model.flat_EP)
+        self.sums_E3 = torch.zeros(len(specs), 3, device=device)
+        self.rates_E = torch.zeros(len(specs), device=device)
+        self.examples_SB = torch.full((len(self.seeds), self.train.batch_size), -1, device=device)
+        self.optimizer = self._make_optimizer()
+        if states is not None:
+            self._load(states)
+        self.pool = graph_pool(device)
+        drops = self.generators if self.model.module.embed_dropout else ()
+        self._steps = [Repeated(partial(self._train_step, cell), device, self.pool, drops) for cell in self.train_cells]
+        sets = self.sets_E.tolist()
+        self._scorer = Scorer(self.model, self.valid, sets, self.pool)
+        self._tested: tuple[int, list[Scores]] | None = None
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        """AdamW over the flat parameters, one group a member, each with its own learning rate on the device."""
+        groups = []
+        for index, rate in enumerate(self.rates_E):
+            weights = torch.nn.Parameter(self.model.flat_EP[index])
+            weights.grad = self.gradient_EP[index]
+            groups.append({"params": [weights], "lr": rate})
+        decay = self.train.weight_decay
+        optimizer = torch.optim.AdamW(groups, weight_decay=decay, fused=True, capturable=self.device.type == "cuda")
+        for group in optimizer.param_groups:  # the state that the first step would make; moments that exist can be restored
+            (weights,) = group["params"]
+            step = torch.tensor(float(self.step), device=self.device)
+            optimizer.state[weights] = {"step": step, "exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}
+        return optimizer
+
+    @torch.no_grad()
+    def _load(self, states: list[MemberState]) -> None:
+        for index, state in enumerate(states):
+            moments = self._moments(index)
+            self.model.flat_EP[index].copy_(state.weights)
+            moments["exp_avg"].copy_(state.first)
+            moments["exp_avg_sq"].copy_(state.second)
+            self.sums_E3[index].copy_(state.sums)
+            self.generators[index].set_state(state.rng.cpu())
+
+    def _moments(self, index: int) -> dict[str, Tensor]:
+        return self.optimizer.state[self.optimizer.param_groups[index]["params"][0]]
+
+    def states(self) -> list[MemberState]:
+        """The numbers of every member, as views."""
+        return [
+            MemberState(
+                self.model.flat_EP[index],
+                self._moments(index)["exp_avg"],
+                self._moments(index)["exp_avg_sq"],
+                self.sums_E3[index],
+                self.generators[index].get_state(),
+            )
+            for index in range(len(self.members))
+        ]
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """Every member's checkpoint."""
+        return [member.checkpoint(self.step, state) for member, state in zip(self.members, self.states(), strict=True)]
 
     @property
-    def epoch(self) -> int:
-        """Epochs completed, validation included."""
-        return len(self.curve)
+    def execution(self) -> str:
+        """How steps run, as it is recorded."""
+        if self.device.type != "cuda":
+            return "eager"
+        return "compiled, CUDA graph" if self.compiled else "CUDA graph"
 
     @property
     def steps(self) -> int:
         """Steps of a full run."""
-        return self.spec.train.epochs * self.steps_per_epoch
+        return self.train.epochs * self.steps_per_epoch
 
     def run(
         self,
         *,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
-        on_checkpoint: Callable[[dict[str, Any]], None] | None = None,
+        on_checkpoint: Callable[[list[dict[str, Any]]], None] | None = None,
         checkpoint_seconds: float = 60.0,
-    ) -> None:
-        """Trains to the end, to early stop or to divergence.
+    ) -> Iterator[int]:
+        """Trains every member to its end: all epochs, early stop or divergence.
+
+        Yields:
+            The index of each member that has just finished, good until the next one is asked for.
 
         Raises:
-            Interrupted: `should_stop` said so; the step in flight was finished first.
+            Interrupted: `should_stop` said so; steps in flight were finished first.
         """
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(_torch_seed(self.spec.seed, "dropout"))
-            if self._resume_rng is not None:
-                self._set_rng(self._resume_rng)
-            saved = shown = time.monotonic()
-            while not self.finished():
-                plan = epoch_plan(self.train_cells, self.spec.train, self.spec.seed, self.epoch)
-                for cell_index, examples in plan[self.step - self.epoch * self.steps_per_epoch :]:
-                    began = time.monotonic()
-                    self._train_step(self.train_cells[cell_index], examples)
-                    now = time.monotonic()
-                    self.seconds += now - began
-                    if on_progress is not None and now - shown > PROGRESS_SECONDS:
-                        shown = now
-                        on_progress(self._progress())
-                    if should_stop is not None and should_stop():
-                        raise Interrupted(self.checkpoint())
-                    if on_checkpoint is not None and now - saved > checkpoint_seconds:
-                        saved = now
-                        on_checkpoint(self.checkpoint())
-                self._end_epoch()
+        saved = shown = time.monotonic()
+        while self.members:
+            began = time.monotonic()
+            cells, plan_PSB, rates_PE = self._plan_epoch()
+            ahead: deque[torch.cuda.Event] = deque()
+            first = self.step - self.epoch * self.steps_per_epoch
+            for position in range(first, self.steps_per_epoch):
+                self.examples_SB.copy_(plan_PSB[position])
+                self.rates_E.copy_(rates_PE[position])
+                self._steps[cells[position]]()
+                self.step += 1
+                self._pace(ahead)
+                now = time.monotonic()
+                if on_progress is not None and now - shown > PROGRESS_SECONDS:
+                    shown = now
+                    on_progress(self._progress())
+                if should_stop is not None and should_stop():
+                    self._spent(began)
+                    raise Interrupted(self.checkpoints())
+                if on_checkpoint is not None and now - saved > checkpoint_seconds:
+                    saved = now
+                    on_checkpoint(self.checkpoints())
+            yield from self._end_epoch(began)
+            self._drop_finished()
 
-    def finished(self) -> bool:
-        """Whether training is over."""
-        if self.diverged or self.epoch >= self.spec.train.epochs:
-            return True
-        stop_at = self.spec.train.stop_at
-        if stop_at is None or not self.curve:
-            return False
-        accuracy = self.curve[-1]["valid_accuracy"]
-        return accuracy is not None and accuracy > stop_at
+    def _plan_epoch(self) -> tuple[list[int], Tensor, Tensor]:
+        """The cell of each step, the examples of each step [P, S, B], and the learning rates [P, E]."""
+        epoch = self.epoch
+        cells, examples = epoch_plan(self.sizes, self.train, self.seeds, epoch)
+        start, per = epoch * self.steps_per_epoch, self.steps_per_epoch
+        rates = [
+            [0.0 if member.finished() else learning_rate(member.spec.train, start + p, per) for member in self.members]
+            for p in range(per)
+        ]
+        return cells, torch.from_numpy(examples).to(self.device), torch.tensor(rates, device=self.device)
 
-    def _train_step(self, cell: DeviceCell, examples: Tensor) -> None:
-        rate = learning_rate(self.spec.train, self.step, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.model.train()
-        labelled = (cell.labels_NM[examples] >= 0).sum()
-        for part in examples.tensor_split(self.micro_batches):
-            outputs_BMX = evaluate.forward(self.model, cell, part, self.precision)
-            loss = evaluate.summed_loss(outputs_BMX, cell, part)
-            (loss / labelled).backward()
-            scores_BM = evaluate.row_scores(evaluate.predictions(outputs_BMX, cell), cell, part)
-            score = evaluate.example_scores(scores_BM, cell, part).sum().clamp(min=0)
-            self.sums += torch.stack([loss.detach().float() * len(examples) / labelled, score, score.new_tensor(len(part))])
+    def _train_step(self, cell: StackedCell) -> None:
+        """One step of every member, on the examples and learning rates in the fixed tensors."""
+        whole = cell.pick(self.sets_E, self.examples_SB[self.sets_E])
+        labelled_E = (whole.labels_EBM >= 0).sum((1, 2))
+        self.gradient_EP.zero_()
+        examples_E = (whole.labels_EBM >= 0).any(2).sum(1)
+        keep_EBTD = self._draw_dropout(whole.inputs)
+        zero_error_E = cell.zero_error_S[self.sets_E]
+        for part in _split_batch(whole, keep_EBTD, self.micro_batches):
+            loss_E, score_E = self.model.loss_and_score(*part, zero_error_E)
+            mean_E = loss_E / labelled_E
+            self.model.gradient(mean_E, self.gradient_EP)
+            self.sums_E3 += torch.stack([mean_E.detach().float() * examples_E, score_E.clamp(min=0), torch.zeros_like(score_E)], 1)
+        self.sums_E3[:, 2] += examples_E
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
 
-    def _end_epoch(self) -> None:
-        loss_sum, accuracy_sum, examples = self.sums.tolist()
-        self.sums.zero_()
-        train_loss = loss_sum / examples
-        scores = self.evaluate(self.valid_cells)
-        valid_loss = scores.mean(scores.loss)
-        self.diverged = not (math.isfinite(train_loss) and math.isfinite(valid_loss))
-        self.curve.append(
-            {
-                "epoch": self.epoch + 1,
-                "step": self.step,
-                "examples": (self.epoch + 1) * sum(len(cell) for cell in self.train_cells),
-                "lr": learning_rate(self.spec.train, self.step - 1, self.steps_per_epoch),
-                "train_loss": train_loss if math.isfinite(train_loss) else None,
-                "train_accuracy": accuracy_sum / examples,
-                "valid_loss": valid_loss if math.isfinite(valid_loss) else None,
-                "valid_accuracy": scores.mean(scores.accuracy),
-                "seconds": self.seconds,
-            }
-        )
+    def _draw_dropout(self, inputs_EBT: Tensor) -> Tensor | None:
+        """What dropout keeps, [E, B, T, D] bool; each member draws from its own generator, so neighbours change nothing."""
+        rate, width = self.model.module.embed_dropout, self.model.module.spec.d_model
+        if rate == 0:
+            return None
+        shape = (*inputs_EBT.shape[1:3], width)
+        draws = (torch.empty(shape, device=self.device).bernoulli_(1 - rate, generator=g) for g in self.generators)
+        return torch.stack([draw.bool() for draw in draws])
 
-    def evaluate(self, cells: list[DeviceCell]) -> Scores:
-        """Scores on a split."""
-        return evaluate.evaluate(self.model, cells, self.precision)
+    def _pace(self, ahead: deque[torch.cuda.Event]) -> None:
+        """Keeps the host from queueing a whole epoch, so that a stop is obeyed soon."""
+        if self.device.type != "cuda" or self.step % STEPS_AHEAD:
+            return
+        ahead.append(torch.cuda.Event())
+        ahead[-1].record()
+        if len(ahead) > 2:
+            ahead.popleft().synchronize()
 
-    def test(self) -> Scores:
-        """Scores on the test split."""
-        return evaluate.evaluate_test(self.model, self.task, self.spec.seed, self.device, self.precision)
+    def _end_epoch(self, began: float) -> list[int]:
+        """Adds a point to the curves of the members that still train; those that end with it."""
+        sums = self.sums_E3.tolist()  # waits for the device
+        self._spent(began)
+        self.sums_E3.zero_()
+        self.epoch += 1
+        ended = []
+        for index, (member, scores) in enumerate(zip(self.members, self._scorer.scores(), strict=True)):
+            if member.finished():
+                continue
+            rate = learning_rate(member.spec.train, self.step - 1, self.steps_per_epoch)
+            member.add_epoch(self.step, sums[index], scores, rate)
+            if member.finished():
+                ended.append(index)
+        return ended
+
+    def test(self, index: int) -> Scores:
+        """A member's scores on the test split."""
+        if self._tested is None or self._tested[0] != self.step:
+            split = Split(self.task, "test", self.seeds, self.device)
+            self._tested = self.step, Scorer(self.model, split, self.sets_E.tolist()).scores()
+        return self._tested[1][index]
+
+    def _spent(self, began: float) -> None:
+        """Adds each member's share of the time since `began`."""
+        going = [member for member in self.members if not member.finished()]
+        share = (time.monotonic() - began) / max(len(going), 1)
+        for member in going:
+            member.seconds += share
+
+    def _drop_finished(self) -> None:
+        """Goes on with the members that still train.
+
+        A compiled fleet would have to be compiled again for its new size, so it carries finished members along, with a
+        learning rate of zero, until they are half of it.
+        """
+        going = [not member.finished() for member in self.members]
+        if all(going) or (self.compiled and sum(going) > len(going) // 2):
+            return
+        states = [state for state, keep in zip(self.states(), going, strict=True) if keep]
+        self.members = [member for member, keep in zip(self.members, going, strict=True) if keep]
+        if self.members:
+            self._stack(states)
 
     def _progress(self) -> Progress:
-        loss_sum, accuracy_sum, examples = self.sums.tolist()
-        return Progress(self.step, self.steps, self.epoch, loss_sum / max(examples, 1), accuracy_sum / max(examples, 1))
-
-    _resume_rng: dict[str, Tensor] | None = None
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Everything that continues the run exactly; tensors, numbers and strings only."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            "spec": self.spec.model_dump_json(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "sums": self.sums,
-            "rng": rng,
-        }
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continues from a checkpoint of the same run.
-
-        Raises:
-            ValueError: the checkpoint is of another run.
-        """
-        if checkpoint.get("spec") != self.spec.model_dump_json():
-            raise ValueError("the checkpoint belongs to another run")
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step, self.seconds, self.curve = checkpoint["step"], checkpoint["seconds"], list(checkpoint["curve"])
-        self.sums.copy_(checkpoint["sums"])
-        self._resume_rng = checkpoint["rng"]
-
-    def _set_rng(self, rng: dict[str, Tensor]) -> None:
-        torch.set_rng_state(rng["cpu"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        loss, accuracy, examples = self.sums_E3.T.tolist()
+        best = max(range(len(loss)), key=lambda index: accuracy[index])
+        n = max(examples[best], 1)
+        return Progress(self.step, self.steps, self.epoch, loss[best] / n, accuracy[best] / n)
 
 
-def resolve_precision(train: TrainSpec, device: torch.device) -> str:
-    """Compute precision of a run: "fp32" or "bf16"."""
-    if train.precision != "auto":
-        return train.precision
-    return "bf16" if device.type == "cuda" else "fp32"
+def _split_batch(batch: Picked, keep_EBTD: Tensor | None, parts: int) -> Iterator[tuple[Picked, Tensor | None]]:
+    """The batch and its dropout in parts."""
+    split = [[None] * parts if t is None else t.tensor_split(parts, dim=1) for t in (*batch, keep_EBTD)]
+    for *tensors, keep in zip(*split, strict=True):
+        yield Picked(*tensors), keep

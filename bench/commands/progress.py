@@ -1,4 +1,4 @@
-"""Progress of a sweep: one bar for the sweep and one for each run in flight, or plain lines where there is no terminal."""
+"""Progress of a sweep: one bar for the sweep and one for each fleet in flight, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bench.records import RunRecord
 from bench.spec import RunSpec
 
 if TYPE_CHECKING:
+    from bench.launch import Fleet
     from bench.train import Progress as TrainProgress
 
 
@@ -26,7 +27,7 @@ class SweepProgress:
     def __init__(self, output: Output, total: int) -> None:
         self.output, self.total, self.finished = output, total, 0
         self.began = time.monotonic()
-        self.bars: dict[RunSpec, TaskID] = {}
+        self.bars: dict[Fleet, TaskID] = {}
         self.live: Progress | None = None
         if output.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -42,17 +43,17 @@ class SweepProgress:
         if self.live is not None:
             self.live.stop()
 
-    def start(self, spec: RunSpec, name: str) -> None:
-        """A run begins."""
-        if self.live is not None and spec not in self.bars:
-            self.bars[spec] = self.live.add_task(name, total=None, note="starting")
+    def start(self, fleet: Fleet, name: str) -> None:
+        """A fleet begins."""
+        if self.live is not None:
+            self.bars[fleet] = self.live.add_task(name, total=None, note="starting")
 
-    def update(self, spec: RunSpec, progress: TrainProgress) -> None:
-        """A run got on."""
+    def update(self, fleet: Fleet, progress: TrainProgress) -> None:
+        """A fleet got on."""
         if self.live is not None:
             accuracy = "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}"
             note = f"loss {progress.loss:.3f} {accuracy}"
-            self.live.update(self.bars[spec], completed=progress.step, total=progress.steps, note=note)
+            self.live.update(self.bars[fleet], completed=progress.step, total=progress.steps, note=note)
 
     def finish(self, record: RunRecord, name: str) -> None:
         """A run ended; says how in one line."""
@@ -61,9 +62,13 @@ class SweepProgress:
         if self.live is None:
             self.output.say(line)
             return
-        self.live.remove_task(self.bars.pop(record.spec))
         self.live.console.print(line, markup=False)
         self.live.update(self.sweep_bar, completed=self.finished, note=f"{self.finished} of {self.total} runs")
+
+    def end(self, fleet: Fleet) -> None:
+        """A fleet is over."""
+        if self.live is not None:
+            self.live.remove_task(self.bars.pop(fleet))
 
     def note(self, text: str) -> None:
         """A line between the bars."""
@@ -84,3 +89,9 @@ def run_name(spec: RunSpec, label: str) -> str:
     """A run in a progress line."""
     purpose = "choosing lr" if spec.role == "select" else f"seed {spec.seed}"
     return f"{label} d={spec.model.d_model} lr={spec.train.lr:g} {purpose}"
+
+
+def fleet_name(fleet: Fleet, names: dict[RunSpec, str]) -> str:
+    """A fleet in its progress bar."""
+    first = names[fleet[0]]
+    return first if len(fleet) == 1 else f"{first} and {len(fleet) - 1} more"

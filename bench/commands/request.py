@@ -31,6 +31,8 @@ class Request:
     device: str
     store: Path
     jobs: int | None
+    fleet: int
+    """Most runs that are trained together as one batched model."""
     rerun: str | None
     dry_run: bool
     report: Path | None
@@ -111,8 +113,8 @@ def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
     """
     import torch
 
-    from bench.runner import state_info
-    from bench.train import build_model, build_task, resolve_precision
+    from bench.build import build_model, build_task, resolve_precision
+    from bench.outcome import state_info
 
     found: dict[Experiment, ModelInfo] = {}
     for experiment in sweep.experiments:

@@ -7,7 +7,7 @@ from collections import Counter
 from rich.table import Table
 
 from bench.commands.console import Output, bytes_text, seconds_text
-from bench.commands.progress import SweepProgress, run_name
+from bench.commands.progress import SweepProgress, fleet_name, run_name
 from bench.commands.request import ModelInfo, Request, build_sweep, inspect
 from bench.commands.suite import print_families
 from bench.device import resolve_device
@@ -16,7 +16,7 @@ from bench.points import Point, points
 from bench.records import RunRecord
 from bench.spec import RunSpec
 from bench.store import Store
-from bench.sweep import Experiment, Planner, Sweep
+from bench.sweep import Experiment, Planner, Sweep, fleets
 
 MAX_DEATHS = 2
 """Worker processes that one run may take down."""
@@ -50,7 +50,7 @@ def run(request: Request, output: Output) -> int:
         devices = worker_devices(device.kind, request.jobs)[:missing]
         try:
             with SweepProgress(output, missing) as progress, Workers(devices, store.root) as workers:
-                _Training(sweep, planner, info, workers).run(progress)
+                _Training(sweep, planner, info, workers, request.fleet).run(progress)
         except KeyboardInterrupt:
             output.say("Interrupted; finished runs are stored and runs in flight left a checkpoint. The same command goes on.")
             return 130
@@ -66,8 +66,10 @@ def run(request: Request, output: Output) -> int:
 class _Training:
     """A sweep while it trains."""
 
-    def __init__(self, sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], workers: Workers) -> None:
-        self.sweep, self.planner, self.info, self.workers = sweep, planner, info, workers
+    def __init__(
+        self, sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], workers: Workers, fleet_size: int
+    ) -> None:
+        self.sweep, self.planner, self.info, self.workers, self.fleet_size = sweep, planner, info, workers, fleet_size
         self.names: dict[RunSpec, str] = {}
         self.deaths: Counter[RunSpec] = Counter()
         self.several = len({experiment.task.name for experiment in sweep.experiments}) > 1
@@ -80,40 +82,52 @@ class _Training:
                 return
             for event in self.workers.events(timeout=1.0):
                 if event.kind == "progress":
-                    progress.update(event.spec, event.content)
+                    progress.update(event.fleet, event.content)
+                elif event.kind == "record":
+                    self._record(event.content, progress)
                 elif event.kind == "finished":
-                    self._finish(event.content, progress)
+                    progress.end(event.fleet)
                 else:
                     self._died(event, progress)
 
     def _hand_out(self, progress: SweepProgress) -> None:
-        """Gives every idle worker a run that can start now."""
+        """Gives every idle worker a fleet that can start now."""
         for experiment in self.sweep.experiments:
-            for spec in self.planner.plan(experiment, self.sweep).ready:
+            if not self.workers.idle():
+                return
+            busy = self.workers.busy()
+            ready = [spec for spec in self.planner.plan(experiment, self.sweep).ready if spec not in busy]
+            # a run that took a worker down is tried once more, by itself
+            alone = [(spec,) for spec in ready if self.deaths[spec]]
+            for fleet in [*fleets((spec for spec in ready if not self.deaths[spec]), self.fleet_size), *alone]:
                 if not self.workers.idle():
                     return
-                if spec not in self.workers.busy():
+                for spec in fleet:
                     name = run_name(spec, self.info[experiment].label)
                     self.names[spec] = f"{spec.task.name} {name}" if self.several else name
-                    progress.start(spec, self.names[spec])
-                    self.workers.submit(spec)
+                progress.start(fleet, fleet_name(fleet, self.names))
+                self.workers.submit(fleet)
 
-    def _finish(self, record: RunRecord, progress: SweepProgress) -> None:
+    def _record(self, record: RunRecord, progress: SweepProgress) -> None:
         self.planner.add(record)
         progress.finish(record, self.names[record.spec])
 
     def _died(self, event: Event, progress: SweepProgress) -> None:
-        """A worker process is gone: its run starts again once, then it is recorded as failed."""
+        """A worker process is gone: each of its runs starts again once, alone, then it is recorded as failed."""
         import torch
 
         from bench.runner import record_death
 
-        self.deaths[event.spec] += 1
-        if self.deaths[event.spec] < MAX_DEATHS:
-            progress.note(f"A worker died (exit code {event.content}) on {self.names[event.spec]}; the run starts again.")
-            return
-        store = Store(self.workers.store)
-        self._finish(record_death(event.spec, torch.device(self.workers.devices[0]), store, event.content), progress)
+        progress.end(event.fleet)
+        self.deaths.update(event.fleet)
+        for spec in event.fleet:
+            if self.planner.lookup(spec) is not None:
+                continue
+            if self.deaths[spec] < MAX_DEATHS:
+                progress.note(f"A worker died (exit code {event.content}) on {self.names[spec]}; the run starts again.")
+                continue
+            store = Store(self.workers.store)
+            self._record(record_death(spec, torch.device(self.workers.devices[0]), store, event.content), progress)
 
 
 def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], output: Output) -> None:

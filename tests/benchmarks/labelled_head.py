@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import provenance
+from bench.build import build_model, build_task
+from bench.data import device_split
 from bench.grammar import named_layers
+from bench.model import LanguageModel
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
-from bench.train import Trainer
 
 REPEATS, STEPS = 5, 5
 OUT = Path("results/measured/labelled_head.json")
@@ -49,9 +51,9 @@ SETTINGS = (
 )
 
 
-def all_positions_loss(trainer: Trainer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def all_positions_loss(model: LanguageModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """The peers' loss: logits of every position, ignored where there is no label."""
-    logits_BTV = trainer.model(inputs_BT)
+    logits_BTV = model(inputs_BT)
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
 
 
@@ -63,18 +65,20 @@ def measure(setting: Setting) -> dict[str, object]:
         model=ModelSpec(**named_layers(setting.mixer), d_model=setting.d_model, embed_dropout=0.0),
         train=TrainSpec(batch_size=setting.batch),
     )
-    trainer = Trainer(spec, torch.device("cpu"))
-    cell = trainer.train_cells[0]
+    device = torch.device("cpu")
+    task = build_task(spec.task)
+    model, cell = build_model(spec, task, device), device_split(task, "train", spec.seed, device)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.train.lr, weight_decay=spec.train.weight_decay, fused=True)
     chosen = torch.arange(setting.batch)
     inputs_BT = cell.inputs[chosen].long()
     targets_BT = torch.full_like(inputs_BT, -100).scatter(1, cell.rows_NM[chosen], cell.labels_NM[chosen])
 
     def labelled() -> None:
-        logits = trainer.model(inputs_BT, cell.rows_NM[chosen])
+        logits = model(inputs_BT, cell.rows_NM[chosen])
         F.cross_entropy(logits.flatten(0, 1), cell.labels_NM[chosen].flatten()).backward()
 
     def everywhere() -> None:
-        all_positions_loss(trainer, inputs_BT, targets_BT).backward()
+        all_positions_loss(model, inputs_BT, targets_BT).backward()
 
     seconds: dict[str, list[float]] = {"labelled": [], "everywhere": []}
     for repeat in range(REPEATS + 1):
@@ -82,8 +86,8 @@ def measure(setting: Setting) -> dict[str, object]:
             began = time.perf_counter()
             for _ in range(STEPS):
                 loss()
-                trainer.optimizer.step()
-                trainer.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if repeat:
                 seconds[name].append((time.perf_counter() - began) / STEPS)
     speed = {name: setting.batch / statistics.median(times) for name, times in seconds.items()}

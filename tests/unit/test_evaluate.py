@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench import catalog, evaluate, runner
-from bench.data import DeviceCell
+from bench import catalog, evaluate, outcome, runner
+from bench.build import build_model, build_task
+from bench.data import DeviceCell, device_split
 from bench.ends import LastDecoder
 from bench.grammar import named_layers
 from bench.model import LanguageModel
-from bench.records import CellInfo
+from bench.records import CellInfo, RunRecord
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
 from bench.store import Store
-from bench.train import Interrupted, Trainer, build_task
+from bench.train import FleetTrainer, Interrupted
 from synthetic_tasks import Batch, Cell, Task, build_split
 
 CPU = torch.device("cpu")
@@ -32,21 +33,12 @@ def spec(task: str, **train: object) -> RunSpec:
     return RunSpec(task=TaskSpec(name=task, options=options), model=model, train=TrainSpec(**settings))  # type: ignore[arg-type]
 
 
-class Oracle(torch.nn.Module):
-    """Stands in for a model whose outputs at the labelled rows are given."""
-
-    def __init__(self, outputs: torch.Tensor) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, inputs: torch.Tensor, rows_BM: torch.Tensor) -> torch.Tensor:
-        return self.outputs[: len(inputs), : rows_BM.shape[1]]
-
-
 @pytest.mark.parametrize("name", list(catalog.names("task")))
 def test_every_task_trains_and_is_recorded(name: str, tmp_path: Path) -> None:
-    record = runner.execute(spec(name), CPU, Store(tmp_path))
-    assert record is not None and record.status == "done", record
+    found: list[RunRecord] = []
+    runner.execute([spec(name), spec(name).model_copy(update={"seed": 1})], CPU, Store(tmp_path), on_record=found.append)
+    record = found[0]
+    assert [record.status for record in found] == ["done", "done"], found
     assert record.family == catalog.load("task", name).suite
     accuracy = record.metric("test", "accuracy")
     assert accuracy is not None and 0 <= accuracy <= 1
@@ -67,9 +59,11 @@ def exact_scores(name: str) -> evaluate.Scores:
             outputs = 50 * torch.nn.functional.one_hot(torch.from_numpy(picked).long(), task.vocab_size).float()
         else:
             outputs = torch.from_numpy(np.take_along_axis(solved, rows[..., None], axis=1))
-        evaluate._score_cell(scores, found, Oracle(outputs), "fp32")  # type: ignore[arg-type]
-        placed = evaluate._placed(np.take_along_axis(solved, rows[..., None] if batch.values is not None else rows, axis=1), batch)
-        scores.extra |= {(key, cell.name): value for key, value in task.extra_metrics(cell, batch, placed).items()}
+        loss = float(evaluate.summed_loss(outputs, found.labels_NM, found.values_NMK))
+        predicted = evaluate.predictions(outputs, real=batch.values is not None)
+        votes = None if found.votes_NM is None else evaluate.vote_accuracy(outputs, found.votes_NM, found.labels_NM)
+        evaluate.add_scores(scores, found, evaluate.CellOutputs(loss, predicted, votes))
+        evaluate.add_extra(scores, task, cell, batch, predicted)
     return scores
 
 
@@ -94,11 +88,11 @@ def test_real_labels_are_scored_against_predicting_zero() -> None:
             assert metric == "mse" and value == pytest.approx(scores.loss[cell])
     batch = Batch(*(np.zeros((3, 4), dtype) for dtype in (np.int32, np.int32)), np.ones((3, 4), bool), values=_ramp())
     cell = DeviceCell.from_batch(Cell("a", 4, 3), batch, CPU)
-    everyone = torch.arange(3)
-    zero = evaluate.row_scores(torch.zeros(3, 4, 1), cell, everyone)
-    assert float(evaluate.example_scores(zero, cell, everyone).mean()) == pytest.approx(0, abs=1e-6)
-    assert torch.allclose(evaluate.row_scores(torch.from_numpy(_ramp()), cell, everyone), torch.ones(3, 4))
-    assert float(evaluate.summed_loss(torch.zeros(3, 4, 1), cell, everyone)) == pytest.approx(float((_ramp() ** 2).sum()))
+    labels, values = cell.labels_NM, cell.values_NMK
+    zero = evaluate.row_scores(torch.zeros(3, 4, 1), labels, values, cell.zero_error)
+    assert float(evaluate.example_scores(zero, labels).mean()) == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(evaluate.row_scores(torch.from_numpy(_ramp()), labels, values, cell.zero_error), torch.ones(3, 4))
+    assert float(evaluate.summed_loss(torch.zeros(3, 4, 1), labels, values)) == pytest.approx(float((_ramp() ** 2).sum()))
 
 
 def _ramp() -> np.ndarray:
@@ -107,7 +101,7 @@ def _ramp() -> np.ndarray:
 
 def test_recorded_ceilings_of_real_labels_are_scores() -> None:
     task = build_task(TaskSpec(name="in_context_regression"))
-    info = runner.cell_info(task, task.cells("test")[1])
+    info = outcome.cell_info(task, task.cells("test")[1])
     assert info.ceilings["predict zero"] == 0
     assert 0.3 < info.ceilings["additive memory"] < info.ceilings["exact"] < 1
 
@@ -115,16 +109,15 @@ def test_recorded_ceilings_of_real_labels_are_scores() -> None:
 def test_a_vote_sums_probabilities_of_its_rows() -> None:
     logits = torch.log(torch.tensor([[[0.6, 0.4], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5]]]))
     labels, votes = torch.tensor([[1, 1, 0, -100]]), torch.tensor([[0, 0, 1, 0]])
-    assert evaluate._vote_accuracy(logits, votes, labels).tolist() == [1.0]
-    assert evaluate._vote_accuracy(logits, votes, torch.tensor([[0, 0, 1, -100]])).tolist() == [0.0]
+    assert evaluate.vote_accuracy(logits, votes, labels).tolist() == [1.0]
+    assert evaluate.vote_accuracy(logits, votes, torch.tensor([[0, 0, 1, -100]])).tolist() == [0.0]
 
 
 def test_the_last_position_decodes_every_label() -> None:
     run = spec("mad_compression")
-    trainer = Trainer(run, CPU)
-    model = trainer.model.eval()
+    task = build_task(run.task)
+    model, cell = build_model(run, task, CPU), device_split(task, "valid", 0, CPU)[0]
     assert isinstance(model.head, LastDecoder)
-    cell = trainer.valid_cells[0]
     inputs = cell.inputs[:2].clone()
     before = model(inputs, cell.rows_NM[:2])
     assert not torch.allclose(before[:, 0], before[:, 1]), "places are told apart"
@@ -147,16 +140,14 @@ def test_heads_are_tied_only_between_tokens(name: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("name", ["in_context_regression", "mad_compression"])
 def test_checkpoints_continue_other_kinds_of_tasks_exactly(name: str) -> None:
-    whole = Trainer(spec(name, epochs=2), CPU)
-    whole.run()
-    first = Trainer(spec(name, epochs=2), CPU)
+    whole = FleetTrainer([spec(name, epochs=2)], CPU)
+    list(whole.run())
+    first = FleetTrainer([spec(name, epochs=2)], CPU)
     with pytest.raises(Interrupted) as stop:
-        first.run(should_stop=lambda: first.step == 3)
-    second = Trainer(spec(name, epochs=2), CPU)
-    second.restore(stop.value.checkpoint)
-    second.run()
-    for key, value in whole.model.state_dict().items():
-        torch.testing.assert_close(second.model.state_dict()[key], value, rtol=0, atol=0)
+        list(first.run(should_stop=lambda: first.step == 3))
+    second = FleetTrainer([spec(name, epochs=2)], CPU, checkpoints=stop.value.checkpoints)
+    list(second.run())
+    assert torch.equal(second.model.flat_EP, whole.model.flat_EP)
 
 
 class Ranged(Task):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import catalog
+from bench.build import build_task
 from bench.commands.suite import suite_sweep
 from bench.errors import UserError
 from bench.families import OVERALL, cell_score, family_table, task_score
@@ -13,7 +14,6 @@ from bench.recipes.laptop import laptop
 from bench.recipes.suite import CELLS, quick_task, suite
 from bench.report.families import family_map, shortcut_lines
 from bench.report.frames import task_rows
-from bench.train import build_task
 from tests.unit.test_points import run
 
 

@@ -1,4 +1,4 @@
-"""The trainer: what it leaves out changes nothing, checkpoints are exact, failures are recorded honestly."""
+"""The trainer: what it leaves out or does together changes nothing, checkpoints are exact, failures are recorded honestly."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import io
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bench import runner
-from bench.data import epoch_plan
+from bench.build import build_model, build_task
+from bench.data import device_split, epoch_plan
 from bench.grammar import named_layers
 from bench.launch import Workers
+from bench.member import learning_rate
 from bench.model import LanguageModel
+from bench.outcome import identity_of
+from bench.records import RunRecord
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
 from bench.store import Store
-from bench.train import Interrupted, Trainer, build_model, build_task, learning_rate
+from bench.train import FleetTrainer, Interrupted
+from tests.unit.plain_trainer import train_plainly
 
 CPU = torch.device("cpu")
 CELLS = {"vocab_size": 32, "train_cells": "16x2:64+24x3:40", "valid_cells": "16x2:32", "test_cells": "16x2:32+24x3:16"}
@@ -33,107 +39,172 @@ def spec(mixer: str = "attention", *, seed: int = 0, model: dict | None = None, 
     )
 
 
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+def weights(trainer: FleetTrainer, index: int = 0) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in trainer.model.member(index).state_dict().items()}
+
+
+def finish(trainer: FleetTrainer) -> list[tuple[dict[str, torch.Tensor], list[dict]]]:
+    """Trains to the end; each member's weights and curve without times, in the order of its specs."""
+    specs, found = [member.spec for member in trainer.members], {}
+    for index in trainer.run():
+        member = trainer.members[index]
+        curve = [{key: value for key, value in point.items() if key != "seconds"} for point in member.curve]
+        found[member.spec] = weights(trainer, index), curve
+    return [found[spec] for spec in specs]
 
 
 def test_labelled_rows_give_the_gradients_of_the_loss_over_all_positions() -> None:
-    trainer = Trainer(spec(model={"embed_dropout": 0.0}), CPU)
-    cell = trainer.train_cells[0]
+    run = spec(model={"embed_dropout": 0.0})
+    task = build_task(run.task)
+    model, cell = build_model(run, task, CPU), device_split(task, "train", 0, CPU)[0]
     inputs_BT = cell.inputs.long()
-    trainer.model.train()
 
     def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(loss, list(trainer.model.parameters())))
+        return list(torch.autograd.grad(loss, list(model.parameters())))
 
-    some = F.cross_entropy(trainer.model(inputs_BT, cell.rows_NM).flatten(0, 1), cell.labels_NM.flatten())
+    some = F.cross_entropy(model(inputs_BT, cell.rows_NM).flatten(0, 1), cell.labels_NM.flatten())
     targets_BT = torch.full_like(inputs_BT, -100).scatter(1, cell.rows_NM, cell.labels_NM)
-    every = F.cross_entropy(trainer.model(inputs_BT).flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
+    every = F.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
     torch.testing.assert_close(some, every)
     for one, other in zip(gradients(some), gradients(every), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "mixer", ["attention", "gla:n_heads=2", "mamba", "hax:keys=hax:budget=6*2", "based:feature_dim=4", "hyena"]
+)
+def test_a_fleet_equals_its_members_trained_plainly(mixer: str) -> None:
+    """Against one module, one optimiser and one batch after another; also a fleet of one, which is not mapped."""
+    fleet = [spec(mixer, seed=seed, lr=lr, shuffle="examples") for seed in (0, 3) for lr in (1e-3, 4e-3)]
+    together = finish(FleetTrainer(fleet, CPU))
+    (alone,) = finish(FleetTrainer(fleet[:1], CPU))
+    for run, (got, curve) in zip([*fleet, fleet[0]], [*together, alone], strict=True):
+        want, losses = train_plainly(run)
+        assert [point["train_loss"] for point in curve] == pytest.approx(losses, rel=1e-5)
+        for key, value in want.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-3, atol=2e-4, msg=key)
+
+
+def test_a_member_does_not_depend_on_its_neighbours() -> None:
+    """A neighbour that diverges, one that stops early, and different company: the curve stays the same."""
+    run = spec(stop_at=0.3, epochs=4)
+    wild = run.model_copy(update={"train": run.train.model_copy(update={"lr": 1e30, "weight_decay": 0.0})})
+    (_, alone), *_ = finish(FleetTrainer([run, spec(stop_at=0.3, epochs=4, seed=5)], CPU))
+    for company in ([run, wild], [run, spec(stop_at=0.3, epochs=4, seed=7, lr=0.1), wild.model_copy(update={"seed": 2})]):
+        (_, curve), *others = finish(FleetTrainer(list(company), CPU))
+        assert len(others) == len(company) - 1
+        for point, want in zip(curve, alone, strict=True):
+            assert point == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
 def test_micro_batches_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for parts in (1, 3):
-        trainer = Trainer(spec(model={"embed_dropout": 0.0}), CPU, micro_batches=parts)
+        trainer = FleetTrainer([spec(), spec(seed=1)], CPU, micro_batches=parts)
         monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda set_to_none: None)
-        trainer._train_step(trainer.train_cells[1], torch.arange(16))
-        found.append(([p.grad for p in trainer.model.parameters()], trainer.sums))
+        trainer.examples_SB[:] = torch.arange(16)
+        trainer.examples_SB[1, 11:] = -1
+        trainer._train_step(trainer.train_cells[1])
+        found.append((trainer.gradient_EP, trainer.sums_E3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+    assert found[0][1][:, 2].tolist() == [16, 11]
 
 
 def test_a_seed_decides_the_run_and_the_callers_randomness_is_left_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = Trainer(spec(), CPU)
-    first.run()
+    ((first, _),) = finish(FleetTrainer([spec()], CPU))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    second = Trainer(spec(), CPU)
-    second.run()
-    other = Trainer(spec(seed=1), CPU)
-    other.run()
-    for key, value in weights(first).items():
-        assert torch.equal(weights(second)[key], value)
-    assert not torch.equal(weights(other)["embedding.weight"], weights(first)["embedding.weight"])
+    ((second, _),) = finish(FleetTrainer([spec()], CPU))
+    ((other, _),) = finish(FleetTrainer([spec(seed=1)], CPU))
+    for key, value in first.items():
+        assert torch.equal(second[key], value)
+    assert not torch.equal(other["embedding.weight"], first["embedding.weight"])
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 8, 13])
-def test_resuming_is_exact(stop_after: int) -> None:
-    whole = Trainer(spec(), CPU)
-    whole.run()
-    part = Trainer(spec(), CPU)
+def test_resuming_is_exact_and_works_in_another_fleet(stop_after: int) -> None:
+    pair = [spec(), spec(seed=1)]
+    whole = finish(FleetTrainer(pair, CPU))
+    part = FleetTrainer(pair, CPU)
     with pytest.raises(Interrupted) as stop:
-        part.run(should_stop=lambda: part.step >= stop_after)
+        list(part.run(should_stop=lambda: part.step >= stop_after))
     buffer = io.BytesIO()
-    torch.save(stop.value.checkpoint, buffer)
+    torch.save(stop.value.checkpoints, buffer)
     buffer.seek(0)
-    rest = Trainer(spec(), CPU)
-    rest.restore(torch.load(buffer, weights_only=True))
+    saved = torch.load(buffer, weights_only=True)
+    rest = FleetTrainer(pair, CPU, checkpoints=saved)
     assert rest.step == stop_after
-    rest.run()
-    for key, value in weights(whole).items():
-        assert torch.equal(weights(rest)[key], value), key
-    timeless = [{key: value for key, value in point.items() if key != "seconds"} for point in rest.curve]
-    assert timeless == [{key: value for key, value in point.items() if key != "seconds"} for point in whole.curve]
+    for (want, want_curve), (got, curve) in zip(whole, finish(rest), strict=True):
+        assert curve == want_curve
+        for key, value in want.items():
+            assert torch.equal(got[key], value), key
+    ((alone, curve),) = finish(FleetTrainer(pair[1:], CPU, checkpoints=saved[1:]))
+    assert [point["train_loss"] for point in curve] == pytest.approx([point["train_loss"] for point in whole[1][1]], rel=1e-5)
+    assert alone.keys() == whole[1][0].keys()
 
 
 def test_a_checkpoint_of_another_run_is_refused() -> None:
-    one, other = Trainer(spec(), CPU), Trainer(spec(seed=1), CPU)
+    one, other = spec(), spec(seed=1)
     with pytest.raises(ValueError, match="another run"):
-        other.restore(one.checkpoint())
+        FleetTrainer([other], CPU, checkpoints=FleetTrainer([one], CPU).checkpoints())
+
+
+def execute(store: Path, *runs: RunSpec) -> list[RunRecord]:
+    found: list[RunRecord] = []
+    assert runner.execute(list(runs), CPU, Store(store), on_record=found.append)
+    return found
+
+
+def test_members_are_ordinary_records(tmp_path: Path) -> None:
+    first, second = execute(tmp_path, spec(), spec(seed=1))
+    assert Store(tmp_path).load()[0] in ([first, second], [second, first])
+    assert (first.fleet_size, first.execution) == (2, "eager")
+    assert first.train_seconds == pytest.approx(second.train_seconds)
+    assert first.metric("test", "accuracy") is not None
+    assert Store(tmp_path).curve(second.run_id) is not None
+
+
+def test_members_stopped_at_different_steps_go_on(tmp_path: Path) -> None:
+    pair = [spec(), spec(seed=1)]
+    want = execute(tmp_path / "whole", *pair)
+    for run, after in zip(pair, (3, 9), strict=True):
+        trainer = FleetTrainer([run], CPU)
+        with pytest.raises(Interrupted) as stop:
+            list(trainer.run(should_stop=lambda trainer=trainer, after=after: trainer.step >= after))
+        runner.save_checkpoint(Store(tmp_path / "parts"), identity_of(run), stop.value.checkpoints[0])
+    got = {record.run_id: record for record in execute(tmp_path / "parts", *pair)}
+    for record in want:
+        found = got[record.run_id]
+        assert found.fleet_size == 1
+        assert found.metric("valid", "loss") == pytest.approx(record.metric("valid", "loss"), rel=1e-5)
 
 
 def test_a_corrupt_checkpoint_is_ignored_with_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path)
-    want = runner.execute(spec(), CPU, store)
-    assert want is not None
+    (want,) = execute(tmp_path, spec())
     (store.path(want.run_id) / "record.json").unlink()
     (store.path(want.run_id) / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    again = runner.execute(spec(), CPU, store)
-    assert again is not None
+    (again,) = execute(tmp_path, spec())
     assert "Ignored" in capfd.readouterr().err
     assert again.metrics == want.metrics
     assert not (store.path(want.run_id) / "checkpoint.pt").exists()
 
 
 def test_early_stop() -> None:
-    trainer = Trainer(spec(stop_at=0.01, epochs=50), CPU)
-    trainer.run()
-    assert trainer.epoch < 50
-    assert trainer.curve[-1]["valid_accuracy"] > 0.01
+    ((_, curve),) = finish(FleetTrainer([spec(stop_at=0.01, epochs=50)], CPU))
+    assert len(curve) < 50
+    assert curve[-1]["valid_accuracy"] > 0.01
 
 
 def test_divergence_is_a_record_with_its_reason(tmp_path: Path) -> None:
-    record = runner.execute(spec(lr=1e30, weight_decay=0.0), CPU, Store(tmp_path))
-    assert record is not None
-    assert record.status == "diverged"
-    assert "lr 1e+30" in record.reason
-    assert record.metric("valid", "accuracy") is None
-    assert Store(tmp_path).read(record.run_id) == record
+    diverged, fine = execute(tmp_path, spec(lr=1e30, weight_decay=0.0), spec(weight_decay=0.0))
+    assert diverged.status == "diverged"
+    assert "lr 1e+30" in diverged.reason
+    assert diverged.metric("valid", "accuracy") is None
+    assert Store(tmp_path).read(diverged.run_id) == diverged
+    assert fine.status == "done"
 
 
 def test_failure_is_a_record_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,32 +212,35 @@ def test_failure_is_a_record_with_its_reason(tmp_path: Path, monkeypatch: pytest
         raise RuntimeError("the mixer is\nbroken")
 
     monkeypatch.setattr(LanguageModel, "hidden", broken)
-    record = runner.execute(spec(), CPU, Store(tmp_path))
-    assert record is not None
-    assert (record.status, record.reason) == ("failed", "RuntimeError: the mixer is broken")
+    for record in execute(tmp_path, spec(), spec(seed=1)):
+        assert (record.status, record.reason) == ("failed", "RuntimeError: the mixer is broken")
 
 
-@pytest.mark.parametrize(("fits", "status", "parts"), [(4, "done", 4), (16, "oom", 8)])
-def test_out_of_memory_splits_the_batch_then_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int, status: str, parts: int
+@pytest.mark.parametrize(
+    ("fits", "status", "sizes", "parts"), [(0.5, "done", {1, 2}, 1), (0.25, "done", {1}, 4), (0, "oom", {1}, 8)]
+)
+def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: float, status: str, sizes: set[int], parts: int
 ) -> None:
-    """A real out-of-memory needs a GPU that is too small, so the error is raised by hand."""
-    original = Trainer._train_step
+    """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
+    original = FleetTrainer._train_step
 
-    def limited(self: Trainer, *arguments: object) -> None:
-        if self.micro_batches < fits:
+    def limited(self: FleetTrainer, *arguments: object) -> None:
+        limit = 2 if fits == 0.5 else fits
+        if len(self.members) / self.micro_batches > limit:
             raise torch.OutOfMemoryError("out of memory")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trainer, "_train_step", limited)
-    record = runner.execute(spec(), CPU, Store(tmp_path))
-    assert record is not None
-    assert (record.status, record.micro_batches) == (status, parts)
+    monkeypatch.setattr(FleetTrainer, "_train_step", limited)
+    records = execute(tmp_path, *(spec(seed=seed) for seed in range(3)))
+    assert {record.status for record in records} == {status}
+    assert {record.fleet_size for record in records} == sizes
+    assert max(record.micro_batches for record in records) == parts
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     with Workers(["cpu"], tmp_path) as workers:
-        workers.submit(spec(epochs=100000))
+        workers.submit((spec(epochs=100000), spec(epochs=100000, seed=1)))
         kinds = []
         while "progress" not in kinds:
             kinds += [event.kind for event in workers.events(1.0)]
@@ -191,14 +265,17 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("shuffle", ["none", "batches", "examples"])
 def test_epoch_plan_covers_every_example_once_and_never_mixes_cells(shuffle: str) -> None:
-    settings = spec(shuffle=shuffle)
-    trainer = Trainer(settings, CPU)
-    plans = [epoch_plan(trainer.train_cells, settings.train, 0, epoch) for epoch in (0, 0, 1)]
-    seen = sorted((cell, int(i)) for cell, part in plans[0] for i in part)
-    assert seen == [(0, i) for i in range(64)] + [(1, i) for i in range(40)]
-    flat = [[(cell, part.tolist()) for cell, part in plan] for plan in plans]
-    assert flat[0] == flat[1]
-    assert (flat[0] == flat[2]) == (shuffle == "none")
+    train = TrainSpec(batch_size=16, shuffle=shuffle)  # type: ignore[arg-type]
+    cells, examples = epoch_plan([64, 40], train, [0, 1], 0)
+    assert sorted(cells) == [0] * 4 + [1] * 3
+    for column in (0, 1):
+        for index, size in enumerate((64, 40)):
+            chosen = examples[np.array(cells) == index, column]
+            assert sorted(chosen[chosen >= 0].tolist()) == list(range(size))
+    again, later = epoch_plan([64, 40], train, [1], 0), epoch_plan([64, 40], train, [1], 1)
+    assert again[0] == cells and np.array_equal(again[1][:, 0], examples[:, 1])
+    assert (np.array_equal(examples[:, 0], examples[:, 1])) == (shuffle == "none")
+    assert (again[0] == later[0] and np.array_equal(again[1], later[1])) == (shuffle == "none")
 
 
 def test_zoology_frame_has_its_quirks() -> None:

@@ -1,0 +1,135 @@
+"""Models of equal shape as one: their parameters are stacked, and the one module is mapped over the stack.
+
+Shape legend: E members, P parameters of a member, B batch, T time, D width, M labelled rows, X outputs, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from bench import evaluate
+from bench.build import build_model
+from bench.data import Picked
+from bench.model import LanguageModel
+from bench.spec import RunSpec
+from synthetic_tasks import Task
+
+
+class StackedModel:
+    """E models that differ in their weights only.
+
+    Args:
+        specs: the members; equal but for seed and learning rate.
+        task: their task.
+        device: where they live.
+        precision: "bf16" computes under autocast, with parameters in fp32.
+        compiled: whether the training loss goes through `torch.compile`.
+    """
+
+    def __init__(self, specs: list[RunSpec], task: Task, device: torch.device, precision: str, *, compiled: bool = False) -> None:
+        models = [build_model(spec, task, device) for spec in specs]
+        self.module: LanguageModel = models[0]
+        self.device, self.precision, self.real = device, precision, task.target_kind == "real"
+        self.shapes = {name: p.shape for name, p in self.module.named_parameters()}
+        self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
+        self.leaves = dict(self._views(self.flat_EP, leaf=True))
+        self.buffers, self.own_buffers = _stack_buffers(models)
+        self._loss = torch.compile(self._mapped(_member_loss), dynamic=False) if compiled else self._mapped(_member_loss)
+        self._outputs = self._mapped(_member_outputs)
+
+    def __len__(self) -> int:
+        """Number of members."""
+        return len(self.flat_EP)
+
+    def _views(self, flat_EP: Tensor, *, leaf: bool = False) -> Iterator[tuple[str, Tensor]]:
+        start = 0
+        for name, shape in self.shapes.items():
+            view = flat_EP[:, start : start + shape.numel()].view(-1, *shape)
+            yield name, view.detach().requires_grad_() if leaf else view
+            start += shape.numel()
+
+    def loss_and_score(self, batch: Picked, keep_EBTD: Tensor | None, zero_error_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Each member's loss, summed over labelled rows, with its graph; and its score, summed over examples; both [E]."""
+        return self._loss(self.leaves, self.buffers, (*batch, keep_EBTD, zero_error_E))
+
+    def gradient(self, loss: Tensor, out_EP: Tensor) -> None:
+        """Adds the gradient of each member's loss to `out_EP`."""
+        found = torch.autograd.grad(loss.sum(), list(self.leaves.values()), allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.leaves.values(), strict=True)]
+        out_EP += torch.cat([part.reshape(len(self), -1) for part in parts], dim=1)
+
+    @torch.no_grad()
+    def outputs(self, batch: Picked) -> Tensor:
+        """Outputs at the labelled rows, without dropout, [E, B, M, X]."""
+        return self._outputs(self.leaves, self.buffers, (batch.inputs, batch.rows_EBM))
+
+    def member(self, index: int) -> LanguageModel:
+        """One member as a module; valid until the next call."""
+        weights = {name: view[index] for name, view in self._views(self.flat_EP)}
+        own = {name: self.buffers[name][index] for name in self.own_buffers}
+        self.module.load_state_dict(weights | own, strict=False)
+        return self.module.eval()
+
+    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Maps a function of (model, parameters and buffers, one member's tensors) over the members.
+
+        A single member is called directly, which lets torch choose kernels that have no batching rule.
+        """
+        own = self.own_buffers
+
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
+                return function(self.module, {**parameters, **buffers}, self.real, *tensors)
+
+        def every(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
+            axes = tuple(None if t is None else 0 for t in tensors)
+            if next(iter(parameters.values())).shape[0] > 1:
+                where = {name: 0 if name in own else None for name in buffers}
+                return torch.vmap(one, in_dims=(0, where or None, axes))(parameters, buffers, tensors)
+            first = one(
+                {name: p[0] for name, p in parameters.items()},
+                {name: b[0] if name in own else b for name, b in buffers.items()},
+                tuple(None if t is None else t[0] for t in tensors),
+            )
+            return tuple(t[None] for t in first) if isinstance(first, tuple) else first[None]
+
+        return every
+
+
+def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The members' buffers, stacked only where they differ, and the names of those."""
+    buffers = dict(models[0].named_buffers())
+    own = set()
+    for name, first in buffers.items():
+        every = [dict(model.named_buffers())[name] for model in models]
+        if not all(torch.equal(first, other) for other in every):
+            buffers[name] = torch.stack(every)
+            own.add(name)
+    return buffers, frozenset(own)
+
+
+def _member_loss(
+    model: LanguageModel,
+    weights: dict[str, Tensor],
+    real: bool,
+    inputs: Tensor,
+    rows_BM: Tensor,
+    labels_BM: Tensor,
+    values_BMK: Tensor | None,
+    keep_BTD: Tensor | None,
+    zero_error: Tensor,
+) -> tuple[Tensor, Tensor]:
+    outputs_BMX = functional_call(model, weights, (inputs, rows_BM, keep_BTD))
+    loss = evaluate.summed_loss(outputs_BMX, labels_BM, values_BMK)
+    scores_BM = evaluate.row_scores(evaluate.predictions(outputs_BMX, real=real), labels_BM, values_BMK, zero_error)
+    return loss, evaluate.example_scores(scores_BM, labels_BM).sum()
+
+
+def _member_outputs(model: LanguageModel, weights: dict[str, Tensor], real: bool, inputs: Tensor, rows_BM: Tensor) -> Tensor:
+    del real
+    return functional_call(model, weights, (inputs, rows_BM))

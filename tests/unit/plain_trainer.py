@@ -1,0 +1,43 @@
+"""Training by its definition: one module, one optimiser, one batch after another. What fleets must equal."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.build import build_model, build_task, torch_seed
+from bench.data import device_split, epoch_plan
+from bench.evaluate import summed_loss
+from bench.member import learning_rate
+from bench.spec import RunSpec
+
+
+def train_plainly(spec: RunSpec) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The trained parameters, and the mean training loss of each epoch."""
+    task = build_task(spec.task)
+    cells = device_split(task, "train", spec.seed, torch.device("cpu"))
+    model = build_model(spec, task, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.train.lr, weight_decay=spec.train.weight_decay)
+    dropout = torch.Generator().manual_seed(torch_seed(spec.seed, "dropout"))
+    step, losses = 0, []
+    for epoch in range(spec.train.epochs):
+        order, examples = epoch_plan([len(cell) for cell in cells], spec.train, [spec.seed], epoch)
+        total = 0.0
+        for index, chosen in zip(order, torch.from_numpy(examples[:, 0]), strict=True):
+            cell, keep = cells[index], None
+            if model.embed_dropout:
+                shape = (len(chosen), cell.inputs.shape[1], spec.model.d_model)
+                keep = torch.empty(shape).bernoulli_(1 - model.embed_dropout, generator=dropout)
+                keep = keep[chosen >= 0]
+            chosen = chosen[chosen >= 0]
+            optimizer.param_groups[0]["lr"] = learning_rate(spec.train, step, len(order))
+            labels_BM = cell.labels_NM[chosen]
+            values = None if cell.values_NMK is None else cell.values_NMK[chosen]
+            outputs = model(cell.inputs[chosen], cell.rows_NM[chosen], keep)
+            loss = summed_loss(outputs, labels_BM, values) / (labels_BM >= 0).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(chosen)
+            step += 1
+        losses.append(total / sum(len(cell) for cell in cells))
+    return {name: p.detach() for name, p in model.named_parameters()}, losses
