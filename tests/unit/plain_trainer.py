@@ -28,16 +28,16 @@ def train_plainly(spec: RunSpec) -> tuple[dict[str, torch.Tensor], list[float]]:
                 shape = (len(chosen), cell.inputs.shape[1], spec.model.d_model)
                 keep = torch.empty(shape).bernoulli_(1 - model.embed_dropout, generator=dropout)
                 keep = keep[chosen >= 0]
-            chosen = chosen[chosen >= 0]
+            real = chosen[chosen >= 0]
             optimizer.param_groups[0]["lr"] = learning_rate(spec.train, step, len(order))
-            labels_BM = cell.labels_NM[chosen]
-            values = None if cell.values_NMK is None else cell.values_NMK[chosen]
-            outputs = model(cell.inputs[chosen], cell.rows_NM[chosen], keep)
+            labels_BM = cell.labels_NM[real]
+            values = None if cell.values_NMK is None else cell.values_NMK[real]
+            outputs = model(cell.inputs[real], cell.rows_NM[real], keep)
             loss = summed_loss(outputs, labels_BM, values) / (labels_BM >= 0).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss.detach()) * len(chosen)
+            total += float(loss.detach()) * len(real)
             step += 1
         losses.append(total / sum(len(cell) for cell in cells))
     return {name: p.detach() for name, p in model.named_parameters()}, losses
