@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._members import fold_members, stack_members
+
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS: Tensor | None = None) -> Tensor:
     """Softmax attention by its definition (Vaswani et al. 2017, eq. 1), scale K^-1/2.
@@ -61,14 +63,10 @@ def _members_into_batch(
 ) -> tuple[Tensor, int]:
     """The vmap rule: E members of B sequences are E B sequences of one call."""
     members = info.batch_size
-
-    def stacked(tensor: Tensor, axis: int | None) -> Tensor:
-        return tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-
-    q, k, v = (stacked(tensor, axis).flatten(0, 1) for tensor, axis in zip((q, k, v), in_dims[:3], strict=True))
+    q, k, v = (fold_members(tensor, axis, members) for tensor, axis in zip((q, k, v), in_dims[:3], strict=True))
     batch = q.shape[0] // members
     if mask is not None:
-        own = stacked(mask, in_dims[3])
+        own = stack_members(mask, in_dims[3], members)
         own = own.reshape(members, *(1,) * (5 - own.dim()), *own.shape[1:])
         # a mask that all sequences share stays one mask
         mask = own[0] if in_dims[3] is None and own.shape[1] == 1 else own.expand(-1, batch, -1, -1, -1).flatten(0, 1)
