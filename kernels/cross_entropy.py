@@ -87,7 +87,9 @@ _rows.register_autograd(_differentiate, setup_context=_save)
 
 
 @_rows.register_vmap
-def _(info, in_dims: tuple[int | None, int | None], logits_RV: Tensor, labels_R: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _(
+    info, in_dims: tuple[int | None, int | None], logits_RV: Tensor, labels_R: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     members = info.batch_size
     folded = (fold_members(tensor, axis, members) for tensor, axis in zip((logits_RV, labels_R), in_dims, strict=True))
     return tuple(out.unflatten(0, (members, -1)) for out in _rows(*folded)), (0, 0, 0)

@@ -24,9 +24,7 @@ def block_and_warps(n_classes: int) -> tuple[int, int]:
 
 
 @triton.jit
-def cross_entropy_forward(
-    logits_ptr, labels_ptr, loss_ptr, predicted_ptr, logsumexp_ptr, n_classes, ignored, BLOCK: tl.constexpr
-):
+def cross_entropy_forward(logits_ptr, labels_ptr, loss_ptr, predicted_ptr, logsumexp_ptr, n_classes, ignored, BLOCK: tl.constexpr):
     """Walks one row, carrying its maximum, the class that has it, and the sum of exponentials below it."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * n_classes
@@ -43,13 +41,13 @@ def cross_entropy_forward(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2((peak - shift) * LOG2_E) + tl.sum(tl.exp2((x_V - shift) * LOG2_E), axis=0)
         peak = higher
-    logsumexp = peak + tl.log(total)
+    above_peak = tl.log(total)
     label = tl.load(labels_ptr + row)
     exists = (label >= 0) & (label < n_classes)
     own = tl.load(row_ptr + label, mask=exists, other=float("nan")).to(tl.float32)
-    tl.store(loss_ptr + row, tl.where(label == ignored, 0.0, logsumexp - own))
+    tl.store(loss_ptr + row, tl.where(label == ignored, 0.0, above_peak + (peak - own)))
     tl.store(predicted_ptr + row, predicted.to(tl.int64))
-    tl.store(logsumexp_ptr + row, logsumexp)
+    tl.store(logsumexp_ptr + row, peak + above_peak)
 
 
 @triton.jit
