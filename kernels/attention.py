@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._members import fold_members, stack_members
+
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS: Tensor | None = None) -> Tensor:
     """Softmax attention by its definition (Vaswani et al. 2017, eq. 1), scale K^-1/2.
@@ -31,7 +33,7 @@ def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS:
 
 
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, mask_TS: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Softmax attention through torch's fused kernels, or by the definition where those lack a vmap rule.
+    """Softmax attention through torch's fused kernels, under vmap as well.
 
     Args:
         q_BHTK: queries.
@@ -43,21 +45,36 @@ def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, mask_TS: Tensor
     Returns:
         [B, H, T, V].
     """
-    if not _inside_transform():
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask_TS, is_causal=causal)
-    if causal:
-        mask_TS = band_mask(q_BHTK.shape[-2], k_BHSK.shape[-2], device=q_BHTK.device)
-    return attention_reference(q_BHTK, k_BHSK, v_BHSV, mask_TS)
+    return torch.ops.mixer_bench.attention(q_BHTK, k_BHSK, v_BHSV, mask_TS, causal)
 
 
-def _inside_transform() -> bool:
-    """Whether a torch.func transform is active: vmap of the fused kernel is a loop on CPU and fails in fp32 on GPU."""
-    return torch._C._functorch.maybe_current_level() is not None
+# A composite operator: autograd, autocast and torch.compile see through it to torch's own attention with its own choice of
+# kernel. Only vmap stops at it, because torch's rule for the fused kernels is a loop on CPU and fails in fp32 on GPU.
+_LIBRARY = torch.library.Library("mixer_bench", "FRAGMENT")
+_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal) -> Tensor")
 
 
-# What torch.compile traces under a transform runs under it, so the answer is a constant there. This is the mark that
-# torch.compiler.assume_constant_result sets, which costs two seconds of imports.
-_inside_transform._dynamo_marked_constant = True
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _members_into_batch(
+    info, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, int]:
+    """The vmap rule: E members of B sequences are E B sequences of one call."""
+    members = info.batch_size
+    q, k, v = (fold_members(tensor, axis, members) for tensor, axis in zip((q, k, v), in_dims[:3], strict=True))
+    batch = q.shape[0] // members
+    if mask is not None:
+        own = stack_members(mask, in_dims[3], members)
+        own = own.reshape(members, *(1,) * (5 - own.dim()), *own.shape[1:])
+        # a mask that all sequences share stays one mask
+        mask = own[0] if in_dims[3] is None and own.shape[1] == 1 else own.expand(-1, batch, -1, -1, -1).flatten(0, 1)
+    return torch.ops.mixer_bench.attention(q, k, v, mask, causal).unflatten(0, (members, batch)), 0
+
+
+_LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
+torch.library.register_vmap("mixer_bench::attention", _members_into_batch, lib=_LIBRARY)
 
 
 def band_mask(

@@ -53,6 +53,75 @@ def test_vmapped_attention_compiles_as_one_graph():
     torch.testing.assert_close(compiled(*stacked), causal(*stacked))
 
 
+def members(*tensors: Tensor) -> list[Tensor]:
+    return [torch.stack([tensor * (1 + i / 4) for i in range(3)]) for tensor in tensors]
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (None, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize("mask_axis", ["none", "shared", "shared by heads", "per sequence", "own", "own per sequence"])
+def test_members_are_one_call_with_the_gradients_of_the_loop(axes: tuple, mask_axis: str):
+    leaves = [
+        (tensor if axis is None else stack.movedim(0, axis)).detach().requires_grad_()
+        for tensor, stack, axis in zip(qkv(6, history=3), members(*qkv(6, history=3)), axes, strict=True)
+    ]
+    draw = torch.Generator().manual_seed(1)
+    shape = {"shared by heads": (1, 6, 9), "per sequence": (2, 1, 6, 9), "own per sequence": (3, 2, 1, 6, 9), "own": (3, 6, 9)}
+    mask = (torch.rand(shape.get(mask_axis, (6, 9)), generator=draw) < 0.6) | band_mask(6, 9, window=1)
+    batched = mask_axis.startswith("own")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attention(q, k, v, mask_TS=None if mask_axis == "none" else mask)
+
+    together = torch.func.vmap(call, in_dims=(*axes, 0 if batched else None))(*leaves, mask)
+    for i in range(3):
+        own = [leaf if axis is None else leaf.select(axis, i) for leaf, axis in zip(leaves, axes, strict=True)]
+        own_mask = None if mask_axis == "none" else mask[i] if batched else mask
+        alone = attention_reference(*own, own_mask)
+        torch.testing.assert_close(together[i], alone)
+        weight = torch.randn(alone.shape, dtype=alone.dtype, generator=draw)
+        for leaf, got, want in zip(
+            leaves,
+            torch.autograd.grad((together[i] * weight).sum(), leaves, retain_graph=True),
+            torch.autograd.grad((alone * weight).sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, msg=f"gradient of a leaf of shape {tuple(leaf.shape)}")
+
+
+def test_members_within_members():
+    stacked = members(*members(*qkv(5)))
+    nested = torch.func.vmap(torch.func.vmap(lambda q, k, v: attention(q, k, v, causal=True)))(*stacked)
+    torch.testing.assert_close(nested, attention_reference(*stacked, band_mask(5, 5)))
+
+
+def test_members_call_the_fused_kernel_once():
+    """Neither a loop over members nor the quadratic definition."""
+    called = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    stacked = members(*qkv(5))
+    with Watch():
+        torch.func.vmap(lambda q, k, v: attention(q, k, v, causal=True))(*stacked)
+    assert sum("scaled_dot_product" in name for name in called) == 1
+    assert not any("softmax" in name or "bmm" in name for name in called)
+
+
+def test_members_under_autocast():
+    stacked = members(*(a.float() for a in qkv(33)))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return attention(q, k, v, causal=True)
+
+    y = torch.func.vmap(call)(*stacked)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), attention_reference(*stacked, band_mask(33, 33)), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 0), (4, 3), (100, 2)])
 def test_band_mask_is_its_definition(window: int, sinks: int):
     n_queries, n_keys = 7, 12

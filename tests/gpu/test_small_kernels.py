@@ -1,0 +1,81 @@
+"""Attention and the small fused kernels on a CUDA device: exact in three dtypes, as members, and captured in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, attention_reference, band_mask
+from kernels.cross_entropy import labelled_cross_entropy
+from tests.kernels import cases_cross_entropy
+from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, require_close
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def replayed(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What a captured call leaves behind after two replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [20, 64, 128])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_members(masked: bool, width: int, dtype: torch.dtype) -> None:
+    qkv = torch.randn(3, 4, 5, 2, 77, width, device="cuda").to(dtype).requires_grad_()
+    mask = band_mask(77, 77, window=9, device="cuda")
+    weight = torch.randn(4, 5, 2, 77, width, device="cuda").to(dtype)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, mask_TS=mask) if masked else attention(q, k, v, causal=True)
+
+    def both() -> list[Tensor]:
+        y = torch.vmap(call)(*qkv)
+        return [y, torch.autograd.grad(y, qkv, weight)[0]]
+
+    exact = qkv.detach().double().requires_grad_()
+    true = attention_reference(*exact, mask if masked else band_mask(77, 77, device="cuda"))
+    wanted = {"y": true, "gradient": torch.autograd.grad(true, exact, weight.double())[0]}
+    tolerance = SINGLE if dtype == torch.float32 else SIXTEEN_BIT
+    require_close(dict(zip(wanted, both(), strict=True)), wanted, tolerance)
+    require_close(dict(zip(wanted, replayed(both), strict=True)), wanted, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), [*cases_cross_entropy.SHAPES, (70_000, 33), (300, 128_256)])
+def test_cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> None:
+    cases_cross_entropy.check_rows(rows, classes, "cuda", dtype)
+
+
+def test_cross_entropy_of_members_and_faults() -> None:
+    cases_cross_entropy.check_members("cuda")
+    cases_cross_entropy.check_faults("cuda")
+
+
+def test_cross_entropy_in_a_graph() -> None:
+    logits = torch.randn(4, 100, 8192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(8192, (4, 100), device="cuda")
+
+    def both() -> list[Tensor]:
+        loss, predicted = torch.vmap(labelled_cross_entropy)(logits, labels)
+        return [loss, predicted, torch.autograd.grad(loss.sum(), logits)[0]]
+
+    for eager, captured in zip(both(), replayed(both), strict=True):
+        assert torch.equal(eager, captured)

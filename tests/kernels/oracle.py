@@ -1,0 +1,52 @@
+"""What the tests of Triton kernels share: outputs that start as NaN, and errors relative to an oracle's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+SIXTEEN_BIT = 5e-3
+SINGLE = 1e-5
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh tensors hold NaN or a huge number, so that an element that a kernel forgets to write is seen."""
+    real = {(owner, name): getattr(owner, name) for owner, name in FRESH}
+
+    def poison(make):
+        def filled(*args, **kwargs) -> Tensor:
+            fresh = make(*args, **kwargs)
+            return fresh.fill_(float("nan") if fresh.is_floating_point() else 1 << 14)
+
+        return filled
+
+    try:
+        for (owner, name), make in real.items():
+            setattr(owner, name, poison(make))
+        yield
+    finally:
+        for (owner, name), make in real.items():
+            setattr(owner, name, make)
+
+
+FRESH = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
+
+
+def rms_error(got: Tensor, true: Tensor) -> float:
+    """Root mean square of the difference, relative to that of the oracle; absolute where the oracle is zero."""
+    difference = (got.detach().double().cpu() - true.detach().double().cpu()).square().mean().sqrt()
+    size = true.detach().double().square().mean().sqrt().cpu()
+    return float(difference / size) if size > 1e-6 else float(difference)
+
+
+def require_close(got: dict[str, Tensor], true: dict[str, Tensor], tolerance: float | dict[str, float]) -> None:
+    """Every named tensor within its tolerance; NaN is never within."""
+    assert got.keys() == true.keys()
+    for name, tensor in got.items():
+        allowed = tolerance.get(name, tolerance["other"]) if isinstance(tolerance, dict) else tolerance
+        error = rms_error(tensor, true[name])
+        assert error <= allowed, f"{name}: relative error {error:.1e} > {allowed:.0e}"
