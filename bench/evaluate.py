@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bench.data import DeviceCell
+from kernels.cross_entropy import labelled_cross_entropy
 from synthetic_tasks import Batch, Cell, Task
 
 EVAL_TOKENS = 1 << 16
@@ -39,24 +39,30 @@ class Scores:
         return float(np.mean(list(what.values())))
 
 
-def summed_loss(outputs_BMX: Tensor, labels_BM: Tensor, values_BMK: Tensor | None = None) -> Tensor:
-    """Cross entropy, or squared error in the mean over K, summed over the labelled rows."""
+def loss_and_predictions(outputs_BMX: Tensor, labels_BM: Tensor, values_BMK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loss summed over the labelled rows, and what the outputs predict.
+
+    Args:
+        outputs_BMX: logits of tokens, or values.
+        labels_BM: -100 where there is no label.
+        values_BMK: real-valued labels, None where labels are tokens.
+
+    Returns:
+        Cross entropy, or squared error in the mean over K; and token ids [B, M], or values [B, M, K].
+    """
     if values_BMK is None:
-        return F.cross_entropy(outputs_BMX.flatten(0, 1).float(), labels_BM.flatten(), ignore_index=-100, reduction="sum")
-    errors_BM = (outputs_BMX.float() - values_BMK).square().mean(-1)
-    return torch.where(labels_BM >= 0, errors_BM, 0.0).sum()
-
-
-def predictions(outputs_BMX: Tensor, *, real: bool) -> Tensor:
-    """Token ids [B, M], or values [B, M, K]."""
-    return outputs_BMX.detach().float() if real else outputs_BMX.detach().argmax(-1)
+        loss_R, predicted_R = labelled_cross_entropy(outputs_BMX.flatten(0, 1), labels_BM.flatten())
+        return loss_R.sum(), predicted_R.view(labels_BM.shape)
+    values = outputs_BMX.float()
+    errors_BM = (values - values_BMK).square().mean(-1)
+    return torch.where(labels_BM >= 0, errors_BM, 0.0).sum(), values.detach()
 
 
 def row_scores(predicted: Tensor, labels_BM: Tensor, values_BMK: Tensor | None = None, zero_error: Tensor | float = 1.0) -> Tensor:
     """Score of each row, [B, M]; 0 where there is no label.
 
     Args:
-        predicted: from `predictions`.
+        predicted: from `loss_and_predictions`.
         labels_BM: -100 where there is no label.
         values_BMK: real-valued labels, None where labels are tokens.
         zero_error: mean squared error of predicting zero.

@@ -107,13 +107,13 @@ class Scorer:
         batch = stacked.pick(self.sets_E, examples_EB)
         outputs = self.model.outputs(batch)
         values = [None] * len(self.sets) if batch.values_EBMK is None else list(batch.values_EBMK)
-        losses = [evaluate.summed_loss(*one) for one in zip(outputs, batch.labels_EBM, values, strict=True)]
+        found = [evaluate.loss_and_predictions(*one) for one in zip(outputs, batch.labels_EBM, values, strict=True)]
         votes_EB = None
         if self.split.cells[0][position].votes_NM is not None:
             votes_EB = torch.stack(
                 [self._votes(outputs[e], batch.labels_EBM[e], examples_EB[e], seed, position) for e, seed in enumerate(self.sets)]
             )
-        return torch.stack(losses), evaluate.predictions(outputs, real=self.model.real), votes_EB
+        return torch.stack([loss for loss, _ in found]), torch.stack([predicted for _, predicted in found]), votes_EB
 
     def _votes(self, logits_BMV: Tensor, labels_BM: Tensor, examples_B: Tensor, seed: int, position: int) -> Tensor:
         votes_NM = self.split.cells[seed][position].votes_NM

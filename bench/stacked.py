@@ -34,7 +34,7 @@ class StackedModel:
     def __init__(self, specs: list[RunSpec], task: Task, device: torch.device, precision: str, *, compiled: bool = False) -> None:
         models = [build_model(spec, task, device) for spec in specs]
         self.module: LanguageModel = models[0]
-        self.device, self.precision, self.real = device, precision, task.target_kind == "real"
+        self.device, self.precision = device, precision
         self.shapes = {name: p.shape for name, p in self.module.named_parameters()}
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
         self.leaves = dict(self._views(self.flat_EP, leaf=True))
@@ -84,7 +84,7 @@ class StackedModel:
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
-                return function(self.module, {**parameters, **buffers}, self.real, *tensors)
+                return function(self.module, {**parameters, **buffers}, *tensors)
 
         def every(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
             axes = tuple(None if t is None else 0 for t in tensors)
@@ -116,7 +116,6 @@ def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], froz
 def _member_loss(
     model: LanguageModel,
     weights: dict[str, Tensor],
-    real: bool,
     inputs: Tensor,
     rows_BM: Tensor,
     labels_BM: Tensor,
@@ -125,11 +124,10 @@ def _member_loss(
     zero_error: Tensor,
 ) -> tuple[Tensor, Tensor]:
     outputs_BMX = functional_call(model, weights, (inputs, rows_BM, keep_BTD))
-    loss = evaluate.summed_loss(outputs_BMX, labels_BM, values_BMK)
-    scores_BM = evaluate.row_scores(evaluate.predictions(outputs_BMX, real=real), labels_BM, values_BMK, zero_error)
+    loss, predicted = evaluate.loss_and_predictions(outputs_BMX, labels_BM, values_BMK)
+    scores_BM = evaluate.row_scores(predicted, labels_BM, values_BMK, zero_error)
     return loss, evaluate.example_scores(scores_BM, labels_BM).sum()
 
 
-def _member_outputs(model: LanguageModel, weights: dict[str, Tensor], real: bool, inputs: Tensor, rows_BM: Tensor) -> Tensor:
-    del real
+def _member_outputs(model: LanguageModel, weights: dict[str, Tensor], inputs: Tensor, rows_BM: Tensor) -> Tensor:
     return functional_call(model, weights, (inputs, rows_BM))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from bench.build import build_model, build_task, torch_seed
 from bench.data import device_split, epoch_plan
-from bench.evaluate import summed_loss
 from bench.member import learning_rate
 from bench.spec import RunSpec
 
@@ -33,7 +33,10 @@ def train_plainly(spec: RunSpec) -> tuple[dict[str, torch.Tensor], list[float]]:
             labels_BM = cell.labels_NM[real]
             values = None if cell.values_NMK is None else cell.values_NMK[real]
             outputs = model(cell.inputs[real], cell.rows_NM[real], keep)
-            loss = summed_loss(outputs, labels_BM, values) / (labels_BM >= 0).sum()
+            if values is None:
+                loss = F.cross_entropy(outputs.flatten(0, 1), labels_BM.flatten(), ignore_index=-100)
+            else:
+                loss = F.mse_loss(outputs[labels_BM >= 0], values[labels_BM >= 0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -59,10 +59,9 @@ def exact_scores(name: str) -> evaluate.Scores:
             outputs = 50 * torch.nn.functional.one_hot(torch.from_numpy(picked).long(), task.vocab_size).float()
         else:
             outputs = torch.from_numpy(np.take_along_axis(solved, rows[..., None], axis=1))
-        loss = float(evaluate.summed_loss(outputs, found.labels_NM, found.values_NMK))
-        predicted = evaluate.predictions(outputs, real=batch.values is not None)
+        loss, predicted = evaluate.loss_and_predictions(outputs, found.labels_NM, found.values_NMK)
         votes = None if found.votes_NM is None else evaluate.vote_accuracy(outputs, found.votes_NM, found.labels_NM)
-        evaluate.add_scores(scores, found, evaluate.CellOutputs(loss, predicted, votes))
+        evaluate.add_scores(scores, found, evaluate.CellOutputs(float(loss), predicted, votes))
         evaluate.add_extra(scores, task, cell, batch, predicted)
     return scores
 
@@ -92,7 +91,9 @@ def test_real_labels_are_scored_against_predicting_zero() -> None:
     zero = evaluate.row_scores(torch.zeros(3, 4, 1), labels, values, cell.zero_error)
     assert float(evaluate.example_scores(zero, labels).mean()) == pytest.approx(0, abs=1e-6)
     assert torch.allclose(evaluate.row_scores(torch.from_numpy(_ramp()), labels, values, cell.zero_error), torch.ones(3, 4))
-    assert float(evaluate.summed_loss(torch.zeros(3, 4, 1), labels, values)) == pytest.approx(float((_ramp() ** 2).sum()))
+    assert float(evaluate.loss_and_predictions(torch.zeros(3, 4, 1), labels, values)[0]) == pytest.approx(
+        float((_ramp() ** 2).sum())
+    )
 
 
 def _ramp() -> np.ndarray:
