@@ -113,6 +113,8 @@ class _Job:
         checkpoints = [checkpoint for _, checkpoint in group if checkpoint is not None]
         clock = Clock(self.device, len(specs))
         trainer = FleetTrainer(specs, self.device, micro_batches=parts, compiled=self.compiled, checkpoints=checkpoints or None)
+        # under bf16 autocast the recurrences, which stay in fp32, may round products as TF32 does: finer than bf16
+        torch.set_float32_matmul_precision("high" if trainer.precision == "bf16" else "highest")
         report = _progress_reporter(self.store, [identity_of(spec) for spec in specs], self.on_progress)
         for index in trainer.run(on_progress=report, should_stop=self.should_stop, on_checkpoint=self.save):
             outcome = Outcome()

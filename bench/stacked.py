@@ -20,6 +20,9 @@ from bench.spec import RunSpec
 from synthetic_tasks import Task
 
 
+RECOMPILE_LIMIT = 256
+
+
 class StackedModel:
     """E models that differ in their weights only.
 
@@ -39,7 +42,7 @@ class StackedModel:
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
         self.leaves = dict(self._views(self.flat_EP, leaf=True))
         self.buffers, self.own_buffers = _stack_buffers(models)
-        self._loss = torch.compile(self._mapped(_member_loss), dynamic=False) if compiled else self._mapped(_member_loss)
+        self._loss = _compile(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
         self._outputs = self._mapped(_member_outputs)
 
     def __len__(self) -> int:
@@ -99,6 +102,12 @@ class StackedModel:
             return tuple(t[None] for t in first) if isinstance(first, tuple) else first[None]
 
         return every
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    return torch.compile(function, dynamic=False)
 
 
 def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -29,7 +29,7 @@ ROWS = ("off", "window", "key_selection", "hax", "full")
 
 
 @recipe("hax_joint_recall")
-def hax_joint_recall(*, epochs: int = 9, examples: int = 12_000, budget: int = 22, seeds: int = 2) -> Sweep:
+def hax_joint_recall(*, epochs: int = 9, examples: int = 12_000, budget: int = 22, seeds: int = 4) -> Sweep:
     """Six rows on both tasks.
 
     Args:
