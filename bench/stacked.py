@@ -19,7 +19,6 @@ from bench.model import LanguageModel
 from bench.spec import RunSpec
 from synthetic_tasks import Task
 
-
 RECOMPILE_LIMIT = 256
 
 
