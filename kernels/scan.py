@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.dispatch import pick
+from kernels.scan_operator import selective_scan_operator
+
 
 def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
     """Every h_t of h_t = a_t h_{t-1} + x_t.
@@ -46,8 +49,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba's S6: h_t = exp(-dt_t rate) h_{t-1} + (dt_t x_t) b_t^T, y_t = h_t c_t (Gu & Dao 2023, algorithm 2).
 
-    The [B, T, D, N] tensors are made for a few sequences at a time, so that they stay in cache, and made again
-    backward, so that none is kept.
+    The torch form makes the [B, T, D, N] tensors for a few sequences at a time, so that they stay in cache, and makes them
+    again backward, so that none is kept; the Triton form never has them in memory.
 
     Args:
         x_BTD: input.
@@ -59,13 +62,33 @@ def selective_scan(
 
     Returns:
         The output [B, T, D] in the dtype of x, and the final state in that of the given one, or None.
+
+    Raises:
+        ValueError: shapes do not match, or the sequence is empty.
     """
+    _check_shapes(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
+    if pick("selective_scan", x_BTD) == "triton":
+        y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
+        return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
     with torch.autocast(x_BTD.device.type, enabled=False):
         tensors = (t.to(wide) for t in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, start_BDN))
         y_BTD, final_BDN = _SelectiveScan.apply(*tensors)
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
+
+
+def _check_shapes(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> None:
+    batch, length, width = x.shape
+    n_states = rate.shape[-1]
+    allowed = {"dt": (dt, x.shape), "rate": (rate, (width, n_states)), "b": (b, (batch, length, n_states)), "c": (c, b.shape)}
+    if state is not None:
+        allowed["state"] = (state, (batch, width, n_states))
+    for name, (tensor, shape) in allowed.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of shape {tuple(x.shape)} it is {tuple(shape)}")
+    if length == 0:
+        raise ValueError("x has no tokens; a scan needs at least one")
 
 
 class _SelectiveScan(torch.autograd.Function):
