@@ -9,30 +9,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.conv_operator import short_conv_operator
+from kernels.dispatch import pick
+
+MOST_TAPS = 8
+"""Of the Triton form, whose backward makes K^2 products for every element."""
+
 
 def short_conv(
-    x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None = None, tail_BPD: Tensor | None = None
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    tail_BPD: Tensor | None = None,
+    *,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal depthwise convolution, y_t = bias + sum_j weight[:, j] x_{t-K+1+j}.
 
-    Shifted multiply-adds are faster than `conv1d` at these sizes (few taps, narrow models), in particular backward.
+    The torch form is shifted multiply-adds, which are faster than `conv1d` at these sizes (few taps, narrow models), in
+    particular backward.
 
     Args:
         x_BTD: input, [B, T, D].
         weight_DK: taps, [D, K]; the last one meets the current token.
         bias_D: [D] or None.
         tail_BPD: the K - 1 inputs before the segment, [B, K-1, D]; None means zeros.
+        silu: whether to apply SiLU to the output.
 
     Returns:
         The output [B, T, D], and the tail after the segment if one was given, else None.
+
+    Raises:
+        ValueError: shapes do not match.
     """
+    _check_shapes(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
-    before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
-    padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
-    y_BTD = _ShortConv.apply(padded_BSD, weight_DK.t().to(x_BTD.dtype))
-    if bias_D is not None:
-        y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
+    many = f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
+    if pick("short_conv", x_BTD, obstacle=many) == "triton":
+        padded_BSD = x_BTD if tail_BPD is None else torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+        y_BSD = short_conv_operator(padded_BSD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
+        y_BTD = y_BSD[:, padded_BSD.shape[1] - length :]
+    else:
+        before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
+        padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+        y_BTD = _ShortConv.apply(padded_BSD, weight_DK.t().to(x_BTD.dtype))
+        if bias_D is not None:
+            y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
+        y_BTD = F.silu(y_BTD) if silu else y_BTD
     return y_BTD, None if tail_BPD is None else padded_BSD[:, length:].to(tail_BPD.dtype)
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
+    batch, _, width = x.shape
+    taps = weight.shape[-1]
+    allowed = {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, (batch, taps - 1, width))}
+    for name, (tensor, shape) in allowed.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of shape {tuple(x.shape)} it is {shape}")
 
 
 class _ShortConv(torch.autograd.Function):

@@ -101,7 +101,7 @@ class ShortConv(nn.Module):
     def forward(self, x_BTD: Tensor, tail_BPD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Filters a segment; returns [B, T, D] and, if a tail was given, the tail after it."""
         if self.taps:
-            x_BTD, tail_BPD = short_conv(x_BTD, self.weight, self.bias, tail_BPD)
+            return short_conv(x_BTD, self.weight, self.bias, tail_BPD, silu=self.silu)
         return F.silu(x_BTD) if self.silu else x_BTD, tail_BPD
 
     def step(self, x_BD: Tensor, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
