@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv_operator import short_conv_operator
+from kernels.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.dispatch import pick
 
-MOST_TAPS = 8
+MOST_TAPS = 4
 """Of the Triton form, whose backward makes K^2 products for every element."""
 
 
@@ -44,8 +44,7 @@ def short_conv(
     """
     _check_shapes(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
-    many = f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
-    if pick("short_conv", x_BTD, obstacle=many) == "triton":
+    if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
         padded_BSD = x_BTD if tail_BPD is None else torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
         y_BSD = short_conv_operator(padded_BSD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
         y_BTD = y_BSD[:, padded_BSD.shape[1] - length :]
@@ -57,6 +56,12 @@ def short_conv(
             y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
         y_BTD = F.silu(y_BTD) if silu else y_BTD
     return y_BTD, None if tail_BPD is None else padded_BSD[:, length:].to(tail_BPD.dtype)
+
+
+def _too_many(weight_DK: Tensor) -> str | None:
+    """What keeps a convolution from its Triton form."""
+    taps = weight_DK.shape[1]
+    return f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
@@ -99,7 +104,9 @@ def _stencil(x_BSD: Tensor, taps_KD: Tensor) -> Tensor:
     return y_BTD
 
 
-def short_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
+def short_conv_step(
+    x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor, *, silu: bool = False
+) -> tuple[Tensor, Tensor]:
     """One token of `short_conv`: the dot product of the last K inputs with the taps.
 
     Args:
@@ -107,15 +114,22 @@ def short_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail
         weight_DK: taps, [D, K].
         bias_D: [D] or None.
         tail_BPD: the K - 1 inputs before this token, [B, K-1, D].
+        silu: whether to apply SiLU to the output.
 
     Returns:
         The output [B, D] and the new tail [B, K-1, D].
+
+    Raises:
+        ValueError: shapes do not match.
     """
+    _check_shapes(x_BD[:, None], weight_DK, bias_D, tail_BPD)
+    if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
+        return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
     window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)
     y_BD = (window_BKD * weight_DK.t().to(x_BD.dtype)).sum(1)
     if bias_D is not None:
         y_BD = y_BD + bias_D.to(x_BD.dtype)
-    return y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
+    return F.silu(y_BD) if silu else y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
 
 
 def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:

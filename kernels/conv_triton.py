@@ -1,4 +1,4 @@
-"""The short causal depthwise convolution in Triton, with its SiLU: one launch forward, one launch and a sum backward.
+"""The short causal depthwise convolution in Triton, with its SiLU; a launch forward, one and a sum backward, one to decode.
 
 A program owns a tile of tokens and channels of one sequence and reads it once for every tap, of which all but the first
 reading come from the cache. Backward recomputes what went into the SiLU at each of the K later tokens that an input
@@ -6,7 +6,8 @@ reaches, K^2 products in all, rather than write it to memory.
 
 Bytes: forward reads x and writes y, backward reads x and dy and writes dx.
 
-Shape legend: B batch, T time, D channels, K taps, M members (each B / M sequences), L tokens and C channels of a tile.
+Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, M members (each B / M sequences); L tokens
+and C channels of a tile.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-TILE = 32
+TILE = 16
 CHANNELS = 64
+STEP_CHANNELS = 256
 LENGTHS = ("n_tokens", "sequences_per_member")
 
 
@@ -101,6 +103,37 @@ def short_conv_backward(
     tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
 
 
+@triton.jit(do_not_specialize=["sequences_per_member"])
+def short_conv_update(
+    x_ptr, tail_ptr, weight_ptr, bias_ptr, y_ptr, new_tail_ptr,
+    width, sequences_per_member,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One token of one sequence: the output, and the tail moved on by one."""
+    n_blocks = tl.cdiv(width, CHANNELS)
+    sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
+    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    inside_C = channel_C < width
+    member = sequence // sequences_per_member
+    weight_ptr += member * TAPS * width + channel_C
+    tail_ptr += sequence * (TAPS - 1) * width + channel_C
+    new_tail_ptr += sequence * (TAPS - 1) * width + channel_C
+    x_C = tl.load(x_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
+    y_C = x_C * tl.load(weight_ptr + (TAPS - 1) * width, mask=inside_C, other=0.0)
+    for tap in tl.static_range(TAPS - 1):
+        old_C = tl.load(tail_ptr + tap * width, mask=inside_C, other=0.0)
+        y_C += old_C.to(tl.float32) * tl.load(weight_ptr + tap * width, mask=inside_C, other=0.0)
+        if tap > 0:
+            tl.store(new_tail_ptr + (tap - 1) * width, old_C, mask=inside_C)
+    if TAPS > 1:
+        tl.store(new_tail_ptr + (TAPS - 2) * width, x_C.to(new_tail_ptr.dtype.element_ty), mask=inside_C)
+    if BIAS:
+        y_C += tl.load(bias_ptr + member * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
+    if SILU:
+        y_C = y_C / (1 + tl.exp2(-y_C * LOG2_E))
+    tl.store(y_ptr + sequence * width + channel_C, y_C.to(y_ptr.dtype.element_ty), mask=inside_C)
+
+
 def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> Tensor:
     """Outputs [B, T, D] in the dtype of x."""
     batch, length, width = x_BTD.shape
@@ -156,6 +189,30 @@ def backward(
         )
     sums = parts.view(members, n_tiles // members, taps + 1, width).sum(1).to(weight_MDK.dtype)
     return dx_BTD, sums[:, :taps].mT.contiguous(), sums[:, taps].clone()
+
+
+def step(x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """The output [B, D] in the dtype of x, and the new tail [B, P, D] in that of the old one."""
+    batch, width = x_BD.shape
+    y_BD, new_tail_BPD = x_BD.new_empty(batch, width), tail_BPD.new_empty(tail_BPD.shape)
+    taps_MKD = _taps_first(weight_MDK)
+    n_programs = batch * triton.cdiv(width, STEP_CHANNELS)
+    if n_programs:
+        short_conv_update[(n_programs,)](
+            x_BD.contiguous(),
+            tail_BPD.contiguous(),
+            taps_MKD,
+            taps_MKD if bias_MD is None else bias_MD.contiguous(),
+            y_BD,
+            new_tail_BPD,
+            width,
+            batch // weight_MDK.shape[0],
+            TAPS=weight_MDK.shape[-1],
+            BIAS=bias_MD is not None,
+            SILU=silu,
+            CHANNELS=STEP_CHANNELS,
+        )
+    return y_BD, new_tail_BPD
 
 
 def _rows(x_BTD: Tensor) -> Tensor:

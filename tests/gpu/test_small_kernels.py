@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, attention_reference, band_mask
+from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.scan import selective_scan
-from tests.kernels import cases_cross_entropy, cases_selective_scan
+from tests.kernels import cases_cross_entropy, cases_selective_scan, cases_short_conv
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, require_close
 
 pytestmark = pytest.mark.gpu
@@ -104,3 +105,45 @@ def test_selective_scan_of_members_and_in_a_graph() -> None:
 
     for eager, captured in zip(both(), replayed(both), strict=True):
         assert torch.equal(eager, captured)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", cases_short_conv.OPTIONS)
+def test_short_conv(options: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
+    for shape in (*cases_short_conv.SHAPES, (3, 300, 128)):
+        cases_short_conv.check(shape, options, "cuda", dtype)
+    cases_short_conv.check_step(options, "cuda", dtype)
+
+
+def test_short_conv_of_members_and_in_a_graph() -> None:
+    cases_short_conv.check_members("cuda")
+    x, weight = torch.randn(3, 2, 100, 64, device="cuda").requires_grad_(), torch.randn(3, 64, 4, device="cuda").requires_grad_()
+
+    def both() -> list[Tensor]:
+        y = torch.vmap(lambda x, weight: short_conv(x, weight, silu=True)[0])(x, weight)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, weight))]
+
+    for eager, captured in zip(both(), replayed(both), strict=True):
+        assert torch.equal(eager, captured)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_conv_of_members_in_a_graph(dtype: torch.dtype) -> None:
+    """By FFT: under vmap, autocast and capture, against fp64."""
+    x = torch.randn(3, 2, 100, 16, device="cuda").to(dtype).requires_grad_()
+    taps = torch.randn(3, 16, 100, device="cuda").requires_grad_()
+
+    def call(x: Tensor, taps: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return long_conv(x, taps)
+
+    def both() -> list[Tensor]:
+        y = torch.vmap(call)(x, taps)
+        return [y, *torch.autograd.grad(y.float().square().sum(), (x, taps))]
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, taps)]
+    true = torch.vmap(long_conv)(*exact)
+    wanted = dict(zip(("y", "dx", "dtaps"), [true, *torch.autograd.grad(true.square().sum(), exact)], strict=True))
+    tolerance = SINGLE if dtype == torch.float32 else SIXTEEN_BIT
+    require_close(dict(zip(wanted, both(), strict=True)), wanted, tolerance)
+    require_close(dict(zip(wanted, replayed(both), strict=True)), wanted, tolerance)

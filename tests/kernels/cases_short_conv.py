@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv import short_conv
+from kernels.conv import short_conv, short_conv_step
 from kernels.dispatch import use_backend
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
 
@@ -68,3 +68,34 @@ def check_members(device: str) -> None:
             alone = torch.stack([call(x[0 if shared else i], weight[i], bias[i]) for i in range(3)])
             torch.testing.assert_close(together, alone)
             torch.testing.assert_close(*(torch.autograd.grad((y * out).sum(), leaves) for y in (together, alone)))
+
+
+def check_step(options: tuple[int, bool, bool, bool], device: str, dtype: torch.dtype) -> None:
+    """A token decoded by members of their own equals the last token of a segment, and so do its gradients; the tail moves on."""
+    taps, with_bias, silu, _ = options
+    shapes = {"x": (3, 2, 5), "tail": (3, 2, taps - 1, 5), "weight": (3, 5, taps)} | ({"bias": (3, 5)} if with_bias else {})
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {name: tensors[name].to(dtype) for name in ("x", "tail")}
+
+    def call(own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return short_conv_step(own["x"], own["weight"], own.get("bias"), own["tail"], silu=silu)
+
+    def definition(own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        whole = by_definition(own["x"][:, None], own["weight"], own.get("bias"), own["tail"], silu=silu)
+        return whole[:, -1], torch.cat((own["tail"], own["x"][:, None]), 1)[:, 1:]
+
+    def run(leaves: dict[str, Tensor], function) -> dict[str, Tensor]:
+        y, tail = function(leaves)
+        gradients = torch.autograd.grad(y.sin().sum() + (tail**2).sum(), list(leaves.values()))
+        return {"y": y, "tail": tail} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+    with use_backend("triton"), poisoned():
+        got = run({name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}, torch.vmap(call))
+
+    def loop(leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        members = [definition({name: leaf[i] for name, leaf in leaves.items()}) for i in range(3)]
+        return tuple(torch.stack(outputs) for outputs in zip(*members, strict=True))
+
+    true = run({name: tensor.double().requires_grad_() for name, tensor in tensors.items()}, loop)
+    assert got["tail"].dtype == got["y"].dtype == dtype
+    require_close(got, true, SINGLE if dtype == torch.float32 else 2 * SIXTEEN_BIT)

@@ -18,6 +18,11 @@ def test_shapes(shape: tuple[int, int, int]):
     cases.check(shape, (4, True, True, False), "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("options", [option for option in cases.OPTIONS if not option[3]])
+def test_step(options: tuple[int, bool, bool, bool]):
+    cases.check_step(options, "cpu", torch.float32)
+
+
 def test_members():
     cases.check_members("cpu")
 
