@@ -1,6 +1,6 @@
 """First-order scans h_t = a_t h_{t-1} + x_t, elementwise: no outer product, a decay of its own for every element.
 
-The scan pairs neighbours, recurses on half the length and fills the gaps (Blelloch 1990): 3 T multiply-adds in
+The torch form pairs neighbours, recurses on half the length and fills the gaps (Blelloch 1990): 3 T multiply-adds in
 2 log2(T) steps. It only ever multiplies decays, so factors in [0, 1] cannot overflow, zero included.
 
 Shape legend: B batch, T time, D channels, N state size of a channel.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import pick
-from kernels.scan_operator import selective_scan_operator
+from kernels.scan_operator import scan_operator, selective_scan_operator
 
 
 def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
@@ -25,7 +25,24 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
 
     Returns:
         [B, T, ...].
+
+    Raises:
+        ValueError: shapes do not match, or the sequence is empty.
     """
+    if a.shape != x.shape or (state is not None and state.shape != x[:, 0].shape):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (a, x, state) if t is not None)
+        raise ValueError(f"a, x and the state have shapes {shapes}; they are [B, T, ...], the same, and [B, ...]")
+    if x.shape[1] == 0:
+        raise ValueError("x has no tokens; a scan needs at least one")
+    if pick("scan", x) == "triton":
+        rows = x.shape[:2]
+        start_BD = None if state is None else state.reshape(rows[0], -1)
+        return scan_operator(a.reshape(*rows, -1), x.reshape(*rows, -1), start_BD).view(x.shape)
+    return _states_from(a, x, state)
+
+
+def _states_from(a: Tensor, x: Tensor, state: Tensor | None) -> Tensor:
+    """The torch form of `scan`."""
     if state is not None:
         x = torch.cat((torch.addcmul(x[:, :1], a[:, :1], state[:, None]), x[:, 1:]), dim=1)
     return _scan(a, x)
@@ -126,7 +143,7 @@ def _slice_gradients(
     h = _states(a, u, b, start)
     dh = dy[..., None] * c[..., None, :]
     later = torch.cat((a[:, 1:], torch.ones_like(a[:, :1])), dim=1)
-    g = scan(later.flip(1), dh.flip(1), dfinal).flip(1)
+    g = _states_from(later.flip(1), dh.flip(1), dfinal).flip(1)
     du = (g @ b[..., None])[..., 0]
     dlog = g * a * torch.cat((start[:, None], h[:, :-1]), dim=1)
     ddt = -(dlog * rate).sum(-1) + du * x
@@ -141,7 +158,7 @@ def _decay(dt_BTD: Tensor, rate_DN: Tensor) -> Tensor:
 
 
 def _states(a_BTDN: Tensor, u_BTD: Tensor, b_BTN: Tensor, start_BDN: Tensor) -> Tensor:
-    return scan(a_BTDN, u_BTD[..., None] * b_BTN[..., None, :], start_BDN)
+    return _states_from(a_BTDN, u_BTD[..., None] * b_BTN[..., None, :], start_BDN)
 
 
 def _slices(rate_DN: Tensor, x_BTD: Tensor, *others: Tensor) -> zip:

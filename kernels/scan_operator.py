@@ -1,4 +1,4 @@
-"""The selective scan as a custom operator: fake, autograd and vmap rules around its Triton kernels.
+"""The scans as custom operators: fake, autograd and vmap rules around their Triton kernels.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), S borders of tiles.
 """
@@ -24,7 +24,7 @@ def selective_scan_operator(
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and the states at the borders of tiles
         [B, S, N, D], which backward starts from.
     """
-    from kernels.scan_triton import forward
+    from kernels.selective_scan_triton import forward
 
     return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
 
@@ -41,7 +41,7 @@ def _backward_operator(
     states_BSND: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, rate, b, c and the initial state."""
-    from kernels.scan_triton import backward
+    from kernels.selective_scan_triton import backward
 
     return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND)
 
@@ -91,8 +91,55 @@ selective_scan_operator.register_autograd(_differentiate, setup_context=_save)
 
 @selective_scan_operator.register_vmap
 def _(info, in_dims: tuple[int | None, ...], *arguments: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    members = info.batch_size
-    folded = (
-        None if tensor is None else fold_members(tensor, axis, members) for tensor, axis in zip(arguments, in_dims, strict=True)
-    )
-    return tuple(out.unflatten(0, (members, -1)) for out in selective_scan_operator(*folded)), (0, 0, 0)
+    outputs = selective_scan_operator(*_folded(info, in_dims, arguments))
+    return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs), (0, 0, 0)
+
+
+@torch.library.custom_op("mixer_bench::scan", mutates_args=())
+def scan_operator(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
+    """`kernels.scan.scan` with one axis of channels; the states [B, T, D] in the dtype of x, computed in fp32."""
+    from kernels.scan_triton import forward
+
+    return forward(a_BTD, x_BTD, start_BD)
+
+
+@torch.library.custom_op("mixer_bench::scan_backward", mutates_args=())
+def _scan_backward_operator(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, x and the initial state."""
+    from kernels.scan_triton import backward
+
+    return backward(dh_BTD, a_BTD, h_BTD, start_BD)
+
+
+@scan_operator.register_fake
+def _(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
+    return x_BTD.new_empty(x_BTD.shape)
+
+
+@_scan_backward_operator.register_fake
+def _(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dstart_BD = h_BTD.new_empty(h_BTD.shape[0], h_BTD.shape[2], dtype=torch.float32)
+    return a_BTD.new_empty(a_BTD.shape), h_BTD.new_empty(h_BTD.shape), dstart_BD
+
+
+def _save_states(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output, inputs[2])
+
+
+def _differentiate_states(ctx, dh_BTD: Tensor) -> tuple[Tensor | None, ...]:
+    a_BTD, h_BTD, start_BD = ctx.saved_tensors
+    da_BTD, dx_BTD, dstart_BD = _scan_backward_operator(dh_BTD, a_BTD, h_BTD, start_BD)
+    return da_BTD, dx_BTD, None if start_BD is None else dstart_BD.to(start_BD.dtype)
+
+
+scan_operator.register_autograd(_differentiate_states, setup_context=_save_states)
+
+
+@scan_operator.register_vmap
+def _(info, in_dims: tuple[int | None, ...], *arguments: Tensor | None) -> tuple[Tensor, int]:
+    return scan_operator(*_folded(info, in_dims, arguments)).unflatten(0, (info.batch_size, -1)), 0
+
+
+def _folded(info, in_dims: tuple[int | None, ...], arguments: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    pairs = zip(arguments, in_dims, strict=True)
+    return [None if tensor is None else fold_members(tensor, axis, info.batch_size) for tensor, axis in pairs]

@@ -11,8 +11,8 @@ from torch import Tensor
 from kernels.attention import attention, attention_reference, band_mask
 from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
-from kernels.scan import selective_scan
-from tests.kernels import cases_cross_entropy, cases_selective_scan, cases_short_conv
+from kernels.scan import scan, selective_scan
+from tests.kernels import cases_cross_entropy, cases_scan, cases_selective_scan, cases_short_conv
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, require_close
 
 pytestmark = pytest.mark.gpu
@@ -147,3 +147,22 @@ def test_long_conv_of_members_in_a_graph(dtype: torch.dtype) -> None:
     tolerance = SINGLE if dtype == torch.float32 else SIXTEEN_BIT
     require_close(dict(zip(wanted, both(), strict=True)), wanted, tolerance)
     require_close(dict(zip(wanted, replayed(both), strict=True)), wanted, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 33, 40), (3, 300, 8, 16), (70_000, 2, 5), (1, 5000, 33)])
+def test_scan(shape: tuple[int, ...], with_state: bool, dtype: torch.dtype) -> None:
+    cases_scan.check(shape, "cuda", dtype, with_state=with_state)
+
+
+def test_scan_of_members_and_in_a_graph() -> None:
+    cases_scan.check_members("cuda")
+    leaves = [tensor.cuda().requires_grad_() for tensor in cases_scan.draw((2, 100, 64), with_state=True)]
+
+    def both() -> list[Tensor]:
+        h = scan(*leaves)
+        return [h, *torch.autograd.grad(h.square().sum(), leaves)]
+
+    for eager, captured in zip(both(), replayed(both), strict=True):
+        assert torch.equal(eager, captured)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import scan_triton
+from kernels import selective_scan_triton
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
 from tests.kernels import cases_selective_scan as cases
@@ -12,7 +12,7 @@ from tests.kernels import cases_selective_scan as cases
 @pytest.fixture(autouse=True)
 def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
     """The interpreter scans element by element, so programs own fewer channels here."""
-    monkeypatch.setattr(scan_triton, "CHANNELS", 4)
+    monkeypatch.setattr(selective_scan_triton, "CHANNELS", 4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 16, 4, 1), (1, 33, 5, 3)])
