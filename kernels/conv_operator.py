@@ -20,7 +20,8 @@ def short_conv_operator(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | Non
     """
     from kernels.conv_triton import forward
 
-    return forward(x_BTD, weight_MDK, bias_MD, silu)
+    with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
+        return forward(x_BTD, weight_MDK, bias_MD, silu)
 
 
 @torch.library.custom_op("mixer_bench::short_conv_backward", mutates_args=())
@@ -30,7 +31,8 @@ def _backward_operator(
     """Gradients of x, the taps, and the bias, whether there is one or not."""
     from kernels.conv_triton import backward
 
-    return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu)
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu)
 
 
 @short_conv_operator.register_fake
@@ -76,7 +78,8 @@ def short_conv_step_operator(
     """`kernels.conv.short_conv_step` for M members: the output [B, D] and the new tail [B, P, D]."""
     from kernels.conv_triton import step
 
-    return step(x_BD, tail_BPD, weight_MDK, bias_MD, silu)
+    with torch.cuda.device_of(x_BD):  # Triton launches on the current device
+        return step(x_BD, tail_BPD, weight_MDK, bias_MD, silu)
 
 
 @short_conv_step_operator.register_fake

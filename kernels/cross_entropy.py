@@ -51,7 +51,8 @@ def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, predictions and logs of the sum of exponentials."""
     from kernels.cross_entropy_triton import forward
 
-    return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
+    with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
+        return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
 
 
 @torch.library.custom_op("mixer_bench::cross_entropy_backward", mutates_args=())
@@ -59,7 +60,8 @@ def _rows_backward(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsume
     """The gradient of the logits, in their dtype."""
     from kernels.cross_entropy_triton import backward
 
-    return backward(dloss_R, logits_RV.contiguous(), labels_R.contiguous(), logsumexp_R.contiguous(), IGNORED)
+    with torch.cuda.device_of(dloss_R):  # Triton launches on the current device
+        return backward(dloss_R, logits_RV.contiguous(), labels_R.contiguous(), logsumexp_R.contiguous(), IGNORED)
 
 
 @_rows.register_fake

@@ -26,7 +26,8 @@ def selective_scan_operator(
     """
     from kernels.selective_scan_triton import forward
 
-    return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
+    with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
+        return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
 
 
 @torch.library.custom_op("mixer_bench::selective_scan_backward", mutates_args=())
@@ -43,7 +44,8 @@ def _backward_operator(
     """Gradients of x, dt, rate, b, c and the initial state."""
     from kernels.selective_scan_triton import backward
 
-    return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND)
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND)
 
 
 @selective_scan_operator.register_fake
@@ -100,7 +102,8 @@ def scan_operator(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tens
     """`kernels.scan.scan` with one axis of channels; the states [B, T, D] in the dtype of x, computed in fp32."""
     from kernels.scan_triton import forward
 
-    return forward(a_BTD, x_BTD, start_BD)
+    with torch.cuda.device_of(a_BTD):  # Triton launches on the current device
+        return forward(a_BTD, x_BTD, start_BD)
 
 
 @torch.library.custom_op("mixer_bench::scan_backward", mutates_args=())
@@ -108,7 +111,8 @@ def _scan_backward_operator(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_
     """Gradients of a, x and the initial state."""
     from kernels.scan_triton import backward
 
-    return backward(dh_BTD, a_BTD, h_BTD, start_BD)
+    with torch.cuda.device_of(dh_BTD):  # Triton launches on the current device
+        return backward(dh_BTD, a_BTD, h_BTD, start_BD)
 
 
 @scan_operator.register_fake
