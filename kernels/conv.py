@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels._arguments import check_arguments
 from kernels.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.dispatch import pick
 
@@ -42,7 +43,7 @@ def short_conv(
     Raises:
         ValueError: shapes do not match.
     """
-    _check_shapes(x_BTD, weight_DK, bias_D, tail_BPD)
+    _check(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
     if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
         padded_BSD = x_BTD if tail_BPD is None else torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
@@ -64,13 +65,10 @@ def _too_many(weight_DK: Tensor) -> str | None:
     return f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
-    batch, _, width = x.shape
-    taps = weight.shape[-1]
-    allowed = {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, (batch, taps - 1, width))}
-    for name, (tensor, shape) in allowed.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of shape {tuple(x.shape)} it is {shape}")
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
+    width, taps = x.shape[-1], weight.shape[-1]
+    tail_shape = (x.shape[0], taps - 1, width)
+    check_arguments(x, {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, tail_shape)})
 
 
 class _ShortConv(torch.autograd.Function):
@@ -122,7 +120,7 @@ def short_conv_step(
     Raises:
         ValueError: shapes do not match.
     """
-    _check_shapes(x_BD[:, None], weight_DK, bias_D, tail_BPD)
+    _check(x_BD, weight_DK, bias_D, tail_BPD)
     if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
         return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
     window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._arguments import check_arguments
 from kernels.dispatch import pick
 from kernels.scan_operator import scan_operator, selective_scan_operator
 
@@ -29,16 +30,18 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes do not match, or the sequence is empty.
     """
-    if a.shape != x.shape or (state is not None and state.shape != x[:, 0].shape):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (a, x, state) if t is not None)
-        raise ValueError(f"a, x and the state have shapes {shapes}; they are [B, T, ...], the same, and [B, ...]")
-    if x.shape[1] == 0:
-        raise ValueError("x has no tokens; a scan needs at least one")
+    check_arguments(x, {"a": (a, x.shape), "state": (state, (x.shape[0], *x.shape[2:]))})
+    _refuse_empty(x)
     if pick("scan", x) == "triton":
         rows = x.shape[:2]
         start_BD = None if state is None else state.reshape(rows[0], -1)
         return scan_operator(a.reshape(*rows, -1), x.reshape(*rows, -1), start_BD).view(x.shape)
     return _states_from(a, x, state)
+
+
+def _refuse_empty(x: Tensor) -> None:
+    if x.shape[1] == 0:
+        raise ValueError("x has no tokens; a scan needs at least one")
 
 
 def _states_from(a: Tensor, x: Tensor, state: Tensor | None) -> Tensor:
@@ -83,7 +86,12 @@ def selective_scan(
     Raises:
         ValueError: shapes do not match, or the sequence is empty.
     """
-    _check_shapes(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
+    batch, length, width = x_BTD.shape
+    n_states = rate_DN.shape[-1]
+    read = (batch, length, n_states)
+    expected = {"dt": (dt_BTD, x_BTD.shape), "rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
+    check_arguments(x_BTD, expected | {"state": (state_BDN, (batch, width, n_states))})
+    _refuse_empty(x_BTD)
     if pick("selective_scan", x_BTD) == "triton":
         y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
@@ -93,19 +101,6 @@ def selective_scan(
         tensors = (t.to(wide) for t in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, start_BDN))
         y_BTD, final_BDN = _SelectiveScan.apply(*tensors)
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
-
-
-def _check_shapes(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> None:
-    batch, length, width = x.shape
-    n_states = rate.shape[-1]
-    allowed = {"dt": (dt, x.shape), "rate": (rate, (width, n_states)), "b": (b, (batch, length, n_states)), "c": (c, b.shape)}
-    if state is not None:
-        allowed["state"] = (state, (batch, width, n_states))
-    for name, (tensor, shape) in allowed.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of shape {tuple(x.shape)} it is {tuple(shape)}")
-    if length == 0:
-        raise ValueError("x has no tokens; a scan needs at least one")
 
 
 class _SelectiveScan(torch.autograd.Function):
