@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from kernels import conv_triton, cross_entropy_triton, scan_operator, scan_triton, selective_scan_triton
-from kernels.attention import attention, attention_reference, band_mask
+from kernels.attention import attention, attention_reference, band_mask, banded_attention
 from kernels.conv import short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.dispatch import use_backend
@@ -90,8 +90,19 @@ def attention_case(members: int, batch: int, length: int, width: int) -> Case:
     return Case(fused, qkv, 4 * size, 8 * size, definition=lambda q, k, v: attention_reference(q, k, v, mask))
 
 
+def banded_case(members: int, batch: int, length: int, width: int, window: int) -> Case:
+    """One head under a sliding window; the torch form of this row is dense attention under a mask."""
+    qkv = [normal(members, batch, 1, length, width) for _ in range(3)]
+    mask = band_mask(length, length, window=window, device="cuda")
+    size = 2 * qkv[0].numel()
+    banded = torch.vmap(lambda q, k, v: banded_attention(q, k, v, window=window))
+    masked = torch.vmap(lambda q, k, v: attention(q, k, v, mask_TS=mask))
+    return Case(banded, qkv, 4 * size, 8 * size, definition=masked)
+
+
 CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "attention": (attention_case, ((4, 256, 64, 128), (12, 256, 256, 64), (12, 256, 256, 128), (1, 256, 256, 128))),
+    "banded_attention": (banded_case, ((4, 256, 256, 128, 64), (12, 256, 256, 64, 16), (1, 64, 2048, 64, 64))),
     "cross_entropy": (
         cross_entropy_case,
         ((4, 1024, 8192), (12, 1024, 8192), (12, 9472, 8192), (1, 9472, 8192), (1, 4096, 128_256), (4, 8192, 64)),

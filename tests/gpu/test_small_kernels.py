@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import attention, attention_reference, band_mask
+from kernels.attention import attention, attention_reference, band_mask, banded_attention
 from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.scan import scan, selective_scan
@@ -58,6 +58,24 @@ def test_attention_of_members(masked: bool, width: int, dtype: torch.dtype) -> N
     tolerance = 3 * SINGLE if dtype == torch.float32 else SIXTEEN_BIT
     require_close(dict(zip(wanted, both(), strict=True)), wanted, tolerance)
     require_close(dict(zip(wanted, replayed(both), strict=True)), wanted, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "sinks"), [(64, 0), (64, 3), (5, 0)])
+def test_banded_attention_of_members(window: int, sinks: int, dtype: torch.dtype) -> None:
+    qkv = torch.randn(3, 4, 5, 2, 200, 64, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(4, 5, 2, 200, 64, device="cuda").to(dtype)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sink_kv = (k[:, :, :sinks], v[:, :, :sinks]) if sinks else None
+        return banded_attention(q, k, v, window=window, sink_kv=sink_kv)
+
+    y = torch.vmap(call)(*qkv)
+    exact = qkv.detach().double().requires_grad_()
+    true = attention_reference(*exact, band_mask(200, 200, window=window, sinks=sinks, device="cuda"))
+    got = {"y": y, "gradient": torch.autograd.grad(y, qkv, weight)[0]}
+    wanted = {"y": true, "gradient": torch.autograd.grad(true, exact, weight.double())[0]}
+    require_close(got, wanted, 3 * SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
