@@ -20,7 +20,7 @@ def test_shapes(shape: tuple[int, int, int, int]):
     cases.check(shape, "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("strength", [0.0, 10.0])
+@pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])
 def test_weak_and_strong_decay(strength: float):
     cases.check((1, 17, 3, 2), "cpu", torch.float32, strength=strength)
 
