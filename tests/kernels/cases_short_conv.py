@@ -28,10 +28,14 @@ def by_definition(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor |
 
 
 def check(shape: tuple[int, int, int], options: tuple[int, bool, bool, bool], device: str, dtype: torch.dtype) -> None:
-    """Output and all gradients against fp64; x is a slice of a wider projection, in `dtype`; parameters are in fp32."""
+    """Output and all gradients against fp64; x is a slice of a wider projection, in `dtype`; parameters are in fp32.
+
+    Odd widths make the slice unaligned.
+    """
     batch, length, width = shape
     taps, with_bias, silu, with_tail = options
-    tensors = {"x": torch.randn(batch, length, 2 * width + 1).to(dtype), "weight": torch.randn(width, taps)}
+    odd = width % 2
+    tensors = {"x": torch.randn(batch, length, 2 * width + odd).to(dtype), "weight": torch.randn(width, taps)}
     if with_bias:
         tensors["bias"] = torch.randn(width)
     if with_tail:
@@ -39,7 +43,7 @@ def check(shape: tuple[int, int, int], options: tuple[int, bool, bool, bool], de
     weight = torch.randn(shape)
 
     def run(leaves: dict[str, Tensor], call) -> dict[str, Tensor]:
-        x, own_weight, bias, tail = leaves["x"][..., 1 : width + 1], leaves["weight"], leaves.get("bias"), leaves.get("tail")
+        x, own_weight, bias, tail = leaves["x"][..., odd : width + odd], leaves["weight"], leaves.get("bias"), leaves.get("tail")
         y = call(x, own_weight, bias, tail, silu=silu)
         gradients = torch.autograd.grad((y * weight.to(y)).sum(), list(leaves.values()))
         return {"y": y} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
