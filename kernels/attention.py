@@ -2,7 +2,7 @@
 
 `attention_reference` is the definition; `attention` and `banded_attention` are the fast forms and equal it.
 
-Shape legend: B batch, H heads, T queries, S keys, K key width, V value width, N blocks, C block length.
+Shape legend: B batch, H heads, T queries, S keys, K key width, V value width, N blocks, C block length, X = B H.
 """
 
 from __future__ import annotations
@@ -150,8 +150,10 @@ def banded_attention(
         k, v = torch.cat((sink_k, k), -2), torch.cat((sink_v, v), -2)
     block_start = start[..., None] + torch.arange(0, n_blocks * block, block, device=q_BHTK.device)
     mask = _band_visible(block, block, window, block_start, n_sinks)
-    y_BHNCV = attention_reference(q_BHNCK, k, v, mask if start_B is None else mask[:, None])
-    return y_BHNCV.flatten(-3, -2)[..., :n_tokens, :]
+    # heads join the batch and blocks take their place, so that a fused kernel meets ordinary sizes
+    mask_XNCS = mask[None] if start_B is None else mask.repeat_interleave(q_BHTK.shape[1], 0)
+    y_XNCV = attention(q_BHNCK.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask_TS=mask_XNCS)
+    return y_XNCV.unflatten(0, q_BHTK.shape[:2]).flatten(-3, -2)[..., :n_tokens, :]
 
 
 def _block_pairs(a_BHSK: Tensor, block: int) -> Tensor:

@@ -9,30 +9,66 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels._arguments import check_arguments
+from kernels.conv_operator import short_conv_operator, short_conv_step_operator
+from kernels.dispatch import pick
+
+MOST_TAPS = 4
+"""Of the Triton form, whose backward makes K^2 products for every element."""
+
 
 def short_conv(
-    x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None = None, tail_BPD: Tensor | None = None
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    tail_BPD: Tensor | None = None,
+    *,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal depthwise convolution, y_t = bias + sum_j weight[:, j] x_{t-K+1+j}.
 
-    Shifted multiply-adds are faster than `conv1d` at these sizes (few taps, narrow models), in particular backward.
+    The torch form is shifted multiply-adds, which are faster than `conv1d` at these sizes (few taps, narrow models), in
+    particular backward.
 
     Args:
         x_BTD: input, [B, T, D].
         weight_DK: taps, [D, K]; the last one meets the current token.
         bias_D: [D] or None.
         tail_BPD: the K - 1 inputs before the segment, [B, K-1, D]; None means zeros.
+        silu: whether to apply SiLU to the output.
 
     Returns:
         The output [B, T, D], and the tail after the segment if one was given, else None.
+
+    Raises:
+        ValueError: shapes do not match.
     """
+    _check(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
-    before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
-    padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
-    y_BTD = _ShortConv.apply(padded_BSD, weight_DK.t().to(x_BTD.dtype))
-    if bias_D is not None:
-        y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
+    if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
+        padded_BSD = x_BTD if tail_BPD is None else torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+        y_BSD = short_conv_operator(padded_BSD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
+        y_BTD = y_BSD[:, padded_BSD.shape[1] - length :]
+    else:
+        before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
+        padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+        y_BTD = _ShortConv.apply(padded_BSD, weight_DK.t().to(x_BTD.dtype))
+        if bias_D is not None:
+            y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
+        y_BTD = F.silu(y_BTD) if silu else y_BTD
     return y_BTD, None if tail_BPD is None else padded_BSD[:, length:].to(tail_BPD.dtype)
+
+
+def _too_many(weight_DK: Tensor) -> str | None:
+    """What keeps a convolution from its Triton form."""
+    taps = weight_DK.shape[1]
+    return f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
+    width, taps = x.shape[-1], weight.shape[-1]
+    tail_shape = (x.shape[0], taps - 1, width)
+    check_arguments(x, {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, tail_shape)})
 
 
 class _ShortConv(torch.autograd.Function):
@@ -66,7 +102,9 @@ def _stencil(x_BSD: Tensor, taps_KD: Tensor) -> Tensor:
     return y_BTD
 
 
-def short_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
+def short_conv_step(
+    x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor, *, silu: bool = False
+) -> tuple[Tensor, Tensor]:
     """One token of `short_conv`: the dot product of the last K inputs with the taps.
 
     Args:
@@ -74,15 +112,22 @@ def short_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail
         weight_DK: taps, [D, K].
         bias_D: [D] or None.
         tail_BPD: the K - 1 inputs before this token, [B, K-1, D].
+        silu: whether to apply SiLU to the output.
 
     Returns:
         The output [B, D] and the new tail [B, K-1, D].
+
+    Raises:
+        ValueError: shapes do not match.
     """
+    _check(x_BD, weight_DK, bias_D, tail_BPD)
+    if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
+        return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
     window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)
     y_BD = (window_BKD * weight_DK.t().to(x_BD.dtype)).sum(1)
     if bias_D is not None:
         y_BD = y_BD + bias_D.to(x_BD.dtype)
-    return y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
+    return F.silu(y_BD) if silu else y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
 
 
 def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels._arguments import check_arguments
 from kernels._members import fold_members
 from kernels.dispatch import pick
 
@@ -33,9 +34,9 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     Raises:
         ValueError: shapes do not match, or labels are not integers.
     """
-    if logits_RV.dim() != 2 or labels_R.shape != logits_RV.shape[:1]:
-        shapes = f"{tuple(logits_RV.shape)} and {tuple(labels_R.shape)}"
-        raise ValueError(f"logits and labels have shapes {shapes}; cross entropy takes [rows, classes] and [rows]")
+    if logits_RV.dim() != 2:
+        raise ValueError(f"logits have shape {tuple(logits_RV.shape)}; cross entropy takes [rows, classes]")
+    check_arguments(logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits")
     if labels_R.is_floating_point():
         raise ValueError(f"labels have dtype {labels_R.dtype}; they are class indices, e.g. torch.int64")
     if pick("labelled_cross_entropy", logits_RV) == "triton":
@@ -51,7 +52,8 @@ def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, predictions and logs of the sum of exponentials."""
     from kernels.cross_entropy_triton import forward
 
-    return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
+    with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
+        return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
 
 
 @torch.library.custom_op("mixer_bench::cross_entropy_backward", mutates_args=())
@@ -59,7 +61,8 @@ def _rows_backward(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsume
     """The gradient of the logits, in their dtype."""
     from kernels.cross_entropy_triton import backward
 
-    return backward(dloss_R, logits_RV.contiguous(), labels_R.contiguous(), logsumexp_R.contiguous(), IGNORED)
+    with torch.cuda.device_of(dloss_R):  # Triton launches on the current device
+        return backward(dloss_R, logits_RV.contiguous(), labels_R.contiguous(), logsumexp_R.contiguous(), IGNORED)
 
 
 @_rows.register_fake

@@ -1,6 +1,6 @@
 """First-order scans h_t = a_t h_{t-1} + x_t, elementwise: no outer product, a decay of its own for every element.
 
-The scan pairs neighbours, recurses on half the length and fills the gaps (Blelloch 1990): 3 T multiply-adds in
+The torch form pairs neighbours, recurses on half the length and fills the gaps (Blelloch 1990): 3 T multiply-adds in
 2 log2(T) steps. It only ever multiplies decays, so factors in [0, 1] cannot overflow, zero included.
 
 Shape legend: B batch, T time, D channels, N state size of a channel.
@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from kernels._arguments import check_arguments
+from kernels.dispatch import pick
+from kernels.scan_operator import scan_operator, selective_scan_operator
 
 
 def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
@@ -22,7 +26,26 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
 
     Returns:
         [B, T, ...].
+
+    Raises:
+        ValueError: shapes do not match, or the sequence is empty.
     """
+    check_arguments(x, {"a": (a, x.shape), "state": (state, (x.shape[0], *x.shape[2:]))})
+    _refuse_empty(x)
+    if pick("scan", x) == "triton":
+        rows = x.shape[:2]
+        start_BD = None if state is None else state.reshape(rows[0], -1)
+        return scan_operator(a.reshape(*rows, -1), x.reshape(*rows, -1), start_BD).view(x.shape)
+    return _states_from(a, x, state)
+
+
+def _refuse_empty(x: Tensor) -> None:
+    if x.shape[1] == 0:
+        raise ValueError("x has no tokens; a scan needs at least one")
+
+
+def _states_from(a: Tensor, x: Tensor, state: Tensor | None) -> Tensor:
+    """The torch form of `scan`."""
     if state is not None:
         x = torch.cat((torch.addcmul(x[:, :1], a[:, :1], state[:, None]), x[:, 1:]), dim=1)
     return _scan(a, x)
@@ -46,8 +69,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba's S6: h_t = exp(-dt_t rate) h_{t-1} + (dt_t x_t) b_t^T, y_t = h_t c_t (Gu & Dao 2023, algorithm 2).
 
-    The [B, T, D, N] tensors are made for a few sequences at a time, so that they stay in cache, and made again
-    backward, so that none is kept.
+    The torch form makes the [B, T, D, N] tensors for a few sequences at a time, so that they stay in cache, and makes them
+    again backward, so that none is kept; the Triton form never has them in memory.
 
     Args:
         x_BTD: input.
@@ -59,7 +82,19 @@ def selective_scan(
 
     Returns:
         The output [B, T, D] in the dtype of x, and the final state in that of the given one, or None.
+
+    Raises:
+        ValueError: shapes do not match, or the sequence is empty.
     """
+    batch, length, width = x_BTD.shape
+    n_states = rate_DN.shape[-1]
+    read = (batch, length, n_states)
+    expected = {"dt": (dt_BTD, x_BTD.shape), "rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
+    check_arguments(x_BTD, expected | {"state": (state_BDN, (batch, width, n_states))})
+    _refuse_empty(x_BTD)
+    if pick("selective_scan", x_BTD) == "triton":
+        y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
+        return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
     with torch.autocast(x_BTD.device.type, enabled=False):
@@ -103,7 +138,7 @@ def _slice_gradients(
     h = _states(a, u, b, start)
     dh = dy[..., None] * c[..., None, :]
     later = torch.cat((a[:, 1:], torch.ones_like(a[:, :1])), dim=1)
-    g = scan(later.flip(1), dh.flip(1), dfinal).flip(1)
+    g = _states_from(later.flip(1), dh.flip(1), dfinal).flip(1)
     du = (g @ b[..., None])[..., 0]
     dlog = g * a * torch.cat((start[:, None], h[:, :-1]), dim=1)
     ddt = -(dlog * rate).sum(-1) + du * x
@@ -118,7 +153,7 @@ def _decay(dt_BTD: Tensor, rate_DN: Tensor) -> Tensor:
 
 
 def _states(a_BTDN: Tensor, u_BTD: Tensor, b_BTN: Tensor, start_BDN: Tensor) -> Tensor:
-    return scan(a_BTDN, u_BTD[..., None] * b_BTN[..., None, :], start_BDN)
+    return _states_from(a_BTDN, u_BTD[..., None] * b_BTN[..., None, :], start_BDN)
 
 
 def _slices(rate_DN: Tensor, x_BTD: Tensor, *others: Tensor) -> zip:

@@ -101,13 +101,13 @@ class ShortConv(nn.Module):
     def forward(self, x_BTD: Tensor, tail_BPD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Filters a segment; returns [B, T, D] and, if a tail was given, the tail after it."""
         if self.taps:
-            x_BTD, tail_BPD = short_conv(x_BTD, self.weight, self.bias, tail_BPD)
+            return short_conv(x_BTD, self.weight, self.bias, tail_BPD, silu=self.silu)
         return F.silu(x_BTD) if self.silu else x_BTD, tail_BPD
 
     def step(self, x_BD: Tensor, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """Filters one token; returns [B, D] and the new tail."""
         if self.taps:
-            x_BD, tail_BPD = short_conv_step(x_BD, self.weight, self.bias, tail_BPD)
+            return short_conv_step(x_BD, self.weight, self.bias, tail_BPD, silu=self.silu)
         return F.silu(x_BD) if self.silu else x_BD, tail_BPD
 
     def init_tail(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:

@@ -25,7 +25,7 @@ class Resources:
     ptx: str
 
 
-def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int) -> Resources:
+def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **options: int) -> Resources:
     """Compiles one specialisation of a kernel.
 
     Args:
@@ -40,7 +40,7 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int) -> Resou
     constants = {(i,): arguments[name] for i, name in enumerate(names) if not is_type[name]}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if is_type[name] and arguments[name].endswith("+")}
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
     return Resources(*_assemble(ptx), compiled.metadata.shared, ptx)
 

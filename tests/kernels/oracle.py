@@ -38,6 +38,9 @@ FRESH = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
 
 def rms_error(got: Tensor, true: Tensor) -> float:
     """Root mean square of the difference, relative to that of the oracle; absolute where the oracle is zero."""
+    assert got.shape == true.shape
+    if got.numel() == 0:
+        return 0.0
     difference = (got.detach().double().cpu() - true.detach().double().cpu()).square().mean().sqrt()
     size = true.detach().double().square().mean().sqrt().cpu()
     return float(difference / size) if size > 1e-6 else float(difference)

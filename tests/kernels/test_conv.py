@@ -49,3 +49,17 @@ def test_long_conv(length, taps):
     kernel = torch.randn(3, taps, dtype=torch.float64)
     expected = sum(F.pad(x[:, : length - s], (0, 0, s, 0)) * kernel[:, s] for s in range(length))
     torch.testing.assert_close(long_conv(x, kernel), expected)
+
+
+def test_long_conv_of_members_under_autocast():
+    """The transform stays in fp32, and the output takes the dtype of the input."""
+    x, taps = torch.randn(3, 2, 33, 5).bfloat16(), torch.randn(3, 5, 40)
+
+    def call(x, taps):
+        with torch.autocast("cpu", torch.bfloat16):
+            return long_conv(x, taps)
+
+    together = torch.func.vmap(call)(x, taps)
+    assert together.dtype == torch.bfloat16
+    for i in range(3):
+        torch.testing.assert_close(together[i].double(), long_conv(x[i].double(), taps[i].double()), rtol=1e-2, atol=1e-2)

@@ -36,8 +36,12 @@ def test_members_equal_the_loop():
 
 
 def test_bad_input_is_one_sentence():
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3,\); cross entropy takes \[rows, classes\] and \[rows\]"):
+    with pytest.raises(ValueError, match=r"labels has shape \(3,\); with logits of shape \(2, 3\) it is \(2,\)"):
         labelled_cross_entropy(torch.randn(2, 3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"logits have shape \(3,\); cross entropy takes \[rows, classes\]"):
+        labelled_cross_entropy(torch.randn(3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels is on meta and logits on cpu; move them to one device"):
+        labelled_cross_entropy(torch.randn(2, 3), torch.zeros(2, dtype=torch.long, device="meta"))
     with pytest.raises(ValueError, match="labels have dtype"):
         labelled_cross_entropy(torch.randn(2, 3), torch.zeros(2))
 

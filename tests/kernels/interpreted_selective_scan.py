@@ -1,0 +1,46 @@
+"""The Triton selective scan in the interpreter; run by `test_interpreted.py` in a process of its own."""
+
+import pytest
+import torch
+
+from kernels import selective_scan_triton
+from kernels.dispatch import use_backend
+from kernels.scan import selective_scan
+from tests.kernels import cases_selective_scan as cases
+
+
+@pytest.fixture(autouse=True)
+def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
+    """The interpreter scans element by element, so programs own fewer channels here."""
+    monkeypatch.setattr(selective_scan_triton, "CHANNELS", 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 16, 4, 1), (1, 33, 5, 3)])
+def test_shapes(shape: tuple[int, int, int, int]):
+    cases.check(shape, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])
+def test_weak_and_strong_decay(strength: float):
+    cases.check((1, 17, 3, 2), "cpu", torch.float32, strength=strength)
+
+
+def test_members():
+    cases.check_members("cpu")
+    cases.check_shared_input("cpu")
+
+
+def test_compiles_as_one_graph():
+    leaves = [tensor.requires_grad_() for tensor in cases.draw(1, 5, 3, 2, leading=(2,))[:5]]
+    mapped = torch.vmap(lambda *own: selective_scan(*own)[0])
+    with use_backend("triton"):
+        outputs = [torch.compile(mapped, backend="aot_eager", fullgraph=True)(*leaves), mapped(*leaves)]
+    assert torch.equal(*outputs)
+    for found, want in zip(*(torch.autograd.grad(y.sum(), leaves) for y in outputs), strict=True):
+        assert torch.equal(found, want)
+
+
+def test_operator_is_registered_right():
+    x, dt, rate, b, c, state = (tensor.requires_grad_() for tensor in cases.draw(1, 3, 3, 2))
+    arguments = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
+    torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, arguments)

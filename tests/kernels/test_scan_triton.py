@@ -1,0 +1,62 @@
+"""What the Triton scans take on sm_90, and what their entry point refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from kernels.scan import scan, selective_scan
+from kernels.scan_triton import scan_backward, scan_forward
+from kernels.selective_scan_triton import CHANNELS, TILE, selective_scan_backward, selective_scan_forward
+from tests.kernels.offline import compile_sm90
+
+SIZES = dict.fromkeys(("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member"), "i32")
+
+
+def compiled(kernel, dtype: str):
+    """x, y, b and c in `dtype`; what the mixer keeps in fp32 in fp32."""
+    narrow = {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
+    wide = {f"{name}_ptr": "*fp32+" for name in ("dt", "ddt", "rate", "drate", "db", "dc", "states", "dstate")}
+    every = SIZES | narrow | wide | {"TILE": TILE, "CHANNELS": CHANNELS}
+    return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=1)
+
+
+@pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
+def test_forward_keeps_time_inside_of_threads(dtype: str):
+    used = compiled(selective_scan_forward, dtype)
+    assert used.spilled == used.shared == 0
+    assert used.registers <= 144, "fewer than 14 warps fit an SM"
+    assert "shfl" not in used.ptx
+
+
+@pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
+def test_backward_exchanges_values_only_to_sum_over_channels(dtype: str):
+    used = compiled(selective_scan_backward, dtype)
+    assert used.spilled == 0
+    sums = 2 * TILE  # db and dc of every token of a tile
+    assert len(re.findall(r"shfl", used.ptx)) == sums * 5
+
+
+@pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
+@pytest.mark.parametrize("kernel", [scan_forward, scan_backward], ids=lambda kernel: kernel.__name__)
+def test_elementwise_scan_keeps_time_inside_of_threads(kernel, dtype: str):
+    pointers = {name: dtype for name in kernel.arg_names if name.endswith("_ptr")} | {"dstart_ptr": "*fp32+"}
+    every = SIZES | pointers | {"START": True, "TILE": TILE, "CHANNELS": CHANNELS}
+    used = compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=1)
+    assert used.spilled == used.shared == 0
+    assert used.registers <= 168
+    assert "shfl" not in used.ptx
+
+
+def test_bad_shapes_are_one_sentence():
+    x, rate, b = torch.randn(2, 5, 3), torch.rand(3, 4), torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=r"b has shape \(2, 5, 3\); with x of shape \(2, 5, 3\) it is \(2, 5, 4\)"):
+        selective_scan(x, x, rate, x, b)
+    with pytest.raises(ValueError, match="x has no tokens"):
+        selective_scan(x[:, :0], x[:, :0], rate, b[:, :0], b[:, :0])
+    with pytest.raises(ValueError, match=r"a has shape \(2, 5, 3\); with x of shape \(2, 5, 4\)"):
+        scan(x, b)
+    with pytest.raises(ValueError, match="x has no tokens"):
+        scan(x[:, :0], x[:, :0])
