@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import chunked, dispatch, reference
+from kernels import chunked, dispatch, recurrence_op, reference
 from kernels.chunk_decay import Lift
-from kernels.recurrence_op import linear_recurrence as triton_linear_recurrence
 from kernels.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
@@ -63,7 +62,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Te
     if log_decay is not None:
         log_decay = (log_decay[None] if log_decay.ndim == 1 else log_decay).float()
     wide = None if state is None else state.float()
-    o, final = triton_linear_recurrence(q, k, v, log_decay, wide, state is not None)
+    o, final = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, state is not None)
     return o, None if state is None else final.to(state.dtype)
 
 

@@ -77,25 +77,30 @@ def _walk(
         write_CE = c_CE
         if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
-            # Every exponent that is used is <= 0; the others may overflow, and a select, unlike a product, drops them.
+            # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
                 pair_CC, read_C, keep_C = g_C[None, :] - g_C[:, None], g_all - g_C, g_C
             else:
                 pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_C, g_all - g_C
-            scores_CC = tl.where(seen, scores_CC * tl.exp2(pair_CC), 0.0)
+            scores_CC = scores_CC * tl.exp2(tl.where(seen, pair_CC, float("-inf")))
             out_CE = out_CE * tl.exp2(read_C)[:, None]
             write_CE = (c_CE.to(tl.float32) * tl.exp2(keep_C)[:, None]).to(DOT)
             state_DE = state_DE * tl.exp2(g_all)
         else:
             scores_CC = tl.where(seen, scores_CC, 0.0)
+        if PROBE:
+            # What a token adds to itself has no decay. It would cancel between q . dq and k . dk, and drown small gradients.
+            own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 1)
+            scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
         out_CE = tl.dot(scores_CC.to(DOT), c_CE, out_CE, input_precision=PRECISION)
         state_DE = tl.dot(tl.trans(b_CD), write_CE, state_DE, input_precision=PRECISION)
         in_out = (t_C < length)[:, None] & (e < E)[None, :]
         t_rows = t_C.to(tl.int64)
-        tl.store(out + t_rows[:, None] * out_stride + e[None, :], out_CE.to(out.dtype.element_ty), mask=in_out)
         if PROBE:
             probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
             tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
+            out_CE += own_C[:, None] * c_CE.to(tl.float32)
+        tl.store(out + t_rows[:, None] * out_stride + e[None, :], out_CE.to(out.dtype.element_ty), mask=in_out)
     if LAST:
         tl.store(last + state_offsets, state_DE, mask=in_state)
 
@@ -103,8 +108,8 @@ def _walk(
 @triton.jit
 def forward_kernel(
     q, k, v, gate, first, o, last,
-    q_b: "i64", q_t: "i64", q_h: "i64", k_b: "i64", k_t: "i64", k_h: "i64", v_b: "i64", v_t: "i64", v_h: "i64",
-    gate_b: "i64", gate_t: "i64", length: "i32", heads: "i32", group: "i32", gate_every: "i32",
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int64, length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -128,9 +133,9 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums,
-    q_b: "i64", q_t: "i64", q_h: "i64", k_b: "i64", k_t: "i64", k_h: "i64", v_b: "i64", v_t: "i64", v_h: "i64",
-    do_b: "i64", do_t: "i64", do_h: "i64", gate_b: "i64", gate_t: "i64",
-    length: "i32", batches: "i32", heads: "i32", group: "i32", gate_every: "i32",
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, FIRST: tl.constexpr, DLAST: tl.constexpr,
     GATE_GRAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
