@@ -5,7 +5,6 @@ Shape legend: B batch, T time, H heads of v and of the state, G heads of q and k
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels import chunked, dispatch, recurrence_op, reference

@@ -108,7 +108,8 @@ def _walk(
 @triton.jit
 def forward_kernel(
     q, k, v, gate, first, o, last,
-    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
@@ -133,7 +134,8 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums,
-    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,

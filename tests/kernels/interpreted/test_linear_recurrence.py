@@ -22,7 +22,13 @@ def draw(shape, gate, *, state, seed=0, dtype=torch.float64):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     rates = normal(batch, length, heads).abs()
-    log_decay = {"none": None, "constant": -rates[0, 0], "scalar": -rates, "strong": -10 * torch.rand(batch, length, heads, generator=generator, dtype=torch.float64), "zero": 0 * rates}[gate]
+    log_decay = {
+        "none": None,
+        "constant": -rates[0, 0],
+        "scalar": -rates,
+        "strong": -10 * torch.rand(batch, length, heads, generator=generator, dtype=torch.float64),
+        "zero": 0 * rates,
+    }[gate]
     tensors = {
         "q": normal(batch, length, groups, k_dim),
         "k": normal(batch, length, groups, k_dim) * k_dim**-0.5,
