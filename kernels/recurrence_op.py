@@ -13,6 +13,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.function import _SingleLevelFunction
 
 from kernels import walk
+from kernels._members import fold_members
 
 Folded = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
@@ -120,19 +121,13 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(linear_recurrence_backward(*_folded(info.batch_size, in_dims, args)), info.batch_size)
 
 
-def _folded(size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Arguments whose first axis, the batch, contains the mapped axis."""
-    folded = []
-    for x, dim in zip(args, in_dims, strict=True):
-        if not isinstance(x, Tensor):
-            folded.append(x)
-        else:
-            first = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            folded.append(first.flatten(0, 1))
-    return folded
+def _folded(members: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Arguments whose batch contains the mapped axis; a constant decay gets a row for each member."""
+    pairs = zip(args, in_dims, strict=True)
+    return [fold_members(x, dim, members) if isinstance(x, Tensor) else x for x, dim in pairs]
 
 
-def _unfolded(outputs: tuple[Tensor, ...], size: int) -> Folded:
+def _unfolded(outputs: tuple[Tensor, ...], members: int) -> Folded:
     """Outputs with the mapped axis in front again; an absent one is empty and has no batch."""
-    parts = tuple(x if x.ndim == 1 else x.unflatten(0, (size, -1)) for x in outputs)
+    parts = tuple(x if x.ndim == 1 else x.unflatten(0, (members, -1)) for x in outputs)
     return parts, tuple(None if x.ndim == 1 else 0 for x in outputs)

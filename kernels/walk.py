@@ -1,4 +1,4 @@
-"""Launches the kernels of `kernels.triton_walk` on torch tensors: configurations, strides and allocations.
+"""Launches the kernels of `kernels.walk_triton` on torch tensors: configurations, strides and allocations.
 
 Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value width, M rows of a constant decay.
 """
@@ -29,10 +29,11 @@ class Config(NamedTuple):
     stages: int
 
 
-# By the padded width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands.
-FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 4, 1)}
-BACKWARD_16 = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)}
-FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+# By the width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands. Chosen so that
+# registers do not spill, which fp32 beyond 64 and gated gradients beyond 128 do all the same.
+FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)}
+BACKWARD_16 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 16, 8, 1)}
+FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32, 8, 1)}
 
 
 def forward_config(k_dim: int, dtype: torch.dtype) -> Config:
@@ -70,7 +71,7 @@ def forward(
     Returns:
         The outputs [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in fp32, or an empty tensor.
     """
-    from kernels import triton_walk
+    from kernels import walk_triton
 
     batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
@@ -81,7 +82,7 @@ def forward(
     last = _state_like(v_BTHV, k_dim) if return_state else _nothing(v_BTHV)
     (q, k, v), strides, unit = _rows(q_BTGK, k_BTGK, v_BTHV)
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
-    triton_walk.forward_kernel[(batch * heads * -(-v_dim // tile),)](
+    walk_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
         *strides, *gate_strides, length, heads, heads // k.shape[2], gate_every,
         K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=config.chunk,
@@ -119,7 +120,7 @@ def backward(
     Returns:
         Gradients of q, k, v, log_decay (or an empty tensor) and state (or an empty tensor).
     """
-    from kernels import triton_walk
+    from kernels import walk_triton
 
     batch, length, heads, v_dim = v_BTHV.shape
     groups, k_dim = k_BTGK.shape[2:]
@@ -133,7 +134,7 @@ def backward(
     rowsums = v_BTHV.new_empty((2 * key_tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
     (q, k, v, do), strides, unit = _rows(q_BTGK, k_BTGK, v_BTHV, do_BTHV)
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
-    triton_walk.backward_kernel[(batch * heads * (2 * key_tiles + value_tiles),)](
+    walk_triton.backward_kernel[(batch * heads * (2 * key_tiles + value_tiles),)](
         q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), do,
         v if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dq_BTHK, dk_BTHK, dv, dfirst, rowsums,
         *strides, *gate_strides, length, batch, heads, heads // groups, gate_every,
@@ -173,8 +174,8 @@ def _triton_dtype(dtype: torch.dtype) -> object:
 
 
 def _precision(dtype: torch.dtype) -> str | None:
-    """Triton would take TF32 for fp32 operands."""
-    return "ieee" if dtype == torch.float32 else None
+    """Three TF32 products carry 22 bits; true fp32 has no tensor core, and its unrolled products do not fit the registers."""
+    return "tf32x3" if dtype == torch.float32 else None
 
 
 def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], int]:
@@ -199,11 +200,11 @@ def _gate(log_decay: Tensor | None, batch: int, spare: Tensor) -> tuple[Tensor, 
 
 
 def _gate_kind(log_decay: Tensor | None) -> int:
-    from kernels import triton_walk
+    from kernels import walk_triton
 
     if log_decay is None:
-        return triton_walk.NO_GATE.value
-    return (triton_walk.CONSTANT_GATE if log_decay.ndim == 2 else triton_walk.SCALAR_GATE).value
+        return walk_triton.NO_GATE.value
+    return (walk_triton.CONSTANT_GATE if log_decay.ndim == 2 else walk_triton.SCALAR_GATE).value
 
 
 def _state_like(v_BTHV: Tensor, k_dim: int) -> Tensor:

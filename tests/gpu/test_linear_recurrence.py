@@ -115,7 +115,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import triton_walk
+    from kernels import walk_triton
 
     def run(batch: int, length: int, heads: int) -> None:
         q, k, v = (torch.randn(batch, length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -127,7 +127,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
     def compiled() -> int:
         return sum(
             len(cache[0])
-            for kernel in (triton_walk.forward_kernel, triton_walk.backward_kernel)
+            for kernel in (walk_triton.forward_kernel, walk_triton.backward_kernel)
             for cache in [kernel.device_caches[0]]
         )
 
