@@ -44,10 +44,6 @@ def test_sixteen_bit(width, backward_spill, gate):
     check(width, gate, torch.bfloat16, 40 if gate else 0, backward_spill if gate else 0)
 
 
-def test_single_precision():
-    check(64, 0, torch.float32, 0, 0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("gate", [0, 1, 2])
