@@ -34,7 +34,8 @@ linear_recurrence_backward = torch.ops.mixer_bench.linear_recurrence_backward.de
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
-    return walk.forward(q, k, v, log_decay, state, return_state=return_state)
+    with torch.cuda.device_of(v):  # Triton launches on the current device
+        return walk.forward(q, k, v, log_decay, state, return_state=return_state)
 
 
 @torch.library.register_fake(FORWARD)
@@ -55,7 +56,8 @@ def _(
     dfinal: Tensor | None,
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return walk.backward(q, k, v, log_decay, state, do, final, dfinal, gate_grad=gate_grad)
+    with torch.cuda.device_of(v):
+        return walk.backward(q, k, v, log_decay, state, do, final, dfinal, gate_grad=gate_grad)
 
 
 @torch.library.register_fake(BACKWARD)
