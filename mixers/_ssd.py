@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.chunked import linear_recurrence
+from kernels.recurrence import linear_recurrence
 from mixers._base import Mixer, State
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.chunked import linear_recurrence
+from kernels.recurrence import linear_recurrence
 from mixers._base import Mixer, State, heads, mixer
 from mixers._layers import RMSNorm, ShortConv, l2_normalize, refuse_context, widen
 

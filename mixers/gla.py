@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.chunked import linear_recurrence
+from kernels.recurrence import linear_recurrence
 from mixers._base import Mixer, State, heads, mixer
 from mixers._layers import LowRank, RMSNorm, ShortConv, refuse_context, widen
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.chunked import CHUNK, linear_recurrence
+from kernels.recurrence import CHUNK, linear_recurrence
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._feature_maps import make_feature_map
 from mixers._layers import refuse_context, widen

@@ -1,0 +1,111 @@
+"""The recurrences behind one door: arguments are checked, then `kernels.dispatch` picks the form that runs.
+
+Shape legend: B batch, T time, H heads of v and of the state, G heads of q and k (G divides H), K key, V value width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels import chunked, dispatch, recurrence_op, reference
+from kernels.chunk_decay import Lift
+from kernels.walk import MAX_WIDTH
+
+CHUNK = chunked.CHUNK
+OPERATION = "linear_recurrence"
+
+
+def linear_recurrence(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    beta_BTH: Tensor | None = None,
+    state_BHKV: Tensor | None = None,
+    lift: Lift | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = decay_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t; see `kernels.reference`.
+
+    Args:
+        q_BTGK: queries; fewer heads than v (G < H) are shared by groups, without decay or with a scalar one.
+        k_BTGK: keys.
+        v_BTHV: values.
+        log_decay: natural log of the decay, <= 0 and finite: None, [H], [B, T, H] or [B, T, H, K].
+        beta_BTH: write strength of the delta rule, or None for no erasure and unit writes.
+        state_BHKV: S_0; None means "from zero, and return no state", as for `Mixer.forward`.
+        lift: q and k are still to be mapped to features, K of the state being the number of features.
+        chunk: longest chunk of the torch form, a power of two; the Triton form has its own.
+
+    Returns:
+        The outputs [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in that of the given one or None.
+
+    Raises:
+        ValueError: tensors that do not belong together, or a forced backend that cannot run them.
+    """
+    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, lifted=lift is not None)
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, log_decay, beta_BTH, lift))
+    if backend == "triton":
+        return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, state_BHKV)
+    named = {"log_decay": log_decay, "beta_BTH": beta_BTH, "state_BHKV": state_BHKV}
+    if backend == "chunked":
+        return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, lift=lift, chunk=chunk, **named)
+    q, k = (q_BTGK, k_BTGK) if lift is None else (lift.features(q_BTGK), lift.features(k_BTGK))
+    o, final = reference.linear_recurrence_reference(q, k, v_BTHV, **named)
+    return o, None if state_BHKV is None else final
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The operator's fp32 decays, with an axis of rows for a constant one, and fp32 states."""
+    if log_decay is not None:
+        log_decay = (log_decay[None] if log_decay.ndim == 1 else log_decay).float()
+    wide = None if state is None else state.float()
+    o, final = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, state is not None)
+    return o, None if state is None else final.to(state.dtype)
+
+
+def _obstacle(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, lift: Lift | None) -> str | None:
+    """What keeps a call from the Triton kernels."""
+    if lift is not None:
+        return "features computed in the kernel are not supported"
+    if beta is not None:
+        return "the delta rule has no Triton kernel"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "a vector decay has no Triton kernel"
+    if (width := max(k.shape[3], v.shape[3])) > MAX_WIDTH:
+        return f"head dim {width} is above {MAX_WIDTH}"
+    return None
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, *, lifted: bool
+) -> None:
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument; only a lift knows its width."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{OPERATION}: {name} has the shape {tuple(x.shape)}; it must be [B, T, heads, width]")
+    if k.shape != q.shape:
+        raise ValueError(f"{OPERATION}: k has the shape {tuple(k.shape)}, q {tuple(q.shape)}; they must agree")
+    if v.shape[:2] != k.shape[:2] or v.shape[2] % k.shape[2]:
+        raise ValueError(f"{OPERATION}: v has the shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be [B, T, n * G, V]")
+    if 0 in v.shape or 0 in k.shape:
+        raise ValueError(f"{OPERATION}: q {tuple(q.shape)} or v {tuple(v.shape)} is empty; every length must be at least 1")
+    batch, length, heads = v.shape[:3]
+    k_dim = k.shape[3]
+    decays = ((heads,), (batch, length, heads), (batch, length, heads, k_dim))
+    _check_shape("log_decay", log_decay, *decays)
+    _check_shape("beta", beta, (batch, length, heads))
+    features = state.shape[2] if lifted and state is not None and state.ndim == 4 else k_dim
+    _check_shape("state", state, (batch, heads, features, v.shape[3]))
+    for name, x in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta), ("state", state)):
+        if x is not None and x.device != v.device:
+            raise ValueError(f"{OPERATION}: {name} is on {x.device} and v on {v.device}; move them to one device")
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{OPERATION}: {name} has the dtype {x.dtype}; it must be a floating-point one")
+
+
+def _check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    if x is not None and tuple(x.shape) not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{OPERATION}: {name} has the shape {list(x.shape)}; it must be {shapes}")

@@ -1,0 +1,149 @@
+"""The Triton walks on a CUDA device against the token loop in fp64, in every dtype, shape class and gate."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kernels.dispatch import use_backend
+from kernels.recurrence import linear_recurrence
+from kernels.reference import linear_recurrence_reference
+
+pytestmark = pytest.mark.gpu
+
+# batch, length, groups, heads, key width, value width
+SHAPES = (
+    (2, 1, 1, 1, 16, 16),
+    (2, 200, 2, 2, 64, 64),
+    (1, 300, 2, 2, 128, 128),
+    (2, 129, 1, 4, 128, 64),
+    (1, 75, 1, 1, 60, 100),
+    (1, 130, 1, 1, 64, 65),
+    (1, 100, 1, 1, 256, 256),
+)
+GATES = ("none", "constant", "scalar", "strong", "zero")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(shape: tuple[int, ...], gate: str, dtype: torch.dtype, *, state: bool) -> dict[str, torch.Tensor]:
+    """Inputs in the dtype given; decays and states stay in fp32, as mixers have them."""
+    batch, length, groups, heads, k_dim, v_dim = shape
+    g = torch.Generator("cuda").manual_seed(length)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g, device="cuda")
+
+    rates = normal(batch, length, heads).abs()
+    decays = {"constant": -rates[0, 0] / 8, "scalar": -rates / 8, "zero": 0 * rates}
+    decays["strong"] = -10 * torch.rand(batch, length, heads, generator=g, device="cuda")
+    tensors = {
+        "q": normal(batch, length, groups, k_dim).to(dtype),
+        "k": (normal(batch, length, groups, k_dim) * k_dim**-0.5).to(dtype),
+        "v": normal(batch, length, heads, v_dim).to(dtype),
+    }
+    if gate != "none":
+        tensors["log_decay"] = decays[gate]
+    if state:
+        tensors["state_BHKV"] = normal(batch, heads, k_dim, v_dim)
+    return {name: x.requires_grad_() for name, x in tensors.items()}
+
+
+def outputs_and_gradients(function, tensors: dict[str, torch.Tensor], *, state: bool) -> list[torch.Tensor]:
+    named = {name: x for name, x in tensors.items() if name not in ("q", "k", "v")}
+    o, final = function(tensors["q"], tensors["k"], tensors["v"], **named)
+    results = [o, final] if state else [o]
+    g = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(x.shape, generator=g, device="cuda", dtype=torch.float32) for x in results]
+    loss = sum(
+        (x.to(torch.promote_types(x.dtype, torch.float32)) * w.to(x.dtype)).sum() for x, w in zip(results, weights, strict=True)
+    )
+    return [x.detach() for x in (*results, *torch.autograd.grad(loss, list(tensors.values())))]
+
+
+def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_token_loop(shape: tuple[int, ...], gate: str, dtype: torch.dtype) -> None:
+    for state in (False, True):
+        tensors = draw(shape, gate, dtype, state=state)
+        exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+        with use_backend("triton"):
+            got = outputs_and_gradients(linear_recurrence, tensors, state=state)
+            again = outputs_and_gradients(linear_recurrence, tensors, state=state)
+        want = outputs_and_gradients(linear_recurrence_reference, exact, state=state)
+        for name, a, b, c in zip(["o", *(["final"] if state else []), *tensors], got, want, again, strict=True):
+            assert torch.equal(a, c), f"{name} differs from run to run"
+            exact_limit, rough_limit = (1e-3, 2e-2) if name == "log_decay" else (2e-5, 5e-3)
+            limit = exact_limit if dtype == torch.float32 else rough_limit
+            assert rms_error(a, b) < limit or float(b.abs().max()) < 1e-6, (name, state, rms_error(a, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_split_equals_whole(dtype: torch.dtype) -> None:
+    tensors = {name: x.detach() for name, x in draw((2, 300, 2, 2, 64, 64), "scalar", dtype, state=True).items()}
+    with use_backend("triton"):
+        whole, final = linear_recurrence(
+            *(tensors[n] for n in "qkv"), log_decay=tensors["log_decay"], state_BHKV=tensors["state_BHKV"]
+        )
+        state, pieces = tensors["state_BHKV"], []
+        for start, stop in itertools.pairwise((0, 1, 64, 131, 300)):
+            q, k, v, decay = (tensors[n][:, start:stop] for n in ("q", "k", "v", "log_decay"))
+            piece, state = linear_recurrence(q, k, v, log_decay=decay, state_BHKV=state)
+            pieces.append(piece)
+    assert rms_error(torch.cat(pieces, 1), whole.double()) < 5e-3
+    assert rms_error(state, final.double()) < 5e-3
+
+
+def test_many_heads_and_long_sequences() -> None:
+    with use_backend("triton"), torch.no_grad():
+        many = torch.randn(70_000, 3, 1, 16, device="cuda", dtype=torch.bfloat16)
+        o, _ = linear_recurrence(many, many, many)
+        assert rms_error(o[-7:], linear_recurrence_reference(*[many[-7:].double()] * 3)[0]) < 5e-3
+        long = torch.randn(1, 1_000_000, 20, 128, device="cuda", dtype=torch.bfloat16)  # more than 2^31 elements
+        decay = torch.full((20,), -0.5, device="cuda")
+        o, _ = linear_recurrence(long, long, long, log_decay=decay)
+        tail = long[:, -100:].double()
+        want, _ = linear_recurrence_reference(tail, tail, tail, log_decay=decay.double())
+        assert rms_error(o[:, -10:], want[:, -10:]) < 5e-3
+
+
+def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
+    from kernels import walk_triton
+
+    def run(batch: int, length: int, heads: int) -> None:
+        q, k, v = (torch.randn(batch, length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        decay = -torch.rand(batch, length, heads, device="cuda")
+        with use_backend("triton"):
+            o, _ = linear_recurrence(q, k, v, log_decay=decay.requires_grad_())
+        o.float().sum().backward()
+
+    def compiled() -> int:
+        return sum(
+            len(cache[0])
+            for kernel in (walk_triton.forward_kernel, walk_triton.backward_kernel)
+            for cache in [kernel.device_caches[0]]
+        )
+
+    run(2, 64, 2)
+    before = compiled()
+    for sizes in ((1, 1, 1), (3, 77, 5), (16, 1024, 16)):
+        run(*sizes)
+    assert compiled() == before
+
+
+def test_inside_a_cuda_graph() -> None:
+    q, k, v = (torch.randn(2, 200, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with use_backend("triton"):
+        want, _ = linear_recurrence(q, k, v)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o, _ = linear_recurrence(q, k, v)
+    graph.replay()
+    assert torch.equal(o, want)

@@ -1,0 +1,156 @@
+"""The Triton walks in fp32 against the token loop in fp64: outputs, states, gradients; then vmap, compile, bad input."""
+
+import itertools
+
+import pytest
+import torch
+from torch.func import vmap
+
+from kernels.dispatch import use_backend
+from kernels.recurrence import linear_recurrence
+from kernels.reference import linear_recurrence_reference
+from tests.kernels.oracle import SINGLE, poisoned, rms_error
+
+# batch, length, groups, heads, key width, value width
+SHAPES = ((1, 1, 1, 1, 16, 16), (2, 75, 1, 2, 20, 33), (1, 130, 2, 4, 16, 40), (1, 64, 1, 1, 72, 16))
+GATES = ("none", "constant", "scalar", "strong", "zero")
+
+
+def draw(shape, gate, *, state, seed=0, dtype=torch.float64):
+    batch, length, groups, heads, k_dim, v_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    rates = normal(batch, length, heads).abs()
+    log_decay = {
+        "none": None,
+        "constant": -rates[0, 0],
+        "scalar": -rates,
+        "strong": -10 * torch.rand(batch, length, heads, generator=generator, dtype=torch.float64),
+        "zero": 0 * rates,
+    }[gate]
+    tensors = {
+        "q": normal(batch, length, groups, k_dim),
+        "k": normal(batch, length, groups, k_dim) * k_dim**-0.5,
+        "v": normal(batch, length, heads, v_dim),
+        "log_decay": log_decay,
+        "state_BHKV": normal(batch, heads, k_dim, v_dim) if state else None,
+    }
+    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items() if x is not None}
+
+
+def call(function, tensors):
+    o, final = function(tensors["q"], tensors["k"], tensors["v"], **{n: x for n, x in tensors.items() if n not in ("q", "k", "v")})
+    return (o,) if final is None else (o, final)
+
+
+def weighted(outputs):
+    generator = torch.Generator().manual_seed(1)
+    return sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+
+
+def run(function, tensors):
+    outputs = call(function, tensors)
+    return [x.detach() for x in (*outputs, *torch.autograd.grad(weighted(outputs), list(tensors.values())))]
+
+
+@pytest.fixture(autouse=True)
+def _triton_and_poison():
+    with use_backend("triton"), poisoned():
+        yield
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("state", [False, True])
+def test_equals_the_token_loop(gate, state):
+    for shape in SHAPES:
+        exact = draw(shape, gate, state=state)
+        single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
+        got, want = run(linear_recurrence, single), run(linear_recurrence_reference, exact)
+        if not state:
+            want.pop(1)  # the definition returns its state in any case
+            want[1:] = torch.autograd.grad(weighted(call(linear_recurrence_reference, exact)[:1]), list(exact.values()))
+        for name, a, b in zip(["o", *(["final"] if state else []), *exact], got, want, strict=True):
+            # Gradients of strong decays are small differences of large sums.
+            assert rms_error(a, b) <= (1e-3 if name == "log_decay" else SINGLE), (shape, name)
+
+
+def test_split_equals_whole():
+    tensors = draw((1, 90, 1, 2, 16, 16), "scalar", state=True, dtype=torch.float32)
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    whole, final = call(linear_recurrence, tensors)
+    pieces, state = [], tensors["state_BHKV"]
+    for start, stop in itertools.pairwise((0, 1, 37, 64, 90)):
+        part = {name: x[:, start:stop] for name, x in tensors.items() if name != "state_BHKV"} | {"state_BHKV": state}
+        piece, state = call(linear_recurrence, part)
+        pieces.append(piece)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+def test_strided_views_need_no_copy():
+    qkv = torch.randn(2, 40, 3, 2, 16)
+    q, k, v = qkv.unbind(2)
+    got, _ = linear_recurrence(q, k, v)
+    want, _ = linear_recurrence_reference(q.double(), k.double(), v.double())
+    assert rms_error(got, want) <= SINGLE
+
+
+def test_the_future_is_never_read():
+    tensors = {name: x.detach() for name, x in draw((1, 80, 1, 1, 16, 16), "scalar", state=False, dtype=torch.float32).items()}
+    before, _ = call(linear_recurrence, tensors)[0], None
+    for name in ("q", "k", "v"):
+        tensors[name] = tensors[name].clone()
+        tensors[name][:, 71:] = 1e4
+    after = call(linear_recurrence, tensors)[0]
+    assert torch.equal(before[:, :71], after[:, :71])
+
+
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
+def test_vmap_equals_loop(gate):
+    members = [draw((2, 20, 1, 2, 16, 16), gate, state=True, seed=seed, dtype=torch.float32) for seed in range(3)]
+    names = list(members[0])
+    stacked = {name: torch.stack([m[name].detach() for m in members]).requires_grad_() for name in names}
+    mapped = vmap(lambda *values: call(linear_recurrence, dict(zip(names, values, strict=True))))(*stacked.values())
+    got = torch.autograd.grad(weighted(mapped), list(stacked.values()))
+    looped = [torch.stack(parts) for parts in zip(*(call(linear_recurrence, m) for m in members), strict=True)]
+    want = torch.autograd.grad(weighted(looped), [m[name] for name in names for m in members])
+    for a, b in zip(mapped, looped, strict=True):
+        torch.testing.assert_close(a, b)
+    for index, name in enumerate(names):
+        torch.testing.assert_close(got[index], torch.stack(want[3 * index : 3 * index + 3]), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_vmap_with_shared_keys_and_nested_gradients():
+    tensors = {name: x.detach() for name, x in draw((2, 20, 1, 1, 16, 16), "constant", state=False, dtype=torch.float32).items()}
+    queries = torch.randn(3, *tensors["q"].shape)
+
+    def loss(q):
+        return call(linear_recurrence, tensors | {"q": q})[0].square().sum()
+
+    got = vmap(torch.func.grad(loss))(queries)
+    for member, q in zip(got, queries, strict=True):
+        torch.testing.assert_close(member, torch.func.grad(loss)(q), rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_without_graph_breaks():
+    tensors = draw((1, 20, 1, 1, 16, 16), "scalar", state=True, dtype=torch.float32)
+    want = run(linear_recurrence, tensors)
+    got = run(torch.compile(linear_recurrence, backend="aot_eager", fullgraph=True), tensors)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_torch_accepts_the_operator():
+    tensors = draw((2, 20, 1, 2, 16, 16), "scalar", state=True, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.mixer_bench.linear_recurrence.default, (*tensors.values(), True))
+
+
+def test_what_the_kernels_lack_is_said():
+    x = torch.randn(1, 4, 1, 300)
+    with pytest.raises(ValueError, match="head dim 300 is above 256"):
+        linear_recurrence(x, x, x)
+    with pytest.raises(ValueError, match="float64"):
+        linear_recurrence(*[torch.randn(1, 4, 1, 16, dtype=torch.float64)] * 3)
