@@ -1,7 +1,6 @@
 """Zoology, Figure 2: accuracy against width, one model a cell, for attention and three kinds of convolution.
 
 Command: `bench synthetic --recipe zoology_figure2 --check --device cuda`
-One cell of the four: add `--set task.setting=128x8`.
 
 Attention, Hyena, H3 and BaseConv (a short filter, then an implicit one of full length) at widths 64, 128, 256 and 512, each trained on
 one cell: 4 pairs in 64 tokens, 8 in 128, 16 in 256, 64 in 512. Four learning rates on one selection seed, three reported seeds:
