@@ -6,18 +6,20 @@ A recipe's figure is a file of targets, each a published value of one of our mod
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
 from bench import catalog
 from bench.errors import UserError, unknown
-from bench.points import Point
+from bench.points import Point, points
+from bench.records import RunRecord
 from bench.spec import Frozen, TaskSpec
 from bench.stats import paired_difference
+from bench.sweep import Experiment, Sweep
 
 FOLDER = catalog.package_dir("bench").parent / "results" / "published"
 ORDERS = "_orders"
@@ -63,11 +65,13 @@ class Target(Frozen):
     source: str
     """Publication, and how the value was read."""
 
-    def fits(self, point: Point) -> bool:
-        """Whether a point is this model on this task."""
-        task, wanted = point.spec.task, self.task
-        same_task = task.name == wanted.name and all(task.options.get(key) == value for key, value in wanted.options.items())
-        return same_task and (point.label, point.spec.model.d_model) in self.mixers
+    def on(self, task: TaskSpec) -> bool:
+        """Whether a task is the target's."""
+        return task.name == self.task.name and all(task.options.get(key) == value for key, value in self.task.options.items())
+
+    def fits(self, experiment: Experiment) -> bool:
+        """Whether an experiment trains one of the target's models on its task."""
+        return self.on(experiment.task) and (experiment.model.label(), experiment.model.d_model) in self.mixers
 
 
 class Order(Frozen):
@@ -165,30 +169,31 @@ def _rows(path: Path, kind: type[Row]) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def compare(figure: Figure, points: Iterable[Point]) -> Comparison:
+def compare(figure: Figure, sweep: Sweep, found: Iterable[Point]) -> Comparison:
     """Sets points beside a published figure.
 
     Args:
         figure: the published values.
-        points: those of one sweep.
+        sweep: the experiments that stand for them.
+        found: points; those of the sweep are compared, whatever their labels.
 
     Raises:
-        UserError: two points are the same model on the same task under different settings.
+        UserError: the sweep trains one of the published models under several settings.
     """
-    candidates = list(points)
-    values = tuple(_compare(target, [point for point in candidates if target.fits(point)]) for target in figure.targets)
+    by_id = {point.id: point for point in found}
+    values = tuple(_compare(target, [e for e in sweep.experiments if target.fits(e)], by_id) for target in figure.targets)
     ours = {item.target.point: item.point for item in values}
     return Comparison(figure, values, tuple(_compare_order(order, ours.get) for order in figure.orders))
 
 
-def _compare(target: Target, fitting: list[Point]) -> Compared:
-    models = {(point.label, point.spec.model.d_model) for point in fitting}
-    if len(models) < len(fitting):
-        names = ", ".join(sorted({point.name for point in fitting}))
+def _compare(target: Target, experiments: list[Experiment], by_id: Mapping[str, Point]) -> Compared:
+    models = {(experiment.model.label(), experiment.model.d_model) for experiment in experiments}
+    if len(models) < len(experiments):
         raise UserError(
-            f"{target.point} was trained under several settings ({names}), and a check compares one; give every --set one value."
+            f"{target.point} would be trained under several settings, and a check compares one: give each --set one value."
         )
-    trained = [(point.accuracy.mean, point) for point in fitting if point.accuracy.mean is not None]
+    found = [by_id.get(_point_id(experiment)) for experiment in experiments]
+    trained = [(point.accuracy.mean, point) for point in found if point is not None and point.accuracy.mean is not None]
     if len(trained) < len(target.mixers):
         return Compared(target, None, "not run")
     mean, best = max(trained, key=lambda item: item[0])
@@ -223,25 +228,29 @@ def _stands_above(a: Point, b: Point) -> bool:
     return difference.mean > 0 or (difference.high is not None and difference.high > 0)
 
 
-def reproductions(points: Sequence[Point]) -> list[Comparison]:
+def reproductions(found: Sequence[Point]) -> list[Comparison]:
     """Every published figure of which some points are trained exactly as its recipe says, beside ours.
 
     Args:
-        points: all points of a store.
+        found: all points of a store.
     """
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     for recipe in recipes():
         figure = load(recipe)
-        fitting = [point for point in points if any(target.fits(point) for target in figure.targets)]
-        if not fitting:  # building the recipe would import torch
-            continue
-        planned = point_ids(catalog.load("recipe", recipe)())
-        own = [point for point in fitting if point.id in planned]
-        if own:
-            found.append(compare(figure, own))
-    return found
+        if not any(target.on(point.spec.task) for target in figure.targets for point in found):
+            continue  # building the recipe would import torch
+        sweep = catalog.load("recipe", recipe)()
+        comparison = compare(figure, sweep, found)
+        if any(item.point is not None for item in comparison.values):
+            comparisons.append(comparison)
+    return comparisons
 
 
-def point_ids(sweep: Any) -> set[str]:
-    """The points of a sweep, by `RunSpec.point_id`."""
-    return {experiment.run(experiment.lrs[0], 0).point_id() for experiment in sweep.experiments}
+def sweep_points(sweep: Sweep, records: Iterable[RunRecord]) -> list[Point]:
+    """The points that a sweep's experiments have among stored records."""
+    planned = {_point_id(experiment) for experiment in sweep.experiments}
+    return points(record for record in records if record.spec.point_id() in planned)
+
+
+def _point_id(experiment: Experiment) -> str:
+    return experiment.run(experiment.lrs[0], 0).point_id()

@@ -7,8 +7,7 @@ from rich.table import Table
 from bench.commands.console import Output
 from bench.commands.request import Request
 from bench.errors import UserError
-from bench.points import points
-from bench.published import Compared, ComparedOrder, Comparison, Figure, compare, load, point_ids
+from bench.published import Compared, Comparison, Figure, compare, load, sweep_points
 from bench.selection import published_selection
 from bench.store import Store
 from bench.sweep import Sweep
@@ -16,15 +15,22 @@ from bench.sweep import Sweep
 STYLES = {"agree": "green", "differs": "bold red", "not run": "dim"}
 
 
-def published_figure(request: Request) -> Figure:
-    """The figure that a request wants to be checked against.
+def published_figure(request: Request, sweep: Sweep) -> Figure:
+    """The figure that a request wants its sweep to be checked against.
 
     Raises:
-        UserError: the request names no recipe, or one without published values.
+        UserError: the request names no recipe, or one without published values, or its sweep cannot be compared with them.
     """
     if request.recipe is None:
         raise UserError("--check compares a recipe with published values; name one with --recipe (see results/published).")
-    return load(request.recipe)
+    figure = load(request.recipe)
+    compare(figure, sweep, [])  # says now what would make the comparison ambiguous
+    if not any(target.fits(experiment) for target in figure.targets for experiment in sweep.experiments):
+        raise UserError(
+            f"--check has nothing to compare: no model of this sweep is one of the published ones; see {figure.recipe}.csv in "
+            "results/published, or leave out --mixer and --set."
+        )
+    return figure
 
 
 def check(figure: Figure, sweep: Sweep, request: Request, output: Output) -> bool:
@@ -33,10 +39,9 @@ def check(figure: Figure, sweep: Sweep, request: Request, output: Output) -> boo
     Returns:
         Whether no hard target is missed.
     """
-    planned = point_ids(sweep)
     records, warnings = Store(request.store).load()
-    shown = points(record for record in records if record.spec.point_id() in planned)
-    comparison = compare(figure, shown)
+    shown = sweep_points(sweep, records)
+    comparison = compare(figure, sweep, shown)
     _print_values(comparison, output)
     _print_orders(comparison, output)
     changed = [setting for setting in request.settings if not setting.startswith("train.lr=")]
@@ -89,13 +94,10 @@ def _value_content(item: Compared) -> dict[str, object]:
 
 def _print_orders(comparison: Comparison, output: Output) -> None:
     for item in comparison.orders:
-        output.emit("order", {"order": item.order.text, "target": item.order.target, "verdict": item.verdict} | _reversed(item))
+        content = {"order": item.order.text, "target": item.order.target, "verdict": item.verdict, "reversed": list(item.reversed)}
+        output.emit("order", content)
         why = f": {'; '.join(item.reversed)}" if item.reversed else ""
         output.say(f"Order ({item.order.target}) {item.verdict}{why} | {item.order.text}")
-
-
-def _reversed(item: ComparedOrder) -> dict[str, object]:
-    return {"reversed": list(item.reversed)}
 
 
 def _print_summary(comparison: Comparison, output: Output) -> None:

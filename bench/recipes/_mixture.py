@@ -27,5 +27,6 @@ Model = tuple[str, int]
 def mixture(models: Iterable[Model], task: TaskSpec = MIXTURE) -> tuple[Experiment, ...]:
     """An experiment for each model, in Zoology's frame with two layers."""
     return tuple(
-        Experiment(task=task, model=ModelSpec(**named_layers(mixer), d_model=width), train=TRAIN, lrs=LRS) for mixer, width in models
+        Experiment(task=task, model=ModelSpec(**named_layers(mixer), d_model=width), train=TRAIN, lrs=LRS)
+        for mixer, width in models
     )

@@ -34,9 +34,7 @@ def zoology_figure2() -> Sweep:
     """Four mixers at four widths on four cells."""
     experiments = tuple(
         Experiment(
-            task=TaskSpec(
-                name="mqar", options={"protocol": "zoology_figure2", "setting": cell, "valid_cells": f"{cell}:500"}
-            ),
+            task=TaskSpec(name="mqar", options={"protocol": "zoology_figure2", "setting": cell, "valid_cells": f"{cell}:500"}),
             model=model,
             train=TrainSpec(batch_size=batch, epochs=64, weight_decay=0.1, shuffle="examples", stop_at=0.99),
             lrs=LRS,
@@ -49,7 +47,12 @@ def zoology_figure2() -> Sweep:
 
 def _models(length: int) -> list[ModelSpec]:
     """The models of a cell; H3's state has as many elements a channel as the sequence has tokens."""
-    mixers = {"attention*2": "learned", "hyena*2": "none", f"h3:d_state={length}*2": "none", "base_conv+base_conv:implicit=true": "none"}
+    mixers = {
+        "attention*2": "learned",
+        "hyena*2": "none",
+        f"h3:d_state={length}*2": "none",
+        "base_conv+base_conv:implicit=true": "none",
+    }
     return [
         ModelSpec(**named_layers(mixer), d_model=width, positions=positions)
         for mixer, positions in mixers.items()
