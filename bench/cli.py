@@ -115,9 +115,7 @@ def synthetic(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
     check_: Annotated[
         bool,
-        typer.Option(
-            "--check", help="Compare with the recipe's published values; fail if a hard one is missed.", rich_help_panel="How"
-        ),
+        typer.Option("--check", help="Compare with published values; fail if a hard one is missed.", rich_help_panel="How"),
     ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")

@@ -3,12 +3,13 @@
 Command: `bench synthetic --recipe based_figure2 --check --device cuda`
 One selection seed and one reported seed: add `--select-seeds 1 --seeds 1`.
 
-36 models of two layers without MLP. Four learning rates on three selection seeds, three reported seeds: 540 runs; 180 with one of
-each. Runs that `readme_plot` has in common are shared through the store.
+36 models of two layers without MLP. Four learning rates on three selection seeds, three reported seeds: 540 runs; 180 with one
+of each. Runs that `readme_plot` has in common are shared through the store.
 Cost: not measured yet.
 
-The protocol is that of `readme_plot`, with the same changes. The figure charges no short convolution: its bytes are 12 a channel
-below our published count. Widths, feature and state sizes are inferred from the bytes; Mamba above 64 KiB is left out for want of that.
+The protocol is that of `readme_plot`, with the same changes. The figure charges no short convolution: its bytes are 12 a
+channel below our published count. Widths, feature and state sizes are inferred from the bytes; Mamba above 64 KiB is left out
+for want of that.
 
 Expect attention at 1.0, BASED from 0.54 at 6 KB to 0.99 at 160 KB, Mamba from 0.57 at 8 KB to 0.8 at 64 KB, windows exactly as
 good as their reach, and H3 and Hyena below 0.5 (published 0.51 for Hyena at 4 MB).

@@ -3,18 +3,19 @@
 Command: `bench synthetic --recipe readme_plot --check --device cuda`
 One selection seed and one reported seed: add `--select-seeds 1 --seeds 1`.
 
-65 models of two layers without MLP: attention, windows, BASED, Mamba, Mamba-2, DeltaNet, Gated DeltaNet, GLA, RWKV-7, Hyena and H3 at
-the published widths and state sizes. Four learning rates on three selection seeds, three reported seeds: 975 runs; 325 with one of
-each. A run reads at most 778 million tokens in 22,624 steps, fewer if it passes 0.99 on validation.
+65 models of two layers without MLP: attention, windows, BASED, Mamba, Mamba-2, DeltaNet, Gated DeltaNet, GLA, RWKV-7, Hyena and
+H3 at the published widths and state sizes. Four learning rates on three selection seeds, three reported seeds: 975 runs; 325
+with one of each. A run reads at most 778 million tokens in 22,624 steps, fewer if it passes 0.99 on validation.
 Cost: not measured yet.
 
-As published: mixture, generator, sizes, block, initialisation, tied head, embedding dropout, AdamW with its weight decay, batch,
-epochs, schedule, order of batches, learning rates, test cells; state is counted as published in the column of that name. Changed: the learning
-rate is chosen, and training stopped, on validation draws (200 of each test cell) instead of the test set; test scores come from seeds
-that took no part in that; bf16 autocast on a GPU instead of fp32; attention weights are not dropped out.
+As published: mixture, generator, sizes, block, initialisation, tied head, embedding dropout, AdamW with its weight decay,
+batch, epochs, schedule, order of batches, learning rates, test cells; state is counted as published in the column of that name.
+Changed: the learning rate is chosen, and training stopped, on validation draws (200 of each test cell) instead of the test set;
+test scores come from seeds that took no part in that; bf16 autocast on a GPU instead of fp32; attention weights are not dropped
+out.
 
-Expect attention at 1.0 and, at equal bytes, the order of results/published/readme_plot_orders.csv: the delta rules, then GLA, then the
-state-space models, then windows. Hyena and H3 stay below 0.5 at any size.
+Expect attention at 1.0 and, at equal bytes, the order of results/published/readme_plot_orders.csv: the delta rules, then GLA,
+then the state-space models, then windows. Hyena and H3 stay below 0.5 at any size.
 """
 
 from bench.recipes import recipe

@@ -186,7 +186,7 @@ def test_labels_do_not_matter_but_settings_do(plot) -> None:
 
 
 def test_recipes_without_published_values_and_damaged_files_are_one_sentence(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(UserError, match="Unknown recipe with published values 'readme_plit'.*Did you mean 'readme_plot'"):
+    with pytest.raises(UserError, match=r"Unknown recipe with published values 'readme_plit'.*Did you mean 'readme_plot'"):
         published.load("readme_plit")
     text = (published.FOLDER / "readme_plot.csv").read_text()
     (tmp_path / "bad.csv").write_text(text.replace("525056,1.000", "525056,many"))
