@@ -129,6 +129,11 @@ class Comparison:
     orders: tuple[ComparedOrder, ...]
 
     @property
+    def share_run(self) -> float:
+        """Share of the published values that ours can be set beside."""
+        return sum(item.point is not None for item in self.values) / len(self.values)
+
+    @property
     def missed(self) -> list[str]:
         """Hard targets that differ, by name."""
         values = [item.target.point for item in self.values if (item.target.target, item.verdict) == ("hard", "differs")]
@@ -229,7 +234,7 @@ def _stands_above(a: Point, b: Point) -> bool:
 
 
 def reproductions(found: Sequence[Point]) -> list[Comparison]:
-    """Every published figure of which some points are trained exactly as its recipe says, beside ours.
+    """Every published figure of which some points are trained exactly as its recipe says, beside ours; most complete first.
 
     Args:
         found: all points of a store.
@@ -241,9 +246,9 @@ def reproductions(found: Sequence[Point]) -> list[Comparison]:
             continue  # building the recipe would import torch
         sweep = catalog.load("recipe", recipe)()
         comparison = compare(figure, sweep, found)
-        if any(item.point is not None for item in comparison.values):
+        if comparison.share_run > 0:
             comparisons.append(comparison)
-    return comparisons
+    return sorted(comparisons, key=lambda comparison: -comparison.share_run)
 
 
 def sweep_points(sweep: Sweep, records: Iterable[RunRecord]) -> list[Point]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from bench import catalog, published
+from bench.build import build_model, build_task
 from bench.errors import UserError
+from bench.outcome import state_info
 from bench.points import Point, points
 from bench.records import Metric, Provenance, RunRecord, StateInfo
-from bench.runner import state_info
 from bench.selection import published_selection
 from bench.spec import SELECTION_SEED, run_id
 from bench.sweep import Experiment, Sweep
-from bench.train import build_model, build_task
 
 UNCHARGED_CONV = ("based_figure2",)
 """Figures whose bytes leave out the short convolution of three elements a channel."""
