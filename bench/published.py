@@ -218,18 +218,18 @@ def _compare_order(order: Order, ours: Callable[[str], Point | None]) -> Compare
     reversed_: list[str] = []
     missing = False
     for better, worse in pairs:
-        a, b = ours(better), ours(worse)
-        if a is None or b is None:
-            missing = True
-        elif not _stands_above(a, b):
+        above = _stands_above(ours(better), ours(worse))
+        missing |= above is None
+        if above is False:
             reversed_.append(f"{worse} above {better}")
     return ComparedOrder(order, "differs" if reversed_ else "not run" if missing else "agree", tuple(reversed_))
 
 
-def _stands_above(a: Point, b: Point) -> bool:
-    difference = paired_difference(a.seeds, b.seeds)
-    if difference.mean is None:  # no seed in common
-        return (a.accuracy.mean or 0.0) > (b.accuracy.mean or 0.0)
+def _stands_above(a: Point | None, b: Point | None) -> bool | None:
+    """Whether a is above b, or the interval of their difference leaves that open; None if they share no reported seed."""
+    difference = paired_difference(a.seeds if a else {}, b.seeds if b else {})
+    if difference.mean is None:
+        return None
     return difference.mean > 0 or (difference.high is not None and difference.high > 0)
 
 
