@@ -113,6 +113,10 @@ def synthetic(
     ] = 16,
     rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
+    check_: Annotated[
+        bool,
+        typer.Option("--check", help="Compare with published values; fail if a hard one is missed.", rich_help_panel="How"),
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")
     ] = None,
@@ -132,7 +136,9 @@ def synthetic(
 
     bench synthetic --suite all --preset quick
 
-    Exit codes: 0 all runs done; 1 some run failed; 2 bad input; 130 interrupted.
+    bench synthetic --recipe readme_plot --check
+
+    Exit codes: 0 all runs done; 1 some run failed or a hard published value was missed; 2 bad input; 130 interrupted.
     """
 
     def command() -> int:
@@ -158,6 +164,7 @@ def synthetic(
             report=None if no_report else report or store.parent / "reports" / f"{suite or task or recipe}.html",
             suite=suite,
             preset=preset,
+            check=check_,
         )
         return module.run(request, Output(as_json=as_json))
 

@@ -107,7 +107,7 @@ def _split_values(text: str) -> list[str]:
 
 
 def _replace(sweep: Sweep, experiments: list[Experiment]) -> Sweep:
-    return sweep.model_copy(update={"experiments": tuple(experiments)})
+    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(experiments))})
 
 
 def _with_setting(experiment: Experiment, path: str, value: Any, setting: str) -> Experiment:

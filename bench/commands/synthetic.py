@@ -6,6 +6,7 @@ from collections import Counter
 
 from rich.table import Table
 
+from bench.commands.agreement import check, published_figure
 from bench.commands.console import Output, bytes_text, seconds_text
 from bench.commands.progress import SweepProgress, fleet_name, run_name
 from bench.commands.request import ModelInfo, Request, build_sweep, inspect
@@ -26,9 +27,10 @@ def run(request: Request, output: Output) -> int:
     """The whole command.
 
     Returns:
-        The exit code: 0 all runs done, 1 some run failed, 130 interrupted.
+        The exit code: 0 all runs done, 1 some run failed or a hard published target is missed, 130 interrupted.
     """
     sweep = build_sweep(request)
+    figure = published_figure(request, sweep) if request.check else None
     device = resolve_device(request.device)
     store = Store(request.store)
     info = inspect(sweep, device)
@@ -40,7 +42,7 @@ def run(request: Request, output: Output) -> int:
     if request.dry_run:
         _print_plan(sweep, planner, info, output)
         output.say(f"{missing} runs to do, {present} already in {store.root}; nothing was started.")
-        return 0
+        return 0 if figure is None or check(figure, sweep, request, output) else 1
     store.check_writable()
     if missing == 0:
         output.say(f"Nothing to train: all {present} runs are already in {store.root}.")
@@ -60,7 +62,8 @@ def run(request: Request, output: Output) -> int:
     shown = points(records)
     (print_table if request.suite is None else print_families)(shown, output)
     _report(store, request, sweep, output)
-    return 0 if all(record.status == "done" for record in records) else 1
+    agreed = figure is None or check(figure, sweep, request, output)
+    return 0 if agreed and all(record.status == "done" for record in records) else 1
 
 
 class _Training:

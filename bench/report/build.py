@@ -16,6 +16,7 @@ from bench.records import RunRecord
 from bench.report import charts, frames, styles
 from bench.report.families import family_map
 from bench.report.influence import Picture, picture
+from bench.report.reproductions import figure_rows
 from bench.spec import SELECTION_SEED, TaskSpec
 from bench.store import Store, atomic_write
 
@@ -110,7 +111,9 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
     look = styles.assign(point.mixer for point in found)
     for task in tasks:
         task["slices"] = frames.slice_names([p for p, row in zip(found, rows, strict=True) if row["task"] == task["id"]])
+    reproduced = figure_rows(found, rows)
     data = {
+        "panels": [panel for figure in reproduced for panel in figure["panels"]],
         "tasks": tasks,
         "points": rows,
         "curves": curves,
@@ -127,7 +130,12 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": frames.percent, "metric": frames.metric_text, "bytes": frames.human_bytes}
+    environment.filters |= {
+        "percent": frames.percent,
+        "metric": frames.metric_text,
+        "bytes": frames.human_bytes,
+        "signed": frames.signed,
+    }
     page = environment.get_template("page.html.j2").render(
         title=title,
         tasks=tasks,
@@ -135,6 +143,7 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         styles=look,
         curves=curves,
         families=data["families"],
+        reproduced=reproduced,
         metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
         pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
         pictures_made=len(pictures),

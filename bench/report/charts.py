@@ -50,10 +50,25 @@ _TOOLTIP = {
     "commit": "commit",
 }
 
+PANEL_AXES = {"state": "State as published, bytes a sequence (log scale)", "width": "Model width (log scale)"}
+"""Horizontal axis of a published figure: its state bytes, or the width where it gives none."""
+_PUBLISHED_TOOLTIP = {
+    "name": "point",
+    "published_text": "published",
+    "ours_text": "ours",
+    "interval_text": "interval",
+    "n": "seeds",
+    "selection_text": "published selection",
+    "verdict": "verdict",
+    "target": "target",
+    "source": "source",
+}
+
 
 def specs() -> dict[str, Any]:
-    """Every specification of the page: the Pareto plot by axis, both heat maps, the curves by axis."""
+    """Every specification of the page: the Pareto plot by axis, both heat maps, the curves by axis, published figures by axis."""
     return {
+        "published": {axis: _finish(_published(axis)) for axis in PANEL_AXES},
         "pareto": {axis: _finish(_pareto(axis)) for axis in AXES},
         "heat": _finish(_heat_map()),
         "families": _finish(_family_map()),
@@ -133,6 +148,38 @@ def _pareto(axis: str) -> LayeredChart:
         height=400,
         autosize=_FIT,
         description="Scatter plot of mean test accuracy against cost, one point for each mixer and size; see the table.",
+    )
+
+
+def _published(axis: str) -> LayeredChart:
+    """Published values as hollow marks and ours as filled ones with their intervals, joined by a line."""
+    x = alt.X(
+        "x:Q",
+        title=PANEL_AXES[axis],
+        scale=alt.Scale(type="log", base=2, nice=False, padding=24),
+        axis=alt.Axis(labelExpr=_BYTES if axis == "state" else alt.Undefined, tickCount=8, labelOverlap=True),
+    )
+    base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
+    stroke = alt.Stroke(**_literal("color"))
+    title = "Mean test accuracy"
+    link = base.mark_rule(strokeWidth=1, strokeDash=[2, 2], clip=True).encode(
+        y=_accuracy("published", title), y2="ours:Q", stroke=stroke
+    )
+    bars = base.mark_rule(strokeWidth=2, opacity=0.7, clip=True).encode(y=_accuracy("low", title), y2="high:Q", stroke=stroke)
+    # The hollow mark is larger and drawn last, so that it stays visible around a filled one of the same value.
+    marks, rings = (base.mark_point(size=size, strokeWidth=1.5, opacity=1, clip=True) for size in (50, 170))
+    encoding: dict[str, Any] = {
+        "shape": alt.Shape(**_literal("shape")),
+        "stroke": stroke,
+        "tooltip": [alt.Tooltip(f"{field}:N", title=text) for field, text in _PUBLISHED_TOOLTIP.items()],
+    }
+    ours = marks.encode(y=_accuracy("ours", title), fill=alt.Fill(**_literal("color")), **encoding)
+    published = rings.encode(y=_accuracy("published", title), fill=alt.value("transparent"), **encoding)
+    return alt.layer(link, bars, ours, published).properties(
+        width="container",
+        height=400,
+        autosize=_FIT,
+        description="Published accuracies as hollow marks, ours filled with intervals; the numbers are in the table below.",
     )
 
 

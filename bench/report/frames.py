@@ -11,6 +11,7 @@ from bench.points import Point
 from bench.records import RunRecord
 from bench.report.charts import AXES
 from bench.report.families import shortcut_lines
+from bench.selection import published_selection
 from bench.stats import pareto_front
 from bench.store import Store
 
@@ -66,7 +67,7 @@ def point_rows(points: Sequence[Point], tasks: Sequence[dict[str, Any]]) -> list
 
 
 def _point_row(index: int, point: Point, task: dict[str, Any]) -> dict[str, Any]:
-    accuracy, state = point.accuracy, point.state
+    accuracy, state, selection = point.accuracy, point.state, published_selection(point)
     newest = point.reported[-1] if point.reported else point.records[-1]
     return {
         "id": f"p{index}",
@@ -82,7 +83,7 @@ def _point_row(index: int, point: Point, task: dict[str, Any]) -> dict[str, Any]
         "published_bytes": state.published_bytes,
         "read_bytes": state.read_bytes,
         "bits_needed": round(point.bits_needed, 1),
-        "bits_ratio": round(8 * state.true_bytes / point.bits_needed, 2) if point.bits_needed else None,
+        "state_efficiency": _rounded(point.bits_needed / (8 * state.true_bytes), 9) if state.true_bytes else None,
         "accuracy": accuracy.mean,
         "low": accuracy.low,
         "high": accuracy.high,
@@ -90,6 +91,9 @@ def _point_row(index: int, point: Point, task: dict[str, Any]) -> dict[str, Any]
         "n": accuracy.n,
         "lr": point.lr,
         "lr_source": point.lr_source,
+        "published_selection": _rounded(selection.accuracy.mean, 5),
+        "best_of_k": selection.rates,
+        "best_of_k_bias": _rounded(selection.bias, 5),
         "train_seconds": _rounded(point.train_seconds, 2),
         "examples_per_second": _rounded(point.examples_per_second, 1),
         **{f"front_{axis}": False for axis in AXES},
@@ -236,6 +240,11 @@ def metric_text(value: float) -> str:
 def percent(value: float | None) -> str:
     """A share in per cent with one decimal."""
     return "none" if value is None else f"{100 * value:.1f} %"
+
+
+def signed(value: float | None) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return "–" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
 def human_bytes(count: float) -> str:

@@ -127,7 +127,19 @@
     return { curves };
   }
 
+  // A published figure: hollow marks are published, filled ones ours; grey is published only.
+  function publishedData(panel) {
+    const style = getComputedStyle(document.documentElement);
+    const values = panel.values.filter((value) => !value.mixer || !state.hiddenMixers.has(value.mixer)).map((value) => {
+      const mixer = data.mixers[value.mixer];
+      const color = mixer ? (isDark() ? mixer.dark : mixer.light) : style.getPropertyValue("--muted").trim();
+      return { ...value, color, shape: mixer?.shape ?? "circle" };
+    });
+    return { values };
+  }
+
   const KINDS = {
+    published: { spec: (panel) => data.specs.published[panel.axis], datasets: publishedData, rows: "values" },
     pareto: { spec: () => data.specs.pareto[state.axis], datasets: paretoData, rows: "points" },
     heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices", layout: (sets) => ({ height: 24 * new Set(sets.slices.map((s) => s.name)).size }) },
     families: { spec: () => data.specs.families, datasets: familyData, rows: "scores", layout: (sets) => ({ height: 24 * new Set(sets.scores.map((s) => s.name)).size }) },
@@ -150,10 +162,10 @@
 
   async function draw(figure) {
     const kind = KINDS[figure.dataset.chart];
-    const task = data.tasks.find((item) => item.id === figure.dataset.task);
+    const task = [...data.tasks, ...data.panels].find((item) => item.id === figure.dataset.task);
     const target = figure.querySelector(".vis");
     const datasets = kind.datasets(task, target.clientWidth);
-    figure.hidden = task !== undefined && state.hiddenTasks.has(task.id);
+    figure.hidden = task !== undefined && state.hiddenTasks.has(task.task ?? task.id);
     // A later call overtakes an earlier one that is still being drawn.
     const turn = (drawing.get(target) || { turn: 0 }).turn + 1;
     drawing.get(target)?.result?.finalize();
@@ -163,7 +175,7 @@
       target.textContent = "Nothing to draw: no point with a result is shown.";
       return;
     }
-    const result = await vegaEmbed(target, { ...kind.spec(), ...kind.layout?.(datasets), datasets }, {
+    const result = await vegaEmbed(target, { ...kind.spec(task), ...kind.layout?.(datasets), datasets }, {
       renderer: "svg",
       logLevel: 1, // errors only: an empty layer is not worth a warning
       actions: { export: true, source: false, compiled: false, editor: false },

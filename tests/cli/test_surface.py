@@ -13,7 +13,7 @@ from bench.cli import app
 OPTIONS = {
     "synthetic": [
         "--task", "--mixer", "--recipe", "--suite", "--preset", "--set", "--seeds", "--select-seeds", "--device", "--jobs",
-        "--rerun", "--dry-run", "--report", "--no-report", "--store", "--json", "--debug",
+        "--fleet", "--rerun", "--dry-run", "--check", "--report", "--no-report", "--store", "--json", "--debug",
     ],
     "list": ["--json", "--debug"],
     "status": ["--store", "--json", "--debug"],

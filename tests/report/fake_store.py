@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import catalog, published
 from bench.records import CellInfo, Metric, Provenance, RunRecord, StateInfo, Status
 from bench.spec import SELECTION_SEED, LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec, run_id
 from bench.store import Store
@@ -181,3 +182,26 @@ def _influence(mixer: str, rng: np.random.Generator, length: int = 64, pairs: in
         "key_positions": keys[order],
         "value_positions": keys[order] + 1,
     }
+
+
+def reproduce(root: Path, recipe: str, *, left_out: str = "hyena", off: dict[str, float] | None = None) -> Store:
+    """Writes a recipe's runs at two of its rates with the published values plus noise; `off` shifts targets by name.
+
+    The mixer `left_out` has no runs. Three reported seeds, two selection seeds that were tested too.
+    """
+    store = Store(root)
+    sweep = catalog.load("recipe", recipe)()
+    for target in published.load(recipe).targets:
+        for experiment in filter(target.fits, sweep.experiments):
+            if experiment.model.mixer() == left_out:
+                continue
+            rng = np.random.default_rng([*target.point.encode(), experiment.model.d_model])
+            value = target.value + (off or {}).get(target.point, 0.0)
+            trials = [(lr, SELECTION_SEED + seed) for lr in experiment.lrs[:2] for seed in range(2)]
+            for lr, seed in trials + [(experiment.lrs[0], seed) for seed in range(3)]:
+                scatter = rng.normal(-0.1 * (lr != experiment.lrs[0]), 0.002)
+                test = float(np.clip(value + scatter, 0, 1))
+                size = target.state_bytes or 1000
+                made = record(experiment.run(lr, seed), test=test, state=(size + 512, size, size), label=experiment.model.label())
+                store.write(made.model_copy(update={"mixer": experiment.model.mixer()}))
+    return store

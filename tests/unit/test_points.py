@@ -67,6 +67,12 @@ def test_best_validation_accuracy_wins():
     assert choice.scores[0.1].n == 2
 
 
+def test_test_scores_of_selection_runs_choose_nothing():
+    records = [run(0.1, 1000, valid=0.4, test=0.9), run(0.2, 1000, valid=0.5, test=0.1), run(0.2, 0, test=0.2)]
+    (point,) = points(records)
+    assert (point.lr, point.accuracy.mean, point.seeds) == (0.2, 0.2, {0: 0.2})
+
+
 def test_ties_go_to_the_lower_loss_and_then_to_the_smaller_rate():
     assert choose_lr([run(0.1, 1000, loss=2.0), run(0.2, 1000, loss=1.0)]).lr == 0.2
     assert choose_lr([run(0.2, 1000), run(0.1, 1000)]).lr == 0.1

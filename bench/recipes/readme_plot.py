@@ -1,0 +1,49 @@
+"""Zoology's recall-memory plot: eleven mixers from 5 KB to 2 MB of state on the mixture of MQAR cells.
+
+Command: `bench synthetic --recipe readme_plot --check --device cuda`
+One selection seed and one reported seed: add `--select-seeds 1 --seeds 1`.
+
+65 models of two layers without MLP: attention, windows, BASED, Mamba, Mamba-2, DeltaNet, Gated DeltaNet, GLA, RWKV-7, Hyena and
+H3 at the published widths and state sizes. Four learning rates on three selection seeds, three reported seeds: 975 runs; 325
+with one of each. A run reads at most 778 million tokens in 22,624 steps, fewer if it passes 0.99 on validation.
+Cost: not measured yet.
+
+As published: mixture, generator, sizes, block, initialisation, tied head, embedding dropout, AdamW with its weight decay,
+batch, epochs, schedule, order of batches, learning rates, test cells; state is counted as published in the column of that name.
+Changed: the learning rate is chosen, and training stopped, on validation draws (200 of each test cell) instead of the test set;
+test scores come from seeds that took no part in that; bf16 autocast on a GPU instead of fp32; attention weights are not dropped
+out.
+
+Expect attention at 1.0 and, at equal bytes, the order of results/published/readme_plot_orders.csv: the delta rules, then GLA,
+then the state-space models, then windows. Hyena and H3 stay below 0.5 at any size.
+"""
+
+from bench.recipes import recipe
+from bench.recipes._mixture import SLIDING, mixture
+from bench.sweep import Sweep
+
+BASED = {48: (8, 16, 24), 64: (8, 16, 24, 32, 64), 128: (8, 16, 24, 32, 64), 256: (16, 32, 64)}
+"""Feature dimensions at each width."""
+WIDTHS = (64, 128, 256)
+FOR_EACH_WIDTH = (
+    *(f"{mixer}:d_state={n}*2" for mixer in ("mamba", "mamba2") for n in (8, 16, 24)),
+    "delta_net:n_heads=2",
+    "gated_delta_net:n_heads=2",
+    "gla:n_heads=2",
+    "rwkv7",
+    "hyena*2",
+    "h3:d_state=1024*2",
+)
+
+
+@recipe("readme_plot")
+def readme_plot() -> Sweep:
+    """Every point of the plot whose mixer the zoo has."""
+    models = [
+        *(("attention", width) for width in (64, 128)),
+        *SLIDING,
+        *((f"based:feature_dim={f}", width) for width, features in BASED.items() for f in features),
+        *((mixer, width) for mixer in FOR_EACH_WIDTH for width in WIDTHS),
+        *((f"h3:d_state={width // 4}*2", width) for width in WIDTHS),
+    ]
+    return Sweep(experiments=mixture(models), select_seeds=3, seeds=3)

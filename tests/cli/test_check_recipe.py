@@ -1,0 +1,48 @@
+"""`bench synthetic --recipe R --check`, trained once for a second: output, verdicts and exit codes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.conftest import TINY, Bench, Outcome
+
+README = [*TINY, "--recipe=readme_plot", "--set=model.d_model=64", "--set=train.lr=1e-2", "--seeds=1", "--no-report", "--check"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Outcome]:
+    """A store with a hard and a soft point, both far from published, and what training it printed."""
+    bench = Bench(tmp_path_factory.mktemp("check"))
+    return bench, bench("synthetic", *README, "--mixer=attention,hyena*2", f"--store={bench.folder / 'runs'}")
+
+
+def dry(bench: Bench, mixer: str, store: str = "runs") -> tuple[int, dict[str, dict]]:
+    found = bench("synthetic", *README, "--json", "--dry-run", f"--mixer={mixer}", f"--store={bench.folder / store}")
+    return found.code, {line["point"]: line for line in found.lines("published")}
+
+
+def test_training_ends_with_the_verdicts_and_the_caveats(trained: tuple[Bench, Outcome]) -> None:
+    found = trained[1]
+    assert found.code == 1
+    assert "hard targets missed: Attention d=64." in found.out
+    assert "model.d_model=64" in found.out and "does not reproduce" in found.out
+    assert "Order (hard) not run | Gated DeltaNet d=64 > RWKV-7 d=64" in found.out
+
+
+def test_a_missed_hard_value_fails_and_a_soft_one_does_not(trained: tuple[Bench, Outcome]) -> None:
+    code, rows = dry(trained[0], "attention")
+    assert code == 1
+    row = rows["Attention d=64"]
+    assert (row["verdict"], row["published"], row["seeds"]) == ("differs", 1.0, 1)
+    assert row["accuracy"] < 0.9 and row["published_selection"] is None
+    assert {row["verdict"] for name, row in rows.items() if name != "Attention d=64"} == {"not run"}
+    code, rows = dry(trained[0], "hyena*2")
+    assert (code, rows["Hyena d=64"]["target"], rows["Hyena d=64"]["verdict"]) == (0, "soft", "differs")
+    assert rows["Attention d=64"]["verdict"] == "not run"  # this sweep does not hold it
+
+
+def test_the_dry_run_trains_nothing(trained: tuple[Bench, Outcome]) -> None:
+    before = trained[0].files()
+    code, rows = dry(trained[0], "attention", store="empty")
+    assert (code, rows["Attention d=64"]["verdict"]) == (0, "not run")
+    assert trained[0].files() == before
