@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import tomllib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -53,6 +54,12 @@ def first_line(path: Path) -> str:
     """First line of a module's docstring."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.split("\n")[0]
+
+
+def conversions() -> dict[str, str]:
+    """Every conversion recipe with its summary, read from the files in `bench/convert/recipes/` alone."""
+    files = sorted((package_dir("bench.convert") / "recipes").glob("*.toml"))
+    return {path.stem: tomllib.loads(path.read_text(encoding="utf-8"))["summary"] for path in files}
 
 
 def _entry_points(kind: str) -> list[EntryPoint]:

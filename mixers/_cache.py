@@ -79,6 +79,8 @@ def window_cache(
 def attend_window(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, state: State, *, window: int) -> tuple[Tensor, State]:
     """Attends to the stored window, the sinks and the segment itself; stores the last keys and values.
 
+    Keys and values may have fewer heads than queries (grouped-query attention); they are stored as they come.
+
     Returns:
         The output [B, H, T, K] and the new storage.
     """
@@ -89,15 +91,22 @@ def attend_window(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, state: State, 
     sinks = None
     if "sink_k" in state:
         new_state |= {
-            "sink_k": _fill_sinks(state["sink_k"], k_BHTK, start_B),
-            "sink_v": _fill_sinks(state["sink_v"], v_BHTK, start_B),
+            "sink_k": fill_sinks(state["sink_k"], k_BHTK, start_B),
+            "sink_v": fill_sinks(state["sink_v"], v_BHTK, start_B),
         }
         sinks = (new_state["sink_k"].to(q_BHTK.dtype), new_state["sink_v"].to(q_BHTK.dtype))
-    y = banded_attention(q_BHTK, k.to(q_BHTK.dtype), v.to(q_BHTK.dtype), window=window, start_B=start_B, sink_kv=sinks)
-    return y, new_state
+        sinks = (repeat_heads(sinks[0], q_BHTK), repeat_heads(sinks[1], q_BHTK))
+    k, v = repeat_heads(k.to(q_BHTK.dtype), q_BHTK), repeat_heads(v.to(q_BHTK.dtype), q_BHTK)
+    return banded_attention(q_BHTK, k, v, window=window, start_B=start_B, sink_kv=sinks), new_state
 
 
-def _fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, start_B: Tensor) -> Tensor:
+def repeat_heads(a_BGTK: Tensor, q_BHTK: Tensor) -> Tensor:
+    """Keys or values repeated to the number of query heads, each serving H / G neighbouring heads."""
+    repeats = q_BHTK.shape[1] // a_BGTK.shape[1]
+    return a_BGTK if repeats == 1 else a_BGTK.repeat_interleave(repeats, dim=1)
+
+
+def fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, start_B: Tensor) -> Tensor:
     """The sink storage after new tokens, the first of which is at `start_B`: token j < P belongs in row j."""
     source_BP = torch.arange(sink_BHPK.shape[2], device=sink_BHPK.device) - start_B[:, None]
     is_new = (source_BP >= 0) & (source_BP < new_BHTK.shape[2])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.recurrence import linear_recurrence
-from mixers._base import Mixer, State
+from mixers._base import AttentionWeights, Mixer, State
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
 
 
@@ -45,6 +45,25 @@ class SSDBlock(Mixer):
         self.skip = nn.Parameter(torch.ones(self.n_heads))
         self.norm = RMSNorm(self.d_inner)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """See `Mixer.load_attention`: x from v, B from k, C from q, as MambaInLlama starts (Wang et al. 2024).
+
+        Attention's scale goes into C; the gate z, the time step and the convolution keep their own initial values.
+        """
+        groups = (self.n_groups * self.d_state, self.d_inner)
+        if groups != (len(weights.k), len(weights.v)):
+            raise ValueError(
+                f"B and C are {groups[0]} and x is {groups[1]} wide, but the keys are {len(weights.k)} and the values "
+                f"{len(weights.v)}; set n_groups to the heads, d_state and head_dim to {weights.head_dim}"
+            )
+        sizes = (self.d_inner, self.d_inner, groups[0], groups[0])
+        with torch.no_grad():
+            _, x, b, c = self.in_proj.weight[: sum(sizes)].split(sizes)
+            x.copy_(weights.v)
+            b.copy_(weights.k)
+            c.copy_(weights.q * weights.head_dim**-0.5)
+            self.out_proj.weight.copy_(weights.o)
 
     def scan(self, x_BTD: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, State | None]:
         """A segment through the state space model.
@@ -84,6 +103,18 @@ class SSDBlock(Mixer):
             "s": torch.zeros(batch, self.n_heads, self.d_state, self.head_dim, device=device, dtype=dtype),
             "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
         }
+
+    def matrix(self, x_BTD: Tensor) -> Tensor:
+        """The causal matrix that the scan multiplies its inputs with, [B, H, T, T] (Dao & Gu 2024)."""
+        _, xbc, dt = self._project(x_BTD)
+        _, b_BTGN, c_BTGN = self._split(self.conv(xbc)[0])
+        b_BTHN, c_BTHN = (widen(a).repeat_interleave(self.n_heads // self.n_groups, dim=2) for a in (b_BTGN, c_BTGN))
+        dt_BTH, log_decay_BTH = self._time_step(dt)
+        total_BHT = log_decay_BTH.cumsum(1).transpose(1, 2)
+        log_ratio_BHTT = total_BHT[..., :, None] - total_BHT[..., None, :]
+        causal_TT = torch.ones_like(log_ratio_BHTT[0, 0], dtype=torch.bool).tril()
+        decay_BHTT = log_ratio_BHTT.masked_fill(~causal_TT, float("-inf")).exp()
+        return torch.einsum("bthn,bshn->bhts", c_BTHN, b_BTHN) * decay_BHTT * dt_BTH.transpose(1, 2)[..., None, :]
 
     def project_out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm and the output projection of [..., E]."""

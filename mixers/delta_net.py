@@ -57,7 +57,12 @@ class DeltaNet(Mixer):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
-        qkv, tail_BPD = self.conv(self.qkv_proj(x_BTD), None if state is None else state["conv"])
+        o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
+        return self.o_proj(o_BTE), state
+
+    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """See `Mixer.mix`."""
+        qkv, tail_BPD = self.conv(qkv_BTE, None if state is None else state["conv"])
         q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
         o_BTHV, s_BHKV = linear_recurrence(
             q_BTHK, k_BTHK, v_BTHV, beta_BTH=self._beta(x_BTD), state_BHKV=None if state is None else state["s"]
@@ -72,7 +77,7 @@ class DeltaNet(Mixer):
         write_BHV = self._beta(x_BD)[..., None] * (v_BHV - old_BHV)
         s_BHKV = state["s"] + k_BHK[..., None] * write_BHV[..., None, :]
         o_BHV = (q_BHK[..., None] * s_BHKV).sum(-2)
-        return self._output(o_BHV, x_BD), {"s": s_BHKV.to(state["s"].dtype), "conv": tail_BPD}
+        return self.o_proj(self._output(o_BHV, x_BD)), {"s": s_BHKV.to(state["s"].dtype), "conv": tail_BPD}
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -98,4 +103,4 @@ class DeltaNet(Mixer):
         return self.max_beta * torch.sigmoid(widen(self.beta_proj(x)))
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_proj(self.norm(o).flatten(-2).to(x.dtype))
+        return self.norm(o).flatten(-2).to(x.dtype)

@@ -64,7 +64,12 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
-        qkv, tail_BPD = self.conv(self.qkv_proj(x_BTD), None if state is None else state["conv"])
+        o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
+        return self.o_proj(o_BTE), state
+
+    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """See `Mixer.mix`."""
+        qkv, tail_BPD = self.conv(qkv_BTE, None if state is None else state["conv"])
         q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
         log_alpha_BTH, beta_BTH = self._gates(x_BTD)
         s_BHKV = None if state is None else state["s"]
@@ -80,7 +85,7 @@ class GatedDeltaNet(Mixer):
         old_BHV = (k_BHK[..., None] * decayed_BHKV).sum(-2)
         s_BHKV = decayed_BHKV + k_BHK[..., None] * (beta_BH[..., None] * (v_BHV - old_BHV))[..., None, :]
         o_BHV = (q_BHK[..., None] * s_BHKV).sum(-2)
-        return self._output(o_BHV, x_BD), {"s": s_BHKV.to(state["s"].dtype), "conv": tail_BPD}
+        return self.o_proj(self._output(o_BHV, x_BD)), {"s": s_BHKV.to(state["s"].dtype), "conv": tail_BPD}
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -108,4 +113,4 @@ class GatedDeltaNet(Mixer):
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         y = self.norm(o).flatten(-2).to(x.dtype)
-        return self.o_proj(y if self.g_proj is None else y * F.silu(self.g_proj(x)))
+        return y if self.g_proj is None else y * F.silu(self.g_proj(x))

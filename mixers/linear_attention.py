@@ -70,12 +70,23 @@ class LinearAttention(Mixer):
         if self.pattern.endswith("cross"):
             return self._cross(x_BTD, state, context_BSD)
         refuse_context(self, context_BSD)
-        q, k, v = self._split(self.qkv_proj(x_BTD))
+        o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
+        return self.out_proj(o_BTE), state
+
+    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """See `Mixer.mix`; a pattern that sees the future takes no state."""
+        q, k, v = self._split(qkv_BTE)
         if self.pattern == "causal_self":
             return self._causal(q, k, self._with_ones(v), state, x_BTD.dtype)
         if state is not None:
             raise ValueError(f"pattern {self.pattern!r} sees the future and so cannot continue a state; pass state=None")
         return self._output(self._read(q, self._sums(k, v)), x_BTD.dtype), None
+
+    def matrix(self, qkv_BTE: Tensor) -> Tensor:
+        """The causal matrix of attention weights, [B, H, T, T]; its rows sum to one if normalised."""
+        q, k, _ = self._split(qkv_BTE)
+        weights = (widen(self.phi_q(q)).transpose(1, 2) @ widen(self.phi_k(k)).permute(0, 2, 3, 1)).tril()
+        return weights / (weights.sum(-1, keepdim=True) + EPS) if self.normalize else weights
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`; a cross pattern reads the sums over its context, which stay as they are."""
@@ -117,10 +128,10 @@ class LinearAttention(Mixer):
         q_weight, kv_weight = self.qkv_proj.weight.split((d_query, d_query + self.d_model))
         q = F.linear(x_BTD, q_weight).unflatten(-1, (self.n_heads, -1))
         if context_BSD is None:
-            return self._output(self._read(q, self._join(state)), x_BTD.dtype), dict(state)
+            return self.out_proj(self._output(self._read(q, self._join(state)), x_BTD.dtype)), dict(state)
         k, v = F.linear(context_BSD, kv_weight).split((d_query, self.d_model), dim=-1)
         sums = self._sums(k.unflatten(-1, (self.n_heads, -1)), v.unflatten(-1, (self.n_heads, -1)))
-        y = self._output(self._read(q, sums), x_BTD.dtype)
+        y = self.out_proj(self._output(self._read(q, sums), x_BTD.dtype))
         return y, None if state is None else self._part(sums, state)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,4 +163,4 @@ class LinearAttention(Mixer):
         """[B, T, H, V + 1] to [B, T, D]."""
         if self.normalize:
             o = o[..., :-1] / (o[..., -1:] + EPS)
-        return self.out_proj(o.flatten(-2).to(dtype))
+        return o.flatten(-2).to(dtype)

@@ -56,18 +56,23 @@ class Retention(Mixer):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
-        q_BTHK, k_BTHK, v_BTHV = self._project(x_BTD)
+        o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
+        return self.o_proj(o_BTE), state
+
+    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """See `Mixer.mix`."""
+        q_BTHK, k_BTHK, v_BTHV = self._split(qkv_BTE)
         s_BHKV = None if state is None else state["s"]
         o_BTHV, s_BHKV = linear_recurrence(q_BTHK, k_BTHK, v_BTHV, log_decay=self.log_gamma, state_BHKV=s_BHKV)
         return self._output(o_BTHV, x_BTD), None if state is None else {"s": s_BHKV}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
-        q_BHK, k_BHK, v_BHV = self._project(x_BD)
+        q_BHK, k_BHK, v_BHV = self._split(self.qkv_proj(x_BD))
         gamma_H11 = self.log_gamma.exp()[:, None, None]
         s_BHKV = gamma_H11 * state["s"] + k_BHK[..., None] * v_BHV[..., None, :]
         o_BHV = (q_BHK[..., None] * s_BHKV).sum(-2)
-        return self._output(o_BHV, x_BD), {"s": s_BHKV.to(state["s"].dtype)}
+        return self.o_proj(self._output(o_BHV, x_BD)), {"s": s_BHKV.to(state["s"].dtype)}
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -75,14 +80,14 @@ class Retention(Mixer):
         """See `Mixer.init_state`."""
         return {"s": torch.zeros(batch, self.n_heads, self.k_dim, self.v_dim, device=device, dtype=dtype)}
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys [..., H, K], values [..., H, V]."""
         widths = (self.d_model, self.d_model, self.n_heads * self.v_dim)
-        q, k, v = (a.unflatten(-1, (self.n_heads, -1)) for a in self.qkv_proj(x).split(widths, dim=-1))
+        q, k, v = (a.unflatten(-1, (self.n_heads, -1)) for a in qkv.split(widths, dim=-1))
         return q, k * self.k_dim**-0.5, v
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_proj(F.silu(self.g_proj(x)) * self.norm(o).flatten(-2).to(x.dtype))
+        return F.silu(self.g_proj(x)) * self.norm(o).flatten(-2).to(x.dtype)
 
 
 def log_decays(schedule: str, n_heads: int, layer: int, n_layers: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.chunked import dplr_recurrence
-from mixers._base import Mixer, State, mixer
+from mixers._base import AttentionWeights, Mixer, State, mixer
 from mixers._layers import HeadNorm, LowRank, head_count, l2_normalize, refuse_context, widen
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
@@ -98,6 +98,19 @@ class RWKV7(Mixer):
             "s": torch.zeros(batch, self.n_heads, self.head_dim, self.head_dim, device=device, dtype=dtype),
             "x": torch.zeros(batch, self.d_model, device=device, dtype=dtype),
         }
+
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """See `Mixer.load_attention`: r from q, and no token shift to begin with (Goldstein et al. 2025, RADLADS)."""
+        if (len(weights.q), weights.head_dim) != (self.d_model, self.head_dim):
+            raise ValueError(
+                f"{self.n_heads} heads of {self.head_dim} do not fit queries {len(weights.q)} wide in heads of {weights.head_dim}"
+            )
+        with torch.no_grad():
+            self.shift.zero_()
+            self.r_proj.weight.copy_(weights.q * weights.head_dim**-0.5)
+            self.k_proj.weight.copy_(weights.k)
+            self.v_proj.weight.copy_(weights.v)
+            self.o_proj.weight.copy_(weights.o)
 
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: Zoology's plots count the matrix state, without the token shift."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich.table import Table
 
 from bench import catalog
@@ -17,15 +19,16 @@ def run(what: str, output: Output) -> int:
     Raises:
         UserError: an unknown kind.
     """
-    if what != "all" and what not in KINDS:
-        raise unknown("kind", what, [*KINDS, "all"])
-    for kinds, kind in KINDS.items():
+    if what not in (*KINDS, "conversions", "all"):
+        raise unknown("kind", what, [*KINDS, "conversions", "all"])
+    tables = {kinds: (kind, partial(catalog.names, kind)) for kinds, kind in KINDS.items()}
+    for kinds, (kind, names) in (tables | {"conversions": ("conversion", catalog.conversions)}).items():
         if what not in ("all", kinds):
             continue
         table = Table(title=kinds, show_header=False, title_justify="left")
         table.add_column("name")
         table.add_column("description", overflow="fold")
-        for name, description in catalog.names(kind).items():
+        for name, description in names().items():
             output.emit(kind, {"name": name, "description": description})
             table.add_row(name, description)
         output.console.print(table)

@@ -17,6 +17,13 @@ OPTIONS = {
     ],
     "list": ["--json", "--debug"],
     "status": ["--store", "--json", "--debug"],
+    "convert": [
+        "--model", "--recipe", "--out", "--mixer", "--window", "--sinks", "--layers", "--data", "--set", "--tokens", "--seconds",
+        "--seed", "--device", "--precision", "--trust-remote-code", "--dry-run", "--json", "--debug",
+    ],
+    "sample": [
+        "--model", "--out", "--tokens", "--length", "--batch", "--temperature", "--seed", "--device", "--json", "--debug",
+    ],
     "report": ["--out", "--task", "--paper", "--store", "--json", "--debug"],
     "compare": ["--fail", "--store", "--json", "--debug"],
     "check": ["--json", "--debug"],

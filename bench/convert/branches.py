@@ -1,0 +1,169 @@
+"""The two branches of a converted layer that read the teacher's queries, keys and values: a softmax window and a mixer.
+
+Each branch maps queries, keys and values, and a state or None, to heads' outputs before the output projection and the
+new state. Shape legend: B batch, T time, D width, H query heads, G key heads (G divides H), K head width, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.convert.fit import LONG
+from kernels.attention import banded_attention
+from kernels.banded_sums import banded_attention_sums
+from kernels.recurrence import linear_recurrence
+from mixers import Mixer, State
+from mixers._cache import attend_window, fill_sinks, repeat_heads, window_cache
+from mixers._layers import widen
+from mixers.linear_attention import LinearAttention
+
+EPS = 1e-6
+"""Keeps the quotient finite where no token is older than the window."""
+
+
+class WindowBranch(nn.Module):
+    """Softmax over the last tokens and the first ones (Xiao et al. 2023), on rotated queries and keys.
+
+    Args:
+        n_kv_heads: G.
+        head_dim: K.
+        window: keys seen, the own one included.
+        sinks: first tokens that stay visible.
+    """
+
+    def __init__(self, n_kv_heads: int, head_dim: int, *, window: int, sinks: int) -> None:
+        super().__init__()
+        self.n_kv_heads, self.head_dim, self.window, self.sinks = n_kv_heads, head_dim, window, sinks
+
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+        """Mixes a segment: [B, H, T, K] and the new state."""
+        if state is not None:
+            return attend_window(q_BHTK, k_BGTK, v_BGTK, state, window=self.window)
+        k, v = repeat_heads(k_BGTK, q_BHTK), repeat_heads(v_BGTK, q_BHTK)
+        sinks = (k[:, :, : self.sinks], v[:, :, : self.sinks]) if self.sinks else None
+        return banded_attention(q_BHTK, k, v, window=self.window, sink_kv=sinks), None
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The storage before the first token, keys and values of G heads."""
+        length = max(self.window - 1, self.sinks)
+        sizes = (batch, self.n_kv_heads, length, self.head_dim)
+        return window_cache(*sizes, window=self.window, sinks=self.sinks, device=device, dtype=dtype)
+
+
+class SharedDenominator(nn.Module):
+    """Softmax in a window and linear attention to all older tokens, under one normaliser (LoLCATs, Zhang et al. 2025).
+
+    y_t = (gamma sum_window e^(q.k - m) v + sum_older phi(q).phi(k) v) / (gamma sum_window e^(q.k - m) + sum_older phi(q).phi(k))
+
+    with m the largest score in the window and one learned gamma in (0, 1) per head. A token belongs to the older ones
+    once it has left the window; a sink never does.
+
+    Args:
+        mixer: linear attention, whose feature maps phi are used; they must be positive.
+        window: the branch whose sums are shared.
+        gamma: initial weight of the window.
+    """
+
+    def __init__(self, mixer: LinearAttention, window: WindowBranch, *, gamma: float = 0.1) -> None:
+        super().__init__()
+        self.phi_q, self.phi_k, self.window = mixer.phi_q, mixer.phi_k, window
+        self.n_heads, self.features = mixer.n_heads, cast(int, mixer.phi_k.features)
+        self.gamma_logit = nn.Parameter(torch.full((mixer.n_heads,), math.log(gamma / (1 - gamma))))
+
+    def forward(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None, ablation: str = "both"
+    ) -> tuple[Tensor, State | None]:
+        """Mixes a segment: [B, H, T, K] and the new state; an ablation leaves one share out of both sums."""
+        given = self.init_state(len(q_BHTK), device=q_BHTK.device, dtype=q_BHTK.dtype) if state is None else state
+        n_new, start_B = q_BHTK.shape[2], given["position"]
+        k, v = (torch.cat((given[name], new.to(given[name].dtype)), 2) for name, new in (("k", k_BGTK), ("v", v_BGTK)))
+        older, sums = self._older(q_BHTK, k[:, :, :n_new], v[:, :, :n_new], given)
+        stored = self._store(given, k, v, k_BGTK, v_BGTK)
+        sinks = None
+        if self.window.sinks:
+            sinks = (
+                repeat_heads(stored["sink_k"].to(q_BHTK.dtype), q_BHTK),
+                repeat_heads(stored["sink_v"].to(q_BHTK.dtype), q_BHTK),
+            )
+        k, v = (repeat_heads(a.to(q_BHTK.dtype), q_BHTK) for a in (k, v))
+        near, near_sum = banded_attention_sums(q_BHTK, k, v, window=self.window.window, start_B=start_B, sink_kv=sinks)
+        gamma = torch.sigmoid(widen(self.gamma_logit))[:, None, None]
+        shares = {"window": (gamma * near, gamma * near_sum), "mixer": (older[..., :-1], older[..., -1:] + EPS)}
+        named = list(shares.values()) if ablation == "both" else [shares[ablation]]
+        y = torch.stack([part for part, _ in named]).sum(0) / torch.stack([part for _, part in named]).sum(0)
+        return y.to(q_BHTK.dtype), None if state is None else stored | {"s": sums}
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The window's storage, and the sums over older tokens (the normaliser is their last column), in fp32 or better."""
+        shape = (batch, self.n_heads, self.features, self.window.head_dim + 1)
+        wide = torch.promote_types(dtype, torch.float32)
+        window = self.window.init_state(batch, device=device, dtype=dtype)
+        return window | {"s": torch.zeros(shape, device=device, dtype=wide)}
+
+    def _older(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, given: State) -> tuple[Tensor, Tensor]:
+        """Linear attention to what leaves the window: [B, H, T, K + 1] of numerator and denominator, and the new sums.
+
+        The i-th given key leaves the window after the i-th new token and so is seen from the next one on.
+        """
+        index_BT = given["position"][:, None] - (self.window.window - 1) + torch.arange(k_BGTK.shape[2], device=k_BGTK.device)
+        leaves_B1T1 = (index_BT >= self.window.sinks)[:, None, :, None]
+        k_BTHF = widen(self.phi_k(_tokens_first(repeat_heads(k_BGTK, q_BHTK).to(q_BHTK.dtype)))) * leaves_B1T1.transpose(1, 2)
+        v_BTHK = widen(_tokens_first(repeat_heads(v_BGTK, q_BHTK)))
+        v1_BTHV = torch.cat((v_BTHK, torch.ones_like(v_BTHK[..., :1])), -1)
+        q_BTHF = widen(self.phi_q(_tokens_first(q_BHTK)))
+        seen_k, seen_v = (torch.cat((torch.zeros_like(a[:, :1]), a[:, :-1]), 1) for a in (k_BTHF, v1_BTHV))
+        o_BTHV, sums = linear_recurrence(q_BTHF, seen_k, seen_v, state_BHKV=given["s"])
+        assert sums is not None
+        return o_BTHV.transpose(1, 2), sums + k_BTHF[:, -1, :, :, None] * v1_BTHV[:, -1, :, None, :]
+
+    def _store(self, given: State, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> State:
+        n_new, start_B = k_new.shape[2], given["position"]
+        stored = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
+        if self.window.sinks:
+            stored["sink_k"] = fill_sinks(given["sink_k"], k_new, start_B)
+            stored["sink_v"] = fill_sinks(given["sink_v"], v_new, start_B)
+        return stored
+
+
+class MixerBranch(nn.Module):
+    """A mixer of the zoo that reads the teacher's heads; its own projections are taken away.
+
+    Args:
+        mixer: one that offers `mix`.
+    """
+
+    def __init__(self, mixer: Mixer) -> None:
+        super().__init__()
+        for name in ("qkv_proj", "o_proj", "out_proj"):
+            if hasattr(mixer, name):
+                delattr(mixer, name)
+        self.mixer = mixer
+
+    def forward(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, x_BTD: Tensor, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Mixes a segment: [B, H, T, K] and the new state."""
+        o_BTE, state = self.mixer.mix(_joined(q_BHTK, k_BGTK, v_BGTK), x_BTD, state)
+        return o_BTE.unflatten(-1, (q_BHTK.shape[1], -1)).transpose(1, 2), state
+
+    def matrix(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+        """The causal matrix of linear attention, [B, H, T, T]."""
+        return cast(LinearAttention, self.mixer).matrix(_joined(q_BHTK, k_BGTK, v_BGTK))
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The mixer's state before the first token, in fp32 or better."""
+        return self.mixer.init_state(batch, LONG, device=device, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _tokens_first(a_BHTK: Tensor) -> Tensor:
+    return a_BHTK.transpose(1, 2)
+
+
+def _joined(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+    """Queries, keys and values of all heads along the last axis, as `Mixer.mix` takes them."""
+    repeated = (q_BHTK, repeat_heads(k_BGTK, q_BHTK), repeat_heads(v_BGTK, q_BHTK))
+    return torch.cat([_tokens_first(a).flatten(2) for a in repeated], -1)

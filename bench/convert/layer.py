@@ -1,0 +1,276 @@
+"""The converted attention layer: the teacher's projections, a softmax window, a mixer, and the rule that joins them.
+
+Shape legend: B batch, T time, D width, H query heads, G key heads (G divides H), K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.convert.branches import MixerBranch, SharedDenominator, WindowBranch
+from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
+from bench.convert.spec import LayerPlan
+from bench.errors import UserError
+from mixers import State
+from mixers._layers import widen
+from mixers._ssd import SSDBlock
+from mixers.linear_attention import LinearAttention
+
+Branch = Literal["both", "window", "mixer"]
+"""Which branches of a converted layer speak; one alone is the referee's ablation."""
+GATE_BIAS = -5.0
+"""Initial logit of the gate: the layer starts as its window, with under one per cent of the untrained mixer."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary position embedding, [B or 1, T, K] each, half-split layout."""
+
+
+class LinearizedAttention(nn.Module):
+    """Stands in for a teacher's attention module: same arguments, same output, constant state.
+
+    The four projections (and norms of queries and keys, if the teacher has them) are taken over as they are. A mixer that
+    offers `Mixer.mix` reads them; any other mixer reads the layer's input through projections of its own.
+
+    Args:
+        attention: the teacher's module, whose parameters are moved in.
+        plan: what the layer becomes.
+        shape: the teacher's sizes.
+        layer_idx: index of the layer, counted from 0.
+
+    Raises:
+        UserError: mixer, window and combination rule do not fit each other or the teacher.
+    """
+
+    def __init__(self, attention: nn.Module, plan: LayerPlan, shape: AttentionShape, layer_idx: int) -> None:
+        super().__init__()
+        self.plan, self.shape, self.layer_idx = plan, shape, layer_idx
+        self.head_dim = shape.head_dim
+        self.ablation: Branch = "both"
+        mixer = build_mixer(plan, shape, layer_idx) if plan.mixer else None
+        heads = mixer is None or reads_heads(mixer)
+        self.own_projections = mixer if not heads else None
+        if heads or plan.window:
+            for name in PROJECTIONS:
+                self.add_module(name, getattr(attention, name))
+            self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, window=plan.window, sinks=plan.sinks) if plan.window else None
+        self.joint = self.mixer = self.gate = None
+        if mixer is None or self.window is None:
+            self.mixer = MixerBranch(mixer) if mixer is not None and heads else None
+        elif plan.combine == "shared_denominator":
+            self.joint, self.window = SharedDenominator(_positive(mixer, plan), self.window), None
+        else:
+            self.mixer = MixerBranch(mixer) if heads else None
+            if plan.combine == "gate":
+                self.gate = nn.Linear(shape.d_model, shape.n_heads if heads else 1)
+                nn.init.zeros_(self.gate.weight)
+                nn.init.constant_(self.gate.bias, GATE_BIAS)
+
+    def take_over(self, attention: nn.Module) -> None:
+        """Starts a mixer with projections of its own from the teacher's, where it can."""
+        if self.own_projections is not None and loads_attention(self.own_projections):
+            try:
+                self.own_projections.load_attention(attention_weights(attention, self.shape))
+            except ValueError as error:
+                raise UserError(f"{self.plan.mixer} cannot start from layer {self.layer_idx}: {error}.") from None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rope,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        padding_BT: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Mixes a segment as transformers calls an attention module.
+
+        Args:
+            hidden_states: [B, T, D].
+            position_embeddings: see `Rope`.
+            attention_mask: the mask of softmax layers, which this layer does not read.
+            cache: one whose layer of this index holds a state, or None.
+            padding_BT: True at real tokens; None means that all are. Padding leaves states as they are.
+            **kwargs: ignored.
+
+        Returns:
+            [B, T, D], zero at padding, and None for the attention weights.
+        """
+        kept = None if cache is None else cache.layers[self.layer_idx]
+        state = None
+        if kept is not None:
+            state = kept.state or self.init_state(len(hidden_states), device=hidden_states.device, dtype=hidden_states.dtype)
+        rope = cast(Rope, tuple(a.expand(len(hidden_states), -1, -1) for a in position_embeddings))
+        if padding_BT is None:
+            y_BTD, state = self.segment(hidden_states, rope, state)
+        else:
+            y_BTD, state = self._padded(hidden_states, rope, state, padding_BT)
+        if kept is not None:
+            kept.store(state, hidden_states.shape[1])
+        return y_BTD, None
+
+    def segment(self, x_BTD: Tensor, rope: Rope, state: State | None) -> tuple[Tensor, State | None]:
+        """Mixes a segment without padding; returns [B, T, D] and the new state if one was given."""
+        parts = _split(state)
+        outputs = self._heads(x_BTD, rope, parts)
+        if self.own_projections is not None:
+            outputs["own"], parts["own"] = self.own_projections(x_BTD, parts["own"])
+        return self._join(outputs, x_BTD), None if state is None else _merge(parts)
+
+    def heads_output(self, x_BTD: Tensor, rope: Rope) -> Tensor:
+        """What stage 1 of LoLCATs matches: the heads' joint output before the output projection, [B, T, H K].
+
+        Raises:
+            UserError: the mixer has an output projection of its own.
+        """
+        if self.own_projections is not None:
+            raise UserError(f"{self.plan.mixer} has no heads before an output projection; use a recipe that matches mixer_out.")
+        return self._joined_heads(self._heads(x_BTD, rope, _split(None)), x_BTD)
+
+    def matrix(self, x_BTD: Tensor, rope: Rope) -> Tensor:
+        """What Hedgehog and MOHAWK match first: the mixer's own causal matrix, [B, H, T, T].
+
+        Raises:
+            UserError: the mixer has no such matrix with one entry per head and pair of tokens.
+        """
+        if isinstance(self.own_projections, SSDBlock):
+            return self.own_projections.matrix(x_BTD)
+        if self.mixer is not None and isinstance(self.mixer.mixer, LinearAttention):
+            q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope)
+            return self.mixer.matrix(*((q, k) if self.plan.rope == "keep" else (q_plain, k_plain)), v)
+        raise UserError(
+            f"attn_weights cannot be matched with {self.plan.mixer} under combine={self.plan.combine}: it needs linear_attention "
+            "without a shared denominator, or mamba2; use a recipe that matches attn_out or mixer_out."
+        )
+
+    def _heads(self, x_BTD: Tensor, rope: Rope, parts: dict[str, State | None]) -> dict[str, Tensor]:
+        """Outputs [B, H, T, K] of the branches that read the teacher's heads; their new states go into `parts`."""
+        outputs: dict[str, Tensor] = {}
+        if self.window is self.joint is self.mixer is None:
+            return outputs
+        q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope)
+        if self.joint is not None:
+            outputs["joint"], parts["joint"] = self.joint(q, k, v, parts["joint"], self.ablation)
+        if self.window is not None:
+            outputs["window"], parts["window"] = self.window(q, k, v, parts["window"])
+        if self.mixer is not None:
+            mixer_q, mixer_k = (q, k) if self.plan.rope == "keep" else (q_plain, k_plain)
+            outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"])
+        return outputs
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state before the first token: the window in `dtype`, recurrent sums in fp32 or better."""
+        parts: dict[str, State | None] = {}
+        for name in ("joint", "window", "mixer"):
+            branch = getattr(self, name)
+            if branch is not None:
+                parts[name] = branch.init_state(batch, device=device, dtype=dtype)
+        if self.own_projections is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            parts["own"] = self.own_projections.init_state(batch, LONG, device=device, dtype=wide)
+        return _merge(parts)
+
+    def queries_keys_values(self, x_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Rotated queries [B, H, T, K], rotated keys and values [B, G, T, K], then queries and keys without rotation."""
+        q, k, v = (getattr(self, name)(x_BTD).unflatten(-1, (-1, self.head_dim)) for name in PROJECTIONS[:3])
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        # The kernels scale by K^-1/2; a teacher with another scale has the difference in its queries.
+        factor = self.shape.scale * self.head_dim**0.5
+        q, k, v = (a.transpose(1, 2) for a in (q if abs(factor - 1) < 1e-6 else q * factor, k, v))
+        return rotate(q, rope), rotate(k, rope), v, q, k
+
+    def _join(self, outputs: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
+        """The branches' outputs as the layer's, [B, T, D]."""
+        own = outputs.pop("own", None)
+        if own is None:
+            return self.get_submodule("o_proj")(self._joined_heads(outputs, x_BTD))
+        if not outputs:
+            return own
+        return self._weighted(self.get_submodule("o_proj")(_flat(outputs["window"])), own, x_BTD)
+
+    def _joined_heads(self, outputs: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
+        """The heads' joint output, [B, T, H K]."""
+        if len(outputs) == 1:
+            return _flat(*outputs.values())
+        return _flat(self._weighted(outputs["window"], outputs["mixer"], x_BTD))
+
+    def _weighted(self, window: Tensor, mixer: Tensor, x_BTD: Tensor) -> Tensor:
+        """Window and mixer, both [B, H, T, K] or both [B, T, D], by the plan's rule or the ablation."""
+        if self.ablation != "both":
+            return window if self.ablation == "window" else mixer
+        if self.gate is None:
+            return self.plan.window_weight * window + self.plan.mixer_weight * mixer
+        gate = torch.sigmoid(widen(self.gate(x_BTD)))
+        gate = gate.transpose(1, 2)[..., None] if window.ndim == 4 else gate
+        return (window + gate * (mixer - window)).to(window.dtype)
+
+    def _padded(self, x_BTD: Tensor, rope: Rope, state: State | None, padding_BT: Tensor) -> tuple[Tensor, State | None]:
+        """Rows with the same first and last real token go through `segment` together, without their padding.
+
+        Grouping needs no support from any mixer and is exact; it costs one pass per distinct padding, at prefill only.
+        """
+        y_BTD = torch.zeros_like(x_BTD)
+        state = None if state is None else {name: tensor.clone() for name, tensor in state.items()}
+        for rows, start, stop in spans(padding_BT):
+            part = None if state is None else {name: tensor[rows] for name, tensor in state.items()}
+            cut = cast(Rope, tuple(a[rows, start:stop] for a in rope))
+            y, part = self.segment(x_BTD[rows, start:stop], cut, part)
+            y_BTD[rows, start:stop] = y.to(y_BTD.dtype)
+            if state is not None and part is not None:
+                for name, tensor in state.items():
+                    tensor[rows] = part[name]
+        return y_BTD, state
+
+
+def spans(padding_BT: Tensor) -> list[tuple[list[int], int, int]]:
+    """Rows grouped by where their real tokens lie: (rows, start, stop); rows without any are left out.
+
+    Raises:
+        ValueError: padding between real tokens.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, real in enumerate(padding_BT.bool().tolist()):
+        if not any(real):
+            continue
+        start, stop = real.index(True), len(real) - real[::-1].index(True)
+        if not all(real[start:stop]):
+            raise ValueError("the attention mask has padding between real tokens; pad on one side only")
+        groups.setdefault((start, stop), []).append(row)
+    return [(rows, start, stop) for (start, stop), rows in groups.items()]
+
+
+def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding in the half-split layout (Su et al. 2021)."""
+    cos, sin = (part[:, None].to(a_BHTK.dtype) for part in rope)
+    first, second = a_BHTK.chunk(2, -1)
+    return a_BHTK * cos + torch.cat((-second, first), -1) * sin
+
+
+def _positive(mixer: nn.Module, plan: LayerPlan) -> LinearAttention:
+    if not isinstance(mixer, LinearAttention) or not mixer.normalize or mixer.phi_k.lift is not None:
+        raise UserError(
+            f"combine=shared_denominator needs linear_attention with normalize=true and a map such as hedgehog, because it adds "
+            f"the mixer's own normaliser to softmax's; {plan.mixer} has none: use --set plan.combine=gate or sum."
+        )
+    return mixer
+
+
+def _flat(o: Tensor) -> Tensor:
+    """[B, H, T, K] to [B, T, H K]."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def _split(state: State | None) -> dict[str, State | None]:
+    parts: dict[str, State | None] = dict.fromkeys(("joint", "window", "mixer", "own"))
+    for key, tensor in (state or {}).items():
+        branch, _, name = key.partition(".")
+        parts[branch] = (parts[branch] or {}) | {name: tensor}
+    return parts
+
+
+def _merge(parts: dict[str, State | None]) -> State:
+    return {f"{branch}.{name}": tensor for branch, part in parts.items() for name, tensor in (part or {}).items()}

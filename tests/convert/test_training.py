@@ -1,0 +1,263 @@
+"""Losses by their definition, layers aligned at once as alone, and a killed conversion that ends like an undisturbed one."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bench import catalog
+from bench.convert import loop
+from bench.convert.align import alignment_backward
+from bench.convert.data import Corpus, TrainingData, load_data
+from bench.convert.gate import check_model
+from bench.convert.losses import IGNORED, layer_loss, next_token_loss, weights_loss
+from bench.convert.measure import agreement, cache_bytes, window_of_equal_bytes
+from bench.convert.resolve import load_recipe
+from bench.convert.run import Conversion
+from bench.convert.spec import LayerPlan, Lora, Recipe, Source, Stage
+from bench.convert.stage import StageTrainer, choose_parameters
+from bench.convert.student import build_student
+from bench.errors import UserError
+from tests.convert.test_layer import HEDGEHOG, tokens
+
+
+@pytest.mark.parametrize(("kl", "ce", "temperature"), [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.7, 0.3, 2.0)])
+def test_next_token_loss_and_gradient_by_their_definition(kl: float, ce: float, temperature: float):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(13, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    teacher, teacher_head = torch.randn(13, 5), torch.randn(11, 5)
+    targets = torch.randint(0, 11, (13,))
+    targets[[2, 12]] = IGNORED
+    loss, parts = next_token_loss(
+        hidden, head, targets, ce=ce, kl=kl, teacher_ND=teacher, teacher_head_VD=teacher_head, temperature=temperature, chunk=4
+    )
+    found = torch.autograd.grad(loss, (hidden, head))
+    known = targets != IGNORED
+    logits, wanted = (hidden @ head.t())[known], (teacher @ teacher_head.t())[known]
+    cross = F.cross_entropy(logits, targets[known])
+    log_s, log_t = ((a / temperature).log_softmax(-1) for a in (logits, wanted))
+    divergence = temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(parts, torch.stack([divergence, cross]).detach())
+    expected = kl * divergence + ce * cross
+    torch.testing.assert_close(loss, expected)
+    for gradient, exact in zip(found, torch.autograd.grad(expected, (hidden, head)), strict=True):
+        torch.testing.assert_close(gradient, exact)
+
+
+def test_layer_losses_by_their_definition():
+    a, b = torch.randn(2, 2, 3, 4).unbind(0)
+    torch.testing.assert_close(layer_loss("mse", a, b), F.mse_loss(a, b))
+    torch.testing.assert_close(layer_loss("l2", a, b), ((a - b) ** 2).sum(-1).sqrt().mean())
+    rows, target = torch.rand(2, 2, 3, 4, 4).unbind(0)
+    torch.testing.assert_close(weights_loss("frobenius", rows, target), ((rows - target) ** 2).sum((-1, -2)).sqrt().mean())
+    torch.testing.assert_close(weights_loss("cross_entropy", rows, target), -(target * rows.log()).sum(-1).mean())
+
+
+@pytest.mark.parametrize("capture", ["attn_out", "mixer_out", "block_out"])
+def test_layers_learn_on_the_teachers_stream_and_apart(capture: str, teacher):
+    plans = [LayerPlan(options=HEDGEHOG, window=5)] * 2
+    stage = Stage(capture=capture, loss="mse")
+
+    def gradients(kept: list) -> dict[str, torch.Tensor]:
+        student = build_student(teacher, kept)
+        choose_parameters(student, teacher, stage)
+        alignment_backward(student, teacher, tokens(2, 20), stage, float(sum(plan is not None for plan in kept)))
+        return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    together = gradients(plans)
+    assert together
+    for alone in (gradients([plans[0], None]), gradients([None, plans[1]])):
+        for name, gradient in alone.items():
+            torch.testing.assert_close(together.pop(name), gradient)
+    assert not together
+
+
+def test_alignment_of_an_exact_copy_has_no_loss(teacher):
+    student = build_student(teacher, [LayerPlan(mixer=None, window=512)] * 2)
+    student.requires_grad_(True)
+    for capture in ("attn_out", "mixer_out", "block_out"):
+        loss = alignment_backward(student, teacher, tokens(2, 20), Stage(capture=capture), 1.0)
+        assert loss < 1e-10, capture
+
+
+def data_of(text: Path, tokenizer, **weights: float) -> TrainingData:
+    sources = [Source(kind="text", where=str(text)), *(Source(kind=kind, weight=weight) for kind, weight in weights.items())]
+    return load_data(sources, tokenizer, 280, 0, min_length=48, cap=10**6)
+
+
+def test_batches_depend_on_seed_stage_and_step_alone(text: Path, tokenizer):
+    data, again = data_of(text, tokenizer, recall=0.5), data_of(text, tokenizer, recall=0.5)
+    assert torch.equal(data.batch(1, 7, 6, 48), again.batch(1, 7, 6, 48))
+    assert not torch.equal(data.batch(1, 7, 6, 48), data.batch(1, 8, 6, 48))
+    assert not torch.equal(data.batch(1, 7, 6, 48), data.batch(2, 7, 6, 48))
+    assert data.digest() == again.digest() != data_of(text, tokenizer).digest()
+
+
+def test_held_out_text_is_not_trained_on():
+    data = TrainingData([Corpus(Source(kind="text", where="x"), torch.arange(10_000).int().numpy())], None, 0)
+    seen = torch.cat([data.batch(0, step, 50, 40).flatten() for step in range(20)])
+    assert seen.max() < data.held_out(8, 40).min()
+
+
+def test_rendered_recall_asks_for_what_it_told(text: Path, tokenizer):
+    data = data_of(text, tokenizer, recall=1000.0)
+    row = tokenizer.decode(data.batch(0, 0, 1, 700)[0])
+    first = row.split("\n\n")[0].splitlines()
+    numbers = [word.strip(".:") for line in first for word in line.split() if word.strip(".:").isdigit()]
+    assert len(numbers) >= 4
+    told, asked = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    assert sorted(told) == sorted(asked)
+
+
+STAGES = (
+    Stage(capture="attn_out", lr=1e-2, schedule="plateau", seq_len=32, batch_tokens=64, tokens=64 * 6),
+    Stage(
+        capture="logits", loss="kl_ce", kl=1.0, ce=0.1, lr=1e-3, lora=Lora(dropout=0.2), seq_len=32, batch_tokens=64, tokens=64 * 6
+    ),
+)
+PLAN = LayerPlan(options=HEDGEHOG, window=6)
+
+
+def conversion(teacher, tokenizer, text: Path, out: Path, **changes) -> Conversion:
+    out.with_name(f".{out.name}.partial").mkdir(exist_ok=True)
+    recipe = Recipe(name="test", summary="", plan=PLAN, stages=STAGES).model_copy(update=changes)
+    given = {"precision": "fp32", "seconds": None, "store_dtype": torch.float32, "held_rows": 2}
+    data = data_of(text, tokenizer)
+    return Conversion(teacher=teacher, tokenizer=tokenizer, recipe=recipe, data=data, out=out, model="tiny", **given)
+
+
+class Killed(BaseException):
+    """Ends a process where it stands, as kill -9 does: nothing is cleaned up."""
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_conversion_ends_like_an_undisturbed_one(
+    stage: int, teacher, tokenizer, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = conversion(teacher, tokenizer, text, tmp_path / "whole")
+    assert whole.run().passed
+    step = StageTrainer.step
+
+    def fatal(trainer: StageTrainer, progress: float) -> dict[str, float]:
+        if trainer.index == stage and trainer.step_number == 4:
+            raise Killed
+        return step(trainer, progress)
+
+    monkeypatch.setattr(StageTrainer, "step", fatal)
+    with pytest.raises(Killed):
+        conversion(teacher, tokenizer, text, tmp_path / "cut").run(checkpoint_seconds=0)
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(StageTrainer, "step", step)
+    torch.manual_seed(99)
+    resumed = conversion(teacher, tokenizer, text, tmp_path / "cut")
+    assert resumed.run().passed
+    for (name, a), (_, b) in zip(whole.student.state_dict().items(), resumed.student.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert not (tmp_path / ".cut.partial").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued(teacher, tokenizer, text: Path, tmp_path: Path, monkeypatch):
+    step = StageTrainer.step
+
+    def interrupted(trainer: StageTrainer, progress: float) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, progress)
+
+    monkeypatch.setattr(StageTrainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conversion(teacher, tokenizer, text, tmp_path / "out").run()
+    stored = torch.load(tmp_path / ".out.partial/checkpoint.pt", weights_only=True)
+    assert stored["trainer"]["step"] == 1, "the step in flight is finished, and no other begins"
+    with pytest.raises(UserError, match="unfinished conversion with other settings"):
+        conversion(teacher, tokenizer, text, tmp_path / "out", seed=5).run()
+
+
+def test_training_brings_the_student_closer(teacher, tokenizer, text: Path, tmp_path: Path):
+    made = conversion(teacher, tokenizer, text, tmp_path / "out", stages=(STAGES[0].model_copy(update={"tokens": 64 * 60}),))
+    made.run()
+    assert made.rows["student"]["kl"] < 0.9 * made.rows["student before training"]["kl"]
+
+
+def test_kl_guided_selection_keeps_the_layers_that_matter(teacher, tokenizer, text: Path, tmp_path: Path):
+    plan = PLAN.model_copy(update={"layers": "kl:1"})
+    made = conversion(teacher, tokenizer, text, tmp_path / "out", plan=plan)
+    made.run()
+    scores = made.rows["kl when a layer is restored"]
+    kept = [index for index, plan in enumerate(made.student.plans) if plan is None]
+    assert kept == [int(min(scores, key=scores.get))]
+
+
+def test_adapters_are_merged_and_gone(teacher, tokenizer, text: Path):
+    student = build_student(teacher, [PLAN, None])
+    names = set(student.state_dict())
+    trainer = StageTrainer(student, teacher, STAGES[1], 0, data_of(text, tokenizer), "fp32")
+    before = student.lm.model.layers[1].self_attn.q_proj.weight.clone()
+    for _ in range(3):
+        trainer.step(0.0)
+    assert torch.equal(student.lm.model.layers[1].self_attn.q_proj.base_layer.weight, before)
+    trainer.finish()
+    assert set(student.state_dict()) == names
+    assert not torch.equal(student.lm.model.layers[1].self_attn.q_proj.weight, before)
+
+
+def test_running_out_of_memory_halves_the_micro_batch(teacher, tokenizer, text: Path, tmp_path: Path, monkeypatch):
+    made = conversion(teacher, tokenizer, text, tmp_path / "out")
+    trainer = StageTrainer(made.student, teacher, STAGES[0], 0, made.data, "fp32")
+    backward, sizes = StageTrainer._backward, []
+
+    def greedy(self: StageTrainer, part: torch.Tensor, share: float) -> dict[str, float]:
+        sizes.append(len(part))
+        if len(part) > 1:
+            raise torch.OutOfMemoryError
+        return backward(self, part, share)
+
+    monkeypatch.setattr(StageTrainer, "_backward", greedy)
+    loop.step(trainer, 0.0)
+    assert sizes == [2, 1, 1]
+    monkeypatch.setattr(StageTrainer, "_backward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(UserError, match=r"try --set stages\.seq_len=16"):
+        loop.step(trainer, 0.0)
+
+
+def test_the_gate_sees_a_cache_that_forgets_and_padding_that_leaks(teacher, monkeypatch):
+    from bench.convert.cache import StateLayer
+    from bench.convert.layer import LinearizedAttention
+
+    student = build_student(teacher, [PLAN] * 2).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearizedAttention, "_padded", lambda self, x, rope, state, _: self.segment(x, rope, state))
+        errors = check_model(student, tokens()).errors
+        assert errors["left-padded"] > 0.01 > max(errors["chunked"], errors["step"])
+    monkeypatch.setattr(StateLayer, "store", lambda self, state, n: setattr(self, "seen", self.seen + n))
+    errors = check_model(student, tokens()).errors
+    assert min(errors["chunked"], errors["step"]) > 0.01 > errors["batched"]
+
+
+def test_equal_bytes_are_counted_from_live_caches(teacher):
+    student = build_student(teacher, [LayerPlan(mixer=None, window=21, sinks=4)] * 2)
+    assert cache_bytes(teacher) == (0, 2 * 2 * 2 * 16 * 4)
+    assert window_of_equal_bytes(student, teacher) == 21
+    assert agreement(teacher, teacher, tokens())["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_every_published_recipe_is_there():
+    published = [
+        "hedgehog",
+        "lolcats",
+        "supra",
+        "mohawk",
+        "mamba_in_llama",
+        "liger",
+        "lizard",
+        "lawcat",
+        "radlads",
+        "haller",
+        "swa",
+    ]
+    assert set(published) <= set(catalog.conversions())
+    for name in published:
+        assert load_recipe(name).name == name
+        assert "arXiv" in load_recipe(name).summary or name == "swa"

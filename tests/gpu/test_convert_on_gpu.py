@@ -1,0 +1,53 @@
+"""Conversion on a GPU: the gate, the CUDA graph of a decoding step, and one step of every kind of stage in bf16."""
+
+import pytest
+import torch
+
+from bench.convert.data import Corpus, TrainingData
+from bench.convert.decode import Decoder
+from bench.convert.gate import check_model
+from bench.convert.spec import LayerPlan, Source, Stage
+from bench.convert.stage import StageTrainer
+from bench.convert.student import build_student
+from tests.convert.conftest import tiny
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PLANS = {
+    "lolcats": LayerPlan(options={"feature_map": "hedgehog"}, window=7, sinks=2),
+    "gate": LayerPlan(mixer="gated_delta_net", window=7, sinks=2, combine="gate"),
+    "mamba2": LayerPlan(mixer="mamba2", window=0, combine="sum"),
+}
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 280, (3, 120), generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_gate_on_gpu(plan: LayerPlan):
+    result = check_model(build_student(tiny().cuda(), [plan] * 2).eval(), tokens())
+    assert result.passed, result.sentence()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_graph_steps_like_the_model(plan: LayerPlan):
+    student, x = build_student(tiny().cuda(), [plan] * 2).eval(), tokens()
+    with torch.no_grad():
+        wanted = student(x, use_cache=False).logits
+        decoder = Decoder(student, student(x[:, :100], use_cache=True).cache)
+    assert decoder.graph is not None
+    for t in range(100, 120):
+        torch.testing.assert_close(decoder.step(x[:, t]), wanted[:, t], atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("capture", ["attn_out", "mixer_out", "block_out", "logits"])
+def test_stages_train_in_bf16(capture: str):
+    teacher = tiny().cuda().requires_grad_(False)
+    student = build_student(teacher, [PLANS["gate"]] * 2)
+    loss = {"loss": "kl_ce", "kl": 1.0} if capture == "logits" else {}
+    stage = Stage(capture=capture, seq_len=64, batch_tokens=256, train=("mixer", "qkv"), schedule="constant", **loss)
+    corpus = Corpus(Source(kind="text", where="x"), torch.randint(1, 280, (20_000,)).int().numpy())
+    trainer = StageTrainer(student, teacher, stage, 0, TrainingData([corpus], None, 0), "bf16")
+    losses = [trainer.step(0.0)["loss"] for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
