@@ -39,6 +39,8 @@ class Request:
     """Where the report goes, or None for no report."""
     suite: str | None = None
     preset: str | None = None
+    launch: str = "local"
+    """Where fleets train."""
     check: bool = False
     """Whether to compare with the recipe's published values."""
 
