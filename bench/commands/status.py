@@ -74,7 +74,7 @@ def _driver(found: Found, output: Output) -> None:
     sweeping = found.sweeping
     state = "sweep" if found.alive else "sweep that was killed"
     output.say(
-        f"{state}: {sweeping.finished} of {sweeping.total} runs since {seconds_text(time.time() - sweeping.started)}, "
+        f"{state}: {sweeping.finished} of {sweeping.total} runs in {seconds_text(time.time() - sweeping.started)}, "
         f"{sweeping.launch} launch from {sweeping.owner.host}: {sweeping.command}"
     )
     output.emit("sweep", {"alive": found.alive, **sweeping.model_dump(mode="json")})

@@ -48,6 +48,7 @@ def run(request: Request, output: Output) -> int:
         output.say(f"{len(sweep.experiments)} points, {missing} runs to do{already}; Ctrl-C stops and keeps what is done.")
         try:
             with (
+                output.ours_alone(),
                 SweepFile(store, os.environ.get("BENCH_COMMAND", "bench synthetic"), place.text, missing) as sweep_file,
                 SweepProgress(output, missing) as progress,
                 place.workers(device.kind, request.jobs, missing, store.root, sweep_file.path) as workers,

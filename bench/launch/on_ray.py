@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,23 @@ class Host:
         return job()
 
 
-class RayWorkers(RemoteWorkers[tuple[Any, Any]]):
-    """Fleets on a Ray cluster; a handle is an actor and the reference of what it will answer.
+@dataclass
+class Task:
+    """A fleet in flight.
+
+    Args:
+        actor: who trains it.
+        answer: the reference of what it will say; None once its host could not be reached and only `alive` is waited for.
+        alive: is there once the actor is known to have come through.
+    """
+
+    actor: Any
+    answer: Any
+    alive: Any = None
+
+
+class RayWorkers(RemoteWorkers[Task]):
+    """Fleets on a Ray cluster.
 
     Args:
         options: what was given with `--launch`.
@@ -60,37 +76,48 @@ class RayWorkers(RemoteWorkers[tuple[Any, Any]]):
         room = min(int(resources.get(name, 0) / need + 1e-6) for name, need in self.needs.items() if need)
         return max(1, room if self.jobs is None else min(room, self.jobs))
 
-    def start(self, job: Job) -> tuple[Any, Any]:
+    def start(self, job: Job) -> Task:
         """Gives a job to an actor."""
         actor = self.spare.pop() if self.spare else self.actor.remote()
-        return actor, actor.train.remote(job)
+        return Task(actor, actor.train.remote(job))
 
-    def ended(self, handle: tuple[Any, Any]) -> End | None:
+    def ended(self, handle: Task) -> End | None:
         """How a job ended, or None."""
-        actor, answer = handle
-        ready, _ = self.ray.wait([answer], timeout=0)
+        waited = handle.answer if handle.alive is None else handle.alive
+        ready, _ = self.ray.wait([waited], timeout=0)
         if not ready:
             return None
         try:
-            said = self.ray.get(answer)
-        except self.ray.exceptions.RayActorError as error:
-            if getattr(error, "actor_init_failed", False):
-                raise LaunchError(
-                    f"Ray could not start a worker: {_one_line(error)}; is Mixer Bench installed on all hosts?"
-                ) from None
-            return End(None, _one_line(error), "node has died" in str(error))
+            found = self.ray.get(waited)
+        except self.ray.exceptions.ActorUnavailableError:  # the cluster does not know yet whether the process or the line is dead
+            handle.alive = handle.actor.__ray_ready__.remote()
+            return None
         except self.ray.exceptions.RayError as error:
-            raise LaunchError(f"A Ray worker could not train: {_one_line(error)}; is Mixer Bench installed on all hosts?") from None
-        self.spare.append(actor)
-        return End(said)
+            return _death(error)
+        self.spare.append(handle.actor)
+        return End(Said() if handle.alive is not None else found)
 
-    def cancel(self, handle: tuple[Any, Any]) -> None:
+    def cancel(self, handle: Task) -> None:
         """Ends an actor."""
-        self.ray.kill(handle[0])
+        self.ray.kill(handle.actor)
 
     def close(self) -> None:
         """Leaves the cluster, which ends the actors."""
         self.ray.shutdown()
+
+
+def _death(error: Any) -> End:
+    """What the error of a fleet means.
+
+    Raises:
+        LaunchError: no fleet could be trained.
+    """
+    text = str(error)
+    if any(words in text for words in ("node has died", "never ran")):
+        return End(None, _one_line(error), blameless=True)
+    if "actor died unexpectedly" in text and not getattr(error, "actor_init_failed", False):
+        return End(None, _one_line(error))
+    raise LaunchError(f"A Ray worker could not train ({_one_line(error)}); is this version installed on all hosts?")
 
 
 def connect(address: str) -> Any:

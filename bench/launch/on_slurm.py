@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -50,16 +51,13 @@ class SlurmWorkers(RemoteWorkers[Any]):
         jobs: most fleets in the queue.
         store: folder of the store.
         sweep: the driver's file in the store.
-
-    Raises:
-        UserError: submitit or Slurm is missing, or an option is not one of sbatch's.
     """
 
     def __init__(self, options: SlurmOptions, device: str, jobs: int | None, store: Path, sweep: Path) -> None:
         super().__init__(device, options.cpus, store, sweep)
         self.most = jobs or IN_QUEUE
         self.patience = RESULT_SECONDS[options.cluster]
-        self.executor = make_executor(options, device, self.store.root / ".slurm")
+        self.executor = make_executor(options, device, self.store.root / ".submitit")
         self.gone: dict[str, float] = {}
 
     def slots(self) -> int:
@@ -100,43 +98,46 @@ def slurm_device(options: SlurmOptions, wanted: str) -> Device:
     """Where fleets compute in their jobs.
 
     Raises:
-        UserError: the choices exclude each other.
+        UserError: submitit or Slurm is missing, an option is not one of sbatch's, or the choices exclude each other.
     """
+    allowed = load_submitit().SlurmExecutor._valid_parameters()
+    for name in options.model_extra or {}:
+        if name not in allowed:
+            raise unknown("option of --launch slurm", name, {*SlurmOptions.model_fields, *allowed})
+    if options.cluster == "slurm" and shutil.which("srun") is None:
+        raise UserError(
+            "--launch slurm found no Slurm here (there is no srun); run it on a login node, or try it out with "
+            "--launch slurm:cluster=local."
+        )
     kind, gpus = choose_device("slurm", wanted, options.gpus, 0)
-    what = f"{gpus:g} GPU and {options.cpus} CPU cores" if gpus else f"{options.cpus} CPU cores"
-    return Device(kind, f"Device: {options.cluster} jobs of submitit, {what} a fleet, {options.time} minutes each.")
+    what = f"{gpus:g} GPU and {options.cpus} CPU cores" if gpus else f"CPU, {options.cpus} cores"
+    return Device(kind, f"Device: jobs in {options.cluster}, {what} and {options.time} minutes each, a fleet a job.")
 
 
-def make_executor(options: SlurmOptions, device: str, logs: Path) -> Any:
-    """A submitit executor.
+def load_submitit() -> Any:
+    """The module `submitit`.
 
     Raises:
-        UserError: submitit or Slurm is missing, or an option is not one of sbatch's.
+        UserError: it is not installed.
     """
     try:
         import submitit
     except ImportError:
         raise UserError("--launch slurm needs submitit; install it with pip install 'mixer-bench[slurm]'.") from None
-    extra = options.model_extra or {}
-    allowed = submitit.SlurmExecutor._valid_parameters()
-    for name in extra:
-        if name not in allowed:
-            raise unknown("option of --launch slurm", name, {*SlurmOptions.model_fields, *allowed})
-    try:
-        executor = submitit.AutoExecutor(folder=logs / "%j", cluster=options.cluster)
-    except RuntimeError:
-        raise UserError(
-            "--launch slurm found no Slurm here (there is no srun); run it on a login node, or try it out with "
-            "--launch slurm:cluster=local."
-        ) from None
+    return submitit
+
+
+def make_executor(options: SlurmOptions, device: str, logs: Path) -> Any:
+    """A submitit executor; logs and pickled jobs go to a folder."""
+    executor = load_submitit().AutoExecutor(folder=logs, cluster=options.cluster)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # sbatch's own options mean nothing to the local executor
         executor.update_parameters(
             name="bench",
             timeout_min=options.time,
             cpus_per_task=options.cpus,
             gpus_per_node=int(device == "cuda"),
             mem_gb=options.mem,
-            **{f"slurm_{name}": value for name, value in extra.items()},
+            **{f"slurm_{name}": value for name, value in (options.model_extra or {}).items()},
         )
     return executor

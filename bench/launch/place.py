@@ -56,9 +56,6 @@ class Place:
             most: no more than this.
             store: folder of the store.
             sweep: the driver's file in the store.
-
-        Raises:
-            UserError: the engine is missing, or does not know an option.
         """
         if isinstance(self.options, RayOptions):
             return RayWorkers(self.options, device, jobs, store, sweep)
