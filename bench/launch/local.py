@@ -57,7 +57,7 @@ class LocalWorkers(Workers):
 
     def __init__(self, devices: list[str], store: Path) -> None:
         self.devices, self.store, self.device = devices, store, devices[0]
-        self.threads = max(1, usable_cores() // len(devices))
+        self.threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // len(devices)))
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> LocalWorkers:
