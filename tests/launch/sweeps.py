@@ -75,7 +75,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 300.0) -> tuple[int,
     return process.returncode, out, err
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
     """Waits until something is so."""
     end = time.monotonic() + seconds
     while not condition():
