@@ -10,6 +10,7 @@ training loop, timed in the same process on the same GPU. Checks first that a co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -86,6 +87,22 @@ def fleet(mixer: str, width: int, members: int, *, compiled: bool) -> dict[str, 
     }
 
 
+def kernels_of(mixer: str, width: int, members: int, cell: str) -> dict[str, float]:
+    """Device microseconds of a step by kernel, the costliest first."""
+    trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=True)
+    trainer.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.examples_SB))
+    index = list(CELLS).index(cell)
+    for _ in range(WARM_UP):
+        trainer.advance(index)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(TIMED):
+            trainer.advance(index)
+        torch.cuda.synchronize()
+    table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {f"{event.key[:70]} x{event.count / TIMED:g}": event.self_device_time_total / TIMED for event in table[:40]}
+
+
 def peer(checkout: Path, mixer: str, width: int) -> dict[str, Any]:
     """Zoology's loop on the same mixture; a run is one model, so its learning rates run one after another."""
     ms = zoology_loop.milliseconds(checkout, mixer, width, {64: 4, 128: 8, 256: 32})
@@ -120,8 +137,14 @@ def main() -> None:
     parser.add_argument("--zoology", type=Path)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--members", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--profile", metavar="CELL", nargs="+", help="only show the kernels of a step on these cells")
     parser.add_argument("--captured", action="store_true", help="time uncompiled fleets too")
     given = parser.parse_args()
+    if given.profile:
+        for mixer, cell, width, members in itertools.product(MIXERS, given.profile, given.widths, given.members):
+            print(f"{mixer} {cell} d={width} E={members}, microseconds a step")
+            print("\n".join(f"{us:10.1f}  {name}" for name, us in kernels_of(mixer, width, members, cell).items()), flush=True)
+        return
     errors = {mixer: check(mixer) for mixer in MIXERS}
     print("largest loss difference, fleet against single runs:", errors, flush=True)
     if not all(error < 5e-2 for error in errors.values()):  # bf16 losses near 8.3 are 0.03 apart

@@ -1,7 +1,7 @@
 """Zoology's own training loop, timed from a checkout of its repository, for `tests.benchmarks.fleet_speed`.
 
-Its Trainer, model configuration and data generator run as they are; only its logger's package, which needs an account, is
-replaced by an empty module. Commit dbcb60d trains MQAR, the one after it does not.
+Its Trainer, model configuration and data generator run as they are; only its logger's package, which needs an account, and
+its progress bar are replaced by empty ones. Commit dbcb60d trains MQAR, the one after it does not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ class _Silent:
 
     def log(self, _: dict[str, Any]) -> None:
         """Drops what it is given."""
+
+
+class _Bar:
+    """Its progress bar, without the terminal."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def set_postfix(self, _: dict[str, Any]) -> None:
+        """Shows nothing; the loss it is given has been waited for."""
 
 
 def _model(mixer: str, width: int) -> Any:
@@ -65,15 +78,16 @@ def milliseconds(repository: Path, mixer: str, width: int, lengths: dict[int, in
         sys.path.insert(0, str(repository))
     from zoology.data.multiquery_ar import MQARConfig
     from zoology.data.utils import DataSegment, _SyntheticDataset
-    from zoology.train import Trainer
+    from zoology import train
 
     found = {}
+    train.tqdm = lambda batches, **_: _Bar(batches)  # type: ignore[assignment]
     torch.set_float32_matmul_precision("highest")
     for length, pairs in lengths.items():
         config = MQARConfig(vocab_size=8192, num_examples=BATCHES * BATCH, input_seq_len=length, num_kv_pairs=pairs)
         segments = _SyntheticDataset([DataSegment.from_config(config)], batch_size=BATCH)
         loader = torch.utils.data.DataLoader(segments, batch_size=None, num_workers=0, shuffle=False)
-        trainer = Trainer(_model(mixer, width), loader, learning_rate=1e-3, device="cuda", logger=_Silent())  # type: ignore[arg-type]
+        trainer = train.Trainer(_model(mixer, width), loader, learning_rate=1e-3, device="cuda", logger=_Silent())  # type: ignore[arg-type]
         trainer.model.to("cuda")
         trainer.loss_fn = torch.nn.CrossEntropyLoss()
         trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3, weight_decay=0.1)
