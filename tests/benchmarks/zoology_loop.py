@@ -76,9 +76,9 @@ def milliseconds(repository: Path, mixer: str, width: int, lengths: dict[int, in
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))
     if str(repository) not in sys.path:
         sys.path.insert(0, str(repository))
+    from zoology import train
     from zoology.data.multiquery_ar import MQARConfig
     from zoology.data.utils import DataSegment, _SyntheticDataset
-    from zoology import train
 
     found = {}
     train.tqdm = lambda batches, **_: _Bar(batches)  # type: ignore[assignment]
