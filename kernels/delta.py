@@ -42,11 +42,11 @@ class Config(NamedTuple):
 # By the larger of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
     64: Config(64, Launch(0, 4, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4, 1), 64),
-    128: Config(64, Launch(0, 4, 1), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 1), 64),
-    256: Config(64, Launch(0, 4, 1), Launch(32, 8, 1), Launch(32, 8, 1), Launch(64, 8, 1), 64),
+    128: Config(64, Launch(0, 4, 1), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1), 128),
+    256: Config(64, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), 64),
 }
 FP32 = {
-    64: Config(32, Launch(0, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), 32),
+    64: Config(16, Launch(0, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), 32),
     128: Config(16, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), 32),
     256: Config(16, Launch(0, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 4, 1), 32),
 }
@@ -150,7 +150,6 @@ def forward(
 def backward(
     q_BTGK: Tensor,
     k_BTGK: Tensor,
-    v_BTHV: Tensor,
     beta_BTH: Tensor,
     log_decay: Tensor | None,
     state_BHKV: Tensor | None,
@@ -163,9 +162,8 @@ def backward(
     """Gradients of `forward`.
 
     Args:
-        q_BTGK: as for `forward`, and so are k, v, beta, log_decay and state.
+        q_BTGK: as for `forward`, and so are k, beta, log_decay and state.
         k_BTGK: keys.
-        v_BTHV: values.
         beta_BTH: write strengths.
         log_decay: log decays.
         state_BHKV: S_0.
@@ -179,43 +177,49 @@ def backward(
     """
     from kernels import delta_gradients_triton, delta_triton
 
-    batch, length, heads, v_dim = v_BTHV.shape
+    batch, length, heads, v_dim = do_BTHV.shape
     groups, k_dim = k_BTGK.shape[2:]
-    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    dot = kept.couplings.dtype
     config = config_of(k_dim, v_dim, dot)
     chunks = kept.couplings.shape[2]
     tile, warps, stages = config.reverse
     tile = min(tile, padded(v_dim))
     parts = -(-v_dim // tile)
-    dv = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
-    dfirst = _nothing(v_BTHV) if state_BHKV is None else _state_like(v_BTHV, k_dim)
+    dv = torch.empty_like(do_BTHV, memory_format=torch.contiguous_format)
+    dfirst = _nothing(do_BTHV) if state_BHKV is None else _state_like(do_BTHV, k_dim)
     dstates = torch.empty_like(kept.states)
-    dbeta_parts = v_BTHV.new_empty(parts, batch, length, heads, dtype=torch.float32)
+    dbeta_parts = do_BTHV.new_empty(parts, batch, length, heads, dtype=torch.float32)
     beta = beta_BTH.contiguous()
     (q, k, do), strides, unit = _rows(q_BTGK, k_BTGK, do_BTHV)
     shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     delta_triton.reverse_kernel[(batch * heads * parts,)](
-        q, k, do, beta, kept.couplings, kept.decays, kept.errors, v_BTHV if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(),
-        dv, dfirst, dstates, dbeta_parts, *strides, length, batch, heads, heads // groups,
+        q, k, do, beta, kept.couplings, kept.decays, kept.errors,
+        do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dv, dfirst, dstates, dbeta_parts, *strides, length, batch, heads, heads // groups,
         **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
         STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    tile, warps, stages = config.gradients
+    tile, warps, _ = config.gradients
     tile = min(tile, padded(k_dim))
     tiles = -(-k_dim // tile)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
     dbeta = torch.empty_like(beta)
-    dgates = v_BTHV.new_empty((tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
+    dgates = do_BTHV.new_empty((tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
     delta_gradients_triton.gradients_kernel[(batch * heads * chunks * tiles,)](
         q, k, do, beta, kept.decays, kept.errors, dv, kept.states, dstates, dbeta_parts, dq_BTHK, dk_BTHK, dbeta, dgates,
         *strides, length, chunks, batch, heads, heads // groups,
         **shared, TK=tile, BV=min(config.inner, padded(v_dim)), PARTS=parts, GATE_GRAD=gate_grad,
-        STAGES=stages, num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip
     if groups < heads:
         dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))
-    dgate = dgates.sum(0) if gate_grad and tiles > 1 else dgates.view(v_BTHV.shape[:3]) if gate_grad else dgates
-    if gate_grad and log_decay is not None and log_decay.ndim == 2:
-        dgate = dgate.sum(1).unflatten(0, (log_decay.shape[0], -1)).sum(1)
+    dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates
     return dq_BTHK, dk_BTHK, dv, dbeta, dgate, dfirst
+
+
+def _summed(dgates: Tensor, log_decay: Tensor) -> Tensor:
+    """The gradient of the log decays from its part of each key tile; a constant decay is that of all its tokens."""
+    dgate_BTH = dgates.sum(0) if len(dgates) > 1 else dgates[0]
+    if log_decay.ndim == 3:
+        return dgate_BTH
+    return dgate_BTH.sum(1).unflatten(0, (log_decay.shape[0], -1)).sum(1)

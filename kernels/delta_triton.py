@@ -138,19 +138,22 @@ def forward_kernel(
         narrow_KV = state_KV.to(DOT)
         if KEEP:
             tl.store(states + chunk_index * K * V + state_offsets, narrow_KV, mask=in_state)
-        read_CV = tl.dot(k_CK, narrow_KV, input_precision=PRECISION)
-        o_CV = tl.dot(q_CK, narrow_KV, input_precision=PRECISION)
         scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
         if GATED:
-            fade_C = tl.exp2(g_C)
-            read_CV, o_CV = read_CV * fade_C[:, None], o_CV * fade_C[:, None]
             scores_CC = scores_CC * tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
         else:
             scores_CC = tl.where(seen, scores_CC, 0.0)
+        scores_CC = scores_CC.to(DOT)
+        read_CV = tl.dot(k_CK, narrow_KV, input_precision=PRECISION)
+        if GATED:
+            read_CV = read_CV * tl.exp2(g_C)[:, None]
         error_CV = v_CV.to(tl.float32) - read_CV
         error_CV -= tl.dot(h_CC, (error_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
+        o_CV = tl.dot(q_CK, narrow_KV, input_precision=PRECISION)
+        if GATED:
+            o_CV = o_CV * tl.exp2(g_C)[:, None]
         write_CV = error_CV * beta_C[:, None]
-        o_CV = tl.dot(scores_CC.to(DOT), write_CV.to(DOT), o_CV, input_precision=PRECISION)
+        o_CV = tl.dot(scores_CC, write_CV.to(DOT), o_CV, input_precision=PRECISION)
         if GATED:
             write_CV = write_CV * tl.exp2(g_all - g_C)[:, None]
             state_KV = state_KV * tl.exp2(g_all)
