@@ -133,8 +133,8 @@ def forward(
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     delta_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, LEVELS=(config.chunk // 16).bit_length() - 1, GATE=_gate_kind(log_decay),
-        MERGE_PRECISION=_precision(dot) or "tf32", num_warps=config.coupling.warps,
+        **shared, LEVELS=config.chunk.bit_length() - 1, GATE=_gate_kind(log_decay),
+        MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=config.coupling.warps,
     )  # fmt: skip
     tile, warps, stages = config.forward
     tile = min(tile, padded(v_dim))

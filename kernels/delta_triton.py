@@ -11,7 +11,7 @@ H depends on keys, beta and decays only, so all chunks' H are made in parallel b
 dtype of the tensor cores. Beta may be zero: nothing divides by it. Sources: Yang et al. 2024 (DeltaNet), eq. 10; Gated
 DeltaNet 2025, eq. 8; the form with errors in place of writes is ours.
 
-Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width, R tokens of a block.
+Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width.
 """
 
 from __future__ import annotations
@@ -21,42 +21,26 @@ import triton.language as tl
 
 from kernels.walk_triton import NO_GATE, SCALAR_GATE, _load_rows, _log_decays
 
-BLOCK = tl.constexpr(16)
-
 
 @triton.jit
-def _coupling_of_blocks(x_CC, beta_C, C: tl.constexpr):
-    """H of the diagonal blocks of X, row by row: H_i = X_i - sum_{j < i} X_ij beta_j H_j."""
-    N: tl.constexpr = C // BLOCK
-    n, r = tl.arange(0, N), tl.arange(0, BLOCK)
-    own = (n[:, None] == n[None, :])[:, :, None, None]
-    x_NNRR = tl.permute(tl.reshape(x_CC, [N, BLOCK, N, BLOCK]), [0, 2, 1, 3])
-    x_NRR = tl.sum(tl.where(own, x_NNRR, 0.0), 1)
-    beta_NR = tl.reshape(beta_C, [N, BLOCK])
-    h_NRR = x_NRR
-    for i in tl.range(1, BLOCK):
-        row = (r == i)[None, :, None]
-        weights_NR = tl.sum(tl.where(row, x_NRR, 0.0), 1) * beta_NR
-        change_NR = tl.sum(weights_NR[:, :, None] * h_NRR, 1)
-        h_NRR = tl.where(row, h_NRR - change_NR[:, None, :], h_NRR)
-    h_NNRR = tl.where(own, h_NRR[:, None, :, :], 0.0)
-    return tl.reshape(tl.permute(h_NNRR, [0, 2, 1, 3]), [C, C])
+def _coupling(x_CC, beta_C, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
+    """H = X (I + beta X)^-1 of a strictly lower X, by merging neighbouring blocks of 1, 2, 4, ... rows; C = 2^LEVELS.
 
-
-@triton.jit
-def _coupling(x_CC, beta_C, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """H = X (I + beta X)^-1 of a strictly lower X: blocks of 16 rows, then neighbours are merged LEVELS times.
-
-    Two halves that are solved leave H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11).
+    Two blocks that are solved leave H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11): as stable as substitution row by row.
+    A sum of powers of X would not be: with equal keys its terms grow like binomial coefficients. Only corrections to X are
+    rounded to the dtype MERGE, which is fp16 for both 16-bit dtypes: H needs its digits and not the range of bf16.
     """
     i = tl.arange(0, C)
-    h_CC = _coupling_of_blocks(x_CC, beta_C, C)
+    h_CC = tl.zeros([C, C], tl.float32)
     for level in tl.static_range(LEVELS):
-        half = i // (BLOCK << level)
-        lower = (half[:, None] > half[None, :]) & ((half // 2)[:, None] == (half // 2)[None, :])
+        block = i >> level
+        lower = (block[:, None] > block[None, :]) & ((block >> 1)[:, None] == (block >> 1)[None, :])
         x_lower = tl.where(lower, x_CC, 0.0)
-        left = x_lower - tl.dot(h_CC, beta_C[:, None] * x_lower, input_precision=PRECISION)
-        h_CC += left - tl.dot(left * beta_C[None, :], h_CC, input_precision=PRECISION)
+        if level > 0:
+            solved_CC = h_CC.to(MERGE)
+            x_lower -= tl.dot(solved_CC, (beta_C[:, None] * x_lower).to(MERGE), input_precision=PRECISION)
+            x_lower -= tl.dot((x_lower * beta_C[None, :]).to(MERGE), solved_CC, input_precision=PRECISION)
+        h_CC += x_lower
     return h_CC
 
 
@@ -66,7 +50,7 @@ def coupling_kernel(
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
     length: tl.int32, chunks: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, MERGE_PRECISION: tl.constexpr,
+    DOT: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Writes H [B, H, N, C, C] of every chunk, and its cumulated log2 decays [B, H, N, C]."""
     program = tl.program_id(0)
@@ -87,7 +71,7 @@ def coupling_kernel(
         x_CC = x_CC * tl.exp2(tl.where(before, g_C[:, None] - g_C[None, :], float("-inf")))
     else:
         x_CC = tl.where(before, x_CC, 0.0)
-    h_CC = _coupling(x_CC, beta_C, C, LEVELS, MERGE_PRECISION)
+    h_CC = _coupling(x_CC, beta_C, C, LEVELS, MERGE, PRECISION)
     tl.store(h + program.to(tl.int64) * C * C + i[:, None] * C + i[None, :], h_CC.to(h.dtype.element_ty))
 
 
@@ -149,20 +133,20 @@ def forward_kernel(
             read_CV = read_CV * tl.exp2(g_C)[:, None]
         error_CV = v_CV.to(tl.float32) - read_CV
         error_CV -= tl.dot(h_CC, (error_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
+        in_out = (t_C < length)[:, None] & (e < V)[None, :]
+        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
+        if KEEP:
+            tl.store(errors + out, error_CV.to(DOT), mask=in_out)
         o_CV = tl.dot(q_CK, narrow_KV, input_precision=PRECISION)
         if GATED:
             o_CV = o_CV * tl.exp2(g_C)[:, None]
         write_CV = error_CV * beta_C[:, None]
         o_CV = tl.dot(scores_CC, write_CV.to(DOT), o_CV, input_precision=PRECISION)
+        tl.store(o + out, o_CV.to(o.dtype.element_ty), mask=in_out)
         if GATED:
             write_CV = write_CV * tl.exp2(g_all - g_C)[:, None]
             state_KV = state_KV * tl.exp2(g_all)
         state_KV = tl.dot(tl.trans(k_CK), write_CV.to(DOT), state_KV, input_precision=PRECISION)
-        in_out = (t_C < length)[:, None] & (e < V)[None, :]
-        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
-        tl.store(o + out, o_CV.to(o.dtype.element_ty), mask=in_out)
-        if KEEP:
-            tl.store(errors + out, error_CV.to(DOT), mask=in_out)
     if LAST:
         tl.store(last + head_index * K * V + state_offsets, state_KV, mask=in_state)
 
