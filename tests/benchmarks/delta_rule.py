@@ -99,10 +99,10 @@ def shipped(rates: tuple[float, float]) -> list[dict]:
 
 def candidates() -> list[tuple[Config, int, str]]:
     """Configurations, widths and gates of a sweep; the kernels are independent, so each list is walked in step."""
-    coupling = [Launch(0, warps, 1) for warps in (1, 2, 4, 8)]
+    coupling = [Launch(0, warps, 1) for warps in (4, 8)]
     walks = [Launch(tile, 4, stages) for tile in (32, 64) for stages in (1, 2, 3)]
     gradients = [Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1)]
-    steps = [(coupling[n % 4], walks[n], walks[n], gradients[n % 3]) for n in range(len(walks))]
+    steps = [(coupling[n % 2], walks[n], walks[n], gradients[n % 3]) for n in range(len(walks))]
     return [(Config(64, *step, width), width, gate) for step in steps for width in (64, 128) for gate in GATES]
 
 
