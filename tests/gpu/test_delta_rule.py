@@ -155,9 +155,7 @@ def test_forward_and_backward_inside_a_cuda_graph() -> None:
 
         def call() -> list[torch.Tensor]:
             beta, decay, state = leaves
-            o, final = linear_recurrence(
-                tensors["q"], tensors["k"], tensors["v"], beta_BTH=beta, log_decay=decay, state_BHKV=state
-            )
+            o, final = linear_recurrence(tensors["q"], tensors["k"], tensors["v"], beta_BTH=beta, log_decay=decay, state_BHKV=state)
             assert final is not None
             return [o.detach(), final.detach(), *torch.autograd.grad((o, final), list(tensors.values()), weights)]
 

@@ -17,17 +17,29 @@ FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "KEEP": True}
 def compile_one(kernel, width, gate, dtype):
     """One kernel with K = V = width, as training without a state runs it; gate is 0, 1 or 2."""
     pointer, dot = DTYPES[dtype]
-    config = delta.config_of(width, width, dtype)
-    part = {coupling_kernel: "coupling", forward_kernel: "forward", reverse_kernel: "reverse", gradients_kernel: "gradients"}[kernel]
+    config, inner, precision = delta.config_of(width, width, dtype), walk.padded(width), walk._precision(dtype)
+    part = kernel.__name__.removesuffix("_kernel")
     tile, warps, stages = getattr(config, part)
-    inner = walk.padded(width)
-    precision = walk._precision(dtype)
-    constants = {"K": width, "V": width, "BK": inner, "TK": min(tile, inner), "UNIT": 8, "C": config.chunk, "STAGES": stages}
-    constants |= {"BV": min(config.inner if part == "gradients" else tile, inner), "GATE": gate, "GATED": gate > 0}
-    constants |= {"GATE_GRAD": gate > 0, "PARTS": -(-width // config.reverse.tile), "LEVELS": config.chunk.bit_length() - 1}
-    constants |= {"DOT": dot, "PRECISION": tl.constexpr(precision), "MERGE": tl.float32 if dtype == torch.float32 else tl.float16} | FLAGS
+    constants = {
+        "K": width,
+        "V": width,
+        "BK": inner,
+        "TK": min(tile, inner),
+        "BV": min(config.inner if part == "gradients" else tile, inner),
+        "UNIT": 8,
+        "C": config.chunk,
+        "LEVELS": config.chunk.bit_length() - 1,
+        "PARTS": -(-width // config.reverse.tile),
+        "GATE": gate,
+        "GATED": gate > 0,
+        "GATE_GRAD": gate > 0,
+        "STAGES": stages,
+        "DOT": dot,
+        "MERGE": tl.float32 if dtype == torch.float32 else tl.float16,
+        "PRECISION": tl.constexpr(precision),
+    }
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
-    arguments = runtime | dict.fromkeys(NARROW, pointer) | constants
+    arguments = runtime | dict.fromkeys(NARROW, pointer) | constants | FLAGS
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
 
 
