@@ -29,7 +29,7 @@ def n_features(k_dim: int) -> int:
 
 
 def features(x: Tensor) -> Tensor:
-    """phi of [..., K]: [..., F], in fp32 or better."""
+    """Phi of [..., K]: [..., F], in fp32 or better."""
     x = x.to(torch.promote_types(x.dtype, torch.float32)) * x.shape[-1] ** -0.25
     first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device).unbind(0)
     weight = torch.ones_like(first, dtype=x.dtype).masked_fill(first == second, 0.5**0.5)

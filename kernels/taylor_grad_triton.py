@@ -25,7 +25,7 @@ def query_kernel(
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries, and shift = -d if NORM, which later kernels read. Grid: (B * H * ceil(T / BM),)."""
+    """Dq of one tile of queries, and shift = -d if NORM, which later kernels read. Grid: (B * H * ceil(T / BM),)."""
     ROWS: tl.constexpr = K * (K // 2 + 2) + 1
     program = tl.program_id(0)
     blocks = tl.cdiv(length, BM)
@@ -71,7 +71,7 @@ def query_kernel(
 
 @triton.jit
 def _through_features(x_MK, dphi_MF, dx_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """dx plus the gradient that a tile of monomials of x sends back to x."""
+    """Dx plus the gradient that a tile of monomials of x sends back to x."""
     first_MF = tl.dot(x_MK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
     second_MF = tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
     to_first_MF = (dphi_MF * (second_MF + second_one(f, K)[None, :])).to(WIDE)
@@ -90,7 +90,7 @@ def key_kernel(
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, LAST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys; `leaving` is the gradient of the sums behind a chunk. Grid: (B * H * ceil(T / BN),).
+    """Dk and dv of one tile of keys; `leaving` is the gradient of the sums behind a chunk. Grid: (B * H * ceil(T / BN),).
 
     LAST: the sums behind the last chunk have a gradient too. BN divides the chunk, BM divides BN.
     """
@@ -134,10 +134,16 @@ def key_kernel(
         if NORM:
             dphi_NF += tl.load(leaving_norm + row + f, mask=f < ROWS, other=0.0)[None, :]
         first_NF = tl.dot(k_NK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION) + first_one(f, K)[None, :]
-        second_NF = tl.dot(k_NK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION) + second_one(f, K)[None, :]
+        second_NF = (
+            tl.dot(k_NK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION) + second_one(f, K)[None, :]
+        )
         dv_NV = tl.dot((first_NF * second_NF).to(WIDE), dstate_FV, dv_NV, input_precision=PRECISION)
-        dk_NK = tl.dot((dphi_NF * second_NF).to(WIDE), first_factor(i[None, :], f[:, None], K, WIDE), dk_NK, input_precision=PRECISION)
-        dk_NK = tl.dot((dphi_NF * first_NF).to(WIDE), second_factor(i[None, :], f[:, None], K, WIDE), dk_NK, input_precision=PRECISION)
+        dk_NK = tl.dot(
+            (dphi_NF * second_NF).to(WIDE), first_factor(i[None, :], f[:, None], K, WIDE), dk_NK, input_precision=PRECISION
+        )
+        dk_NK = tl.dot(
+            (dphi_NF * first_NF).to(WIDE), second_factor(i[None, :], f[:, None], K, WIDE), dk_NK, input_precision=PRECISION
+        )
     token = scalar + t.to(tl.int64) * heads
     in_k, in_v = (t < length)[:, None] & (i < K)[None, :], (t < length)[:, None] & (e < V)[None, :]
     tl.store(dk + token[:, None] * K + i[None, :], dk_NK.to(dk.dtype.element_ty), mask=in_k)

@@ -104,7 +104,14 @@ def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
 
 
 def forward(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, first: Tensor | None, first_norm: Tensor | None, norm: bool, eps: float, last: bool
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    first: Tensor | None,
+    first_norm: Tensor | None,
+    norm: bool,
+    eps: float,
+    last: bool,
 ) -> tuple[Tensor, ...]:
     """Taylor linear attention.
 

@@ -96,7 +96,9 @@ class TaylorAttention(_SingleLevelFunction):
         ctx.save_for_backward(q, k, v, *output[:4])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _scale: Any, _entering: Any, _norm: Any, dlast: Tensor, dlast_norm: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, dy: Tensor, _scale: Any, _entering: Any, _norm: Any, dlast: Tensor, dlast_norm: Tensor
+    ) -> tuple[Any, ...]:
         """See `kernels.taylor_launch.backward`."""
         norm, first, last = ctx.flags
         more = (dlast if last else None, dlast_norm if last and norm else None)
