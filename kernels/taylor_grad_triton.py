@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.taylor_triton import first_factor, first_one, load_tile, second_factor, second_one
+from kernels.taylor_triton import factors, first_factor, load_tile, second_factor
 
 
 @triton.jit
@@ -64,18 +64,16 @@ def query_kernel(
         if NORM:
             norm_F = tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0)
             dphi_MF = dphi_MF * scale_M[:, None] + shift_M[:, None] * norm_F[None, :]
-        dq_MK = _through_features(q_MK, dphi_MF, dq_MK, i, f, K, DOT, WIDE, PRECISION)
+        first_MF, second_MF = factors(q_MK, i, f, K, DOT, PRECISION)
+        dq_MK = _through_features(dphi_MF, first_MF, second_MF, dq_MK, i, f, K, WIDE, PRECISION)
     in_q = (m < length)[:, None] & (i < K)[None, :]
     tl.store(dq + token[:, None] * K + i[None, :], dq_MK.to(dq.dtype.element_ty), mask=in_q)
 
 
 @triton.jit
-def _through_features(x_MK, dphi_MF, dx_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Dx plus the gradient that a tile of monomials of x sends back to x."""
-    first_MF = tl.dot(x_MK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-    second_MF = tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-    to_first_MF = (dphi_MF * (second_MF + second_one(f, K)[None, :])).to(WIDE)
-    to_second_MF = (dphi_MF * (first_MF + first_one(f, K)[None, :])).to(WIDE)
+def _through_features(dphi_MF, first_MF, second_MF, dx_MK, i, f, K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """dx plus the gradient that a tile of monomials of x, with their two factors, sends back to x."""
+    to_first_MF, to_second_MF = (dphi_MF * second_MF).to(WIDE), (dphi_MF * first_MF).to(WIDE)
     dx_MK = tl.dot(to_first_MF, first_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
     return tl.dot(to_second_MF, second_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
 
@@ -133,17 +131,9 @@ def key_kernel(
         dphi_NF = tl.dot(v_NV.to(WIDE), tl.trans(dstate_FV), input_precision=PRECISION)
         if NORM:
             dphi_NF += tl.load(leaving_norm + row + f, mask=f < ROWS, other=0.0)[None, :]
-        first_NF = tl.dot(k_NK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION) + first_one(f, K)[None, :]
-        second_NF = (
-            tl.dot(k_NK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION) + second_one(f, K)[None, :]
-        )
+        first_NF, second_NF = factors(k_NK, i, f, K, DOT, PRECISION)
         dv_NV = tl.dot((first_NF * second_NF).to(WIDE), dstate_FV, dv_NV, input_precision=PRECISION)
-        dk_NK = tl.dot(
-            (dphi_NF * second_NF).to(WIDE), first_factor(i[None, :], f[:, None], K, WIDE), dk_NK, input_precision=PRECISION
-        )
-        dk_NK = tl.dot(
-            (dphi_NF * first_NF).to(WIDE), second_factor(i[None, :], f[:, None], K, WIDE), dk_NK, input_precision=PRECISION
-        )
+        dk_NK = _through_features(dphi_NF, first_NF, second_NF, dk_NK, i, f, K, WIDE, PRECISION)
     token = scalar + t.to(tl.int64) * heads
     in_k, in_v = (t < length)[:, None] & (i < K)[None, :], (t < length)[:, None] & (e < V)[None, :]
     tl.store(dk + token[:, None] * K + i[None, :], dk_NK.to(dk.dtype.element_ty), mask=in_k)

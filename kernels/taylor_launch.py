@@ -104,15 +104,9 @@ def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
 
 
 def forward(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    first: Tensor | None,
-    first_norm: Tensor | None,
-    norm: bool,
-    eps: float,
-    last: bool,
-) -> tuple[Tensor, ...]:
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, first: Tensor | None, first_norm: Tensor | None,
+    norm: bool, eps: float, last: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Taylor linear attention.
 
     Args:

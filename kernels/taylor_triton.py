@@ -52,6 +52,14 @@ def second_one(f, K: tl.constexpr):
 
 
 @triton.jit
+def factors(x_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The two factors of each monomial of x in rows f, [M, F] in fp32."""
+    first_MF = tl.dot(x_MK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
+    second_MF = tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
+    return first_MF + first_one(f, K)[None, :], second_MF + second_one(f, K)[None, :]
+
+
+@triton.jit
 def weights(f, K: tl.constexpr):
     """Weight of a row: 1 + s + s^2 / 2 = sum_f weight_f monomial_f(q) monomial_f(k)."""
     shift = f // K - 1
@@ -213,9 +221,8 @@ def forward_kernel(
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)
-        first_MF = tl.dot(q_MK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-        second_MF = tl.dot(q_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-        phi_MF = (first_MF + first_one(f, K)[None, :]) * (second_MF + second_one(f, K)[None, :])
+        first_MF, second_MF = factors(q_MK, i, f, K, DOT, PRECISION)
+        phi_MF = first_MF * second_MF
         if NORM:
             z_M += tl.sum(phi_MF * tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0)[None, :], 1)
         o_MV = tl.dot(phi_MF.to(WIDE), state_FV, o_MV, input_precision=PRECISION)
