@@ -72,7 +72,7 @@ def query_kernel(
 
 @triton.jit
 def _through_features(dphi_MF, first_MF, second_MF, dx_MK, i, f, K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """dx plus the gradient that a tile of monomials of x, with their two factors, sends back to x."""
+    """Gradient of x plus the one that a tile of monomials of x, with their two factors, sends back to x."""
     to_first_MF, to_second_MF = (dphi_MF * second_MF).to(WIDE), (dphi_MF * first_MF).to(WIDE)
     dx_MK = tl.dot(to_first_MF, first_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
     return tl.dot(to_second_MF, second_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
