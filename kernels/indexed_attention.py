@@ -1,0 +1,189 @@
+"""Softmax attention to some of the keys behind one door: a band, a static pattern, chosen blocks, or one token's cache.
+
+Each function has three forms that `kernels.dispatch` chooses from: the definition under a dense mask, torch's fused attention
+under the same mask (for a band: in blocks), and Triton kernels that visit only tiles with something to see.
+
+Shape legend: B batch, H heads of q, G heads of k and v (G divides H), T queries, S keys, K width of q and k, V width of v,
+N blocks of keys, R rows of an index.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.attention import attention, attention_reference
+from kernels.indexed_launch import MAX_WIDTH, Listed, list_tile
+from kernels.sparse_masks import MASKS
+
+ROWS_AT_ONCE = 1024
+"""Rows of a static mask that exist at a time while it is packed into bits."""
+
+_static: dict[tuple[object, ...], Listed] = {}
+
+
+def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern: str, **options: int) -> Tensor:
+    """Attention under a static causal pattern.
+
+    Args:
+        q_BHTK: queries.
+        k_BGTK: keys.
+        v_BGTV: values.
+        pattern: a key of `kernels.sparse_masks.MASKS`.
+        options: the pattern's options.
+
+    Returns:
+        [B, H, T, V].
+
+    Raises:
+        ValueError: tensors that do not belong together, or a forced backend that cannot run them.
+    """
+    _check("sparse_attention", q_BHTK, k_BGTK, v_BGTV)
+    backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=width_obstacle(k_BGTK, v_BGTV))
+    if backend == "triton":
+        index = _static_index(pattern, options, q_BHTK.shape[2], list_tile(q_BHTK, k_BGTK, v_BGTV), q_BHTK.device)
+        return _listed(q_BHTK, k_BGTK, v_BGTV, index)
+    position = torch.arange(q_BHTK.shape[2], device=q_BHTK.device)
+    return _masked(backend, q_BHTK, k_BGTK, v_BGTV, MASKS[pattern](position[:, None], position, **options))
+
+
+def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN: Tensor, *, block: int) -> Tensor:
+    """Causal attention to the blocks of keys that each token chose.
+
+    Args:
+        q_BHTK: queries; the heads that share keys share the choice.
+        k_BGTK: keys.
+        v_BGTV: values.
+        chosen_BGTN: bool, whether a token reads block n, keys n * block and on; every token sees something.
+        block: keys of a block.
+
+    Returns:
+        [B, H, T, V].
+
+    Raises:
+        ValueError: tensors that do not belong together, or a forced backend that cannot run them.
+    """
+    _check("block_attention", q_BHTK, k_BGTK, v_BGTV)
+    length = q_BHTK.shape[2]
+    wanted = (*k_BGTK.shape[:2], length, -(-length // block))
+    if tuple(chosen_BGTN.shape) != wanted:
+        raise ValueError(
+            f"block_attention: chosen has the shape {list(chosen_BGTN.shape)}; with block={block} it must be {list(wanted)}"
+        )
+    tile = list_tile(q_BHTK, k_BGTK, v_BGTV)
+    obstacle = width_obstacle(k_BGTK, v_BGTV)
+    if block % tile[1] and tile[1] % block:
+        obstacle = f"block {block} neither divides {tile[1]} nor is a multiple of it"
+    backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle)
+    if backend == "triton":
+        return _listed(q_BHTK, k_BGTK, v_BGTV, _packed(chosen_BGTN.flatten(0, 1), block, tile, length))
+    visible = chosen_BGTN.repeat_interleave(block, -1)[..., :length]
+    visible = visible & torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
+    return _masked(backend, q_BHTK, k_BGTK, v_BGTV, visible.repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1))
+
+
+def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Tensor) -> Tensor:
+    """Attention of one token to a cache, which several programs read at once.
+
+    Args:
+        q_BHK: the token's queries.
+        k_BGSK: stored keys.
+        v_BGSV: stored values.
+        seen_BGS: bool, which keys the token sees, [B, G or 1, S]; something in every row. Unseen keys are not read.
+
+    Returns:
+        [B, H, V].
+
+    Raises:
+        ValueError: tensors that do not belong together, or a forced backend that cannot run them.
+    """
+    _check("decode_attention", q_BHK[:, :, None], k_BGSK, v_BGSV)
+    batch, kv_heads, n_keys = k_BGSK.shape[:3]
+    if tuple(seen_BGS.shape) not in ((batch, 1, n_keys), (batch, kv_heads, n_keys)):
+        raise ValueError(
+            f"decode_attention: seen has the shape {list(seen_BGS.shape)}; it must be [{batch}, 1 or {kv_heads}, {n_keys}]"
+        )
+    obstacle = width_obstacle(k_BGSK, v_BGSV)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHK, k_BGSK, v_BGSV)):
+        obstacle = "the kernel for one token has no gradient"
+    backend = dispatch.pick("decode_attention", q_BHK, obstacle=obstacle)
+    if backend == "triton":
+        from kernels.indexed_decode import decode_attention_operator
+
+        return decode_attention_operator(q_BHK, k_BGSK, v_BGSV, seen_BGS)
+    seen = seen_BGS if seen_BGS.shape[1] == 1 else seen_BGS.repeat_interleave(q_BHK.shape[1] // kv_heads, 1)
+    return _masked(backend, q_BHK[:, :, None], k_BGSK, v_BGSV, seen[:, :, None])[:, :, 0]
+
+
+def width_obstacle(k: Tensor, v: Tensor) -> str | None:
+    """What keeps widths from the Triton kernels."""
+    width = max(k.shape[-1], v.shape[-1])
+    return f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
+
+
+def share_heads(x_BGSK: Tensor, n_heads: int) -> Tensor:
+    """Keys or values repeated for the heads of q that share them."""
+    repeats = n_heads // x_BGSK.shape[1]
+    return x_BGSK if repeats == 1 else x_BGSK.repeat_interleave(repeats, 1)
+
+
+def _masked(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
+    return attention_reference(q, k, v, mask) if backend == "reference" else attention(q, k, v, mask_TS=mask)
+
+
+def _listed(q: Tensor, k: Tensor, v: Tensor, index: Listed) -> Tensor:
+    from kernels.indexed_op import indexed_attention
+
+    return indexed_attention(q, k, v, None, index.words, index.tiles, index.block, [])[0]
+
+
+def _packed(chosen_RTN: Tensor, block: int, tile: tuple[int, int], n_keys: int) -> Listed:
+    """The index of a choice: bits for each token, and which pairs of tiles hold any."""
+    tokens, keys = tile
+    length, n_blocks = chosen_RTN.shape[1:]
+    bits = F.pad(chosen_RTN, (0, -n_blocks % 32)).unflatten(-1, (-1, 32)).to(torch.int32)
+    words = (bits << torch.arange(32, dtype=torch.int32, device=bits.device)).sum(-1, dtype=torch.int32)
+    any_RIN = F.pad(chosen_RTN, (0, 0, 0, -length % tokens)).unflatten(1, (-1, tokens)).any(2)
+    if block >= keys:
+        tiles = any_RIN.repeat_interleave(block // keys, -1)
+    else:
+        tiles = F.pad(any_RIN, (0, -n_blocks % (keys // block))).unflatten(-1, (-1, keys // block)).any(-1)
+    return Listed(words, tiles[..., : -(-n_keys // keys)], block)
+
+
+def _static_index(pattern: str, options: dict[str, int], length: int, tile: tuple[int, int], device: torch.device) -> Listed:
+    """The index of a static pattern, kept for the next call: it depends on the length alone."""
+    if torch.compiler.is_compiling():
+        return _static_packed(pattern, options, length, tile, device)
+    key = (pattern, tuple(options.items()), length, tile, device)
+    if key not in _static:
+        with torch.inference_mode(False):
+            index = _static_packed(pattern, options, length, tile, device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return index  # its memory belongs to the graph
+        _static[key] = index
+    return _static[key]
+
+
+def _static_packed(pattern: str, options: dict[str, int], length: int, tile: tuple[int, int], device: torch.device) -> Listed:
+    key_T = torch.arange(length, device=device)
+    rows = -(-ROWS_AT_ONCE // tile[0]) * tile[0]
+    parts = [_packed(MASKS[pattern](query[:, None], key_T, **options)[None], 1, tile, length) for query in key_T.split(rows)]
+    return Listed(torch.cat([part.words for part in parts], 1), torch.cat([part.tiles for part in parts], 1), 1)
+
+
+def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
+    for label, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name}: {label} has the shape {tuple(x.shape)}; it must be [B, heads, T, width], none of them 0")
+        if x.device != q.device:
+            raise ValueError(f"{name}: {label} is on {x.device} and q on {q.device}; move them to one device")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: {label} has the dtype {x.dtype}; it must be a floating-point one")
+    if k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or k.shape[0] != q.shape[0] or q.shape[1] % k.shape[1]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"{name}: the shapes are {shapes}; batches must agree, k's heads divide q's, and k be as wide as q")
