@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.indexed_triton import LOG2_E, band_seen, band_tiles, listed_seen, load_rows, packed_rows
+from kernels.indexed_triton import LOG2_E, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def query_kernel(
     LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, T, H, K] and delta [B, H, T] of a tile of queries. Grid: (B * G * bundles * tiles of queries,)."""
+    """Gradient dq [B, T, H, K] and delta [B, H, T] of a tile of queries. Grid: (B * G * bundles * tiles of queries,)."""
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
     program = tl.program_id(0)
@@ -48,38 +48,45 @@ def query_kernel(
     v += (wide * v_b + kv_head * v_h) * UNIT
     index_row = (kv_index % index_rows).to(tl.int64)
     words += index_row * length * n_words
-    list_base = lists + (index_row * tiles + tile) * tl.cdiv(n_keys, N)
-    start = 0
-    if STORED:
-        start = tl.load(starts + batch)
-    sink_tiles, band = 0, 0
-    if LISTED:
-        count = tl.load(counts + index_row * tiles + tile)
-    else:
-        first = tile * (M // pack)
-        stop = tl.minimum(first + M // pack, length)
-        sink_tiles, band, count = band_tiles(first, stop, n_keys, window, sinks, front, past, N, SINKS)
+    entries, count = lists + (index_row * tiles + tile) * tl.cdiv(n_keys, N), counts + index_row * tiles + tile
+    start = tl.load(starts + batch) if STORED else 0
+    sink_tiles, band, visits = keys_to_visit(
+        tile, count, length, n_keys, pack, window, sinks, front, past, LISTED, SINKS, M, N
+    )  # fmt: skip
     dq_MK = tl.zeros([M, BK], tl.float32)
-    for n in tl.range(count, num_stages=STAGES):
-        if LISTED:
-            s_tile = tl.load(list_base + n) * N
-        else:
-            s_tile = tl.where(n < sink_tiles, n, band + n - sink_tiles) * N
+    for n in tl.range(visits, num_stages=STAGES):
+        s_tile = nth_tile(entries, n, sink_tiles, band, LISTED) * N
         s = s_tile + tl.arange(0, N)
         k_NK = load_rows(k, s.to(tl.int64) * k_t * UNIT, i, s < n_keys, K).to(DOT)
         v_NV = load_rows(v, s.to(tl.int64) * v_t * UNIT, e, s < n_keys, V).to(DOT)
         score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
         dp_MN = tl.dot(dy_MV, tl.trans(v_NV), input_precision=PRECISION)
-        if LISTED:
-            seen = listed_seen(words, t[:, None], s[None, :], s_tile, inside[:, None], n_words, block, past, ROWWISE)
-        else:
-            seen = band_seen(t[:, None], s[None, :], start, window, sinks, front, past, SINKS, STORED)
+        seen = is_seen(
+            words, t[:, None], s[None, :], s_tile, inside[:, None], start, n_words, block, window, sinks, front, past,
+            LISTED, SINKS, STORED, ROWWISE,
+        )  # fmt: skip
         p_MN = tl.exp2(tl.where(seen, score_MN - lse_M[:, None], float("-inf")))
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_rows = ((wide * length + t) * heads + head) * K
     dq_MK = dq_MK * K**-0.5
     tl.store(dq + dq_rows[:, None] + i[None, :], dq_MK.to(dq.dtype.element_ty), mask=inside[:, None] & (i < K)[None, :])
+
+
+@triton.jit
+def _queries_to_visit(
+    key_tile, count, length, pack, window, sinks, front, past,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The first tile of queries that sees a tile of keys, and how many do; a list has its count in memory."""
+    if LISTED:
+        return 0, tl.load(count)
+    first = key_tile * N - front - past
+    high = tl.minimum(first + N + window - 1, length)
+    if SINKS:
+        high = tl.where(key_tile * N < (front if STORED else sinks), length, high)
+    low = tl.maximum(first, 0) // (M // pack)
+    return low, tl.maximum(tl.cdiv(high, M // pack) - low, 0)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def key_kernel(
     LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, S, G, K] and dv [B, S, G, V] of a tile of keys. Grid: (B * G * tiles of keys,).
+    """Gradients dk [B, S, G, K] and dv [B, S, G, V] of a tile of keys. Grid: (B * G * tiles of keys,).
 
     `lists` is [index rows, tiles of keys, tiles of queries] here, and `counts` [index rows, tiles of keys].
     """
@@ -111,30 +118,16 @@ def key_kernel(
     v_NV = load_rows(v, (wide * v_b + kv_head * v_h + s * v_t) * UNIT, e, s < n_keys, V).to(DOT)
     index_row = (kv_index % index_rows).to(tl.int64)
     words += index_row * length * n_words
-    list_base = lists + (index_row * key_tiles + key_tile) * query_tiles
-    start = 0
-    if STORED:
-        start = tl.load(starts + batch)
-    low = 0
-    if LISTED:
-        count = tl.load(counts + index_row * key_tiles + key_tile)
-    else:
-        first = key_tile * N - front - past
-        high = tl.minimum(first + N + window - 1, length)
-        low = tl.maximum(first, 0)
-        if SINKS:
-            holds_sinks = key_tile * N < (front if STORED else sinks)
-            high = tl.where(holds_sinks, length, high)
-        low = low // (M // pack)
-        count = tl.maximum(tl.cdiv(high, M // pack) - low, 0)
+    entries, count = lists + (index_row * key_tiles + key_tile) * query_tiles, counts + index_row * key_tiles + key_tile
+    start = tl.load(starts + batch) if STORED else 0
+    low, visits = _queries_to_visit(
+        key_tile, count, length, pack, window, sinks, front, past, LISTED, SINKS, STORED, M, N
+    )  # fmt: skip
     dk_NK = tl.zeros([N, BK], tl.float32)
     dv_NV = tl.zeros([N, BV], tl.float32)
-    for n in tl.range(count * bundles, num_stages=STAGES):
-        if LISTED:
-            tile = tl.load(list_base + n % count)
-        else:
-            tile = low + n % count
-        t, head, inside = packed_rows(tile, kv_head * group + n // count * pack, pack, length, M)
+    for n in tl.range(visits * bundles, num_stages=STAGES):
+        tile = nth_tile(entries, n % visits, 0, low, LISTED)
+        t, head, inside = packed_rows(tile, kv_head * group + n // visits * pack, pack, length, M)
         q_MK = load_rows(q, (wide * q_b + head * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
         dy_MV = load_rows(dy, (wide * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)
         scalar = (wide * heads + head) * length + t
@@ -142,10 +135,10 @@ def key_kernel(
         delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
         score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
         dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
-        if LISTED:
-            seen = listed_seen(words, t[None, :], s[:, None], key_tile * N, inside[None, :], n_words, block, past, ROWWISE)
-        else:
-            seen = band_seen(t[None, :], s[:, None], start, window, sinks, front, past, SINKS, STORED) & inside[None, :]
+        seen = is_seen(
+            words, t[None, :], s[:, None], key_tile * N, inside[None, :], start, n_words, block, window, sinks, front, past,
+            LISTED, SINKS, STORED, ROWWISE,
+        )  # fmt: skip
         p_NM = tl.exp2(tl.where(seen, score_NM - lse_M[None, :], float("-inf")))
         dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])

@@ -67,6 +67,37 @@ def listed_seen(words, t, s, s_tile, inside_t, n_words, block, past, ROWWISE: tl
 
 
 @triton.jit
+def is_seen(
+    words, t, s, s_tile, inside_t, start, n_words, block, window, sinks, front, past,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
+):  # fmt: skip
+    """Whether the token at t sees the key at s, of the tile of keys that begins at s_tile; t and s broadcast."""
+    if LISTED:
+        return listed_seen(words, t, s, s_tile, inside_t, n_words, block, past, ROWWISE)
+    return band_seen(t, s, start, window, sinks, front, past, SINKS, STORED) & inside_t
+
+
+@triton.jit
+def keys_to_visit(
+    tile, count, length, n_keys, pack, window, sinks, front, past,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """What `nth_tile` needs for a tile of queries, and how many tiles of keys it visits; a list has its count in memory."""
+    if LISTED:
+        return 0, 0, tl.load(count)
+    first = tile * (M // pack)
+    return band_tiles(first, tl.minimum(first + M // pack, length), n_keys, window, sinks, front, past, N, SINKS)
+
+
+@triton.jit
+def nth_tile(entries, n, sink_tiles, band, LISTED: tl.constexpr):
+    """The n-th tile of keys that a tile of queries visits."""
+    if LISTED:
+        return tl.load(entries + n)
+    return tl.where(n < sink_tiles, n, band + n - sink_tiles)
+
+
+@triton.jit
 def packed_rows(tile, first_head, pack, length, M: tl.constexpr):
     """Token, head and whether it exists, of each row of a tile of queries."""
     r = tl.arange(0, M)
@@ -105,33 +136,24 @@ def forward_kernel(
     v += (wide * v_b + kv_head * v_h) * UNIT
     index_row = (kv_index % index_rows).to(tl.int64)
     words += index_row * length * n_words
-    list_base = lists + (index_row * tiles + tile) * tl.cdiv(n_keys, N)
-    start = 0
-    if STORED:
-        start = tl.load(starts + batch)
-    sink_tiles, band = 0, 0
-    if LISTED:
-        count = tl.load(counts + index_row * tiles + tile)
-    else:
-        first = tile * (M // pack)
-        stop = tl.minimum(first + M // pack, length)
-        sink_tiles, band, count = band_tiles(first, stop, n_keys, window, sinks, front, past, N, SINKS)
+    entries, count = lists + (index_row * tiles + tile) * tl.cdiv(n_keys, N), counts + index_row * tiles + tile
+    start = tl.load(starts + batch) if STORED else 0
+    sink_tiles, band, visits = keys_to_visit(
+        tile, count, length, n_keys, pack, window, sinks, front, past, LISTED, SINKS, M, N
+    )  # fmt: skip
     highest_M = tl.full([M], float("-inf"), tl.float32)
     total_M = tl.zeros([M], tl.float32)
     o_MV = tl.zeros([M, BV], tl.float32)
-    for n in tl.range(count, num_stages=STAGES):
-        if LISTED:
-            s_tile = tl.load(list_base + n) * N
-        else:
-            s_tile = tl.where(n < sink_tiles, n, band + n - sink_tiles) * N
+    for n in tl.range(visits, num_stages=STAGES):
+        s_tile = nth_tile(entries, n, sink_tiles, band, LISTED) * N
         s = s_tile + tl.arange(0, N)
         k_NK = load_rows(k, s.to(tl.int64) * k_t * UNIT, i, s < n_keys, K).to(DOT)
         v_NV = load_rows(v, s.to(tl.int64) * v_t * UNIT, e, s < n_keys, V).to(DOT)
         score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
-        if LISTED:
-            seen = listed_seen(words, t[:, None], s[None, :], s_tile, inside[:, None], n_words, block, past, ROWWISE)
-        else:
-            seen = band_seen(t[:, None], s[None, :], start, window, sinks, front, past, SINKS, STORED)
+        seen = is_seen(
+            words, t[:, None], s[None, :], s_tile, inside[:, None], start, n_words, block, window, sinks, front, past,
+            LISTED, SINKS, STORED, ROWWISE,
+        )  # fmt: skip
         score_MN = tl.where(seen, score_MN, float("-inf"))
         higher_M = tl.maximum(highest_M, tl.max(score_MN, 1))
         base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)  # a row that has seen nothing yet
