@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.attention import attention, attention_reference
-from kernels.indexed_launch import MAX_WIDTH, Listed, list_tile
+from kernels.attention import attention, attention_reference, share_heads
+from kernels.indexed_launch import Listed, list_tile
 from kernels.sparse_masks import MASKS
+from kernels.walk import MAX_WIDTH
 
 ROWS_AT_ONCE = 1024
 """Rows of a static mask that exist at a time while it is packed into bits."""
@@ -41,7 +42,7 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check("sparse_attention", q_BHTK, k_BGTK, v_BGTV)
-    backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=width_obstacle(k_BGTK, v_BGTV))
+    backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV))
     if backend == "triton":
         index = _static_index(pattern, options, q_BHTK.shape[2], list_tile(q_BHTK, k_BGTK, v_BGTV), q_BHTK.device)
         return _listed(q_BHTK, k_BGTK, v_BGTV, index)
@@ -73,7 +74,7 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
             f"block_attention: chosen has the shape {list(chosen_BGTN.shape)}; with block={block} it must be {list(wanted)}"
         )
     tile = list_tile(q_BHTK, k_BGTK, v_BGTV)
-    obstacle = width_obstacle(k_BGTK, v_BGTV)
+    obstacle = _width_obstacle(k_BGTK, v_BGTV)
     if block % tile[1] and tile[1] % block:
         obstacle = f"block {block} neither divides {tile[1]} nor is a multiple of it"
     backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle)
@@ -89,7 +90,7 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
 
     Args:
         q_BHK: the token's queries.
-        k_BGSK: stored keys.
+        k_BGSK: stored keys, in any floating dtype.
         v_BGSV: stored values.
         seen_BGS: bool, which keys the token sees, [B, G or 1, S]; something in every row. Unseen keys are not read.
 
@@ -105,7 +106,7 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
         raise ValueError(
             f"decode_attention: seen has the shape {list(seen_BGS.shape)}; it must be [{batch}, 1 or {kv_heads}, {n_keys}]"
         )
-    obstacle = width_obstacle(k_BGSK, v_BGSV)
+    obstacle = _width_obstacle(k_BGSK, v_BGSV)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHK, k_BGSK, v_BGSV)):
         obstacle = "the kernel for one token has no gradient"
     backend = dispatch.pick("decode_attention", q_BHK, obstacle=obstacle)
@@ -114,19 +115,14 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
 
         return decode_attention_operator(q_BHK, k_BGSK, v_BGSV, seen_BGS)
     seen = seen_BGS if seen_BGS.shape[1] == 1 else seen_BGS.repeat_interleave(q_BHK.shape[1] // kv_heads, 1)
-    return _masked(backend, q_BHK[:, :, None], k_BGSK, v_BGSV, seen[:, :, None])[:, :, 0]
+    k, v = k_BGSK.to(q_BHK.dtype), v_BGSV.to(q_BHK.dtype)
+    return _masked(backend, q_BHK[:, :, None], k, v, seen[:, :, None])[:, :, 0]
 
 
-def width_obstacle(k: Tensor, v: Tensor) -> str | None:
+def _width_obstacle(k: Tensor, v: Tensor) -> str | None:
     """What keeps widths from the Triton kernels."""
     width = max(k.shape[-1], v.shape[-1])
     return f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
-
-
-def share_heads(x_BGSK: Tensor, n_heads: int) -> Tensor:
-    """Keys or values repeated for the heads of q that share them."""
-    repeats = n_heads // x_BGSK.shape[1]
-    return x_BGSK if repeats == 1 else x_BGSK.repeat_interleave(repeats, 1)
 
 
 def _masked(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

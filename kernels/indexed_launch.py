@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
 
-MAX_WIDTH = 256
 MAX_PACK = 16
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.attention import attention_reference, band_mask
+from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
-from kernels.indexed_attention import block_attention, decode_attention, share_heads, sparse_attention
+from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
 from kernels.indexed_op import indexed_attention
 from kernels.sparse_masks import mask
 from tests.kernels.oracle import rms_error
@@ -51,11 +51,25 @@ def test_band(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     length = shape[3]
     for window, sinks in ((1, 0), (64, 0), (100, 0), (50, 3)):
         visible = band_mask(length, length, window=window, sinks=sinks, device="cuda")
-        close(
-            lambda q, k, v, band=(window, sinks, 0, 0): indexed_attention(q, k, v, None, None, None, 1, list(band))[0],
-            draw(shape, dtype),
-            visible,
-        )
+
+        def band(q, k, v, window=window, sinks=sinks):
+            return banded_attention(q, k, v, window=window, sink_kv=(k[:, :, :sinks], v[:, :, :sinks]) if sinks else None)
+
+        close(band, draw(shape, dtype), visible)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_band_continues(sinks: int) -> None:
+    q, k, v = (x.detach() for x in draw((2, 4, 2, 300, 64), torch.bfloat16))
+    window, first = 70, 100
+    stored = (x[:, :, first - window + 1 :] for x in (k, v))
+    sink_kv = (k[:, :, :sinks], v[:, :, :sinks]) if sinks else None
+    start = torch.full((2,), first, device="cuda")
+    with use_backend("triton"):
+        y = banded_attention(q[:, :, first:], *stored, window=window, start_B=start, sink_kv=sink_kv)
+    visible = band_mask(300, 300, window=window, sinks=sinks, device="cuda")
+    want = attention_reference(q.double(), *(share_heads(x.double(), 4) for x in (k, v)), visible)
+    assert rms_error(y, want[:, :, first:]) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,5 @@
 """What the shipped configurations of attention over an index take on sm_90, found by the compiler without a GPU."""
 
-import pytest
 import torch
 import triton.language as tl
 
