@@ -203,8 +203,7 @@ def _entering(
     reverse = rescale is not None
     low, high = (0 if last else 1, call.chunks) if reverse else (0, call.chunks if last else call.chunks - 1)
     if call.chunks == 1 and first is None and not last:
-        nothing = _fresh(c, 0)
-        return nothing, nothing, nothing, nothing
+        return c.new_empty(0, dtype=call.wide), *(_fresh(c, 0) for _ in range(3))
     rows = n_rows(call.k_dim)
     shape = (call.batch, call.heads, call.chunks, rows)
     sums, norms = _fresh(c, *shape, call.v_dim), _fresh(c, *shape if norm else (0,))

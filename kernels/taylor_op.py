@@ -62,7 +62,7 @@ def _(
     return (
         v.new_empty(v.shape),
         empty(norm, batch, length, heads),
-        empty(states, batch, heads, chunks, rows, v_dim, dtype=torch.bfloat16 if narrow and states else torch.float32),
+        empty(states, batch, heads, chunks, rows, v_dim, dtype=torch.bfloat16 if narrow else torch.float32),
         empty(states and norm, batch, heads, chunks, rows),
         empty(last, batch, heads, rows, v_dim),
         empty(last and norm, batch, heads, rows),
