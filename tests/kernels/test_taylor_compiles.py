@@ -1,11 +1,12 @@
 """What the shipped configurations of Taylor linear attention take on sm_90, found by the compiler without a GPU."""
 
+import pytest
 import torch
 import triton.language as tl
 
 from kernels import taylor_launch as launch
 from kernels.taylor_grad_triton import key_kernel, query_kernel
-from kernels.taylor_triton import forward_kernel, state_kernel
+from kernels.taylor_triton import forward_kernel, scan_kernel, state_kernel
 from kernels.walk import _precision, padded
 from tests.kernels.offline import compile_sm90
 
@@ -38,3 +39,25 @@ def check(name, k_dim, v_dim, dtype, spill):
     if dtype != torch.float32:
         assert "wgmma.mma_async" in used.ptx
         assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_sixteen_bit(name):
+    check(name, 16, 64, torch.bfloat16, 0)
+
+
+def test_the_scan_streams():
+    constants = {"K": 16, "V": 64, "BLOCK": launch.SCAN_BLOCK, "NORM": True, "REVERSE": False, "FIRST": True, "LAST": True}
+    runtime = {p.name: p.annotation_type or "*fp32+" for p in scan_kernel.params if not p.is_constexpr}
+    arguments = runtime | {"entering": "*bf16+"} | constants
+    used = compile_sm90(scan_kernel, {name: arguments[name] for name in scan_kernel.arg_names}, warps=4)
+    assert used.spilled == 0
+    assert "ld.global.v4" in used.ptx.replace(".L1::no_allocate", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(4, 64), (8, 60), (24, 128), (32, 64), (64, 256)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_configuration_compiles(name, k_dim, v_dim, dtype):
+    check(name, k_dim, v_dim, dtype, 3000 if dtype == torch.float32 else 400)
