@@ -47,11 +47,11 @@ class Configs(NamedTuple):
 SIXTEEN_BIT = {
     64: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 4, 2)),
     128: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
-    256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 8, 1), Config(64, 64, 64, 8, 1)),
+    256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)),
 }
 FP32 = {
-    64: Configs(*[Config(32, 32, 32, 4, 1)] * 4),
-    128: Configs(*[Config(32, 32, 16, 4, 1)] * 4),
+    64: Configs(*[Config(32, 32, 32, 4, 1)] * 3, Config(16, 32, 16, 8, 1)),
+    128: Configs(*[Config(32, 32, 16, 4, 1)] * 2, Config(16, 16, 16, 4, 1), Config(16, 32, 16, 8, 1)),
     256: Configs(*[Config(16, 16, 16, 4, 1)] * 4),
 }
 VALUE_TILE = 128
