@@ -25,6 +25,7 @@ from kernels import indexed_launch
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention
 from kernels.indexed_op import indexed_attention
+from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import ceilings, graph_ms
 
 # batch, heads of q, heads of k and v, length, head dim, window
@@ -202,9 +203,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rates = ceilings()
     result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **facts("python -m tests.benchmarks.indexed_attention"),
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
         "rows": sweep() if arguments.sweep else shipped(rates),

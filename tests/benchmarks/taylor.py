@@ -20,6 +20,7 @@ import triton
 from kernels import taylor_launch
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
+from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import CHUNK_OF_FLOPS, ceilings, graph_ms
 
 # batch, length, heads, width of q and k, width of v
@@ -126,9 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rates = ceilings()
     record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **facts("python -m tests.benchmarks.taylor"),
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
         "rows": sweep() if arguments.sweep else shipped(rates),
