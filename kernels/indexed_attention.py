@@ -10,19 +10,14 @@ N blocks of keys, R rows of an index.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.attention import attention, attention_reference, share_heads
-from kernels.indexed_launch import Listed, list_tile
+from kernels.indexed_launch import list_tile
+from kernels.sparse_index import option_names, packed
 from kernels.sparse_masks import MASKS
 from kernels.walk import MAX_WIDTH
-
-ROWS_AT_ONCE = 1024
-"""Rows of a static mask that exist at a time while it is packed into bits."""
-
-_static: dict[tuple[object, ...], Listed] = {}
 
 
 def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern: str, **options: int) -> Tensor:
@@ -42,10 +37,16 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check("sparse_attention", q_BHTK, k_BGTK, v_BGTV)
+    if pattern not in MASKS:
+        raise ValueError(f"sparse_attention: there is no pattern {pattern!r}; there are {', '.join(MASKS)}")
+    if set(options) != set(option_names(pattern)):
+        raise ValueError(f"sparse_attention: {pattern} takes {', '.join(option_names(pattern))}, not {', '.join(options) or 'nothing'}")
     backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV))
     if backend == "triton":
-        index = _static_index(pattern, options, q_BHTK.shape[2], list_tile(q_BHTK, k_BGTK, v_BGTV), q_BHTK.device)
-        return _listed(q_BHTK, k_BGTK, v_BGTV, index)
+        from kernels.indexed_op import indexed_attention
+
+        numbers = [options[name] for name in option_names(pattern)]
+        return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, None, None, pattern, numbers)[0]
     position = torch.arange(q_BHTK.shape[2], device=q_BHTK.device)
     return _masked(backend, q_BHTK, k_BGTK, v_BGTV, MASKS[pattern](position[:, None], position, **options))
 
@@ -79,7 +80,10 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
         obstacle = f"block {block} neither divides {tile[1]} nor is a multiple of it"
     backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle)
     if backend == "triton":
-        return _listed(q_BHTK, k_BGTK, v_BGTV, _packed(chosen_BGTN.flatten(0, 1), block, tile, length))
+        from kernels.indexed_op import indexed_attention
+
+        index = packed(chosen_BGTN.flatten(0, 1), block, tile, length)
+        return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, index.words, index.tiles, "listed", [block])[0]
     visible = chosen_BGTN.repeat_interleave(block, -1)[..., :length]
     visible = visible & torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
     return _masked(backend, q_BHTK, k_BGTK, v_BGTV, visible.repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1))
@@ -128,47 +132,6 @@ def _width_obstacle(k: Tensor, v: Tensor) -> str | None:
 def _masked(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
     return attention_reference(q, k, v, mask) if backend == "reference" else attention(q, k, v, mask_TS=mask)
-
-
-def _listed(q: Tensor, k: Tensor, v: Tensor, index: Listed) -> Tensor:
-    from kernels.indexed_op import indexed_attention
-
-    return indexed_attention(q, k, v, None, index.words, index.tiles, index.block, [])[0]
-
-
-def _packed(chosen_RTN: Tensor, block: int, tile: tuple[int, int], n_keys: int) -> Listed:
-    """The index of a choice: bits for each token, and which pairs of tiles hold any."""
-    tokens, keys = tile
-    length, n_blocks = chosen_RTN.shape[1:]
-    bits = F.pad(chosen_RTN, (0, -n_blocks % 32)).unflatten(-1, (-1, 32)).to(torch.int32)
-    words = (bits << torch.arange(32, dtype=torch.int32, device=bits.device)).sum(-1, dtype=torch.int32)
-    any_RIN = F.pad(chosen_RTN, (0, 0, 0, -length % tokens)).unflatten(1, (-1, tokens)).any(2)
-    if block >= keys:
-        tiles = any_RIN.repeat_interleave(block // keys, -1)
-    else:
-        tiles = F.pad(any_RIN, (0, -n_blocks % (keys // block))).unflatten(-1, (-1, keys // block)).any(-1)
-    return Listed(words, tiles[..., : -(-n_keys // keys)], block)
-
-
-def _static_index(pattern: str, options: dict[str, int], length: int, tile: tuple[int, int], device: torch.device) -> Listed:
-    """The index of a static pattern, kept for the next call: it depends on the length alone."""
-    if torch.compiler.is_compiling():
-        return _static_packed(pattern, options, length, tile, device)
-    key = (pattern, tuple(options.items()), length, tile, device)
-    if key not in _static:
-        with torch.inference_mode(False):
-            index = _static_packed(pattern, options, length, tile, device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return index  # its memory belongs to the graph
-        _static[key] = index
-    return _static[key]
-
-
-def _static_packed(pattern: str, options: dict[str, int], length: int, tile: tuple[int, int], device: torch.device) -> Listed:
-    key_T = torch.arange(length, device=device)
-    rows = -(-ROWS_AT_ONCE // tile[0]) * tile[0]
-    parts = [_packed(MASKS[pattern](query[:, None], key_T, **options)[None], 1, tile, length) for query in key_T.split(rows)]
-    return Listed(torch.cat([part.words for part in parts], 1), torch.cat([part.tiles for part in parts], 1), 1)
 
 
 def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:

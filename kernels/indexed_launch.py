@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.sparse_index import Listed
 from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
 
 MAX_PACK = 16
@@ -55,20 +56,6 @@ class Band(NamedTuple):
     sinks: int
     front: int
     past: int
-
-
-class Listed(NamedTuple):
-    """Which keys a token sees by choice.
-
-    Args:
-        words: [R, T, W] int32, bit c % 32 of word c // 32 is set if the token chose block c.
-        tiles: [R, I, J] bool, whether any token of a tile of queries chose a key of a tile of keys.
-        block: keys of a block; a multiple or a divisor of the keys of a tile.
-    """
-
-    words: Tensor
-    tiles: Tensor
-    block: int
 
 
 # By the larger of the widths of k and v (the first at least as large counts), for 16-bit and for fp32 operands.

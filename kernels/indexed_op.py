@@ -1,7 +1,8 @@
 """Attention over an index as torch operators: fake tensors, autograd, and vmap that folds its axis into the batch.
 
-The index travels flat: `words`, `tiles` and `block` for a list, `band` = (window, sinks, front, past) if they are absent; see
-`kernels.indexed_launch.Listed` and `Band`.
+The index travels flat, as a name and numbers: "band" with window, sinks, front and past (`kernels.indexed_launch.Band`); "listed"
+with the keys of a block, beside `words` and `tiles` (`kernels.sparse_index.Listed`); or a pattern of `kernels.sparse_masks` with
+its options in order, whose list is made and kept below the operator.
 
 Shape legend: B batch, H heads of q, G heads of k and v, T queries, S keys, K width of q and k, V width of v.
 """
@@ -17,33 +18,41 @@ from torch.autograd.function import _SingleLevelFunction
 
 from kernels import indexed_launch
 from kernels._members import fold_members
-from kernels.indexed_launch import Band, Listed
+from kernels.indexed_launch import Band
+from kernels.sparse_index import Listed, static_index
 
 FORWARD, BACKWARD = "mixer_bench::indexed_attention", "mixer_bench::indexed_attention_backward"
 
 torch.library.define(
     FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? words, Tensor? tiles, int block, int[] band) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? words, Tensor? tiles, str index, int[] numbers) -> (Tensor, Tensor)",
 )
 torch.library.define(
     BACKWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? words, Tensor? tiles, Tensor y, Tensor lse, Tensor dy, int block,"
-    " int[] band) -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? words, Tensor? tiles, Tensor y, Tensor lse, Tensor dy, str index,"
+    " int[] numbers) -> (Tensor, Tensor, Tensor)",
 )
 indexed_attention = torch.ops.mixer_bench.indexed_attention.default
 indexed_attention_backward = torch.ops.mixer_bench.indexed_attention_backward.default
 
 
-def _index(words: Tensor | None, tiles: Tensor | None, block: int, band: list[int]) -> Band | Listed:
-    return Band(*band) if words is None or tiles is None else Listed(words, tiles, block)
+def _index(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, tiles: Tensor | None, name: str, numbers: list[int]
+) -> Band | Listed:
+    if name == "band":
+        return Band(*numbers)
+    if name == "listed":
+        assert words is not None and tiles is not None
+        return Listed(words, tiles, *numbers)
+    return static_index(name, tuple(numbers), q.shape[2], indexed_launch.list_tile(q, k, v), q.device)
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, words: Tensor | None, tiles: Tensor | None, block: int, band: list[int]
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, words: Tensor | None, tiles: Tensor | None, name: str, numbers: list[int]
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        return indexed_launch.forward(q, k, v, start, _index(words, tiles, block, band))
+        return indexed_launch.forward(q, k, v, start, _index(q, k, v, words, tiles, name, numbers))
 
 
 @torch.library.register_fake(FORWARD)
@@ -64,11 +73,12 @@ def _(
     y: Tensor,
     lse: Tensor,
     dy: Tensor,
-    block: int,
-    band: list[int],
+    name: str,
+    numbers: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(v):
-        return indexed_launch.backward(q, k, v, start, _index(words, tiles, block, band), y, lse.contiguous(), dy)
+        index = _index(q, k, v, words, tiles, name, numbers)
+        return indexed_launch.backward(q, k, v, start, index, y, lse.contiguous(), dy)
 
 
 @torch.library.register_fake(BACKWARD)

@@ -78,7 +78,7 @@ def window_row(shape: tuple[int, ...], rates: tuple[float, float]) -> dict:
     """A causal window beside FlexAttention."""
     *sizes, length, width, window = shape
     tensors = qkv(*sizes, length, width)
-    ours = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, None, 1, [window, 0, 0, 0])[0], tensors)
+    ours = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, None, "band", [window, 0, 0, 0])[0], tensors)
 
     def visible(b, h, query, key):
         return (query >= key) & (query - key < window)
@@ -171,7 +171,7 @@ def try_one(candidate: Candidate, batch: int, length: int) -> dict:
     row = {"kernel": name, "config": config, "width": width}
     try:
         tensors = qkv(batch, 16, 16, length, width)
-        times = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, None, 1, [128, 0, 0, 0])[0], tensors)
+        times = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, None, "band", [128, 0, 0, 0])[0], tensors)
         return row | {"forward_ms": times[0], "both_ms": times[1]}
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return row | {"error": str(error)[:200]}

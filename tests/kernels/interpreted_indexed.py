@@ -143,7 +143,8 @@ def test_vmap_equals_loop():
 def test_gradients_inside_vmap_with_shared_keys():
     q, k, v = (x.detach() for x in draw(1, 1, 1, 34, 16))
     queries, chosen = torch.randn(2, *q.shape), choose(1, 1, 34, 8)[0]
-    for attend in (band(9), lambda *x: block_attention(*x, chosen, block=8)):
+    static = {"pattern": "strided", "stride": 6}
+    for attend in (band(9), lambda *x: block_attention(*x, chosen, block=8), lambda *x: sparse_attention(*x, **static)):
 
         def loss(q, attend=attend):
             return attend(q, k, v).square().sum()
@@ -171,7 +172,7 @@ def test_compiles_without_graph_breaks():
 def test_torch_accepts_the_operators():
     q, k, v = draw(1, 2, 1, 20, 16)
     operator = torch.ops.mixer_bench.indexed_attention.default
-    torch.library.opcheck(operator, (q, k, v, None, None, None, 1, [9, 2, 0, 0]))
+    torch.library.opcheck(operator, (q, k, v, None, None, None, "band", [9, 2, 0, 0]))
     seen = torch.ones(1, 1, 20, dtype=torch.bool)
     torch.library.opcheck(torch.ops.mixer_bench.decode_attention.default, (q[:, :, 0].detach(), k.detach(), v.detach(), seen))
 
@@ -186,6 +187,8 @@ def test_what_the_kernels_lack_is_said():
         decode_attention(q[:, :, 0], k, v, torch.ones(1, 1, 20, dtype=torch.bool))
     with pytest.raises(ValueError, match="k's heads divide q's"):
         sparse_attention(q, torch.randn(1, 3, 20, 16), torch.randn(1, 3, 20, 16), pattern="strided", stride=4)
+    with pytest.raises(ValueError, match="strided takes stride, not window"):
+        sparse_attention(q, k, v, pattern="strided", window=4)
     wide = torch.randn(1, 1, 20, 300)
     with pytest.raises(ValueError, match="head dim 300 is above 256"):
         banded_attention(wide, wide, wide, window=4)
