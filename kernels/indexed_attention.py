@@ -40,7 +40,8 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
     if pattern not in MASKS:
         raise ValueError(f"sparse_attention: there is no pattern {pattern!r}; there are {', '.join(MASKS)}")
     if set(options) != set(option_names(pattern)):
-        raise ValueError(f"sparse_attention: {pattern} takes {', '.join(option_names(pattern))}, not {', '.join(options) or 'nothing'}")
+        wanted, given = ", ".join(option_names(pattern)), ", ".join(options) or "nothing"
+        raise ValueError(f"sparse_attention: {pattern} takes {wanted}, not {given}")
     backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV))
     if backend == "triton":
         from kernels.indexed_op import indexed_attention
