@@ -32,6 +32,9 @@ class Listed(NamedTuple):
     block: int
 
 
+KEPT = 32
+"""Static indices that stay; the oldest goes when there is one more."""
+
 _kept: dict[tuple[object, ...], Listed] = {}
 
 
@@ -67,6 +70,8 @@ def static_index(pattern: str, numbers: tuple[int, ...], length: int, tile: tupl
     parts = [packed(mask(query[:, None], position, **options)[None], 1, tile, length) for query in position.split(rows)]
     index = Listed(torch.cat([part.words for part in parts], 1), torch.cat([part.tiles for part in parts], 1), 1)
     if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # a graph owns what is made inside it
+        if len(_kept) == KEPT:
+            del _kept[next(iter(_kept))]
         _kept[key] = index
     return index
 
