@@ -90,6 +90,27 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
     return _masked(backend, q_BHTK, k_BGTK, v_BGTV, visible.repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1))
 
 
+def choose_blocks(q_BHTK: Tensor, mean_BGNK: Tensor, position: Tensor, *, block: int, top_k: int) -> Tensor:
+    """Which blocks each token reads: its own one, and the best before it by the product of its query and their mean key.
+
+    Args:
+        q_BHTK: queries; heads that share keys choose by the sum of their products.
+        mean_BGNK: mean key of each block.
+        position: of the queries, broadcastable to [B, G, T].
+        block: keys of a block.
+        top_k: blocks chosen besides the own one.
+
+    Returns:
+        bool [B, G, T, N]; it carries no gradient.
+    """
+    q_BGTK = q_BHTK.detach().unflatten(1, (mean_BGNK.shape[1], -1)).sum(2)
+    index, own = torch.arange(mean_BGNK.shape[2], device=q_BHTK.device), (position // block)[..., None]
+    past = index < own
+    scores = (q_BGTK @ mean_BGNK.mT).masked_fill(~past, float("-inf"))
+    best = scores.topk(min(top_k, mean_BGNK.shape[2]), -1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & past | (index == own)
+
+
 def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Tensor) -> Tensor:
     """Attention of one token to a cache, which several programs read at once.
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.indexed_attention import block_attention
+from kernels.indexed_attention import block_attention, choose_blocks
 from mixers._base import Caps, Mixer, State, heads, mixer
 from mixers._cache import append_kv, attend_cache, kv_cache, merge_heads, new_positions, split_heads
 
@@ -93,10 +93,4 @@ class BlockTopK(Mixer):
         return self.d_model * (2 * n_keys + -(-seq_len // self.block))
 
     def _chosen(self, q_BHTK: Tensor, mean_BHNK: Tensor, position: Tensor) -> Tensor:
-        """Whether a query reads a block, [B, H, T, N]: its own one, or among the best before; `position` is as [B, H, T]."""
-        block_N = torch.arange(mean_BHNK.shape[2], device=q_BHTK.device)
-        own = (position // self.block)[..., None]
-        past = block_N < own
-        scores = (q_BHTK.detach() @ mean_BHNK.mT).masked_fill(~past, float("-inf"))
-        best = scores.topk(min(self.top_k, mean_BHNK.shape[2]), -1).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & past | (block_N == own)
+        return choose_blocks(q_BHTK, mean_BHNK, position, block=self.block, top_k=self.top_k)

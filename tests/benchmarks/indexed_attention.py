@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels import indexed_launch
 from kernels.dispatch import use_backend
-from kernels.indexed_attention import block_attention, decode_attention
+from kernels.indexed_attention import block_attention, choose_blocks, decode_attention
 from kernels.indexed_op import indexed_attention
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import ceilings, graph_ms
@@ -91,18 +91,22 @@ def window_row(shape: tuple[int, ...], rates: tuple[float, float]) -> dict:
 
 
 def choice_row(shape: tuple[int, ...], rates: tuple[float, float]) -> dict:
-    """Random blocks for each token and key head, the own one included, beside causal attention to all keys."""
-    batch, _, kv_heads, length, _, block, n_chosen = shape
+    """Blocks that random queries choose among random keys, with and without the choice, beside causal attention to all keys."""
+    length, block, n_chosen = shape[3], *shape[5:]
     tensors = qkv(*shape[:5])
-    index, token = torch.arange(-(-length // block), device="cuda"), torch.arange(length, device="cuda")
-    past = index < token[:, None] // block
-    ranks = torch.rand(batch, kv_heads, length, len(index), device="cuda").masked_fill(~past, 2).argsort(-1).argsort(-1)
-    chosen = ((ranks < n_chosen - 1) & past) | (token[:, None] // block == index)
-    del ranks
+    token = torch.arange(length, device="cuda")
+
+    def choose(q: Tensor, k: Tensor) -> Tensor:
+        mean = k.detach().unflatten(2, (-1, block)).mean(3)
+        return choose_blocks(q, mean, token, block=block, top_k=n_chosen - 1)
+
+    chosen = choose(*tensors[:2])
     ours = timed(lambda q, k, v: block_attention(q, k, v, chosen, block=block), tensors)
+    whole = timed(lambda q, k, v: block_attention(q, k, v, choose(q, k), block=block), tensors)
     dense = timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), tensors)
     seen = float((token // block).clamp_max(n_chosen - 1).double().mean() * block + (block + 1) / 2)
-    return record("chosen blocks", shape, ours, floors_ms(tensors, seen, rates), "dense", dense)
+    row = record("chosen blocks", shape, ours, floors_ms(tensors, seen, rates), "dense", dense)
+    return row | {"with_choice_forward_ms": whole[0], "with_choice_both_ms": whole[1]}
 
 
 def cache_row(shape: tuple[int, ...], rates: tuple[float, float]) -> dict:
