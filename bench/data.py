@@ -81,7 +81,7 @@ class DeviceCell:
 
 def device_split(task: Task, split: str, seed: int, device: torch.device) -> list[DeviceCell]:
     """Generates a split and moves it to the device."""
-    batches = build_split(task, split, seed)
+    batches = build_split(task, split, seed, workers=torch.get_num_threads())
     return [DeviceCell.from_batch(cell, batches[cell.name], device) for cell in task.cells(split)]
 
 

@@ -6,14 +6,11 @@ from synthetic_tasks._base import (
     Batch,
     Cell,
     Task,
-    blocks,
-    build_split,
-    example_hashes,
-    split_digest,
     stream,
     task,
 )
 from synthetic_tasks._metrics import accuracy, binding_gain, effective_memory_length
+from synthetic_tasks._splits import blocks, build_split, example_hashes, split_digest, split_hash
 
 __all__ = [
     "SPLITS",
@@ -28,6 +25,7 @@ __all__ = [
     "effective_memory_length",
     "example_hashes",
     "split_digest",
+    "split_hash",
     "stream",
     "task",
 ]

@@ -1,21 +1,18 @@
 """Times the generators: `python -m synthetic_tasks.time_generation --task mqar` prints examples per second of each cell.
 
 With `--long` every task is timed on one cell of about 512 positions. The floor is 10,000 examples a second on two cores, so
-5,000 a second of one core's time, which is what is printed: a busy machine changes nothing. `--out` writes a record too.
+5,000 a second of one core's time, which is what is printed, so that a busy machine changes little.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import platform
 import time
 from pathlib import Path
 
-import numpy as np
-
-from synthetic_tasks._base import BLOCK_ROWS, TASKS, Cell, Task, stream
+from synthetic_tasks._base import TASKS, Cell, Task, stream
+from synthetic_tasks._splits import BLOCK_ROWS
 
 LONG = {
     "compositional_mqar": "512x36:1", "copying": "255:1", "correlated_recall": "16x50x31:1", "group_word": "512:1",
@@ -46,6 +43,7 @@ def long_task(name: str) -> Task:
 
 def seconds(task: Task, cell: Cell, examples: int) -> float:
     """Processor time of drawing `examples` examples of `cell` in blocks, in seconds."""
+    task.sample(cell, 2, stream(0, "warm-up"))
     start = time.process_time()
     for index in range(0, examples, BLOCK_ROWS):
         task.sample(cell, min(BLOCK_ROWS, examples - index), stream(0, "timing", cell.name, index))
@@ -59,20 +57,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=10_000, help="examples of each cell")
     parser.add_argument("--cells", default="", help="cells in place of the task's own, e.g. 256x64:1")
     parser.add_argument("--long", action="store_true", help="one cell of about 512 positions a task")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     load_all()
-    rows = []
     for name in sorted(TASKS) if args.task == "all" else [args.task]:
         made = long_task(name) if args.long else TASKS[name](**({"test_cells": args.cells} if args.cells else {}))
         for cell in made.cells("test"):
-            made.sample(cell, 2, stream(0, "warm-up"))
             rate = args.examples / seconds(made, cell, args.examples)
-            rows.append({"task": name, "cell": cell.name, "length": cell.length, "examples_per_core_second": round(rate)})
             print(f"{name:24s} {cell.name:16s} length {cell.length:5d}  {rate:10,.0f} examples a core second")
-    if args.out is not None:
-        about = {"examples": args.examples, "numpy": np.__version__, "machine": platform.machine(), "rows": rows}
-        args.out.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
