@@ -10,6 +10,7 @@ import argparse
 import importlib
 import time
 from pathlib import Path
+from typing import Any
 
 from synthetic_tasks._base import TASKS, Cell, Task, stream
 from synthetic_tasks._splits import BLOCK_ROWS
@@ -32,13 +33,13 @@ def load_all() -> None:
             importlib.import_module(f"synthetic_tasks.{path.stem}")
 
 
-OPTIONS = {"mqar": {"vocab_size": 8192}}
+OPTIONS: dict[str, dict[str, Any]] = {"mqar": {"vocab_size": 8192}}
 """Options that a task needs for its long cell."""
 
 
 def long_task(name: str) -> Task:
     """A task whose test split is its long cell."""
-    return TASKS[name](**OPTIONS.get(name, {}), test_cells=LONG[name])
+    return TASKS[name](**OPTIONS.get(name, {}) | {"test_cells": LONG[name]})
 
 
 def seconds(task: Task, cell: Cell, examples: int) -> float:
