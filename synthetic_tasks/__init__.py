@@ -10,9 +10,10 @@ from synthetic_tasks._base import (
     task,
 )
 from synthetic_tasks._metrics import accuracy, binding_gain, effective_memory_length
-from synthetic_tasks._splits import blocks, build_split, example_hashes, split_digest, split_hash
+from synthetic_tasks._splits import BLOCK_ROWS, blocks, build_split, example_hashes, split_digest, split_hash, training_block
 
 __all__ = [
+    "BLOCK_ROWS",
     "SPLITS",
     "TASKS",
     "Batch",
@@ -28,4 +29,5 @@ __all__ = [
     "split_hash",
     "stream",
     "task",
+    "training_block",
 ]

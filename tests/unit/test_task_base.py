@@ -16,6 +16,7 @@ from synthetic_tasks import (
     split_hash,
     stream,
     time_generation,
+    training_block,
 )
 from synthetic_tasks._cells import parse_cells, parse_splits
 from synthetic_tasks._metrics import measured
@@ -72,12 +73,14 @@ def test_blocks_have_the_bytes_of_the_split(monkeypatch):
             assert np.array_equal(np.concatenate([part.targets for part in parts]), whole[cell.name].targets)
 
 
-def test_a_hash_is_that_of_the_bytes_and_needs_no_second_drawing(monkeypatch):
+def test_the_hash_of_a_split_needs_no_second_drawing(monkeypatch):
     task = MQAR(train_cells="32x4:93", test_cells="32x4:31")
-    expected = {split: split_digest(build_split(task, split, 6)) for split in ("train", "test")}
+    fresh = [split_hash(MQAR(train_cells="32x4:93", test_cells="32x4:31"), split, 6) for split in ("train", "test")]
+    assert len({*fresh, split_hash(task, "train", 7), split_hash(MQAR(train_cells="32x4:94"), "train", 6)}) == 4
+    build_split(task, "train", 6)
+    build_split(task, "test", 6)
     monkeypatch.setattr(MQAR, "sample", None)
-    assert {split: split_hash(task, split, 6) for split in expected} == expected
-    assert split_hash(Tiny(length=12), "train", 6) == split_digest(build_split(Tiny(length=12), "train", 6))
+    assert [split_hash(task, split, 6) for split in ("train", "test")] == fresh
 
 
 @pytest.mark.parametrize("workers", [2, 3, 8])
@@ -86,6 +89,14 @@ def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, workers: int):
     task = JointRecall(train_cells="4x8:300", test_cells="4x8:70+5x8:33")
     for split in ("train", "test"):
         assert split_digest(build_split(task, split, 1, workers=workers)) == split_digest(build_split(task, split, 1))
+
+
+def test_blocks_of_training_can_be_drawn_alone(monkeypatch):
+    monkeypatch.setattr(_splits, "BLOCK_ROWS", 32)
+    task = MQAR(train_cells="32x4:70")
+    (cell,), whole = task.cells("train"), build_split(task, "train", 3)["32x4"]
+    for index, rows in ((2, slice(64, 70)), (0, slice(0, 32))):
+        assert np.array_equal(training_block(task, cell, 3, index).inputs, whole.inputs[rows])
 
 
 def test_earlier_splits_are_generated_once(monkeypatch):
