@@ -26,6 +26,7 @@ class GatedDeltaNet(Mixer):
         expand_k: key width over all heads as a multiple of D.
         expand_v: value width over all heads as a multiple of D.
         conv: taps of the short convolutions on q, k and v, which SiLU follows; 0 for none.
+        silu: apply that SiLU, without a convolution too; a pretrained attention's values have no such kink.
         output_gate: multiply the normed output by SiLU of a projection, as the paper's own model does.
         negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can flip a direction (Grazzi et al. 2025).
     """
@@ -42,6 +43,7 @@ class GatedDeltaNet(Mixer):
         expand_k: float = 1.0,
         expand_v: float = 2.0,
         conv: int = 4,
+        silu: bool = True,
         output_gate: bool = False,
         negative_eigenvalues: bool = False,
     ) -> None:
@@ -51,7 +53,7 @@ class GatedDeltaNet(Mixer):
         self.k_dim = heads(d_key, n_heads, what="expand_k * d_model")
         self.v_dim = heads(d_value, n_heads, what="expand_v * d_model")
         self.qkv_proj = nn.Linear(d_model, 2 * d_key + d_value, bias=False)
-        self.conv = ShortConv(2 * d_key + d_value, conv)
+        self.conv = ShortConv(2 * d_key + d_value, conv, silu=silu)
         self.gate_proj = nn.Linear(d_model, 2 * n_heads, bias=False)
         self.log_rate = log_rates(n_heads)
         self.gate_bias = time_step_bias(n_heads)

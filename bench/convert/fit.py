@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -40,6 +40,10 @@ class AttentionShape:
     def width(self) -> int:
         """H K, the width of all heads."""
         return self.n_heads * self.head_dim
+
+    def grouped(self) -> AttentionShape:
+        """The same layer as a mixer sees it that has one head for every key head."""
+        return replace(self, n_heads=self.n_kv_heads)
 
 
 def attention_shape(attention: nn.Module, where: str) -> AttentionShape:
@@ -85,7 +89,7 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
     cls = catalog.load("mixer", plan.mixer)
     if not (isinstance(cls, type) and issubclass(cls, Mixer)):
         raise UserError(f"{plan.mixer} is a pattern of several layers; a converted layer holds one mixer.")
-    options = default_options(cls, shape) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
+    options = default_options(cls, shape.grouped() if plan.groups == "share" else shape) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
     build = cast(Any, cls)
     try:
         mixer = build(shape.d_model, layer=layer, **options)
@@ -115,13 +119,13 @@ def loads_attention(mixer: Mixer | type[Mixer]) -> bool:
 def default_options(cls: type[Mixer], shape: AttentionShape) -> dict[str, Any]:
     """The options that follow from the teacher, for those that the mixer has.
 
-    A mixer that reads the teacher's heads gets as many heads of the same width, and no short convolution, since its
-    SiLU would change the copied queries and keys.
+    A mixer that reads the teacher's heads gets as many heads of the same width, no short convolution and no SiLU, which
+    would take the sign from the copied values.
     """
     ratio = shape.width / shape.d_model
     wanted: dict[str, Any] = {}
     if reads_heads(cls):
-        wanted = {"n_heads": shape.n_heads, "expand_k": ratio, "expand_v": ratio, "conv": 0}
+        wanted = {"n_heads": shape.n_heads, "expand_k": ratio, "expand_v": ratio, "conv": 0, "silu": False}
     elif loads_attention(cls):
         wanted = {
             "head_dim": shape.head_dim,
