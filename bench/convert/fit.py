@@ -14,6 +14,9 @@ from bench.errors import UserError
 from mixers import Mixer
 from mixers._base import AttentionWeights
 
+MEMORY = 100.0
+"""Initial memory of decaying mixers as a multiple of their own default, which is made for training from scratch: half of
+it lies within a usual window, whereas a teacher's attention forgets nothing."""
 LONG = 1 << 17
 """A length beyond every window: a state that still grows there is not constant."""
 
@@ -125,7 +128,7 @@ def default_options(cls: type[Mixer], shape: AttentionShape) -> dict[str, Any]:
     ratio = shape.width / shape.d_model
     wanted: dict[str, Any] = {}
     if reads_heads(cls):
-        wanted = {"n_heads": shape.n_heads, "expand_k": ratio, "expand_v": ratio, "conv": 0, "silu": False}
+        wanted = {"n_heads": shape.n_heads, "expand_k": ratio, "expand_v": ratio, "conv": 0, "silu": False, "memory": MEMORY}
     elif loads_attention(cls):
         wanted = {
             "head_dim": shape.head_dim,

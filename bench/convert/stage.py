@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.convert import parallel
 from bench.convert.align import alignment_backward
+from bench.convert.compiled import compile_parts
 from bench.convert.data import TrainingData
 from bench.convert.losses import next_token_loss, shift_targets
 from bench.convert.spec import Group, Stage
@@ -38,13 +40,22 @@ class StageTrainer:
         index: of the stage in its recipe, part of what decides the batches.
         data: where batches come from.
         precision: "fp32" or "bf16".
+        compiled: fuse the small operations of the layers, which pays on a GPU and many tokens.
 
     Raises:
         UserError: no parameter would train.
     """
 
     def __init__(
-        self, student: LinearizedForCausalLM, teacher: Any, stage: Stage, index: int, data: TrainingData, precision: str
+        self,
+        student: LinearizedForCausalLM,
+        teacher: Any,
+        stage: Stage,
+        index: int,
+        data: TrainingData,
+        precision: str,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.student, self.teacher, self.stage, self.index, self.data = student, teacher, stage, index, data
         self.device, self.bf16 = student.device, precision == "bf16"
@@ -66,6 +77,9 @@ class StageTrainer:
         self.trained = [parameter for _, params in groups for parameter in params.values()]
         self.step_number = self.tokens = 0
         self.plateau: dict[str, float] = {"factor": 1.0, "best": math.inf, "bad": 0, "sum": 0.0, "count": 0}
+        self.restore_parts = compile_parts(student, teacher, stage) if compiled else lambda: None
+        self.reader = ThreadPoolExecutor(1)
+        self.upcoming: tuple[int, Future[Tensor]] | None = None
         student.train()
 
     def step(self, progress: float) -> dict[str, float]:
@@ -80,7 +94,7 @@ class StageTrainer:
         factor = self._lr_factor(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        tokens_BT = self.data.batch(self.index, self.step_number, self.rows, self.stage.seq_len).to(self.device)
+        tokens_BT = self._batch().to(self.device)
         totals: dict[str, float] = {}
         for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
             for name, value in self._backward(part, len(part) / len(tokens_BT)).items():
@@ -95,6 +109,17 @@ class StageTrainer:
         self._watch_plateau(totals["loss"])
         return totals
 
+    def _batch(self) -> Tensor:
+        """The tokens of this step; those of the next are drawn while the device works."""
+        batch, number = self._reading(self.step_number), self.step_number + 1
+        self.upcoming = (number, self.reader.submit(self.data.batch, self.index, number, self.rows, self.stage.seq_len))
+        return batch
+
+    def _reading(self, number: int) -> Tensor:
+        if self.upcoming is not None and self.upcoming[0] == number:
+            return self.upcoming[1].result()
+        return self.data.batch(self.index, number, self.rows, self.stage.seq_len)
+
     def halve_micro_batch(self) -> bool:
         """After running out of memory: smaller forward passes; False if one sequence is too much already."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,6 +130,8 @@ class StageTrainer:
 
     def finish(self) -> None:
         """Merges adapters into the weights."""
+        self.reader.shutdown(cancel_futures=True)
+        self.restore_parts()
         if self.tuner is not None:
             self.tuner.merge_and_unload()
         self.student.eval().requires_grad_(False)

@@ -46,25 +46,31 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int) -> list[dict[str, Any]]:
+def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *, compiled: bool) -> list[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
     records = []
     for index, stage in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
-        trainer = StageTrainer(student, teacher, stage.model_copy(update={"batch_tokens": batch_tokens}), index, data, "bf16")
+        stage = stage.model_copy(update={"batch_tokens": batch_tokens})
+        trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
+        began = time.perf_counter()
         with products_like_tf32(wanted=True):
             for _ in range(WARM_UP):
                 step(trainer, 0.5)
+            started = time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
             spent = seconds(lambda trainer=trainer: step(trainer, 0.5), TIMED)
         with products_like_tf32(wanted=True), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step(trainer, 0.5)
+        trainer.finish()
         table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
         records.append(
             {
                 "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
                 "tokens_per_second": batch_tokens / spent,
                 "step_seconds": spent,
+                "compiled": compiled,
+                "first_steps_seconds": started,
                 "batch_tokens": batch_tokens,
                 "micro_tokens": trainer.micro_rows * stage.seq_len,
                 "seq_len": stage.seq_len,
@@ -72,7 +78,7 @@ def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int) -
                 "device_ms_by_operation": {event.key: event.self_device_time_total / 1e3 for event in table},
             }
         )
-        print(json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds")}), flush=True)
+        print(json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds", "first_steps_seconds")}), flush=True)
     return records
 
 
@@ -124,6 +130,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
     parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -139,7 +146,7 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(given.case):
         recipe, errors = checked(case, teacher)
-        records = training(recipe, teacher, data, given.batch_tokens)
+        records = training(recipe, teacher, data, given.batch_tokens, compiled=not given.eager)
         if number == 0:
             records += decoding(recipe, copy.deepcopy(teacher), given.contexts)
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
