@@ -89,15 +89,21 @@ class LanguageModel(nn.Module):
             inputs: what the task gives.
             keep_BTD: the elements that dropout keeps, bool; they are scaled up. None drops nothing.
         """
-        x_BTD = self.embedding(inputs)
+        x_BTD = ends.computed(self.embedding(inputs))
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]]
+            x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]].to(x_BTD.dtype)
         return x_BTD if keep_BTD is None else x_BTD * keep_BTD / (1 - self.embed_dropout)
 
-    def hidden(self, x_BTD: Tensor) -> Tensor:
-        """Runs the blocks over embeddings; the result still lacks the final norm: [B, T, D]."""
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
+    def hidden(self, x_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        """Runs the blocks over embeddings; the result still lacks the final norm: [B, T, D].
+
+        Args:
+            x_BTD: embeddings.
+            rows_BM: the only positions wanted, [B, M], for a result [B, M, D]: what follows the last mixer is left out elsewhere.
+        """
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rows_BM if index == last else None)
         return x_BTD
 
     def predict(self, h_BMD: Tensor) -> Tensor:
@@ -116,13 +122,11 @@ class LanguageModel(nn.Module):
         Returns:
             Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
         """
-        h_BTD = self.hidden(self.embed(inputs, keep_BTD))
+        x_BTD = self.embed(inputs, keep_BTD)
         if isinstance(self.head, ends.LastDecoder):
             every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
-            return self.head(self.norm(h_BTD[:, -1]), every_BT if rows_BM is None else rows_BM)
-        if rows_BM is not None:
-            h_BTD = h_BTD.gather(1, rows_BM[..., None].expand(-1, -1, h_BTD.shape[-1]))
-        return self.predict(h_BTD)
+            return self.head(self.norm(self.hidden(x_BTD)[:, -1]), every_BT if rows_BM is None else rows_BM)
+        return self.predict(self.hidden(x_BTD, rows_BM))
 
     def mixers(self) -> Iterator[Mixer]:
         """The mixers, first layer first."""
@@ -157,9 +161,10 @@ class _ZoologyBlock(nn.Module):
         else:
             _zoology_init(self.mixer, spec.n_layers)
 
-    def forward(self, r_BTD: Tensor) -> Tensor:
-        r_BTD = r_BTD + self.mixer(self.norm1(r_BTD))[0]
-        return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD)
+    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        y_BTD = self.mixer(self.norm1(r_BTD))[0]
+        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
+        return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD).to(r_BTD.dtype)
 
 
 class _PreNormBlock(nn.Module):
@@ -174,10 +179,16 @@ class _PreNormBlock(nn.Module):
         self.gate_up = nn.Linear(spec.d_model, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, spec.d_model, bias=False)
 
-    def forward(self, r_BTD: Tensor) -> Tensor:
-        r_BTD = r_BTD + self.mixer(self.norm1(r_BTD))[0]
+    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        y_BTD = self.mixer(self.norm1(r_BTD))[0]
+        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
         gate, up = self.gate_up(self.norm2(r_BTD)).chunk(2, dim=-1)
-        return r_BTD + self.down(F.silu(gate) * up)
+        return r_BTD + self.down(F.silu(gate) * up).to(r_BTD.dtype)
+
+
+def _rows(x_BTD: Tensor, rows_BM: Tensor | None) -> Tensor:
+    """The positions asked for, [B, M, D], or all."""
+    return x_BTD if rows_BM is None else x_BTD.gather(1, rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
 def _zoology_init(mixer: Mixer, n_layers: int) -> None:

@@ -193,8 +193,7 @@ class FleetTrainer:
             for position in range(first, self.steps_per_epoch):
                 self.examples_SB.copy_(plan_PSB[position])
                 self.rates_E.copy_(rates_PE[position])
-                self._steps[cells[position]]()
-                self.step += 1
+                self.advance(cells[position])
                 self._pace(ahead)
                 now = time.monotonic()
                 if on_progress is not None and now - shown > PROGRESS_SECONDS:
@@ -208,6 +207,11 @@ class FleetTrainer:
                     on_checkpoint(self.checkpoints())
             yield from self._end_epoch(began)
             self._drop_finished()
+
+    def advance(self, cell: int) -> None:
+        """One step of every member on a training cell, with the examples and learning rates that are in place."""
+        self._steps[cell]()
+        self.step += 1
 
     def _plan_epoch(self) -> tuple[list[int], Tensor, Tensor]:
         """The cell of each step, the examples of each step [P, S, B], and the learning rates [P, E]."""
