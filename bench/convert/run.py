@@ -139,11 +139,10 @@ class Conversion:
     ) -> None:
         stage = self.stages[index]
         torch.manual_seed(self.recipe.seed + index)
-        compiled = self.device.type == "cuda" and stage.tokens >= WORTH_COMPILING
+        compiled = self.device.type == "cuda" and stage.tokens >= WORTH_COMPILING and parallel.size() == 1
         trainer = StageTrainer(self.student, self.teacher, stage, index, self.data, self.precision, compiled=compiled)
         elapsed = 0.0
         if restored is not None:
-            self.student.load_state_dict(restored["student"])
             trainer.restore(restored["trainer"])
             elapsed = restored["elapsed"]
         limit = None if self.seconds is None else self.seconds * stage.tokens / sum(s.tokens for s in self.stages)
@@ -155,13 +154,13 @@ class Conversion:
         self.rows[f"student after stage {index + 1}"] = self._agreement(self.student)
 
     def _checkpoint(self, index: int, trainer: StageTrainer, elapsed: float) -> None:
+        state = trainer.state()
         if parallel.rank():
             return
         content = {
             "identity": self.identity(),
             "stage": index,
-            "student": self.student.state_dict(),
-            "trainer": trainer.state(),
+            "trainer": state,
             "elapsed": elapsed,
             "log": self.log,
             "rows": self.rows,

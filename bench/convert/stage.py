@@ -57,30 +57,28 @@ class StageTrainer:
         *,
         compiled: bool = False,
     ) -> None:
-        self.student, self.teacher, self.stage, self.index, self.data = student, teacher, stage, index, data
+        self.teacher, self.stage, self.index, self.data = teacher, stage, index, data
         self.device, self.bf16 = student.device, precision == "bf16"
-        self.rows = max(1, stage.batch_tokens // stage.seq_len)
-        if self.rows < parallel.size():
-            raise UserError(
-                f"A batch of {stage.batch_tokens} tokens is {self.rows} sequences of {stage.seq_len}, fewer than the "
-                f"{parallel.size()} processes; try --set stages.batch_tokens={parallel.size() * stage.seq_len}."
-            )
+        self.rows = _rows(stage)
         self.micro_rows = self.rows if stage.micro_tokens is None else max(1, min(self.rows, stage.micro_tokens // stage.seq_len))
         self.tuner = _add_adapters(student, stage)
-        groups = choose_parameters(student, teacher, stage)
+        chosen = choose_parameters(student, teacher, stage)
+        self.whole, self.student = student, parallel.sharded(student, stage)
+        named = dict(self.student.named_parameters())
+        groups = [(lr, [named[name] for name in params]) for lr, params in chosen]
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(params.values()), "lr": lr, "peak": lr} for lr, params in groups],
+            [{"params": params, "lr": lr, "peak": lr} for lr, params in groups],
             betas=stage.betas,
             weight_decay=stage.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.trained = [parameter for _, params in groups for parameter in params.values()]
+        self.trained = [parameter for _, params in groups for parameter in params]
         self.step_number = self.tokens = 0
         self.plateau: dict[str, float] = {"factor": 1.0, "best": math.inf, "bad": 0, "sum": 0.0, "count": 0}
-        self.restore_parts = compile_parts(student, teacher, stage) if compiled else lambda: None
+        self.restore_parts = compile_parts(self.student, teacher, stage) if compiled else lambda: None
         self.reader = ThreadPoolExecutor(1)
         self.upcoming: tuple[int, Future[Tensor]] | None = None
-        student.train()
+        self.student.train()
 
     def step(self, progress: float) -> dict[str, float]:
         """One optimiser step.
@@ -99,7 +97,6 @@ class StageTrainer:
         for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
             for name, value in self._backward(part, len(part) / len(tokens_BT)).items():
                 totals[name] = totals.get(name, 0.0) + value
-        parallel.add_gradients(self.trained)
         totals = parallel.add_numbers(totals, self.device)
         nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
         self.optimizer.step()
@@ -129,17 +126,20 @@ class StageTrainer:
         return True
 
     def finish(self) -> None:
-        """Merges adapters into the weights."""
+        """Leaves the trained weights in the student that the stage was given, adapters merged."""
         self.reader.shutdown(cancel_futures=True)
         self.restore_parts()
+        if self.student is not self.whole:
+            self.whole.load_state_dict(parallel.whole(self.student.state_dict()))
         if self.tuner is not None:
             self.tuner.merge_and_unload()
-        self.student.eval().requires_grad_(False)
+        self.whole.eval().requires_grad_(False)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the stage depends on, apart from the student's weights."""
+        """Everything that the rest of the stage depends on, tensors whole; all processes must ask for it together."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "student": parallel.whole(self.student.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
             "step": self.step_number,
             "tokens": self.tokens,
             "plateau": self.plateau,
@@ -149,6 +149,11 @@ class StageTrainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken."""
+        with torch.no_grad():
+            for name, tensor in self.student.state_dict().items():
+                tensor.copy_(parallel.like(state["student"][name], tensor))
+        for parameter, numbers in zip(self.trained, state["optimizer"]["state"].values(), strict=True):
+            numbers |= {name: parallel.like(value, parameter) for name, value in numbers.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_number, self.tokens, self.plateau = state["step"], state["tokens"], state["plateau"]
         torch.set_rng_state(state["rng"].cpu())
@@ -159,13 +164,15 @@ class StageTrainer:
         """Adds the gradient of a part of the batch, which is `share` of it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.stage.capture != "logits":
-                loss = alignment_backward(self.student, self.teacher, tokens_BT, self.stage, share * self.stage.scale)
-                return {"loss": loss}
+                # FSDP takes the mean over processes, each of which has its share of the whole batch's mean.
+                factor = share * self.stage.scale * parallel.size()
+                loss = alignment_backward(self.student, self.teacher, tokens_BT, self.stage, factor)
+                return {"loss": loss / parallel.size()}
             return self._distill_backward(tokens_BT, share)
 
     def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
         stage, student = self.stage, self.student
-        hidden = cast(Any, student.lm).model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        hidden = student.hidden(tokens_BT)
         teacher_hidden = teacher_head = None
         if stage.kl:
             with torch.no_grad():
@@ -182,7 +189,7 @@ class StageTrainer:
             teacher_head_VD=teacher_head,
             temperature=stage.temperature,
         )
-        (loss * share).backward()
+        (loss * share * parallel.size()).backward()
         kl, ce = (parts * share).tolist()
         return {"loss": loss.item() * share, "kl": kl, "ce": ce}
 
@@ -210,6 +217,22 @@ class StageTrainer:
             watch["bad"] += 1
         if watch["bad"] > PLATEAU_PATIENCE:
             watch["factor"], watch["bad"] = watch["factor"] * PLATEAU_FACTOR, 0
+
+
+def _rows(stage: Stage) -> int:
+    """Sequences of a batch.
+
+    Raises:
+        UserError: the processes cannot share them equally.
+    """
+    rows = max(1, stage.batch_tokens // stage.seq_len)
+    if rows % parallel.size():
+        fitting = -(-rows // parallel.size()) * parallel.size() * stage.seq_len
+        raise UserError(
+            f"A batch of {stage.batch_tokens} tokens is {rows} sequences of {stage.seq_len}, which {parallel.size()} processes "
+            f"cannot share equally; try --set stages.batch_tokens={fitting}."
+        )
+    return rows
 
 
 def choose_parameters(student: LinearizedForCausalLM, teacher: Any, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:

@@ -174,6 +174,10 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, cache=cache if use_cache else None, hidden_states=outputs.hidden_states
         )
 
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [B, T, D] of sequences without padding."""
+        return self.lm.model(input_ids=input_ids, use_cache=False).last_hidden_state
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The head."""
         return self.lm.lm_head(hidden)
