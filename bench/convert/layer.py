@@ -259,7 +259,11 @@ def _readers(plan: LayerPlan, shape: AttentionShape, mixer: nn.Module | None) ->
     """
     if plan.groups == "repeat" or mixer is None:
         return 1
-    if not reads_heads(cast(Any, mixer)) or plan.combine == "shared_denominator" or getattr(getattr(mixer, "conv", None), "taps", 0):
+    if (
+        not reads_heads(cast(Any, mixer))
+        or plan.combine == "shared_denominator"
+        or getattr(getattr(mixer, "conv", None), "taps", 0)
+    ):
         raise UserError(
             f"groups=share cannot be had with {plan.mixer} under combine={plan.combine}: it needs a mixer that reads the teacher's "
             "heads without a convolution, such as gated_delta_net or gla, joined by sum or gate."

@@ -78,7 +78,10 @@ def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *
                 "device_ms_by_operation": {event.key: event.self_device_time_total / 1e3 for event in table},
             }
         )
-        print(json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds", "first_steps_seconds")}), flush=True)
+        print(
+            json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds", "first_steps_seconds")}),
+            flush=True,
+        )
     return records
 
 

@@ -14,7 +14,7 @@ from bench.convert.gate import check_model
 from bench.convert.layer import GATE_BIAS, spans
 from bench.convert.run import check_transplant
 from bench.convert.spec import LayerPlan
-from bench.convert.student import build_student
+from bench.convert.student import LinearizedForCausalLM, build_student
 from bench.errors import UserError
 from kernels.banded_sums import banded_attention_sums
 from mixers import REGISTRY
@@ -213,3 +213,26 @@ def test_a_decoder_refuses_a_growing_cache(teacher):
     student = build_student(teacher, [LayerPlan(mixer=None, window=5), None]).eval()
     with pytest.raises(ValueError, match="every layer is converted"):
         Decoder(student, student(tokens(), use_cache=True).cache)
+
+
+def test_a_recorded_step_serves_several_caches_in_turn(teacher, monkeypatch):
+    """On a CPU the step is run instead of replayed; what moves between caches and buffers is the same."""
+    monkeypatch.setattr(
+        LinearizedForCausalLM,
+        "_may_record",
+        lambda self, ids, cache: ids.shape[1] == 1 and cache is not None and cache.steps_on_graph,
+    )
+    monkeypatch.setattr("bench.convert.decode.STEPS_BEFORE_CAPTURE", 1)
+    student = build_student(teacher, [LayerPlan(mixer="gated_delta_net", window=5, sinks=1, combine="gate")] * 2).eval()
+    x, other = tokens(2, 40), tokens(2, 40).flip(1)
+    wanted = [student(a, use_cache=False).logits for a in (x, other)]
+    caches = [student(a[:, :17], use_cache=True).cache for a in (x, other)]
+    for t in range(17, 40):
+        for a, cache, logits in zip((x, other), caches, wanted, strict=True):
+            found = student(a[:, t : t + 1], cache=cache, use_cache=True).logits
+            torch.testing.assert_close(found[:, 0], logits[:, t], atol=1e-3, rtol=1e-3)
+    assert len(student.decoders) == 1
+    assert all(cache.get_seq_length() == 40 for cache in caches)
+    caches[1].reorder_cache(torch.tensor([1, 1]))
+    found = student(other[:1, :1].expand(2, 1), cache=caches[1], use_cache=True).logits
+    torch.testing.assert_close(found[0], found[1])
