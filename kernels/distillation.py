@@ -48,10 +48,8 @@ def distillation_rows(
     """
     if student_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(student_RV.shape)}; distillation takes [rows, classes]")
-    others = {"labels": (labels_R, student_RV.shape[:1])}
-    if teacher_RV is not None:
-        others["teacher"] = (teacher_RV, student_RV.shape)
-    check_arguments(student_RV, others, first="logits")
+    shape = tuple(student_RV.shape)
+    check_arguments(student_RV, {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}, first="logits")
     dtype = student_RV.dtype if dtype is None else dtype
     with torch.no_grad():
         if pick("distillation_rows", student_RV) == "triton":

@@ -43,7 +43,7 @@ def compile_parts(student: Any, teacher: Any, stage: Stage, *, backend: str = "i
     for module in modules:
         module.compile(**settings)
         undo.append(lambda module=module: setattr(module, "_compiled_call_impl", None))
-    method = {"attn_out": "heads_output", "mixer_out": "segment"}.get(stage.capture)
+    method = {"attn_out": "heads_output", "mixer_out": "segment"}.get(stage.capture, "")
     for layer in student.converted().values() if method else ():
         # an attribute of the instance hides the method until it is deleted
         setattr(layer, method, torch.compile(getattr(layer, method), **settings))

@@ -141,7 +141,7 @@ def recorded_step(
     cache.single_steps += 1
     if cache.single_steps <= STEPS_BEFORE_CAPTURE or any(not cast(StateLayer, layer).state for layer in cache.layers):
         return None
-    weight = model.get_input_embeddings().weight
+    weight = cast(Tensor, model.get_input_embeddings().weight)
     key = (len(token_B1), weight.dtype, weight.data_ptr())
     decoder = model.decoders.pop(key, None) or Decoder(model, cache)
     while len(model.decoders) >= KEPT_DECODERS:

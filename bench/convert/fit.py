@@ -92,9 +92,8 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
     cls = catalog.load("mixer", plan.mixer)
     if not (isinstance(cls, type) and issubclass(cls, Mixer)):
         raise UserError(f"{plan.mixer} is a pattern of several layers; a converted layer holds one mixer.")
-    options = default_options(cls, shape.grouped() if plan.groups == "share" else shape) | catalog.check_options(
-        "mixer", plan.mixer, cls, plan.options
-    )
+    seen = shape.grouped() if plan.groups == "share" else shape
+    options = default_options(cls, seen) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
     build = cast(Any, cls)
     try:
         mixer = build(shape.d_model, layer=layer, **options)

@@ -131,7 +131,7 @@ class _NextToken(torch.autograd.Function):
 
 
 def _fp32_product(a_ND: Tensor, b_VD: Tensor) -> Tensor:
-    """a b^T in fp32: a product rounded to bf16 would move a logit of 16 by 0.06."""
+    """The product a b^T in fp32: rounded to bf16 it would move a logit of 16 by 0.06."""
     if a_ND.is_cuda and a_ND.dtype is torch.bfloat16:
         return torch.mm(a_ND, b_VD.t(), out_dtype=torch.float32)
     return (a_ND @ b_VD.t()).float()

