@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import catalog, ends
+from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
 from mixers import Mixer
@@ -82,17 +83,17 @@ class LanguageModel(nn.Module):
         plain = self.spec.frame == "zoology" and self.spec.layer(0).mixer in MAMBA_BLOCK
         return 0.0 if plain else self.spec.embed_dropout
 
-    def embed(self, inputs: Tensor, keep_BTD: Tensor | None = None) -> Tensor:
+    def embed(self, inputs: Tensor, key_B: Tensor | None = None) -> Tensor:
         """Embeddings of token ids [B, T] or features [B, T, F], positions included: [B, T, D].
 
         Args:
             inputs: what the task gives.
-            keep_BTD: the elements that dropout keeps, bool; they are scaled up. None drops nothing.
+            key_B: each example's key of what dropout drops, from `bench.dropout`; None drops nothing.
         """
         x_BTD = ends.computed(self.embedding(inputs))
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]].to(x_BTD.dtype)
-        return x_BTD if keep_BTD is None else x_BTD * keep_BTD / (1 - self.embed_dropout)
+        return x_BTD if key_B is None else dropout(x_BTD, key_B, self.embed_dropout)
 
     def hidden(self, x_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
         """Runs the blocks over embeddings; the result still lacks the final norm: [B, T, D].
@@ -111,18 +112,18 @@ class LanguageModel(nn.Module):
         h_BMD = self.norm(h_BMD)
         return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
-    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, keep_BTD: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None) -> Tensor:
         """Predictions at the labelled rows.
 
         Args:
             inputs: token ids [B, T] or features [B, T, F].
             rows_BM: positions of the M labelled rows of each example, [B, M]; None means every position.
-            keep_BTD: as for `embed`.
+            key_B: as for `embed`.
 
         Returns:
             Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
         """
-        x_BTD = self.embed(inputs, keep_BTD)
+        x_BTD = self.embed(inputs, key_B)
         if isinstance(self.head, ends.LastDecoder):
             every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
             return self.head(self.norm(self.hidden(x_BTD)[:, -1]), every_BT if rows_BM is None else rows_BM)

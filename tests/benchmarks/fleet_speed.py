@@ -89,6 +89,7 @@ def fleet(mixer: str, width: int, members: int, *, compiled: bool) -> dict[str, 
 
 def kernels_of(mixer: str, width: int, members: int, cell: str) -> dict[str, float]:
     """Device microseconds of a step by kernel, the costliest first."""
+    torch.set_float32_matmul_precision("high")
     trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=True)
     trainer.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.examples_SB))
     index = list(CELLS).index(cell)
