@@ -91,6 +91,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LinearizedConfig) -> None:
         super().__init__(config)
         base = dict(config.base or {})
+        if "model_type" not in base or len(config.plans or []) != base.get("num_hidden_layers"):
+            raise ValueError("config.json of a converted model needs the teacher's configuration and one plan a layer")
         base_config = AutoConfig.for_model(base.pop("model_type"), **base)
         self.lm: Any = AutoModelForCausalLM.from_config(base_config, attn_implementation="sdpa")
         # Before the converted layers are in: it would draw their linear maps and zero their biases as a Llama's.
