@@ -95,10 +95,13 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
     seen = shape.grouped() if plan.groups == "share" else shape
     options = default_options(cls, seen) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
     build = cast(Any, cls)
+    # Without an option of its own, the width of the heads is the model's.
+    free = {"expand_v", "head_dim"} & set(catalog.options_of(cls))
+    width = seen.width if reads_heads(cls) and not free else shape.d_model
     try:
-        mixer = build(shape.d_model, layer=layer, **options)
+        mixer = build(width, layer=layer, **options)
         with torch.device("meta"):
-            grows = build(shape.d_model, layer=layer, **options).state_elements(2 * LONG) > mixer.state_elements(LONG)
+            grows = build(width, layer=layer, **options).state_elements(2 * LONG) > mixer.state_elements(LONG)
     except ValueError as error:
         raise UserError(f"{plan.mixer} does not fit this model: {error}.") from None
     if not cls.caps.recurrent:
@@ -107,7 +110,27 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
         )
     if grows:
         raise UserError(f"{plan.mixer} keeps a state that grows with the sequence, so it linearises nothing; choose another mixer.")
+    if width != shape.d_model:
+        _try_heads(mixer, plan, seen)
     return mixer
+
+
+@torch.no_grad()
+def _try_heads(mixer: Mixer, plan: LayerPlan, shape: AttentionShape) -> None:
+    """Two tokens through the mixer: some take gates from an input that must be as wide as the heads.
+
+    Raises:
+        UserError: they do not go through.
+    """
+    if any(parameter.is_meta for parameter in mixer.parameters()):
+        return  # transformers loads a model that went through before
+    try:
+        mixer.mix(torch.zeros(1, 2, 3 * shape.width), torch.zeros(1, 2, shape.d_model))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{plan.mixer} does not fit this model: its input must be as wide as its heads, which are {shape.width} wide here in a "
+            f"model {shape.d_model} wide; gated_delta_net, gla and normalized_gla have no such limit."
+        ) from error
 
 
 def reads_heads(mixer: Mixer | type[Mixer]) -> bool:
@@ -126,10 +149,18 @@ def default_options(cls: type[Mixer], shape: AttentionShape) -> dict[str, Any]:
     A mixer that reads the teacher's heads gets as many heads of the same width, no short convolution and no SiLU, which
     would take the sign from the copied values.
     """
-    ratio = shape.width / shape.d_model
+    ratio = (shape.width + 0.5) / shape.d_model  # mixers round down, and so must not meet 2.999
     wanted: dict[str, Any] = {}
     if reads_heads(cls):
-        wanted = {"n_heads": shape.n_heads, "expand_k": ratio, "expand_v": ratio, "conv": 0, "silu": False, "memory": MEMORY}
+        wanted = {
+            "n_heads": shape.n_heads,
+            "head_dim": shape.head_dim,
+            "expand_k": ratio,
+            "expand_v": ratio,
+            "conv": 0,
+            "silu": False,
+            "memory": MEMORY,
+        }
     elif loads_attention(cls):
         wanted = {
             "head_dim": shape.head_dim,

@@ -65,6 +65,45 @@ def test_any_mixer_with_a_window_is_one_function(name: str, teacher, tmp_path: P
     assert result.passed, result.sentence()
 
 
+@pytest.mark.parametrize("groups", ["repeat", "share"])
+@pytest.mark.parametrize("name", ["gated_delta_net", "delta_net", "gla", "linear_attention", "liger", "normalized_gla", "supra"])
+def test_heads_wider_than_the_model_are_taken_over(name: str, groups: str):
+    wide = tiny("Qwen3", head_dim=32)
+    plan = LayerPlan(mixer=name, options=HEDGEHOG if name == "linear_attention" else {}, groups=groups, window=7, combine="sum")
+    student = build_student(wide, [plan] * 2).eval()
+    result = check_model(student, tokens())
+    assert result.passed, result.sentence()
+    heads = {"repeat": 4, "share": 2}[groups]
+    assert student.converted()[0].init_state(1, device="cpu", dtype=torch.float32)["mixer.s"].shape[1] == heads
+
+
+def test_a_mixer_whose_gates_need_another_width_says_so():
+    with pytest.raises(UserError, match="retention does not fit this model: its input must be as wide as its heads, which are 128"):
+        build_student(tiny("Qwen3", head_dim=32), [LayerPlan(mixer="retention", combine="gate")] * 2)
+
+
+def test_a_shared_state_is_what_every_reader_would_have(teacher):
+    """Query heads of a group read one state; with gates that do not differ by head, repeated states are the same."""
+    torch.manual_seed(0)
+    plan = LayerPlan(mixer="liger", window=0, combine="sum")
+    shared = build_student(teacher, [plan.model_copy(update={"groups": "share"})] * 2).eval()
+    repeated = build_student(teacher, [plan] * 2).eval()
+    torch.testing.assert_close(shared(tokens()).logits, repeated(tokens()).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "combine"), [("mamba2", "gate"), ("linear_attention", "shared_denominator")])
+def test_a_state_that_cannot_be_shared_says_why(name: str, combine: str, teacher):
+    plan = LayerPlan(mixer=name, options=HEDGEHOG if name == "linear_attention" else {}, combine=combine, groups="share")
+    with pytest.raises(UserError, match=f"groups=share cannot be had with {name} under combine={combine}"):
+        build_student(teacher, [plan] * 2)
+
+
+def test_copied_heads_are_not_bent(teacher):
+    for name in ("gated_delta_net", "delta_net", "kda"):
+        mixer = build_student(teacher, [LayerPlan(mixer=name, combine="gate")] * 2).converted()[0].mixer.mixer
+        assert (mixer.conv.taps, mixer.conv.silu) == (0, False)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (5, 3), (64, 2)])
 def test_a_shared_denominator_is_one_function(window: int, sinks: int, teacher):
     plan = LayerPlan(options=HEDGEHOG, window=window, sinks=sinks)
