@@ -96,7 +96,8 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
     options = default_options(cls, seen) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
     build = cast(Any, cls)
     # Without an option of its own, the width of the heads is the model's.
-    free = {"expand_v", "head_dim"} & set(catalog.options_of(cls))
+    offered = set(catalog.options_of(cls))
+    free = "head_dim" in offered or {"expand_k", "expand_v"} <= offered
     width = seen.width if reads_heads(cls) and not free else shape.d_model
     try:
         mixer = build(width, layer=layer, **options)
