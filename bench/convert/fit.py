@@ -93,12 +93,12 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
     if not (isinstance(cls, type) and issubclass(cls, Mixer)):
         raise UserError(f"{plan.mixer} is a pattern of several layers; a converted layer holds one mixer.")
     seen = shape.grouped() if plan.groups == "share" else shape
-    options = default_options(cls, seen) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
-    build = cast(Any, cls)
     # Without an option of its own, the width of the heads is the model's.
     offered = set(catalog.options_of(cls))
     free = "head_dim" in offered or {"expand_k", "expand_v"} <= offered
     width = seen.width if reads_heads(cls) and not free else shape.d_model
+    options = default_options(cls, seen, width) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
+    build = cast(Any, cls)
     try:
         mixer = build(width, layer=layer, **options)
         with torch.device("meta"):
@@ -144,13 +144,13 @@ def loads_attention(mixer: Mixer | type[Mixer]) -> bool:
     return (mixer if isinstance(mixer, type) else type(mixer)).load_attention is not Mixer.load_attention
 
 
-def default_options(cls: type[Mixer], shape: AttentionShape) -> dict[str, Any]:
+def default_options(cls: type[Mixer], shape: AttentionShape, d_model: int) -> dict[str, Any]:
     """The options that follow from the teacher, for those that the mixer has.
 
     A mixer that reads the teacher's heads gets as many heads of the same width, no short convolution and no SiLU, which
     would take the sign from the copied values.
     """
-    ratio = (shape.width + 0.5) / shape.d_model  # mixers round down, and so must not meet 2.999
+    ratio = (shape.width + 0.5) / d_model  # mixers round down, and so must not meet 2.999
     wanted: dict[str, Any] = {}
     if reads_heads(cls):
         wanted = {
