@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 512, 4
 
 
 @triton.jit(do_not_specialize=["n_parameters"])
