@@ -13,6 +13,7 @@ from bench.commands.progress import SweepProgress
 from bench.commands.request import ModelInfo, Request, build_sweep, inspect
 from bench.commands.suite import print_families
 from bench.commands.training import Training
+from bench.families import mean_ceilings
 from bench.launch.place import parse_place
 from bench.points import Point, points
 from bench.store import Store
@@ -138,6 +139,9 @@ def print_table(shown: list[Point], output: Output) -> None:
         )
     output.console.print(table)
     output.say("Low to high: " + "; ".join(sorted({point.accuracy.kind for point in shown})) + ".")
+    for task, cells in {point.spec.task.name: point.cells for point in shown}.items():
+        found = ", ".join(f"{name} {value:.3f}" for name, value in mean_ceilings(cells).items())
+        output.say(f"Ceilings of {task}, mean over its cells: {found}.")
     failures = [record for point in shown for record in point.failures]
     for record in failures:
         output.say(f"{record.status}: {record.spec.name()}: {record.reason}")
