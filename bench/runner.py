@@ -184,9 +184,10 @@ class _Job:
         self.tell("record", record)
 
     def _close(self, identity: str) -> None:
-        """Leaves nothing but the record."""
-        for name in ("checkpoint.pt", "progress.json"):
-            _remove(self.store.path(identity) / name)
+        """Leaves nothing but the record, its curve and its map; not what killed processes were writing either."""
+        folder = self.store.path(identity)
+        for path in (folder / "checkpoint.pt", folder / "progress.json", *folder.glob(".*")):
+            _remove(path)
         self.claims.drop(identity)
 
     def _checkpoint(self, spec: RunSpec) -> Checkpoint | None:

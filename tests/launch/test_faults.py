@@ -51,6 +51,7 @@ def test_a_killed_driver_is_shown_and_its_runs_go_on(tmp_path: Path, bench: Benc
     assert not bench("status", "--json").lines("sweep")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     driver = start(tmp_path, "--seeds=1", "--set=train.epochs=300")
     wait_for(lambda: checkpoints(tmp_path))
@@ -87,6 +88,7 @@ def test_a_full_disk_stops_the_sweep_in_one_sentence_and_nothing_is_lost(tmp_pat
     assert len(complete(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_spoilt_checkpoint_is_said_once(tmp_path: Path, bench: Bench) -> None:
     setting = ["--mixer=attention", "--seeds=1", "--set=train.lr=1e-3", "--no-report"]
     bench.tiny(*setting)
@@ -101,6 +103,7 @@ def test_a_spoilt_checkpoint_is_said_once(tmp_path: Path, bench: Bench) -> None:
     assert again.metrics == record.metrics
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_leaves_its_neighbours_alone(bench: Bench) -> None:
     rates = "--set=train.lr=1e-3,1e30"
     outcome = bench.tiny("--mixer=attention", "--seeds=1", rates, "--set=train.weight_decay=0", "--json", "--no-report")
