@@ -29,6 +29,7 @@ def test_two_drivers_share_a_sweep(tmp_path: Path) -> None:
     assert not (tmp_path / "results/runs/.sweeps").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_shown_and_its_runs_go_on(tmp_path: Path, bench: Bench) -> None:
     arguments = ["--seeds=2", "--set=train.epochs=300"]
     driver = start(tmp_path, *arguments)
