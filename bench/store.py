@@ -122,7 +122,6 @@ class Store:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
 
-
     def write_eval(self, record: EvalRecord, items: Sequence[dict[str, Any]] = ()) -> Path:
         """Writes an evaluation, the items first; an earlier one of the same model and task is replaced.
 
@@ -190,8 +189,7 @@ def _parse(path: Path, kind: type[Record], newest: int) -> tuple[Record | None, 
         return None, f"Skipped {path}: not a Mixer Bench record (no schema_version); the file was left as it is."
     if version > newest:
         return None, (
-            f"Skipped {path}: schema version {version} is newer than this program's {newest}; "
-            "upgrade Mixer Bench to read it."
+            f"Skipped {path}: schema version {version} is newer than this program's {newest}; upgrade Mixer Bench to read it."
         )
     try:
         return kind.model_validate(content), ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
+import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -134,6 +136,8 @@ def load_tasks(wanted: Wanted) -> TaskSet:
         raise _cannot_load(missing, [name for name in wanted.names if name not in missing])
     if wanted.fewshot and wanted.data_dir is not None:
         _check_examples(loaded["tasks"])
+    for task in loaded["tasks"].values():
+        _set_examples(task, wanted.fewshot)
     chosen = {name: choose(task, wanted.limit) for name, task in loaded["tasks"].items()}
     return TaskSet(manager, loaded["tasks"], loaded["groups"], chosen)
 
@@ -180,32 +184,28 @@ def language_model(model: Any, tokenizer: Any, *, batch_size: int | str, max_len
         return BudgetLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32")
 
 
-def evaluate(lm: Any, name: str, tasks: TaskSet, *, fewshot: int | None, chat: bool) -> Outcome:
+def evaluate(lm: Any, name: str, tasks: TaskSet, *, chat: bool) -> Outcome:
     """Evaluates one task.
 
     Args:
         lm: what `language_model` returned.
         name: of a leaf task.
         tasks: loaded.
-        fewshot: examples in the prompt; None for the task's own number.
         chat: put the prompts into the model's chat template.
     """
     import lm_eval
 
     began = time.monotonic()
-    with warnings.catch_warnings():
+    silence = open(os.devnull, "w")  # noqa: SIM115, PTH123 - closed below
+    with warnings.catch_warnings(), silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         warnings.simplefilter("ignore")
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[tasks.tasks[name]],
-            num_fewshot=fewshot,
+        found: Any = lm_eval.evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: tasks.tasks[name]}, "groups": {}, "group_map": {}},
             samples={name: tasks.chosen[name]},
             bootstrap_iters=BOOTSTRAPS,
             apply_chat_template=chat,
-            task_manager=tasks.manager,
-            fewshot_random_seed=SEED,
         )
-    assert found is not None, "only the first process returns results"
     return Outcome(
         results=dict(found["results"][name]),
         samples=list(found["samples"][name]),
@@ -216,11 +216,25 @@ def evaluate(lm: Any, name: str, tasks: TaskSet, *, fewshot: int | None, chat: b
     )
 
 
+def _set_examples(task: Any, fewshot: int | None) -> None:
+    """As lm-eval's `simple_evaluate` does it: a task that asks for none keeps none."""
+    own = task.get_config("num_fewshot")
+    task.set_config(key="num_fewshot", value=own if fewshot is None or own == 0 else fewshot)
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEED)
+
+
 def _why_missing(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError | ImportError):
         return f"{name} needs a package ({text[:120].rstrip('.')})"
-    if "Couldn't reach" in text or "OfflineMode" in text or "LocalEntryNotFound" in type(error).__name__ or "offline" in text.lower():
+    if (
+        "Couldn't reach" in text
+        or "OfflineMode" in text
+        or "LocalEntryNotFound" in type(error).__name__
+        or "offline" in text.lower()
+    ):
         found = text.partition("'")[2].partition("'")[0]
         return f"{name} needs the data set {found or 'of its definition'} from the hub, which cannot be reached"
     return f"{name} cannot be loaded ({type(error).__name__}: {text[:160].rstrip('.')})"

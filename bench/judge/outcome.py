@@ -51,7 +51,9 @@ def eval_metrics(found: Outcome, items: list[dict[str, Any]]) -> list[EvalMetric
     if not made:  # RULER gives one value a length; the mean over all items stands for the task
         made = [_mean("acc", "", named[0][1], items)]
     lengths = sorted({item["length"] for item in items if item["length"]})
-    return made + [_mean("acc", str(length), named[0][1], [item for item in items if item["length"] == length]) for length in lengths]
+    return made + [
+        _mean("acc", str(length), named[0][1], [item for item in items if item["length"] == length]) for length in lengths
+    ]
 
 
 def _metric(found: Outcome, items: list[dict[str, Any]], name: str, kind: str) -> EvalMetric:
@@ -64,9 +66,7 @@ def _metric(found: Outcome, items: list[dict[str, Any]], name: str, kind: str) -
 def _mean(name: str, slice_: str, kind: str, items: list[dict[str, Any]]) -> EvalMetric:
     values = [item["value"] for item in items if (item["metric"], item["filter"]) == (name, kind)]
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return EvalMetric(
-        name=name, slice=slice_, filter=kind, value=fmean(values), stderr=error, n=len(values), higher_is_better=True
-    )
+    return EvalMetric(name=name, slice=slice_, filter=kind, value=fmean(values), stderr=error, n=len(values), higher_is_better=True)
 
 
 def _finite(value: Any) -> float | None:

@@ -141,7 +141,9 @@ class Evaluation:
             max_length=self.settings.max_length,
             seconds=time.monotonic() - began,
             started=started,
-            provenance=provenance.now(_code(job), provenance.versions(PACKAGES), {"cpu" if self.device.type == "cpu" else "gpu": hardware}),
+            provenance=provenance.now(
+                _code(job), provenance.versions(PACKAGES), {"cpu" if self.device.type == "cpu" else "gpu": hardware}
+            ),
             **made,
         )
         self.store.write_eval(record, items)
@@ -149,15 +151,7 @@ class Evaluation:
 
     def _judged(self, job: Job, lm: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A task of lm-eval; where batches are found automatically, smaller ones if memory runs out."""
-        for turn in range(RETRIES + 1):
-            try:
-                found = harness.evaluate(lm, job.task, self.tasks, fewshot=self.settings.fewshot, chat=self.settings.chat)
-                break
-            except torch.OutOfMemoryError:
-                if self.settings.batch_size != "auto" or turn == RETRIES:
-                    raise
-                lm.share /= 2
-            torch.cuda.empty_cache()
+        found = self._with_retries(job, lm)
         task = self.tasks.tasks[job.task]
         kind = task.OUTPUT_TYPE
         items = item_rows(found.samples)
@@ -176,6 +170,17 @@ class Evaluation:
             "answers": answer_counts(kind, found.samples),
         }
         return made, items
+
+    def _with_retries(self, job: Job, lm: Any) -> harness.Outcome:
+        for _ in range(RETRIES):
+            try:
+                return harness.evaluate(lm, job.task, self.tasks, chat=self.settings.chat)
+            except torch.OutOfMemoryError:
+                if self.settings.batch_size != "auto":
+                    raise
+                lm.share /= 2
+            torch.cuda.empty_cache()
+        return harness.evaluate(lm, job.task, self.tasks, chat=self.settings.chat)
 
     def _measured(self, job: Job, model: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         size = self.settings.size
@@ -208,7 +213,10 @@ class Evaluation:
 def _code(job: Job) -> dict[str, str]:
     """Hashes of the source that decides a result."""
     root = catalog.package_dir("bench").parent
-    folders = {"judge": sorted((root / "bench" / "judge").rglob("*.py")), "convert": sorted((root / "bench" / "convert").glob("*.py"))}
+    folders = {
+        "judge": sorted((root / "bench" / "judge").rglob("*.py")),
+        "convert": sorted((root / "bench" / "convert").glob("*.py")),
+    }
     found = {f"shared:{name}": digest([catalog.source_hash(path) for path in paths]) for name, paths in folders.items()}
     return found | _mixer_code(job.row.info)
 
@@ -260,4 +268,3 @@ def fitting_rows(model: Any, length: int, tried: int | str) -> int:
             torch.cuda.empty_cache()
             rows //= 2
     return 0
-

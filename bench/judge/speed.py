@@ -36,19 +36,19 @@ def memory_and_speed(model: Any, size: Size) -> list[EvalMetric]:
     reset_peak_memory(device)
     found: list[EvalMetric] = []
     for length in size.measured:
-        tokens = torch.arange(length, device=device)[None] % 1000
+        tokens = torch.arange(length, device=device)[None] % min(1000, model.config.vocab_size)
         cache, seconds = _prefill(model, tokens)
         held = [tensor for layer in cache.layers for tensor in layer_tensors(layer)]
         at = str(length)
         state = float(sum(tensor.numel() * tensor.element_size() for tensor in held))
         found.append(EvalMetric(name="state_bytes", slice=at, value=state, n=1, higher_is_better=False))
-        found.append(EvalMetric(name="prefill_tokens_per_second", slice=at, value=length / seconds, n=REPEATS, higher_is_better=True))
+        found.append(
+            EvalMetric(name="prefill_tokens_per_second", slice=at, value=length / seconds, n=REPEATS, higher_is_better=True)
+        )
         for batch in size.batches:
             speed, how = _decode(model, cache, batch)
             name = f"batch {batch}, context {length}, {how}"
-            found.append(
-                EvalMetric(name="decode_tokens_per_second", slice=name, value=speed, n=REPEATS, higher_is_better=True)
-            )
+            found.append(EvalMetric(name="decode_tokens_per_second", slice=name, value=speed, n=REPEATS, higher_is_better=True))
             cache, _ = _prefill(model, tokens, repeats=1)
     found.append(EvalMetric(name="peak_memory_bytes", value=float(peak_memory(device)), n=1, higher_is_better=False))
     return found

@@ -73,7 +73,9 @@ def held_out_text(**given: Any) -> dict[str, datasets.Dataset]:
 
 def hellaswag(**given: Any) -> dict[str, datasets.Dataset]:
     """Context, endings and the right one."""
-    return _rows({"text": row["ctx"], "choices": row["endings"], "gold": row["expected_index"]} for row in _items("hellaswag", given))
+    return _rows(
+        {"text": row["ctx"], "choices": row["endings"], "gold": row["expected_index"]} for row in _items("hellaswag", given)
+    )
 
 
 def truthfulqa(**given: Any) -> dict[str, datasets.Dataset]:
