@@ -435,7 +435,7 @@ def report(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="A mixer as in the table, or the folder of a store.")],
+    a: Annotated[str, typer.Argument(help="A mixer or language model as in the table, or the folder of a store.")],
     b: Annotated[str, typer.Argument(help="Another one; differences are B minus A.")],
     fail: Annotated[
         str | None, typer.Option(help="Exit with 1 if B falls behind A by more: accuracy:-0.01.", metavar="METRIC:LIMIT")
@@ -444,10 +444,12 @@ def compare(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare two mixers, or two stores, by paired differences over seeds.
+    """Compare two mixers or stores by paired differences over seeds, or two language models over items.
 
     Examples:
     bench compare gla gated_delta_net
+
+    bench compare 'window 255 + 4 sinks, untrained' converted
 
     bench compare results/old results/runs --fail accuracy:-0.01
     """
