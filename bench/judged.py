@@ -140,8 +140,8 @@ class Comparison:
         for row in self.rows:
             if row.info.kind != "converted":
                 continue
-            roles = dict(row.info.referees) | {"control": r.info.fingerprint for r in self.rows if r.info.kind == "control"}
-            for role, fingerprint in roles.items():
+            controls = [("control", other.info.fingerprint) for other in self.rows if other.info.kind == "control"]
+            for role, fingerprint in (*row.info.referees.items(), *controls):
                 against = by_print.get(fingerprint)
                 if against is not None:
                     found.append(Pair(row, against, role.replace("_", " "), self._differences(row, against)))
@@ -242,4 +242,3 @@ def _columns(records: Sequence[EvalRecord]) -> list[Column]:
         if record.task != MEMORY_AND_SPEED:
             groups.setdefault(record.group or record.task, []).append(record.task)
     return [Column(name, tuple(dict.fromkeys(tasks))) for name, tasks in groups.items()]
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 
 CPU_TOKENS = 4096
 """Tokens of a batch on a CPU, where larger batches only cost memory."""
@@ -18,6 +18,7 @@ LOGIT_BYTES = 14
 ACTIVATIONS = 48
 """Bytes of activations of a layer over its width, at its peak."""
 MOST_ROWS = 256
+HFLM: Any = huggingface.HFLM
 
 
 class BudgetLM(HFLM):

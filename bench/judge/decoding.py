@@ -33,7 +33,7 @@ class KeyValueDecoder:
     def __init__(self, model: Any, cache: Any, batch: int, room: int) -> None:
         self.model = model
         self.seen = int(cache.get_seq_length())
-        self.static = StaticCache(config=model.config, max_cache_len=self.seen + room + WARM_UP_STEPS + 1)
+        self.static: Any = StaticCache(config=model.config, max_cache_len=self.seen + room + WARM_UP_STEPS + 1)
         for mine, full in zip(self.static.layers, cache.layers, strict=True):
             mine.lazy_initialization(*(tensor.expand(batch, -1, -1, -1) for tensor in (full.keys, full.values)))
             mine.keys[:, :, : self.seen].copy_(full.keys.expand(batch, -1, -1, -1))

@@ -181,7 +181,8 @@ def language_model(model: Any, tokenizer: Any, *, batch_size: int | str, max_len
 
         quiet()
         # Without it the softmax of bf16 logits is rounded to bf16, which moves a sum of log-probabilities by whole nats.
-        return BudgetLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32")
+        made: Any = BudgetLM
+        return made(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32")
 
 
 def evaluate(lm: Any, name: str, tasks: TaskSet, *, chat: bool) -> Outcome:
@@ -193,13 +194,16 @@ def evaluate(lm: Any, name: str, tasks: TaskSet, *, chat: bool) -> Outcome:
         tasks: loaded.
         chat: put the prompts into the model's chat template.
     """
-    import lm_eval
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lm_eval.evaluator import evaluate as run_lm_eval
 
+    call: Any = run_lm_eval
     began = time.monotonic()
     silence = open(os.devnull, "w")  # noqa: SIM115, PTH123 - closed below
     with warnings.catch_warnings(), silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         warnings.simplefilter("ignore")
-        found: Any = lm_eval.evaluate(
+        found = call(
             lm=lm,
             task_dict={"tasks": {name: tasks.tasks[name]}, "groups": {}, "group_map": {}},
             samples={name: tasks.chosen[name]},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench import pretrained
 from bench.convert.measure import SINKS, ablated, window_of_equal_bytes, window_student
@@ -141,7 +142,7 @@ class Loader:
         info = describe(teacher, fingerprint=f"{name}, of {taught}", source=self.teacher_source() or "", teacher=taught)
         layers = info.layers
         update = {"kind": "window", "name": name, "window": window, "sinks": SINKS, "layers_converted": layers}
-        return Row(info.model_copy(update=update), lambda: _made(window_student(teacher, window).to(self.dtype)))
+        return Row(info.model_copy(update=update), lambda: _made(nn.Module.to(window_student(teacher, window), self.dtype)))
 
     def _ablation(self, student: Any, branch: str, taught: str) -> Row:
         """One branch of every converted layer."""

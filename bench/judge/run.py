@@ -123,7 +123,7 @@ class Evaluation:
     def _one(self, job: Job, model: Any, lm: Any) -> EvalRecord:
         began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
         reset_peak_memory(self.device)
-        with _memory_errors(job, lm, self.settings):
+        with _MemoryErrors(job, lm, self.settings):
             made, items = self._measured(job, model) if job.task in MEASUREMENTS else self._judged(job, lm)
         peak = EvalMetric(name="peak_memory_bytes", value=float(peak_memory(self.device)), n=1, higher_is_better=False)
         metrics = [*made.pop("metrics"), *([] if job.task == MEMORY_AND_SPEED else [peak])]
@@ -232,7 +232,7 @@ def _hash(documents: list[Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class _memory_errors:  # noqa: N801 - a context manager, named like one
+class _MemoryErrors:
     """Turns running out of memory into a sentence with the setting that would fit."""
 
     def __init__(self, job: Job, lm: Any, settings: Settings) -> None:

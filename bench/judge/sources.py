@@ -56,14 +56,14 @@ def data_folder(folder: Path | None) -> Iterator[None]:
         return
     if not folder.is_dir():
         raise UserError(f"There is no data folder {folder}; --data-dir takes a folder that holds OWNER/NAME folders as on the hub.")
-    import datasets
+    from datasets import config
 
-    before, home = datasets.config.HF_DATASETS_CACHE, Path.cwd()
+    before, home = config.HF_DATASETS_CACHE, Path.cwd()
     with tempfile.TemporaryDirectory(prefix="bench-eval-") as cache:
-        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        config.HF_DATASETS_CACHE = Path(cache)
         os.chdir(folder)
         try:
             yield
         finally:
             os.chdir(home)
-            datasets.config.HF_DATASETS_CACHE = before
+            config.HF_DATASETS_CACHE = before

