@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.errors import UserError
 from bench.judge import harness, run
 from bench.store import Store
 
@@ -153,14 +154,19 @@ def test_compare_pairs_items(judged):
     assert code == 2 and "Did you mean 'converted'?" in err
 
 
-def hub_folder(root: Path, *, repeated: bool) -> Path:
+def hub_folder(root: Path) -> Path:
     """A data folder shaped like the hub, with the set of the stock task arc_easy."""
     folder = root / "hub" / "allenai" / "ai2_arc" / "ARC-Easy"
     folder.mkdir(parents=True)
-    row = {"id": "1", "question": "What reads a token?", "choices": {"text": ["A mixer", "A door"], "label": ["A", "B"]}, "answerKey": "A"}
+    row = {
+        "id": "1",
+        "question": "What reads a token?",
+        "choices": {"text": ["A mixer", "A door"], "label": ["A", "B"]},
+        "answerKey": "A",
+    }
     rows = [row | {"id": str(i), "question": f"{row['question']} {i}"} for i in range(4)]
     for split in ("train", "validation", "test"):
-        chosen = rows[:1] if split != "test" else rows if repeated else rows[1:]
+        chosen = rows if split == "test" else rows[:1]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     head = "configs:\n- config_name: ARC-Easy\n  data_files:\n"
     files = "".join(f"  - split: {split}\n    path: ARC-Easy/{split}.jsonl\n" for split in ("train", "validation", "test"))
@@ -169,15 +175,25 @@ def hub_folder(root: Path, *, repeated: bool) -> Path:
 
 
 def test_a_stock_task_runs_from_a_local_folder(teacher_folder: Path, work: Path):
-    folder = hub_folder(work, repeated=True)
+    folder = hub_folder(work)
     arguments = ["--tasks", "arc_easy", "--data-dir", str(folder), "--store", "runs", "--no-report", "--limit", "0"]
     code, out, err = evaluate(teacher_folder, *arguments)
     assert code == 0, err
     record = Store(Path("runs")).load_evals()[0][0]
     assert (record.task, record.items, record.primary, record.chance) == ("arc_easy", 4, "acc", 0.5)
     assert "|arc_easy|" in out
-    code, _, err = evaluate(teacher_folder, *arguments, "--fewshot", "1")
-    assert code == 2 and "are scored items themselves" in err
+
+
+def test_examples_that_are_scored_items_are_refused():
+    class Task:
+        eval_docs = ({"q": 1}, {"q": 2})
+
+        def __init__(self, example: int) -> None:
+            self.fewshot_docs = lambda: [{"q": example}]
+
+    harness.check_examples({"clean": Task(3)})
+    with pytest.raises(UserError, match="few-shot examples of leaky"):
+        harness.check_examples({"leaky": Task(2)})
 
 
 def test_an_own_task_runs_from_an_include_path(teacher_folder: Path, work: Path):
@@ -197,8 +213,7 @@ def test_an_own_task_runs_from_an_include_path(teacher_folder: Path, work: Path)
 BAD = [
     (["--suite", "ofline"], "Did you mean 'offline'?"),
     (["--tasks", "hellaswg"], "Did you mean 'hellaswag'?"),
-    (["--tasks", "piqa"], "use --suite offline, which needs no hub"),
-    (["--suite", "recall"], "swde needs the data set"),
+    (["--tasks", "piqa"], "Give its folder with --data-dir, use --suite offline, which needs no hub"),
     (["--rows", "techer"], "Did you mean 'teacher'?"),
     (["--rows", "window"], "has no row window"),
     (["--precision", "fp8"], "Unknown precision"),

@@ -22,7 +22,7 @@ def test_items_fit_and_hold_their_answer(family: str, maker: Maker):
         assert row["answer"] in row["text"]
         assert not row["text"].endswith(" ")
     distances = [row["distance"] for row in rows[:8]]
-    assert distances == sorted(distances, reverse=True) and distances[0] > 3 * distances[-1]
+    assert distances == sorted(distances, reverse=True) and distances[0] > 2 * distances[-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
