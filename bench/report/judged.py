@@ -224,6 +224,7 @@ def _drawn(row: dict[str, Any]) -> dict[str, Any]:
     style: Style = row["style"]
     return {
         "name": row["name"],
+        "label": "" if row["kind"] == "ablation" else row["name"],
         "mixer": row["mixer"],
         "kind": row["kind"] or "model",
         "light": style.light,

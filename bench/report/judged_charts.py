@@ -11,6 +11,8 @@ from bench.report.charts import LayeredChart
 BYTES = (
     "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : datum.value / 1048576 + ' MiB'"
 )
+DASHES = [[1, 0], [1, 0], [6, 3], [2, 2]]
+"""Solid for models and students, dashed for the untrained window, dotted for ablations."""
 _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 
 
@@ -58,7 +60,7 @@ def _pareto() -> LayeredChart:
         shape=alt.Shape(**_literal("shape")),
         tooltip=tooltip,
     )
-    names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(y=_share("y", "Recall"), text="name:N")
+    names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(y=_share("y", "Recall"), text="label:N")
     return alt.layer(bars, marks, names).properties(
         width="container",
         height=340,
@@ -68,17 +70,15 @@ def _pareto() -> LayeredChart:
 
 
 def _lengths() -> LayeredChart:
-    x = alt.X(
-        "x:Q",
-        title="Length of the item, tokens (log scale)",
-        scale=alt.Scale(type="log", base=2, nice=False, padding=24),
-        axis=alt.Axis(format="d", tickCount=8, labelOverlap=True),
-    )
+    x = alt.X("x:O", title="Length of the item, tokens", axis=alt.Axis(labelAngle=0, grid=True))
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
     colour = alt.Color("name:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=400))
     tooltip = [*_tooltips(x="length", n="items"), alt.Tooltip("y:Q", title="recall", format=".1%")]
     bars = base.mark_rule(strokeWidth=1.5, opacity=0.5).encode(y=_share("low", "Recall"), y2="high:Q", color=colour)
-    line = base.mark_line(strokeWidth=2, point=True).encode(y=_share("y", "Recall"), color=colour, tooltip=tooltip)
+    dash = alt.StrokeDash(
+        "kind:N", scale=alt.Scale(domain=["model", "student", "untrained", "ablation"], range=DASHES), legend=None
+    )
+    line = base.mark_line(strokeWidth=2, point=True).encode(y=_share("y", "Recall"), color=colour, strokeDash=dash, tooltip=tooltip)
     return alt.layer(bars, line).properties(
         width="container",
         height=320,
