@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -122,14 +123,14 @@ def load_tasks(wanted: Wanted) -> TaskSet:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"Unknown task {name!r}: none of lm-eval's {len(manager.all_tasks):,} names.{hint}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
-    missing: dict[str, str] = {}
+    missing: dict[str, Exception] = {}
     with data_folder(wanted.data_dir), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in wanted.names:
             try:
                 found = manager.load([name])
             except Exception as error:
-                missing[name] = _why_missing(name, error)
+                missing[name] = error
                 continue
             loaded["tasks"] |= found["tasks"]
             loaded["groups"] |= found.get("groups", {})
@@ -230,29 +231,33 @@ def _set_examples(task: Any, fewshot: int | None) -> None:
     task.set_fewshot_seed(seed=SEED)
 
 
-def _why_missing(name: str, error: Exception) -> str:
+def _why_missing(error: Exception) -> tuple[str, str]:
+    """Why a task cannot be loaded, and the data set that it lacks ("" if it is something else)."""
     text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError | ImportError):
-        return f"{name} needs a package ({text[:120].rstrip('.')})"
-    if (
-        "Couldn't reach" in text
-        or "OfflineMode" in text
-        or "LocalEntryNotFound" in type(error).__name__
-        or "offline" in text.lower()
-    ):
-        found = text.partition("'")[2].partition("'")[0]
-        return f"{name} needs the data set {found or 'of its definition'} from the hub, which cannot be reached"
-    return f"{name} cannot be loaded ({type(error).__name__}: {text[:160].rstrip('.')})"
+    if isinstance(error, ImportError):
+        return f"a package that is not installed ({text[:120].rstrip('.')}; `pip install 'mixer-bench[eval]'` adds it)", ""
+    named = re.search(r"reach '([^']+)'|dataset '([^']+)'", text)
+    offline = "offline" in text.lower() or "LocalEntryNotFound" in type(error).__name__
+    if named or offline:
+        return "hub", next(filter(None, named.groups())) if named else "of its definition"
+    return f"{type(error).__name__}: {text[:200].rstrip('.')}", ""
 
 
-def _cannot_load(missing: dict[str, str], rest: list[str]) -> UserError:
-    others = f", or run the rest: --tasks {','.join(rest)}" if rest else ""
-    reasons = "; ".join(missing.values())
-    return UserError(
-        f"{reasons}. Give its folder with --data-dir, use --suite {OFFLINE}, which needs no hub{others}."
-        if "hub" in reasons
-        else f"{reasons}{'. Or' + others[4:] if others else ''}."
-    )
+def _cannot_load(missing: dict[str, Exception], rest: list[str]) -> UserError:
+    """One sentence for all tasks that cannot be loaded: what each lacks, and what works without."""
+    reasons: dict[str, list[str]] = {}
+    sets: dict[str, None] = {}
+    for name, error in missing.items():
+        reason, data = _why_missing(error)
+        reasons.setdefault(reason, []).append(name)
+        sets |= {data: None} if data else {}
+    parts = [f"{', '.join(names)} cannot be loaded ({reason})" for reason, names in reasons.items() if reason != "hub"]
+    others = f"run the rest with --tasks {','.join(rest)}" if rest else ""
+    if "hub" in reasons:
+        parts.insert(0, f"{', '.join(reasons['hub'])} need {', '.join(sets)} from the hub, which cannot be reached")
+        fix = f"give a folder that holds it with --data-dir, or use --suite {OFFLINE}, which needs no hub"
+        others = f"{fix}, or {others}" if others else fix
+    return UserError("; ".join(parts) + (f": {others}." if others else "."))
 
 
 def check_examples(tasks: dict[str, Any]) -> None:
