@@ -29,7 +29,11 @@ def run(root: Path, output: Output) -> int:
     for (task, status), count in sorted(counts.items()):
         output.say(f"{task}: {count} {status}")
         output.emit("count", {"task": task, "status": status, "runs": count})
-    if not counts:
+    evals, eval_warnings = Store(root).load_evals()
+    for model, count in Counter(record.model.name for record in evals).items():
+        output.say(f"{model}: {count} evaluation{'s' if count > 1 else ''}")
+        output.emit("evaluations", {"model": model, "count": count})
+    if not counts and not evals:
         output.say(f"{root} holds no finished run.")
     for record in records:
         if record.status != "done":
@@ -37,7 +41,7 @@ def run(root: Path, output: Output) -> int:
             output.emit("failure", {"run_id": record.run_id, "status": record.status, "reason": record.reason})
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         _in_flight(folder, output)
-    for warning in warnings:
+    for warning in (*warnings, *eval_warnings):
         output.say(warning)
         output.emit("warning", {"text": warning})
     return 0
