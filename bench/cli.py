@@ -41,7 +41,7 @@ def _guard(debug: bool, command: Callable[[], int]) -> None:
         if debug:
             traceback.print_exc()
         typer.echo(f"bench: {error}", err=True)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         typer.echo("bench: interrupted", err=True)
         code = 130
@@ -111,6 +111,9 @@ def synthetic(
     fleet: Annotated[
         int, typer.Option(min=1, help="Most seeds and learning rates trained together as one model.", rich_help_panel="How")
     ] = 16,
+    launch: Annotated[
+        str, typer.Option(help="local, ray:gpus=0.5, slurm:partition=gpu,time=120, ...", rich_help_panel="How")
+    ] = "local",
     rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
     check_: Annotated[
@@ -164,6 +167,7 @@ def synthetic(
             report=None if no_report else report or store.parent / "reports" / f"{suite or task or recipe}.html",
             suite=suite,
             preset=preset,
+            launch=launch,
             check=check_,
         )
         return module.run(request, Output(as_json=as_json))
@@ -401,14 +405,19 @@ def list_(
 
 
 @app.command()
-def status(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show what a store holds: finished, failed and running runs."""
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds until Ctrl-C.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a store holds: finished, failed, running (on which host, how far) and stopped runs."""
 
     def command() -> int:
         from bench.commands import status as module
         from bench.commands.console import Output
 
-        return module.run(store, Output(as_json=as_json))
+        return module.run(store, Output(as_json=as_json), watch=watch)
 
     _guard(debug, command)
 

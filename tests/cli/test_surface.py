@@ -13,10 +13,10 @@ from bench.cli import app
 OPTIONS = {
     "synthetic": [
         "--task", "--mixer", "--recipe", "--suite", "--preset", "--set", "--seeds", "--select-seeds", "--device", "--jobs",
-        "--fleet", "--rerun", "--dry-run", "--check", "--report", "--no-report", "--store", "--json", "--debug",
+        "--fleet", "--launch", "--rerun", "--dry-run", "--check", "--report", "--no-report", "--store", "--json", "--debug",
     ],
     "list": ["--json", "--debug"],
-    "status": ["--store", "--json", "--debug"],
+    "status": ["--watch", "--store", "--json", "--debug"],
     "convert": [
         "--model", "--recipe", "--out", "--mixer", "--window", "--sinks", "--layers", "--data", "--set", "--tokens", "--seconds",
         "--seed", "--device", "--precision", "--trust-remote-code", "--dry-run", "--json", "--debug",
