@@ -61,14 +61,14 @@ class Band(NamedTuple):
 # By the larger of the widths of k and v (the first at least as large counts), for 16-bit and for fp32 operands.
 BAND_16 = {
     64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-    256: Configs(Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(64, 64, 8, 1)),
+    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
 }
-# All three kernels share the tiles of a list.
+# All three kernels share the tiles of a list; the last may take a tile of queries in parts.
 LISTED_16 = {
     64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
 }
 FP32 = {
     64: Configs(*[Config(32, 32, 4, 1)] * 3),
@@ -145,6 +145,7 @@ def backward(
     indexed_grad_triton.key_kernel[(k.shape[0] * k.shape[1] * -(-k.shape[2] // config.keys),)](
         q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, dk, dv, *strides[:9], *strides[12:], *sizes,
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+        SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 

@@ -45,7 +45,7 @@ class Configs(NamedTuple):
 
 # By the width of v (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 4, 2)),
+    64: Configs(Config(128, 64, 64, 4, 3), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 2), Config(64, 64, 64, 4, 2)),
     128: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
     256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)),
 }
