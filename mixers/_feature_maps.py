@@ -15,13 +15,14 @@ from mixers._layers import widen
 FEATURE_MAPS = ("elu", "relu", "t2r", "hedgehog", "taylor2", "identity")
 
 
-def make_feature_map(kind: str, n_heads: int, dim: int) -> nn.Module:
+def make_feature_map(kind: str, n_heads: int, dim: int, *, columns: int | None = None) -> nn.Module:
     """A module from [..., H, K] to [..., H, F] with an attribute `features`, F.
 
     Args:
         kind: one of `FEATURE_MAPS`.
         n_heads: H.
         dim: K.
+        columns: of a Hedgehog map's matrix W; None means K.
 
     Raises:
         ValueError: no such map.
@@ -29,7 +30,7 @@ def make_feature_map(kind: str, n_heads: int, dim: int) -> nn.Module:
     if kind == "t2r":
         return T2R(n_heads, dim)
     if kind == "hedgehog":
-        return Hedgehog(n_heads, dim)
+        return Hedgehog(n_heads, dim, columns or dim)
     if kind == "taylor2":
         return Taylor2(dim)
     if kind in ("elu", "relu", "identity"):
@@ -65,12 +66,19 @@ class T2R(nn.Module):
 
 
 class Hedgehog(nn.Module):
-    """[softmax(x W), softmax(-x W)], learned per head and starting from W = I (Zhang et al. 2024, section 4.2)."""
+    """[softmax(x W), softmax(-x W)], learned per head and starting from W = I (Zhang et al. 2024, section 4.2).
 
-    def __init__(self, n_heads: int, dim: int) -> None:
+    With fewer columns than K, as in LoLCATs, W starts at random.
+    """
+
+    def __init__(self, n_heads: int, dim: int, columns: int) -> None:
         super().__init__()
-        self.features = 2 * dim
-        self.weight = nn.Parameter(torch.eye(dim).repeat(n_heads, 1, 1))
+        self.features = 2 * columns
+        bound = dim**-0.5
+        start = (
+            torch.eye(dim).repeat(n_heads, 1, 1) if columns == dim else torch.empty(n_heads, dim, columns).uniform_(-bound, bound)
+        )
+        self.weight = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
         projected = widen(per_head(x, self.weight))

@@ -29,6 +29,7 @@ class LinearAttention(Mixer):
         feature_map: elu, relu, t2r, hedgehog, taylor2 or identity; learned maps differ between q and k.
         n_heads: number of heads.
         feature_dim: width of q and k in a head before the map; None means D / H.
+        map_columns: columns of Hedgehog's matrix, half as many as its features; None means as many as rows.
         normalize: divide by the sum of the weights; needs a map that keeps it positive, which identity does not.
     """
 
@@ -38,6 +39,7 @@ class LinearAttention(Mixer):
         {"feature_map": "relu", "n_heads": 2},
         {"feature_map": "t2r", "n_heads": 2},
         {"feature_map": "hedgehog", "n_heads": 2},
+        {"feature_map": "hedgehog", "map_columns": 3},
         {"feature_map": "taylor2", "feature_dim": 4},
         {"feature_map": "identity", "normalize": False},
         {"feature_map": "elu", "normalize": False, "feature_dim": 3, "n_heads": 4},
@@ -52,6 +54,7 @@ class LinearAttention(Mixer):
         feature_map: str = "elu",
         n_heads: int = 1,
         feature_dim: int | None = None,
+        map_columns: int | None = None,
         normalize: bool = True,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
@@ -59,8 +62,8 @@ class LinearAttention(Mixer):
             raise ValueError("the feature map 'identity' gives weights of either sign; set normalize=False")
         self.n_heads, self.v_dim, self.normalize = n_heads, heads(d_model, n_heads), normalize
         self.k_dim = self.v_dim if feature_dim is None else feature_dim
-        self.phi_q = make_feature_map(feature_map, n_heads, self.k_dim)
-        self.phi_k = make_feature_map(feature_map, n_heads, self.k_dim)
+        self.phi_q = make_feature_map(feature_map, n_heads, self.k_dim, columns=map_columns)
+        self.phi_k = make_feature_map(feature_map, n_heads, self.k_dim, columns=map_columns)
         self.qkv_proj = nn.Linear(d_model, 2 * n_heads * self.k_dim + d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
