@@ -37,7 +37,12 @@ def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
         "STAGES": config.stages,
     }
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names if name in arguments}, warps=config.warps)
+    return compile_sm90(
+        kernel,
+        {name: arguments[name] for name in kernel.arg_names if name in arguments},
+        warps=config.warps,
+        maxnreg=config.registers,
+    )
 
 
 def check(name, width, dtype, *, listed, spill, **flags):
