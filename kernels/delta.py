@@ -195,7 +195,8 @@ def backward(
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     delta_triton.reverse_kernel[(batch * heads * parts,)](
         q, k, do, beta, kept.couplings, kept.decays, kept.errors,
-        do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dv, dfirst, dstates, dbeta_parts, *strides, length, batch, heads, heads // groups,
+        do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dv, dfirst, dstates, dbeta_parts,
+        *strides, length, batch, heads, heads // groups,
         **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
         STAGES=stages, num_warps=warps,
     )  # fmt: skip
