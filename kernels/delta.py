@@ -184,19 +184,16 @@ def backward(
     chunks = kept.couplings.shape[2]
     tile, warps, stages = config.reverse
     tile = min(tile, padded(v_dim))
-    parts = -(-v_dim // tile)
-    dv = torch.empty_like(do_BTHV, memory_format=torch.contiguous_format)
+    solved, dv = (torch.empty_like(do_BTHV, memory_format=torch.contiguous_format) for _ in range(2))
     dfirst = _nothing(do_BTHV) if state_BHKV is None else _state_like(do_BTHV, k_dim)
     dstates = torch.empty_like(kept.states)
-    dbeta_parts = do_BTHV.new_empty(parts, batch, length, heads, dtype=torch.float32)
     beta = beta_BTH.contiguous()
     (q, k, do), strides, unit = _rows(q_BTGK, k_BTGK, do_BTHV)
     shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
-    delta_triton.reverse_kernel[(batch * heads * parts,)](
-        q, k, do, beta, kept.couplings, kept.decays, kept.errors,
-        do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dv, dfirst, dstates, dbeta_parts,
-        *strides, length, batch, heads, heads // groups,
+    delta_triton.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
+        q, k, do, beta, kept.couplings, kept.decays, do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(),
+        solved, dfirst, dstates, *strides, length, heads, heads // groups,
         **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
         STAGES=stages, num_warps=warps,
     )  # fmt: skip
@@ -207,9 +204,9 @@ def backward(
     dbeta = torch.empty_like(beta)
     dgates = do_BTHV.new_empty((tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
     delta_gradients_triton.gradients_kernel[(batch * heads * chunks * tiles,)](
-        q, k, do, beta, kept.decays, kept.errors, dv, kept.states, dstates, dbeta_parts, dq_BTHK, dk_BTHK, dbeta, dgates,
+        q, k, do, beta, kept.decays, kept.errors, solved, kept.states, dstates, dq_BTHK, dk_BTHK, dv, dbeta, dgates,
         *strides, length, chunks, batch, heads, heads // groups,
-        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), PARTS=parts, GATE_GRAD=gate_grad,
+        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), TV=padded(-(-v_dim // tiles)), GATE_GRAD=gate_grad,
         num_warps=warps,
     )  # fmt: skip
     if groups < heads:

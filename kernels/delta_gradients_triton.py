@@ -1,14 +1,14 @@
-"""Gradients of the delta rule's queries, keys and decays, for all chunks at once.
+"""Gradients of the delta rule's inputs, for all chunks at once.
 
-The walks of `kernels.delta_triton` leave for every chunk the errors E, the gradients dv, the state S that enters and the
-gradient dS' of the state that leaves. A token reads with q, and reads what it erases with k; it writes with k. Where a
-later i reads what j wrote, P_ij = exp(G_i - G_j) beta_j do_i . E_j and M_ij = -exp(G_i - G_j) beta_j dv_i . E_j, so that
+The walks of `kernels.delta_triton` leave for every chunk the errors E, the solved gradients Y, the state S that enters and
+the gradient dS' of the state that leaves. A token reads with q, and reads what it erases with k; it writes with k. Where
+a later i reads what j wrote, P_ij = exp(G_i - G_j) beta_j do_i . E_j and M_ij = -exp(G_i - G_j) beta_j dv_i . E_j, so that
 
     dq = exp(G) S do + P K + own k            dk = exp(g - G) beta dS' E + P^T Q + M^T K + own q - exp(G) S dv + M K
+    dv = beta Y                               dbeta = Y . E                               own_i = beta_i do_i . E_i
 
-with own_i = beta_i do_i . E_i. Rows of do and dv, and so of P and M, are stacked: they meet the same operands. The
-gradient of G_i is what its row reads less what it writes; `own` would cancel there and drown small gradients, so rows
-are summed before it is added.
+Rows of do and Y, and so of P and M, are stacked: they meet the same operands. The gradient of G_i is what its row reads
+less what it writes; `own` would cancel there and drown small gradients, so rows are summed before it is added.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, R = 2C stacked rows, K key, V value width.
 """
@@ -38,17 +38,17 @@ def _unstacked(x_RK, C: tl.constexpr):
 
 @triton.jit
 def gradients_kernel(
-    q, k, do, beta, g, errors, dv, states, dstates, dbeta_parts, dq, dk, dbeta, dgate,
+    q, k, do, beta, g, errors, solved, states, dstates, dq, dk, dv, dbeta, dgate,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
     length: tl.int32, chunks: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    PARTS: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
+    TV: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * N * key tiles,), a tile being TK columns of dq and dk; values are summed BV columns at a time.
+    """Grid: (B * H * N * key tiles,), a tile being TK columns of dq and dk and TV of dv; values are summed BV at a time.
 
-    `dbeta_parts` [PARTS, B, T, H] is summed into `dbeta`. `dgate` is [key tiles, B, T, H]; its sum over the first axis is
+    `dgate` is [key tiles, B, T, H]; its sum over the first axis is
     the gradient of the log decays, of which each is part of G of its own and all later tokens of the chunk.
     """
     TILES: tl.constexpr = (K + TK - 1) // TK
@@ -65,13 +65,14 @@ def gradients_kernel(
     k_base, k_stride = k + (batch * k_b + (head // group) * k_h) * UNIT, k_t * UNIT
     do_base, do_stride = do + (batch * do_b + head * do_h) * UNIT, do_t * UNIT
     beta_C = tl.load(beta + row_C, mask=live_C, other=0.0).to(tl.float32)
-    sign_R, until_C, whole = tl.where(is_first, 1.0, -1.0), beta_C, 1.0
-    since_R, later = sign_R, (r % C)[:, None] > i[None, :]
-    pair_RC = tl.where(later, sign_R[:, None] * beta_C[None, :], 0.0)
+    beta_R = tl.load(beta + row + t_R.to(tl.int64) * heads, mask=t_R < length, other=0.0).to(tl.float32)
+    weight_R, later = tl.where(is_first, 1.0, -beta_R), (r % C)[:, None] > i[None, :]
+    since_R, until_C, whole = weight_R, beta_C, 1.0
+    pair_RC = tl.where(later, weight_R[:, None] * beta_C[None, :], 0.0)
     if GATED:
         g += chunk_index * C
         g_R, g_C, g_all = tl.load(g + r % C), tl.load(g + i), tl.load(g + C - 1)
-        since_R, until_C, whole = sign_R * tl.exp2(g_R), beta_C * tl.exp2(g_all - g_C), tl.exp2(g_all)
+        since_R, until_C, whole = weight_R * tl.exp2(g_R), beta_C * tl.exp2(g_all - g_C), tl.exp2(g_all)
         # Only exponents that are <= 0 are used; those of earlier readers would overflow and are masked before.
         pair_RC = pair_RC * tl.exp2(tl.where(later, g_R[:, None] - g_C[None, :], 0.0))
     k_CK = _load_rows(k_base, k_stride, t_C, d, length, K, DOT)
@@ -80,14 +81,14 @@ def gradients_kernel(
     for v_start in tl.range(0, V, BV, num_stages=1):
         e = v_start + tl.arange(0, BV)
         state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-        both_RV = _load_stacked(do_base, do_stride, dv + row * V, heads * V, t_R, is_first, e, length, V, DOT)
+        both_RV = _load_stacked(do_base, do_stride, solved + row * V, heads * V, t_R, is_first, e, length, V, DOT)
         error_CV = tl.load(errors + row_C[:, None] * V + e[None, :], mask=live_C[:, None] & (e < V)[None, :], other=0.0)
         state_KV = tl.load(states + chunk_index * K * V + state_offsets, mask=in_state, other=0.0)
         dstate_KV = tl.load(dstates + chunk_index * K * V + state_offsets, mask=in_state, other=0.0)
         if GATE_GRAD:
             dg_all += whole * tl.sum(tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1), 0)
         scores_RC = tl.dot(both_RV, tl.trans(error_CV), input_precision=PRECISION)
-        own_R += tl.sum(tl.where(r[:, None] == i[None, :], scores_RC * beta_C[None, :], 0.0), 1)
+        own_R += tl.sum(tl.where((r % C)[:, None] == i[None, :], scores_RC, 0.0), 1)
         scores_RC = (scores_RC * pair_RC).to(DOT)
         reads_RK += tl.dot(both_RV, tl.trans(state_KV), input_precision=PRECISION) * since_R[:, None]
         reads_RK = tl.dot(scores_RC, k_CK, reads_RK, input_precision=PRECISION)
@@ -98,7 +99,8 @@ def gradients_kernel(
         qk_RK = _load_stacked(q_base, q_stride, k_base, k_stride, t_R, is_first, d, length, K, DOT)
         writes_KC = tl.dot(tl.trans(qk_RK), scores_RC, writes_KC + carried_KC, input_precision=PRECISION)
     dq_CK, dk_CK = _unstacked(reads_RK, C)
-    own_C, _ = tl.split(tl.trans(tl.reshape(own_R, [2, C])))
+    own_C, dbeta_C = tl.split(tl.trans(tl.reshape(own_R, [2, C])))
+    own_C *= beta_C
     write_CK = tl.trans(writes_KC)
     q_wide = _load_rows(q_base, q_stride, t_C, d, length, K, DOT).to(tl.float32)
     k_wide = k_CK.to(tl.float32)
@@ -110,7 +112,8 @@ def gradients_kernel(
     tl.store(dq + out, (dq_CK + own_C[:, None] * k_wide).to(dq.dtype.element_ty), mask=in_out)
     tl.store(dk + out, (dk_CK + write_CK + own_C[:, None] * q_wide).to(dk.dtype.element_ty), mask=in_out)
     if tile == 0:
-        dbeta_C = tl.zeros([C], tl.float32)
-        for part in tl.static_range(PARTS):
-            dbeta_C += tl.load(dbeta_parts + part * batches * length * heads + row_C, mask=live_C, other=0.0)
         tl.store(dbeta + row_C, dbeta_C.to(dbeta.dtype.element_ty), mask=live_C)
+    e = (tile * TV).to(tl.int32) + tl.arange(0, TV)
+    out, in_out = row_C[:, None] * V + e[None, :], live_C[:, None] & (e < V)[None, :]
+    dv_CV = tl.load(solved + out, mask=in_out, other=0.0).to(tl.float32) * beta_C[:, None]
+    tl.store(dv + out, dv_CV.to(dv.dtype.element_ty), mask=in_out)
