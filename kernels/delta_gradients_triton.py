@@ -31,9 +31,50 @@ def _load_stacked(first, first_stride, second, second_stride, t_R, is_first, col
 
 
 @triton.jit
+def _load_states(states, dstates, chunk_index, d, e, K: tl.constexpr, V: tl.constexpr):
+    """A block of the state that enters a chunk, and of the gradient of the one that leaves."""
+    offsets, mask = chunk_index * K * V + d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    return tl.load(states + offsets, mask=mask, other=0.0), tl.load(dstates + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(out, x_CW, row_C, live_C, cols, WIDTH: tl.constexpr):
+    """Columns of contiguous rows that are WIDTH wide."""
+    offsets, mask = row_C[:, None] * WIDTH + cols[None, :], live_C[:, None] & (cols < WIDTH)[None, :]
+    tl.store(out + offsets, x_CW.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _unstacked(x_RK, C: tl.constexpr):
     """The upper and the lower half of the rows."""
     return tl.split(tl.permute(tl.reshape(x_RK, [2, C, x_RK.shape[1]]), [1, 2, 0]))
+
+
+@triton.jit
+def _decays(g, weight_R, beta_C, C: tl.constexpr, GATED: tl.constexpr):
+    """What products over a chunk are multiplied by, in fp32.
+
+    Args:
+        g: cumulated log2 decays of the chunk.
+        weight_R: factor of a stacked row.
+        beta_C: write strengths.
+        C: tokens of a chunk.
+        GATED: whether there are decays.
+
+    Returns:
+        The weight of a row with the decay since the chunk began [R], beta with the decay until it ends [C], the decay
+        of the whole chunk, and by pair of row and writer the weight, beta and decay of a write that is read later [R, C].
+    """
+    i, r = tl.arange(0, C), tl.arange(0, 2 * C)
+    later = (r % C)[:, None] > i[None, :]
+    pair_RC = tl.where(later, weight_R[:, None] * beta_C[None, :], 0.0)
+    since_R, until_C, whole = weight_R, beta_C, 1.0
+    if GATED:
+        g_R, g_C, g_all = tl.load(g + r % C), tl.load(g + i), tl.load(g + C - 1)
+        since_R, until_C, whole = weight_R * tl.exp2(g_R), beta_C * tl.exp2(g_all - g_C), tl.exp2(g_all)
+        # Only exponents that are <= 0 are used; those of earlier readers would overflow and are masked before.
+        pair_RC = pair_RC * tl.exp2(tl.where(later, g_R[:, None] - g_C[None, :], 0.0))
+    return since_R, until_C, whole, pair_RC
 
 
 @triton.jit
@@ -56,35 +97,24 @@ def gradients_kernel(
     chunk_index, tile = program // TILES, program % TILES
     head_index, chunk = chunk_index // chunks, chunk_index % chunks
     batch, head = head_index // heads, head_index % heads
-    start, d = (chunk * C).to(tl.int32), (tile * TK).to(tl.int32) + tl.arange(0, TK)
-    i, r = tl.arange(0, C), tl.arange(0, 2 * C)
-    is_first, t_C, t_R = r < C, start + i, start + r % C
-    row, live_C = batch * length * heads + head, start + i < length
+    i, r, d = tl.arange(0, C), tl.arange(0, 2 * C), (tile * TK).to(tl.int32) + tl.arange(0, TK)
+    is_first, t_C, t_R = r < C, (chunk * C).to(tl.int32) + i, (chunk * C).to(tl.int32) + r % C
+    row, live_C = batch * length * heads + head, t_C < length
     row_C = row + t_C.to(tl.int64) * heads
     q_base, q_stride = q + (batch * q_b + (head // group) * q_h) * UNIT, q_t * UNIT
     k_base, k_stride = k + (batch * k_b + (head // group) * k_h) * UNIT, k_t * UNIT
     do_base, do_stride = do + (batch * do_b + head * do_h) * UNIT, do_t * UNIT
     beta_C = tl.load(beta + row_C, mask=live_C, other=0.0).to(tl.float32)
     beta_R = tl.load(beta + row + t_R.to(tl.int64) * heads, mask=t_R < length, other=0.0).to(tl.float32)
-    weight_R, later = tl.where(is_first, 1.0, -beta_R), (r % C)[:, None] > i[None, :]
-    since_R, until_C, whole = weight_R, beta_C, 1.0
-    pair_RC = tl.where(later, weight_R[:, None] * beta_C[None, :], 0.0)
-    if GATED:
-        g += chunk_index * C
-        g_R, g_C, g_all = tl.load(g + r % C), tl.load(g + i), tl.load(g + C - 1)
-        since_R, until_C, whole = weight_R * tl.exp2(g_R), beta_C * tl.exp2(g_all - g_C), tl.exp2(g_all)
-        # Only exponents that are <= 0 are used; those of earlier readers would overflow and are masked before.
-        pair_RC = pair_RC * tl.exp2(tl.where(later, g_R[:, None] - g_C[None, :], 0.0))
+    since_R, until_C, whole, pair_RC = _decays(g + chunk_index * C, tl.where(is_first, 1.0, -beta_R), beta_C, C, GATED)
     k_CK = _load_rows(k_base, k_stride, t_C, d, length, K, DOT)
     reads_RK, writes_KC = tl.zeros([2 * C, TK], tl.float32), tl.zeros([TK, C], tl.float32)
     own_R, dg_all = tl.zeros([2 * C], tl.float32), 0.0
     for v_start in tl.range(0, V, BV, num_stages=1):
         e = v_start + tl.arange(0, BV)
-        state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
         both_RV = _load_stacked(do_base, do_stride, solved + row * V, heads * V, t_R, is_first, e, length, V, DOT)
         error_CV = tl.load(errors + row_C[:, None] * V + e[None, :], mask=live_C[:, None] & (e < V)[None, :], other=0.0)
-        state_KV = tl.load(states + chunk_index * K * V + state_offsets, mask=in_state, other=0.0)
-        dstate_KV = tl.load(dstates + chunk_index * K * V + state_offsets, mask=in_state, other=0.0)
+        state_KV, dstate_KV = _load_states(states, dstates, chunk_index, d, e, K, V)
         if GATE_GRAD:
             dg_all += whole * tl.sum(tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1), 0)
         scores_RC = tl.dot(both_RV, tl.trans(error_CV), input_precision=PRECISION)
@@ -99,21 +129,17 @@ def gradients_kernel(
         qk_RK = _load_stacked(q_base, q_stride, k_base, k_stride, t_R, is_first, d, length, K, DOT)
         writes_KC = tl.dot(tl.trans(qk_RK), scores_RC, writes_KC + carried_KC, input_precision=PRECISION)
     dq_CK, dk_CK = _unstacked(reads_RK, C)
-    own_C, dbeta_C = tl.split(tl.trans(tl.reshape(own_R, [2, C])))
-    own_C *= beta_C
     write_CK = tl.trans(writes_KC)
-    q_wide = _load_rows(q_base, q_stride, t_C, d, length, K, DOT).to(tl.float32)
-    k_wide = k_CK.to(tl.float32)
+    own_C, dbeta_C = tl.split(tl.trans(tl.reshape(own_R, [2, C])))
+    q_wide, k_wide = _load_rows(q_base, q_stride, t_C, d, length, K, DOT).to(tl.float32), k_CK.to(tl.float32)
     if GATE_GRAD:
         dg_C = tl.sum(q_wide * dq_CK + k_wide * (dk_CK - write_CK), 1)
-        dg_C = tl.sum(dg_C, 0) - tl.cumsum(dg_C, 0) + dg_C + dg_all
-        tl.store(dgate + tile * batches * length * heads + row_C, dg_C, mask=live_C)
-    out, in_out = row_C[:, None] * K + d[None, :], live_C[:, None] & (d < K)[None, :]
-    tl.store(dq + out, (dq_CK + own_C[:, None] * k_wide).to(dq.dtype.element_ty), mask=in_out)
-    tl.store(dk + out, (dk_CK + write_CK + own_C[:, None] * q_wide).to(dk.dtype.element_ty), mask=in_out)
+        later_C = tl.sum(dg_C, 0) - tl.cumsum(dg_C, 0) + dg_C
+        tl.store(dgate + tile * batches * length * heads + row_C, later_C + dg_all, mask=live_C)
+    _store_rows(dq, dq_CK + (own_C * beta_C)[:, None] * k_wide, row_C, live_C, d, K)
+    _store_rows(dk, dk_CK + write_CK + (own_C * beta_C)[:, None] * q_wide, row_C, live_C, d, K)
     if tile == 0:
         tl.store(dbeta + row_C, dbeta_C.to(dbeta.dtype.element_ty), mask=live_C)
     e = (tile * TV).to(tl.int32) + tl.arange(0, TV)
-    out, in_out = row_C[:, None] * V + e[None, :], live_C[:, None] & (e < V)[None, :]
-    dv_CV = tl.load(solved + out, mask=in_out, other=0.0).to(tl.float32) * beta_C[:, None]
-    tl.store(dv + out, dv_CV.to(dv.dtype.element_ty), mask=in_out)
+    y_CV = tl.load(solved + row_C[:, None] * V + e[None, :], mask=live_C[:, None] & (e < V)[None, :], other=0.0)
+    _store_rows(dv, y_CV.to(tl.float32) * beta_C[:, None], row_C, live_C, e, V)

@@ -5,7 +5,8 @@ errors E that the chunk's writes U = beta E correct solve (I + X beta) E = R for
 I - H beta with H = X (I + beta X)^-1, and the transposed solve of the gradients is I - H^T beta with the same H:
 
     E = R - H (beta R)               S' = exp(g) S + K^T (exp(g - G) beta E)      o = exp(G) Q S + (Q K^T o Gamma) beta E
-    Y = dU - H^T (beta dU)           dS = exp(g) dS' + Q^T exp(G) do - K^T exp(G) beta Y     dU = exp(g - G) K dS' + (Q K^T o Gamma)^T do
+    Y = dU - H^T (beta dU)           dS = exp(g) dS' + Q^T exp(G) do - K^T exp(G) beta Y
+    dU = exp(g - G) K dS' + (Q K^T o Gamma)^T do
 
 H depends on keys, beta and decays only, so all chunks' H are made in parallel beforehand, in fp32, and stored in the
 dtype of the tensor cores. Beta may be zero: nothing divides by it. Sources: Yang et al. 2024 (DeltaNet), eq. 10; Gated
@@ -133,8 +134,7 @@ def forward_kernel(
             read_CV = read_CV * tl.exp2(g_C)[:, None]
         error_CV = v_CV.to(tl.float32) - read_CV
         error_CV -= tl.dot(h_CC, (error_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
-        in_out = (t_C < length)[:, None] & (e < V)[None, :]
-        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
+        out, in_out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :], (t_C < length)[:, None] & (e < V)[None, :]
         if KEEP:
             tl.store(errors + out, error_CV.to(DOT), mask=in_out)
         o_CV = tl.dot(q_CK, narrow_KV, input_precision=PRECISION)

@@ -22,6 +22,7 @@ import triton
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from bench import provenance
 from kernels import delta
 from kernels.delta import Config, Launch
 from kernels.dispatch import use_backend
@@ -42,6 +43,7 @@ SHAPES = (
 )
 GATES = ("none", "scalar")
 CHUNK_OF_FLOPS = 64
+SEED = 0
 
 
 def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> tuple[float, float]:
@@ -58,6 +60,7 @@ def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> 
 def calls(shape: tuple[int, ...], gate: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """The forward pass, and forward and backward, on random inputs."""
     batch, length, heads, width = shape
+    torch.manual_seed(SEED)
     q, k, v = (torch.randn(batch, length, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     leaves = {"q_BTGK": F.normalize(q, dim=-1), "k_BTGK": F.normalize(k, dim=-1), "v_BTHV": v}
     leaves["beta_BTH"] = torch.rand(batch, length, heads, device="cuda")
@@ -150,9 +153,10 @@ def main() -> None:
     with use_backend("triton"):
         rows = sweep() if arguments.sweep else shipped(rates)
     record = {
+        "commit": provenance.git_state()[0],
+        "versions": provenance.versions(),
+        "seed": SEED,
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
         "rows": rows,
