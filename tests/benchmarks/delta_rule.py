@@ -104,14 +104,17 @@ def shipped(rates: tuple[float, float]) -> list[dict]:
 
 def candidates() -> list[tuple[Config, int, str]]:
     """Configurations, widths and gates of a sweep; the kernels are independent, so each list is walked in step."""
-    walks = [Launch(tile, 4, stages) for tile in (32, 64) for stages in (1, 2, 3)]
-    gradients = {64: [Launch(64, 4, 1), Launch(64, 8, 1), Launch(32, 4, 1)], 128: [Launch(64, 4, 1), Launch(128, 8, 1)]}
-    found = []
-    for width, gate in itertools.product((64, 128), GATES):
-        rest = gradients[width]
-        for n, walk in enumerate(walks):
-            found.append((Config(64, Launch(0, 4, 1), walk, walk, rest[n % len(rest)], width), width, gate))
-    return found
+    coupling = [Launch(0, 4, registers=cap) for cap in (None, 168, 128)]
+    walks = [Launch(32, 4, 2), Launch(64, 4, 2), Launch(32, 4, 3), Launch(64, 4, 3)]
+    gradients = {
+        64: [Launch(64, 4), Launch(64, 8), Launch(64, 8, registers=128), Launch(64, 4, registers=168)],
+        128: [Launch(64, 4), Launch(128, 8), Launch(64, 8), Launch(64, 8, registers=128)],
+    }
+    steps = range(len(walks))
+    return [
+        (Config(64, coupling[n % 3], walks[n], walks[n], gradients[width][n], width), width, gate)
+        for width, gate, n in itertools.product((64, 128), GATES, steps)
+    ]
 
 
 def try_one(candidate: tuple[Config, int, str], batch: int, length: int, heads: int) -> dict:
