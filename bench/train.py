@@ -21,13 +21,14 @@ from torch import Tensor
 
 from bench.build import build_task, resolve_precision, torch_seed
 from bench.capture import Repeated, graph_pool
-from bench.data import Picked, StackedCell, epoch_plan, stacked_split
+from bench.data import Picked, StackedCell, epoch_plan
 from bench.dropout import example_keys
 from bench.evaluate import Scores
 from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
 from bench.spec import RunSpec
 from bench.stacked import StackedModel
+from bench.streamed import training_cells
 from kernels.adamw import adamw_step
 
 PROGRESS_SECONDS = 0.5
@@ -79,10 +80,11 @@ class FleetTrainer:
         self.task = build_task(specs[0].task)
         self.precision = resolve_precision(self.train, device)
         self.seeds = sorted({spec.seed for spec in specs})
-        self.train_cells = stacked_split(self.task, "train", self.seeds, device)
+        self.train_cells, self.streams = training_cells(self.task, self.seeds, device)
         self.valid = Split(self.task, "valid", self.seeds, device)
-        self.sizes = [len(cell) for cell in self.train_cells]
-        self.steps_per_epoch = len(epoch_plan(self.sizes, self.train, [], 0)[0])
+        self.sizes = [cell.cell.examples for cell in self.train_cells]
+        self.spans = [self.streams[cell].span if cell in self.streams else size for cell, size in enumerate(self.sizes)]
+        self.steps_per_epoch = len(epoch_plan(self.sizes, self.train, [], 0, self.spans)[0])
         if checkpoints is None:
             self.step, states = 0, None
             self.members = [Member(spec) for spec in specs]
@@ -162,12 +164,14 @@ class FleetTrainer:
         saved = shown = time.monotonic()
         while self.members:
             began = time.monotonic()
-            cells, plan_PSB, rates_PE = self._plan_epoch()
+            cells, firsts, plan_PSB, rates_PE = self._plan_epoch()
             ahead: deque[torch.cuda.Event] = deque()
             first = self.step - self.epoch * self.steps_per_epoch
             for position in range(first, self.steps_per_epoch):
                 self.examples_SB.copy_(plan_PSB[position])
                 self.rates_E.copy_(rates_PE[position])
+                if cells[position] in self.streams:
+                    self.streams[cells[position]].hold(firsts[position])
                 self.advance(cells[position])
                 self._pace(ahead)
                 now = time.monotonic()
@@ -188,16 +192,17 @@ class FleetTrainer:
         self._steps[cell]()
         self.step += 1
 
-    def _plan_epoch(self) -> tuple[list[int], Tensor, Tensor]:
-        """The cell of each step, the examples of each step [P, S, B], and the learning rates [P, E]."""
+    def _plan_epoch(self) -> tuple[list[int], list[int], Tensor, Tensor]:
+        """The cell of each step, its first example and all of them [P, S, B], and the learning rates [P, E]."""
         epoch = self.epoch
-        cells, examples = epoch_plan(self.sizes, self.train, self.seeds, epoch)
+        cells, examples = epoch_plan(self.sizes, self.train, self.seeds, epoch, self.spans)
         start, per = epoch * self.steps_per_epoch, self.steps_per_epoch
         rates = [
             [0.0 if member.finished() else learning_rate(member.spec.train, start + p, per) for member in self.members]
             for p in range(per)
         ]
-        return cells, torch.from_numpy(examples).to(self.device), torch.tensor(rates, device=self.device)
+        firsts = examples[:, 0, 0].tolist()
+        return cells, firsts, torch.from_numpy(examples).to(self.device), torch.tensor(rates, device=self.device)
 
     def _train_step(self, cell: StackedCell) -> None:
         """One step of every member, on the examples and learning rates in the fixed tensors."""

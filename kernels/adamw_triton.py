@@ -37,7 +37,9 @@ def adamw_kernel(
     first += (1 - beta1) * (gradient - first)
     second += (1 - beta2) * (gradient * gradient - second)
     weights -= rate * decay * weights
-    weights -= rate / correction1 * first / (tl.sqrt(second / correction2) + eps)
+    # rounded as IEEE says: the fast division and root would differ from the torch form in the sixth digit
+    root = tl.sqrt_rn(tl.div_rn(second, correction2))
+    weights -= tl.div_rn(tl.div_rn(rate, correction1) * first, root + eps)
     tl.store(first_ptr + place, first, mask=inside)
     tl.store(second_ptr + place, second, mask=inside)
     tl.store(weights_ptr + place, weights, mask=inside)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import chunked, dispatch, recurrence_op, reference
+from kernels import chunked, delta_op, dispatch, recurrence_op, reference
 from kernels.chunk_decay import Lift
 from kernels.walk import MAX_WIDTH
 
@@ -45,9 +45,9 @@ def linear_recurrence(
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, lifted=lift is not None)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, log_decay, beta_BTH, lift))
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, log_decay, lift))
     if backend == "triton":
-        return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, state_BHKV)
+        return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     named = {"log_decay": log_decay, "beta_BTH": beta_BTH, "state_BHKV": state_BHKV}
     if backend == "chunked":
         return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, lift=lift, chunk=chunk, **named)
@@ -56,21 +56,24 @@ def linear_recurrence(
     return o, None if state_BHKV is None else final
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The operator's fp32 decays, with an axis of rows for a constant one, and fp32 states."""
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The operators' fp32 decays, with an axis of rows for a constant one, and fp32 states."""
     if log_decay is not None:
         log_decay = (log_decay[None] if log_decay.ndim == 1 else log_decay).float()
     wide = None if state is None else state.float()
-    o, final = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, state is not None)
+    if beta is not None:
+        o, final = delta_op.delta_rule(q, k, v, beta, log_decay, wide, state is not None)
+    else:
+        o, final = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, state is not None)
     return o, None if state is None else final.to(state.dtype)
 
 
-def _obstacle(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, lift: Lift | None) -> str | None:
+def _obstacle(k: Tensor, v: Tensor, log_decay: Tensor | None, lift: Lift | None) -> str | None:
     """What keeps a call from the Triton kernels."""
     if lift is not None:
         return "features computed in the kernel are not supported"
-    if beta is not None:
-        return "the delta rule has no Triton kernel"
     if log_decay is not None and log_decay.ndim == 4:
         return "a vector decay has no Triton kernel"
     if (width := max(k.shape[3], v.shape[3])) > MAX_WIDTH:

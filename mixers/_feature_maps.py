@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.chunk_decay import Lift
+from kernels import taylor
 from mixers._layers import widen
 
 FEATURE_MAPS = ("elu", "relu", "t2r", "hedgehog", "taylor2", "identity")
 
 
 def make_feature_map(kind: str, n_heads: int, dim: int, *, columns: int | None = None) -> nn.Module:
-    """A module from [..., H, K] to [..., H, F] with attributes `features` (F) and `lift`.
+    """A module from [..., H, K] to [..., H, F] with an attribute `features`, F.
 
     Args:
         kind: one of `FEATURE_MAPS`.
@@ -41,8 +41,6 @@ def make_feature_map(kind: str, n_heads: int, dim: int, *, columns: int | None =
 class Pointwise(nn.Module):
     """elu(x) + 1 (Katharopoulos et al. 2020, eq. 7), relu(x), or x K^(-1/4), the linear part of softmax's kernel."""
 
-    lift = None
-
     def __init__(self, kind: str, dim: int) -> None:
         super().__init__()
         self.kind, self.features = kind, dim
@@ -55,8 +53,6 @@ class Pointwise(nn.Module):
 
 class T2R(nn.Module):
     """relu(x W + b), learned per head (Kasai et al. 2021, eq. 4), here with as many features as inputs."""
-
-    lift = None
 
     def __init__(self, n_heads: int, dim: int) -> None:
         super().__init__()
@@ -75,8 +71,6 @@ class Hedgehog(nn.Module):
     With fewer columns than K, as in LoLCATs, W starts at random.
     """
 
-    lift = None
-
     def __init__(self, n_heads: int, dim: int, columns: int) -> None:
         super().__init__()
         self.features = 2 * columns
@@ -92,28 +86,14 @@ class Hedgehog(nn.Module):
 
 
 class Taylor2(nn.Module):
-    """Second-order Taylor features of exp: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K).
-
-    The second-order features are symmetric in their two indices, so each unordered pair is stored once: F =
-    1 + K + K (K + 1) / 2 (Arora et al. 2024, BASED, section 4, whose public code stores all K^2 pairs).
-    """
+    """Second-order Taylor features of exp (`kernels.taylor`): phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
-        self.features = 1 + dim + dim * (dim + 1) // 2
-        self.lift = Lift(self.forward, self.scores)
+        self.features = taylor.n_features(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = widen(x) * self.dim**-0.25
-        first, second = torch.triu_indices(self.dim, self.dim, device=x.device).unbind(0)
-        weight = torch.ones_like(first, dtype=x.dtype).masked_fill(first == second, 0.5**0.5)
-        return torch.cat((torch.ones_like(x[..., :1]), x, x[..., first] * x[..., second] * weight), dim=-1)
-
-    def scores(self, dots: Tensor) -> Tensor:
-        """phi(q) . phi(k) from q . k."""
-        s = dots * self.dim**-0.5
-        return 1 + s + 0.5 * s.square()
+        return taylor.features(x)
 
 
 def per_head(x: Tensor, weight_HKF: Tensor) -> Tensor:

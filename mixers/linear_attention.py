@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.recurrence import CHUNK, linear_recurrence
+from kernels.recurrence import linear_recurrence
+from kernels.taylor import taylor_attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
-from mixers._feature_maps import make_feature_map
+from mixers._feature_maps import Taylor2, make_feature_map
 from mixers._layers import refuse_context, widen
 
 EPS = 1e-6
@@ -80,7 +81,8 @@ class LinearAttention(Mixer):
         """See `Mixer.mix`; a pattern that sees the future takes no state."""
         q, k, v = self._split(qkv_BTE)
         if self.pattern == "causal_self":
-            return self._causal(q, k, self._with_ones(v), state, x_BTD.dtype)
+            causal = self._taylor if isinstance(self.phi_k, Taylor2) else self._causal
+            return causal(q, k, v, state, x_BTD.dtype)
         if state is not None:
             raise ValueError(f"pattern {self.pattern!r} sees the future and so cannot continue a state; pass state=None")
         return self._output(self._read(q, self._sums(k, v)), x_BTD.dtype), None
@@ -115,13 +117,16 @@ class LinearAttention(Mixer):
         return state | {"z": torch.zeros(shape, device=device, dtype=dtype)} if self.normalize else state
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
-        lift = self.phi_k.lift
-        if lift is None:
-            q, k = self.phi_q(q), self.phi_k(k)
-        # Many features cost more per token than a long quadratic chunk.
-        chunk = CHUNK if lift is None else 4 * CHUNK
-        o, sums = linear_recurrence(q, k, v, lift=lift, chunk=chunk, state_BHKV=None if state is None else self._join(state))
+        joined = None if state is None else self._join(state)
+        o, sums = linear_recurrence(self.phi_q(q), self.phi_k(k), self._with_ones(v), state_BHKV=joined)
         return self._output(o, dtype), None if state is None else self._part(sums, state)
+
+    def _taylor(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
+        """As `_causal`; features and the division are the kernels' matter."""
+        sums = None if state is None else (state["s"], state.get("z"))
+        o, sums = taylor_attention(q, k, v, eps=EPS if self.normalize else None, state=sums)
+        y = o.flatten(-2).to(dtype)
+        return y, None if sums is None else {"s": sums[0]} | ({"z": sums[1]} if self.normalize else {})
 
     def _cross(self, x_BTD: Tensor, state: State | None, context_BSD: Tensor | None) -> tuple[Tensor, State | None]:
         """Reads the given context, or the one that the state sums up."""

@@ -43,9 +43,8 @@ class WindowBranch(nn.Module):
         """Mixes a segment: [B, H, T, K] and the new state."""
         if state is not None:
             return attend_window(q_BHTK, k_BGTK, v_BGTK, state, window=self.window)
-        k, v = repeat_heads(k_BGTK, q_BHTK), repeat_heads(v_BGTK, q_BHTK)
-        sinks = (k[:, :, : self.sinks], v[:, :, : self.sinks]) if self.sinks else None
-        return banded_attention(q_BHTK, k, v, window=self.window, sink_kv=sinks), None
+        sinks = (k_BGTK[:, :, : self.sinks], v_BGTK[:, :, : self.sinks]) if self.sinks else None
+        return banded_attention(q_BHTK, k_BGTK, v_BGTK, window=self.window, sink_kv=sinks), None
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The storage before the first token, keys and values of G heads."""

@@ -15,6 +15,7 @@ from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mix
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
 from mixers import State
+from mixers._feature_maps import Taylor2
 from mixers._layers import widen
 from mixers._ssd import SSDBlock
 from mixers.linear_attention import LinearAttention
@@ -272,7 +273,7 @@ def _readers(plan: LayerPlan, shape: AttentionShape, mixer: nn.Module | None) ->
 
 
 def _positive(mixer: nn.Module, plan: LayerPlan) -> LinearAttention:
-    if not isinstance(mixer, LinearAttention) or not mixer.normalize or mixer.phi_k.lift is not None:
+    if not isinstance(mixer, LinearAttention) or not mixer.normalize or isinstance(mixer.phi_k, Taylor2):
         raise UserError(
             f"combine=shared_denominator needs linear_attention with normalize=true and a map such as hedgehog, because it adds "
             f"the mixer's own normaliser to softmax's; {plan.mixer} has none: use --set plan.combine=gate or sum."
