@@ -27,6 +27,7 @@ STAGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at an activation's
 @pytest.mark.parametrize(("plan", "stage"), [("gate", name) for name in STAGES] + [("lolcats", "attn_out"), ("lolcats", "logits")])
 def test_compiled_stages_train_alike(plan: str, stage: str, monkeypatch: pytest.MonkeyPatch):
     """Traced by torch.compile but run by torch itself, which needs no compiler."""
