@@ -1,0 +1,225 @@
+"""Launches the kernels of the recurrence with a decay per key channel on torch tensors: configurations and allocations.
+
+Forward is `prepare_kernel` for all chunks and `walk_kernel` for outputs. Backward prepares again, walks again for the states
+between chunks, walks in reverse, and ends with `gradient_kernel` for all chunks, so that nothing but the inputs is kept.
+
+Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.walk import _dot_dtype, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
+
+
+class Config(NamedTuple):
+    """How the kernels are compiled; the widest of K and V chooses.
+
+    Args:
+        chunk: tokens of a chunk.
+        part: key channels and values that the kernels over all chunks take at once.
+        tile: columns of the state that one walk holds.
+        warps: warps of the forward preparation, of the walks, and of the gradients.
+        stages: depth of the software pipeline of the walks.
+    """
+
+    chunk: int
+    part: int
+    tile: int
+    warps: tuple[int, int, int]
+    stages: int
+
+
+SIXTEEN_BIT = {64: Config(64, 64, 32, (4, 4, 8), 2), 128: Config(64, 64, 64, (4, 4, 8), 2), 256: Config(64, 64, 32, (4, 8, 8), 1)}
+FP32 = {64: Config(16, 32, 32, (4, 4, 4), 1), 128: Config(16, 32, 16, (4, 4, 4), 1), 256: Config(16, 32, 16, (4, 8, 4), 1)}
+
+
+def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
+    """The shipped configuration."""
+    table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
+    return next(found for limit, found in table.items() if max(k_dim, v_dim) <= limit)
+
+
+class Prepared(NamedTuple):
+    """What `prepare_kernel` writes; see there."""
+
+    reads: Tensor
+    writes: Tensor
+    carry: Tensor
+    scores: Tensor
+    erases: Tensor
+    targets: Tensor
+    inverses: Tensor
+
+
+class Call:
+    """The arguments that the kernels of one call share.
+
+    Args:
+        q_BTHK: queries.
+        k_BTHK: keys.
+        v_BTHV: values.
+        log_decay_BTHK: log decays.
+        beta_BTH: write strengths of the delta rule, or None.
+        state_BHKV: S_0 in fp32, or None.
+    """
+
+    def __init__(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTHK: Tensor, beta_BTH: Tensor | None, state_BHKV: Tensor | None
+    ) -> None:
+        self.inputs = (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK)
+        self.batch, self.length, self.heads, self.v_dim = v_BTHV.shape
+        self.k_dim = k_BTHK.shape[3]
+        self.v, self.beta = v_BTHV, v_BTHV if beta_BTH is None else beta_BTH.contiguous()
+        self.first = v_BTHV if state_BHKV is None else state_BHKV.contiguous()
+        self.has_first, self.delta = state_BHKV is not None, beta_BTH is not None
+        self.dtype = _dot_dtype(q_BTHK, k_BTHK, v_BTHV)
+        self.config = config(self.k_dim, self.v_dim, self.dtype)
+        self.chunks = -(-self.length // self.config.chunk)
+        self.blocks = self.batch * self.heads * self.chunks
+        self.tile = min(self.config.tile, padded(self.v_dim))
+        self.tiles = -(-self.v_dim // self.tile)
+        self.part_k, self.part_v = (min(self.config.part, padded(width)) for width in (self.k_dim, self.v_dim))
+        self.flags = {
+            "K": self.k_dim, "V": self.v_dim, "KP": padded(self.k_dim), "C": self.config.chunk, "DELTA": self.delta,
+            "DOT": _triton_dtype(self.dtype), "PRECISION": _precision(self.dtype),
+        }  # fmt: skip
+
+    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Fresh memory in the dtype of the tensor cores, or another one."""
+        return self.v.new_empty(shape, dtype=dtype or self.dtype)
+
+    def prepare(self, *, save: bool) -> Prepared:
+        """Runs `prepare_kernel`; the inverses are written if `save`."""
+        from kernels.vector_gate_prepare import prepare_kernel
+
+        chunk, wide = self.config.chunk, padded(self.k_dim)
+        rows, square = (self.blocks, chunk, wide), (self.blocks, chunk, chunk)
+        (q, k, v, gate), strides, unit = _rows(*self.inputs)
+        made = Prepared(
+            self.scratch(*rows), self.scratch(*rows), self.scratch(self.blocks, wide, dtype=torch.float32), self.scratch(*square),
+            self.scratch(*rows if self.delta else (0,)),
+            self.scratch(*self.v.shape) if self.delta else v,
+            self.scratch(*square if self.delta and save else (0,)),
+        )  # fmt: skip
+        prepare_kernel[(self.blocks,)](
+            q, k, v, gate, self.beta, *made, *strides, self.length, self.heads, **self.flags,
+            BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=chunk.bit_length() - 1, SAVE=save,
+            SOLVE="tf32x3" if self.dtype == torch.float32 else "tf32", num_warps=self.config.warps[0],
+        )  # fmt: skip
+        return made
+
+    def walk(self, made: Prepared, *, out: bool, return_state: bool) -> tuple[Tensor, ...]:
+        """Runs `walk_kernel`: outputs and the final state, or states between chunks and errors."""
+        from kernels.vector_gate_walk import walk_kernel
+
+        (v,), strides, unit = _rows(made.targets)
+        o = torch.empty_like(self.v, memory_format=torch.contiguous_format) if out else v
+        last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
+        states = self.scratch(*(0,) if out else (self.blocks, padded(self.k_dim), padded(self.v_dim)))
+        errors = v if out or not self.delta else self.scratch(*self.v.shape)
+        walk_kernel[(self.batch * self.heads * self.tiles,)](
+            made.reads, made.writes, made.carry, made.scores, made.erases, v, self.beta, self.first, o, last, states, errors,
+            *strides, self.length, self.heads, **self.flags,
+            VP=padded(self.v_dim), BV=self.tile, UNIT=unit, FIRST=self.has_first, LAST=return_state, OUT=out,
+            STAGES=self.config.stages, num_warps=self.config.warps[1],
+        )  # fmt: skip
+        return (o, last) if out else (states, errors)
+
+    def reverse(self, made: Prepared, errors: Tensor, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, ...]:
+        """Runs `reverse_kernel`: gradients of v, of beta in tiles, of the first state, and of the states between chunks."""
+        from kernels.vector_gate_walk import reverse_kernel
+
+        (do,), strides, unit = _rows(do)
+        dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
+        dbeta = self.scratch(*(self.tiles, *self.v.shape[:3]) if self.delta else (0,), dtype=torch.float32)
+        dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
+        dstates = self.scratch(self.blocks, padded(self.k_dim), padded(self.v_dim))
+        reverse_kernel[(self.batch * self.heads * self.tiles,)](
+            made.reads, made.writes, made.carry, made.scores, made.erases, made.inverses, errors, self.beta, do,
+            do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
+            *strides, self.length, self.batch, self.heads, **self.flags,
+            VP=padded(self.v_dim), BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
+            STAGES=self.config.stages, num_warps=self.config.warps[1],
+        )  # fmt: skip
+        return dv, dbeta, dfirst, dstates
+
+    def gradients(self, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
+        """Runs `gradient_kernel`: gradients of q, k and the log decays."""
+        from kernels.vector_gate_gradient import gradient_kernel
+
+        q, k, _, gate = self.inputs
+        found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, gate))
+        (q, k, u, gate, do), strides, unit = _rows(q, k, errors, gate, do)
+        gradient_kernel[(self.blocks * (padded(self.k_dim) // self.part_k),)](
+            q, k, u, gate, self.beta, do, dv, states, dstates, *found, *strides, self.length, self.heads, **self.flags,
+            VP=padded(self.v_dim), BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=self.config.chunk.bit_length() - 1,
+            num_warps=self.config.warps[2],
+        )  # fmt: skip
+        return found
+
+
+def forward(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_BTHK: Tensor,
+    beta_BTH: Tensor | None,
+    state_BHKV: Tensor | None,
+    *,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `kernels.reference` with a vector decay.
+
+    Args:
+        q_BTHK: queries.
+        k_BTHK: keys.
+        v_BTHV: values.
+        log_decay_BTHK: natural log of the decays, <= 0.
+        beta_BTH: write strengths of the delta rule, or None for no erasure and unit writes.
+        state_BHKV: S_0 in fp32, or None for zero.
+        return_state: whether the final state is wanted.
+
+    Returns:
+        The outputs [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in fp32, or an empty tensor.
+    """
+    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, state_BHKV)
+    o, last = call.walk(call.prepare(save=False), out=True, return_state=return_state)
+    return o, last
+
+
+def backward(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_BTHK: Tensor,
+    beta_BTH: Tensor | None,
+    state_BHKV: Tensor | None,
+    do_BTHV: Tensor,
+    dfinal_BHKV: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward`.
+
+    Args:
+        q_BTHK: as for `forward`, and so are k, v, log_decay, beta and state.
+        k_BTHK: keys.
+        v_BTHV: values.
+        log_decay_BTHK: log decays.
+        beta_BTH: write strengths.
+        state_BHKV: S_0.
+        do_BTHV: gradient of the outputs.
+        dfinal_BHKV: gradient of the final state, or None for zero.
+
+    Returns:
+        Gradients of q, k, v and log_decay in their dtypes, and of beta and state, which are empty where those are None.
+    """
+    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, state_BHKV)
+    made = call.prepare(save=True)
+    states, errors = call.walk(made, out=False, return_state=False)
+    dv, dbeta, dfirst, dstates = call.reverse(made, errors, do_BTHV, dfinal_BHKV)
+    dq, dk, dgate = call.gradients(errors, do_BTHV, dv, states, dstates)
+    return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), dfirst

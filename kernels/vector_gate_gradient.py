@@ -1,0 +1,150 @@
+"""Gradients of queries, keys and log decays, for all chunks at once.
+
+With S the state that enters a chunk, dS the gradient of the one that leaves it, U the values written (V, or beta E) and dV
+those of `kernels.vector_gate_walk`:
+
+    dP = tril(dO U^T),  dM = -tril(dV U^T, -1),  dQ' = dO S^T,  dW = U dS^T,  dK' = -dV S^T      (K' here is K exp(G))
+
+P and M pass theirs on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
+with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to token i less k dk of what is read from
+there. The two sides of a pair are computed from the same rounded factors, so that they cancel in the decays before j.
+
+Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.vector_gate_prepare import load_beta, log2_decays
+from kernels.vector_gate_tree import boundary_decay, late_half, paired
+from kernels.walk_triton import _load_rows
+
+
+@triton.jit
+def _score_gradients(
+    do, do_stride, u, dv, row_stride, beta_C, t_C, i_C, length,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dO U^T, its transpose by a product of its own, and dM + dM^T, each [C, C] and right where the masks will look."""
+    dp_CC = tl.zeros([C, C], tl.float32)
+    dp_T_CC = tl.zeros([C, C], tl.float32)
+    dm_CC = tl.zeros([C, C], tl.float32)
+    below_CC = i_C[:, None] > i_C[None, :]
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        do_CV = _load_rows(do, do_stride, t_C, cols, length, V, DOT)
+        u_CV = _load_written(u, row_stride, beta_C, t_C, cols, length, V, DELTA, DOT)
+        dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
+        dp_T_CC = tl.dot(u_CV, tl.trans(do_CV), dp_T_CC, input_precision=PRECISION)
+        if DELTA:
+            dv_CV = _load_rows(dv, row_stride, t_C, cols, length, V, DOT)
+            dm_CC -= tl.where(below_CC, tl.dot(dv_CV, tl.trans(u_CV), input_precision=PRECISION), 0.0)
+            dm_CC -= tl.where(below_CC, 0.0, tl.dot(u_CV, tl.trans(dv_CV), input_precision=PRECISION))
+    return dp_CC, dp_T_CC, dm_CC
+
+
+@triton.jit
+def _load_written(u, stride, beta_C, t_C, cols, length, V: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
+    """Rows of V, or of beta E."""
+    u_CV = _load_rows(u, stride, t_C, cols, length, V, DOT)
+    if DELTA:
+        u_CV = (u_CV.to(tl.float32) * beta_C[:, None]).to(DOT)
+    return u_CV
+
+
+@triton.jit
+def _state_gradients(
+    do, do_stride, u, dv, row_stride, states, dstates, beta_C, t_C, d_K, length,
+    V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ', dW, dK' [C, BK], and the sum of S dS over values [BK]."""
+    dread_CK = tl.zeros([C, BK], tl.float32)
+    dwrite_CK = tl.zeros([C, BK], tl.float32)
+    dkey_CK = tl.zeros([C, BK], tl.float32)
+    both_K = tl.zeros([BK], tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        known = (cols < V)[None, :]
+        state_KV = tl.load(states + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
+        dstate_KV = tl.load(dstates + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
+        do_CV = _load_rows(do, do_stride, t_C, cols, length, V, DOT)
+        u_CV = _load_written(u, row_stride, beta_C, t_C, cols, length, V, DELTA, DOT)
+        dread_CK = tl.dot(do_CV, tl.trans(state_KV), dread_CK, input_precision=PRECISION)
+        dwrite_CK = tl.dot(u_CV, tl.trans(dstate_KV), dwrite_CK, input_precision=PRECISION)
+        both_K += tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1)
+        if DELTA:
+            dv_CV = _load_rows(dv, row_stride, t_C, cols, length, V, DOT)
+            dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
+    return dread_CK, dwrite_CK, -dkey_CK, both_K
+
+
+@triton.jit
+def gradient_kernel(
+    q, k, u, gate, beta, do, dv, states, dstates, dq, dk, dgate,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    u_b: tl.int64, u_t: tl.int64, u_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
+    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, length: tl.int32, heads: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E."""
+    TILES: tl.constexpr = KP // BK
+    chunks = tl.cdiv(length, C)
+    block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    head_index, n = block // chunks, (block % chunks).to(tl.int32)
+    batch, head = head_index // heads, head_index % heads
+    i_C = tl.arange(0, C)
+    t_C = n * C + i_C
+    d_K = tile * BK + tl.arange(0, BK)
+    row = batch * length * heads + head
+    do += (batch * do_b + head * do_h) * UNIT
+    u += (batch * u_b + head * u_h) * UNIT
+    dv += row * V
+    beta_C = tl.zeros([C], tl.float32)
+    if DELTA:
+        beta_C = load_beta(beta + row, heads, t_C, length)
+    q_CK = _load_rows(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
+    k_CK = _load_rows(k + (batch * k_b + head * k_h) * UNIT, k_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
+    step_CK = log2_decays(gate + (batch * gate_b + head * gate_h) * UNIT, gate_t * UNIT, t_C, d_K, length, K)
+    g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
+    offset = block * KP * VP
+    dread_CK, dwrite_CK, dkey_CK, both_K = _state_gradients(
+        do, do_t * UNIT, u, dv, u_t * UNIT, states + offset, dstates + offset, beta_C, t_C, d_K, length,
+        V, VP, BK, BV, C, DELTA, DOT, PRECISION,
+    )  # fmt: skip
+    decay_CK, rest_CK = tl.exp2(g_CK), tl.exp2(last_K[None, :] - g_CK)
+    dq_CK, out_CK, dwrite_CK = dread_CK * decay_CK, dkey_CK * decay_CK, dwrite_CK * rest_CK
+    left_CK = k_CK * dwrite_CK
+    dg_CK = q_CK * dq_CK + k_CK * out_CK - left_CK
+    dlast_K = tl.sum(left_CK, 0) + both_K * tl.exp2(last_K)
+    dk_CK = out_CK + dwrite_CK
+    dp_CC, dp_T_CC, dm_CC = _score_gradients(
+        do, do_t * UNIT, u, dv, u_t * UNIT, beta_C, t_C, i_C, length, V, BV, C, DELTA, DOT, PRECISION
+    )
+    own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
+    dq_CK += own_C[:, None] * k_CK
+    dk_CK += own_C[:, None] * q_CK
+    for level in range(1, LEVELS + 1):
+        decay_CK = boundary_decay(g_CK, i_C, level)
+        pairs_CC = paired(i_C[:, None], i_C[None, :], level)
+        mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
+        qd_CK, kd_CK = (q_CK * decay_CK).to(DOT), (k_CK * decay_CK).to(DOT)
+        row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
+        if DELTA:
+            both_CC = tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0).to(DOT)
+            col_CK = tl.dot(both_CC, kd_CK, col_CK, input_precision=PRECISION)
+        dq_CK += row_CK * decay_CK
+        dk_CK += col_CK * decay_CK
+        key_CK = kd_CK.to(tl.float32) * col_CK
+        dg_CK += qd_CK.to(tl.float32) * row_CK + tl.where(late_half(i_C, level)[:, None], key_CK, -key_CK)
+    later_CK = tl.cumsum(dg_CK, 0, reverse=True) + dlast_K[None, :]
+    inside = (t_C < length)[:, None] & (d_K < K)[None, :]
+    by_row = row * K + t_C[:, None].to(tl.int64) * heads * K + d_K[None, :]
+    tl.store(dq + by_row, dq_CK.to(dq.dtype.element_ty), mask=inside)
+    tl.store(dk + by_row, dk_CK.to(dk.dtype.element_ty), mask=inside)
+    tl.store(dgate + by_row, later_CK.to(dgate.dtype.element_ty), mask=inside)

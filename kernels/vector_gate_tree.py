@@ -1,0 +1,38 @@
+"""Decayed products inside a chunk, exact for any gate: the lower triangle as a binary tree of plain products.
+
+A decay of its own for every channel c cannot be pulled out of sum_c a_ic b_jc exp(G_ic - G_jc). Level l of the tree cuts a
+chunk in blocks of 2^l tokens and pairs the late half of each (rows) with its early half (columns). Once both sides are
+decayed to the boundary between the halves, with G_m that of the last early token, the product is a plain one:
+
+    exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j),    both exponents <= 0
+
+Every token is in one half, so a level costs one exponential per token and channel, and all pairs i > j are met once.
+
+Shape legend: C tokens of a chunk, a power of two; K channels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def late_half(i, level):
+    """Whether tokens are in the late half of their block."""
+    return (i & (1 << (level - 1))) != 0
+
+
+@triton.jit
+def paired(row, col, level):
+    """Whether a level owns the pair: row in the late and column in the early half of one block."""
+    return ((row >> level) == (col >> level)) & late_half(row, level) & (late_half(col, level) == 0)
+
+
+@triton.jit
+def boundary_decay(g_CK, i_C, level):
+    """Decay between each token and its block's boundary, from cumulated log2 decays."""
+    half = 1 << (level - 1)
+    boundary_C = (i_C - i_C % (2 * half)) + half - 1
+    boundary_CK = tl.gather(g_CK, tl.broadcast_to(boundary_C[:, None], g_CK.shape), 0)
+    return tl.exp2(tl.where(late_half(i_C, level)[:, None], g_CK - boundary_CK, boundary_CK - g_CK))
