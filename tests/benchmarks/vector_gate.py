@@ -1,4 +1,4 @@
-"""Times the vector-gate kernels on a CUDA device: python -m tests.benchmarks.vector_gate OUT.json [--sweep] [--parts].
+"""Times the vector-gate kernels on a CUDA device: python -m tests.benchmarks.vector_gate OUT.json [--sweep WIDTH...] [--parts].
 
 Each row is the median over replays of a CUDA graph with a flushed L2 cache, beside the time that the bytes and the
 floating-point operations of the definition would take at the copy and matrix-product rates measured in the same run.
@@ -109,10 +109,10 @@ def shipped(rates: tuple[float, float], *, with_parts: bool) -> Iterator[dict]:
         yield names | found | ratios | (parts(leaves) if with_parts else {})
 
 
-def candidates() -> list[tuple[int, bool, vector_gate.Config]]:
+def candidates(widths: list[int]) -> list[tuple[int, bool, vector_gate.Config]]:
     """Widths, delta and configurations of a sweep; each kernel depends on a part of a configuration only."""
     found = []
-    for width, delta in itertools.product((64, 128), (False, True)):
+    for width, delta in itertools.product(widths, (False, True)):
         for tile, stages, warps in itertools.product((32, 64), (1, 2, 3), (4, 8)):
             found.append((width, delta, vector_gate.Config(64, 64, tile, (4, warps, 8), stages)))
         for chunk, part, first, last in ((64, 32, 4, 4), (64, 32, 8, 8), (64, 64, 8, 4), (32, 64, 4, 4), (32, 32, 4, 4)):
@@ -136,11 +136,11 @@ def compile_one(candidate: tuple[int, bool, vector_gate.Config]) -> None:
     try_one(candidate, 1, 64, 1)
 
 
-def sweep() -> Iterator[dict]:
+def sweep(widths: list[int]) -> Iterator[dict]:
     """The main shape with every candidate, compiled by several processes beforehand."""
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, candidates()))
-    for candidate in candidates():
+        list(pool.map(compile_one, candidates(widths)))
+    for candidate in candidates(widths):
         yield try_one(candidate, 8, 2048, 16)
 
 
@@ -148,7 +148,7 @@ def main() -> None:
     """Writes the rows with the versions and the ceilings they were measured beside."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep", type=int, nargs="+", metavar="WIDTH")
     parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     rates = ceilings()
@@ -160,7 +160,7 @@ def main() -> None:
         "product_flop_per_s": rates[1],
         "rows": [],
     }
-    for row in sweep() if arguments.sweep else shipped(rates, with_parts=arguments.parts):
+    for row in sweep(arguments.sweep) if arguments.sweep else shipped(rates, with_parts=arguments.parts):
         record["rows"].append(row)
         print(json.dumps(row), flush=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
