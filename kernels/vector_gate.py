@@ -44,6 +44,16 @@ def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
     return next(found for limit, found in table.items() if max(k_dim, v_dim) <= limit)
 
 
+def solve_precision(dtype: torch.dtype) -> str:
+    """Products of the triangular inverse: TF32 has the mantissa of fp16 and the range that keys of any length need."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def gentle_limit(dtype: torch.dtype) -> float:
+    """Exponent of 2 up to which the middle of a chunk serves all its tokens; factors in fp16 would overflow early."""
+    return 0.0 if dtype == torch.float16 else 60.0
+
+
 class Prepared(NamedTuple):
     """What `prepare_kernel` writes; see there."""
 
@@ -69,7 +79,13 @@ class Call:
     """
 
     def __init__(
-        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTHK: Tensor, beta_BTH: Tensor | None, state_BHKV: Tensor | None
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay_BTHK: Tensor,
+        beta_BTH: Tensor | None,
+        state_BHKV: Tensor | None,
     ) -> None:
         self.inputs = (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK)
         self.batch, self.length, self.heads, self.v_dim = v_BTHV.shape
@@ -109,7 +125,7 @@ class Call:
         prepare_kernel[(self.blocks,)](
             q, k, v, gate, self.beta, *made, *strides, self.length, self.heads, **self.flags,
             BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=chunk.bit_length() - 1, SAVE=save,
-            SOLVE="tf32x3" if self.dtype == torch.float32 else "tf32", num_warps=self.config.warps[0],
+            GENTLE=gentle_limit(self.dtype), SOLVE=solve_precision(self.dtype), num_warps=self.config.warps[0],
         )  # fmt: skip
         return made
 
@@ -158,7 +174,7 @@ class Call:
         gradient_kernel[(self.blocks * (padded(self.k_dim) // self.part_k),)](
             q, k, u, gate, self.beta, do, dv, states, dstates, *found, *strides, self.length, self.heads, **self.flags,
             VP=padded(self.v_dim), BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=self.config.chunk.bit_length() - 1,
-            num_warps=self.config.warps[2],
+            GENTLE=gentle_limit(self.dtype), num_warps=self.config.warps[2],
         )  # fmt: skip
         return found
 

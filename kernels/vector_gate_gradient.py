@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_prepare import load_beta, log2_decays
-from kernels.vector_gate_tree import boundary_decay, late_half, paired
+from kernels.vector_gate_tree import boundary_decay, from_middle, gentle, late_half, paired
 from kernels.walk_triton import _load_rows
 
 
@@ -27,7 +27,7 @@ def _score_gradients(
     do, do_stride, u, dv, row_stride, beta_C, t_C, i_C, length,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dO U^T, its transpose by a product of its own, and dM + dM^T, each [C, C] and right where the masks will look."""
+    """Products dO U^T, its transpose by a product of its own, and dM + dM^T, all [C, C]; other entries than the masks keep are garbage."""
     dp_CC = tl.zeros([C, C], tl.float32)
     dp_T_CC = tl.zeros([C, C], tl.float32)
     dm_CC = tl.zeros([C, C], tl.float32)
@@ -60,7 +60,7 @@ def _state_gradients(
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ', dW, dK' [C, BK], and the sum of S dS over values [BK]."""
+    """The gradients dQ', dW, dK' [C, BK], and the sum of S dS over values [BK]."""
     dread_CK = tl.zeros([C, BK], tl.float32)
     dwrite_CK = tl.zeros([C, BK], tl.float32)
     dkey_CK = tl.zeros([C, BK], tl.float32)
@@ -82,6 +82,48 @@ def _state_gradients(
 
 
 @triton.jit
+def _through_scores(
+    q_CK, k_CK, g_CK, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, dg_CK, i_C, C: tl.constexpr, LEVELS: tl.constexpr,
+    DELTA: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what P and M pass on to q, k and G."""
+    middle_CK = from_middle(g_CK, i_C, C)
+    if gentle(middle_CK, GENTLE):
+        late_CK, early_CK = tl.exp2(middle_CK), tl.exp2(-middle_CK)
+        ke_CK, ql_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
+        below_CC = i_C[:, None] > i_C[None, :]
+        above_CC = i_C[:, None] < i_C[None, :]
+        row_CK = tl.dot(tl.where(below_CC, dp_CC, 0.0).to(DOT), ke_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0).to(DOT), ql_CK, input_precision=PRECISION)
+        dq_CK += row_CK * late_CK
+        dg_CK += ql_CK.to(tl.float32) * row_CK
+        if DELTA:
+            kl_CK = (k_CK * late_CK).to(DOT)
+            row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0).to(DOT), ke_CK, input_precision=PRECISION)
+            col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0).to(DOT), kl_CK, col_CK, input_precision=PRECISION)
+            dk_CK += row_CK * late_CK
+            dg_CK += kl_CK.to(tl.float32) * row_CK
+        dk_CK += col_CK * early_CK
+        dg_CK -= ke_CK.to(tl.float32) * col_CK
+    else:
+        for level in range(1, LEVELS + 1):
+            decay_CK = boundary_decay(g_CK, i_C, level)
+            pairs_CC = paired(i_C[:, None], i_C[None, :], level)
+            mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
+            qd_CK, kd_CK = (q_CK * decay_CK).to(DOT), (k_CK * decay_CK).to(DOT)
+            row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
+            col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
+            if DELTA:
+                both_CC = tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0).to(DOT)
+                col_CK = tl.dot(both_CC, kd_CK, col_CK, input_precision=PRECISION)
+            dq_CK += row_CK * decay_CK
+            dk_CK += col_CK * decay_CK
+            key_CK = kd_CK.to(tl.float32) * col_CK
+            dg_CK += qd_CK.to(tl.float32) * row_CK + tl.where(late_half(i_C, level)[:, None], key_CK, -key_CK)
+    return dq_CK, dk_CK, dg_CK
+
+
+@triton.jit
 def gradient_kernel(
     q, k, u, gate, beta, do, dv, states, dstates, dq, dk, dgate,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -89,7 +131,7 @@ def gradient_kernel(
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E."""
     TILES: tl.constexpr = KP // BK
@@ -128,20 +170,9 @@ def gradient_kernel(
     own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
     dq_CK += own_C[:, None] * k_CK
     dk_CK += own_C[:, None] * q_CK
-    for level in range(1, LEVELS + 1):
-        decay_CK = boundary_decay(g_CK, i_C, level)
-        pairs_CC = paired(i_C[:, None], i_C[None, :], level)
-        mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
-        qd_CK, kd_CK = (q_CK * decay_CK).to(DOT), (k_CK * decay_CK).to(DOT)
-        row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
-        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
-        if DELTA:
-            both_CC = tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0).to(DOT)
-            col_CK = tl.dot(both_CC, kd_CK, col_CK, input_precision=PRECISION)
-        dq_CK += row_CK * decay_CK
-        dk_CK += col_CK * decay_CK
-        key_CK = kd_CK.to(tl.float32) * col_CK
-        dg_CK += qd_CK.to(tl.float32) * row_CK + tl.where(late_half(i_C, level)[:, None], key_CK, -key_CK)
+    dq_CK, dk_CK, dg_CK = _through_scores(
+        q_CK, k_CK, g_CK, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, dg_CK, i_C, C, LEVELS, DELTA, GENTLE, DOT, PRECISION
+    )
     later_CK = tl.cumsum(dg_CK, 0, reverse=True) + dlast_K[None, :]
     inside = (t_C < length)[:, None] & (d_K < K)[None, :]
     by_row = row * K + t_C[:, None].to(tl.int64) * heads * K + d_K[None, :]

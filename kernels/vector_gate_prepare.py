@@ -7,7 +7,8 @@ With G the cumulated log decay of a chunk and S the state that enters it, the re
     Q' = Q exp(G),  W = K exp(G_C - G),  P = tril(Q K^T o exp(G_i - G_j)),  M = tril(K K^T o exp(G_i - G_j), -1)
     E = (I + M beta)^-1 (V - K exp(G) S)
 
-so that Q', W, P, exp(G_C) and, solved for S, K' = (I + M beta)^-1 K exp(G) and V' = (I + M beta)^-1 V let the walks do without gates.
+so that Q', W, P, exp(G_C) and, with the inverse multiplied out, K' = (I + M beta)^-1 K exp(G) and V' = (I + M beta)^-1 V are
+all that the walks need: they see no gate.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_tree import boundary_decay, paired
+from kernels.vector_gate_tree import boundary_decay, from_middle, gentle, paired
 from kernels.walk_triton import LOG2_E, _load_rows
 
 
@@ -51,7 +52,7 @@ def unit_lower_inverse(strict_CC, i_C, LEVELS: tl.constexpr, PRECISION: tl.const
 def _scores_and_keys(
     q, q_stride, k, k_stride, gate, gate_stride, reads, writes, carry, t_C, i_C, length,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and M of one chunk; Q', W and exp(G_C) go to memory."""
     p_CC = tl.zeros([C, C], tl.float32)
@@ -69,14 +70,23 @@ def _scores_and_keys(
         tl.store(reads + offsets_CK, (wide_q_CK * tl.exp2(g_CK)).to(DOT))
         tl.store(writes + offsets_CK, (wide_k_CK * tl.exp2(last_K[None, :] - g_CK)).to(DOT))
         tl.store(carry + cols, tl.exp2(last_K))
-        for level in range(1, LEVELS + 1):
-            decay_CK = boundary_decay(g_CK, i_C, level)
-            pairs_CC = paired(i_C[:, None], i_C[None, :], level)
-            kd_CK = (wide_k_CK * decay_CK).to(DOT)
-            qd_CK = (wide_q_CK * decay_CK).to(DOT)
-            p_CC += tl.where(pairs_CC, tl.dot(qd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
+        middle_CK = from_middle(g_CK, i_C, C)
+        if gentle(middle_CK, GENTLE):
+            late_CK, early_CK = tl.exp2(middle_CK), tl.exp2(-middle_CK)
+            ke_KC = tl.trans((wide_k_CK * early_CK).to(DOT))
+            below_CC = i_C[:, None] > i_C[None, :]
+            p_CC += tl.where(below_CC, tl.dot((wide_q_CK * late_CK).to(DOT), ke_KC, input_precision=PRECISION), 0.0)
             if DELTA:
-                m_CC += tl.where(pairs_CC, tl.dot(kd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
+                m_CC += tl.where(below_CC, tl.dot((wide_k_CK * late_CK).to(DOT), ke_KC, input_precision=PRECISION), 0.0)
+        else:
+            for level in range(1, LEVELS + 1):
+                decay_CK = boundary_decay(g_CK, i_C, level)
+                pairs_CC = paired(i_C[:, None], i_C[None, :], level)
+                kd_CK = (wide_k_CK * decay_CK).to(DOT)
+                qd_CK = (wide_q_CK * decay_CK).to(DOT)
+                p_CC += tl.where(pairs_CC, tl.dot(qd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
+                if DELTA:
+                    m_CC += tl.where(pairs_CC, tl.dot(kd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
     return p_CC + tl.where(i_C[:, None] == i_C[None, :], own_C[:, None], 0.0), m_CC
 
 
@@ -88,7 +98,7 @@ def prepare_kernel(
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements.
 
@@ -107,7 +117,7 @@ def prepare_kernel(
     gate += (batch * gate_b + head * gate_h) * UNIT
     p_CC, m_CC = _scores_and_keys(
         q, q_t * UNIT, k, k_t * UNIT, gate, gate_t * UNIT, reads + block * C * KP, writes + block * C * KP, carry + block * KP,
-        t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, DOT, PRECISION,
+        t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     square_CC = i_C[:, None] * C + i_C[None, :]
     tl.store(scores + block * C * C + square_CC, p_CC.to(DOT))

@@ -7,6 +7,8 @@ decayed to the boundary between the halves, with G_m that of the last early toke
     exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j),    both exponents <= 0
 
 Every token is in one half, so a level costs one exponential per token and channel, and all pairs i > j are met once.
+Where no channel of a chunk decays by more than 2^-60 on either side of its middle, the same identity holds for all pairs at
+once, with exponents of both signs that cannot overflow: one product instead of one per level. Each chunk decides for itself.
 
 Shape legend: C tokens of a chunk, a power of two; K channels.
 """
@@ -36,3 +38,15 @@ def boundary_decay(g_CK, i_C, level):
     boundary_C = (i_C - i_C % (2 * half)) + half - 1
     boundary_CK = tl.gather(g_CK, tl.broadcast_to(boundary_C[:, None], g_CK.shape), 0)
     return tl.exp2(tl.where(late_half(i_C, level)[:, None], g_CK - boundary_CK, boundary_CK - g_CK))
+
+
+@triton.jit
+def from_middle(g_CK, i_C, C: tl.constexpr):
+    """Cumulated log2 decays less those of the last token of the first half."""
+    return g_CK - tl.sum(tl.where((i_C == C // 2 - 1)[:, None], g_CK, 0.0), 0)[None, :]
+
+
+@triton.jit
+def gentle(g_CK, GENTLE: tl.constexpr):
+    """Whether no decay, from the middle of the chunk, leaves 2^-GENTLE .. 2^GENTLE."""
+    return tl.max(tl.max(tl.abs(g_CK), 1), 0) <= GENTLE

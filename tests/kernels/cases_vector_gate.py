@@ -42,6 +42,7 @@ def draw(
     }
     if gate == "strong":
         tensors["log_decay"][..., ::7, :, ::3] = 0  # strong and absent decays beside each other
+        tensors["log_decay"][..., 1] = -GATES[gate]
     if delta:
         tensors["beta_BTH"] = (1.5 * uniform(length, heads) - 0.25).clamp(0, 1)
     if state:
@@ -66,9 +67,7 @@ def with_gradients(function, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(("o", "final"), outputs, strict=False)) | dict(zip(tensors, grads, strict=True))
 
 
-def check(
-    shape: tuple[int, int, int, int, int], gate: str, device: str, dtype: torch.dtype, *, delta: bool, state: bool
-) -> None:
+def check(shape: tuple[int, int, int, int, int], gate: str, device: str, dtype: torch.dtype, *, delta: bool, state: bool) -> None:
     """Outputs, states and all gradients against the token loop in fp64, and on a GPU a second run equal to the bit."""
     drawn = draw(shape, gate, delta=delta, state=state)
     rounded = {name: x.to(dtype if name in NARROW else torch.float32) for name, x in drawn.items()}

@@ -1,0 +1,73 @@
+"""What the shipped configurations of the vector-gate kernels take on sm_90, found by the compiler without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+
+from kernels import vector_gate, walk
+from kernels.vector_gate_gradient import gradient_kernel
+from kernels.vector_gate_prepare import prepare_kernel
+from kernels.vector_gate_walk import reverse_kernel, walk_kernel
+from tests.kernels.offline import Resources, compile_sm90
+
+DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
+WIDE = ("gate", "beta", "carry", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
+SMEM = 227 * 1024
+# kernel, the entry of Config.warps, flags
+KERNELS = {
+    "prepare": (prepare_kernel, 0, {"SAVE": True}),
+    "walk": (walk_kernel, 1, {"OUT": True}),
+    "walk for states": (walk_kernel, 1, {"OUT": False}),
+    "reverse": (reverse_kernel, 1, {}),
+    "gradient": (gradient_kernel, 2, {}),
+}
+
+
+def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Resources:
+    """One kernel with K = V = width."""
+    kernel, entry, flags = KERNELS[name]
+    config = vector_gate.config(width, width, dtype)
+    pointer, dot = DTYPES[dtype]
+    runtime: dict[str, Any] = {
+        p.name: p.annotation_type or ("*fp32+" if p.name in WIDE else pointer) for p in kernel.params if not p.is_constexpr
+    }
+    inner = walk.padded(width)
+    part = min(config.part, inner)
+    constants = {"K": width, "V": width, "KP": inner, "VP": inner, "BK": part, "UNIT": 8, "C": config.chunk, "DELTA": delta}
+    constants |= {"BV": min(config.tile, inner) if entry == 1 else part, "LEVELS": config.chunk.bit_length() - 1}
+    constants |= {"FIRST": False, "LAST": False, "DLAST": False, "DOT": dot, "STAGES": config.stages}
+    constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(vector_gate.solve_precision(dtype))}
+    constants["GENTLE"] = vector_gate.gentle_limit(dtype)
+    arguments = runtime | constants | flags
+    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=config.warps[entry])
+
+
+def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool) -> None:
+    used = compile_one(name, width, dtype, delta=delta)
+    assert used.spilled <= spill, used.spilled
+    assert used.shared <= SMEM
+    if dtype != torch.float32:
+        assert "wgmma.mma_async" in used.ptx
+        assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+
+
+SPILLS = {("prepare", False): 100, ("prepare", True): 350, ("gradient", True): 200}
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+def test_sixteen_bit(name: str, delta: bool) -> None:
+    check(name, 128, torch.bfloat16, SPILLS.get((name, delta), 0), delta=delta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("width", [16, 60, 64, 128, 256])
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_configuration_compiles(name: str, width: int, delta: bool, dtype: torch.dtype) -> None:
+    check(name, width, dtype, 2000, delta=delta)
