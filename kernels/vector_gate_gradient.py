@@ -27,7 +27,7 @@ def _score_gradients(
     do, do_stride, u, dv, row_stride, beta_C, t_C, i_C, length,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products dO U^T, its transpose by a product of its own, and dM + dM^T, all [C, C]; other entries than the masks keep are garbage."""
+    """Products dO U^T, its transpose by a product of its own, and dM + dM^T, [C, C]; the masks that follow choose entries."""
     dp_CC = tl.zeros([C, C], tl.float32)
     dp_T_CC = tl.zeros([C, C], tl.float32)
     dm_CC = tl.zeros([C, C], tl.float32)
