@@ -72,7 +72,7 @@ def _vector_gate(
 ) -> tuple[Tensor, Tensor | None]:
     """The operator's fp32 states."""
     wide = None if state is None else state.float()
-    o, final = vector_gate_op.vector_gate_recurrence(q, k, v, log_decay, beta, wide, state is not None)
+    o, final = vector_gate_op.vector_gate_recurrence(q, k, v, log_decay, beta, None, wide, state is not None)
     return o, None if state is None else final.to(state.dtype)
 
 

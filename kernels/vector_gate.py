@@ -75,6 +75,7 @@ class Call:
         v_BTHV: values.
         log_decay_BTHK: log decays.
         beta_BTH: write strengths of the delta rule, or None.
+        erase_BTHK: keys of the erasure, or None for those of the writes.
         state_BHKV: S_0 in fp32, or None.
     """
 
@@ -85,9 +86,10 @@ class Call:
         v_BTHV: Tensor,
         log_decay_BTHK: Tensor,
         beta_BTH: Tensor | None,
+        erase_BTHK: Tensor | None,
         state_BHKV: Tensor | None,
     ) -> None:
-        self.inputs = (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK)
+        self.q, self.k, self.gate, self.erase = q_BTHK, k_BTHK, log_decay_BTHK, erase_BTHK
         self.batch, self.length, self.heads, self.v_dim = v_BTHV.shape
         self.k_dim = k_BTHK.shape[3]
         self.v, self.beta = v_BTHV, v_BTHV if beta_BTH is None else beta_BTH.contiguous()
@@ -115,7 +117,8 @@ class Call:
 
         chunk, wide = self.config.chunk, padded(self.k_dim)
         rows, square = (self.blocks, chunk, wide), (self.blocks, chunk, chunk)
-        (q, k, v, gate), strides, unit = _rows(*self.inputs)
+        erase = self.k if self.erase is None else self.erase
+        (q, k, v, f, gate), strides, unit = _rows(self.q, self.k, self.v, erase, self.gate)
         made = Prepared(
             self.scratch(*rows), self.scratch(*rows), self.scratch(self.blocks, wide, dtype=torch.float32), self.scratch(*square),
             self.scratch(*rows if self.delta else (0,)),
@@ -123,8 +126,8 @@ class Call:
             self.scratch(*square if self.delta and save else (0,)),
         )  # fmt: skip
         prepare_kernel[(self.blocks,)](
-            q, k, v, gate, self.beta, *made, *strides, self.length, self.heads, **self.flags,
-            BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=chunk.bit_length() - 1, SAVE=save,
+            q, k, v, f, gate, self.beta, *made, *strides, self.length, self.heads, **self.flags,
+            BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=chunk.bit_length() - 1, OWN=self.erase is not None, SAVE=save,
             GENTLE=gentle_limit(self.dtype), SOLVE=solve_precision(self.dtype), num_warps=self.config.warps[0],
         )  # fmt: skip
         return made
@@ -165,16 +168,17 @@ class Call:
         return dv, dbeta, dfirst, dstates
 
     def gradients(self, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
-        """Runs `gradient_kernel`: gradients of q, k and the log decays."""
+        """Runs `gradient_kernel`: gradients of q, k, the keys of the erasure and the log decays."""
         from kernels.vector_gate_gradient import gradient_kernel
 
-        q, k, _, gate = self.inputs
-        found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, gate))
-        (q, k, u, gate, do), strides, unit = _rows(q, k, errors, gate, do)
+        made = (self.q, self.k, self.erase, self.gate)
+        found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in made)
+        erase = self.k if self.erase is None else self.erase
+        (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
         gradient_kernel[(self.blocks * (padded(self.k_dim) // self.part_k),)](
-            q, k, u, gate, self.beta, do, dv, states, dstates, *found, *strides, self.length, self.heads, **self.flags,
+            q, k, u, f, gate, self.beta, do, dv, states, dstates, *found, *strides, self.length, self.heads, **self.flags,
             VP=padded(self.v_dim), BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=self.config.chunk.bit_length() - 1,
-            GENTLE=gentle_limit(self.dtype), num_warps=self.config.warps[2],
+            OWN=self.erase is not None, GENTLE=gentle_limit(self.dtype), num_warps=self.config.warps[2],
         )  # fmt: skip
         return found
 
@@ -185,6 +189,7 @@ def forward(
     v_BTHV: Tensor,
     log_decay_BTHK: Tensor,
     beta_BTH: Tensor | None,
+    erase_BTHK: Tensor | None,
     state_BHKV: Tensor | None,
     *,
     return_state: bool,
@@ -197,13 +202,15 @@ def forward(
         v_BTHV: values.
         log_decay_BTHK: natural log of the decays, <= 0.
         beta_BTH: write strengths of the delta rule, or None for no erasure and unit writes.
+        erase_BTHK: with beta, keys f of the erasure, which then reads before the decay of its own token,
+            S_t = Diag(decay_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T f_t)^T; None for the delta rule itself.
         state_BHKV: S_0 in fp32, or None for zero.
         return_state: whether the final state is wanted.
 
     Returns:
         The outputs [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in fp32, or an empty tensor.
     """
-    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, state_BHKV)
+    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV)
     o, last = call.walk(call.prepare(save=False), out=True, return_state=return_state)
     return o, last
 
@@ -214,28 +221,30 @@ def backward(
     v_BTHV: Tensor,
     log_decay_BTHK: Tensor,
     beta_BTH: Tensor | None,
+    erase_BTHK: Tensor | None,
     state_BHKV: Tensor | None,
     do_BTHV: Tensor,
     dfinal_BHKV: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of `forward`.
 
     Args:
-        q_BTHK: as for `forward`, and so are k, v, log_decay, beta and state.
+        q_BTHK: as for `forward`, and so are k, v, log_decay, beta, erase and state.
         k_BTHK: keys.
         v_BTHV: values.
         log_decay_BTHK: log decays.
         beta_BTH: write strengths.
+        erase_BTHK: keys of the erasure.
         state_BHKV: S_0.
         do_BTHV: gradient of the outputs.
         dfinal_BHKV: gradient of the final state, or None for zero.
 
     Returns:
-        Gradients of q, k, v and log_decay in their dtypes, and of beta and state, which are empty where those are None.
+        Gradients of q, k, v, log_decay, beta, erase and state in their dtypes, empty where those are None.
     """
-    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, state_BHKV)
+    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV)
     made = call.prepare(save=True)
     states, errors = call.walk(made, out=False, return_state=False)
     dv, dbeta, dfirst, dstates = call.reverse(made, errors, do_BTHV, dfinal_BHKV)
-    dq, dk, dgate = call.gradients(errors, do_BTHV, dv, states, dstates)
-    return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), dfirst
+    dq, dk, derase, dgate = call.gradients(errors, do_BTHV, dv, states, dstates)
+    return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), derase, dfirst

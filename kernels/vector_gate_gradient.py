@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_prepare import load_beta, log2_decays
-from kernels.vector_gate_tree import boundary_decay, from_middle, gentle, late_half, paired
+from kernels.vector_gate_tree import at_boundary, at_middle, gentle, late_half, paired
 from kernels.walk_triton import _load_rows
 
 
@@ -82,55 +82,100 @@ def _state_gradients(
 
 
 @triton.jit
-def _through_scores(
-    q_CK, k_CK, g_CK, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, dg_CK, i_C, C: tl.constexpr, LEVELS: tl.constexpr,
-    DELTA: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def _through_middle(
+    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, i_C, DELTA: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what P and M pass on to q, k and G."""
-    middle_CK = from_middle(g_CK, i_C, C)
-    if gentle(middle_CK, GENTLE):
-        late_CK, early_CK = tl.exp2(middle_CK), tl.exp2(-middle_CK)
-        ke_CK, ql_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
-        below_CC = i_C[:, None] > i_C[None, :]
-        above_CC = i_C[:, None] < i_C[None, :]
-        row_CK = tl.dot(tl.where(below_CC, dp_CC, 0.0).to(DOT), ke_CK, input_precision=PRECISION)
-        col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0).to(DOT), ql_CK, input_precision=PRECISION)
-        dq_CK += row_CK * late_CK
-        dg_CK += ql_CK.to(tl.float32) * row_CK
+    """`_through_scores` where all decays are gentle."""
+    df_CK, dpast_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK)
+    late_CK, early_CK = tl.exp2(g_CK - middle_1K), tl.exp2(middle_1K - g_CK)
+    kd_CK, qd_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
+    below_CC = i_C[:, None] > i_C[None, :]
+    above_CC = i_C[:, None] < i_C[None, :]
+    row_CK = tl.dot(tl.where(below_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
+    col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
+    dq_CK = row_CK * late_CK
+    dg_CK = qd_CK.to(tl.float32) * row_CK
+    if DELTA:
+        if OWN:
+            late_CK = tl.exp2(past_CK - middle_1K)
+        fd_CK = (f_CK * late_CK).to(DOT)
+        row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0).to(DOT), fd_CK, col_CK, input_precision=PRECISION)
+        df_CK = row_CK * late_CK
+        dpast_CK = fd_CK.to(tl.float32) * row_CK
+    dk_CK = col_CK * early_CK
+    dg_CK -= kd_CK.to(tl.float32) * col_CK
+    return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
+
+
+@triton.jit
+def _through_tree(
+    q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_through_scores` for any decays."""
+    dq_CK, dk_CK, df_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK), tl.zeros_like(q_CK)
+    dg_CK, dpast_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK)
+    for level in range(1, LEVELS + 1):
+        is_late = late_half(i_C, level)[:, None]
+        boundary_CK = at_boundary(g_CK, i_C, level)
+        decay_CK = tl.exp2(tl.where(is_late, g_CK - boundary_CK, boundary_CK - g_CK))
+        pairs_CC = paired(i_C[:, None], i_C[None, :], level)
+        mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
+        qd_CK = (q_CK * decay_CK).to(DOT)
+        # Keys as the erasure reads them in the late half, and as they are written in the early one.
+        key_decay_CK, kd_CK = decay_CK, k_CK
+        if OWN:
+            key_decay_CK = tl.exp2(tl.where(is_late, past_CK, boundary_CK) - tl.where(is_late, boundary_CK, g_CK))
+            kd_CK = tl.where(is_late, f_CK, k_CK)
+        kd_CK = (kd_CK * key_decay_CK).to(DOT)
+        row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
         if DELTA:
-            kl_CK = (k_CK * late_CK).to(DOT)
-            row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0).to(DOT), ke_CK, input_precision=PRECISION)
-            col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0).to(DOT), kl_CK, col_CK, input_precision=PRECISION)
-            dk_CK += row_CK * late_CK
-            dg_CK += kl_CK.to(tl.float32) * row_CK
-        dk_CK += col_CK * early_CK
-        dg_CK -= ke_CK.to(tl.float32) * col_CK
+            both_CC = tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0).to(DOT)
+            col_CK = tl.dot(both_CC, kd_CK, col_CK, input_precision=PRECISION)
+        dq_CK += row_CK * decay_CK
+        dg_CK += qd_CK.to(tl.float32) * row_CK
+        dkey_CK, both_CK = col_CK * key_decay_CK, kd_CK.to(tl.float32) * col_CK
+        if OWN:
+            dk_CK += tl.where(is_late, 0.0, dkey_CK)
+            df_CK += tl.where(is_late, dkey_CK, 0.0)
+            dg_CK -= tl.where(is_late, 0.0, both_CK)
+            dpast_CK += tl.where(is_late, both_CK, 0.0)
+        else:
+            dk_CK += dkey_CK
+            dg_CK += tl.where(is_late, both_CK, -both_CK)
+    return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
+
+
+@triton.jit
+def _through_scores(
+    q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, C: tl.constexpr, LEVELS: tl.constexpr,
+    DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What P and M pass on to q, to k and to the keys of the erasure, to G, and to G as the erasure reads it."""
+    middle_1K = at_middle(g_CK, i_C, C)
+    if gentle(g_CK - middle_1K, GENTLE):
+        dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_middle(
+            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, i_C, DELTA, OWN, DOT, PRECISION
+        )
     else:
-        for level in range(1, LEVELS + 1):
-            decay_CK = boundary_decay(g_CK, i_C, level)
-            pairs_CC = paired(i_C[:, None], i_C[None, :], level)
-            mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
-            qd_CK, kd_CK = (q_CK * decay_CK).to(DOT), (k_CK * decay_CK).to(DOT)
-            row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
-            col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
-            if DELTA:
-                both_CC = tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0).to(DOT)
-                col_CK = tl.dot(both_CC, kd_CK, col_CK, input_precision=PRECISION)
-            dq_CK += row_CK * decay_CK
-            dk_CK += col_CK * decay_CK
-            key_CK = kd_CK.to(tl.float32) * col_CK
-            dg_CK += qd_CK.to(tl.float32) * row_CK + tl.where(late_half(i_C, level)[:, None], key_CK, -key_CK)
-    return dq_CK, dk_CK, dg_CK
+        dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_tree(
+            q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS, DELTA, OWN, DOT, PRECISION
+        )
+    return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, u, gate, beta, do, dv, states, dstates, dq, dk, dgate,
+    q, k, u, f, gate, beta, do, dv, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
-    u_b: tl.int64, u_t: tl.int64, u_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
+    u_b: tl.int64, u_t: tl.int64, u_h: tl.int64, f_b: tl.int64, f_t: tl.int64, f_h: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
+    UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
     GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E."""
@@ -153,29 +198,40 @@ def gradient_kernel(
     k_CK = _load_rows(k + (batch * k_b + head * k_h) * UNIT, k_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
     step_CK = log2_decays(gate + (batch * gate_b + head * gate_h) * UNIT, gate_t * UNIT, t_C, d_K, length, K)
     g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
+    f_CK, past_CK = k_CK, g_CK
+    if OWN:
+        f_CK = _load_rows(f + (batch * f_b + head * f_h) * UNIT, f_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
+        past_CK = g_CK - step_CK
     offset = block * KP * VP
     dread_CK, dwrite_CK, dkey_CK, both_K = _state_gradients(
         do, do_t * UNIT, u, dv, u_t * UNIT, states + offset, dstates + offset, beta_C, t_C, d_K, length,
         V, VP, BK, BV, C, DELTA, DOT, PRECISION,
     )  # fmt: skip
-    decay_CK, rest_CK = tl.exp2(g_CK), tl.exp2(last_K[None, :] - g_CK)
-    dq_CK, out_CK, dwrite_CK = dread_CK * decay_CK, dkey_CK * decay_CK, dwrite_CK * rest_CK
-    left_CK = k_CK * dwrite_CK
-    dg_CK = q_CK * dq_CK + k_CK * out_CK - left_CK
-    dlast_K = tl.sum(left_CK, 0) + both_K * tl.exp2(last_K)
-    dk_CK = out_CK + dwrite_CK
     dp_CC, dp_T_CC, dm_CC = _score_gradients(
         do, do_t * UNIT, u, dv, u_t * UNIT, beta_C, t_C, i_C, length, V, BV, C, DELTA, DOT, PRECISION
     )
-    own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
-    dq_CK += own_C[:, None] * k_CK
-    dk_CK += own_C[:, None] * q_CK
-    dq_CK, dk_CK, dg_CK = _through_scores(
-        q_CK, k_CK, g_CK, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, dg_CK, i_C, C, LEVELS, DELTA, GENTLE, DOT, PRECISION
+    dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
+        q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION
     )
-    later_CK = tl.cumsum(dg_CK, 0, reverse=True) + dlast_K[None, :]
+    own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
+    dread_CK *= tl.exp2(g_CK)
+    dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
+    dkey_CK *= tl.exp2(past_CK)
+    dq_CK += dread_CK + own_C[:, None] * k_CK
+    dk_CK += dwrite_CK + own_C[:, None] * q_CK
+    df_CK += dkey_CK
+    left_CK = k_CK * dwrite_CK
+    dg_CK += q_CK * dread_CK - left_CK
+    dpast_CK += f_CK * dkey_CK
+    later_CK = tl.cumsum(dg_CK + dpast_CK, 0, reverse=True) + (tl.sum(left_CK, 0) + both_K * tl.exp2(last_K))[None, :]
+    if OWN:
+        later_CK -= dpast_CK
+    else:
+        dk_CK += df_CK
     inside = (t_C < length)[:, None] & (d_K < K)[None, :]
     by_row = row * K + t_C[:, None].to(tl.int64) * heads * K + d_K[None, :]
     tl.store(dq + by_row, dq_CK.to(dq.dtype.element_ty), mask=inside)
     tl.store(dk + by_row, dk_CK.to(dk.dtype.element_ty), mask=inside)
+    if OWN:
+        tl.store(df + by_row, df_CK.to(df.dtype.element_ty), mask=inside)
     tl.store(dgate + by_row, later_CK.to(dgate.dtype.element_ty), mask=inside)

@@ -16,25 +16,41 @@ from kernels import vector_gate
 from kernels.recurrence_op import Folded, _folded, _unfolded
 
 FORWARD, BACKWARD = "mixer_bench::vector_gate_recurrence", "mixer_bench::vector_gate_recurrence_backward"
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? beta, Tensor? state"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? beta, Tensor? erase, Tensor? state"
 
 torch.library.define(FORWARD, f"({_INPUTS}, bool return_state) -> (Tensor, Tensor)")
-torch.library.define(BACKWARD, f"({_INPUTS}, Tensor do, Tensor? dfinal) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(
+    BACKWARD, f"({_INPUTS}, Tensor do, Tensor? dfinal) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 vector_gate_recurrence = torch.ops.mixer_bench.vector_gate_recurrence.default
 vector_gate_recurrence_backward = torch.ops.mixer_bench.vector_gate_recurrence_backward.default
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: Tensor | None, return_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    erase: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        return vector_gate.forward(q, k, v, log_decay, beta, state, return_state=return_state)
+        return vector_gate.forward(q, k, v, log_decay, beta, erase, state, return_state=return_state)
 
 
 @torch.library.register_fake(FORWARD)
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: Tensor | None, return_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    erase: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
     return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32)
@@ -47,12 +63,13 @@ def _(
     v: Tensor,
     log_decay: Tensor,
     beta: Tensor | None,
+    erase: Tensor | None,
     state: Tensor | None,
     do: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(v):
-        return vector_gate.backward(q, k, v, log_decay, beta, state, do, dfinal)
+        return vector_gate.backward(q, k, v, log_decay, beta, erase, state, do, dfinal)
 
 
 @torch.library.register_fake(BACKWARD)
@@ -62,12 +79,13 @@ def _(
     v: Tensor,
     log_decay: Tensor,
     beta: Tensor | None,
+    erase: Tensor | None,
     state: Tensor | None,
     do: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, ...]:
     nothing = v.new_empty(0, dtype=torch.float32)
-    more = (nothing if x is None else x.new_empty(x.shape) for x in (beta, state))
+    more = (nothing if x is None else x.new_empty(x.shape) for x in (beta, erase, state))
     return *(x.new_empty(x.shape) for x in (q, k, v, log_decay)), *more
 
 

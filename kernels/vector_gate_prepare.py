@@ -9,6 +9,8 @@ With G the cumulated log decay of a chunk and S the state that enters it, the re
 
 so that Q', W, P, exp(G_C) and, with the inverse multiplied out, K' = (I + M beta)^-1 K exp(G) and V' = (I + M beta)^-1 V are
 all that the walks need: they see no gate.
+With keys F of their own for the erasure, which read before the decay of their token, M = tril(F K^T o exp(G_{i-1} - G_j), -1)
+and F exp(G_{i-1}) take the place of K exp(G) in K'.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_tree import boundary_decay, from_middle, gentle, paired
+from kernels.vector_gate_tree import at_boundary, at_middle, gentle, late_half, paired
 from kernels.walk_triton import LOG2_E, _load_rows
 
 
@@ -50,9 +52,9 @@ def unit_lower_inverse(strict_CC, i_C, LEVELS: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def _scores_and_keys(
-    q, q_stride, k, k_stride, gate, gate_stride, reads, writes, carry, t_C, i_C, length,
+    q, q_stride, k, k_stride, f, f_stride, gate, gate_stride, reads, writes, carry, t_C, i_C, length,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
-    GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and M of one chunk; Q', W and exp(G_C) go to memory."""
     p_CC = tl.zeros([C, C], tl.float32)
@@ -70,41 +72,52 @@ def _scores_and_keys(
         tl.store(reads + offsets_CK, (wide_q_CK * tl.exp2(g_CK)).to(DOT))
         tl.store(writes + offsets_CK, (wide_k_CK * tl.exp2(last_K[None, :] - g_CK)).to(DOT))
         tl.store(carry + cols, tl.exp2(last_K))
-        middle_CK = from_middle(g_CK, i_C, C)
-        if gentle(middle_CK, GENTLE):
-            late_CK, early_CK = tl.exp2(middle_CK), tl.exp2(-middle_CK)
-            ke_KC = tl.trans((wide_k_CK * early_CK).to(DOT))
+        erase_CK, past_CK = wide_k_CK, g_CK
+        if OWN:
+            erase_CK = _load_rows(f, f_stride, t_C, cols, length, K, DOT).to(tl.float32)
+            past_CK = g_CK - step_CK
+        middle_1K = at_middle(g_CK, i_C, C)
+        if gentle(g_CK - middle_1K, GENTLE):
+            late_CK = tl.exp2(g_CK - middle_1K)
+            early_KC = tl.trans((wide_k_CK * tl.exp2(middle_1K - g_CK)).to(DOT))
             below_CC = i_C[:, None] > i_C[None, :]
-            p_CC += tl.where(below_CC, tl.dot((wide_q_CK * late_CK).to(DOT), ke_KC, input_precision=PRECISION), 0.0)
+            p_CC += tl.where(below_CC, tl.dot((wide_q_CK * late_CK).to(DOT), early_KC, input_precision=PRECISION), 0.0)
             if DELTA:
-                m_CC += tl.where(below_CC, tl.dot((wide_k_CK * late_CK).to(DOT), ke_KC, input_precision=PRECISION), 0.0)
+                if OWN:
+                    late_CK = tl.exp2(past_CK - middle_1K)
+                m_CC += tl.where(below_CC, tl.dot((erase_CK * late_CK).to(DOT), early_KC, input_precision=PRECISION), 0.0)
         else:
             for level in range(1, LEVELS + 1):
-                decay_CK = boundary_decay(g_CK, i_C, level)
+                is_late = late_half(i_C, level)[:, None]
+                boundary_CK = at_boundary(g_CK, i_C, level)
+                decay_CK = tl.exp2(tl.where(is_late, g_CK - boundary_CK, boundary_CK - g_CK))
                 pairs_CC = paired(i_C[:, None], i_C[None, :], level)
                 kd_CK = (wide_k_CK * decay_CK).to(DOT)
                 qd_CK = (wide_q_CK * decay_CK).to(DOT)
                 p_CC += tl.where(pairs_CC, tl.dot(qd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
                 if DELTA:
-                    m_CC += tl.where(pairs_CC, tl.dot(kd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
+                    fd_CK = kd_CK
+                    if OWN:
+                        fd_CK = (erase_CK * tl.exp2(tl.where(is_late, past_CK - boundary_CK, 0.0))).to(DOT)
+                    m_CC += tl.where(pairs_CC, tl.dot(fd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
     return p_CC + tl.where(i_C[:, None] == i_C[None, :], own_C[:, None], 0.0), m_CC
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, v, gate, beta, reads, writes, carry, scores, erases, targets, inverses,
+    q, k, v, f, gate, beta, reads, writes, carry, scores, erases, targets, inverses,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
-    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
-    length: tl.int32, heads: tl.int32,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, f_b: tl.int64, f_t: tl.int64, f_h: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, SAVE: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, SAVE: tl.constexpr,
     GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements.
 
     reads, writes, erases (Q', W, K') are [B, H, N, C, KP], carry is [B, H, N, KP], scores and inverses are [B, H, N, C, C],
     targets (V') is [B, T, H, V]. Columns of K beyond its width are zero, and their carry is one. inverses holds
-    (I + beta M)^-1, which only the gradients need.
+    (I + beta M)^-1, which only the gradients need. OWN says that f holds the keys of the erasure.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)
@@ -114,10 +127,11 @@ def prepare_kernel(
     t_C = n * C + i_C
     q += (batch * q_b + head * q_h) * UNIT
     k += (batch * k_b + head * k_h) * UNIT
+    f += (batch * f_b + head * f_h) * UNIT
     gate += (batch * gate_b + head * gate_h) * UNIT
     p_CC, m_CC = _scores_and_keys(
-        q, q_t * UNIT, k, k_t * UNIT, gate, gate_t * UNIT, reads + block * C * KP, writes + block * C * KP, carry + block * KP,
-        t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, GENTLE, DOT, PRECISION,
+        q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, reads + block * C * KP, writes + block * C * KP,
+        carry + block * KP, t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     square_CC = i_C[:, None] * C + i_C[None, :]
     tl.store(scores + block * C * C + square_CC, p_CC.to(DOT))
@@ -132,9 +146,13 @@ def prepare_kernel(
         solve_CC = solve_CC.to(DOT)
         for start in range(0, KP, BK):
             cols = start + tl.arange(0, BK)
-            k_CK = _load_rows(k, k_t * UNIT, t_C, cols, length, K, tl.float32)
-            g_CK = tl.cumsum(log2_decays(gate, gate_t * UNIT, t_C, cols, length, K), 0)
-            erase_CK = tl.dot(solve_CC, (k_CK * tl.exp2(g_CK)).to(DOT), input_precision=PRECISION)
+            step_CK = log2_decays(gate, gate_t * UNIT, t_C, cols, length, K)
+            g_CK = tl.cumsum(step_CK, 0)
+            if OWN:
+                key_CK = _load_rows(f, f_t * UNIT, t_C, cols, length, K, tl.float32) * tl.exp2(g_CK - step_CK)
+            else:
+                key_CK = _load_rows(k, k_t * UNIT, t_C, cols, length, K, tl.float32) * tl.exp2(g_CK)
+            erase_CK = tl.dot(solve_CC, key_CK.to(DOT), input_precision=PRECISION)
             tl.store(erases + block * C * KP + i_C[:, None] * KP + cols[None, :], erase_CK.to(DOT))
         v += (batch * v_b + head * v_h) * UNIT
         targets += (batch * length * heads + head) * V

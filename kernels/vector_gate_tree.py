@@ -32,21 +32,20 @@ def paired(row, col, level):
 
 
 @triton.jit
-def boundary_decay(g_CK, i_C, level):
-    """Decay between each token and its block's boundary, from cumulated log2 decays."""
+def at_boundary(g_CK, i_C, level):
+    """Cumulated log2 decays of the last early token of each token's block."""
     half = 1 << (level - 1)
     boundary_C = (i_C - i_C % (2 * half)) + half - 1
-    boundary_CK = tl.gather(g_CK, tl.broadcast_to(boundary_C[:, None], g_CK.shape), 0)
-    return tl.exp2(tl.where(late_half(i_C, level)[:, None], g_CK - boundary_CK, boundary_CK - g_CK))
+    return tl.gather(g_CK, tl.broadcast_to(boundary_C[:, None], g_CK.shape), 0)
 
 
 @triton.jit
-def from_middle(g_CK, i_C, C: tl.constexpr):
-    """Cumulated log2 decays less those of the last token of the first half."""
-    return g_CK - tl.sum(tl.where((i_C == C // 2 - 1)[:, None], g_CK, 0.0), 0)[None, :]
+def at_middle(g_CK, i_C, C: tl.constexpr):
+    """Cumulated log2 decays of the last token of the first half, [1, K]."""
+    return tl.sum(tl.where((i_C == C // 2 - 1)[:, None], g_CK, 0.0), 0)[None, :]
 
 
 @triton.jit
-def gentle(g_CK, GENTLE: tl.constexpr):
-    """Whether no decay, from the middle of the chunk, leaves 2^-GENTLE .. 2^GENTLE."""
-    return tl.max(tl.max(tl.abs(g_CK), 1), 0) <= GENTLE
+def gentle(from_middle_CK, GENTLE: tl.constexpr):
+    """Whether all decays from the middle of the chunk are within 2^-GENTLE .. 2^GENTLE."""
+    return tl.max(tl.max(tl.abs(from_middle_CK), 1), 0) <= GENTLE

@@ -81,7 +81,7 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, float]:
     """Graph times of each kernel."""
     q, k, v, gate, beta = (None if x is None else x.detach() for x in (*leaves.values(), *[None] * (5 - len(leaves))))
     do = torch.randn_like(v)
-    call = vector_gate.Call(q, k, v, gate, beta, None)
+    call = vector_gate.Call(q, k, v, gate, beta, None, None)
     made = call.prepare(save=True)
     states, errors = call.walk(made, out=False, return_state=False)
     dv, _, _, dstates = call.reverse(made, errors, do, None)

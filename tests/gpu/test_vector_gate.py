@@ -36,6 +36,13 @@ def test_equals_the_token_loop(shape: tuple[int, int, int, int, int], delta: boo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_diagonal_plus_rank_one(shape: tuple[int, int, int, int, int], gate: str, dtype: torch.dtype) -> None:
+    cases.check_dplr(shape, gate, "cuda", dtype, state=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("delta", [False, True])
 def test_split_equals_whole(delta: bool, dtype: torch.dtype) -> None:
     cases.check_split("cuda", dtype, delta=delta)

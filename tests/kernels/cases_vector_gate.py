@@ -1,4 +1,4 @@
-"""Cases of the recurrence with a decay per key channel, for the interpreter and for a GPU."""
+"""Cases of the recurrences with a decay per key channel, for the interpreter and for a GPU."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kernels.dispatch import use_backend
+from kernels.dplr import dplr_recurrence
 from kernels.recurrence import linear_recurrence
-from kernels.reference import linear_recurrence_reference
+from kernels.reference import dplr_reference, linear_recurrence_reference
 from tests.kernels.oracle import poisoned, require_close, rms_error
 
-NARROW = ("q", "k", "v")
+NARROW = ("q", "k", "v", "a", "b")
 GATES = {"zero": 0.0, "weak": 0.1, "strong": 10.0}
 """Log decays are drawn between 0 and the negative of these."""
-SINGLE = {"log_decay": 5e-5, "beta_BTH": 2e-5, "other": 1e-5}
-SIXTEEN_BIT = {"o": 5e-3, "final": 5e-3, "log_decay": 2e-2, "beta_BTH": 2e-2, "other": 5e-3}
+SINGLE = {"log_decay": 5e-5, "log_decay_BTHK": 5e-5, "beta_BTH": 2e-5, "other": 1e-5}
+SIXTEEN_BIT = {"o": 5e-3, "final": 5e-3, "log_decay": 2e-2, "log_decay_BTHK": 2e-2, "beta_BTH": 2e-2, "other": 5e-3}
 SIXTEEN_BIT_DELTA = SIXTEEN_BIT | {"other": 8e-3}
 
 
@@ -50,9 +51,19 @@ def draw(
     return tensors
 
 
+def draw_dplr(shape: tuple[int, int, int, int, int], gate: str, *, state: bool) -> dict[str, Tensor]:
+    """Inputs of RWKV-7's transition: b of unit length, a = -b times rates between 0 and 1."""
+    tensors = draw(shape, gate, delta=False, state=state)
+    b = tensors["k"].roll(1, dims=1)
+    first, last = ({name: tensors[name] for name in names if name in tensors} for names in (("q", "k", "v"), ("state_BHKV",)))
+    rates = torch.rand(b.shape, generator=torch.Generator().manual_seed(2))
+    return first | {"a": -b * rates, "b": b, "log_decay_BTHK": tensors["log_decay"]} | last
+
+
 def call(function, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Outputs, and the final state if there is a first one."""
-    o, final = function(*(tensors[name] for name in NARROW), **{name: x for name, x in tensors.items() if name not in NARROW})
+    narrow = [tensors[name] for name in NARROW if name in tensors]
+    o, final = function(*narrow, **{name: x for name, x in tensors.items() if name not in NARROW})
     return (o, final) if "state_BHKV" in tensors else (o,)
 
 
@@ -67,20 +78,28 @@ def with_gradients(function, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(("o", "final"), outputs, strict=False)) | dict(zip(tensors, grads, strict=True))
 
 
+def check_dplr(shape: tuple[int, int, int, int, int], gate: str, device: str, dtype: torch.dtype, *, state: bool) -> None:
+    """As `check`, for diagonal plus rank one."""
+    _compare(dplr_recurrence, dplr_reference, draw_dplr(shape, gate, state=state), device, dtype, SIXTEEN_BIT_DELTA)
+
+
 def check(shape: tuple[int, int, int, int, int], gate: str, device: str, dtype: torch.dtype, *, delta: bool, state: bool) -> None:
     """Outputs, states and all gradients against the token loop in fp64, and on a GPU a second run equal to the bit."""
-    drawn = draw(shape, gate, delta=delta, state=state)
+    drawn, tolerance = draw(shape, gate, delta=delta, state=state), SIXTEEN_BIT_DELTA if delta else SIXTEEN_BIT
+    _compare(linear_recurrence, linear_recurrence_reference, drawn, device, dtype, tolerance)
+
+
+def _compare(function, definition, drawn: dict[str, Tensor], device: str, dtype: torch.dtype, tolerance: dict[str, float]) -> None:
     rounded = {name: x.to(dtype if name in NARROW else torch.float32) for name, x in drawn.items()}
     leaves = {name: x.to(device).requires_grad_() for name, x in rounded.items()}
     with use_backend("triton"), poisoned():
-        got = with_gradients(linear_recurrence, leaves)
-        again = with_gradients(linear_recurrence, leaves) if device == "cuda" else got
-    true = with_gradients(linear_recurrence_reference, {name: x.double().requires_grad_() for name, x in rounded.items()})
+        got = with_gradients(function, leaves)
+        again = with_gradients(function, leaves) if device == "cuda" else got
+    true = with_gradients(definition, {name: x.double().requires_grad_() for name, x in rounded.items()})
     for name, x in again.items():
         assert torch.equal(x, got[name]), f"{name} differs from run to run"
     assert got["o"].dtype == got["q"].dtype == dtype
-    tolerance = SINGLE if dtype == torch.float32 else SIXTEEN_BIT_DELTA if delta else SIXTEEN_BIT
-    require_close(got, true, tolerance)
+    require_close(got, true, SINGLE if dtype == torch.float32 else tolerance)
 
 
 def check_split(device: str, dtype: torch.dtype, *, delta: bool) -> None:

@@ -21,6 +21,11 @@ def test_shapes(shape: tuple[int, int, int, int, int], delta: bool):
     cases.check(shape, "weak", "cpu", torch.float32, delta=delta, state=False)
 
 
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_diagonal_plus_rank_one(gate: str):
+    cases.check_dplr((1, 19, 2, 20, 17), gate, "cpu", torch.float32, state=True)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_the_chunks_of_sixteen_bit(delta: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vector_gate, "FP32", vector_gate.SIXTEEN_BIT)
@@ -56,7 +61,7 @@ def test_the_future_is_never_read():
     tensors = cases.draw((1, 40, 1, 16, 16), "weak", delta=True, state=False)
     with use_backend("triton"):
         before = cases.call(linear_recurrence, tensors)[0]
-        for name in cases.NARROW:
+        for name in ("q", "k", "v"):
             tensors[name][:, 35:] += 1
         assert torch.equal(before[:, :35], cases.call(linear_recurrence, tensors)[0][:, :35])
 
@@ -73,5 +78,11 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize("delta", [False, True])
 def test_torch_accepts_the_operator(delta: bool):
     tensors = {name: x.requires_grad_() for name, x in cases.draw((2, 20, 1, 16, 16), "weak", delta=delta, state=True).items()}
-    arguments = (*(tensors[name] for name in (*cases.NARROW, "log_decay")), tensors.get("beta_BTH"), tensors["state_BHKV"], True)
+    arguments = (
+        *(tensors[name] for name in ("q", "k", "v", "log_decay")),
+        tensors.get("beta_BTH"),
+        None,
+        tensors["state_BHKV"],
+        True,
+    )
     torch.library.opcheck(torch.ops.mixer_bench.vector_gate_recurrence.default, arguments)

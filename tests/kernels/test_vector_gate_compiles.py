@@ -37,7 +37,17 @@ def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Re
     }
     inner = walk.padded(width)
     part = min(config.part, inner)
-    constants = {"K": width, "V": width, "KP": inner, "VP": inner, "BK": part, "UNIT": 8, "C": config.chunk, "DELTA": delta}
+    constants = {
+        "K": width,
+        "V": width,
+        "KP": inner,
+        "VP": inner,
+        "BK": part,
+        "UNIT": 8,
+        "C": config.chunk,
+        "DELTA": delta,
+        "OWN": False,
+    }
     constants |= {"BV": min(config.tile, inner) if entry == 1 else part, "LEVELS": config.chunk.bit_length() - 1}
     constants |= {"FIRST": False, "LAST": False, "DLAST": False, "DOT": dot, "STAGES": config.stages}
     constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(vector_gate.solve_precision(dtype))}
