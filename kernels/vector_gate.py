@@ -8,7 +8,7 @@ Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,32 +16,61 @@ from torch import Tensor
 from kernels.walk import _dot_dtype, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
 
 
-class Config(NamedTuple):
-    """How the kernels are compiled; the widest of K and V chooses.
+class Tile(NamedTuple):
+    """How one kernel is compiled.
 
     Args:
-        chunk: tokens of a chunk.
-        part: key channels and values that the kernels over all chunks take at once.
-        tile: columns of the state that one walk holds.
-        warps: warps of the forward preparation, of the walks, and of the gradients.
-        stages: depth of the software pipeline of the walks.
+        width: channels or values that a program takes at once.
+        warps: warps of a program.
+        stages: depth of its software pipeline.
     """
 
-    chunk: int
-    part: int
-    tile: int
-    warps: tuple[int, int, int]
+    width: int
+    warps: int
     stages: int
 
 
-SIXTEEN_BIT = {64: Config(64, 64, 32, (4, 4, 8), 2), 128: Config(64, 64, 64, (4, 4, 8), 2), 256: Config(64, 64, 32, (4, 8, 8), 1)}
-FP32 = {64: Config(16, 32, 32, (4, 4, 4), 1), 128: Config(16, 32, 16, (4, 4, 4), 1), 256: Config(16, 32, 16, (4, 8, 4), 1)}
+class Config(NamedTuple):
+    """How the kernels are compiled.
+
+    Args:
+        chunk: tokens of a chunk.
+        prepare: of the preparation.
+        walk: of both walks; the width is that of the state's columns.
+        gradient: of the gradients.
+    """
+
+    chunk: int
+    prepare: Tile
+    walk: Tile
+    gradient: Tile
+
+
+# By the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
+SIXTEEN_BIT = {
+    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
+    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
+    256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1)),
+}
+FP32 = {
+    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+    128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
+    256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
+}
 
 
 def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
     """The shipped configuration."""
     table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
     return next(found for limit, found in table.items() if max(k_dim, v_dim) <= limit)
+
+
+def tile_width(width: int, dtype: torch.dtype) -> int:
+    """The width that tiles have on chip: a power of two, in 16 bit at least 64.
+
+    Triton 3.6 and 3.7 read beyond the shared memory of narrower operands of WGMMA (its issues 10486 and 11366).
+    """
+    return max(padded(width), 16 if dtype == torch.float32 else 64)
 
 
 def solve_precision(dtype: torch.dtype) -> str:
@@ -99,11 +128,11 @@ class Call:
         self.config = config(self.k_dim, self.v_dim, self.dtype)
         self.chunks = -(-self.length // self.config.chunk)
         self.blocks = self.batch * self.heads * self.chunks
-        self.tile = min(self.config.tile, padded(self.v_dim))
+        self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
+        self.tile = min(self.config.walk.width, self.wide_v)
         self.tiles = -(-self.v_dim // self.tile)
-        self.part_k, self.part_v = (min(self.config.part, padded(width)) for width in (self.k_dim, self.v_dim))
         self.flags = {
-            "K": self.k_dim, "V": self.v_dim, "KP": padded(self.k_dim), "C": self.config.chunk, "DELTA": self.delta,
+            "K": self.k_dim, "V": self.v_dim, "KP": self.wide_k, "C": self.config.chunk, "DELTA": self.delta,
             "DOT": _triton_dtype(self.dtype), "PRECISION": _precision(self.dtype),
         }  # fmt: skip
 
@@ -111,14 +140,22 @@ class Call:
         """Fresh memory in the dtype of the tensor cores, or another one."""
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
+    def _parts(self, tile: Tile) -> dict[str, Any]:
+        """Flags of the kernels for all chunks."""
+        return {
+            "BK": min(tile.width, self.wide_k), "BV": min(tile.width, self.wide_v), "LEVELS": self.config.chunk.bit_length() - 1,
+            "OWN": self.erase is not None, "GENTLE": gentle_limit(self.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
     def prepare(self, *, save: bool) -> Prepared:
         """Runs `prepare_kernel`; the inverses are written if `save`."""
         from kernels.vector_gate_prepare import prepare_kernel
 
-        chunk, wide = self.config.chunk, padded(self.k_dim)
+        chunk, wide = self.config.chunk, self.wide_k
         rows, square = (self.blocks, chunk, wide), (self.blocks, chunk, chunk)
         erase = self.k if self.erase is None else self.erase
         (q, k, v, f, gate), strides, unit = _rows(self.q, self.k, self.v, erase, self.gate)
+        decays = self.scratch(*rows, dtype=torch.float32)
         made = Prepared(
             self.scratch(*rows), self.scratch(*rows), self.scratch(self.blocks, wide, dtype=torch.float32), self.scratch(*square),
             self.scratch(*rows if self.delta else (0,)),
@@ -126,9 +163,8 @@ class Call:
             self.scratch(*square if self.delta and save else (0,)),
         )  # fmt: skip
         prepare_kernel[(self.blocks,)](
-            q, k, v, f, gate, self.beta, *made, *strides, self.length, self.heads, **self.flags,
-            BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=chunk.bit_length() - 1, OWN=self.erase is not None, SAVE=save,
-            GENTLE=gentle_limit(self.dtype), SOLVE=solve_precision(self.dtype), num_warps=self.config.warps[0],
+            q, k, v, f, gate, self.beta, decays, *made, *strides, self.length, self.heads, **self.flags,
+            **self._parts(self.config.prepare), UNIT=unit, SAVE=save, SOLVE=solve_precision(self.dtype),
         )  # fmt: skip
         return made
 
@@ -139,13 +175,13 @@ class Call:
         (v,), strides, unit = _rows(made.targets)
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format) if out else v
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
-        states = self.scratch(*(0,) if out else (self.blocks, padded(self.k_dim), padded(self.v_dim)))
+        states = self.scratch(*(0,) if out else (self.blocks, self.wide_k, self.wide_v))
         errors = v if out or not self.delta else self.scratch(*self.v.shape)
         walk_kernel[(self.batch * self.heads * self.tiles,)](
             made.reads, made.writes, made.carry, made.scores, made.erases, v, self.beta, self.first, o, last, states, errors,
             *strides, self.length, self.heads, **self.flags,
-            VP=padded(self.v_dim), BV=self.tile, UNIT=unit, FIRST=self.has_first, LAST=return_state, OUT=out,
-            STAGES=self.config.stages, num_warps=self.config.warps[1],
+            VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, LAST=return_state, OUT=out,
+            STAGES=self.config.walk.stages, num_warps=self.config.walk.warps,
         )  # fmt: skip
         return (o, last) if out else (states, errors)
 
@@ -157,13 +193,13 @@ class Call:
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         dbeta = self.scratch(*(self.tiles, *self.v.shape[:3]) if self.delta else (0,), dtype=torch.float32)
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
-        dstates = self.scratch(self.blocks, padded(self.k_dim), padded(self.v_dim))
+        dstates = self.scratch(self.blocks, self.wide_k, self.wide_v)
         reverse_kernel[(self.batch * self.heads * self.tiles,)](
             made.reads, made.writes, made.carry, made.scores, made.erases, made.inverses, errors, self.beta, do,
             do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
             *strides, self.length, self.batch, self.heads, **self.flags,
-            VP=padded(self.v_dim), BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
-            STAGES=self.config.stages, num_warps=self.config.warps[1],
+            VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
+            STAGES=self.config.walk.stages, num_warps=self.config.walk.warps,
         )  # fmt: skip
         return dv, dbeta, dfirst, dstates
 
@@ -175,10 +211,11 @@ class Call:
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in made)
         erase = self.k if self.erase is None else self.erase
         (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
-        gradient_kernel[(self.blocks * (padded(self.k_dim) // self.part_k),)](
-            q, k, u, f, gate, self.beta, do, dv, states, dstates, *found, *strides, self.length, self.heads, **self.flags,
-            VP=padded(self.v_dim), BK=self.part_k, BV=self.part_v, UNIT=unit, LEVELS=self.config.chunk.bit_length() - 1,
-            OWN=self.erase is not None, GENTLE=gentle_limit(self.dtype), num_warps=self.config.warps[2],
+        parts = self._parts(self.config.gradient)
+        decays = self.scratch(self.blocks, self.config.chunk, self.wide_k, dtype=torch.float32)
+        gradient_kernel[(self.blocks * (self.wide_k // parts["BK"]),)](
+            q, k, u, f, gate, self.beta, do, dv, states, dstates, decays, *found, *strides, self.length, self.heads, **self.flags,
+            **parts, VP=self.wide_v, UNIT=unit,
         )  # fmt: skip
         return found
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_prepare import load_beta, log2_decays
-from kernels.vector_gate_tree import at_boundary, at_middle, gentle, late_half, paired
+from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired
 from kernels.walk_triton import _load_rows
 
 
@@ -111,15 +111,16 @@ def _through_middle(
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` for any decays."""
+    keep_for_boundaries(decays, g_CK)
     dq_CK, dk_CK, df_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK), tl.zeros_like(q_CK)
     dg_CK, dpast_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK)
     for level in range(1, LEVELS + 1):
         is_late = late_half(i_C, level)[:, None]
-        boundary_CK = at_boundary(g_CK, i_C, level)
+        boundary_CK = at_boundary(decays, row_stride, i_C, level)
         decay_CK = tl.exp2(tl.where(is_late, g_CK - boundary_CK, boundary_CK - g_CK))
         pairs_CC = paired(i_C[:, None], i_C[None, :], level)
         mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
@@ -151,7 +152,7 @@ def _through_tree(
 
 @triton.jit
 def _through_scores(
-    q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, C: tl.constexpr, LEVELS: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, i_C, C: tl.constexpr, LEVELS: tl.constexpr,
     DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What P and M pass on to q, to k and to the keys of the erasure, to G, and to G as the erasure reads it."""
@@ -162,14 +163,14 @@ def _through_scores(
         )
     else:
         dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_tree(
-            q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS, DELTA, OWN, DOT, PRECISION
+            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS, DELTA, OWN, DOT, PRECISION
         )
     return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, u, f, gate, beta, do, dv, states, dstates, dq, dk, df, dgate,
+    q, k, u, f, gate, beta, do, dv, states, dstates, decays, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     u_b: tl.int64, u_t: tl.int64, u_h: tl.int64, f_b: tl.int64, f_t: tl.int64, f_h: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
@@ -202,23 +203,42 @@ def gradient_kernel(
     if OWN:
         f_CK = _load_rows(f + (batch * f_b + head * f_h) * UNIT, f_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
         past_CK = g_CK - step_CK
+    dp_CC, dp_T_CC, dm_CC = _score_gradients(
+        do, do_t * UNIT, u, dv, u_t * UNIT, beta_C, t_C, i_C, length, V, BV, C, DELTA, DOT, PRECISION
+    )
+    dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
+        q_CK,
+        k_CK,
+        f_CK,
+        g_CK,
+        past_CK,
+        decays + (block * C + i_C[:, None]) * KP + d_K[None, :],
+        KP,
+        dp_CC,
+        dp_T_CC,
+        dm_CC,
+        i_C,
+        C,
+        LEVELS,
+        DELTA,
+        OWN,
+        GENTLE,
+        DOT,
+        PRECISION,
+    )
+    own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
+    dq_CK += own_C[:, None] * k_CK
+    dk_CK += own_C[:, None] * q_CK
     offset = block * KP * VP
     dread_CK, dwrite_CK, dkey_CK, both_K = _state_gradients(
         do, do_t * UNIT, u, dv, u_t * UNIT, states + offset, dstates + offset, beta_C, t_C, d_K, length,
         V, VP, BK, BV, C, DELTA, DOT, PRECISION,
     )  # fmt: skip
-    dp_CC, dp_T_CC, dm_CC = _score_gradients(
-        do, do_t * UNIT, u, dv, u_t * UNIT, beta_C, t_C, i_C, length, V, BV, C, DELTA, DOT, PRECISION
-    )
-    dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
-        q_CK, k_CK, f_CK, g_CK, past_CK, dp_CC, dp_T_CC, dm_CC, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION
-    )
-    own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
     dread_CK *= tl.exp2(g_CK)
     dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
     dkey_CK *= tl.exp2(past_CK)
-    dq_CK += dread_CK + own_C[:, None] * k_CK
-    dk_CK += dwrite_CK + own_C[:, None] * q_CK
+    dq_CK += dread_CK
+    dk_CK += dwrite_CK
     df_CK += dkey_CK
     left_CK = k_CK * dwrite_CK
     dg_CK += q_CK * dread_CK - left_CK

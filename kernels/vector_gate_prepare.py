@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_tree import at_boundary, at_middle, gentle, late_half, paired
+from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired
 from kernels.walk_triton import LOG2_E, _load_rows
 
 
@@ -52,7 +52,7 @@ def unit_lower_inverse(strict_CC, i_C, LEVELS: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def _scores_and_keys(
-    q, q_stride, k, k_stride, f, f_stride, gate, gate_stride, reads, writes, carry, t_C, i_C, length,
+    q, q_stride, k, k_stride, f, f_stride, gate, gate_stride, decays, reads, writes, carry, t_C, i_C, length,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
     OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,9 +87,10 @@ def _scores_and_keys(
                     late_CK = tl.exp2(past_CK - middle_1K)
                 m_CC += tl.where(below_CC, tl.dot((erase_CK * late_CK).to(DOT), early_KC, input_precision=PRECISION), 0.0)
         else:
+            keep_for_boundaries(decays + offsets_CK, g_CK)
             for level in range(1, LEVELS + 1):
                 is_late = late_half(i_C, level)[:, None]
-                boundary_CK = at_boundary(g_CK, i_C, level)
+                boundary_CK = at_boundary(decays + offsets_CK, KP, i_C, level)
                 decay_CK = tl.exp2(tl.where(is_late, g_CK - boundary_CK, boundary_CK - g_CK))
                 pairs_CC = paired(i_C[:, None], i_C[None, :], level)
                 kd_CK = (wide_k_CK * decay_CK).to(DOT)
@@ -105,7 +106,7 @@ def _scores_and_keys(
 
 @triton.jit
 def prepare_kernel(
-    q, k, v, f, gate, beta, reads, writes, carry, scores, erases, targets, inverses,
+    q, k, v, f, gate, beta, decays, reads, writes, carry, scores, erases, targets, inverses,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, f_b: tl.int64, f_t: tl.int64, f_h: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64, length: tl.int32, heads: tl.int32,
@@ -115,7 +116,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements.
 
-    reads, writes, erases (Q', W, K') are [B, H, N, C, KP], carry is [B, H, N, KP], scores and inverses are [B, H, N, C, C],
+    reads, writes, erases (Q', W, K') and decays, a scratch, are [B, H, N, C, KP], carry is [B, H, N, KP], scores and inverses are [B, H, N, C, C],
     targets (V') is [B, T, H, V]. Columns of K beyond its width are zero, and their carry is one. inverses holds
     (I + beta M)^-1, which only the gradients need. OWN says that f holds the keys of the erasure.
     """
@@ -130,8 +131,8 @@ def prepare_kernel(
     f += (batch * f_b + head * f_h) * UNIT
     gate += (batch * gate_b + head * gate_h) * UNIT
     p_CC, m_CC = _scores_and_keys(
-        q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, reads + block * C * KP, writes + block * C * KP,
-        carry + block * KP, t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
+        q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, decays + block * C * KP,
+        reads + block * C * KP, writes + block * C * KP, carry + block * KP, t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     square_CC = i_C[:, None] * C + i_C[None, :]
     tl.store(scores + block * C * C + square_CC, p_CC.to(DOT))

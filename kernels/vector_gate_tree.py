@@ -32,11 +32,18 @@ def paired(row, col, level):
 
 
 @triton.jit
-def at_boundary(g_CK, i_C, level):
-    """Cumulated log2 decays of the last early token of each token's block."""
+def keep_for_boundaries(decays, g_CK):
+    """Writes cumulated log2 decays where `at_boundary` will read some of them: rows can't be moved between threads on chip."""
+    tl.store(decays, g_CK)
+    tl.debug_barrier()
+
+
+@triton.jit
+def at_boundary(decays, row_stride, i_C, level):
+    """Cumulated log2 decays of the last early token of each token's block, from those that were kept at `decays`."""
     half = 1 << (level - 1)
     boundary_C = (i_C - i_C % (2 * half)) + half - 1
-    return tl.gather(g_CK, tl.broadcast_to(boundary_C[:, None], g_CK.shape), 0)
+    return tl.load(decays + (boundary_C - i_C)[:, None] * row_stride)
 
 
 @triton.jit

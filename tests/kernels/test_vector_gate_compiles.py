@@ -15,15 +15,15 @@ from kernels.vector_gate_walk import reverse_kernel, walk_kernel
 from tests.kernels.offline import Resources, compile_sm90
 
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
-WIDE = ("gate", "beta", "carry", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
+WIDE = ("gate", "decays", "beta", "carry", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
 SMEM = 227 * 1024
-# kernel, the entry of Config.warps, flags
+# kernel, the entry of its configuration, flags
 KERNELS = {
-    "prepare": (prepare_kernel, 0, {"SAVE": True}),
-    "walk": (walk_kernel, 1, {"OUT": True}),
-    "walk for states": (walk_kernel, 1, {"OUT": False}),
-    "reverse": (reverse_kernel, 1, {}),
-    "gradient": (gradient_kernel, 2, {}),
+    "prepare": (prepare_kernel, "prepare", {"SAVE": True}),
+    "walk": (walk_kernel, "walk", {"OUT": True}),
+    "walk for states": (walk_kernel, "walk", {"OUT": False}),
+    "reverse": (reverse_kernel, "walk", {}),
+    "gradient": (gradient_kernel, "gradient", {}),
 }
 
 
@@ -35,25 +35,16 @@ def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Re
     runtime: dict[str, Any] = {
         p.name: p.annotation_type or ("*fp32+" if p.name in WIDE else pointer) for p in kernel.params if not p.is_constexpr
     }
-    inner = walk.padded(width)
-    part = min(config.part, inner)
-    constants = {
-        "K": width,
-        "V": width,
-        "KP": inner,
-        "VP": inner,
-        "BK": part,
-        "UNIT": 8,
-        "C": config.chunk,
-        "DELTA": delta,
-        "OWN": False,
-    }
-    constants |= {"BV": min(config.tile, inner) if entry == 1 else part, "LEVELS": config.chunk.bit_length() - 1}
-    constants |= {"FIRST": False, "LAST": False, "DLAST": False, "DOT": dot, "STAGES": config.stages}
+    inner = vector_gate.tile_width(width, dtype)
+    tile = getattr(config, entry)
+    part = min(tile.width, inner)
+    constants = {"K": width, "V": width, "KP": inner, "VP": inner, "BK": part, "BV": part, "UNIT": 8, "C": config.chunk}
+    constants |= {"DELTA": delta, "OWN": False, "LEVELS": config.chunk.bit_length() - 1, "STAGES": tile.stages}
+    constants |= {"FIRST": False, "LAST": False, "DLAST": False, "DOT": dot}
     constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(vector_gate.solve_precision(dtype))}
     constants["GENTLE"] = vector_gate.gentle_limit(dtype)
     arguments = runtime | constants | flags
-    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=config.warps[entry])
+    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages)
 
 
 def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool) -> None:
