@@ -23,11 +23,17 @@ class Tile(NamedTuple):
         width: channels or values that a program takes at once.
         warps: warps of a program.
         stages: depth of its software pipeline.
+        registers: most registers of a thread, or None for the compiler's choice.
     """
 
     width: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """Launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 class Config(NamedTuple):
@@ -144,7 +150,7 @@ class Call:
         """Flags of the kernels for all chunks."""
         return {
             "BK": min(tile.width, self.wide_k), "BV": min(tile.width, self.wide_v), "LEVELS": self.config.chunk.bit_length() - 1,
-            "OWN": self.erase is not None, "GENTLE": gentle_limit(self.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+            "OWN": self.erase is not None, "GENTLE": gentle_limit(self.dtype), **tile.options(),
         }  # fmt: skip
 
     def prepare(self, *, save: bool) -> Prepared:
@@ -181,7 +187,7 @@ class Call:
             made.reads, made.writes, made.carry, made.scores, made.erases, v, self.beta, self.first, o, last, states, errors,
             *strides, self.length, self.heads, **self.flags,
             VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, LAST=return_state, OUT=out,
-            STAGES=self.config.walk.stages, num_warps=self.config.walk.warps,
+            STAGES=self.config.walk.stages, **self.config.walk.options(),
         )  # fmt: skip
         return (o, last) if out else (states, errors)
 
@@ -199,7 +205,7 @@ class Call:
             do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
             *strides, self.length, self.batch, self.heads, **self.flags,
             VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
-            STAGES=self.config.walk.stages, num_warps=self.config.walk.warps,
+            STAGES=self.config.walk.stages, **self.config.walk.options(),
         )  # fmt: skip
         return dv, dbeta, dfirst, dstates
 

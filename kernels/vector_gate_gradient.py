@@ -23,29 +23,6 @@ from kernels.walk_triton import _load_rows
 
 
 @triton.jit
-def _score_gradients(
-    do, do_stride, u, dv, row_stride, beta_C, t_C, i_C, length,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products dO U^T, its transpose by a product of its own, and dM + dM^T, [C, C]; the masks that follow choose entries."""
-    dp_CC = tl.zeros([C, C], tl.float32)
-    dp_T_CC = tl.zeros([C, C], tl.float32)
-    dm_CC = tl.zeros([C, C], tl.float32)
-    below_CC = i_C[:, None] > i_C[None, :]
-    for start in range(0, V, BV):
-        cols = start + tl.arange(0, BV)
-        do_CV = _load_rows(do, do_stride, t_C, cols, length, V, DOT)
-        u_CV = _load_written(u, row_stride, beta_C, t_C, cols, length, V, DELTA, DOT)
-        dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
-        dp_T_CC = tl.dot(u_CV, tl.trans(do_CV), dp_T_CC, input_precision=PRECISION)
-        if DELTA:
-            dv_CV = _load_rows(dv, row_stride, t_C, cols, length, V, DOT)
-            dm_CC -= tl.where(below_CC, tl.dot(dv_CV, tl.trans(u_CV), input_precision=PRECISION), 0.0)
-            dm_CC -= tl.where(below_CC, 0.0, tl.dot(u_CV, tl.trans(dv_CV), input_precision=PRECISION))
-    return dp_CC, dp_T_CC, dm_CC
-
-
-@triton.jit
 def _load_written(u, stride, beta_C, t_C, cols, length, V: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
     """Rows of V, or of beta E."""
     u_CV = _load_rows(u, stride, t_C, cols, length, V, DOT)
@@ -55,69 +32,76 @@ def _load_written(u, stride, beta_C, t_C, cols, length, V: tl.constexpr, DELTA: 
 
 
 @triton.jit
-def _state_gradients(
-    do, do_stride, u, dv, row_stride, states, dstates, beta_C, t_C, d_K, length,
+def _products(
+    do, do_stride, u, dv, row_stride, states, dstates, beta_C, t_C, i_C, d_K, length,
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients dQ', dW, dK' [C, BK], and the sum of S dS over values [BK]."""
-    dread_CK = tl.zeros([C, BK], tl.float32)
-    dwrite_CK = tl.zeros([C, BK], tl.float32)
+    """Sums over values: dO U^T and its transpose, by a product of its own, dM + dM^T; dQ', dW, dK'; rowsums of S dS."""
+    dp_CC, dp_T_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dm_CC, dm_T_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dread_CK, dwrite_CK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     dkey_CK = tl.zeros([C, BK], tl.float32)
     both_K = tl.zeros([BK], tl.float32)
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
         known = (cols < V)[None, :]
-        state_KV = tl.load(states + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
-        dstate_KV = tl.load(dstates + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
         do_CV = _load_rows(do, do_stride, t_C, cols, length, V, DOT)
         u_CV = _load_written(u, row_stride, beta_C, t_C, cols, length, V, DELTA, DOT)
+        state_KV = tl.load(states + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
+        dstate_KV = tl.load(dstates + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
+        dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
+        dp_T_CC = tl.dot(u_CV, tl.trans(do_CV), dp_T_CC, input_precision=PRECISION)
         dread_CK = tl.dot(do_CV, tl.trans(state_KV), dread_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, tl.trans(dstate_KV), dwrite_CK, input_precision=PRECISION)
-        both_K += tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1)
         if DELTA:
             dv_CV = _load_rows(dv, row_stride, t_C, cols, length, V, DOT)
+            dm_CC = tl.dot(dv_CV, tl.trans(u_CV), dm_CC, input_precision=PRECISION)
+            dm_T_CC = tl.dot(u_CV, tl.trans(dv_CV), dm_T_CC, input_precision=PRECISION)
             dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
-    return dread_CK, dwrite_CK, -dkey_CK, both_K
+        both_K += tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1)
+    dm_CC = tl.where(i_C[:, None] > i_C[None, :], -dm_CC, -dm_T_CC)
+    return dp_CC, dp_T_CC.to(DOT), dm_CC.to(DOT), dread_CK, dwrite_CK, -dkey_CK, both_K
 
 
 @triton.jit
 def _through_middle(
-    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, i_C, DELTA: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+    DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` where all decays are gentle."""
-    df_CK, dpast_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK)
     late_CK, early_CK = tl.exp2(g_CK - middle_1K), tl.exp2(middle_1K - g_CK)
     kd_CK, qd_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
     below_CC = i_C[:, None] > i_C[None, :]
     above_CC = i_C[:, None] < i_C[None, :]
-    row_CK = tl.dot(tl.where(below_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
-    col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
-    dq_CK = row_CK * late_CK
-    dg_CK = qd_CK.to(tl.float32) * row_CK
+    row_CK = tl.dot(tl.where(below_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION)
+    col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
+    dq_CK += row_CK * late_CK
+    dg_CK += qd_CK.to(tl.float32) * row_CK
     if DELTA:
         if OWN:
             late_CK = tl.exp2(past_CK - middle_1K)
         fd_CK = (f_CK * late_CK).to(DOT)
-        row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
-        col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0).to(DOT), fd_CK, col_CK, input_precision=PRECISION)
-        df_CK = row_CK * late_CK
-        dpast_CK = fd_CK.to(tl.float32) * row_CK
-    dk_CK = col_CK * early_CK
+        row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0), fd_CK, col_CK, input_precision=PRECISION)
+        if OWN:
+            df_CK += row_CK * late_CK
+            dpast_CK += fd_CK.to(tl.float32) * row_CK
+        else:
+            dk_CK += row_CK * late_CK
+            dg_CK += fd_CK.to(tl.float32) * row_CK
+    dk_CK += col_CK * early_CK
     dg_CK -= kd_CK.to(tl.float32) * col_CK
     return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
 
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` for any decays."""
     keep_for_boundaries(decays, g_CK)
-    dq_CK, dk_CK, df_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK), tl.zeros_like(q_CK)
-    dg_CK, dpast_CK = tl.zeros_like(q_CK), tl.zeros_like(q_CK)
     for level in range(1, LEVELS + 1):
         is_late = late_half(i_C, level)[:, None]
         boundary_CK = at_boundary(decays, row_stride, i_C, level)
@@ -128,14 +112,13 @@ def _through_tree(
         # Keys as the erasure reads them in the late half, and as they are written in the early one.
         key_decay_CK, kd_CK = decay_CK, k_CK
         if OWN:
-            key_decay_CK = tl.exp2(tl.where(is_late, past_CK, boundary_CK) - tl.where(is_late, boundary_CK, g_CK))
+            key_decay_CK = tl.exp2(tl.where(is_late, past_CK - boundary_CK, boundary_CK - g_CK))
             kd_CK = tl.where(is_late, f_CK, k_CK)
         kd_CK = (kd_CK * key_decay_CK).to(DOT)
-        row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0).to(DOT), kd_CK, input_precision=PRECISION)
-        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0).to(DOT), qd_CK, input_precision=PRECISION)
+        row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
         if DELTA:
-            both_CC = tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0).to(DOT)
-            col_CK = tl.dot(both_CC, kd_CK, col_CK, input_precision=PRECISION)
+            col_CK = tl.dot(tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0), kd_CK, col_CK, input_precision=PRECISION)
         dq_CK += row_CK * decay_CK
         dg_CK += qd_CK.to(tl.float32) * row_CK
         dkey_CK, both_CK = col_CK * key_decay_CK, kd_CK.to(tl.float32) * col_CK
@@ -152,19 +135,22 @@ def _through_tree(
 
 @triton.jit
 def _through_scores(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, i_C, C: tl.constexpr, LEVELS: tl.constexpr,
-    DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+    C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What P and M pass on to q, to k and to the keys of the erasure, to G, and to G as the erasure reads it."""
+    """Adds what P and M pass on to q, k, the keys of the erasure, G, and G as the erasure reads it."""
     middle_1K = at_middle(g_CK, i_C, C)
     if gentle(g_CK - middle_1K, GENTLE):
         dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_middle(
-            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, i_C, DELTA, OWN, DOT, PRECISION
-        )
+            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+            DELTA, OWN, DOT, PRECISION,
+        )  # fmt: skip
     else:
         dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_tree(
-            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, i_C, LEVELS, DELTA, OWN, DOT, PRECISION
-        )
+            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK,
+            i_C, LEVELS, DELTA, OWN, DOT, PRECISION,
+        )  # fmt: skip
     return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
 
 
@@ -179,79 +165,55 @@ def gradient_kernel(
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
     GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E."""
+    """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
+
+    decays is a scratch, [B, H, N, C, KP]. OWN says that f holds the keys of the erasure.
+    """
     TILES: tl.constexpr = KP // BK
-    chunks = tl.cdiv(length, C)
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    chunks = tl.cdiv(length, C)
     head_index, n = block // chunks, (block % chunks).to(tl.int32)
     batch, head = head_index // heads, head_index % heads
-    i_C = tl.arange(0, C)
+    i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     t_C = n * C + i_C
-    d_K = tile * BK + tl.arange(0, BK)
-    row = batch * length * heads + head
-    do += (batch * do_b + head * do_h) * UNIT
-    u += (batch * u_b + head * u_h) * UNIT
-    dv += row * V
-    beta_C = tl.zeros([C], tl.float32)
-    if DELTA:
-        beta_C = load_beta(beta + row, heads, t_C, length)
+    row, state = batch * length * heads + head, block * KP * VP
+    beta_C = load_beta(beta + row, heads, t_C, length) if DELTA else tl.zeros([C], tl.float32)
+    dp_CC, dp_T_CC, dm_CC, dread_CK, dwrite_CK, dkey_CK, both_K = _products(
+        do + (batch * do_b + head * do_h) * UNIT, do_t * UNIT, u + (batch * u_b + head * u_h) * UNIT, dv + row * V, u_t * UNIT,
+        states + state, dstates + state, beta_C, t_C, i_C, d_K, length, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
+    )  # fmt: skip
     q_CK = _load_rows(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
     k_CK = _load_rows(k + (batch * k_b + head * k_h) * UNIT, k_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
     step_CK = log2_decays(gate + (batch * gate_b + head * gate_h) * UNIT, gate_t * UNIT, t_C, d_K, length, K)
     g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
-    f_CK, past_CK = k_CK, g_CK
+    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
+    dread_CK *= tl.exp2(g_CK)
+    dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
+    left_CK = k_CK * dwrite_CK
+    dlast_1K = (tl.sum(left_CK, 0) + both_K * tl.exp2(last_K))[None, :]
+    dq_CK, dk_CK, dg_CK = dread_CK + own_C1 * k_CK, dwrite_CK + own_C1 * q_CK, q_CK * dread_CK - left_CK
     if OWN:
         f_CK = _load_rows(f + (batch * f_b + head * f_h) * UNIT, f_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
         past_CK = g_CK - step_CK
-    dp_CC, dp_T_CC, dm_CC = _score_gradients(
-        do, do_t * UNIT, u, dv, u_t * UNIT, beta_C, t_C, i_C, length, V, BV, C, DELTA, DOT, PRECISION
-    )
-    dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
-        q_CK,
-        k_CK,
-        f_CK,
-        g_CK,
-        past_CK,
-        decays + (block * C + i_C[:, None]) * KP + d_K[None, :],
-        KP,
-        dp_CC,
-        dp_T_CC,
-        dm_CC,
-        i_C,
-        C,
-        LEVELS,
-        DELTA,
-        OWN,
-        GENTLE,
-        DOT,
-        PRECISION,
-    )
-    own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)
-    dq_CK += own_C[:, None] * k_CK
-    dk_CK += own_C[:, None] * q_CK
-    offset = block * KP * VP
-    dread_CK, dwrite_CK, dkey_CK, both_K = _state_gradients(
-        do, do_t * UNIT, u, dv, u_t * UNIT, states + offset, dstates + offset, beta_C, t_C, d_K, length,
-        V, VP, BK, BV, C, DELTA, DOT, PRECISION,
-    )  # fmt: skip
-    dread_CK *= tl.exp2(g_CK)
-    dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
-    dkey_CK *= tl.exp2(past_CK)
-    dq_CK += dread_CK
-    dk_CK += dwrite_CK
-    df_CK += dkey_CK
-    left_CK = k_CK * dwrite_CK
-    dg_CK += q_CK * dread_CK - left_CK
-    dpast_CK += f_CK * dkey_CK
-    later_CK = tl.cumsum(dg_CK + dpast_CK, 0, reverse=True) + (tl.sum(left_CK, 0) + both_K * tl.exp2(last_K))[None, :]
-    if OWN:
-        later_CK -= dpast_CK
+        df_CK = dkey_CK * tl.exp2(past_CK)
+        dpast_CK = f_CK * df_CK
     else:
-        dk_CK += df_CK
+        # One name for each would cost registers: a branch returns all that it is given.
+        f_CK, past_CK, df_CK, dpast_CK = k_CK, g_CK, tl.zeros([1, 1], tl.float32), tl.zeros([1, 1], tl.float32)
+        if DELTA:
+            dkey_CK *= tl.exp2(g_CK)
+            dk_CK += dkey_CK
+            dg_CK += k_CK * dkey_CK
+    dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
+        q_CK, k_CK, f_CK, g_CK, past_CK, decays + (block * C + i_C[:, None]) * KP + d_K[None, :], KP, dp_CC.to(DOT), dp_T_CC,
+        dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
+    )  # fmt: skip
+    # What an erasure reads has decayed up to the token before it.
+    dgate_CK = tl.cumsum(dg_CK + dpast_CK, 0, reverse=True) - dpast_CK + dlast_1K
     inside = (t_C < length)[:, None] & (d_K < K)[None, :]
     by_row = row * K + t_C[:, None].to(tl.int64) * heads * K + d_K[None, :]
     tl.store(dq + by_row, dq_CK.to(dq.dtype.element_ty), mask=inside)
     tl.store(dk + by_row, dk_CK.to(dk.dtype.element_ty), mask=inside)
     if OWN:
         tl.store(df + by_row, df_CK.to(df.dtype.element_ty), mask=inside)
-    tl.store(dgate + by_row, later_CK.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dgate + by_row, dgate_CK.to(dgate.dtype.element_ty), mask=inside)

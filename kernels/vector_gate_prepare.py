@@ -116,9 +116,9 @@ def prepare_kernel(
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements.
 
-    reads, writes, erases (Q', W, K') and decays, a scratch, are [B, H, N, C, KP], carry is [B, H, N, KP], scores and inverses are [B, H, N, C, C],
-    targets (V') is [B, T, H, V]. Columns of K beyond its width are zero, and their carry is one. inverses holds
-    (I + beta M)^-1, which only the gradients need. OWN says that f holds the keys of the erasure.
+    reads, writes, erases (Q', W, K') and decays, a scratch, are [B, H, N, C, KP], carry is [B, H, N, KP], scores and
+    inverses are [B, H, N, C, C], targets (V') is [B, T, H, V]. Columns of K beyond its width are zero, and their carry is
+    one. inverses holds (I + beta M)^-1, which only the gradients need. OWN says that f holds the keys of the erasure.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)
@@ -132,7 +132,8 @@ def prepare_kernel(
     gate += (batch * gate_b + head * gate_h) * UNIT
     p_CC, m_CC = _scores_and_keys(
         q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, decays + block * C * KP,
-        reads + block * C * KP, writes + block * C * KP, carry + block * KP, t_C, i_C, length, K, KP, BK, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
+        reads + block * C * KP, writes + block * C * KP, carry + block * KP, t_C, i_C, length,
+        K, KP, BK, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     square_CC = i_C[:, None] * C + i_C[None, :]
     tl.store(scores + block * C * C + square_CC, p_CC.to(DOT))
