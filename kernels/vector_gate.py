@@ -1,14 +1,15 @@
 """Launches the kernels of the recurrence with a decay per key channel on torch tensors: configurations and allocations.
 
-Forward is `prepare_kernel` for all chunks and `walk_kernel` for outputs. Backward prepares again, walks again for the states
-between chunks, walks in reverse, and ends with `gradient_kernel` for all chunks, so that nothing but the inputs is kept.
+Forward is `prepare_kernel` for all chunks, `solve_kernel` with the delta rule, and `walk_kernel` for outputs. Backward prepares
+again, walks again for the states between chunks, walks in reverse, and ends with `gradient_kernel` for all chunks, so that
+nothing but the inputs is kept.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,26 +43,28 @@ class Config(NamedTuple):
     Args:
         chunk: tokens of a chunk.
         prepare: of the preparation.
+        solve: of the triangular systems.
         walk: of both walks; the width is that of the state's columns.
         gradient: of the gradients.
     """
 
     chunk: int
     prepare: Tile
+    solve: Tile
     walk: Tile
     gradient: Tile
 
 
 # By the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
-    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
-    256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1)),
+    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
+    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
+    256: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1)),
 }
 FP32 = {
-    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-    128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
-    256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
+    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+    128: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
+    256: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
 }
 
 
@@ -90,7 +93,7 @@ def gentle_limit(dtype: torch.dtype) -> float:
 
 
 class Prepared(NamedTuple):
-    """What `prepare_kernel` writes; see there."""
+    """What `prepare_kernel` and `solve_kernel` write; see there."""
 
     reads: Tensor
     writes: Tensor
@@ -134,45 +137,51 @@ class Call:
         self.config = config(self.k_dim, self.v_dim, self.dtype)
         self.chunks = -(-self.length // self.config.chunk)
         self.blocks = self.batch * self.heads * self.chunks
+        self.levels = self.config.chunk.bit_length() - 1
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
         self.tile = min(self.config.walk.width, self.wide_v)
         self.tiles = -(-self.v_dim // self.tile)
         self.flags = {
-            "K": self.k_dim, "V": self.v_dim, "KP": self.wide_k, "C": self.config.chunk, "DELTA": self.delta,
-            "DOT": _triton_dtype(self.dtype), "PRECISION": _precision(self.dtype),
+            "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DOT": _triton_dtype(self.dtype),
+            "PRECISION": _precision(self.dtype),
         }  # fmt: skip
+        self.tree_flags = {"OWN": self.erase is not None, "LEVELS": self.levels, "GENTLE": gentle_limit(self.dtype)}
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Fresh memory in the dtype of the tensor cores, or another one."""
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
-    def _parts(self, tile: Tile) -> dict[str, Any]:
-        """Flags of the kernels for all chunks."""
-        return {
-            "BK": min(tile.width, self.wide_k), "BV": min(tile.width, self.wide_v), "LEVELS": self.config.chunk.bit_length() - 1,
-            "OWN": self.erase is not None, "GENTLE": gentle_limit(self.dtype), **tile.options(),
-        }  # fmt: skip
-
     def prepare(self, *, save: bool) -> Prepared:
-        """Runs `prepare_kernel`; the inverses are written if `save`."""
+        """Runs `prepare_kernel`, and with the delta rule `solve_kernel`; the inverses are written if `save`."""
         from kernels.vector_gate_prepare import prepare_kernel
 
-        chunk, wide = self.config.chunk, self.wide_k
+        chunk, wide, tile = self.config.chunk, self.wide_k, self.config.prepare
         rows, square = (self.blocks, chunk, wide), (self.blocks, chunk, chunk)
-        erase = self.k if self.erase is None else self.erase
-        (q, k, v, f, gate), strides, unit = _rows(self.q, self.k, self.v, erase, self.gate)
-        decays = self.scratch(*rows, dtype=torch.float32)
-        made = Prepared(
-            self.scratch(*rows), self.scratch(*rows), self.scratch(self.blocks, wide, dtype=torch.float32), self.scratch(*square),
-            self.scratch(*rows if self.delta else (0,)),
-            self.scratch(*self.v.shape) if self.delta else v,
-            self.scratch(*square if self.delta and save else (0,)),
-        )  # fmt: skip
+        reads, writes = self.scratch(*rows), self.scratch(*rows)
+        carry, decays = (self.scratch(*shape, dtype=torch.float32) for shape in (rows[::2], rows))
+        scores, erases = self.scratch(*square), self.scratch(*rows if self.delta else (0,))
+        inner = self.scratch(*square if self.delta else (0,), dtype=torch.float32)
+        (q, k, f, gate), strides, unit = _rows(self.q, self.k, self.k if self.erase is None else self.erase, self.gate)
         prepare_kernel[(self.blocks,)](
-            q, k, v, f, gate, self.beta, decays, *made, *strides, self.length, self.heads, **self.flags,
-            **self._parts(self.config.prepare), UNIT=unit, SAVE=save, SOLVE=solve_precision(self.dtype),
+            q, k, f, gate, decays, reads, writes, carry, scores, erases, inner, *strides, self.length, self.heads,
+            **self.flags, **self.tree_flags, DELTA=self.delta, BK=min(tile.width, wide), UNIT=unit, **tile.options(),
         )  # fmt: skip
-        return made
+        targets, inverses = self._solve(inner, erases, save=save) if self.delta else (self.v, inner)
+        return Prepared(reads, writes, carry, scores, erases, targets, inverses)
+
+    def _solve(self, inner: Tensor, erases: Tensor, *, save: bool) -> tuple[Tensor, Tensor]:
+        """Runs `solve_kernel`: targets and inverses; erases change in place."""
+        from kernels.vector_gate_solve import solve_kernel
+
+        tile = self.config.solve
+        targets, inverses = self.scratch(*self.v.shape), self.scratch(*inner.shape if save else (0,))
+        (v,), strides, unit = _rows(self.v)
+        solve_kernel[(self.blocks,)](
+            inner, self.beta, v, erases, targets, inverses, *strides, self.length, self.heads, **self.flags,
+            V=self.v_dim, BK=min(tile.width, self.wide_k), BV=min(tile.width, self.wide_v), UNIT=unit, LEVELS=self.levels,
+            SAVE=save, SOLVE=solve_precision(self.dtype), **tile.options(),
+        )  # fmt: skip
+        return targets, inverses
 
     def walk(self, made: Prepared, *, out: bool, return_state: bool) -> tuple[Tensor, ...]:
         """Runs `walk_kernel`: outputs and the final state, or states between chunks and errors."""
@@ -186,8 +195,8 @@ class Call:
         walk_kernel[(self.batch * self.heads * self.tiles,)](
             made.reads, made.writes, made.carry, made.scores, made.erases, v, self.beta, self.first, o, last, states, errors,
             *strides, self.length, self.heads, **self.flags,
-            VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, LAST=return_state, OUT=out,
-            STAGES=self.config.walk.stages, **self.config.walk.options(),
+            DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first,
+            LAST=return_state, OUT=out, STAGES=self.config.walk.stages, **self.config.walk.options(),
         )  # fmt: skip
         return (o, last) if out else (states, errors)
 
@@ -204,7 +213,7 @@ class Call:
             made.reads, made.writes, made.carry, made.scores, made.erases, made.inverses, errors, self.beta, do,
             do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
             *strides, self.length, self.batch, self.heads, **self.flags,
-            VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
+            DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
             STAGES=self.config.walk.stages, **self.config.walk.options(),
         )  # fmt: skip
         return dv, dbeta, dfirst, dstates
@@ -217,11 +226,12 @@ class Call:
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in made)
         erase = self.k if self.erase is None else self.erase
         (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
-        parts = self._parts(self.config.gradient)
+        tile = self.config.gradient
+        part_k, part_v = min(tile.width, self.wide_k), min(tile.width, self.wide_v)
         decays = self.scratch(self.blocks, self.config.chunk, self.wide_k, dtype=torch.float32)
-        gradient_kernel[(self.blocks * (self.wide_k // parts["BK"]),)](
+        gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
             q, k, u, f, gate, self.beta, do, dv, states, dstates, decays, *found, *strides, self.length, self.heads, **self.flags,
-            **parts, VP=self.wide_v, UNIT=unit,
+            **self.tree_flags, DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v, UNIT=unit, **tile.options(),
         )  # fmt: skip
         return found
 

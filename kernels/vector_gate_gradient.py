@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_prepare import load_beta, log2_decays
-from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired
+from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired, past_late
 from kernels.walk_triton import _load_rows
 
 
@@ -67,7 +67,7 @@ def _products(
 @triton.jit
 def _through_middle(
     q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
-    DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` where all decays are gentle."""
     late_CK, early_CK = tl.exp2(g_CK - middle_1K), tl.exp2(middle_1K - g_CK)
@@ -80,7 +80,7 @@ def _through_middle(
     dg_CK += qd_CK.to(tl.float32) * row_CK
     if DELTA:
         if OWN:
-            late_CK = tl.exp2(past_CK - middle_1K)
+            late_CK = past_late(past_CK, middle_1K, GENTLE)
         fd_CK = (f_CK * late_CK).to(DOT)
         row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION)
         col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0), fd_CK, col_CK, input_precision=PRECISION)
@@ -144,7 +144,7 @@ def _through_scores(
     if gentle(g_CK - middle_1K, GENTLE):
         dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_middle(
             q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
-            DELTA, OWN, DOT, PRECISION,
+            DELTA, OWN, GENTLE, DOT, PRECISION,
         )  # fmt: skip
     else:
         dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_tree(

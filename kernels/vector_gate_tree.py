@@ -56,3 +56,9 @@ def at_middle(g_CK, i_C, C: tl.constexpr):
 def gentle(from_middle_CK, GENTLE: tl.constexpr):
     """Whether all decays from the middle of the chunk are within 2^-GENTLE .. 2^GENTLE."""
     return tl.max(tl.max(tl.abs(from_middle_CK), 1), 0) <= GENTLE
+
+
+@triton.jit
+def past_late(past_CK, middle_1K, GENTLE: tl.constexpr):
+    """Decay from the middle to what an erasure reads; only the first row, which has no pairs, can exceed the limit."""
+    return tl.exp2(tl.minimum(past_CK - middle_1K, GENTLE))

@@ -11,15 +11,17 @@ import triton.language as tl
 from kernels import vector_gate, walk
 from kernels.vector_gate_gradient import gradient_kernel
 from kernels.vector_gate_prepare import prepare_kernel
+from kernels.vector_gate_solve import solve_kernel
 from kernels.vector_gate_walk import reverse_kernel, walk_kernel
 from tests.kernels.offline import Resources, compile_sm90
 
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
-WIDE = ("gate", "decays", "beta", "carry", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
+WIDE = ("gate", "inner", "decays", "beta", "carry", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
 SMEM = 227 * 1024
 # kernel, the entry of its configuration, flags
 KERNELS = {
-    "prepare": (prepare_kernel, "prepare", {"SAVE": True}),
+    "prepare": (prepare_kernel, "prepare", {}),
+    "solve": (solve_kernel, "solve", {"SAVE": True}),
     "walk": (walk_kernel, "walk", {"OUT": True}),
     "walk for states": (walk_kernel, "walk", {"OUT": False}),
     "reverse": (reverse_kernel, "walk", {}),
