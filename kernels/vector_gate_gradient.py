@@ -17,15 +17,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_prepare import load_beta, log2_decays
+from kernels.vector_gate_rows import load_beta, load_log2_decays, load_rows, store_rows
 from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired, past_late
-from kernels.walk_triton import _load_rows
 
 
 @triton.jit
-def _load_written(u, stride, beta_C, t_C, cols, length, V: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
+def _load_written(u, stride, beta_C, i_C, cols, left, V: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
     """Rows of V, or of beta E."""
-    u_CV = _load_rows(u, stride, t_C, cols, length, V, DOT)
+    u_CV = load_rows(u, stride, i_C, cols, left, V, DOT)
     if DELTA:
         u_CV = (u_CV.to(tl.float32) * beta_C[:, None]).to(DOT)
     return u_CV
@@ -33,7 +32,7 @@ def _load_written(u, stride, beta_C, t_C, cols, length, V: tl.constexpr, DELTA: 
 
 @triton.jit
 def _products(
-    do, do_stride, u, dv, row_stride, states, dstates, beta_C, t_C, i_C, d_K, length,
+    do, do_stride, u, dv, row_stride, states, dstates, beta_C, i_C, d_K, left,
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,8 +45,8 @@ def _products(
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
         known = (cols < V)[None, :]
-        do_CV = _load_rows(do, do_stride, t_C, cols, length, V, DOT)
-        u_CV = _load_written(u, row_stride, beta_C, t_C, cols, length, V, DELTA, DOT)
+        do_CV = load_rows(do, do_stride, i_C, cols, left, V, DOT)
+        u_CV = _load_written(u, row_stride, beta_C, i_C, cols, left, V, DELTA, DOT)
         state_KV = tl.load(states + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
         dstate_KV = tl.load(dstates + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
         dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
@@ -55,7 +54,7 @@ def _products(
         dread_CK = tl.dot(do_CV, tl.trans(state_KV), dread_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, tl.trans(dstate_KV), dwrite_CK, input_precision=PRECISION)
         if DELTA:
-            dv_CV = _load_rows(dv, row_stride, t_C, cols, length, V, DOT)
+            dv_CV = load_rows(dv, row_stride, i_C, cols, left, V, DOT)
             dm_CC = tl.dot(dv_CV, tl.trans(u_CV), dm_CC, input_precision=PRECISION)
             dm_T_CC = tl.dot(u_CV, tl.trans(dv_CV), dm_T_CC, input_precision=PRECISION)
             dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
@@ -157,10 +156,10 @@ def _through_scores(
 @triton.jit
 def gradient_kernel(
     q, k, u, f, gate, beta, do, dv, states, dstates, decays, dq, dk, df, dgate,
-    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
-    u_b: tl.int64, u_t: tl.int64, u_h: tl.int64, f_b: tl.int64, f_t: tl.int64, f_h: tl.int64,
-    gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
-    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, length: tl.int32, heads: tl.int32,
+    q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
+    u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, f_b: tl.int64, f_t: tl.int32, f_h: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
+    do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
     GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,16 +174,21 @@ def gradient_kernel(
     head_index, n = block // chunks, (block % chunks).to(tl.int32)
     batch, head = head_index // heads, head_index % heads
     i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
-    t_C = n * C + i_C
-    row, state = batch * length * heads + head, block * KP * VP
-    beta_C = load_beta(beta + row, heads, t_C, length) if DELTA else tl.zeros([C], tl.float32)
+    start, left = n.to(tl.int64) * C, length - n * C
+    row, state = (batch * length + start) * heads + head, block * KP * VP
+    beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
     dp_CC, dp_T_CC, dm_CC, dread_CK, dwrite_CK, dkey_CK, both_K = _products(
-        do + (batch * do_b + head * do_h) * UNIT, do_t * UNIT, u + (batch * u_b + head * u_h) * UNIT, dv + row * V, u_t * UNIT,
-        states + state, dstates + state, beta_C, t_C, i_C, d_K, length, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
+        do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
+        u + (batch * u_b + head * u_h + start * u_t) * UNIT, dv + row * V, u_t * UNIT,
+        states + state, dstates + state, beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
     )  # fmt: skip
-    q_CK = _load_rows(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
-    k_CK = _load_rows(k + (batch * k_b + head * k_h) * UNIT, k_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
-    step_CK = log2_decays(gate + (batch * gate_b + head * gate_h) * UNIT, gate_t * UNIT, t_C, d_K, length, K)
+    q += (batch * q_b + head * q_h + start * q_t) * UNIT
+    k += (batch * k_b + head * k_h + start * k_t) * UNIT
+    f += (batch * f_b + head * f_h + start * f_t) * UNIT
+    gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
+    q_CK = load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
+    k_CK = load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
+    step_CK = load_log2_decays(gate, gate_t * UNIT, i_C, d_K, left, K)
     g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
     own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
     dread_CK *= tl.exp2(g_CK)
@@ -193,7 +197,7 @@ def gradient_kernel(
     dlast_1K = (tl.sum(left_CK, 0) + both_K * tl.exp2(last_K))[None, :]
     dq_CK, dk_CK, dg_CK = dread_CK + own_C1 * k_CK, dwrite_CK + own_C1 * q_CK, q_CK * dread_CK - left_CK
     if OWN:
-        f_CK = _load_rows(f + (batch * f_b + head * f_h) * UNIT, f_t * UNIT, t_C, d_K, length, K, DOT).to(tl.float32)
+        f_CK = load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
         past_CK = g_CK - step_CK
         df_CK = dkey_CK * tl.exp2(past_CK)
         dpast_CK = f_CK * df_CK
@@ -205,15 +209,13 @@ def gradient_kernel(
             dk_CK += dkey_CK
             dg_CK += k_CK * dkey_CK
     dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
-        q_CK, k_CK, f_CK, g_CK, past_CK, decays + (block * C + i_C[:, None]) * KP + d_K[None, :], KP, dp_CC.to(DOT), dp_T_CC,
+        q_CK, k_CK, f_CK, g_CK, past_CK, decays + block * C * KP + (i_C[:, None] * KP + d_K[None, :]), KP, dp_CC.to(DOT), dp_T_CC,
         dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     # What an erasure reads has decayed up to the token before it.
     dgate_CK = tl.cumsum(dg_CK + dpast_CK, 0, reverse=True) - dpast_CK + dlast_1K
-    inside = (t_C < length)[:, None] & (d_K < K)[None, :]
-    by_row = row * K + t_C[:, None].to(tl.int64) * heads * K + d_K[None, :]
-    tl.store(dq + by_row, dq_CK.to(dq.dtype.element_ty), mask=inside)
-    tl.store(dk + by_row, dk_CK.to(dk.dtype.element_ty), mask=inside)
+    store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
+    store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
     if OWN:
-        tl.store(df + by_row, df_CK.to(df.dtype.element_ty), mask=inside)
-    tl.store(dgate + by_row, dgate_CK.to(dgate.dtype.element_ty), mask=inside)
+        store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
+    store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)

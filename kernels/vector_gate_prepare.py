@@ -20,27 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.vector_gate_rows import load_log2_decays, load_rows
 from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired, past_late
-from kernels.walk_triton import LOG2_E, _load_rows
-
-
-@triton.jit
-def log2_decays(gate, stride, t_C, cols, length, WIDTH: tl.constexpr):
-    """Log2 decays of rows t_C; padding does not decay."""
-    return _load_rows(gate, stride, t_C, cols, length, WIDTH, tl.float32) * LOG2_E
-
-
-@triton.jit
-def load_beta(beta, stride, t_C, length):
-    """Write strengths of rows t_C; padding writes nothing."""
-    return tl.load(beta + t_C.to(tl.int64) * stride, mask=t_C < length, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def prepare_kernel(
     q, k, f, gate, decays, reads, writes, carry, scores, erases, inner,
-    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
-    f_b: tl.int64, f_t: tl.int64, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64, gate_h: tl.int64,
+    q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
+    f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,29 +43,32 @@ def prepare_kernel(
     block = tl.program_id(0).to(tl.int64)
     head_index, n = block // chunks, tl.program_id(0) % chunks
     batch, head = head_index // heads, head_index % heads
-    i_C = tl.arange(0, C)
-    t_C = n * C + i_C
-    q += (batch * q_b + head * q_h) * UNIT
-    k += (batch * k_b + head * k_h) * UNIT
-    f += (batch * f_b + head * f_h) * UNIT
-    gate += (batch * gate_b + head * gate_h) * UNIT
+    i_C, start, left = tl.arange(0, C), n.to(tl.int64) * C, length - n * C
+    q += (batch * q_b + head * q_h + start * q_t) * UNIT
+    k += (batch * k_b + head * k_h + start * k_t) * UNIT
+    f += (batch * f_b + head * f_h + start * f_t) * UNIT
+    gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
+    reads += block * C * KP
+    writes += block * C * KP
+    erases += block * C * KP
+    decays += block * C * KP
     p_CC = tl.zeros([C, C], tl.float32)
     m_CC = tl.zeros([C, C], tl.float32) if DELTA else tl.zeros([1, 1], tl.float32)
     own_C = tl.zeros([C], tl.float32)
-    for start in range(0, KP, BK):
-        cols = start + tl.arange(0, BK)
-        q_CK = _load_rows(q, q_t * UNIT, t_C, cols, length, K, DOT).to(tl.float32)
-        k_CK = _load_rows(k, k_t * UNIT, t_C, cols, length, K, DOT).to(tl.float32)
-        step_CK = log2_decays(gate, gate_t * UNIT, t_C, cols, length, K)
+    for first in range(0, KP, BK):
+        cols = first + tl.arange(0, BK)
+        q_CK = load_rows(q, q_t * UNIT, i_C, cols, left, K, DOT).to(tl.float32)
+        k_CK = load_rows(k, k_t * UNIT, i_C, cols, left, K, DOT).to(tl.float32)
+        step_CK = load_log2_decays(gate, gate_t * UNIT, i_C, cols, left, K)
         g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
         own_C += tl.sum(q_CK * k_CK, 1)
-        by_key_CK = (block * C + i_C[:, None]) * KP + cols[None, :]
+        by_key_CK = i_C[:, None] * KP + cols[None, :]
         tl.store(reads + by_key_CK, (q_CK * tl.exp2(g_CK)).to(DOT))
         tl.store(writes + by_key_CK, (k_CK * tl.exp2(last_K[None, :] - g_CK)).to(DOT))
         tl.store(carry + block * KP + cols, tl.exp2(last_K))
         f_CK, past_CK = k_CK, g_CK
         if OWN:
-            f_CK, past_CK = _load_rows(f, f_t * UNIT, t_C, cols, length, K, DOT).to(tl.float32), g_CK - step_CK
+            f_CK, past_CK = load_rows(f, f_t * UNIT, i_C, cols, left, K, DOT).to(tl.float32), g_CK - step_CK
         if DELTA:
             tl.store(erases + by_key_CK, (f_CK * tl.exp2(past_CK)).to(DOT))
         middle_1K = at_middle(g_CK, i_C, C)
@@ -90,10 +81,10 @@ def prepare_kernel(
                 q_CK, k_CK, f_CK, g_CK, past_CK, decays + by_key_CK, KP, p_CC, m_CC, i_C, LEVELS, DELTA, OWN, DOT, PRECISION
             )
     own_CC = tl.where(i_C[:, None] == i_C[None, :], own_C[:, None], 0.0)
-    by_pair_CC = (block * C + i_C[:, None]) * C + i_C[None, :]
-    tl.store(scores + by_pair_CC, (p_CC + own_CC).to(DOT))
+    by_pair_CC = i_C[:, None] * C + i_C[None, :]
+    tl.store(scores + block * C * C + by_pair_CC, (p_CC + own_CC).to(DOT))
     if DELTA:
-        tl.store(inner + by_pair_CC, m_CC)
+        tl.store(inner + block * C * C + by_pair_CC, m_CC)
 
 
 @triton.jit

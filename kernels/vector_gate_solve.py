@@ -8,9 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_prepare import load_beta
+from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import paired
-from kernels.walk_triton import _load_rows
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def unit_lower_inverse(strict_CC, i_C, LEVELS: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def solve_kernel(
-    inner, beta, v, erases, targets, inverses, v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, length: tl.int32, heads: tl.int32,
+    inner, beta, v, erases, targets, inverses, v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, SAVE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
@@ -43,23 +42,23 @@ def solve_kernel(
     block = tl.program_id(0).to(tl.int64)
     head_index, n = block // chunks, tl.program_id(0) % chunks
     batch, head = head_index // heads, head_index % heads
-    i_C = tl.arange(0, C)
-    t_C = n * C + i_C
-    by_pair_CC = (block * C + i_C[:, None]) * C + i_C[None, :]
-    m_CC = tl.load(inner + by_pair_CC)
-    beta_C = load_beta(beta + batch * length * heads + head, heads, t_C, length)
+    i_C, start, left = tl.arange(0, C), n.to(tl.int64) * C, length - n * C
+    row = (batch * length + start) * heads + head
+    by_pair_CC = i_C[:, None] * C + i_C[None, :]
+    m_CC = tl.load(inner + block * C * C + by_pair_CC)
+    beta_C = load_beta(beta + row, heads, i_C, left)
     solve_CC = unit_lower_inverse(m_CC * beta_C[None, :], i_C, LEVELS, SOLVE)
     if SAVE:
         # (I + beta M)^-1 = I - beta (I + M beta)^-1 M
         other_CC = beta_C[:, None] * tl.dot(solve_CC, m_CC, input_precision=SOLVE)
-        tl.store(inverses + by_pair_CC, (tl.where(i_C[:, None] == i_C[None, :], 1.0, 0.0) - other_CC).to(DOT))
+        tl.store(inverses + block * C * C + by_pair_CC, (tl.where(i_C[:, None] == i_C[None, :], 1.0, 0.0) - other_CC).to(DOT))
     solve_CC = solve_CC.to(DOT)
-    for start in range(0, KP, BK):
-        at = erases + (block * C + i_C[:, None]) * KP + start + tl.arange(0, BK)[None, :]
+    erases += block * C * KP
+    for first in range(0, KP, BK):
+        at = erases + (i_C[:, None] * KP + first + tl.arange(0, BK)[None, :])
         tl.store(at, tl.dot(solve_CC, tl.load(at), input_precision=PRECISION).to(DOT))
-    v += (batch * v_b + head * v_h) * UNIT
-    for start in range(0, V, BV):
-        cols = start + tl.arange(0, BV)
-        target_CV = tl.dot(solve_CC, _load_rows(v, v_t * UNIT, t_C, cols, length, V, DOT), input_precision=PRECISION)
-        by_row = ((batch * length + t_C[:, None].to(tl.int64)) * heads + head) * V + cols[None, :]
-        tl.store(targets + by_row, target_CV.to(DOT), mask=(t_C < length)[:, None] & (cols < V)[None, :])
+    v += (batch * v_b + head * v_h + start * v_t) * UNIT
+    for first in range(0, V, BV):
+        cols = first + tl.arange(0, BV)
+        target_CV = tl.dot(solve_CC, load_rows(v, v_t * UNIT, i_C, cols, left, V, DOT), input_precision=PRECISION)
+        store_rows(targets + row * V, heads * V, i_C, cols, left, target_CV, V)

@@ -18,14 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_prepare import load_beta
-from kernels.walk_triton import _load_rows
+from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 
 
 @triton.jit
 def walk_kernel(
     reads, writes, carry, scores, erases, v, beta, first, o, last, states, errors,
-    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, length: tl.int32, heads: tl.int32,
+    v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     C: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, OUT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -43,19 +42,18 @@ def walk_kernel(
     by_state = head_index * K * V + d_K[:, None] * V + e_V[None, :]
     in_state = (d_K < K)[:, None] & (e_V < V)[None, :]
     v += (batch * v_b + head * v_h) * UNIT
-    row = (batch * length * heads + head) * V
+    row = batch * length * heads + head
     state_KV = tl.zeros([KP, BV], tl.float32)
     if FIRST:
         state_KV = tl.load(first + by_state, mask=in_state, other=0.0)
     chunks = tl.cdiv(length, C)
     for n in tl.range(0, chunks, num_stages=STAGES):
         block = head_index * chunks + n
-        t_C = n * C + i_C
+        start, left = tl.cast(n, tl.int64) * C, length - n * C
+        here = row + start * heads
         write_CK = tl.load(writes + block * C * KP + by_key_CK)
-        error_CV = _load_rows(v, v_t * UNIT, t_C, e_V, length, V, DOT)
+        error_CV = load_rows(v + start * v_t * UNIT, v_t * UNIT, i_C, e_V, left, V, DOT)
         carry_K = tl.load(carry + block * KP + d_K)
-        inside = (t_C < length)[:, None] & (e_V < V)[None, :]
-        by_row = row + t_C[:, None].to(tl.int64) * heads * V + e_V[None, :]
         before_KV = state_KV.to(DOT)
         if not OUT:
             tl.store(states + block * KP * VP + d_K[:, None] * VP + e_V[None, :], before_KV)
@@ -63,15 +61,15 @@ def walk_kernel(
             erase_CK = tl.load(erases + block * C * KP + by_key_CK)
             wide_CV = error_CV.to(tl.float32) - tl.dot(erase_CK, before_KV, input_precision=PRECISION)
             if not OUT:
-                tl.store(errors + by_row, wide_CV.to(DOT), mask=inside)
-            beta_C = load_beta(beta + batch * length * heads + head, heads, t_C, length)
+                store_rows(errors + here * V, heads * V, i_C, e_V, left, wide_CV, V)
+            beta_C = load_beta(beta + here, heads, i_C, left)
             error_CV = (wide_CV * beta_C[:, None]).to(DOT)
         if OUT:
             read_CK = tl.load(reads + block * C * KP + by_key_CK)
             score_CC = tl.load(scores + block * C * C + i_C[:, None] * C + i_C[None, :])
             o_CV = tl.dot(read_CK, before_KV, input_precision=PRECISION)
             o_CV = tl.dot(score_CC, error_CV, o_CV, input_precision=PRECISION)
-            tl.store(o + by_row, o_CV.to(o.dtype.element_ty), mask=inside)
+            store_rows(o + here * V, heads * V, i_C, e_V, left, o_CV, V)
         state_KV = tl.dot(tl.trans(write_CK), error_CV, state_KV * carry_K[:, None], input_precision=PRECISION)
     if LAST:
         tl.store(last + by_state, state_KV, mask=in_state)
@@ -80,7 +78,7 @@ def walk_kernel(
 @triton.jit
 def reverse_kernel(
     reads, writes, carry, scores, erases, inverses, errors, beta, do, dlast, dv, dbeta, dfirst, dstates,
-    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32,
+    do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     C: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr, DLAST: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -107,28 +105,27 @@ def reverse_kernel(
     for step in tl.range(0, chunks, num_stages=STAGES):
         n = chunks - 1 - step
         block = head_index * chunks + n
-        t_C = n * C + i_C
-        do_CV = _load_rows(do, do_t * UNIT, t_C, e_V, length, V, DOT)
+        start, left = tl.cast(n, tl.int64) * C, length - n * C
+        here = row + start * heads
+        do_CV = load_rows(do + start * do_t * UNIT, do_t * UNIT, i_C, e_V, left, V, DOT)
         write_CK = tl.load(writes + block * C * KP + by_key_CK)
         read_CK = tl.load(reads + block * C * KP + by_key_CK)
         score_CC = tl.load(scores + block * C * C + square_CC)
         carry_K = tl.load(carry + block * KP + d_K)
-        inside = (t_C < length)[:, None] & (e_V < V)[None, :]
-        by_row = row * V + t_C[:, None].to(tl.int64) * heads * V + e_V[None, :]
         after_KV = grad_KV.to(DOT)
         tl.store(dstates + block * KP * VP + d_K[:, None] * VP + e_V[None, :], after_KV)
         du_CV = tl.dot(tl.trans(score_CC), do_CV, input_precision=PRECISION)
         du_CV = tl.dot(write_CK, after_KV, du_CV, input_precision=PRECISION)
         grad_KV = tl.dot(tl.trans(read_CK), do_CV, grad_KV * carry_K[:, None], input_precision=PRECISION)
         if DELTA:
-            beta_C = load_beta(beta + row, heads, t_C, length)
+            beta_C = load_beta(beta + here, heads, i_C, left)
             erase_CK = tl.load(erases + block * C * KP + by_key_CK)
             inverse_CC = tl.load(inverses + block * C * C + square_CC)
-            error_CV = tl.load(errors + by_row, mask=inside, other=0.0).to(tl.float32)
+            error_CV = load_rows(errors + here * V, heads * V, i_C, e_V, left, V, tl.float32)
             grad_KV = tl.dot(tl.trans(erase_CK), (-beta_C[:, None] * du_CV).to(DOT), grad_KV, input_precision=PRECISION)
             du_CV = tl.dot(tl.trans(inverse_CC), du_CV.to(DOT), input_precision=PRECISION)
-            tl.store(dbeta + t_C.to(tl.int64) * heads, tl.sum(du_CV * error_CV, 1), mask=t_C < length)
+            tl.store(dbeta + start * heads + i_C * heads, tl.sum(du_CV * error_CV, 1), mask=i_C < left)
             du_CV *= beta_C[:, None]
-        tl.store(dv + by_row, du_CV.to(dv.dtype.element_ty), mask=inside)
+        store_rows(dv + here * V, heads * V, i_C, e_V, left, du_CV, V)
     if FIRST:
         tl.store(dfirst + by_state, grad_KV, mask=in_state)
