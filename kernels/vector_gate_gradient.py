@@ -7,7 +7,7 @@ those of `kernels.vector_gate_walk`:
 
 P and M pass theirs on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
 with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to token i less k dk of what is read from
-there. The two sides of a pair are computed from the same rounded factors, so that they cancel in the decays before j.
+there. What a token reads of itself has no decay, and stays out of those differences.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """
@@ -65,7 +65,7 @@ def _products(
 
 @triton.jit
 def _through_middle(
-    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
     DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` where all decays are gentle."""
@@ -73,30 +73,20 @@ def _through_middle(
     kd_CK, qd_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
     below_CC = i_C[:, None] > i_C[None, :]
     above_CC = i_C[:, None] < i_C[None, :]
-    row_CK = tl.dot(tl.where(below_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION)
+    dq_CK += tl.dot(tl.where(below_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
     col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
-    dq_CK += row_CK * late_CK
-    dg_CK += qd_CK.to(tl.float32) * row_CK
     if DELTA:
         if OWN:
             late_CK = past_late(past_CK, middle_1K, GENTLE)
         fd_CK = (f_CK * late_CK).to(DOT)
-        row_CK = tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION)
+        df_CK += tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
         col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0), fd_CK, col_CK, input_precision=PRECISION)
-        if OWN:
-            df_CK += row_CK * late_CK
-            dpast_CK += fd_CK.to(tl.float32) * row_CK
-        else:
-            dk_CK += row_CK * late_CK
-            dg_CK += fd_CK.to(tl.float32) * row_CK
-    dk_CK += col_CK * early_CK
-    dg_CK -= kd_CK.to(tl.float32) * col_CK
-    return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
+    return dq_CK, dk_CK + col_CK * early_CK, df_CK
 
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` for any decays."""
@@ -114,43 +104,37 @@ def _through_tree(
             key_decay_CK = tl.exp2(tl.where(is_late, past_CK - boundary_CK, boundary_CK - g_CK))
             kd_CK = tl.where(is_late, f_CK, k_CK)
         kd_CK = (kd_CK * key_decay_CK).to(DOT)
-        row_CK = tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION)
+        dq_CK += tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * decay_CK
         col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
         if DELTA:
             col_CK = tl.dot(tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0), kd_CK, col_CK, input_precision=PRECISION)
-        dq_CK += row_CK * decay_CK
-        dg_CK += qd_CK.to(tl.float32) * row_CK
-        dkey_CK, both_CK = col_CK * key_decay_CK, kd_CK.to(tl.float32) * col_CK
-        if OWN:
-            dk_CK += tl.where(is_late, 0.0, dkey_CK)
-            df_CK += tl.where(is_late, dkey_CK, 0.0)
-            dg_CK -= tl.where(is_late, 0.0, both_CK)
-            dpast_CK += tl.where(is_late, both_CK, 0.0)
+            col_CK *= key_decay_CK
+            df_CK += tl.where(is_late, col_CK, 0.0)
+            dk_CK += tl.where(is_late, 0.0, col_CK)
         else:
-            dk_CK += dkey_CK
-            dg_CK += tl.where(is_late, both_CK, -both_CK)
-    return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
+            dk_CK += col_CK * decay_CK
+    return dq_CK, dk_CK, df_CK
 
 
 @triton.jit
 def _through_scores(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
-    C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
+    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what P and M pass on to q, k, the keys of the erasure, G, and G as the erasure reads it."""
+    """Adds what P and M pass on to q, to k as it is written, and to the keys of the erasure."""
     middle_1K = at_middle(g_CK, i_C, C)
     if gentle(g_CK - middle_1K, GENTLE):
-        dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_middle(
-            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C,
+        dq_CK, dk_CK, df_CK = _through_middle(
+            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
             DELTA, OWN, GENTLE, DOT, PRECISION,
         )  # fmt: skip
     else:
-        dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_tree(
-            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK,
-            i_C, LEVELS, DELTA, OWN, DOT, PRECISION,
+        dq_CK, dk_CK, df_CK = _through_tree(
+            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+            LEVELS, DELTA, OWN, DOT, PRECISION,
         )  # fmt: skip
-    return dq_CK, dk_CK, df_CK, dg_CK, dpast_CK
+    return dq_CK, dk_CK, df_CK
 
 
 @triton.jit
@@ -190,32 +174,29 @@ def gradient_kernel(
     k_CK = load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
     step_CK = load_log2_decays(gate, gate_t * UNIT, i_C, d_K, left, K)
     g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
-    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
-    dread_CK *= tl.exp2(g_CK)
-    dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
-    left_CK = k_CK * dwrite_CK
-    dlast_1K = (tl.sum(left_CK, 0) + both_K * tl.exp2(last_K))[None, :]
-    dq_CK, dk_CK, dg_CK = dread_CK + own_C1 * k_CK, dwrite_CK + own_C1 * q_CK, q_CK * dread_CK - left_CK
+    f_CK, past_CK, df_CK = k_CK, g_CK, tl.zeros([1, 1], tl.float32)
     if OWN:
         f_CK = load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
         past_CK = g_CK - step_CK
+    if DELTA:
         df_CK = dkey_CK * tl.exp2(past_CK)
-        dpast_CK = f_CK * df_CK
-    else:
-        # One name for each would cost registers: a branch returns all that it is given.
-        f_CK, past_CK, df_CK, dpast_CK = k_CK, g_CK, tl.zeros([1, 1], tl.float32), tl.zeros([1, 1], tl.float32)
-        if DELTA:
-            dkey_CK *= tl.exp2(g_CK)
-            dk_CK += dkey_CK
-            dg_CK += k_CK * dkey_CK
-    dq_CK, dk_CK, df_CK, dg_CK, dpast_CK = _through_scores(
-        q_CK, k_CK, f_CK, g_CK, past_CK, decays + block * C * KP + (i_C[:, None] * KP + d_K[None, :]), KP, dp_CC.to(DOT), dp_T_CC,
-        dm_CC, dq_CK, dk_CK, df_CK, dg_CK, dpast_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
+    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
+    dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
+    dlast_1K = (tl.sum(k_CK * dwrite_CK, 0) + both_K * tl.exp2(last_K))[None, :]
+    dq_CK, dk_CK, df_CK = _through_scores(
+        q_CK, k_CK, f_CK, g_CK, past_CK, decays + block * C * KP + (i_C[:, None] * KP + d_K[None, :]), KP, dp_CC.to(DOT),
+        dp_T_CC, dm_CC, dread_CK * tl.exp2(g_CK), dwrite_CK, df_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
-    # What an erasure reads has decayed up to the token before it.
-    dgate_CK = tl.cumsum(dg_CK + dpast_CK, 0, reverse=True) - dpast_CK + dlast_1K
+    # What an erasure reads with its own keys has decayed up to the token before it.
+    dpast_CK = f_CK * df_CK
+    dgate_CK = tl.cumsum(q_CK * dq_CK - k_CK * dk_CK + dpast_CK, 0, reverse=True) + dlast_1K
+    if OWN:
+        dgate_CK -= dpast_CK
+        store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
+    else:
+        dk_CK += df_CK
+    dq_CK += own_C1 * k_CK
+    dk_CK += own_C1 * q_CK
     store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
     store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
-    if OWN:
-        store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
     store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)
