@@ -45,26 +45,28 @@ class Config(NamedTuple):
         prepare: of the preparation.
         solve: of the triangular systems.
         walk: of both walks; the width is that of the state's columns.
-        gradient: of the gradients.
+        pairs: of the gradients of scores.
+        gradient: of those of queries and keys.
     """
 
     chunk: int
     prepare: Tile
     solve: Tile
     walk: Tile
+    pairs: Tile
     gradient: Tile
 
 
 # By the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
-    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 8, 1)),
-    256: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1)),
+    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 1), Tile(64, 8, 1)),
+    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 1), Tile(64, 8, 1)),
+    256: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 4, 1), Tile(64, 8, 1)),
 }
 FP32 = {
-    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-    128: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
-    256: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
+    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+    128: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+    256: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
 }
 
 
@@ -226,14 +228,29 @@ class Call:
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in made)
         erase = self.k if self.erase is None else self.erase
         (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
+        dscores, dinner = self._pairs(errors, do, dv)
         tile = self.config.gradient
         part_k, part_v = min(tile.width, self.wide_k), min(tile.width, self.wide_v)
         decays = self.scratch(self.blocks, self.config.chunk, self.wide_k, dtype=torch.float32)
         gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-            q, k, u, f, gate, self.beta, do, dv, states, dstates, decays, *found, *strides, self.length, self.heads, **self.flags,
+            q, k, u, f, gate, self.beta, do, dv, states, dstates, dscores, dinner, decays, *found, *strides, self.length, self.heads, **self.flags,
             **self.tree_flags, DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v, UNIT=unit, **tile.options(),
         )  # fmt: skip
         return found
+
+    def _pairs(self, errors: Tensor, do: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs `pairs_kernel`: gradients of P and M."""
+        from kernels.vector_gate_pairs import pairs_kernel
+
+        tile, square = self.config.pairs, (self.blocks, self.config.chunk, self.config.chunk)
+        dscores, dinner = self.scratch(*square), self.scratch(*square if self.delta else (0,))
+        (u, do), strides, unit = _rows(errors, do)
+        pairs_kernel[(self.blocks,)](
+            u, self.beta, do, dv, dscores, dinner, *strides, self.length, self.heads,
+            V=self.v_dim, BV=min(tile.width, self.wide_v), UNIT=unit, C=self.config.chunk, DELTA=self.delta,
+            DOT=self.flags["DOT"], PRECISION=self.flags["PRECISION"], **tile.options(),
+        )  # fmt: skip
+        return dscores, dinner
 
 
 def forward(

@@ -3,9 +3,9 @@
 With S the state that enters a chunk, dS the gradient of the one that leaves it, U the values written (V, or beta E) and dV
 those of `kernels.vector_gate_walk`:
 
-    dP = tril(dO U^T),  dM = -tril(dV U^T, -1),  dQ' = dO S^T,  dW = U dS^T,  dK' = -dV S^T      (K' here is K exp(G))
+    dQ' = dO S^T,  dW = U dS^T,  dK' = -dV S^T      (K' here is K exp(G))
 
-P and M pass theirs on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
+dP and dM, of `kernels.vector_gate_pairs`, are passed on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
 with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to token i less k dk of what is read from
 there. What a token reads of itself has no decay, and stays out of those differences.
 
@@ -17,55 +17,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.vector_gate_pairs import load_written
 from kernels.vector_gate_rows import load_beta, load_log2_decays, load_rows, store_rows
 from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired, past_late
 
 
 @triton.jit
-def _load_written(u, stride, beta_C, i_C, cols, left, V: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
-    """Rows of V, or of beta E."""
-    u_CV = load_rows(u, stride, i_C, cols, left, V, DOT)
-    if DELTA:
-        u_CV = (u_CV.to(tl.float32) * beta_C[:, None]).to(DOT)
-    return u_CV
-
-
-@triton.jit
-def _products(
-    do, do_stride, u, dv, row_stride, states, dstates, beta_C, i_C, d_K, left,
+def _through_states(
+    do, do_stride, u, u_stride, dv, states, dstates, beta_C, i_C, d_K, left,
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over values: dO U^T and its transpose, by a product of its own, dM + dM^T; dQ', dW, dK'; rowsums of S dS."""
-    dp_CC, dp_T_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    dm_CC, dm_T_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    """Sums over values: dQ', dW, dK' [C, BK], and the rows of S dS [BK]."""
     dread_CK, dwrite_CK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     dkey_CK = tl.zeros([C, BK], tl.float32)
     both_K = tl.zeros([BK], tl.float32)
-    for start in range(0, V, BV):
-        cols = start + tl.arange(0, BV)
+    for first in range(0, V, BV):
+        cols = first + tl.arange(0, BV)
         known = (cols < V)[None, :]
         do_CV = load_rows(do, do_stride, i_C, cols, left, V, DOT)
-        u_CV = _load_written(u, row_stride, beta_C, i_C, cols, left, V, DELTA, DOT)
-        state_KV = tl.load(states + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
-        dstate_KV = tl.load(dstates + d_K[:, None] * VP + cols[None, :], mask=known, other=0.0)
-        dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
-        dp_T_CC = tl.dot(u_CV, tl.trans(do_CV), dp_T_CC, input_precision=PRECISION)
+        u_CV = load_written(u, u_stride, beta_C, i_C, cols, left, V, DELTA, DOT)
+        state_KV = tl.load(states + (d_K[:, None] * VP + cols[None, :]), mask=known, other=0.0)
+        dstate_KV = tl.load(dstates + (d_K[:, None] * VP + cols[None, :]), mask=known, other=0.0)
         dread_CK = tl.dot(do_CV, tl.trans(state_KV), dread_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, tl.trans(dstate_KV), dwrite_CK, input_precision=PRECISION)
-        if DELTA:
-            dv_CV = load_rows(dv, row_stride, i_C, cols, left, V, DOT)
-            dm_CC = tl.dot(dv_CV, tl.trans(u_CV), dm_CC, input_precision=PRECISION)
-            dm_T_CC = tl.dot(u_CV, tl.trans(dv_CV), dm_T_CC, input_precision=PRECISION)
-            dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
         both_K += tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1)
-    dm_CC = tl.where(i_C[:, None] > i_C[None, :], -dm_CC, -dm_T_CC)
-    return dp_CC, dp_T_CC.to(DOT), dm_CC.to(DOT), dread_CK, dwrite_CK, -dkey_CK, both_K
+        if DELTA:
+            dv_CV = load_rows(dv, u_stride, i_C, cols, left, V, DOT)
+            dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
+    return dread_CK, dwrite_CK, -dkey_CK, both_K
 
 
 @triton.jit
 def _through_middle(
-    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
     DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` where all decays are gentle."""
@@ -74,7 +59,7 @@ def _through_middle(
     below_CC = i_C[:, None] > i_C[None, :]
     above_CC = i_C[:, None] < i_C[None, :]
     dq_CK += tl.dot(tl.where(below_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
-    col_CK = tl.dot(tl.where(above_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
+    col_CK = tl.dot(tl.where(above_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
     if DELTA:
         if OWN:
             late_CK = past_late(past_CK, middle_1K, GENTLE)
@@ -86,7 +71,7 @@ def _through_middle(
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` for any decays."""
@@ -105,7 +90,7 @@ def _through_tree(
             kd_CK = tl.where(is_late, f_CK, k_CK)
         kd_CK = (kd_CK * key_decay_CK).to(DOT)
         dq_CK += tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * decay_CK
-        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(mirrored_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
         if DELTA:
             col_CK = tl.dot(tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0), kd_CK, col_CK, input_precision=PRECISION)
             col_CK *= key_decay_CK
@@ -118,20 +103,20 @@ def _through_tree(
 
 @triton.jit
 def _through_scores(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what P and M pass on to q, to k as it is written, and to the keys of the erasure."""
+    """Adds what P and M pass on to q, to k as it is written, and to the keys of the erasure; dP and dM are symmetric."""
     middle_1K = at_middle(g_CK, i_C, C)
     if gentle(g_CK - middle_1K, GENTLE):
         dq_CK, dk_CK, df_CK = _through_middle(
-            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
             DELTA, OWN, GENTLE, DOT, PRECISION,
         )  # fmt: skip
     else:
         dq_CK, dk_CK, df_CK = _through_tree(
-            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dp_T_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
             LEVELS, DELTA, OWN, DOT, PRECISION,
         )  # fmt: skip
     return dq_CK, dk_CK, df_CK
@@ -139,7 +124,7 @@ def _through_scores(
 
 @triton.jit
 def gradient_kernel(
-    q, k, u, f, gate, beta, do, dv, states, dstates, decays, dq, dk, df, dgate,
+    q, k, u, f, gate, beta, do, dv, states, dstates, dscores, dinner, decays, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, f_b: tl.int64, f_t: tl.int32, f_h: tl.int64,
     gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
@@ -161,11 +146,14 @@ def gradient_kernel(
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
     beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
-    dp_CC, dp_T_CC, dm_CC, dread_CK, dwrite_CK, dkey_CK, both_K = _products(
+    dread_CK, dwrite_CK, dkey_CK, both_K = _through_states(
         do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
-        u + (batch * u_b + head * u_h + start * u_t) * UNIT, dv + row * V, u_t * UNIT,
-        states + state, dstates + state, beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
+        u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, states + state, dstates + state,
+        beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
     )  # fmt: skip
+    by_pair_CC = i_C[:, None] * C + i_C[None, :]
+    dp_CC = tl.load(dscores + block * C * C + by_pair_CC)
+    dm_CC = tl.load(dinner + block * C * C + by_pair_CC) if DELTA else dp_CC
     q += (batch * q_b + head * q_h + start * q_t) * UNIT
     k += (batch * k_b + head * k_h + start * k_t) * UNIT
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
@@ -180,12 +168,12 @@ def gradient_kernel(
         past_CK = g_CK - step_CK
     if DELTA:
         df_CK = dkey_CK * tl.exp2(past_CK)
-    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
+    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC.to(tl.float32), 0.0), 1)[:, None]
     dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
     dlast_1K = (tl.sum(k_CK * dwrite_CK, 0) + both_K * tl.exp2(last_K))[None, :]
     dq_CK, dk_CK, df_CK = _through_scores(
-        q_CK, k_CK, f_CK, g_CK, past_CK, decays + block * C * KP + (i_C[:, None] * KP + d_K[None, :]), KP, dp_CC.to(DOT),
-        dp_T_CC, dm_CC, dread_CK * tl.exp2(g_CK), dwrite_CK, df_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
+        q_CK, k_CK, f_CK, g_CK, past_CK, decays + block * C * KP + (i_C[:, None] * KP + d_K[None, :]), KP, dp_CC, dm_CC,
+        dread_CK * tl.exp2(g_CK), dwrite_CK, df_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     # What an erasure reads with its own keys has decayed up to the token before it.
     dpast_CK = f_CK * df_CK

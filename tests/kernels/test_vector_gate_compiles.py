@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels import vector_gate, walk
 from kernels.vector_gate_gradient import gradient_kernel
+from kernels.vector_gate_pairs import pairs_kernel
 from kernels.vector_gate_prepare import prepare_kernel
 from kernels.vector_gate_solve import solve_kernel
 from kernels.vector_gate_walk import reverse_kernel, walk_kernel
@@ -25,6 +26,7 @@ KERNELS = {
     "walk": (walk_kernel, "walk", {"OUT": True}),
     "walk for states": (walk_kernel, "walk", {"OUT": False}),
     "reverse": (reverse_kernel, "walk", {}),
+    "pairs": (pairs_kernel, "pairs", {}),
     "gradient": (gradient_kernel, "gradient", {}),
 }
 
