@@ -104,6 +104,7 @@ class Prepared(NamedTuple):
     erases: Tensor
     targets: Tensor
     inverses: Tensor
+    decays: Tensor
 
 
 class Call:
@@ -154,7 +155,7 @@ class Call:
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
     def prepare(self, *, save: bool) -> Prepared:
-        """Runs `prepare_kernel`, and with the delta rule `solve_kernel`; the inverses are written if `save`."""
+        """Runs `prepare_kernel`, and with the delta rule `solve_kernel`; inverses and all decays are written if `save`."""
         from kernels.vector_gate_prepare import prepare_kernel
 
         chunk, wide, tile = self.config.chunk, self.wide_k, self.config.prepare
@@ -166,10 +167,10 @@ class Call:
         (q, k, f, gate), strides, unit = _rows(self.q, self.k, self.k if self.erase is None else self.erase, self.gate)
         prepare_kernel[(self.blocks,)](
             q, k, f, gate, decays, reads, writes, carry, scores, erases, inner, *strides, self.length, self.heads,
-            **self.flags, **self.tree_flags, DELTA=self.delta, BK=min(tile.width, wide), UNIT=unit, **tile.options(),
+            **self.flags, **self.tree_flags, DELTA=self.delta, SAVE=save, BK=min(tile.width, wide), UNIT=unit, **tile.options(),
         )  # fmt: skip
         targets, inverses = self._solve(inner, erases, save=save) if self.delta else (self.v, inner)
-        return Prepared(reads, writes, carry, scores, erases, targets, inverses)
+        return Prepared(reads, writes, carry, scores, erases, targets, inverses, decays)
 
     def _solve(self, inner: Tensor, erases: Tensor, *, save: bool) -> tuple[Tensor, Tensor]:
         """Runs `solve_kernel`: targets and inverses; erases change in place."""
@@ -220,20 +221,22 @@ class Call:
         )  # fmt: skip
         return dv, dbeta, dfirst, dstates
 
-    def gradients(self, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
+    def gradients(
+        self, made: Prepared, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor
+    ) -> tuple[Tensor, ...]:
         """Runs `gradient_kernel`: gradients of q, k, the keys of the erasure and the log decays."""
         from kernels.vector_gate_gradient import gradient_kernel
 
-        made = (self.q, self.k, self.erase, self.gate)
-        found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in made)
+        inputs = (self.q, self.k, self.erase, self.gate)
+        found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         erase = self.k if self.erase is None else self.erase
-        (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
+        (q, k, u, f, do), strides, unit = _rows(self.q, self.k, errors, erase, do)
         dscores, dinner = self._pairs(errors, do, dv)
         tile = self.config.gradient
         part_k, part_v = min(tile.width, self.wide_k), min(tile.width, self.wide_v)
-        decays = self.scratch(self.blocks, self.config.chunk, self.wide_k, dtype=torch.float32)
         gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-            q, k, u, f, gate, self.beta, do, dv, states, dstates, dscores, dinner, decays, *found, *strides, self.length, self.heads, **self.flags,
+            q, k, u, f, self.beta, do, dv, states, dstates, dscores, dinner, made.decays, *found,
+            *strides, self.length, self.heads, **self.flags,
             **self.tree_flags, DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v, UNIT=unit, **tile.options(),
         )  # fmt: skip
         return found
@@ -316,5 +319,5 @@ def backward(
     made = call.prepare(save=True)
     states, errors = call.walk(made, out=False, return_state=False)
     dv, dbeta, dfirst, dstates = call.reverse(made, errors, do_BTHV, dfinal_BHKV)
-    dq, dk, derase, dgate = call.gradients(errors, do_BTHV, dv, states, dstates)
+    dq, dk, derase, dgate = call.gradients(made, errors, do_BTHV, dv, states, dstates)
     return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), derase, dfirst

@@ -1,11 +1,11 @@
 """Gradients of queries, keys and log decays, for all chunks at once.
 
-With S the state that enters a chunk, dS the gradient of the one that leaves it, U the values written (V, or beta E) and dV
-those of `kernels.vector_gate_walk`:
+With S the state that enters a chunk, dS the gradient of the one that leaves it, U the values written (V, or beta E), dV
+those of `kernels.vector_gate_walk` and dP and dM those of `kernels.vector_gate_pairs`:
 
     dQ' = dO S^T,  dW = U dS^T,  dK' = -dV S^T      (K' here is K exp(G))
 
-dP and dM, of `kernels.vector_gate_pairs`, are passed on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
+dP and dM are passed on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
 with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to token i less k dk of what is read from
 there. What a token reads of itself has no decay, and stays out of those differences.
 
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_pairs import load_written
-from kernels.vector_gate_rows import load_beta, load_log2_decays, load_rows, store_rows
-from kernels.vector_gate_tree import at_boundary, at_middle, gentle, keep_for_boundaries, late_half, paired, past_late
+from kernels.vector_gate_rows import load_beta, load_rows, store_rows
+from kernels.vector_gate_tree import at_boundary, gentle, late_half, paired, past_late
 
 
 @triton.jit
@@ -75,7 +75,6 @@ def _through_tree(
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_through_scores` for any decays."""
-    keep_for_boundaries(decays, g_CK)
     for level in range(1, LEVELS + 1):
         is_late = late_half(i_C, level)[:, None]
         boundary_CK = at_boundary(decays, row_stride, i_C, level)
@@ -103,12 +102,11 @@ def _through_tree(
 
 @triton.jit
 def _through_scores(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
+    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what P and M pass on to q, to k as it is written, and to the keys of the erasure; dP and dM are symmetric."""
-    middle_1K = at_middle(g_CK, i_C, C)
     if gentle(g_CK - middle_1K, GENTLE):
         dq_CK, dk_CK, df_CK = _through_middle(
             q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
@@ -124,10 +122,9 @@ def _through_scores(
 
 @triton.jit
 def gradient_kernel(
-    q, k, u, f, gate, beta, do, dv, states, dstates, dscores, dinner, decays, dq, dk, df, dgate,
+    q, k, u, f, beta, do, dv, states, dstates, dscores, dinner, decays, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, f_b: tl.int64, f_t: tl.int32, f_h: tl.int64,
-    gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
@@ -135,7 +132,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
-    decays is a scratch, [B, H, N, C, KP]. OWN says that f holds the keys of the erasure.
+    decays holds the cumulated log2 decays, [B, H, N, C, KP]. OWN says that f holds the keys of the erasure.
     """
     TILES: tl.constexpr = KP // BK
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
@@ -157,27 +154,27 @@ def gradient_kernel(
     q += (batch * q_b + head * q_h + start * q_t) * UNIT
     k += (batch * k_b + head * k_h + start * k_t) * UNIT
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
-    gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
+    decays += block * C * KP + d_K[None, :]
     q_CK = load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
     k_CK = load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
-    step_CK = load_log2_decays(gate, gate_t * UNIT, i_C, d_K, left, K)
-    g_CK, last_K = tl.cumsum(step_CK, 0), tl.sum(step_CK, 0)
+    g_CK, last_1K = tl.load(decays + i_C[:, None] * KP), tl.load(decays + (C - 1) * KP)
     f_CK, past_CK, df_CK = k_CK, g_CK, tl.zeros([1, 1], tl.float32)
     if OWN:
         f_CK = load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
-        past_CK = g_CK - step_CK
+        past_CK = tl.load(decays + (i_C[:, None] - 1) * KP, mask=i_C[:, None] > 0, other=0.0)
     if DELTA:
         df_CK = dkey_CK * tl.exp2(past_CK)
     own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC.to(tl.float32), 0.0), 1)[:, None]
-    dwrite_CK *= tl.exp2(last_K[None, :] - g_CK)
-    dlast_1K = (tl.sum(k_CK * dwrite_CK, 0) + both_K * tl.exp2(last_K))[None, :]
+    dwrite_CK *= tl.exp2(last_1K - g_CK)
+    dlast_1K = tl.sum(k_CK * dwrite_CK, 0)[None, :] + both_K[None, :] * tl.exp2(last_1K)
     dq_CK, dk_CK, df_CK = _through_scores(
-        q_CK, k_CK, f_CK, g_CK, past_CK, decays + block * C * KP + (i_C[:, None] * KP + d_K[None, :]), KP, dp_CC, dm_CC,
-        dread_CK * tl.exp2(g_CK), dwrite_CK, df_CK, i_C, C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
+        q_CK, k_CK, f_CK, g_CK, past_CK, tl.load(decays + (C // 2 - 1) * KP), decays + i_C[:, None] * KP, KP, dp_CC, dm_CC,
+        dread_CK * tl.exp2(g_CK), dwrite_CK, df_CK, i_C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
     )  # fmt: skip
     # What an erasure reads with its own keys has decayed up to the token before it.
     dpast_CK = f_CK * df_CK
-    dgate_CK = tl.cumsum(q_CK * dq_CK - k_CK * dk_CK + dpast_CK, 0, reverse=True) + dlast_1K
+    dg_CK = q_CK * dq_CK - k_CK * dk_CK + dpast_CK
+    dgate_CK = dg_CK - tl.cumsum(dg_CK, 0) + (tl.sum(dg_CK, 0)[None, :] + dlast_1K)
     if OWN:
         dgate_CK -= dpast_CK
         store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)

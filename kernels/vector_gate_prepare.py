@@ -31,13 +31,14 @@ def prepare_kernel(
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, OWN: tl.constexpr, SAVE: tl.constexpr, GENTLE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements.
 
-    reads, writes, erases (Q', W, K exp(G) or F exp(G_{i-1})) and decays, a scratch, are [B, H, N, C, KP], carry is
-    [B, H, N, KP], scores and inner (P, M) are [B, H, N, C, C]. Columns of K beyond its width are zero, and their carry is
-    one. OWN says that f holds the keys of the erasure.
+    reads, writes, erases (Q', W, K exp(G) or F exp(G_{i-1})) and decays are [B, H, N, C, KP], carry is [B, H, N, KP], scores and
+    inner (P, M) are [B, H, N, C, C]. Columns of K beyond its width are zero, and their carry is one. decays gets the
+    cumulated log2 decays where the tree needs them, and with SAVE all. OWN says that f holds the keys of the erasure.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)
@@ -71,6 +72,8 @@ def prepare_kernel(
             f_CK, past_CK = load_rows(f, f_t * UNIT, i_C, cols, left, K, DOT).to(tl.float32), g_CK - step_CK
         if DELTA:
             tl.store(erases + by_key_CK, (f_CK * tl.exp2(past_CK)).to(DOT))
+        if SAVE:
+            tl.store(decays + by_key_CK, g_CK)
         middle_1K = at_middle(g_CK, i_C, C)
         if gentle(g_CK - middle_1K, GENTLE):
             p_CC, m_CC = _from_middle(
