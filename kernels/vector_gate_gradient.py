@@ -155,12 +155,12 @@ def gradient_kernel(
     k += (batch * k_b + head * k_h + start * k_t) * UNIT
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
     decays += block * C * KP + d_K[None, :]
-    q_CK = load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
-    k_CK = load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
+    q_CK = load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT)
+    k_CK = load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT)
     g_CK, last_1K = tl.load(decays + i_C[:, None] * KP), tl.load(decays + (C - 1) * KP)
     f_CK, past_CK, df_CK = k_CK, g_CK, tl.zeros([1, 1], tl.float32)
     if OWN:
-        f_CK = load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT).to(tl.float32)
+        f_CK = load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT)
         past_CK = tl.load(decays + (i_C[:, None] - 1) * KP, mask=i_C[:, None] > 0, other=0.0)
     if DELTA:
         df_CK = dkey_CK * tl.exp2(past_CK)
