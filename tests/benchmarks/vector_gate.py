@@ -1,8 +1,8 @@
-"""Times the vector-gate kernels on a CUDA device: python -m tests.benchmarks.vector_gate OUT.json [--sweep WIDTH...] [--parts].
+"""Times the vector-gate kernels on a CUDA device: python -m tests.benchmarks.vector_gate OUT.json [--parts].
 
 Each row is the median over replays of a CUDA graph with a flushed L2 cache, beside the time that the bytes and the
 floating-point operations of the definition would take at the copy and matrix-product rates measured in the same run.
---parts adds each kernel's own time, --sweep times many configurations of the main shape instead of the shipped ones.
+--parts adds each kernel's own time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -86,12 +84,12 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, float]:
     states, errors = call.walk(made, out=False, return_state=False)
     dv, _, _, dstates = call.reverse(made, errors, do, None)
     calls = {
-        "prepare": lambda: call.prepare(save=False),
-        "prepare_saving": lambda: call.prepare(save=True),
+        "prepare and solve": lambda: call.prepare(save=False),
+        "prepare and solve, saving": lambda: call.prepare(save=True),
         "walk": lambda: call.walk(made, out=True, return_state=False),
-        "walk_saving": lambda: call.walk(made, out=False, return_state=False),
+        "walk for states": lambda: call.walk(made, out=False, return_state=False),
         "reverse": lambda: call.reverse(made, errors, do, None),
-        "gradients": lambda: call.gradients(made, errors, do, dv, states, dstates),
+        "pairs and gradient": lambda: call.gradients(made, errors, do, dv, states, dstates),
     }
     return {name: graph_ms(f) for name, f in calls.items()}
 
@@ -109,46 +107,10 @@ def shipped(rates: tuple[float, float], *, with_parts: bool) -> Iterator[dict]:
         yield names | found | ratios | (parts(leaves) if with_parts else {})
 
 
-def candidates(widths: list[int]) -> list[tuple[int, bool, vector_gate.Config]]:
-    """Widths, delta and configurations of a sweep; each kernel depends on a part of a configuration only."""
-    found = []
-    for width, delta in itertools.product(widths, (False, True)):
-        for tile, stages, warps in itertools.product((32, 64), (1, 2, 3), (4, 8)):
-            found.append((width, delta, vector_gate.Config(64, 64, tile, (4, warps, 8), stages)))
-        for chunk, part, first, last in ((64, 32, 4, 4), (64, 32, 8, 8), (64, 64, 8, 4), (32, 64, 4, 4), (32, 32, 4, 4)):
-            found.append((width, delta, vector_gate.Config(chunk, part, 64, (first, 4, last), 2)))
-    return found
-
-
-def try_one(candidate: tuple[int, bool, vector_gate.Config], batch: int, length: int, heads: int) -> dict:
-    """Times the kernels of one configuration, or says that it does not fit the chip."""
-    width, delta, config = candidate
-    vector_gate.SIXTEEN_BIT[width] = config
-    record = {"width": width, "delta": delta, "config": config}
-    try:
-        return record | parts(draw((batch, length, heads, width), delta=delta, gate="plain"))
-    except triton.runtime.errors.OutOfResources as error:
-        return record | {"error": str(error)}
-
-
-def compile_one(candidate: tuple[int, bool, vector_gate.Config]) -> None:
-    """Leaves the compiled kernels in Triton's cache on disk."""
-    try_one(candidate, 1, 64, 1)
-
-
-def sweep(widths: list[int]) -> Iterator[dict]:
-    """The main shape with every candidate, compiled by several processes beforehand."""
-    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, candidates(widths)))
-    for candidate in candidates(widths):
-        yield try_one(candidate, 8, 2048, 16)
-
-
 def main() -> None:
     """Writes the rows with the versions and the ceilings they were measured beside."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", type=int, nargs="+", metavar="WIDTH")
     parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     rates = ceilings()
@@ -160,7 +122,7 @@ def main() -> None:
         "product_flop_per_s": rates[1],
         "rows": [],
     }
-    for row in sweep(arguments.sweep) if arguments.sweep else shipped(rates, with_parts=arguments.parts):
+    for row in shipped(rates, with_parts=arguments.parts):
         record["rows"].append(row)
         print(json.dumps(row), flush=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
