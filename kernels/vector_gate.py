@@ -94,6 +94,13 @@ def gentle_limit(dtype: torch.dtype) -> float:
     return 0.0 if dtype == torch.float16 else 60.0
 
 
+def gate_terms(dtype: torch.dtype, gate_dtype: torch.dtype) -> int:
+    """How many bf16 terms stand for a log decay in its sums: 2^-17 of it is lost with two; 0 for sums in fp32."""
+    if dtype == torch.float32:
+        return 0
+    return 1 if gate_dtype == torch.bfloat16 else 2
+
+
 class Prepared(NamedTuple):
     """What `prepare_kernel` and `solve_kernel` write; see there."""
 
@@ -104,7 +111,6 @@ class Prepared(NamedTuple):
     erases: Tensor
     targets: Tensor
     inverses: Tensor
-    decays: Tensor
 
 
 class Call:
@@ -148,29 +154,34 @@ class Call:
             "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DOT": _triton_dtype(self.dtype),
             "PRECISION": _precision(self.dtype),
         }  # fmt: skip
-        self.tree_flags = {"OWN": self.erase is not None, "LEVELS": self.levels, "GENTLE": gentle_limit(self.dtype)}
+        self.tree_flags = {
+            "OWN": self.erase is not None,
+            "LEVELS": self.levels,
+            "GENTLE": gentle_limit(self.dtype),
+            "TERMS": gate_terms(self.dtype, log_decay_BTHK.dtype),
+        }
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Fresh memory in the dtype of the tensor cores, or another one."""
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
     def prepare(self, *, save: bool) -> Prepared:
-        """Runs `prepare_kernel`, and with the delta rule `solve_kernel`; inverses and all decays are written if `save`."""
+        """Runs `prepare_kernel`, and with the delta rule `solve_kernel`; the inverses are written if `save`."""
         from kernels.vector_gate_prepare import prepare_kernel
 
         chunk, wide, tile = self.config.chunk, self.wide_k, self.config.prepare
         rows, square = (self.blocks, chunk, wide), (self.blocks, chunk, chunk)
         reads, writes = self.scratch(*rows), self.scratch(*rows)
-        carry, decays = (self.scratch(*shape, dtype=torch.float32) for shape in (rows[::2], rows))
+        carry = self.scratch(self.blocks, wide, dtype=torch.float32)
         scores, erases = self.scratch(*square), self.scratch(*rows if self.delta else (0,))
         inner = self.scratch(*square if self.delta else (0,), dtype=torch.float32)
         (q, k, f, gate), strides, unit = _rows(self.q, self.k, self.k if self.erase is None else self.erase, self.gate)
         prepare_kernel[(self.blocks,)](
-            q, k, f, gate, decays, reads, writes, carry, scores, erases, inner, *strides, self.length, self.heads,
-            **self.flags, **self.tree_flags, DELTA=self.delta, SAVE=save, BK=min(tile.width, wide), UNIT=unit, **tile.options(),
+            q, k, f, gate, reads, writes, carry, scores, erases, inner, *strides, self.length, self.heads,
+            **self.flags, **self.tree_flags, DELTA=self.delta, BK=min(tile.width, wide), UNIT=unit, **tile.options(),
         )  # fmt: skip
         targets, inverses = self._solve(inner, erases, save=save) if self.delta else (self.v, inner)
-        return Prepared(reads, writes, carry, scores, erases, targets, inverses, decays)
+        return Prepared(reads, writes, carry, scores, erases, targets, inverses)
 
     def _solve(self, inner: Tensor, erases: Tensor, *, save: bool) -> tuple[Tensor, Tensor]:
         """Runs `solve_kernel`: targets and inverses; erases change in place."""
@@ -221,21 +232,19 @@ class Call:
         )  # fmt: skip
         return dv, dbeta, dfirst, dstates
 
-    def gradients(
-        self, made: Prepared, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor
-    ) -> tuple[Tensor, ...]:
+    def gradients(self, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
         """Runs `gradient_kernel`: gradients of q, k, the keys of the erasure and the log decays."""
         from kernels.vector_gate_gradient import gradient_kernel
 
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         erase = self.k if self.erase is None else self.erase
-        (q, k, u, f, do), strides, unit = _rows(self.q, self.k, errors, erase, do)
+        (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
         dscores, dinner = self._pairs(errors, do, dv)
         tile = self.config.gradient
         part_k, part_v = min(tile.width, self.wide_k), min(tile.width, self.wide_v)
         gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-            q, k, u, f, self.beta, do, dv, states, dstates, dscores, dinner, made.decays, *found,
+            q, k, u, f, gate, self.beta, do, dv, states, dstates, dscores, dinner, *found,
             *strides, self.length, self.heads, **self.flags,
             **self.tree_flags, DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v, UNIT=unit, **tile.options(),
         )  # fmt: skip
@@ -319,5 +328,5 @@ def backward(
     made = call.prepare(save=True)
     states, errors = call.walk(made, out=False, return_state=False)
     dv, dbeta, dfirst, dstates = call.reverse(made, errors, do_BTHV, dfinal_BHKV)
-    dq, dk, derase, dgate = call.gradients(made, errors, do_BTHV, dv, states, dstates)
+    dq, dk, derase, dgate = call.gradients(errors, do_BTHV, dv, states, dstates)
     return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), derase, dfirst

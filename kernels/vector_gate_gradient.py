@@ -19,7 +19,17 @@ import triton.language as tl
 
 from kernels.vector_gate_pairs import load_written
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
-from kernels.vector_gate_tree import at_boundary, gentle, late_half, paired, past_late
+from kernels.vector_gate_tree import (
+    decay_exponents,
+    gentle,
+    in_terms,
+    late_half,
+    paired,
+    past_from_middle,
+    past_to_boundary,
+    range_sums,
+    to_boundary,
+)
 
 
 @triton.jit
@@ -50,11 +60,13 @@ def _through_states(
 
 @triton.jit
 def _through_middle(
-    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-    DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q_CK, k_CK, f_CK, to_middle_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
+    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_through_scores` where all decays are gentle."""
-    late_CK, early_CK = tl.exp2(g_CK - middle_1K), tl.exp2(middle_1K - g_CK)
+    """Adds what P and M pass on where all decays are gentle."""
+    from_middle_CK = tl.where(late_half(i_C, LEVELS)[:, None], to_middle_CK, -to_middle_CK)
+    late_CK, early_CK = tl.exp2(from_middle_CK), tl.exp2(-from_middle_CK)
     kd_CK, qd_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
     below_CC = i_C[:, None] > i_C[None, :]
     above_CC = i_C[:, None] < i_C[None, :]
@@ -62,7 +74,7 @@ def _through_middle(
     col_CK = tl.dot(tl.where(above_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
     if DELTA:
         if OWN:
-            late_CK = past_late(past_CK, middle_1K, GENTLE)
+            late_CK = past_from_middle(i_C, high_CK, low_CK, C, TERMS, GENTLE)
         fd_CK = (f_CK * late_CK).to(DOT)
         df_CK += tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
         col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0), fd_CK, col_CK, input_precision=PRECISION)
@@ -71,21 +83,21 @@ def _through_middle(
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_through_scores` for any decays."""
+    """Adds what P and M pass on for any decays."""
     for level in range(1, LEVELS + 1):
         is_late = late_half(i_C, level)[:, None]
-        boundary_CK = at_boundary(decays, row_stride, i_C, level)
-        decay_CK = tl.exp2(tl.where(is_late, g_CK - boundary_CK, boundary_CK - g_CK))
+        decay_CK = tl.exp2(to_boundary(i_C, level, high_CK, low_CK, TERMS))
         pairs_CC = paired(i_C[:, None], i_C[None, :], level)
         mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
         qd_CK = (q_CK * decay_CK).to(DOT)
         # Keys as the erasure reads them in the late half, and as they are written in the early one.
         key_decay_CK, kd_CK = decay_CK, k_CK
         if OWN:
-            key_decay_CK = tl.exp2(tl.where(is_late, past_CK - boundary_CK, boundary_CK - g_CK))
+            key_decay_CK = tl.where(is_late, tl.exp2(past_to_boundary(i_C, level, high_CK, low_CK, TERMS)), decay_CK)
             kd_CK = tl.where(is_late, f_CK, k_CK)
         kd_CK = (kd_CK * key_decay_CK).to(DOT)
         dq_CK += tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * decay_CK
@@ -101,38 +113,27 @@ def _through_tree(
 
 
 @triton.jit
-def _through_scores(
-    q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds what P and M pass on to q, to k as it is written, and to the keys of the erasure; dP and dM are symmetric."""
-    if gentle(g_CK - middle_1K, GENTLE):
-        dq_CK, dk_CK, df_CK = _through_middle(
-            q_CK, k_CK, f_CK, g_CK, past_CK, middle_1K, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-            DELTA, OWN, GENTLE, DOT, PRECISION,
-        )  # fmt: skip
-    else:
-        dq_CK, dk_CK, df_CK = _through_tree(
-            q_CK, k_CK, f_CK, g_CK, past_CK, decays, row_stride, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-            LEVELS, DELTA, OWN, DOT, PRECISION,
-        )  # fmt: skip
-    return dq_CK, dk_CK, df_CK
+def _range_sums(after_C, upto_C, x_CK, i_C, TERMS: tl.constexpr):
+    """`range_sums` of an fp32 matrix."""
+    PAIR: tl.constexpr = 0 if TERMS == 0 else 2
+    high_CK, low_CK = in_terms(x_CK, PAIR)
+    return range_sums(after_C, upto_C, high_CK, low_CK, i_C, PAIR)
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, u, f, beta, do, dv, states, dstates, dscores, dinner, decays, dq, dk, df, dgate,
+    q, k, u, f, gate, beta, do, dv, states, dstates, dscores, dinner, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, f_b: tl.int64, f_t: tl.int32, f_h: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
-    decays holds the cumulated log2 decays, [B, H, N, C, KP]. OWN says that f holds the keys of the erasure.
+    OWN says that f holds the keys of the erasure, TERMS is for `in_terms`.
     """
     TILES: tl.constexpr = KP // BK
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
@@ -151,37 +152,45 @@ def gradient_kernel(
     by_pair_CC = i_C[:, None] * C + i_C[None, :]
     dp_CC = tl.load(dscores + block * C * C + by_pair_CC)
     dm_CC = tl.load(dinner + block * C * C + by_pair_CC) if DELTA else dp_CC
-    q += (batch * q_b + head * q_h + start * q_t) * UNIT
-    k += (batch * k_b + head * k_h + start * k_t) * UNIT
-    f += (batch * f_b + head * f_h + start * f_t) * UNIT
-    decays += block * C * KP + d_K[None, :]
-    q_CK = load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT)
-    k_CK = load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT)
-    g_CK, last_1K = tl.load(decays + i_C[:, None] * KP), tl.load(decays + (C - 1) * KP)
-    f_CK, past_CK, df_CK = k_CK, g_CK, tl.zeros([1, 1], tl.float32)
+    q_CK = load_rows(q + (batch * q_b + head * q_h + start * q_t) * UNIT, q_t * UNIT, i_C, d_K, left, K, DOT)
+    k_CK = load_rows(k + (batch * k_b + head * k_h + start * k_t) * UNIT, k_t * UNIT, i_C, d_K, left, K, DOT)
+    gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
+    high_CK, low_CK = in_terms(load_rows(gate, gate_t * UNIT, i_C, d_K, left, K, tl.float32), TERMS)
+    none_C = tl.zeros_like(i_C) - 1
+    g_CK = decay_exponents(none_C, i_C, high_CK, low_CK, i_C, TERMS)
+    rest_CK = decay_exponents(i_C, none_C + C, high_CK, low_CK, i_C, TERMS)
+    dgate_CK = both_K[None, :] * tl.exp2(g_CK + rest_CK)
+    dq_CK, dk_CK, df_CK = dread_CK * tl.exp2(g_CK), tl.zeros([C, BK], tl.float32), tl.zeros([1, 1], tl.float32)
+    f_CK = k_CK
     if OWN:
-        f_CK = load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT)
-        past_CK = tl.load(decays + (i_C[:, None] - 1) * KP, mask=i_C[:, None] > 0, other=0.0)
+        f_CK = load_rows(f + (batch * f_b + head * f_h + start * f_t) * UNIT, f_t * UNIT, i_C, d_K, left, K, DOT)
+        g_CK = decay_exponents(none_C, i_C - 1, high_CK, low_CK, i_C, TERMS)
     if DELTA:
-        df_CK = dkey_CK * tl.exp2(past_CK)
-    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC.to(tl.float32), 0.0), 1)[:, None]
-    dwrite_CK *= tl.exp2(last_1K - g_CK)
-    dlast_1K = tl.sum(k_CK * dwrite_CK, 0)[None, :] + both_K[None, :] * tl.exp2(last_1K)
-    dq_CK, dk_CK, df_CK = _through_scores(
-        q_CK, k_CK, f_CK, g_CK, past_CK, tl.load(decays + (C // 2 - 1) * KP), decays + i_C[:, None] * KP, KP, dp_CC, dm_CC,
-        dread_CK * tl.exp2(g_CK), dwrite_CK, df_CK, i_C, LEVELS, DELTA, OWN, GENTLE, DOT, PRECISION,
-    )  # fmt: skip
-    # What an erasure reads with its own keys has decayed up to the token before it.
-    dpast_CK = f_CK * df_CK
-    dg_CK = q_CK * dq_CK - k_CK * dk_CK + dpast_CK
-    dgate_CK = dg_CK - tl.cumsum(dg_CK, 0) + (tl.sum(dg_CK, 0)[None, :] + dlast_1K)
+        df_CK = dkey_CK * tl.exp2(g_CK)
+    dwrite_CK *= tl.exp2(rest_CK)
+    to_middle_CK = to_boundary(i_C, LEVELS, high_CK, low_CK, TERMS)
+    if gentle(to_middle_CK, GENTLE):
+        dq_CK, dk_CK, df_CK = _through_middle(
+            q_CK, k_CK, f_CK, to_middle_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+            C, LEVELS, DELTA, OWN, TERMS, GENTLE, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        dq_CK, dk_CK, df_CK = _through_tree(
+            q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+            LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
+        )  # fmt: skip
+    left_CK, dg_CK, dpast_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
     if OWN:
-        dgate_CK -= dpast_CK
+        # What an erasure reads with its own keys has decayed up to the token before it.
+        dgate_CK += _range_sums(i_C, none_C + C, dpast_CK, i_C, TERMS)
         store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
     else:
+        dg_CK += dpast_CK
         dk_CK += df_CK
+    dgate_CK += _range_sums(none_C, i_C - 1, left_CK, i_C, TERMS) + _range_sums(i_C - 1, none_C + C, dg_CK, i_C, TERMS)
+    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC.to(tl.float32), 0.0), 1)[:, None]
     dq_CK += own_C1 * k_CK
-    dk_CK += own_C1 * q_CK
+    dk_CK += dwrite_CK + own_C1 * q_CK
     store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
     store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
     store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)

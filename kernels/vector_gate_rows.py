@@ -24,12 +24,6 @@ def store_rows(start, stride, i_C, cols, left, x_CE, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_log2_decays(start, stride, i_C, cols, left, WIDTH: tl.constexpr):
-    """Log2 decays of a chunk; padding does not decay."""
-    return load_rows(start, stride, i_C, cols, left, WIDTH, tl.float32) * 1.4426950408889634
-
-
-@triton.jit
 def load_beta(start, stride, i_C, left):
     """Write strengths of a chunk; padding writes nothing."""
     return tl.load(start + i_C * stride, mask=i_C < left, other=0.0).to(tl.float32)

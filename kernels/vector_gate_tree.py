@@ -1,4 +1,4 @@
-"""Decayed products inside a chunk, exact for any gate: the lower triangle as a binary tree of plain products.
+"""Decays inside a chunk, exact for any gate: sums of log decays by matrix products, and products of scores along a tree.
 
 A decay of its own for every channel c cannot be pulled out of sum_c a_ic b_jc exp(G_ic - G_jc). Level l of the tree cuts a
 chunk in blocks of 2^l tokens and pairs the late half of each (rows) with its early half (columns). Once both sides are
@@ -10,6 +10,9 @@ Every token is in one half, so a level costs one exponential per token and chann
 Where no channel of a chunk decays by more than 2^-60 on either side of its middle, the same identity holds for all pairs at
 once, with exponents of both signs that cannot overflow: one product instead of one per level. Each chunk decides for itself.
 
+Every exponent is a sum of log decays over a range of tokens, and sums of many ranges are one product with a matrix of zeros
+and ones. Tensor cores do it faster than scans, which exchange data between threads, and no difference of long sums loses digits.
+
 Shape legend: C tokens of a chunk, a power of two; K channels.
 """
 
@@ -17,6 +20,33 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def in_terms(x_CK, TERMS: tl.constexpr):
+    """A matrix as the sum of TERMS bf16 ones, 1 or 2; itself if TERMS is 0."""
+    if TERMS == 0:
+        return x_CK, x_CK
+    high_CK = x_CK.to(tl.bfloat16)
+    return high_CK, (x_CK - high_CK.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
+    """Sums over the tokens in (after, upto], for each row of C and each channel, of a matrix from `in_terms`."""
+    wanted_CC = (i_C[None, :] > after_C[:, None]) & (i_C[None, :] <= upto_C[:, None])
+    if TERMS == 0:
+        return tl.dot(wanted_CC.to(tl.float32), high_CK, input_precision="tf32x3")
+    sums_CK = tl.dot(wanted_CC.to(tl.bfloat16), high_CK)
+    if TERMS == 2:
+        sums_CK = tl.dot(wanted_CC.to(tl.bfloat16), low_CK, sums_CK)
+    return sums_CK
+
+
+@triton.jit
+def decay_exponents(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
+    """`range_sums` of natural log decays, as powers of 2."""
+    return range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS) * 1.4426950408889634
 
 
 @triton.jit
@@ -32,33 +62,35 @@ def paired(row, col, level):
 
 
 @triton.jit
-def keep_for_boundaries(decays, g_CK):
-    """Writes cumulated log2 decays where `at_boundary` will read some of them: rows can't be moved between threads on chip."""
-    tl.store(decays, g_CK)
-    tl.debug_barrier()
-
-
-@triton.jit
-def at_boundary(decays, row_stride, i_C, level):
-    """Cumulated log2 decays of the last early token of each token's block, from those that were kept at `decays`."""
+def last_early(i_C, level):
+    """The last early token of each token's block."""
     half = 1 << (level - 1)
-    boundary_C = (i_C - i_C % (2 * half)) + half - 1
-    return tl.load(decays + (boundary_C - i_C)[:, None] * row_stride)
+    return i_C - i_C % (2 * half) + half - 1
 
 
 @triton.jit
-def at_middle(g_CK, i_C, C: tl.constexpr):
-    """Cumulated log2 decays of the last token of the first half, [1, K]."""
-    return tl.sum(tl.where((i_C == C // 2 - 1)[:, None], g_CK, 0.0), 0)[None, :]
+def to_boundary(i_C, level, high_CK, low_CK, TERMS: tl.constexpr):
+    """Log2 decay between each token and the boundary of its block, <= 0."""
+    boundary_C = last_early(i_C, level)
+    return decay_exponents(tl.minimum(i_C, boundary_C), tl.maximum(i_C, boundary_C), high_CK, low_CK, i_C, TERMS)
 
 
 @triton.jit
-def gentle(from_middle_CK, GENTLE: tl.constexpr):
-    """Whether all decays from the middle of the chunk are within 2^-GENTLE .. 2^GENTLE."""
-    return tl.max(tl.max(tl.abs(from_middle_CK), 1), 0) <= GENTLE
+def past_to_boundary(i_C, level, high_CK, low_CK, TERMS: tl.constexpr):
+    """The same for late tokens, up to the token before."""
+    return decay_exponents(last_early(i_C, level), i_C - 1, high_CK, low_CK, i_C, TERMS)
 
 
 @triton.jit
-def past_late(past_CK, middle_1K, GENTLE: tl.constexpr):
-    """Decay from the middle to what an erasure reads; only the first row, which has no pairs, can exceed the limit."""
-    return tl.exp2(tl.minimum(past_CK - middle_1K, GENTLE))
+def past_from_middle(i_C, high_CK, low_CK, C: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr):
+    """Decay from the middle up to the token before; only the first row, which has no pairs, can exceed the limit."""
+    before_C = i_C - 1
+    middle_C = tl.zeros_like(i_C) + (C // 2 - 1)
+    sums_CK = decay_exponents(tl.minimum(before_C, middle_C), tl.maximum(before_C, middle_C), high_CK, low_CK, i_C, TERMS)
+    return tl.exp2(tl.where((i_C >= C // 2)[:, None], sums_CK, tl.minimum(-sums_CK, GENTLE)))
+
+
+@triton.jit
+def gentle(to_middle_CK, GENTLE: tl.constexpr):
+    """Whether all decays between a token and the middle of its chunk are at least 2^-GENTLE."""
+    return tl.min(tl.min(to_middle_CK, 1), 0) >= -GENTLE

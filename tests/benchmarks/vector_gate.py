@@ -89,7 +89,7 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, float]:
         "walk": lambda: call.walk(made, out=True, return_state=False),
         "walk for states": lambda: call.walk(made, out=False, return_state=False),
         "reverse": lambda: call.reverse(made, errors, do, None),
-        "pairs and gradient": lambda: call.gradients(made, errors, do, dv, states, dstates),
+        "pairs and gradient": lambda: call.gradients(errors, do, dv, states, dstates),
     }
     return {name: graph_ms(f) for name, f in calls.items()}
 

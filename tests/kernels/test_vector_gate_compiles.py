@@ -43,7 +43,13 @@ def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Re
     tile = getattr(config, entry)
     part = min(tile.width, inner)
     constants = {"K": width, "V": width, "KP": inner, "VP": inner, "BK": part, "BV": part, "UNIT": 8, "C": config.chunk}
-    constants |= {"DELTA": delta, "OWN": False, "LEVELS": config.chunk.bit_length() - 1, "STAGES": tile.stages}
+    constants |= {
+        "DELTA": delta,
+        "OWN": False,
+        "TERMS": 0 if dtype == torch.float32 else 2,
+        "LEVELS": config.chunk.bit_length() - 1,
+        "STAGES": tile.stages,
+    }
     constants |= {"FIRST": False, "LAST": False, "DLAST": False, "DOT": dot}
     constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(vector_gate.solve_precision(dtype))}
     constants["GENTLE"] = vector_gate.gentle_limit(dtype)
