@@ -158,8 +158,7 @@ def gradient_kernel(
     high_CK, low_CK = in_terms(load_rows(gate, gate_t * UNIT, i_C, d_K, left, K, tl.float32), TERMS)
     none_C = tl.zeros_like(i_C) - 1
     g_CK = decay_exponents(none_C, i_C, high_CK, low_CK, i_C, TERMS)
-    rest_CK = decay_exponents(i_C, none_C + C, high_CK, low_CK, i_C, TERMS)
-    dgate_CK = both_K[None, :] * tl.exp2(g_CK + rest_CK)
+    dwrite_CK *= tl.exp2(decay_exponents(i_C, none_C + C, high_CK, low_CK, i_C, TERMS))
     dq_CK, dk_CK, df_CK = dread_CK * tl.exp2(g_CK), tl.zeros([C, BK], tl.float32), tl.zeros([1, 1], tl.float32)
     f_CK = k_CK
     if OWN:
@@ -167,7 +166,6 @@ def gradient_kernel(
         g_CK = decay_exponents(none_C, i_C - 1, high_CK, low_CK, i_C, TERMS)
     if DELTA:
         df_CK = dkey_CK * tl.exp2(g_CK)
-    dwrite_CK *= tl.exp2(rest_CK)
     to_middle_CK = to_boundary(i_C, LEVELS, high_CK, low_CK, TERMS)
     if gentle(to_middle_CK, GENTLE):
         dq_CK, dk_CK, df_CK = _through_middle(
@@ -180,6 +178,7 @@ def gradient_kernel(
             LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
         )  # fmt: skip
     left_CK, dg_CK, dpast_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
+    dgate_CK = both_K[None, :] * tl.exp2(decay_exponents(none_C, none_C + C, high_CK, low_CK, i_C, TERMS))
     if OWN:
         # What an erasure reads with its own keys has decayed up to the token before it.
         dgate_CK += _range_sums(i_C, none_C + C, dpast_CK, i_C, TERMS)

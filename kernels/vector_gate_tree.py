@@ -35,11 +35,10 @@ def in_terms(x_CK, TERMS: tl.constexpr):
 def range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
     """Sums over the tokens in (after, upto], for each row of C and each channel, of a matrix from `in_terms`."""
     wanted_CC = (i_C[None, :] > after_C[:, None]) & (i_C[None, :] <= upto_C[:, None])
-    if TERMS == 0:
-        return tl.dot(wanted_CC.to(tl.float32), high_CK, input_precision="tf32x3")
-    sums_CK = tl.dot(wanted_CC.to(tl.bfloat16), high_CK)
+    ones_CC = tl.where(wanted_CC, 1.0, 0.0).to(high_CK.dtype)
+    sums_CK = tl.dot(ones_CC, high_CK, input_precision="tf32x3" if TERMS == 0 else None)
     if TERMS == 2:
-        sums_CK = tl.dot(wanted_CC.to(tl.bfloat16), low_CK, sums_CK)
+        sums_CK = tl.dot(ones_CC, low_CK, sums_CK)
     return sums_CK
 
 
