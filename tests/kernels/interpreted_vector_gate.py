@@ -38,7 +38,7 @@ def test_members(delta: bool):
 
 
 def test_split_equals_whole():
-    cases.check_split("cpu", torch.float32, delta=True)
+    cases.check_split((0, 1, 16, 23, 40), "cpu", torch.float32, delta=True)
 
 
 def test_nested_gradients():
@@ -67,7 +67,7 @@ def test_the_future_is_never_read():
 
 
 def test_compiles_without_graph_breaks():
-    tensors = cases.draw((1, 20, 1, 16, 16), "weak", delta=True, state=True)
+    tensors = cases.draw((1, 18, 1, 16, 16), "weak", delta=True, state=True)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     with use_backend("triton"):
         want = cases.with_gradients(linear_recurrence, leaves)
@@ -77,7 +77,7 @@ def test_compiles_without_graph_breaks():
 
 @pytest.mark.parametrize("delta", [False, True])
 def test_torch_accepts_the_operator(delta: bool):
-    tensors = {name: x.requires_grad_() for name, x in cases.draw((2, 20, 1, 16, 16), "weak", delta=delta, state=True).items()}
+    tensors = {name: x.requires_grad_() for name, x in cases.draw((1, 18, 1, 16, 16), "weak", delta=delta, state=True).items()}
     arguments = (
         *(tensors[name] for name in ("q", "k", "v", "log_decay")),
         tensors.get("beta_BTH"),
