@@ -50,13 +50,24 @@ def shared_hashes() -> dict[str, str]:
 
 def collect(spec: RunSpec, hardware: dict[str, str]) -> Provenance:
     """The provenance of a run that happens now, in this process."""
+    return now({**code_hashes(spec), **shared_hashes()}, versions(), hardware)
+
+
+def now(code: dict[str, str], found: dict[str, str], hardware: dict[str, str]) -> Provenance:
+    """The provenance of what happens now, in this process.
+
+    Args:
+        code: hashes of the source that took part.
+        found: versions of packages.
+        hardware: where it ran.
+    """
     commit, dirty, diff_hash = git_state()
     return Provenance(
         commit=commit,
         dirty=dirty,
         diff_hash=diff_hash,
-        code={**code_hashes(spec), **shared_hashes()},
-        versions=versions(),
+        code=code,
+        versions=found,
         hardware=hardware,
         command=os.environ.get("BENCH_COMMAND") or command_line(sys.argv),
     )
@@ -87,10 +98,10 @@ def git_state() -> tuple[str | None, bool | None, str | None]:
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

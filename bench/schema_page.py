@@ -6,7 +6,17 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from bench.records import CellInfo, Metric, Provenance, RunRecord, StateInfo
+from bench.records import (
+    AnswerCount,
+    CellInfo,
+    EvalMetric,
+    EvalRecord,
+    JudgedModel,
+    Metric,
+    Provenance,
+    RunRecord,
+    StateInfo,
+)
 from bench.spec import LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec
 
 PAGE = Path("results/README.md")
@@ -21,6 +31,10 @@ MODELS: tuple[type[BaseModel], ...] = (
     CellInfo,
     Metric,
     Provenance,
+    EvalRecord,
+    JudgedModel,
+    EvalMetric,
+    AnswerCount,
 )
 HEAD = """# Results
 
@@ -29,6 +43,8 @@ This file is generated: `python -m bench.schema_page`.
     runs/<run_id>/record.json      one run, schema below; its presence makes the run complete
     runs/<run_id>/curve.parquet    learning curve, a row an epoch
     runs/<run_id>/influence.npz    influence map of the trained model on one test example (seed 0)
+    runs/<eval_id>/eval.json       one language model on one task, schema `EvalRecord`
+    runs/<eval_id>/items.parquet   its items, a row an item and metric
     reports/                       HTML reports
     measured/                      committed records behind every figure in README and docs
     published/                     published values that recipes compare with

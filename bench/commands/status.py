@@ -52,7 +52,11 @@ def _show(store: Store, output: Output) -> None:
     for (task, status), count in sorted(counts.items()):
         output.say(f"{task}: {count} {status}")
         output.emit("count", {"task": task, "status": status, "runs": count})
-    if not counts:
+    evals, eval_warnings = store.load_evals()
+    for model, count in Counter(record.model.name for record in evals).items():
+        output.say(f"{model}: {count} evaluation{'s' if count > 1 else ''}")
+        output.emit("evaluations", {"model": model, "count": count})
+    if not counts and not evals:
         output.say(f"{store.root} holds no finished run.")
     for record in records:
         if record.status != "done":
@@ -64,7 +68,7 @@ def _show(store: Store, output: Output) -> None:
     for folder in sorted(path for path in store.root.iterdir() if path.is_dir() and path.name[0] != "."):
         if folder.name not in done:
             _in_flight(store, folder, output)
-    for warning in warnings:
+    for warning in (*warnings, *eval_warnings):
         output.say(warning)
         output.emit("warning", {"text": warning})
 

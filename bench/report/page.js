@@ -138,7 +138,14 @@
     return { values };
   }
 
+  // A chart whose rows are complete: only the theme's colours and the hidden mixers are ours to add.
+  function extraData(item) {
+    const values = item.values.filter((value) => !state.hiddenMixers.has(value.mixer));
+    return { values: values.map((value) => ({ ...value, color: isDark() ? value.dark : value.light })) };
+  }
+
   const KINDS = {
+    extra: { spec: (item) => data.specs[item.spec], datasets: extraData, rows: "values" },
     published: { spec: (panel) => data.specs.published[panel.axis], datasets: publishedData, rows: "values" },
     pareto: { spec: () => data.specs.pareto[state.axis], datasets: paretoData, rows: "points" },
     heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices", layout: (sets) => ({ height: 24 * new Set(sets.slices.map((s) => s.name)).size }) },
@@ -162,7 +169,7 @@
 
   async function draw(figure) {
     const kind = KINDS[figure.dataset.chart];
-    const task = [...data.tasks, ...data.panels].find((item) => item.id === figure.dataset.task);
+    const task = [...data.tasks, ...data.panels, ...data.extras].find((item) => item.id === figure.dataset.task);
     const target = figure.querySelector(".vis");
     const datasets = kind.datasets(task, target.clientWidth);
     figure.hidden = task !== undefined && state.hiddenTasks.has(task.task ?? task.id);
