@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import chunked, dispatch, recurrence_op, reference
 from kernels.chunk_decay import Lift
+from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
@@ -45,6 +46,8 @@ def linear_recurrence(
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, lifted=lift is not None)
+    if is_step(v_BTHV.shape[1], state_BHKV, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH):
+        return _step(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, lift)
     backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, log_decay, beta_BTH, lift))
     if backend == "triton":
         return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, state_BHKV)
@@ -54,6 +57,17 @@ def linear_recurrence(
     q, k = (q_BTGK, k_BTGK) if lift is None else (lift.features(q_BTGK), lift.features(k_BTGK))
     o, final = reference.linear_recurrence_reference(q, k, v_BTHV, **named)
     return o, None if state_BHKV is None else final
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, lift: Lift | None
+) -> tuple[Tensor, Tensor]:
+    """A single token, with the time axis taken off and put back."""
+    if lift is not None:
+        q, k = lift.features(q), lift.features(k)
+    log_decay = log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, 0]
+    o, new = recurrent_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay=log_decay, beta_BH=None if beta is None else beta[:, 0])
+    return o[:, None], new
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
