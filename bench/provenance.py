@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,12 +51,22 @@ def shared_hashes() -> dict[str, str]:
 
 def collect(spec: RunSpec, hardware: dict[str, str]) -> Provenance:
     """The provenance of a run that happens now, in this process."""
+    return _now({**code_hashes(spec), **shared_hashes()}, hardware)
+
+
+def collect_speed(mixers: Iterable[str], hardware: dict[str, str]) -> Provenance:
+    """The provenance of a speed that is measured now; `mixers` are those that took part."""
+    code = {f"mixer:{name}": catalog.source_hash(catalog.source_file("mixer", name)) for name in mixers}
+    return _now(code | {key: shared_hashes()[key] for key in ("shared:kernels", "shared:mixers")}, hardware)
+
+
+def _now(code: dict[str, str], hardware: dict[str, str]) -> Provenance:
     commit, dirty, diff_hash = git_state()
     return Provenance(
         commit=commit,
         dirty=dirty,
         diff_hash=diff_hash,
-        code={**code_hashes(spec), **shared_hashes()},
+        code=code,
         versions=versions(),
         hardware=hardware,
         command=os.environ.get("BENCH_COMMAND") or command_line(sys.argv),

@@ -6,7 +6,18 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from bench.records import CellInfo, Metric, Provenance, RunRecord, StateInfo
+from bench.records import (
+    Bound,
+    CellInfo,
+    GateResult,
+    Metric,
+    Peer,
+    Provenance,
+    RunRecord,
+    SpeedRecord,
+    StateInfo,
+    Timing,
+)
 from bench.spec import LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec
 
 PAGE = Path("results/README.md")
@@ -21,6 +32,11 @@ MODELS: tuple[type[BaseModel], ...] = (
     CellInfo,
     Metric,
     Provenance,
+    SpeedRecord,
+    Timing,
+    Bound,
+    GateResult,
+    Peer,
 )
 HEAD = """# Results
 
@@ -29,6 +45,7 @@ This file is generated: `python -m bench.schema_page`.
     runs/<run_id>/record.json      one run, schema below; its presence makes the run complete
     runs/<run_id>/curve.parquet    learning curve, a row an epoch
     runs/<run_id>/influence.npz    influence map of the trained model on one test example (seed 0)
+    runs/speed/<speed_id>.json     one row of `bench throughput`, schema below
     reports/                       HTML reports
     measured/                      committed records behind every figure in README and docs
     published/                     published values that recipes compare with

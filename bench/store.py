@@ -3,6 +3,7 @@
     STORE/<run_id>/record.json      the record; its presence is what makes a run complete
     STORE/<run_id>/curve.parquet    learning curve
     STORE/<run_id>/influence.npz    influence map of the trained model on one example
+    STORE/speed/<speed_id>.json     one row of `bench throughput`
 
 Every file is written under a temporary name and renamed, the record last, so a kill at any moment leaves either a
 complete run or no run.
@@ -16,18 +17,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from bench.errors import UserError
-from bench.records import SCHEMA_VERSION, RunRecord
+from bench.records import SCHEMA_VERSION, RunRecord, SpeedRecord
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 DEFAULT_STORE = Path("results/runs")
+R = TypeVar("R", RunRecord, SpeedRecord)
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Store:
 
     def read(self, run_id: str) -> RunRecord | None:
         """The record of a run, or None if there is no valid one."""
-        record, _ = _parse(self.path(run_id) / "record.json")
+        record, _ = _parse(self.path(run_id) / "record.json", RunRecord)
         return record
 
     def load(self) -> tuple[list[RunRecord], list[str]]:
@@ -94,12 +96,32 @@ class Store:
         records: list[RunRecord] = []
         warnings: list[str] = []
         for path in sorted(self.root.glob("*/record.json")):
-            record, warning = _parse(path)
+            record, warning = _parse(path, RunRecord)
             if record is not None:
                 records.append(record)
             elif warning:
                 warnings.append(warning)
         records.sort(key=lambda record: (record.started, record.run_id))
+        return records, warnings
+
+    def write_speed(self, record: SpeedRecord) -> Path:
+        """Writes one row of `bench throughput`; an earlier measurement of the same thing is replaced."""
+        target = self.root / "speed" / f"{record.speed_id}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
+        return target
+
+    def load_speed(self) -> tuple[list[SpeedRecord], list[str]]:
+        """All valid rows of `bench throughput`, oldest first, and a warning for each file that is not one."""
+        records: list[SpeedRecord] = []
+        warnings: list[str] = []
+        for path in sorted(self.root.glob("speed/*.json")):
+            record, warning = _parse(path, SpeedRecord)
+            if record is not None:
+                records.append(record)
+            elif warning:
+                warnings.append(warning)
+        records.sort(key=lambda record: (record.started, record.speed_id))
         return records, warnings
 
     def curve(self, run_id: str) -> pd.DataFrame | None:
@@ -130,7 +152,7 @@ def atomic_write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _parse(path: Path) -> tuple[RunRecord | None, str]:
+def _parse(path: Path, schema: type[R]) -> tuple[R | None, str]:
     """A record, or None and the reason in one sentence ("" if there is no file)."""
     try:
         content: Any = json.loads(path.read_bytes())
@@ -147,7 +169,7 @@ def _parse(path: Path) -> tuple[RunRecord | None, str]:
             "upgrade Mixer Bench to read it."
         )
     try:
-        return RunRecord.model_validate(content), ""
+        return schema.model_validate(content), ""
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

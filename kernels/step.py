@@ -35,6 +35,11 @@ def states_in_place() -> Iterator[None]:
         _in_place = before
 
 
+def may_write() -> bool:
+    """Whether `states_in_place` holds and no gradient is to come."""
+    return _in_place and not torch.is_grad_enabled()
+
+
 def is_step(length: int, state: Tensor | None, *inputs: Tensor | None) -> bool:
     """Whether a call of a recurrence is a decoding step: one token after a state, with no gradient to come."""
     tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (state, *inputs))
@@ -86,8 +91,8 @@ def recurrent_step(
     inputs = (q_BGK, k_BGK, v_BHV, log_decay, beta_BH)
     if dispatch.pick(OPERATION, v_BHV, obstacle=_obstacle(state_BHKV)) != "triton":
         o_BHV, new_BHKV = _by_definition(*inputs, state_BHKV)
-        return o_BHV, state_BHKV.copy_(new_BHKV) if _in_place else new_BHKV
-    if _in_place and state_BHKV.is_contiguous():
+        return o_BHV, state_BHKV.copy_(new_BHKV) if may_write() else new_BHKV
+    if may_write() and state_BHKV.is_contiguous():
         return step_in_place(*inputs, state_BHKV), state_BHKV
     return step_operator(*inputs, state_BHKV)
 

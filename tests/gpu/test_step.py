@@ -39,7 +39,7 @@ def test_replayed_steps_are_a_sequence() -> None:
             want["state"] = cases.step(want)["state"]
         before = tensors["state"].clone()
         graph = torch.cuda.CUDAGraph()
-        with states_in_place():
+        with torch.no_grad(), states_in_place():
             cases.step(tensors)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):

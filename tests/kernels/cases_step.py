@@ -20,7 +20,9 @@ OPTIONS = tuple(itertools.product(GATES, (False, True)))
 """Kind of decay, and whether there is a delta rule."""
 
 
-def draw(shape: tuple[int, ...], gate: str, *, delta: bool, device: str, dtype: torch.dtype, state: torch.dtype) -> dict[str, Tensor]:
+def draw(
+    shape: tuple[int, ...], gate: str, *, delta: bool, device: str, dtype: torch.dtype, state: torch.dtype
+) -> dict[str, Tensor]:
     """Inputs as mixers have them: q, k and v slices of one projection, gates in fp32."""
     batch, groups, heads, k_dim, v_dim = shape
     qkv = torch.randn(batch, 2 * groups * k_dim + heads * v_dim).to(device, dtype)
@@ -68,7 +70,7 @@ def check(
         assert (got["o"].dtype, got["state"].dtype) == (dtype, state)
         assert torch.equal(tensors["state"], before)
         require_close(got, want, tolerance)
-        with states_in_place():
+        with torch.no_grad(), states_in_place():
             again = step(tensors)
     assert again["state"] is tensors["state"]
     for name, tensor in got.items():

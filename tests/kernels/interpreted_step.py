@@ -46,7 +46,7 @@ def test_compiles_as_one_graph(in_place: bool):
         def call(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if not in_place:
                 return cases.step(own)
-            with states_in_place():
+            with torch.no_grad(), states_in_place():
                 return cases.step(own)
 
         got = torch.compile(call, backend="aot_eager", fullgraph=True)(tensors)
@@ -61,7 +61,7 @@ def test_the_recurrence_decodes_with_it():
     with use_backend("triton"):
         o, new = linear_recurrence(q, k, v, state_BHKV=tensors["state"])
         walked, final = linear_recurrence(q.requires_grad_(), k, v, state_BHKV=tensors["state"])
-        with states_in_place(), torch.no_grad():
+        with torch.no_grad(), states_in_place():
             _, same = linear_recurrence(q, k, v, state_BHKV=tensors["state"])
     assert walked.requires_grad and not o.requires_grad
     assert same is tensors["state"]
