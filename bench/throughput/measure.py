@@ -19,7 +19,7 @@ from bench.throughput.bounds import Cost, Shape
 from bench.throughput.kernels import OPERATIONS, Draw
 from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
-from bench.throughput.problem import Problem, Tensors, check, weights_for
+from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
 from kernels.dispatch import watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
