@@ -12,11 +12,12 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.points import Point, points
-from bench.records import RunRecord
-from bench.report import charts, frames, styles
+from bench.records import RunRecord, SpeedRecord
+from bench.report import charts, frames, speed_charts, styles
 from bench.report.families import family_map
 from bench.report.influence import Picture, picture
 from bench.report.reproductions import figure_rows
+from bench.report.speed import speed_section
 from bench.spec import SELECTION_SEED, TaskSpec
 from bench.store import Store, atomic_write
 
@@ -63,10 +64,11 @@ def build_report(
     Raises:
         UserError: the store holds no run to show, or the file cannot be written.
     """
-    records, warnings = load_records(store, task)
+    speeds, speed_warnings = store.load_speed()
+    records, warnings = load_records(store, task, may_be_empty=bool(speeds))
     records = [record for record in records if specs is None or record.spec.task in specs]
     found = points(records)
-    page, page_warnings = _render(found, store, title, warnings)
+    page, page_warnings = _render(found, speeds, store, title, [*warnings, *speed_warnings])
     content = page.encode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,13 +79,15 @@ def build_report(
     return ReportSummary(out, len(found), len(records), len(content), page_warnings)
 
 
-def load_records(store: Store, task: str | None) -> tuple[list[RunRecord], list[str]]:
+def load_records(store: Store, task: str | None, *, may_be_empty: bool = False) -> tuple[list[RunRecord], list[str]]:
     """The records to report on, and the store's warnings.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, unless they may be missing and no task is named.
     """
     records, warnings = store.load()
+    if not records and may_be_empty and task is None:
+        return records, warnings
     if not records:
         skipped = f" ({len(warnings)} unreadable record(s) were skipped)" if warnings else ""
         raise UserError(f"The store {store.root} holds no runs to report{skipped}; train some with bench synthetic --task mqar.")
@@ -96,7 +100,9 @@ def load_records(store: Store, task: str | None) -> tuple[list[RunRecord], list[
     return chosen, warnings
 
 
-def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str]) -> tuple[str, list[str]]:
+def _render(
+    found: Sequence[Point], speeds: Sequence[SpeedRecord], store: Store, title: str, warnings: list[str]
+) -> tuple[str, list[str]]:
     """The page as text, and every warning on it."""
     import jinja2
     import vl_convert
@@ -108,7 +114,9 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
     pictures, picture_warnings = _pictures(found, rows, store)
     point_warnings = [f"{row['task_title']}, {row['name']}: {text}." for row in rows for text in row["warnings"]]
     warnings = [*warnings, *curve_warnings, *picture_warnings, *point_warnings]
-    look = styles.assign(point.mixer for point in found)
+    speed = speed_section(found, rows, speeds)
+    measured = [] if speed is None else speed["rows"]
+    look = styles.assign([point.mixer for point in found] + [row["mixer"] for row in measured])
     for task in tasks:
         task["slices"] = frames.slice_names([p for p, row in zip(found, rows, strict=True) if row["task"] == task["id"]])
     reproduced = figure_rows(found, rows)
@@ -119,9 +127,10 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         "curves": curves,
         "mixers": {name: {"light": style.light, "dark": style.dark, "shape": style.shape} for name, style in look.items()},
         "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
-        "specs": charts.specs(),
-        "csv": frames.csv_text(rows),
+        "specs": charts.specs() | speed_charts.specs(),
+        "csv": frames.csv_text(rows) if rows else "",
         "families": family_map(found, tasks),
+        "speed": speed,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -144,12 +153,14 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         curves=curves,
         families=data["families"],
         reproduced=reproduced,
+        speed=speed,
+        mixers=sorted({point.mixer for point in found} | {row["mixer"] for row in measured if row["kind"] == "mixer"}),
         metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
         pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
         pictures_made=len(pictures),
         warnings=warnings,
         failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
-        facts=_facts(found),
+        facts=_facts(found, speeds),
         selection_seed=SELECTION_SEED,
         store=store.root,
         axes=charts.AXES,
@@ -180,27 +191,32 @@ def _pictures(
     return pictures, warnings
 
 
-def _facts(found: Sequence[Point]) -> dict[str, Any]:
-    """What was run, where and when, over all records."""
+def _facts(found: Sequence[Point], speeds: Sequence[SpeedRecord]) -> dict[str, Any]:
+    """What was run, where and when, over all records; on a page without runs, over the measured speeds."""
     records = [record for point in found for record in point.records]
-    provenance = [record.provenance for record in records]
+    sources: Sequence[RunRecord | SpeedRecord] = records or speeds
+    provenance = [record.provenance for record in sources]
     commits = Counter(
         (p.commit or "unknown") + (f" + uncommitted changes {p.diff_hash or ''}".rstrip() if p.dirty else "") for p in provenance
     )
-    started = sorted(record.started for record in records)
+    started = sorted(record.started for record in sources)
     return {
         "runs": len(records),
-        "statuses": dict(Counter(record.status for record in records)),
-        "hardware": dict(Counter(f"{frames.hardware(record)} ({record.device}, {record.precision})" for record in records)),
+        "statuses": dict(Counter(record.status for record in sources)),
+        "hardware": dict(Counter(_where(record) for record in sources)),
         "commits": dict(commits),
         "commands": dict(Counter(p.command for p in provenance)),
         "versions": dict(Counter(", ".join(f"{name} {text}" for name, text in sorted(p.versions.items())) for p in provenance)),
-        "backends": dict(Counter(record.backend for record in records)),
+        "backends": dict(Counter(record.backend if isinstance(record, RunRecord) else record.path for record in sources)),
         "first": _date(started[0]),
         "last": _date(started[-1]),
         "train_hours": sum(record.train_seconds for record in records) / 3600,
         "built": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _where(record: RunRecord | SpeedRecord) -> str:
+    return f"{frames.hardware(record)} ({record.device}, {record.precision if isinstance(record, RunRecord) else record.dtype})"
 
 
 def _date(started: str) -> str:

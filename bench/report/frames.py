@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.families import task_score
 from bench.points import Point
-from bench.records import RunRecord
+from bench.records import RunRecord, SpeedRecord
 from bench.report.charts import AXES
 from bench.report.families import shortcut_lines
 from bench.selection import published_selection
@@ -226,8 +226,8 @@ def _first(grid: Any, reached: Any) -> int | None:
     return int(grid[reached.argmax()]) if reached.any() else None
 
 
-def hardware(record: RunRecord) -> str:
-    """The processor that trained a run."""
+def hardware(record: RunRecord | SpeedRecord) -> str:
+    """The processor that a record comes from."""
     found = record.provenance.hardware
     return found.get("gpu") or found.get("cpu") or record.device
 
