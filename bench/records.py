@@ -136,7 +136,7 @@ class SpeedRecord(Strict):
     schema_version: int = SCHEMA_VERSION
     speed_id: str
     """Hash of subject, mode, shape, precision and device: a new measurement replaces an older one."""
-    kind: Literal["mixer", "kernel"]
+    subject: Literal["mixer", "kernel"]
     name: str
     """The mixer as written on the command line, or a kernel of `bench list kernels`."""
     mode: Literal["forward", "train", "prefill", "decode"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ from bench.throughput.plan import Row, SpeedRequest, plan
 
 if TYPE_CHECKING:
     from bench.throughput.measure import Session
+
+
+CACHE = "TRITON_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,26 @@ def run(request: SpeedRequest, options: Options, output: Output) -> int:
     store = Store(options.store)
     store.check_writable()
     output.say(device.sentence)
-    with tempfile.TemporaryDirectory() as cache:
-        # An empty cache makes the first calls compile, so that their seconds mean something.
-        os.environ["TRITON_CACHE_DIR"] = cache
+    with _empty_cache():
         records = _measure(rows, _session(device.kind, options, output), store, output)
     output.console.print(_table(records))
     _explain(records, output)
     output.say(f"{len(records)} rows in {store.root / 'speed'}; `bench report --store {store.root}` plots them.")
     return 1 if any(record.status in ("wrong", "failed") for record in records) else 0
+
+
+@contextmanager
+def _empty_cache() -> Iterator[None]:
+    """Lets Triton compile into an empty folder, so that the seconds of first calls mean something."""
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[CACHE]
+            if before is not None:
+                os.environ[CACHE] = before
 
 
 def _session(kind: str, options: Options, output: Output) -> Session:
@@ -101,7 +118,7 @@ def _measure(rows: list[Row], session: Session, store: Store, output: Output) ->
 def _print_plan(rows: list[Row], output: Output) -> int:
     for row in rows:
         output.say(row.text())
-        output.emit("plan", {"kind_of_row": row.kind, "name": row.name, "mode": row.mode, "dtype": row.dtype, **row.sizes()})
+        output.emit("plan", {"subject": row.kind, "name": row.name, "mode": row.mode, "dtype": row.dtype, **row.sizes()})
     output.say(f"{len(rows)} rows; nothing was timed.")
     return 0
 

@@ -45,7 +45,7 @@ def _recall(points: Sequence[Point], rows: Sequence[dict[str, Any]], records: Se
     """Points with the speed of their mixers, measured alone at the point's own width."""
     best: dict[tuple[str, int, str], SpeedRecord] = {}
     for record in records:
-        if record.kind == "mixer" and record.tokens_per_second is not None:
+        if record.subject == "mixer" and record.tokens_per_second is not None:
             key = (bare(record.name), record.shape["d_model"], record.mode)
             if key not in best or record.shape["length"] >= best[key].shape["length"]:
                 best[key] = record
@@ -75,7 +75,7 @@ def _row(record: SpeedRecord) -> dict[str, Any]:
     peer, ratio, over = record.best_peer(), record.bound_ratio(), record.peer_ratio()
     widths = _widths(record.shape)
     return {
-        "kind": record.kind,
+        "kind": record.subject,
         "name": record.name,
         "series": f"{record.name}, {widths}",
         "mixer": bare(record.name).partition(":")[0],

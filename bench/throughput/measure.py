@@ -73,7 +73,7 @@ class Session:
         identity = {"kind": row.kind, "name": row.name, "mode": row.mode, "shape": row.sizes(), "dtype": row.dtype, "chip": chip}
         return SpeedRecord(
             speed_id=digest(identity),
-            kind=row.kind,
+            subject=row.kind,
             name=row.name,
             mode=row.mode,
             shape=row.sizes(),

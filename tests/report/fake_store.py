@@ -230,7 +230,7 @@ def speed(
     peer = Peer(name="a public one", version="1.0", eager=Timing(median_us=2000.0, low_us=1900.0, high_us=2100.0, n=7))
     return SpeedRecord(
         speed_id=digest([kind, mixer, mode, length, d_model]),
-        kind=kind,  # type: ignore[arg-type]
+        subject=kind,  # type: ignore[arg-type]
         name=mixer,
         mode=mode,  # type: ignore[arg-type]
         shape={"batch": 512 // length, "length": length, **width},
