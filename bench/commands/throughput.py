@@ -65,7 +65,6 @@ def run(request: SpeedRequest, options: Options, output: Output) -> int:
         return _print_plan(rows, output)
     store = Store(options.store)
     store.check_writable()
-    output.say(device.sentence)
     with _empty_cache():
         records = _measure(rows, _session(device.kind, options, output), store, output)
     output.console.print(_table(records))
@@ -97,6 +96,7 @@ def _session(kind: str, options: Options, output: Output) -> Session:
     session = Session(torch.device(kind), with_peers=options.with_peers)
     ceilings = session.ceilings
     copied, product = ceilings.copy_bytes_per_second / 1e9, ceilings.product_flops_per_second / 1e12
+    output.say(f"Device: {session.hardware.get('gpu', session.hardware['cpu'])}.")
     output.say(f"Ceilings of this run: copy {copied:,.0f} GB/s, {ceilings.product_dtype} product {product:,.2f} TFLOP/s.")
     if kind == "cpu":
         output.say("On a CPU there is no graph time and no device memory to report; times are calls from Python.")
