@@ -18,36 +18,66 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.library.custom_op("mixer_bench::recurrent_step", mutates_args=())
 def step_operator(
-    q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, log_decay: Tensor | None, beta_BH: Tensor | None, state_BHKV: Tensor
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    log_decay: Tensor | None,
+    beta_BH: Tensor | None,
+    a_BHK: Tensor | None,
+    b_BHK: Tensor | None,
+    state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.step.recurrent_step`, its decays [B, H] or [B, H, K]: the output and a new state."""
     from kernels.step_triton import step
 
     new_BHKV = state_BHKV.new_empty(state_BHKV.shape)
     with torch.cuda.device_of(v_BHV):  # Triton launches on the current device
-        return step(q_BGK, k_BGK, v_BHV, log_decay, beta_BH, state_BHKV.contiguous(), new_BHKV), new_BHKV
+        return step(q_BGK, k_BGK, v_BHV, log_decay, beta_BH, a_BHK, b_BHK, state_BHKV.contiguous(), new_BHKV), new_BHKV
 
 
 @step_operator.register_fake
 def _(
-    q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, log_decay: Tensor | None, beta_BH: Tensor | None, state_BHKV: Tensor
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    log_decay: Tensor | None,
+    beta_BH: Tensor | None,
+    a_BHK: Tensor | None,
+    b_BHK: Tensor | None,
+    state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return v_BHV.new_empty(v_BHV.shape), state_BHKV.new_empty(state_BHKV.shape)
 
 
 @torch.library.custom_op("mixer_bench::recurrent_step_", mutates_args=("state_BHKV",))
 def step_in_place(
-    q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, log_decay: Tensor | None, beta_BH: Tensor | None, state_BHKV: Tensor
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    log_decay: Tensor | None,
+    beta_BH: Tensor | None,
+    a_BHK: Tensor | None,
+    b_BHK: Tensor | None,
+    state_BHKV: Tensor,
 ) -> Tensor:
     """The same on a contiguous state that is written over; returns the output."""
     from kernels.step_triton import step
 
     with torch.cuda.device_of(v_BHV):
-        return step(q_BGK, k_BGK, v_BHV, log_decay, beta_BH, state_BHKV, state_BHKV)
+        return step(q_BGK, k_BGK, v_BHV, log_decay, beta_BH, a_BHK, b_BHK, state_BHKV, state_BHKV)
 
 
 @step_in_place.register_fake
-def _(q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, log_decay: Tensor | None, beta_BH: Tensor | None, state_BHKV: Tensor) -> Tensor:
+def _(
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    log_decay: Tensor | None,
+    beta_BH: Tensor | None,
+    a_BHK: Tensor | None,
+    b_BHK: Tensor | None,
+    state_BHKV: Tensor,
+) -> Tensor:
     return v_BHV.new_empty(v_BHV.shape)
 
 

@@ -26,6 +26,12 @@ def test_sixteen_bit_state(state: torch.dtype) -> None:
     cases.check((2, 2, 4, 128, 64), ("vector", True), "cuda", torch.bfloat16, state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rank_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    cases.check_rank_one(shape, "cuda", dtype)
+
+
 def test_more_heads_than_a_grid_axis_may_have() -> None:
     cases.check((700, 100, 100, 16, 16), ("scalar", True), "cuda", torch.bfloat16)
 

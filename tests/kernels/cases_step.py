@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import use_backend
-from kernels.reference import linear_recurrence_reference
+from kernels.reference import dplr_reference, linear_recurrence_reference
 from kernels.step import recurrent_step, states_in_place
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
 
@@ -39,10 +39,18 @@ def draw(
     return tensors
 
 
+def with_rank_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs with vectors of a rank-one transition, as RWKV-7 makes them."""
+    like = tensors["state"][..., 0].float()
+    b = torch.nn.functional.normalize(torch.randn_like(like), dim=-1)
+    return tensors | {"a": -torch.rand_like(like) * b, "b": b}
+
+
 def step(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The operation on named tensors."""
     q, k, v, state = (tensors[name] for name in ("q", "k", "v", "state"))
-    o, new = recurrent_step(q, k, v, state, log_decay=tensors.get("log_decay"), beta_BH=tensors.get("beta"))
+    rank_one = (tensors["a"], tensors["b"]) if "a" in tensors else None
+    o, new = recurrent_step(q, k, v, state, log_decay=tensors.get("log_decay"), beta_BH=tensors.get("beta"), rank_one=rank_one)
     return {"o": o, "state": new}
 
 
@@ -52,6 +60,10 @@ def definition(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     decay, beta = exact.get("log_decay"), exact.get("beta")
     decay = decay if decay is None or decay.ndim == 1 else decay[:, None]
     q, k, v = (exact[name][:, None] for name in ("q", "k", "v"))
+    if "a" in exact:
+        a, b = exact["a"][:, None], exact["b"][:, None]
+        o, new = dplr_reference(q, k, v, a, b, log_decay_BTHK=decay, state_BHKV=exact["state"])
+        return {"o": o[:, 0], "state": new}
     o, new = linear_recurrence_reference(
         q, k, v, log_decay=decay, beta_BTH=None if beta is None else beta[:, None], state_BHKV=exact["state"]
     )
@@ -61,8 +73,19 @@ def definition(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def check(
     shape: tuple[int, ...], option: tuple[str, bool], device: str, dtype: torch.dtype, state: torch.dtype = torch.float32
 ) -> None:
+    """One option; see `check_tensors`."""
+    check_tensors(draw(shape, option[0], delta=option[1], device=device, dtype=dtype, state=state))
+
+
+def check_rank_one(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
+    """RWKV-7's transition, which has a vector decay and a head of q and k for each of v."""
+    own = (shape[0], shape[2], *shape[2:])
+    check_tensors(with_rank_one(draw(own, "vector", delta=False, device=device, dtype=dtype, state=torch.float32)))
+
+
+def check_tensors(tensors: dict[str, Tensor]) -> None:
     """Output and state against fp64, as a new tensor and in place; only the latter changes the given state."""
-    tensors = draw(shape, option[0], delta=option[1], device=device, dtype=dtype, state=state)
+    dtype, state = tensors["v"].dtype, tensors["state"].dtype
     want, before = definition(tensors), tensors["state"].clone()
     tolerance = SINGLE if dtype == state == torch.float32 else SIXTEEN_BIT
     with use_backend("triton"), poisoned():

@@ -20,13 +20,20 @@ def test_sixteen_bit_state():
     cases.check((2, 1, 2, 16, 24), ("scalar", True), "cpu", torch.float32, torch.float16)
 
 
+@pytest.mark.parametrize("shape", cases.SHAPES)
+def test_rank_one(shape: tuple[int, ...]):
+    cases.check_rank_one(shape, "cpu", torch.float32)
+
+
 def test_wide_keys():
     cases.check((1, 1, 1, 300, 7), ("none", False), "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("option", [("constant", False), ("scalar", True), ("vector", True)])
+@pytest.mark.parametrize("option", [("constant", False), ("scalar", True), ("vector", True), ("rank one", False)])
 def test_members(option: tuple[str, bool]):
-    members = [cases.draw((2, 1, 2, 16, 8), option[0], delta=option[1], device="cpu", dtype=torch.float32, state=torch.float32)] * 3
+    gate = "vector" if option[0] == "rank one" else option[0]
+    drawn = cases.draw((2, 1, 2, 16, 8), gate, delta=option[1], device="cpu", dtype=torch.float32, state=torch.float32)
+    members = [cases.with_rank_one(drawn) if option[0] == "rank one" else drawn] * 3
     members = [{name: torch.randn_like(x).abs().neg() for name, x in member.items()} for member in members]
     names = list(members[0])
     stacked = [torch.stack([member[name] for member in members]) for name in names]
@@ -71,7 +78,7 @@ def test_the_recurrence_decodes_with_it():
 @pytest.mark.parametrize("operator", ["recurrent_step", "recurrent_step_"])
 def test_operator_is_registered_right(operator: str):
     tensors = cases.draw((2, 1, 2, 16, 8), "scalar", delta=True, device="cpu", dtype=torch.float32, state=torch.float32)
-    arguments = [tensors[name] for name in ("q", "k", "v", "log_decay", "beta", "state")]
+    arguments = [tensors.get(name) for name in ("q", "k", "v", "log_decay", "beta", "a", "b", "state")]
     torch.library.opcheck(getattr(torch.ops.mixer_bench, operator).default, arguments)
 
 

@@ -10,12 +10,12 @@ from tests.kernels.offline import Resources, compile_sm90
 STATES = {"fp32": "*fp32+", "bf16": "*bf16+", "fp16": "*fp16+"}
 
 
-def compile_step(k_dim: int, v_dim: int, gate: int, *, delta: bool, state: str) -> Resources:
+def compile_step(k_dim: int, v_dim: int, gate: int, *, delta: bool, state: str, rank_one: bool = False) -> Resources:
     """One specialisation, with 16-bit inputs."""
     keys, values = tile_widths(k_dim, v_dim)
     runtime = {p.name: p.annotation_type or "*bf16+" for p in step_kernel.params if not p.is_constexpr}
     runtime |= {"gate": "*fp32+", "beta": "*fp32+", "old": STATES[state], "new": STATES[state]}
-    constants = {"K": k_dim, "V": v_dim, "BK": keys, "BV": values, "GATE": gate, "DELTA": delta}
+    constants = {"K": k_dim, "V": v_dim, "BK": keys, "BV": values, "GATE": gate, "DELTA": delta, "RANK_ONE": rank_one}
     arguments = runtime | constants
     return compile_sm90(step_kernel, {name: arguments[name] for name in step_kernel.arg_names}, warps=CONFIG.warps)
 
@@ -27,6 +27,11 @@ def test_nothing_spills_and_loads_are_wide(width: int, gate: int, delta: bool):
     assert used.spilled == 0
     assert used.registers <= 128  # 16 warps an SM at least, which is what hides the memory's latency
     assert "v4.b32" in used.ptx
+
+
+def test_a_rank_one_transition_does_not_spill():
+    used = compile_step(64, 64, 2, delta=False, state="fp32", rank_one=True)
+    assert used.spilled == 0
 
 
 @pytest.mark.slow
