@@ -53,7 +53,7 @@ def step_kernel(
     i, j = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     in_state = (i < K)[:, None] & (j < V)[None, :]
     offsets = head_index.to(tl.int64) * K * V + (i[:, None] * V + j[None, :])
-    state_KV = tl.load(old + offsets, mask=in_state, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    state_KV = tl.load(old + offsets, mask=in_state, other=0.0).to(tl.float32)
     q_K = tl.load(q + batch * q_b + shared * q_h + i, mask=i < K, other=0.0).to(tl.float32)
     k_K = tl.load(k + batch * k_b + shared * k_h + i, mask=i < K, other=0.0).to(tl.float32)
     u_V = tl.load(v + batch * v_b + head * v_h + j, mask=j < V, other=0.0).to(tl.float32)
@@ -74,7 +74,7 @@ def step_kernel(
     if RANK_ONE:
         read_V += tl.sum(a_K * q_K, 0) * turned_V
         state_KV += a_K[:, None] * turned_V[None, :]
-    tl.store(new + offsets, state_KV.to(new.dtype.element_ty), mask=in_state, eviction_policy="evict_first")
+    tl.store(new + offsets, state_KV.to(new.dtype.element_ty), mask=in_state)
     tl.store(o + head_index.to(tl.int64) * V + j, read_V.to(o.dtype.element_ty), mask=j < V)
 
 

@@ -75,16 +75,16 @@ def run(request: SpeedRequest, options: Options, output: Output) -> int:
 
 @contextmanager
 def _empty_cache() -> Iterator[None]:
-    """Lets Triton compile into an empty folder, so that the seconds of first calls mean something."""
-    before = os.environ.get(CACHE)
+    """Lets Triton compile into an empty folder, so that the seconds of first calls mean something; a folder that is set stays."""
+    if CACHE in os.environ:
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         os.environ[CACHE] = folder
         try:
             yield
         finally:
             del os.environ[CACHE]
-            if before is not None:
-                os.environ[CACHE] = before
 
 
 def _session(kind: str, options: Options, output: Output) -> Session:
@@ -112,6 +112,11 @@ def _measure(rows: list[Row], session: Session, store: Store, output: Output) ->
         records.append(record)
         output.emit("speed", {**record.model_dump(mode="json", exclude={"provenance"}), **_ratios(record)})
         output.say(f"[{index + 1}/{len(rows)}] {row.text()}: {_outcome(record)}")
+        if session.lost:
+            output.say(
+                f"An error left the device unusable; {len(rows) - index - 1} rows were not measured. Run them by themselves."
+            )
+            break
     return records
 
 

@@ -44,6 +44,8 @@ class Session:
         self.hardware = hardware(device)
         self.generator = torch.Generator(device)
         self.gates: dict[tuple[Any, ...], GateResult] = {}
+        self.lost = False
+        """Whether an error left the device unusable, so that no later row of this process can be measured."""
 
     def measure(self, row: Row) -> SpeedRecord:
         """Measures a row; a wrong result, an error or a lack of memory is a record too, and has no times."""
@@ -64,8 +66,16 @@ class Session:
             return record.model_copy(update={"status": "failed", "reason": one_line(error)})
         finally:
             del subject
-            if self.device.type == "cuda":
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Gives memory back; this is where an error that a kernel left behind shows at the latest."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
+            except RuntimeError:
+                self.lost = True
 
     def _record(self, row: Row) -> SpeedRecord:
         """A record without results."""
