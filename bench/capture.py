@@ -18,13 +18,10 @@ class Repeated:
         function: no branch on values, no synchronisation; what it returns is overwritten by the next call.
         device: where it runs.
         pool: memory pool that it shares with functions that never run at the same time, from `graph_pool`.
-        generators: random generators that it draws from.
     """
 
-    def __init__(
-        self, function: Callable[[], Any], device: torch.device, pool: Any = None, generators: tuple[torch.Generator, ...] = ()
-    ) -> None:
-        self.function, self.device, self.pool, self.generators = function, device, pool, generators
+    def __init__(self, function: Callable[[], Any], device: torch.device, pool: Any = None) -> None:
+        self.function, self.device, self.pool = function, device, pool
         self.warm = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None
@@ -38,8 +35,6 @@ class Repeated:
             return self._on_side_stream(self.function)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph, pool=self.pool):
                 self.result = self.function()
         self.graph.replay()

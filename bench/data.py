@@ -81,7 +81,7 @@ class DeviceCell:
 
 def device_split(task: Task, split: str, seed: int, device: torch.device) -> list[DeviceCell]:
     """Generates a split and moves it to the device."""
-    batches = build_split(task, split, seed)
+    batches = build_split(task, split, seed, workers=torch.get_num_threads())
     return [DeviceCell.from_batch(cell, batches[cell.name], device) for cell in task.cells(split)]
 
 
@@ -97,7 +97,17 @@ class Picked(NamedTuple):
 
 @dataclass(frozen=True)
 class StackedCell:
-    """The same cell drawn for several seeds: the tensors of their `DeviceCell`s, seeds first."""
+    """The same cell drawn for several seeds: the tensors of their `DeviceCell`s, seeds first.
+
+    Args:
+        cell: the cell.
+        inputs: token ids [S, N, T] or features [S, N, T, F].
+        rows_SNM: positions of the labelled rows.
+        labels_SNM: their targets.
+        values_SNMK: their real-valued labels, or None.
+        zero_error_S: mean squared error of predicting zero; 1 where labels are tokens.
+        start: number of the example in row 0, a tensor of one element; not 0 where only a block of the cell is here.
+    """
 
     cell: Cell
     inputs: Tensor
@@ -105,11 +115,12 @@ class StackedCell:
     labels_SNM: Tensor
     values_SNMK: Tensor | None
     zero_error_S: Tensor
+    start: Tensor
 
     @classmethod
-    def from_cells(cls, cells: list[DeviceCell]) -> StackedCell:
-        """Stacks one cell a seed; examples with fewer labelled rows than those of other seeds are padded."""
-        most = max(cell.rows_NM.shape[1] for cell in cells)
+    def from_cells(cls, cells: list[DeviceCell], most: int = 0) -> StackedCell:
+        """Stacks one cell a seed; examples with fewer labelled rows than those of other seeds, or than `most`, are padded."""
+        most = max(most, *(cell.rows_NM.shape[1] for cell in cells))
 
         def stacked(name: str, fill: int) -> Tensor:
             return torch.stack([F.pad(t, (0, most - t.shape[1]), value=fill) for t in (getattr(cell, name) for cell in cells)])
@@ -122,6 +133,7 @@ class StackedCell:
             stacked("labels_NM", -100),
             torch.stack(values) if values else None,
             torch.tensor([cell.zero_error if values else 1.0 for cell in cells], device=cells[0].inputs.device),
+            torch.zeros((), dtype=torch.int64, device=cells[0].inputs.device),
         )
 
     def __len__(self) -> int:
@@ -133,47 +145,56 @@ class StackedCell:
 
         Args:
             sets_E: each member's seed, as an index into S.
-            examples_EB: indices into N; -1 stands for no example.
+            examples_EB: numbers of examples, which are here; -1 stands for no example.
         """
-        set_E1, example_EB = sets_E[:, None], examples_EB.clamp(min=0)
+        set_E1, example_EB = sets_E[:, None], (examples_EB - self.start).clamp(min=0)
         labels_EBM = self.labels_SNM[set_E1, example_EB].masked_fill(examples_EB[..., None] < 0, -100)
         values = None if self.values_SNMK is None else self.values_SNMK[set_E1, example_EB]
         return Picked(self.inputs[set_E1, example_EB], self.rows_SNM[set_E1, example_EB], labels_EBM, values)
 
 
-def stacked_split(task: Task, split: str, seeds: list[int], device: torch.device) -> list[StackedCell]:
-    """A split of several seeds on the device, cell by cell."""
-    by_seed = [device_split(task, split, seed, device) for seed in seeds]
-    return [StackedCell.from_cells(list(cells)) for cells in zip(*by_seed, strict=True)]
-
-
-def epoch_plan(sizes: list[int], train: TrainSpec, seeds: list[int], epoch: int) -> tuple[list[int], np.ndarray]:
+def epoch_plan(
+    sizes: list[int], train: TrainSpec, seeds: list[int], epoch: int, spans: list[int] | None = None
+) -> tuple[list[int], np.ndarray]:
     """The batches of one epoch, a pure function of its arguments.
 
     A batch never mixes cells, and all seeds meet the cells in the same order, so that runs of different seeds can be
     trained together. With `shuffle="none"` the cells follow one another, easiest first, in the same order every epoch, as
     in Zoology; "batches" permutes whole batches, those of a cell in an order of the seed's own; "examples" redraws their
-    composition too.
+    composition too. A cell that is streamed comes block by block, in an order that all seeds share; the rest happens inside
+    of its blocks.
 
     Args:
         sizes: examples of each cell.
         train: batch size and shuffling.
         seeds: the S seeds.
         epoch: counted from 0.
+        spans: examples of each cell that are present together, by default all of them.
 
     Returns:
-        The cell of each of the P steps, and examples [P, S, B] int64; -1 fills the last batch of a cell.
+        The cell of each of the P steps, and examples [P, S, B] int64; -1 fills the last batch of a cell or block.
     """
-    batches = [-(-size // train.batch_size) for size in sizes]
-    cells = np.repeat(np.arange(len(sizes)), batches)
+    spans = sizes if spans is None else spans
+    starts = [np.arange(0, size, span) for size, span in zip(sizes, spans, strict=True)]
+    lengths = [np.minimum(span, size - start) for size, span, start in zip(sizes, spans, starts, strict=True)]
+    batches = [-(-length // train.batch_size) for length in lengths]
+    cells = np.repeat(np.arange(len(sizes)), [count.sum() for count in batches])
     if train.shuffle != "none":
         cells = stream(0, "order", epoch).permutation(cells)
     examples = np.full((len(cells), len(seeds), train.batch_size), -1, dtype=np.int64)
     for column, seed in enumerate(seeds):
         rng = stream(seed, "order", epoch)
-        for index, (size, count) in enumerate(zip(sizes, batches, strict=True)):
-            order = np.full(count * train.batch_size, -1, dtype=np.int64)
-            order[:size] = rng.permutation(size) if train.shuffle == "examples" else np.arange(size)
-            parts = order.reshape(count, train.batch_size)
-            examples[cells == index, column] = rng.permutation(parts) if train.shuffle == "batches" else parts
+        for index, start in enumerate(starts):
+            turns = np.arange(len(start)) if train.shuffle == "none" else stream(0, "blocks", index, epoch).permutation(len(start))
+            parts = [(start[turn], _block_plan(rng, int(lengths[index][turn]), train)) for turn in turns]
+            examples[cells == index, column] = np.concatenate([np.where(part < 0, -1, first + part) for first, part in parts])
     return cells.tolist(), examples
+
+
+def _block_plan(rng: np.random.Generator, size: int, train: TrainSpec) -> np.ndarray:
+    """The batches of `size` examples, [batches, B]; -1 fills the last one."""
+    count = -(-size // train.batch_size)
+    order = np.full(count * train.batch_size, -1, dtype=np.int64)
+    order[:size] = rng.permutation(size) if train.shuffle == "examples" else np.arange(size)
+    parts = order.reshape(count, train.batch_size)
+    return rng.permutation(parts) if train.shuffle == "batches" else parts

@@ -19,6 +19,12 @@ def reader(task: Task, d_model: int) -> nn.Module:
     return nn.Embedding(task.vocab_size, d_model)
 
 
+def computed(x: Tensor) -> Tensor:
+    """A tensor in the dtype that autocast computes in: a table's rows come in fp32, and would keep the whole stream there."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def head(task: Task, d_model: int) -> nn.Module | None:
     """What predicts from normalised hidden vectors; None stands for the embedding's transpose.
 

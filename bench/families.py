@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from bench.points import Point
+from bench.records import CellInfo
 
 FAMILIES = ("recall", "selectivity", "mad", "state_tracking")
 """In the order shown."""
@@ -28,6 +29,12 @@ def task_score(point: Point, *, trained: bool | None = None) -> float | None:
     """Mean score of the test cells, of those inside (True) or beyond (False) the trained range, or of all (None)."""
     cells = [cell for cell in point.cells if cell.name in point.slices and trained in (None, cell.trained)]
     return fmean(cell_score(point.slices[cell.name], cell.ceilings) for cell in cells) if cells else None
+
+
+def mean_ceilings(cells: Sequence[CellInfo]) -> dict[str, float]:
+    """What the solvers of a task's hardest cell score in the mean over all its test cells; 0 where a cell has no such solver."""
+    hardest = max(cells, key=lambda cell: cell.bits_needed)
+    return {name: fmean(cell.ceilings.get(name, 0.0) for cell in cells) for name in hardest.ceilings}
 
 
 @dataclass(frozen=True)

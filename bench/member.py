@@ -23,14 +23,12 @@ class MemberState:
         first: AdamW's first moments, [P].
         second: AdamW's second moments, [P].
         sums: loss, score and examples of the epoch so far.
-        rng: state of the dropout generator.
     """
 
     weights: Tensor
     first: Tensor
     second: Tensor
     sums: Tensor
-    rng: Tensor
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import catalog, ends
+from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
 from mixers import Mixer
@@ -82,22 +83,28 @@ class LanguageModel(nn.Module):
         plain = self.spec.frame == "zoology" and self.spec.layer(0).mixer in MAMBA_BLOCK
         return 0.0 if plain else self.spec.embed_dropout
 
-    def embed(self, inputs: Tensor, keep_BTD: Tensor | None = None) -> Tensor:
+    def embed(self, inputs: Tensor, key_B: Tensor | None = None) -> Tensor:
         """Embeddings of token ids [B, T] or features [B, T, F], positions included: [B, T, D].
 
         Args:
             inputs: what the task gives.
-            keep_BTD: the elements that dropout keeps, bool; they are scaled up. None drops nothing.
+            key_B: each example's key of what dropout drops, from `bench.dropout`; None drops nothing.
         """
-        x_BTD = self.embedding(inputs)
+        x_BTD = ends.computed(self.embedding(inputs))
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]]
-        return x_BTD if keep_BTD is None else x_BTD * keep_BTD / (1 - self.embed_dropout)
+            x_BTD = x_BTD + self.positions.weight[: inputs.shape[1]].to(x_BTD.dtype)
+        return x_BTD if key_B is None else dropout(x_BTD, key_B, self.embed_dropout)
 
-    def hidden(self, x_BTD: Tensor) -> Tensor:
-        """Runs the blocks over embeddings; the result still lacks the final norm: [B, T, D]."""
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
+    def hidden(self, x_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        """Runs the blocks over embeddings; the result still lacks the final norm: [B, T, D].
+
+        Args:
+            x_BTD: embeddings.
+            rows_BM: the only positions wanted, [B, M], for a result [B, M, D]: what follows the last mixer is left out elsewhere.
+        """
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rows_BM if index == last else None)
         return x_BTD
 
     def predict(self, h_BMD: Tensor) -> Tensor:
@@ -105,24 +112,22 @@ class LanguageModel(nn.Module):
         h_BMD = self.norm(h_BMD)
         return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
-    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, keep_BTD: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None) -> Tensor:
         """Predictions at the labelled rows.
 
         Args:
             inputs: token ids [B, T] or features [B, T, F].
             rows_BM: positions of the M labelled rows of each example, [B, M]; None means every position.
-            keep_BTD: as for `embed`.
+            key_B: as for `embed`.
 
         Returns:
             Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
         """
-        h_BTD = self.hidden(self.embed(inputs, keep_BTD))
+        x_BTD = self.embed(inputs, key_B)
         if isinstance(self.head, ends.LastDecoder):
             every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
-            return self.head(self.norm(h_BTD[:, -1]), every_BT if rows_BM is None else rows_BM)
-        if rows_BM is not None:
-            h_BTD = h_BTD.gather(1, rows_BM[..., None].expand(-1, -1, h_BTD.shape[-1]))
-        return self.predict(h_BTD)
+            return self.head(self.norm(self.hidden(x_BTD)[:, -1]), every_BT if rows_BM is None else rows_BM)
+        return self.predict(self.hidden(x_BTD, rows_BM))
 
     def mixers(self) -> Iterator[Mixer]:
         """The mixers, first layer first."""
@@ -157,9 +162,10 @@ class _ZoologyBlock(nn.Module):
         else:
             _zoology_init(self.mixer, spec.n_layers)
 
-    def forward(self, r_BTD: Tensor) -> Tensor:
-        r_BTD = r_BTD + self.mixer(self.norm1(r_BTD))[0]
-        return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD)
+    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        y_BTD = self.mixer(self.norm1(r_BTD))[0]
+        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
+        return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD).to(r_BTD.dtype)
 
 
 class _PreNormBlock(nn.Module):
@@ -174,10 +180,16 @@ class _PreNormBlock(nn.Module):
         self.gate_up = nn.Linear(spec.d_model, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, spec.d_model, bias=False)
 
-    def forward(self, r_BTD: Tensor) -> Tensor:
-        r_BTD = r_BTD + self.mixer(self.norm1(r_BTD))[0]
+    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        y_BTD = self.mixer(self.norm1(r_BTD))[0]
+        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
         gate, up = self.gate_up(self.norm2(r_BTD)).chunk(2, dim=-1)
-        return r_BTD + self.down(F.silu(gate) * up)
+        return r_BTD + self.down(F.silu(gate) * up).to(r_BTD.dtype)
+
+
+def _rows(x_BTD: Tensor, rows_BM: Tensor | None) -> Tensor:
+    """The positions asked for, [B, M, D], or all."""
+    return x_BTD if rows_BM is None else x_BTD.gather(1, rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
 def _zoology_init(mixer: Mixer, n_layers: int) -> None:

@@ -20,7 +20,7 @@ from bench.model import LanguageModel
 from bench.records import CellInfo, Metric, RunRecord, StateInfo, Status
 from bench.spec import RunSpec, run_id
 from bench.train import FleetTrainer
-from synthetic_tasks import SPLITS, Cell, Task, build_split, split_digest
+from synthetic_tasks import SPLITS, Cell, Task, build_split, split_hash
 
 LINKED_SUITES = ("recall", "mad")
 """Families whose answers stand in the context, so that influence maps can link a query with its answer."""
@@ -142,7 +142,7 @@ def make_record(spec: RunSpec, device: torch.device, outcome: Outcome, clock: Cl
         family=task.suite,
         cells=[cell_info(task, cell) for cell in task.cells("test")],
         metrics=outcome.metrics,
-        data_hashes={split: split_digest(build_split(task, split, spec.seed)) for split in SPLITS},
+        data_hashes={split: split_hash(task, split, spec.seed) for split in SPLITS},
         device=str(device),
         precision=precision,
         backend="torch",

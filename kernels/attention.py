@@ -2,16 +2,21 @@
 
 `attention_reference` is the definition; `attention` and `banded_attention` are the fast forms and equal it.
 
-Shape legend: B batch, H heads, T queries, S keys, K key width, V value width, N blocks, C block length, X = B H.
+Shape legend: B batch, H heads of q, G heads of k and v, T queries, S keys, K key width, V value width, N blocks,
+C block length, X = B H.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
 from kernels._members import fold_members, stack_members
+from kernels.walk import MAX_WIDTH
 
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS: Tensor | None = None) -> Tensor:
@@ -101,8 +106,8 @@ def band_mask(
 
 def banded_attention(
     q_BHTK: Tensor,
-    k_BHSK: Tensor,
-    v_BHSV: Tensor,
+    k_BGSK: Tensor,
+    v_BGSV: Tensor,
     *,
     window: int,
     start_B: Tensor | None = None,
@@ -110,50 +115,99 @@ def banded_attention(
 ) -> Tensor:
     """Causal sliding-window attention with optional sinks, in O(T (window + sinks)) time and memory.
 
-    Queries are cut into blocks at least as long as the window; a block sees itself, the block before and the sinks.
-
     Args:
         q_BHTK: queries of T consecutive tokens.
-        k_BHSK: keys of the same tokens, after those of S - T earlier tokens, S - T < window.
-        v_BHSV: values.
+        k_BGSK: keys of the same tokens, after those of S - T earlier tokens, S - T < window; G divides H.
+        v_BGSV: values.
         window: number of keys seen, the own one included.
         start_B: int64, absolute position of the first query in each sequence; None for 0. Keys at negative positions
             are unfilled storage and invisible.
-        sink_kv: keys and values of the first s tokens of the sequence, each [B, H, s, .]; visible once they have left
+        sink_kv: keys and values of the first s tokens of the sequence, each [B, G, s, .]; visible once they have left
             the window.
 
     Returns:
         [B, H, T, V].
-    """
-    n_tokens, history = q_BHTK.shape[-2], k_BHSK.shape[-2] - q_BHTK.shape[-2]
-    n_sinks = 0 if sink_kv is None else sink_kv[0].shape[-2]
-    block = max(window - 1, 32)
-    if start_B is None and history == 0 and n_tokens <= max(2 * block, window):
-        # a short sequence holds its sinks already
-        if window >= n_tokens:
-            return attention(q_BHTK, k_BHSK, v_BHSV, causal=True)
-        mask_TS = band_mask(n_tokens, n_tokens, window=window, sinks=n_sinks, device=q_BHTK.device)
-        return attention(q_BHTK, k_BHSK, v_BHSV, mask_TS=mask_TS)
-    start = torch.zeros((), dtype=torch.long, device=q_BHTK.device) if start_B is None else start_B
-    if n_tokens <= 2 * block:
-        mask = _band_visible(n_tokens, history, window, start, n_sinks)
-        if sink_kv is not None:
-            k_BHSK, v_BHSV = torch.cat((sink_kv[0], k_BHSK), -2), torch.cat((sink_kv[1], v_BHSV), -2)
-        return attention(q_BHTK, k_BHSK, v_BHSV, mask_TS=mask if start_B is None else mask[:, None])
 
+    Raises:
+        ValueError: a forced backend that cannot run them.
+    """
+    n_tokens, n_heads = q_BHTK.shape[-2], q_BHTK.shape[1]
+    whole = start_B is None and k_BGSK.shape[-2] == n_tokens
+    if whole and window >= n_tokens:
+        return attention(q_BHTK, share_heads(k_BGSK, n_heads), share_heads(v_BGSV, n_heads), causal=True)
+    width = max(k_BGSK.shape[-1], v_BGSV.shape[-1])
+    obstacle = f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
+    backend = dispatch.pick("banded_attention", q_BHTK, obstacle=obstacle)
+    if start_B is None and not whole:
+        start_B = torch.zeros(q_BHTK.shape[0], dtype=torch.long, device=q_BHTK.device)
+    if backend == "triton":
+        return _banded_by_triton(q_BHTK, k_BGSK, v_BGSV, window, start_B, sink_kv)
+    k, v = share_heads(k_BGSK, n_heads), share_heads(v_BGSV, n_heads)
+    sinks = None if sink_kv is None else (share_heads(sink_kv[0], n_heads), share_heads(sink_kv[1], n_heads))
+    if backend == "reference":
+        return _banded_at_once(attention_reference, q_BHTK, k, v, window, start_B, sinks)
+    return _banded_in_blocks(q_BHTK, k, v, window, start_B, sinks)
+
+
+def share_heads(a_BGSK: Tensor, n_heads: int) -> Tensor:
+    """Keys or values repeated for the H heads of q, each serving H / G neighbouring ones."""
+    repeats = n_heads // a_BGSK.shape[1]
+    return a_BGSK if repeats == 1 else a_BGSK.repeat_interleave(repeats, dim=1)
+
+
+def _banded_by_triton(
+    q: Tensor, k: Tensor, v: Tensor, window: int, start_B: Tensor | None, sinks: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Stored sinks become keys in front of all others; those of a whole sequence are keys already."""
+    from kernels.indexed_op import indexed_attention
+
+    n_sinks = 0 if sinks is None else sinks[0].shape[-2]
+    front, past = (0, 0) if start_B is None else (n_sinks, k.shape[-2] - q.shape[-2])
+    if front:
+        k, v = torch.cat((sinks[0], k), -2), torch.cat((sinks[1], v), -2)
+    return indexed_attention(q, k, v, start_B, None, None, "band", [window, n_sinks, front, past])[0]
+
+
+def _banded_at_once(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    start_B: Tensor | None,
+    sinks: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """All queries and keys under one mask."""
+    n_tokens, history, n_sinks = q.shape[-2], k.shape[-2] - q.shape[-2], 0 if sinks is None else sinks[0].shape[-2]
+    if start_B is None:  # a whole sequence holds its sinks already
+        return attend(q, k, v, mask_TS=band_mask(n_tokens, n_tokens, window=window, sinks=n_sinks, device=q.device))
+    if sinks is not None:
+        k, v = torch.cat((sinks[0], k), -2), torch.cat((sinks[1], v), -2)
+    return attend(q, k, v, mask_TS=_band_visible(n_tokens, history, window, start_B, n_sinks)[:, None])
+
+
+def _banded_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int, start_B: Tensor | None, sinks: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Queries are cut into blocks at least as long as the window; a block sees itself, the block before and the sinks."""
+    n_tokens, history, n_sinks = q.shape[-2], k.shape[-2] - q.shape[-2], 0 if sinks is None else sinks[0].shape[-2]
+    block = max(window - 1, 32)
+    if n_tokens <= 2 * block:
+        return _banded_at_once(attention, q, k, v, window, start_B, sinks)
     n_blocks = -(-n_tokens // block)
     spare = n_blocks * block - n_tokens
-    q_BHNCK = F.pad(q_BHTK, (0, 0, 0, spare)).unflatten(-2, (n_blocks, block))
-    k, v = (_block_pairs(F.pad(a, (0, 0, block - history, spare)), block) for a in (k_BHSK, v_BHSV))
-    if sink_kv is not None:
-        sink_k, sink_v = (a[:, :, None].expand(-1, -1, n_blocks, -1, -1) for a in sink_kv)
+    q_BHNCK = F.pad(q, (0, 0, 0, spare)).unflatten(-2, (n_blocks, block))
+    k, v = (_block_pairs(F.pad(a, (0, 0, block - history, spare)), block) for a in (k, v))
+    if sinks is not None:
+        sink_k, sink_v = (a[:, :, None].expand(-1, -1, n_blocks, -1, -1) for a in sinks)
         k, v = torch.cat((sink_k, k), -2), torch.cat((sink_v, v), -2)
-    block_start = start[..., None] + torch.arange(0, n_blocks * block, block, device=q_BHTK.device)
+    start = torch.zeros((), dtype=torch.long, device=q.device) if start_B is None else start_B
+    block_start = start[..., None] + torch.arange(0, n_blocks * block, block, device=q.device)
     mask = _band_visible(block, block, window, block_start, n_sinks)
     # heads join the batch and blocks take their place, so that a fused kernel meets ordinary sizes
-    mask_XNCS = mask[None] if start_B is None else mask.repeat_interleave(q_BHTK.shape[1], 0)
+    mask_XNCS = mask[None] if start_B is None else mask.repeat_interleave(q.shape[1], 0)
     y_XNCV = attention(q_BHNCK.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask_TS=mask_XNCS)
-    return y_XNCV.unflatten(0, q_BHTK.shape[:2]).flatten(-3, -2)[..., :n_tokens, :]
+    return y_XNCV.unflatten(0, q.shape[:2]).flatten(-3, -2)[..., :n_tokens, :]
 
 
 def _block_pairs(a_BHSK: Tensor, block: int) -> Tensor:

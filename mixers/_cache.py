@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import banded_attention
+from kernels.attention import attention, banded_attention, share_heads
+from kernels.indexed_attention import decode_attention
 from kernels.step import may_write
 from mixers._base import State
 
@@ -56,6 +57,13 @@ def append_kv(state: State, k_BHTK: Tensor, v_BHTK: Tensor, position_BT: Tensor)
     }
 
 
+def attend_cache(q_BHTK: Tensor, state: State, visible: Tensor) -> Tensor:
+    """Attends to the stored keys where `visible`, [B, 1 or H, T, S], is True: [B, H, T, K]."""
+    if q_BHTK.shape[2] == 1:
+        return decode_attention(q_BHTK[:, :, 0], state["k"], state["v"], visible[:, :, 0])[:, :, None]
+    return attention(q_BHTK, state["k"].to(q_BHTK.dtype), state["v"].to(q_BHTK.dtype), mask_TS=visible)
+
+
 def window_cache(
     batch: int,
     n_heads: int,
@@ -97,15 +105,13 @@ def attend_window(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, state: State, 
             "sink_v": fill_sinks(state["sink_v"], v_BHTK, start_B),
         }
         sinks = (new_state["sink_k"].to(q_BHTK.dtype), new_state["sink_v"].to(q_BHTK.dtype))
-        sinks = (repeat_heads(sinks[0], q_BHTK), repeat_heads(sinks[1], q_BHTK))
-    k, v = repeat_heads(k.to(q_BHTK.dtype), q_BHTK), repeat_heads(v.to(q_BHTK.dtype), q_BHTK)
+    k, v = k.to(q_BHTK.dtype), v.to(q_BHTK.dtype)
     return banded_attention(q_BHTK, k, v, window=window, start_B=start_B, sink_kv=sinks), new_state
 
 
 def repeat_heads(a_BGTK: Tensor, q_BHTK: Tensor) -> Tensor:
     """Keys or values repeated to the number of query heads, each serving H / G neighbouring heads."""
-    repeats = q_BHTK.shape[1] // a_BGTK.shape[1]
-    return a_BGTK if repeats == 1 else a_BGTK.repeat_interleave(repeats, dim=1)
+    return share_heads(a_BGTK, q_BHTK.shape[1])
 
 
 def fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, start_B: Tensor) -> Tensor:

@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.chunk_decay import Lift
+from kernels import taylor
 from mixers._layers import widen
 
 FEATURE_MAPS = ("elu", "relu", "t2r", "hedgehog", "taylor2", "identity")
 
 
-def make_feature_map(kind: str, n_heads: int, dim: int) -> nn.Module:
-    """A module from [..., H, K] to [..., H, F] with attributes `features` (F) and `lift`.
+def make_feature_map(kind: str, n_heads: int, dim: int, *, columns: int | None = None) -> nn.Module:
+    """A module from [..., H, K] to [..., H, F] with an attribute `features`, F.
 
     Args:
         kind: one of `FEATURE_MAPS`.
         n_heads: H.
         dim: K.
+        columns: of a Hedgehog map's matrix W; None means K.
 
     Raises:
         ValueError: no such map.
@@ -29,7 +30,7 @@ def make_feature_map(kind: str, n_heads: int, dim: int) -> nn.Module:
     if kind == "t2r":
         return T2R(n_heads, dim)
     if kind == "hedgehog":
-        return Hedgehog(n_heads, dim)
+        return Hedgehog(n_heads, dim, columns or dim)
     if kind == "taylor2":
         return Taylor2(dim)
     if kind in ("elu", "relu", "identity"):
@@ -39,8 +40,6 @@ def make_feature_map(kind: str, n_heads: int, dim: int) -> nn.Module:
 
 class Pointwise(nn.Module):
     """elu(x) + 1 (Katharopoulos et al. 2020, eq. 7), relu(x), or x K^(-1/4), the linear part of softmax's kernel."""
-
-    lift = None
 
     def __init__(self, kind: str, dim: int) -> None:
         super().__init__()
@@ -55,8 +54,6 @@ class Pointwise(nn.Module):
 class T2R(nn.Module):
     """relu(x W + b), learned per head (Kasai et al. 2021, eq. 4), here with as many features as inputs."""
 
-    lift = None
-
     def __init__(self, n_heads: int, dim: int) -> None:
         super().__init__()
         self.features = dim
@@ -69,14 +66,19 @@ class T2R(nn.Module):
 
 
 class Hedgehog(nn.Module):
-    """[softmax(x W), softmax(-x W)], learned per head and starting from W = I (Zhang et al. 2024, section 4.2)."""
+    """[softmax(x W), softmax(-x W)], learned per head and starting from W = I (Zhang et al. 2024, section 4.2).
 
-    lift = None
+    With fewer columns than K, as in LoLCATs, W starts at random.
+    """
 
-    def __init__(self, n_heads: int, dim: int) -> None:
+    def __init__(self, n_heads: int, dim: int, columns: int) -> None:
         super().__init__()
-        self.features = 2 * dim
-        self.weight = nn.Parameter(torch.eye(dim).repeat(n_heads, 1, 1))
+        self.features = 2 * columns
+        bound = dim**-0.5
+        start = (
+            torch.eye(dim).repeat(n_heads, 1, 1) if columns == dim else torch.empty(n_heads, dim, columns).uniform_(-bound, bound)
+        )
+        self.weight = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
         projected = widen(per_head(x, self.weight))
@@ -84,28 +86,14 @@ class Hedgehog(nn.Module):
 
 
 class Taylor2(nn.Module):
-    """Second-order Taylor features of exp: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K).
-
-    The second-order features are symmetric in their two indices, so each unordered pair is stored once: F =
-    1 + K + K (K + 1) / 2 (Arora et al. 2024, BASED, section 4, whose public code stores all K^2 pairs).
-    """
+    """Second-order Taylor features of exp (`kernels.taylor`): phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
-        self.features = 1 + dim + dim * (dim + 1) // 2
-        self.lift = Lift(self.forward, self.scores)
+        self.features = taylor.n_features(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = widen(x) * self.dim**-0.25
-        first, second = torch.triu_indices(self.dim, self.dim, device=x.device).unbind(0)
-        weight = torch.ones_like(first, dtype=x.dtype).masked_fill(first == second, 0.5**0.5)
-        return torch.cat((torch.ones_like(x[..., :1]), x, x[..., first] * x[..., second] * weight), dim=-1)
-
-    def scores(self, dots: Tensor) -> Tensor:
-        """phi(q) . phi(k) from q . k."""
-        s = dots * self.dim**-0.5
-        return 1 + s + 0.5 * s.square()
+        return taylor.features(x)
 
 
 def per_head(x: Tensor, weight_HKF: Tensor) -> Tensor:

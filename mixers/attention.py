@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
-from mixers._cache import append_kv, kv_cache, merge_heads, new_positions, split_heads
+from mixers._cache import append_kv, attend_cache, kv_cache, merge_heads, new_positions, split_heads
 from mixers._rotary import POSITIONS, check_positions, rotary
 
 
@@ -111,8 +111,7 @@ class Attention(Mixer):
         q, k, v = self._qkv(x_BTD, position_BT)
         state = append_kv(state, k, v, position_BT)
         visible_BTS = torch.arange(state["k"].shape[2], device=q.device) <= position_BT[..., None]
-        y = attention(q, state["k"].to(q.dtype), state["v"].to(q.dtype), mask_TS=visible_BTS[:, None])
-        return self.out_proj(merge_heads(y)), state
+        return self.out_proj(merge_heads(attend_cache(q, state, visible_BTS[:, None]))), state
 
     def _cross(self, x_BTD: Tensor, state: State | None, context_BSD: Tensor | None) -> tuple[Tensor, State | None]:
         """Reads the given context, or the one that the state holds."""

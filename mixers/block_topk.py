@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import attention
+from kernels.indexed_attention import block_attention, choose_blocks
 from mixers._base import Caps, Mixer, State, heads, mixer
-from mixers._cache import append_kv, kv_cache, merge_heads, new_positions, split_heads
+from mixers._cache import append_kv, attend_cache, kv_cache, merge_heads, new_positions, split_heads
 
 
 @mixer("block_topk")
@@ -62,14 +62,16 @@ class BlockTopK(Mixer):
             whole = F.pad(k.detach(), (0, 0, 0, -length % self.block))
             mean_BHNK = whole.unflatten(2, (-1, self.block)).mean(3)
             position = torch.arange(length, device=q.device)
-            y = attention(q, k, v, mask_TS=self._visible(q, mean_BHNK, position, length))
+            y = block_attention(q, k, v, self._chosen(q, mean_BHNK, position), block=self.block)
         else:
             position = new_positions(state, x_BTD)
             index = (position // self.block)[:, None, :, None].expand_as(k)
             mean_BHNK = state["block_mean"].scatter_add(2, index, (k.detach() / self.block).to(state["block_mean"].dtype))
             state = append_kv(state, k, v, position) | {"block_mean": mean_BHNK}
-            visible = self._visible(q, mean_BHNK.to(q.dtype), position[:, None], state["k"].shape[2])
-            y = attention(q, state["k"].to(q.dtype), state["v"].to(q.dtype), mask_TS=visible)
+            chosen = self._chosen(q, mean_BHNK.to(q.dtype), position[:, None])
+            key_S = torch.arange(state["k"].shape[2], device=q.device)
+            in_chosen = chosen.repeat_interleave(self.block, -1)[..., : len(key_S)]
+            y = attend_cache(q, state, in_chosen & (key_S <= position[:, None, :, None]))
         return self.out_proj(merge_heads(y)), state
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
@@ -90,13 +92,5 @@ class BlockTopK(Mixer):
         n_keys = min(seq_len, (self.top_k + 1) * self.block)
         return self.d_model * (2 * n_keys + -(-seq_len // self.block))
 
-    def _visible(self, q_BHTK: Tensor, mean_BHNK: Tensor, position: Tensor, n_keys: int) -> Tensor:
-        """Mask [B, H, T, S] over the first `n_keys` keys for queries at `position`, broadcastable to [B, H, T]."""
-        block_N = torch.arange(mean_BHNK.shape[2], device=q_BHTK.device)
-        past = block_N < (position // self.block)[..., None]
-        scores = (q_BHTK.detach() @ mean_BHNK.mT).masked_fill(~past, float("-inf"))
-        chosen = scores.topk(min(self.top_k, mean_BHNK.shape[2]), -1).indices
-        selected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True) & past
-        key_S = torch.arange(n_keys, device=q_BHTK.device)
-        own = (key_S <= position[..., None]) & (key_S // self.block == (position // self.block)[..., None])
-        return selected.repeat_interleave(self.block, -1)[..., :n_keys] | own
+    def _chosen(self, q_BHTK: Tensor, mean_BHNK: Tensor, position: Tensor) -> Tensor:
+        return choose_blocks(q_BHTK, mean_BHNK, position, block=self.block, top_k=self.top_k)

@@ -24,6 +24,7 @@ class DeltaNet(Mixer):
         expand_k: key width over all heads as a multiple of D.
         expand_v: value width over all heads as a multiple of D.
         conv: taps of the short convolutions on q, k and v, which SiLU follows; 0 for none.
+        silu: apply that SiLU, without a convolution too; a pretrained attention's values have no such kink.
         negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can flip a direction (Grazzi et al. 2025).
     """
 
@@ -39,6 +40,7 @@ class DeltaNet(Mixer):
         expand_k: float = 1.0,
         expand_v: float = 1.0,
         conv: int = 4,
+        silu: bool = True,
         negative_eigenvalues: bool = False,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
@@ -47,7 +49,7 @@ class DeltaNet(Mixer):
         self.k_dim = heads(d_key, n_heads, what="expand_k * d_model")
         self.v_dim = heads(d_value, n_heads, what="expand_v * d_model")
         self.qkv_proj = nn.Linear(d_model, 2 * d_key + d_value, bias=False)
-        self.conv = ShortConv(2 * d_key + d_value, conv)
+        self.conv = ShortConv(2 * d_key + d_value, conv, silu=silu)
         self.beta_proj = nn.Linear(d_model, n_heads, bias=False)
         self.norm = RMSNorm(self.v_dim)
         self.o_proj = nn.Linear(d_value, d_model, bias=False)

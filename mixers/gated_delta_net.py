@@ -26,6 +26,8 @@ class GatedDeltaNet(Mixer):
         expand_k: key width over all heads as a multiple of D.
         expand_v: value width over all heads as a multiple of D.
         conv: taps of the short convolutions on q, k and v, which SiLU follows; 0 for none.
+        silu: apply that SiLU, without a convolution too; a pretrained attention's values have no such kink.
+        memory: factor on the time until the initial state has faded: 1 is 2 to 1,000 tokens.
         output_gate: multiply the normed output by SiLU of a projection, as the paper's own model does.
         negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can flip a direction (Grazzi et al. 2025).
     """
@@ -42,6 +44,8 @@ class GatedDeltaNet(Mixer):
         expand_k: float = 1.0,
         expand_v: float = 2.0,
         conv: int = 4,
+        silu: bool = True,
+        memory: float = 1.0,
         output_gate: bool = False,
         negative_eigenvalues: bool = False,
     ) -> None:
@@ -51,10 +55,10 @@ class GatedDeltaNet(Mixer):
         self.k_dim = heads(d_key, n_heads, what="expand_k * d_model")
         self.v_dim = heads(d_value, n_heads, what="expand_v * d_model")
         self.qkv_proj = nn.Linear(d_model, 2 * d_key + d_value, bias=False)
-        self.conv = ShortConv(2 * d_key + d_value, conv)
+        self.conv = ShortConv(2 * d_key + d_value, conv, silu=silu)
         self.gate_proj = nn.Linear(d_model, 2 * n_heads, bias=False)
         self.log_rate = log_rates(n_heads)
-        self.gate_bias = time_step_bias(n_heads)
+        self.gate_bias = time_step_bias(n_heads, 1e-3 / memory, 1e-1 / memory)
         self.g_proj = nn.Linear(d_model, d_value, bias=False) if output_gate else None
         self.norm = RMSNorm(self.v_dim)
         self.o_proj = nn.Linear(d_value, d_model, bias=False)

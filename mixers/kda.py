@@ -26,6 +26,8 @@ class KDA(Mixer):
         expand_v: value width over all heads as a multiple of D.
         gate_rank: rank of the decay and output gates; None means the key width of a head, as in the paper.
         conv: taps of the short convolutions on q, k and v, which SiLU follows; 0 for none.
+        silu: apply that SiLU, without a convolution too; a pretrained attention's values have no such kink.
+        memory: factor on the time until the initial state has faded: 1 is 2 to 1,000 tokens.
     """
 
     variants = ({}, {"conv": 0, "n_heads": 1, "gate_rank": 4}, {"expand_v": 2.0})
@@ -40,6 +42,8 @@ class KDA(Mixer):
         expand_v: float = 1.0,
         gate_rank: int | None = None,
         conv: int = 4,
+        silu: bool = True,
+        memory: float = 1.0,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
         d_value = int(expand_v * d_model)
@@ -47,10 +51,10 @@ class KDA(Mixer):
         self.v_dim = heads(d_value, n_heads, what="expand_v * d_model")
         rank = self.k_dim if gate_rank is None else gate_rank
         self.qkv_proj = nn.Linear(d_model, 2 * d_model + d_value, bias=False)
-        self.conv = ShortConv(2 * d_model + d_value, conv)
+        self.conv = ShortConv(2 * d_model + d_value, conv, silu=silu)
         self.beta_proj = nn.Linear(d_model, n_heads, bias=False)
         self.decay_gate = LowRank(d_model, rank, d_model, bias=False)
-        self.decay_bias = time_step_bias(d_model)
+        self.decay_bias = time_step_bias(d_model, 1e-3 / memory, 1e-1 / memory)
         self.log_rate = log_rates(n_heads)
         self.output_gate = LowRank(d_model, rank, d_value)
         self.norm = RMSNorm(self.v_dim)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.recurrence import CHUNK, linear_recurrence
+from kernels.recurrence import linear_recurrence, normalized_recurrence
+from kernels.taylor import taylor_attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
-from mixers._feature_maps import make_feature_map
+from mixers._feature_maps import Taylor2, make_feature_map
 from mixers._layers import refuse_context, widen
 
 EPS = 1e-6
@@ -28,6 +29,7 @@ class LinearAttention(Mixer):
         feature_map: elu, relu, t2r, hedgehog, taylor2 or identity; learned maps differ between q and k.
         n_heads: number of heads.
         feature_dim: width of q and k in a head before the map; None means D / H.
+        map_columns: columns of Hedgehog's matrix, half as many as its features; None means as many as rows.
         normalize: divide by the sum of the weights; needs a map that keeps it positive, which identity does not.
     """
 
@@ -37,6 +39,7 @@ class LinearAttention(Mixer):
         {"feature_map": "relu", "n_heads": 2},
         {"feature_map": "t2r", "n_heads": 2},
         {"feature_map": "hedgehog", "n_heads": 2},
+        {"feature_map": "hedgehog", "map_columns": 3},
         {"feature_map": "taylor2", "feature_dim": 4},
         {"feature_map": "identity", "normalize": False},
         {"feature_map": "elu", "normalize": False, "feature_dim": 3, "n_heads": 4},
@@ -51,6 +54,7 @@ class LinearAttention(Mixer):
         feature_map: str = "elu",
         n_heads: int = 1,
         feature_dim: int | None = None,
+        map_columns: int | None = None,
         normalize: bool = True,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
@@ -58,8 +62,8 @@ class LinearAttention(Mixer):
             raise ValueError("the feature map 'identity' gives weights of either sign; set normalize=False")
         self.n_heads, self.v_dim, self.normalize = n_heads, heads(d_model, n_heads), normalize
         self.k_dim = self.v_dim if feature_dim is None else feature_dim
-        self.phi_q = make_feature_map(feature_map, n_heads, self.k_dim)
-        self.phi_k = make_feature_map(feature_map, n_heads, self.k_dim)
+        self.phi_q = make_feature_map(feature_map, n_heads, self.k_dim, columns=map_columns)
+        self.phi_k = make_feature_map(feature_map, n_heads, self.k_dim, columns=map_columns)
         self.qkv_proj = nn.Linear(d_model, 2 * n_heads * self.k_dim + d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
@@ -77,7 +81,8 @@ class LinearAttention(Mixer):
         """See `Mixer.mix`; a pattern that sees the future takes no state."""
         q, k, v = self._split(qkv_BTE)
         if self.pattern == "causal_self":
-            return self._causal(q, k, self._with_ones(v), state, x_BTD.dtype)
+            causal = self._taylor if isinstance(self.phi_k, Taylor2) else self._causal
+            return causal(q, k, v, state, x_BTD.dtype)
         if state is not None:
             raise ValueError(f"pattern {self.pattern!r} sees the future and so cannot continue a state; pass state=None")
         return self._output(self._read(q, self._sums(k, v)), x_BTD.dtype), None
@@ -112,13 +117,19 @@ class LinearAttention(Mixer):
         return state | {"z": torch.zeros(shape, device=device, dtype=dtype)} if self.normalize else state
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
-        lift = self.phi_k.lift
-        if lift is None:
-            q, k = self.phi_q(q), self.phi_k(k)
-        # Many features cost more per token than a long quadratic chunk.
-        chunk = CHUNK if lift is None else 4 * CHUNK
-        o, sums = linear_recurrence(q, k, v, lift=lift, chunk=chunk, state_BHKV=None if state is None else self._join(state))
-        return self._output(o, dtype), None if state is None else self._part(sums, state)
+        q, k, v = self.phi_q(q), self.phi_k(k), widen(v)
+        if not self.normalize:
+            o, s = linear_recurrence(q, k, v, state_BHKV=None if state is None else state["s"])
+            return o.flatten(-2).to(dtype), None if s is None else {"s": s}
+        o, n, sums = normalized_recurrence(q, k, v, state=None if state is None else (state["s"], state["z"]))
+        return (o / (n + EPS)).flatten(-2).to(dtype), None if sums is None else {"s": sums[0], "z": sums[1]}
+
+    def _taylor(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
+        """As `_causal`; features and the division are the kernels' matter."""
+        sums = None if state is None else (state["s"], state.get("z"))
+        o, sums = taylor_attention(q, k, v, eps=EPS if self.normalize else None, state=sums)
+        y = o.flatten(-2).to(dtype)
+        return y, None if sums is None else {"s": sums[0]} | ({"z": sums[1]} if self.normalize else {})
 
     def _cross(self, x_BTD: Tensor, state: State | None, context_BSD: Tensor | None) -> tuple[Tensor, State | None]:
         """Reads the given context, or the one that the state sums up."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.recurrence import linear_recurrence
+from kernels.recurrence import normalized_recurrence
 from mixers._base import Mixer, State, heads, mixer
 from mixers._feature_maps import make_feature_map
 from mixers._layers import ShortConv, refuse_context, widen
@@ -31,9 +31,10 @@ class NormalizedGLA(Mixer):
         n_heads: number of heads.
         feature_map: hedgehog, t2r, elu or relu; learned maps differ between q and k.
         conv: taps of a causal depthwise convolution on q and k that starts as the identity (LAWCAT uses 4); 0 for none.
+        head_dim: width of a head; None means D / H.
     """
 
-    variants = ({}, {"conv": 4, "n_heads": 1}, {"feature_map": "elu"})
+    variants = ({}, {"conv": 4, "n_heads": 1}, {"feature_map": "elu", "head_dim": 3})
 
     def __init__(
         self,
@@ -44,17 +45,19 @@ class NormalizedGLA(Mixer):
         n_heads: int = 2,
         feature_map: str = "hedgehog",
         conv: int = 0,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
         if feature_map in ("identity", "taylor2"):
             raise ValueError(f"normalized_gla needs a positive pointwise or learned map such as hedgehog, not {feature_map!r}")
-        self.n_heads, self.head_dim = n_heads, heads(d_model, n_heads)
+        self.n_heads, self.head_dim = n_heads, heads(d_model, n_heads) if head_dim is None else head_dim
+        width = self.n_heads * self.head_dim
         self.phi_q = make_feature_map(feature_map, n_heads, self.head_dim)
         self.phi_k = make_feature_map(feature_map, n_heads, self.head_dim)
-        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.conv = ShortConv(2 * d_model, conv, silu=False)
+        self.qkv_proj = nn.Linear(d_model, 3 * width, bias=False)
+        self.conv = ShortConv(2 * width, conv, silu=False)
         self.gate_proj = nn.Linear(d_model, n_heads)
-        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+        self.o_proj = nn.Linear(width, d_model, bias=False)
         with torch.no_grad():
             self.gate_proj.bias.fill_(GATE_BIAS)
             if conv:
@@ -73,11 +76,10 @@ class NormalizedGLA(Mixer):
         qk, v = self._parts(qkv_BTE)
         qk, tail_BPD = self.conv(qk, None if state is None else state["conv"])
         q_BTHF, k_BTHF = self._features(qk)
-        v1 = torch.cat((widen(v), torch.ones_like(v[..., :1], dtype=widen(v).dtype)), dim=-1)
-        joined = None if state is None else torch.cat((state["s"], state["z"][..., None]), dim=-1)
-        o, sums = linear_recurrence(q_BTHF, k_BTHF, v1, log_decay=self._log_gate(x_BTD), state_BHKV=joined)
-        y = (o[..., :-1] / (o[..., -1:] + EPS)).flatten(-2).to(qkv_BTE.dtype)
-        return y, None if sums is None else {"s": sums[..., :-1], "z": sums[..., -1], "conv": tail_BPD}
+        sums = None if state is None else (state["s"], state["z"])
+        o, n, sums = normalized_recurrence(q_BTHF, k_BTHF, widen(v), log_decay=self._log_gate(x_BTD), state=sums)
+        y = (o / (n + EPS)).flatten(-2).to(qkv_BTE.dtype)
+        return y, None if sums is None else {"s": sums[0], "z": sums[1], "conv": tail_BPD}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""

@@ -10,10 +10,11 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import attention, banded_attention
+from kernels.attention import banded_attention
+from kernels.indexed_attention import sparse_attention
 from kernels.sparse_masks import MASKS
 from mixers._base import Caps, Mixer, State, heads, mixer
-from mixers._cache import append_kv, attend_window, kv_cache, merge_heads, new_positions, split_heads, window_cache
+from mixers._cache import append_kv, attend_cache, attend_window, kv_cache, merge_heads, new_positions, split_heads, window_cache
 
 
 @mixer("static_sparse")
@@ -90,14 +91,13 @@ class StaticSparse(Mixer):
         if self.mask == "sink_window":
             y, state = self._sink_window(q, k, v, state)
         elif state is None:
-            position_T = torch.arange(q.shape[2], device=q.device)
-            y = attention(q, k, v, mask_TS=self._visible(position_T[:, None], position_T))
+            y = sparse_attention(q, k, v, pattern=self.mask, **self.mask_options)
         else:
             position_BT = new_positions(state, x_BTD)
             state = append_kv(state, k, v, position_BT)
             stored_S = torch.arange(state["k"].shape[2], device=q.device)
             visible_BTS = self._visible(position_BT[..., None], stored_S)
-            y = attention(q, state["k"].to(q.dtype), state["v"].to(q.dtype), mask_TS=visible_BTS[:, None])
+            y = attend_cache(q, state, visible_BTS[:, None])
         return self.out_proj(merge_heads(y)), state
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:

@@ -6,16 +6,14 @@ from synthetic_tasks._base import (
     Batch,
     Cell,
     Task,
-    blocks,
-    build_split,
-    example_hashes,
-    split_digest,
     stream,
     task,
 )
 from synthetic_tasks._metrics import accuracy, binding_gain, effective_memory_length
+from synthetic_tasks._splits import BLOCK_ROWS, blocks, build_split, example_hashes, split_digest, split_hash, training_block
 
 __all__ = [
+    "BLOCK_ROWS",
     "SPLITS",
     "TASKS",
     "Batch",
@@ -28,6 +26,8 @@ __all__ = [
     "effective_memory_length",
     "example_hashes",
     "split_digest",
+    "split_hash",
     "stream",
     "task",
+    "training_block",
 ]

@@ -37,9 +37,26 @@ def _simple(name: str, factor: str) -> np.ndarray:
         raise ValueError(f"group {name!r}: {factor} is too large; at most Z{MAX_ORDER}, S6 and A6")
     if kind == "Z":
         return np.add.outer(np.arange(size), np.arange(size)) % size
-    elements = [p for p in permutations(range(size)) if kind == "S" or _even(p)]
+    elements = _permutations(kind, size)
     index = {p: i for i, p in enumerate(elements)}
     return np.array([[index[tuple(a[i] for i in b)] for b in elements] for a in elements])
+
+
+def _permutations(kind: str, size: int) -> list[tuple[int, ...]]:
+    """The elements of a symmetric (S) or alternating (A) group in the order of its table."""
+    return [p for p in permutations(range(size)) if kind == "S" or _even(p)]
+
+
+def moved_points(name: str) -> np.ndarray:
+    """How many points each element of a symmetric or alternating group moves, [G].
+
+    Raises:
+        ValueError: the group is not one of permutations.
+    """
+    if re.fullmatch(r"[SA][1-6]", name) is None:
+        raise ValueError(f"the elements of {name} are no permutations; use a symmetric or alternating group such as S5 or A5")
+    size = int(name[1])
+    return (np.array(_permutations(name[0], size)) != np.arange(size)).sum(axis=1)
 
 
 def _even(permutation: tuple[int, ...]) -> bool:
@@ -57,8 +74,8 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return table.reshape(size, size)
 
 
-def commutator_order(table: np.ndarray) -> int:
-    """Order of the commutator subgroup: 1 for commutative groups, the group's own for perfect ones such as A5."""
+def commutators(table: np.ndarray) -> np.ndarray:
+    """Elements of the commutator subgroup, ascending: the identity alone in commutative groups, all in perfect ones such as A5."""
     order = len(table)
     inverse = np.argmin(table, axis=1)  # the identity is 0
     a, b = np.divmod(np.arange(order**2), order)
@@ -66,5 +83,5 @@ def commutator_order(table: np.ndarray) -> int:
     while True:
         grown = np.unique(table[np.ix_(members, members)])
         if grown.size == members.size:
-            return int(members.size)
+            return members
         members = grown

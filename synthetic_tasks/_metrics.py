@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from synthetic_tasks._base import Batch, Cell, Task, content_key, stream
+from synthetic_tasks._base import Batch, Cell, Task, stream
+from synthetic_tasks._splits import content_key
 
 
 def accuracy(predictions_NT: np.ndarray, batch: Batch, group: str | None = None) -> float:

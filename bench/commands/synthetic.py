@@ -12,6 +12,7 @@ from bench.commands.progress import SweepProgress, fleet_name, run_name
 from bench.commands.request import ModelInfo, Request, build_sweep, inspect
 from bench.commands.suite import print_families
 from bench.device import resolve_device
+from bench.families import mean_ceilings
 from bench.launch import Event, Workers, worker_devices
 from bench.points import Point, points
 from bench.records import RunRecord
@@ -204,6 +205,9 @@ def print_table(shown: list[Point], output: Output) -> None:
         )
     output.console.print(table)
     output.say("Low to high: " + "; ".join(sorted({point.accuracy.kind for point in shown})) + ".")
+    for task, cells in {point.spec.task.name: point.cells for point in shown}.items():
+        found = ", ".join(f"{name} {value:.3f}" for name, value in mean_ceilings(cells).items())
+        output.say(f"Ceilings of {task}, mean over its cells: {found}.")
     failures = [record for point in shown for record in point.failures]
     for record in failures:
         output.say(f"{record.status}: {run_name(record.spec, record.label)}: {record.reason}")

@@ -43,9 +43,8 @@ class WindowBranch(nn.Module):
         """Mixes a segment: [B, H, T, K] and the new state."""
         if state is not None:
             return attend_window(q_BHTK, k_BGTK, v_BGTK, state, window=self.window)
-        k, v = repeat_heads(k_BGTK, q_BHTK), repeat_heads(v_BGTK, q_BHTK)
-        sinks = (k[:, :, : self.sinks], v[:, :, : self.sinks]) if self.sinks else None
-        return banded_attention(q_BHTK, k, v, window=self.window, sink_kv=sinks), None
+        sinks = (k_BGTK[:, :, : self.sinks], v_BGTK[:, :, : self.sinks]) if self.sinks else None
+        return banded_attention(q_BHTK, k_BGTK, v_BGTK, window=self.window, sink_kv=sinks), None
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The storage before the first token, keys and values of G heads."""
@@ -130,25 +129,36 @@ class SharedDenominator(nn.Module):
 
 
 class MixerBranch(nn.Module):
-    """A mixer of the zoo that reads the teacher's heads; its own projections are taken away.
+    """A mixer that reads the teacher's heads; its own projections are taken away.
 
     Args:
         mixer: one that offers `mix`.
+        readers: query heads that read one state. The state depends on keys, values and the layer's input alone, so it is the
+            same for all of them: each reads it as a row of a larger batch, and one of the equal states is kept.
     """
 
-    def __init__(self, mixer: Mixer) -> None:
+    def __init__(self, mixer: Mixer, *, readers: int = 1) -> None:
         super().__init__()
         for name in ("qkv_proj", "o_proj", "out_proj"):
             if hasattr(mixer, name):
                 delattr(mixer, name)
-        self.mixer = mixer
+        self.mixer, self.readers = mixer, readers
 
     def forward(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, x_BTD: Tensor, state: State | None
     ) -> tuple[Tensor, State | None]:
         """Mixes a segment: [B, H, T, K] and the new state."""
+        n_heads, batch = q_BHTK.shape[1], len(x_BTD)
+        if self.readers > 1:
+            q_BHTK = q_BHTK.unflatten(1, (-1, self.readers)).transpose(1, 2).flatten(0, 1)
+            k_BGTK, v_BGTK, x_BTD = (a.repeat_interleave(self.readers, 0) for a in (k_BGTK, v_BGTK, x_BTD))
+            state = None if state is None else {name: a.repeat_interleave(self.readers, 0) for name, a in state.items()}
         o_BTE, state = self.mixer.mix(_joined(q_BHTK, k_BGTK, v_BGTK), x_BTD, state)
-        return o_BTE.unflatten(-1, (q_BHTK.shape[1], -1)).transpose(1, 2), state
+        if self.readers > 1:
+            o_BTE = o_BTE.unflatten(0, (batch, self.readers)).unflatten(-1, (n_heads // self.readers, -1))
+            o_BTE = o_BTE.permute(0, 2, 3, 1, 4).flatten(2)
+            state = None if state is None else {name: a[:: self.readers] for name, a in state.items()}
+        return o_BTE.unflatten(-1, (n_heads, -1)).transpose(1, 2), state
 
     def matrix(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """The causal matrix of linear attention, [B, H, T, T]."""

@@ -98,6 +98,8 @@ class LinearizedCache(Cache):
             else:
                 layers.append(DynamicLayer())
         super().__init__(layers=layers)
+        self.single_steps = 0
+        self.steps_on_graph = all(converted)
 
     def nbytes(self) -> int:
         """Bytes held for the whole batch at this moment, counted from the live tensors."""

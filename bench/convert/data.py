@@ -33,7 +33,7 @@ class Corpus:
 
     Args:
         source: where they come from.
-        tokens: int32; empty for rendered tasks, which are drawn afresh.
+        tokens: integers; empty for rendered tasks, which are drawn afresh.
     """
 
     source: Source
@@ -95,9 +95,16 @@ class TrainingData:
 
     def _row(self, corpus: Corpus, draw: np.random.Generator, length: int) -> np.ndarray:
         if corpus.source.kind == "recall":
-            return render_recall(self.tokenizer, draw, length)
-        start = draw.integers(0, len(corpus.train) - length + 1)
-        return corpus.train[start : start + length].astype(np.int64)
+            texts = [corpus for corpus in self.corpora if corpus.source.kind != "recall"]
+            text = texts[draw.integers(len(texts))] if texts else None
+            running = None if text is None else lambda n: _cut(text.train, draw, n)
+            return render_recall(self.tokenizer, draw, length, running)
+        return _cut(corpus.train, draw, length)
+
+
+def _cut(tokens: np.ndarray, draw: np.random.Generator, length: int) -> np.ndarray:
+    start = draw.integers(0, len(tokens) - length + 1)
+    return tokens[start : start + length].astype(np.int64)
 
 
 def load_data(sources: Iterable[Source], tokenizer: Any, vocab_size: int, seed: int, *, min_length: int, cap: int) -> TrainingData:

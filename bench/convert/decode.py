@@ -17,6 +17,10 @@ from bench.convert.student import LinearizedForCausalLM
 from kernels.step import states_in_place
 
 WARM_UP_STEPS = 3
+STEPS_BEFORE_CAPTURE = 4
+"""Single steps of a cache before they are recorded: recording costs as much as some steps."""
+KEPT_DECODERS = 4
+"""Batch sizes whose recorded step a model keeps."""
 
 
 class Decoder:
@@ -45,6 +49,7 @@ class Decoder:
         self.position_B1 = start.to(torch.long)[:, None].clone()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_BV = torch.empty(0)
+        self.owner: LinearizedCache | None = None
         if model.device.type == "cuda":
             self._capture()
 
@@ -61,6 +66,7 @@ class Decoder:
     def _run(self) -> None:
         """One step on the buffers: new states take the place of the old ones, where they were not written there at once."""
         cache = self.model.new_cache()
+        cache.steps_on_graph = False
         layers = cast(list[StateLayer], cache.layers)
         for layer, state in zip(layers, self.states, strict=True):
             layer.state = state
@@ -91,3 +97,59 @@ class Decoder:
             for name, tensor in kept.items():
                 state[name].copy_(tensor)
         self.position_B1.copy_(position)
+
+    def read_on(self, cache: LinearizedCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
+        """One step of a cache that `generate` holds, whose states live in this decoder's buffers from then on.
+
+        Args:
+            cache: prefilled, of as many rows.
+            token_B1: the new tokens.
+            position_B1: their positions.
+
+        Returns:
+            The logits [B, V], a copy.
+        """
+        layers = cast(list[StateLayer], cache.layers)
+        if self.owner is not cache or any(layer.state is not state for layer, state in zip(layers, self.states, strict=True)):
+            self._take(cache)
+        self.position_B1.copy_(position_B1)
+        logits_BV = self.step(token_B1[:, 0]).clone()
+        for layer, state in zip(layers, self.states, strict=True):
+            layer.store(state, 1)
+        return logits_BV
+
+    def _take(self, cache: LinearizedCache) -> None:
+        """Copies a cache's states into the buffers; the cache that had them gets copies of its own."""
+        given = [dict(layer.state or {}) for layer in cast(list[StateLayer], cache.layers)]
+        if self.owner is not None:
+            for layer, state in zip(cast(list[StateLayer], self.owner.layers), self.states, strict=True):
+                if layer.state is state:
+                    layer.state = {name: tensor.clone() for name, tensor in state.items()}
+        for state, new in zip(self.states, given, strict=True):
+            for name, tensor in state.items():
+                tensor.copy_(new[name])
+        self.owner = cache
+
+
+def recorded_step(
+    model: LinearizedForCausalLM, cache: LinearizedCache, token_B1: Tensor, position_BT: Tensor | None
+) -> Tensor | None:
+    """The logits [B, V] of one new token a row by a recorded step, or None where it does not pay yet or cannot be.
+
+    Args:
+        model: in evaluation mode, on a GPU.
+        cache: prefilled.
+        token_B1: int64.
+        position_BT: positions, or None for the number of tokens seen.
+    """
+    cache.single_steps += 1
+    if cache.single_steps <= STEPS_BEFORE_CAPTURE or any(not cast(StateLayer, layer).state for layer in cache.layers):
+        return None
+    weight = cast(Tensor, model.get_input_embeddings().weight)
+    key = (len(token_B1), weight.dtype, weight.data_ptr())
+    decoder = model.decoders.pop(key, None) or Decoder(model, cache)
+    while len(model.decoders) >= KEPT_DECODERS:
+        model.decoders.pop(next(iter(model.decoders)))
+    model.decoders[key] = decoder
+    seen = torch.full_like(token_B1, cache.get_seq_length()) if position_BT is None else position_BT
+    return decoder.read_on(cache, token_B1, seen)

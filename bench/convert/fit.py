@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,9 @@ from bench.errors import UserError
 from mixers import Mixer
 from mixers._base import AttentionWeights
 
+MEMORY = 100.0
+"""Initial memory of decaying mixers as a multiple of their own default, which is made for training from scratch: half of
+it lies within a usual window, whereas a teacher's attention forgets nothing."""
 LONG = 1 << 17
 """A length beyond every window: a state that still grows there is not constant."""
 
@@ -40,6 +43,10 @@ class AttentionShape:
     def width(self) -> int:
         """H K, the width of all heads."""
         return self.n_heads * self.head_dim
+
+    def grouped(self) -> AttentionShape:
+        """The same layer as a mixer sees it that has one head for every key head."""
+        return replace(self, n_heads=self.n_kv_heads)
 
 
 def attention_shape(attention: nn.Module, where: str) -> AttentionShape:
@@ -85,12 +92,17 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
     cls = catalog.load("mixer", plan.mixer)
     if not (isinstance(cls, type) and issubclass(cls, Mixer)):
         raise UserError(f"{plan.mixer} is a pattern of several layers; a converted layer holds one mixer.")
-    options = default_options(cls, shape) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
+    seen = shape.grouped() if plan.groups == "share" else shape
+    # Without an option of its own, the width of the heads is the model's.
+    offered = set(catalog.options_of(cls))
+    free = "head_dim" in offered or {"expand_k", "expand_v"} <= offered
+    width = seen.width if reads_heads(cls) and not free else shape.d_model
+    options = default_options(cls, seen, width) | catalog.check_options("mixer", plan.mixer, cls, plan.options)
     build = cast(Any, cls)
     try:
-        mixer = build(shape.d_model, layer=layer, **options)
+        mixer = build(width, layer=layer, **options)
         with torch.device("meta"):
-            grows = build(shape.d_model, layer=layer, **options).state_elements(2 * LONG) > mixer.state_elements(LONG)
+            grows = build(width, layer=layer, **options).state_elements(2 * LONG) > mixer.state_elements(LONG)
     except ValueError as error:
         raise UserError(f"{plan.mixer} does not fit this model: {error}.") from None
     if not cls.caps.recurrent:
@@ -99,7 +111,27 @@ def build_mixer(plan: LayerPlan, shape: AttentionShape, layer: int) -> Mixer:
         )
     if grows:
         raise UserError(f"{plan.mixer} keeps a state that grows with the sequence, so it linearises nothing; choose another mixer.")
+    if width != shape.d_model:
+        _try_heads(mixer, plan, seen)
     return mixer
+
+
+@torch.no_grad()
+def _try_heads(mixer: Mixer, plan: LayerPlan, shape: AttentionShape) -> None:
+    """Two tokens through the mixer: some take gates from an input that must be as wide as the heads.
+
+    Raises:
+        UserError: they do not go through.
+    """
+    if any(parameter.is_meta for parameter in mixer.parameters()):
+        return  # transformers loads a model that went through before
+    try:
+        mixer.mix(torch.zeros(1, 2, 3 * shape.width), torch.zeros(1, 2, shape.d_model))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{plan.mixer} does not fit this model: its input must be as wide as its heads, which are {shape.width} wide here in a "
+            f"model {shape.d_model} wide; gated_delta_net, gla and normalized_gla have no such limit."
+        ) from error
 
 
 def reads_heads(mixer: Mixer | type[Mixer]) -> bool:
@@ -112,16 +144,24 @@ def loads_attention(mixer: Mixer | type[Mixer]) -> bool:
     return (mixer if isinstance(mixer, type) else type(mixer)).load_attention is not Mixer.load_attention
 
 
-def default_options(cls: type[Mixer], shape: AttentionShape) -> dict[str, Any]:
+def default_options(cls: type[Mixer], shape: AttentionShape, d_model: int) -> dict[str, Any]:
     """The options that follow from the teacher, for those that the mixer has.
 
-    A mixer that reads the teacher's heads gets as many heads of the same width, and no short convolution, since its
-    SiLU would change the copied queries and keys.
+    A mixer that reads the teacher's heads gets as many heads of the same width, no short convolution and no SiLU, which
+    would take the sign from the copied values.
     """
-    ratio = shape.width / shape.d_model
+    ratio = (shape.width + 0.5) / d_model  # mixers round down, and so must not meet 2.999
     wanted: dict[str, Any] = {}
     if reads_heads(cls):
-        wanted = {"n_heads": shape.n_heads, "expand_k": ratio, "expand_v": ratio, "conv": 0}
+        wanted = {
+            "n_heads": shape.n_heads,
+            "head_dim": shape.head_dim,
+            "expand_k": ratio,
+            "expand_v": ratio,
+            "conv": 0,
+            "silu": False,
+            "memory": MEMORY,
+        }
     elif loads_attention(cls):
         wanted = {
             "head_dim": shape.head_dim,

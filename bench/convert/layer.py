@@ -15,6 +15,7 @@ from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mix
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
 from mixers import State
+from mixers._feature_maps import Taylor2
 from mixers._layers import widen
 from mixers._ssd import SSDBlock
 from mixers.linear_attention import LinearAttention
@@ -58,12 +59,13 @@ class LinearizedAttention(nn.Module):
             self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, window=plan.window, sinks=plan.sinks) if plan.window else None
         self.joint = self.mixer = self.gate = None
+        readers = _readers(plan, shape, mixer)
         if mixer is None or self.window is None:
-            self.mixer = MixerBranch(mixer) if mixer is not None and heads else None
+            self.mixer = MixerBranch(mixer, readers=readers) if mixer is not None and heads else None
         elif plan.combine == "shared_denominator":
             self.joint, self.window = SharedDenominator(_positive(mixer, plan), self.window), None
         else:
-            self.mixer = MixerBranch(mixer) if heads else None
+            self.mixer = MixerBranch(mixer, readers=readers) if heads else None
             if plan.combine == "gate":
                 self.gate = nn.Linear(shape.d_model, shape.n_heads if heads else 1)
                 nn.init.zeros_(self.gate.weight)
@@ -250,8 +252,28 @@ def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
     return a_BHTK * cos + torch.cat((-second, first), -1) * sin
 
 
+def _readers(plan: LayerPlan, shape: AttentionShape, mixer: nn.Module | None) -> int:
+    """Query heads that share a state.
+
+    Raises:
+        UserError: they cannot, or need not.
+    """
+    if plan.groups == "repeat" or mixer is None:
+        return 1
+    if (
+        not reads_heads(cast(Any, mixer))
+        or plan.combine == "shared_denominator"
+        or getattr(getattr(mixer, "conv", None), "taps", 0)
+    ):
+        raise UserError(
+            f"groups=share cannot be had with {plan.mixer} under combine={plan.combine}: it needs a mixer that reads the teacher's "
+            "heads without a convolution, such as gated_delta_net or gla, joined by sum or gate."
+        )
+    return shape.n_heads // shape.n_kv_heads
+
+
 def _positive(mixer: nn.Module, plan: LayerPlan) -> LinearAttention:
-    if not isinstance(mixer, LinearAttention) or not mixer.normalize or mixer.phi_k.lift is not None:
+    if not isinstance(mixer, LinearAttention) or not mixer.normalize or isinstance(mixer.phi_k, Taylor2):
         raise UserError(
             f"combine=shared_denominator needs linear_attention with normalize=true and a map such as hedgehog, because it adds "
             f"the mixer's own normaliser to softmax's; {plan.mixer} has none: use --set plan.combine=gate or sum."

@@ -130,6 +130,11 @@ def step(trainer: StageTrainer, share: float) -> dict[str, float]:
             losses = trainer.step(share)
             break
         except torch.OutOfMemoryError:
+            if parallel.size() > 1:
+                raise UserError(
+                    f"Out of memory; the processes cannot change their batches alone: try --set stages.micro_tokens="
+                    f"{trainer.micro_rows * trainer.stage.seq_len // 2}."
+                ) from None
             if not trainer.halve_micro_batch():
                 raise UserError(
                     f"Out of memory with one sequence of {trainer.stage.seq_len} tokens at a time; try --set stages.seq_len="

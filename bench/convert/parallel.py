@@ -1,17 +1,26 @@
-"""Several processes on one conversion: each takes its rows of every batch, gradients are added up, rank 0 writes.
+"""Several processes on one conversion: the student is spread over them by FSDP2, each takes its rows of every batch.
 
-Started by `torchrun --nproc-per-node 2 -m bench.cli convert ...`; without it everything here does nothing.
+Parameters, gradients and the optimiser's state are sharded while a stage trains; between stages every process holds the
+student whole, as it always holds the teacher. Rank 0 writes. Started by `torchrun --nproc-per-node 2 -m bench.cli convert
+...`; without it everything here does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from bench.convert.spec import Stage
 
 TIMEOUT = timedelta(hours=1)
 """Rank 0 alone checks and saves at the end, while the others wait."""
@@ -61,14 +70,46 @@ def my_rows(batch: Tensor) -> Tensor:
     return batch[rank() :: size()]
 
 
-def add_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Adds the gradients of all processes, in place; a parameter without one counts as zero."""
+def sharded(student: Any, stage: Stage) -> Any:
+    """A copy of the student for one stage, its parameters spread over the processes; the student itself if there is but one.
+
+    A stage on the teacher's stream runs the converted layers by themselves, so each is a unit of its own there.
+
+    Args:
+        student: with adapters, if the stage has any, and the right parameters frozen.
+        stage: decides which methods run.
+    """
     if size() == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+        return student
+    mesh = init_device_mesh(student.device.type, (size(),))
+    copied = copy.deepcopy(student)
+    if stage.capture == "logits":
+        for block in copied.blocks():
+            fully_shard(block, mesh=mesh)
+        fully_shard(copied, mesh=mesh)
+        register_fsdp_forward_method(copied, "hidden")
+    for index, layer in copied.converted().items() if stage.capture != "logits" else ():
+        if stage.capture == "block_out":
+            fully_shard(copied.blocks()[index], mesh=mesh)
+            continue
+        fully_shard(layer, mesh=mesh)
+        for method in ("segment", "heads_output", "matrix"):
+            register_fsdp_forward_method(layer, method)
+    return copied
+
+
+def whole(content: Any) -> Any:
+    """The same nested dictionary with every sharded tensor gathered; all processes must ask for it."""
+    if isinstance(content, dict):
+        return {key: whole(value) for key, value in content.items()}
+    return content.full_tensor() if isinstance(content, DTensor) else content
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor sharded as a parameter of its shape is."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def add_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -1,7 +1,14 @@
-"""Recall tasks rendered as text: lists of pairs, some prose-like filler, and questions whose answers stand far back."""
+"""Recall tasks rendered as training text: what stands far back must be known again.
+
+Three kinds in equal shares. Lists of pairs and questions about them in another order; facts scattered over running text and
+asked for at its end; and passages of running text that come back later. Without running text all are lists.
+
+Shape legend: T tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +18,7 @@ FORMS = (
     ("{k} has the number {v}.", "What number does {k} have? {v}."),
     ("{k}: {v}", "{k}: {v}"),
     ("The code of {k} is {v}.", "The code of {k} is {v}."),
+    ("{v} belongs to {k}.", "What belongs to {k}? {v}."),
 )
 FILLER = (
     "The road went on through the hills and nobody spoke.",
@@ -19,19 +27,28 @@ FILLER = (
     "A door opened somewhere and closed again.",
 )
 MAX_PAIRS = 64
+MAX_FACTS = 12
+Text = Callable[[int], np.ndarray]
+"""Gives that many consecutive tokens of running text."""
 
 
-def render_recall(tokenizer: Any, draw: np.random.Generator, length: int) -> np.ndarray:
-    """One sequence of exactly `length` tokens: pairs, filler, and all pairs asked again in another order.
+def render_recall(tokenizer: Any, draw: np.random.Generator, length: int, text: Text | None = None) -> np.ndarray:
+    """One sequence of exactly `length` tokens.
 
     Args:
         tokenizer: the teacher's.
         draw: source of randomness.
         length: T.
+        text: running text, or None.
 
     Returns:
         [T] int64.
     """
+    kind = 0 if text is None else draw.integers(3)
+    if kind == 1 and text is not None:
+        return _scattered(tokenizer, draw, length, text)
+    if kind == 2 and text is not None:
+        return _repeated(draw, length, text)
     ids: list[int] = []
     while len(ids) < length:
         ids += _fitting(tokenizer, draw, length - len(ids))
@@ -51,10 +68,44 @@ def _fitting(tokenizer: Any, draw: np.random.Generator, room: int) -> list[int]:
 def _example(draw: np.random.Generator, n_pairs: int) -> str:
     """One list, some filler, and a question for every pair in another order."""
     statement, question = FORMS[draw.integers(len(FORMS))]
-    names = ["".join(draw.choice(SYLLABLES, 3)).capitalize() for _ in range(n_pairs)]
-    pairs = {name: str(draw.integers(1000, 9999)) for name in names}
+    pairs = _pairs(draw, n_pairs)
     lines = [statement.format(k=name, v=value) for name, value in pairs.items()]
     lines += list(draw.choice(FILLER, draw.integers(0, n_pairs + 1)))
-    asked = [list(pairs)[index] for index in draw.permutation(len(pairs))]
-    lines += [question.format(k=name, v=pairs[name]) for name in asked]
+    lines += [question.format(k=name, v=pairs[name]) for name in _shuffled(draw, list(pairs))]
     return "\n".join(lines) + "\n\n"
+
+
+def _scattered(tokenizer: Any, draw: np.random.Generator, length: int, text: Text) -> np.ndarray:
+    """Running text in which facts stand at random places, then a question for each of them."""
+    statement, question = FORMS[draw.integers(len(FORMS))]
+    pairs = _pairs(draw, int(draw.integers(1, MAX_FACTS + 1)))
+    told = [statement.format(k=name, v=value) for name, value in pairs.items()]
+    asked = [question.format(k=name, v=pairs[name]) for name in _shuffled(draw, list(pairs))]
+    facts = tokenizer([f"\n{line}\n" for line in told], add_special_tokens=False)["input_ids"]
+    questions = tokenizer("\n" + "\n".join(asked) + "\n", add_special_tokens=False)["input_ids"]
+    room = length - len(questions) - sum(map(len, facts))
+    if room < 2 * len(facts):
+        return render_recall(tokenizer, draw, length)
+    places = np.sort(draw.integers(0, room, len(facts)))
+    pieces = np.split(text(room), places)
+    told_between = [part for piece, fact in zip(pieces, facts, strict=False) for part in (piece, fact)]
+    return np.concatenate([*told_between, pieces[-1], questions]).astype(np.int64)
+
+
+def _repeated(draw: np.random.Generator, length: int, text: Text) -> np.ndarray:
+    """Running text whose first half lends passages to the second."""
+    ids = text(length).astype(np.int64)
+    size = int(draw.integers(length // 16, length // 4))
+    source = int(draw.integers(0, length // 2 - size + 1))
+    target = int(draw.integers(length // 2, length - size + 1))
+    ids[target : target + size] = ids[source : source + size]
+    return ids
+
+
+def _pairs(draw: np.random.Generator, count: int) -> dict[str, str]:
+    names = ["".join(draw.choice(SYLLABLES, 3)).capitalize() for _ in range(count)]
+    return {name: str(draw.integers(1000, 9999)) for name in names}
+
+
+def _shuffled(draw: np.random.Generator, names: list[str]) -> list[str]:
+    return [names[index] for index in draw.permutation(len(names))]

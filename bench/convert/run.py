@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from bench import __version__, provenance
 from bench.convert import parallel, saving
 from bench.convert.align import alignment_backward
+from bench.convert.compiled import WORTH_COMPILING
 from bench.convert.data import TrainingData
 from bench.convert.gate import STEPS, GateResult, check_model
 from bench.convert.loop import Progress, StageLoop
@@ -138,10 +139,10 @@ class Conversion:
     ) -> None:
         stage = self.stages[index]
         torch.manual_seed(self.recipe.seed + index)
-        trainer = StageTrainer(self.student, self.teacher, stage, index, self.data, self.precision)
+        compiled = self.device.type == "cuda" and stage.tokens >= WORTH_COMPILING and parallel.size() == 1
+        trainer = StageTrainer(self.student, self.teacher, stage, index, self.data, self.precision, compiled=compiled)
         elapsed = 0.0
         if restored is not None:
-            self.student.load_state_dict(restored["student"])
             trainer.restore(restored["trainer"])
             elapsed = restored["elapsed"]
         limit = None if self.seconds is None else self.seconds * stage.tokens / sum(s.tokens for s in self.stages)
@@ -153,13 +154,13 @@ class Conversion:
         self.rows[f"student after stage {index + 1}"] = self._agreement(self.student)
 
     def _checkpoint(self, index: int, trainer: StageTrainer, elapsed: float) -> None:
+        state = trainer.state()
         if parallel.rank():
             return
         content = {
             "identity": self.identity(),
             "stage": index,
-            "student": self.student.state_dict(),
-            "trainer": trainer.state(),
+            "trainer": state,
             "elapsed": elapsed,
             "log": self.log,
             "rows": self.rows,
@@ -223,7 +224,7 @@ class Conversion:
         self.rows |= referee_rows(self.student, self.teacher, self.held, bf16=self.precision == "bf16")
         report = {
             **{key: value for key, value in facts.items() if key != "recipe"},
-            "gate": {"passed": gate.passed, "tolerance": gate.tolerance, "errors": gate.errors},
+            "gate": {"passed": gate.passed, **asdict(gate)},
             "state_bytes": {"constant": constant, "per_token": growth, "teacher_per_token": teacher_growth},
             "held_out": {"tokens": self.held.numel(), "rows": self.rows},
             "stages": self.log,

@@ -29,6 +29,9 @@ class LayerPlan(Frozen):
     """Options of the mixer; heads and widths follow the teacher unless given."""
     rope: Literal["keep", "drop"] = "keep"
     """Whether the mixer's queries and keys are rotated as the teacher's; the window's always are."""
+    groups: Literal["repeat", "share"] = "repeat"
+    """Grouped-query attention: repeat keys, so that every query head has a state of its own, or share one state among the
+    query heads of a group, which are then read from it one by one."""
     window: int = Field(default=64, ge=0)
     """Keys that softmax still sees, the own one included; 0 for no window."""
     sinks: int = Field(default=0, ge=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.convert import parallel
 from bench.convert.align import alignment_backward
+from bench.convert.compiled import compile_parts
 from bench.convert.data import TrainingData
 from bench.convert.losses import next_token_loss, shift_targets
 from bench.convert.spec import Group, Stage
@@ -38,35 +40,45 @@ class StageTrainer:
         index: of the stage in its recipe, part of what decides the batches.
         data: where batches come from.
         precision: "fp32" or "bf16".
+        compiled: fuse the small operations of the layers, which pays on a GPU and many tokens.
 
     Raises:
         UserError: no parameter would train.
     """
 
     def __init__(
-        self, student: LinearizedForCausalLM, teacher: Any, stage: Stage, index: int, data: TrainingData, precision: str
+        self,
+        student: LinearizedForCausalLM,
+        teacher: Any,
+        stage: Stage,
+        index: int,
+        data: TrainingData,
+        precision: str,
+        *,
+        compiled: bool = False,
     ) -> None:
-        self.student, self.teacher, self.stage, self.index, self.data = student, teacher, stage, index, data
+        self.teacher, self.stage, self.index, self.data = teacher, stage, index, data
         self.device, self.bf16 = student.device, precision == "bf16"
-        self.rows = max(1, stage.batch_tokens // stage.seq_len)
-        if self.rows < parallel.size():
-            raise UserError(
-                f"A batch of {stage.batch_tokens} tokens is {self.rows} sequences of {stage.seq_len}, fewer than the "
-                f"{parallel.size()} processes; try --set stages.batch_tokens={parallel.size() * stage.seq_len}."
-            )
+        self.rows = _rows(stage)
         self.micro_rows = self.rows if stage.micro_tokens is None else max(1, min(self.rows, stage.micro_tokens // stage.seq_len))
         self.tuner = _add_adapters(student, stage)
-        groups = choose_parameters(student, teacher, stage)
+        chosen = choose_parameters(student, teacher, stage)
+        self.whole, self.student = student, parallel.sharded(student, stage)
+        named = dict(self.student.named_parameters())
+        groups = [(lr, [named[name] for name in params]) for lr, params in chosen]
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(params.values()), "lr": lr, "peak": lr} for lr, params in groups],
+            [{"params": params, "lr": lr, "peak": lr} for lr, params in groups],
             betas=stage.betas,
             weight_decay=stage.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.trained = [parameter for _, params in groups for parameter in params.values()]
+        self.trained = [parameter for _, params in groups for parameter in params]
         self.step_number = self.tokens = 0
         self.plateau: dict[str, float] = {"factor": 1.0, "best": math.inf, "bad": 0, "sum": 0.0, "count": 0}
-        student.train()
+        self.restore_parts = compile_parts(self.student, teacher, stage) if compiled else lambda: None
+        self.reader = ThreadPoolExecutor(1)
+        self.upcoming: tuple[int, Future[Tensor]] | None = None
+        self.student.train()
 
     def step(self, progress: float) -> dict[str, float]:
         """One optimiser step.
@@ -80,12 +92,11 @@ class StageTrainer:
         factor = self._lr_factor(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        tokens_BT = self.data.batch(self.index, self.step_number, self.rows, self.stage.seq_len).to(self.device)
+        tokens_BT = self._batch().to(self.device)
         totals: dict[str, float] = {}
         for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
             for name, value in self._backward(part, len(part) / len(tokens_BT)).items():
                 totals[name] = totals.get(name, 0.0) + value
-        parallel.add_gradients(self.trained)
         totals = parallel.add_numbers(totals, self.device)
         nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
         self.optimizer.step()
@@ -94,6 +105,17 @@ class StageTrainer:
         self.tokens += tokens_BT.numel()
         self._watch_plateau(totals["loss"])
         return totals
+
+    def _batch(self) -> Tensor:
+        """The tokens of this step; those of the next are drawn while the device works."""
+        batch, number = self._reading(self.step_number), self.step_number + 1
+        self.upcoming = (number, self.reader.submit(self.data.batch, self.index, number, self.rows, self.stage.seq_len))
+        return batch
+
+    def _reading(self, number: int) -> Tensor:
+        if self.upcoming is not None and self.upcoming[0] == number:
+            return self.upcoming[1].result()
+        return self.data.batch(self.index, number, self.rows, self.stage.seq_len)
 
     def halve_micro_batch(self) -> bool:
         """After running out of memory: smaller forward passes; False if one sequence is too much already."""
@@ -104,15 +126,20 @@ class StageTrainer:
         return True
 
     def finish(self) -> None:
-        """Merges adapters into the weights."""
+        """Leaves the trained weights in the student that the stage was given, adapters merged."""
+        self.reader.shutdown(cancel_futures=True)
+        self.restore_parts()
+        if self.student is not self.whole:
+            self.whole.load_state_dict(parallel.whole(self.student.state_dict()))
         if self.tuner is not None:
             self.tuner.merge_and_unload()
-        self.student.eval().requires_grad_(False)
+        self.whole.eval().requires_grad_(False)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the stage depends on, apart from the student's weights."""
+        """Everything that the rest of the stage depends on, tensors whole; all processes must ask for it together."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "student": parallel.whole(self.student.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
             "step": self.step_number,
             "tokens": self.tokens,
             "plateau": self.plateau,
@@ -122,6 +149,11 @@ class StageTrainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken."""
+        with torch.no_grad():
+            for name, tensor in self.student.state_dict().items():
+                tensor.copy_(parallel.like(state["student"][name], tensor))
+        for parameter, numbers in zip(self.trained, state["optimizer"]["state"].values(), strict=True):
+            numbers |= {name: parallel.like(value, parameter) for name, value in numbers.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_number, self.tokens, self.plateau = state["step"], state["tokens"], state["plateau"]
         torch.set_rng_state(state["rng"].cpu())
@@ -132,13 +164,15 @@ class StageTrainer:
         """Adds the gradient of a part of the batch, which is `share` of it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.stage.capture != "logits":
-                loss = alignment_backward(self.student, self.teacher, tokens_BT, self.stage, share * self.stage.scale)
-                return {"loss": loss}
+                # FSDP takes the mean over processes, each of which has its share of the whole batch's mean.
+                factor = share * self.stage.scale * parallel.size()
+                loss = alignment_backward(self.student, self.teacher, tokens_BT, self.stage, factor)
+                return {"loss": loss / parallel.size()}
             return self._distill_backward(tokens_BT, share)
 
     def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
         stage, student = self.stage, self.student
-        hidden = cast(Any, student.lm).model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        hidden = student.hidden(tokens_BT)
         teacher_hidden = teacher_head = None
         if stage.kl:
             with torch.no_grad():
@@ -155,7 +189,7 @@ class StageTrainer:
             teacher_head_VD=teacher_head,
             temperature=stage.temperature,
         )
-        (loss * share).backward()
+        (loss * share * parallel.size()).backward()
         kl, ce = (parts * share).tolist()
         return {"loss": loss.item() * share, "kl": kl, "ce": ce}
 
@@ -183,6 +217,22 @@ class StageTrainer:
             watch["bad"] += 1
         if watch["bad"] > PLATEAU_PATIENCE:
             watch["factor"], watch["bad"] = watch["factor"] * PLATEAU_FACTOR, 0
+
+
+def _rows(stage: Stage) -> int:
+    """Sequences of a batch.
+
+    Raises:
+        UserError: the processes cannot share them equally.
+    """
+    rows = max(1, stage.batch_tokens // stage.seq_len)
+    if rows % parallel.size():
+        fitting = -(-rows // parallel.size()) * parallel.size() * stage.seq_len
+        raise UserError(
+            f"A batch of {stage.batch_tokens} tokens is {rows} sequences of {stage.seq_len}, which {parallel.size()} processes "
+            f"cannot share equally; try --set stages.batch_tokens={fitting}."
+        )
+    return rows
 
 
 def choose_parameters(student: LinearizedForCausalLM, teacher: Any, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -90,6 +91,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LinearizedConfig) -> None:
         super().__init__(config)
         base = dict(config.base or {})
+        if "model_type" not in base or len(config.plans or []) != base.get("num_hidden_layers"):
+            raise ValueError("config.json of a converted model needs the teacher's configuration and one plan a layer")
         base_config = AutoConfig.for_model(base.pop("model_type"), **base)
         self.lm: Any = AutoModelForCausalLM.from_config(base_config, attn_implementation="sdpa")
         # Before the converted layers are in: it would draw their linear maps and zero their biases as a Llama's.
@@ -99,6 +102,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             if plan is not None:
                 block.self_attn = LinearizedAttention(block.self_attn, plan, teacher_shape(block, index), index)
         self.keeps_softmax = any(plan is None for plan in self.plans)
+        self.decoders: dict[Any, Any] = {}
 
     def blocks(self) -> Any:
         """The decoder layers."""
@@ -110,6 +114,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def ablate(self, branch: Branch) -> None:
         """Lets only the window or only the mixer of every converted layer speak, or both again."""
+        self.decoders.clear()
         for layer in self.converted().values():
             layer.ablation = branch
 
@@ -157,6 +162,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             # One new token is always real, and asking would wait for the device.
             if given.shape[1] > 1 and not bool((recent := attention_mask[:, -given.shape[1] :].bool()).all()):
                 padding_BT = recent
+        if labels is None and self._may_record(input_ids, cache):
+            from bench.convert.decode import recorded_step
+
+            assert input_ids is not None
+            assert cache is not None
+            logits_BV = recorded_step(self, cache, input_ids, position_ids)
+            if logits_BV is not None:
+                return CausalLMOutputWithPast(logits=logits_BV[:, None], cache=cache)
         outputs = self.lm.model(
             input_ids=input_ids,
             attention_mask=attention_mask if self.keeps_softmax else None,
@@ -173,6 +186,18 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, cache=cache if use_cache else None, hidden_states=outputs.hidden_states
         )
+
+    def _may_record(self, input_ids: Tensor | None, cache: Any) -> bool:
+        """Whether a call is a step on a GPU that could replay a CUDA graph."""
+        if input_ids is None or input_ids.shape[1] != 1 or not input_ids.is_cuda or self.training:
+            return False
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return False
+        return isinstance(cache, LinearizedCache) and cache.steps_on_graph and cache.get_seq_length() > 0
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [B, T, D] of sequences without padding."""
+        return self.lm.model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head."""

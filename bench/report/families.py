@@ -42,6 +42,22 @@ def _score(found: FamilyTable, name: str, column: dict[str, Any]) -> float | Non
     return None if value is None else round(value, 5)
 
 
+def ceiling_columns(ceilings: dict[str, float]) -> dict[str, Any]:
+    """What a table shows beside an accuracy: chance, the best solver that does not solve the task and its name, the exact solver.
+
+    Args:
+        ceilings: by name, in the mean over the cells.
+    """
+    others = {name: value for name, value in ceilings.items() if name not in ("chance", "exact")}
+    best = max(others, key=lambda name: others[name]) if others else None
+    return {
+        "chance": ceilings.get("chance"),
+        "shortcut": None if best is None else others[best],
+        "shortcut_name": best or "",
+        "possible": ceilings.get("exact", 1.0),
+    }
+
+
 def shortcut_lines(ceilings: dict[str, float]) -> dict[str, float]:
     """The ceilings that the Pareto plot draws as lines: chance and the best solver that does not solve the task.
 
@@ -50,11 +66,8 @@ def shortcut_lines(ceilings: dict[str, float]) -> dict[str, float]:
     Args:
         ceilings: by name, in the mean over the cells.
     """
-    drawn = {"chance": ceilings["chance"]} if "chance" in ceilings else {}
-    others = {name: value for name, value in ceilings.items() if name not in ("chance", "exact")}
-    if others:
-        best = max(others, key=lambda name: others[name])
-        drawn[best] = others[best]
-    if ceilings.get("exact", 1.0) < 0.99:
-        drawn["best possible"] = ceilings["exact"]
-    return drawn
+    found = ceiling_columns(ceilings)
+    drawn = {"chance": found["chance"], found["shortcut_name"]: found["shortcut"]}
+    if found["possible"] < 0.99:
+        drawn["best possible"] = found["possible"]
+    return {name: value for name, value in drawn.items() if value is not None}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from bench.families import task_score
+from bench.families import mean_ceilings, task_score
 from bench.points import Point
 from bench.records import RunRecord, SpeedRecord
 from bench.report.charts import AXES
-from bench.report.families import shortcut_lines
+from bench.report.families import ceiling_columns, shortcut_lines
 from bench.selection import published_selection
 from bench.stats import pareto_front
 from bench.store import Store
@@ -30,7 +29,7 @@ def task_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
         cells = group[0].cells
         hardest = max(cells, key=lambda cell: cell.bits_needed)
         name = group[0].spec.task.name
-        ceilings = {name: math.fsum(c.ceilings.get(name, 0.0) for c in cells) / len(cells) for name in hardest.ceilings}
+        ceilings = mean_ceilings(cells)
         rows.append(
             {
                 "id": f"t{index}",
@@ -89,6 +88,7 @@ def _point_row(index: int, point: Point, task: dict[str, Any]) -> dict[str, Any]
         "high": accuracy.high,
         "interval": accuracy.kind,
         "n": accuracy.n,
+        **ceiling_columns(task["ceilings"]),
         "lr": point.lr,
         "lr_source": point.lr_source,
         "published_selection": _rounded(selection.accuracy.mean, 5),

@@ -89,17 +89,15 @@ def _chunked_flops(key: int, value: int, width: int, *, delta: bool) -> tuple[in
     return 2 * CHUNK * (key + value) + 4 * width * value, 2 * CHUNK * (3 * key + 2 * value) + 10 * width * value
 
 
-def attention(shape: Shape, mode: str, *, item: int, window: int | None = None) -> Cost:
-    """Causal softmax attention, over all keys or the last `window` ones."""
+def attention(shape: Shape, mode: str, *, item: int, pairs: int) -> Cost:
+    """Softmax attention where the queries of a sequence see this many keys together; a decoded token sees them alone."""
     tokens = shape.batch * shape.length
-    seen = visible_pairs(shape.length, window)
     kv = item * shape.groups * (shape.key + shape.value)
     query, output = item * shape.heads * shape.key, item * shape.heads * shape.value
     per_pair = 2 * shape.heads * (shape.key + shape.value)
     if mode == "decode":
-        kept = min(shape.length, window or shape.length)
-        return Cost(shape.batch * (kept * kv + query + output), shape.batch * kept * per_pair)
-    forward = Cost(tokens * (query + kv + output), shape.batch * seen * per_pair)
+        return Cost(shape.batch * (pairs * kv + query + output), shape.batch * pairs * per_pair)
+    forward = Cost(tokens * (query + kv + output), shape.batch * pairs * per_pair)
     backward = Cost(tokens * (2 * (query + kv) + output), forward.flops * 5 // 2)
     return forward + backward if mode == "train" else forward
 

@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.throughput import bounds
+from bench.throughput.attentions import Attention, ChosenBlocks
 from bench.throughput.bounds import Cost, Shape
+from bench.throughput.draws import Draw, learned_in
 from bench.throughput.names import KernelName
 from bench.throughput.problem import DELTA_GRADIENT, SIXTEEN, TOLERANCES, Problem, Tensors, precision_of
-from kernels.attention import attention, attention_reference, band_mask, banded_attention
-from kernels.chunk_decay import Lift
 from kernels.conv import short_conv
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference, scan_reference
 from kernels.scan import scan, selective_scan
 from kernels.step import states_in_place
+from kernels.taylor import features as taylor_features
+from kernels.taylor import n_features, taylor_attention
 
 TAPS = 4
 NAMED = {"log_decay": "log_decay", "beta_BTH": "beta", "state_BHKV": "state"}
@@ -32,30 +34,13 @@ STRONGEST = 5.0
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Random tensors of one problem."""
-
-    device: torch.device
-    dtype: torch.dtype
-    generator: torch.Generator
-
-    def normal(self, *size: int) -> Tensor:
-        """Standard normal, in the problem's dtype."""
-        return torch.randn(size, device=self.device, generator=self.generator).to(self.dtype)
-
-    def uniform(self, *size: int) -> Tensor:
-        """Between 0 and 1, in fp32."""
-        return torch.rand(size, device=self.device, generator=self.generator)
-
-
-@dataclass(frozen=True)
 class Recurrence:
     """A member of the family of linear recurrences.
 
     Args:
         gate: none, constant, scalar or vector.
         delta: whether a write erases first.
-        taylor: q and k are mapped to second-order Taylor features inside of the operation.
+        taylor: q and k are mapped to second-order Taylor features inside of the operation, without the division.
     """
 
     gate: str = "none"
@@ -64,18 +49,17 @@ class Recurrence:
 
     def cost(self, shape: Shape, mode: str, item: int) -> Cost:
         """See `bench.throughput.bounds`."""
-        features = None if not self.taylor else 1 + shape.key + shape.key * (shape.key + 1) // 2
+        features = n_features(shape.key) if self.taylor else None
         return bounds.recurrence(shape, mode, gate=self.gate, delta=self.delta, item=item, features=features)
 
     def state_bytes(self, shape: Shape, item: int) -> int:
         """Of one sequence, in fp32."""
-        width = shape.key if not self.taylor else 1 + shape.key + shape.key * (shape.key + 1) // 2
+        width = n_features(shape.key) if self.taylor else shape.key
         return 4 * shape.heads * width * shape.value
 
     def problem(self, shape: Shape, mode: str, draw: Draw) -> Problem:
         """Inputs as mixers make them: keys of the delta rule have unit length, scalar gates are in fp32."""
         batch, length = shape.batch, 1 if mode == "decode" else shape.length
-        lift = _taylor(shape.key) if self.taylor else None
         q, k = (draw.normal(batch, length, shape.groups, shape.key) for _ in range(2))
         k = F.normalize(k.float(), dim=-1).to(draw.dtype) if self.delta else k * shape.key**-0.5
         inputs = {"q": q, "k": k, "v": draw.normal(batch, length, shape.heads, shape.value)}
@@ -93,17 +77,21 @@ class Recurrence:
             tolerances["gradient"] = DELTA_GRADIENT
 
         def call(own: Tensors) -> Tensors:
+            if self.taylor:
+                o, sums = taylor_attention(
+                    own["q"], own["k"], own["v"], eps=None, state=(own["state"], None) if "state" in own else None
+                )
+                return _outputs(o, None if sums is None else sums[0])
             named: dict[str, Any] = {name: own.get(ours) for name, ours in NAMED.items()}
-            return _outputs(*linear_recurrence(own["q"], own["k"], own["v"], lift=lift, **named))
+            return _outputs(*linear_recurrence(own["q"], own["k"], own["v"], **named))
 
         def step(own: Tensors) -> Tensors:
             with states_in_place():
                 return call(own)
 
         def definition(own: Tensors) -> Tensors:
-            q, k = (own[name] if lift is None else lift.features(own[name]) for name in ("q", "k"))
-            named = {name: own.get(ours) for name, ours in NAMED.items()}
-            o, state = linear_recurrence_reference(q, k, own["v"], **named)
+            q, k = (taylor_features(own[name]) if self.taylor else own[name] for name in ("q", "k"))
+            o, state = linear_recurrence_reference(q, k, own["v"], **{name: own.get(ours) for name, ours in NAMED.items()})
             return _outputs(o, state if "state" in own else None)
 
         return Problem(
@@ -121,44 +109,6 @@ class Recurrence:
         if self.gate == "scalar":
             return -STRONGEST * draw.uniform(shape.batch, length, shape.heads).pow(4)
         return -STRONGEST * draw.uniform(shape.batch, length, shape.heads, shape.key).pow(4).to(draw.dtype)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Causal softmax attention, over everything or a window."""
-
-    window: int | None = None
-
-    def cost(self, shape: Shape, mode: str, item: int) -> Cost:
-        """See `bench.throughput.bounds`."""
-        return bounds.attention(shape, mode, item=item, window=self.window)
-
-    def state_bytes(self, shape: Shape, item: int) -> int:
-        """Keys and values of one sequence."""
-        return min(shape.length, self.window or shape.length) * shape.groups * (shape.key + shape.value) * item
-
-    def problem(self, shape: Shape, mode: str, draw: Draw) -> Problem:
-        """Random normal queries, keys and values."""
-        kept = min(shape.length, self.window or shape.length) if mode == "decode" else shape.length
-        asked = 1 if mode == "decode" else shape.length
-        inputs = {
-            "q": draw.normal(shape.batch, shape.heads, asked, shape.key),
-            "k": draw.normal(shape.batch, shape.heads, kept, shape.key),
-            "v": draw.normal(shape.batch, shape.heads, kept, shape.value),
-        }
-        window = self.window
-
-        def call(own: Tensors) -> Tensors:
-            q, k, v = own["q"], own["k"], own["v"]
-            if asked < kept:
-                return {"o": attention(q, k, v)}
-            return {"o": attention(q, k, v, causal=True) if window is None else banded_attention(q, k, v, window=window)}
-
-        def definition(own: Tensors) -> Tensors:
-            mask = band_mask(asked, kept, window=window, device=draw.device)
-            return {"o": attention_reference(own["q"], own["k"], own["v"], mask)}
-
-        return Problem(inputs, call, definition, _learned(inputs, mode), dict(TOLERANCES[precision_of(draw.dtype)]))
 
 
 @dataclass(frozen=True)
@@ -189,7 +139,7 @@ class SelectiveScan:
             return {"y": (h * c[..., None, :]).sum(-1)}
 
         tolerances = TOLERANCES[precision_of(draw.dtype)] | {"gradient": 2 * TOLERANCES[precision_of(draw.dtype)]["gradient"]}
-        return Problem(inputs, call, definition, _learned(inputs, mode), tolerances)
+        return Problem(inputs, call, definition, learned_in(inputs, mode), tolerances)
 
 
 @dataclass(frozen=True)
@@ -212,7 +162,7 @@ class ElementwiseScan:
             inputs,
             lambda own: {"h": scan(own["a"], own["x"])},
             lambda own: {"h": scan_reference(own["a"], own["x"])},
-            _learned(inputs, mode),
+            learned_in(inputs, mode),
             dict(TOLERANCES[precision_of(draw.dtype)]),
         )
 
@@ -243,7 +193,7 @@ class ShortConv:
             inputs,
             lambda own: {"y": short_conv(own["x"], own["weight"], silu=True)[0]},
             definition,
-            _learned(inputs, mode),
+            learned_in(inputs, mode),
             dict(TOLERANCES[precision_of(draw.dtype)]),
         )
 
@@ -260,6 +210,7 @@ OPERATIONS: dict[KernelName, Any] = {
     "taylor": Recurrence(taylor=True),
     "attention": Attention(),
     "window": Attention(window=128),
+    "chosen_blocks": ChosenBlocks(block=64, chosen=16),
     "selective_scan": SelectiveScan(),
     "scan": ElementwiseScan(),
     "short_conv": ShortConv(),
@@ -268,13 +219,3 @@ OPERATIONS: dict[KernelName, Any] = {
 
 def _outputs(o: Tensor, state: Tensor | None) -> Tensors:
     return {"o": o} if state is None else {"o": o, "state": state}
-
-
-def _learned(inputs: Tensors, mode: str) -> tuple[str, ...]:
-    return tuple(inputs) if mode == "train" else ()
-
-
-def _taylor(width: int) -> Lift:
-    from mixers._feature_maps import Taylor2
-
-    return Taylor2(width).lift

@@ -16,7 +16,8 @@ from bench.spec import digest
 from bench.throughput import clock, peers
 from bench.throughput import mixers as whole
 from bench.throughput.bounds import Cost, Shape
-from bench.throughput.kernels import OPERATIONS, Draw
+from bench.throughput.draws import Draw
+from bench.throughput.kernels import OPERATIONS
 from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
 from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
@@ -179,7 +180,7 @@ class _Kernel:
     def small(self) -> tuple[Problem, str]:
         """The problem of the gate, and its definition in words."""
         length = GATE_LENGTHS[self.session.device.type]
-        if self.row.name in ("attention", "window"):
+        if self.row.name in ("attention", "window", "chosen_blocks"):
             length = ATTENTION_LENGTH
         if self.kernel.layout in ("channels", "states"):
             shape = Shape(GATE_BATCH, length, GATE_CHANNELS, key=self.shape.key)

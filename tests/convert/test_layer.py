@@ -8,13 +8,14 @@ import torch
 
 import mixers
 from bench.convert.branches import SharedDenominator, WindowBranch
+from bench.convert.cache import LinearizedCache
 from bench.convert.decode import Decoder
 from bench.convert.fit import attention_shape
 from bench.convert.gate import check_model
 from bench.convert.layer import GATE_BIAS, spans
 from bench.convert.run import check_transplant
 from bench.convert.spec import LayerPlan
-from bench.convert.student import build_student
+from bench.convert.student import LinearizedForCausalLM, build_student
 from bench.errors import UserError
 from kernels.banded_sums import banded_attention_sums
 from mixers import REGISTRY
@@ -62,6 +63,45 @@ def test_any_mixer_with_a_window_is_one_function(name: str, teacher, tmp_path: P
     student.save_pretrained(tmp_path)
     result = check_model(student, tokens(), folder=tmp_path)
     assert result.passed, result.sentence()
+
+
+@pytest.mark.parametrize("groups", ["repeat", "share"])
+@pytest.mark.parametrize("name", ["gated_delta_net", "delta_net", "gla", "linear_attention", "liger", "normalized_gla", "supra"])
+def test_heads_wider_than_the_model_are_taken_over(name: str, groups: str):
+    wide = tiny("Qwen3", head_dim=32)
+    plan = LayerPlan(mixer=name, options=HEDGEHOG if name == "linear_attention" else {}, groups=groups, window=7, combine="sum")
+    student = build_student(wide, [plan] * 2).eval()
+    result = check_model(student, tokens())
+    assert result.passed, result.sentence()
+    heads = {"repeat": 4, "share": 2}[groups]
+    assert student.converted()[0].init_state(1, device="cpu", dtype=torch.float32)["mixer.s"].shape[1] == heads
+
+
+def test_a_mixer_whose_gates_need_another_width_says_so():
+    with pytest.raises(UserError, match="retention does not fit this model: its input must be as wide as its heads, which are 128"):
+        build_student(tiny("Qwen3", head_dim=32), [LayerPlan(mixer="retention", combine="gate")] * 2)
+
+
+def test_a_shared_state_is_what_every_reader_would_have(teacher):
+    """Query heads of a group read one state; with gates that do not differ by head, repeated states are the same."""
+    torch.manual_seed(0)
+    plan = LayerPlan(mixer="liger", window=0, combine="sum")
+    shared = build_student(teacher, [plan.model_copy(update={"groups": "share"})] * 2).eval()
+    repeated = build_student(teacher, [plan] * 2).eval()
+    torch.testing.assert_close(shared(tokens()).logits, repeated(tokens()).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "combine"), [("mamba2", "gate"), ("linear_attention", "shared_denominator")])
+def test_a_state_that_cannot_be_shared_says_why(name: str, combine: str, teacher):
+    plan = LayerPlan(mixer=name, options=HEDGEHOG if name == "linear_attention" else {}, combine=combine, groups="share")
+    with pytest.raises(UserError, match=f"groups=share cannot be had with {name} under combine={combine}"):
+        build_student(teacher, [plan] * 2)
+
+
+def test_copied_heads_are_not_bent(teacher):
+    for name in ("gated_delta_net", "delta_net", "kda"):
+        mixer = build_student(teacher, [LayerPlan(mixer=name, combine="gate")] * 2).converted()[0].mixer.mixer
+        assert (mixer.conv.taps, mixer.conv.silu) == (0, False)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (5, 3), (64, 2)])
@@ -213,3 +253,26 @@ def test_a_decoder_refuses_a_growing_cache(teacher):
     student = build_student(teacher, [LayerPlan(mixer=None, window=5), None]).eval()
     with pytest.raises(ValueError, match="every layer is converted"):
         Decoder(student, student(tokens(), use_cache=True).cache)
+
+
+def test_a_recorded_step_serves_several_caches_in_turn(teacher, monkeypatch):
+    """On a CPU the step is run instead of replayed; what moves between caches and buffers is the same."""
+
+    def single(_: object, ids: torch.Tensor, cache: LinearizedCache | None) -> bool:
+        return ids.shape[1] == 1 and cache is not None and cache.steps_on_graph
+
+    monkeypatch.setattr(LinearizedForCausalLM, "_may_record", single)
+    monkeypatch.setattr("bench.convert.decode.STEPS_BEFORE_CAPTURE", 1)
+    student = build_student(teacher, [LayerPlan(mixer="gated_delta_net", window=5, sinks=1, combine="gate")] * 2).eval()
+    x, other = tokens(2, 40), tokens(2, 40).flip(1)
+    wanted = [student(a, use_cache=False).logits for a in (x, other)]
+    caches = [student(a[:, :17], use_cache=True).cache for a in (x, other)]
+    for t in range(17, 40):
+        for a, cache, logits in zip((x, other), caches, wanted, strict=True):
+            found = student(a[:, t : t + 1], cache=cache, use_cache=True).logits
+            torch.testing.assert_close(found[:, 0], logits[:, t], atol=1e-3, rtol=1e-3)
+    assert len(student.decoders) == 1
+    assert all(cache.get_seq_length() == 40 for cache in caches)
+    caches[1].reorder_cache(torch.tensor([1, 1]))
+    found = student(other[:1, :1].expand(2, 1), cache=caches[1], use_cache=True).logits
+    torch.testing.assert_close(found[0], found[1])

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from bench.convert.data import Corpus, TrainingData, load_data
 from bench.convert.gate import check_model
 from bench.convert.losses import IGNORED, layer_loss, next_token_loss, weights_loss
 from bench.convert.measure import agreement, cache_bytes, window_of_equal_bytes
+from bench.convert.rendered import _repeated, _scattered, render_recall
 from bench.convert.resolve import load_recipe
 from bench.convert.run import Conversion
 from bench.convert.spec import LayerPlan, Lora, Recipe, Source, Stage
@@ -102,14 +104,40 @@ def test_held_out_text_is_not_trained_on():
     assert seen.max() < data.held_out(8, 40).min()
 
 
-def test_rendered_recall_asks_for_what_it_told(text: Path, tokenizer):
-    data = data_of(text, tokenizer, recall=1000.0)
-    row = tokenizer.decode(data.batch(0, 0, 1, 700)[0])
-    first = row.split("\n\n")[0].splitlines()
-    numbers = [word.strip(".:") for line in first for word in line.split() if word.strip(".:").isdigit()]
+def numbers_in(text: str) -> list[str]:
+    return [word.strip(".:") for word in text.split() if word.strip(".:").isdigit() and len(word.strip(".:")) == 4]
+
+
+def test_rendered_lists_ask_for_what_they_told(tokenizer):
+    row = tokenizer.decode(render_recall(tokenizer, np.random.default_rng(0), 700))
+    numbers = numbers_in(row.split("\n\n")[0])
     assert len(numbers) >= 4
     told, asked = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
     assert sorted(told) == sorted(asked)
+
+
+def test_rendered_facts_stand_in_running_text_and_are_asked_for(tokenizer):
+    word = tokenizer("window", add_special_tokens=False)["input_ids"][0]
+    row = _scattered(tokenizer, np.random.default_rng(1), 700, lambda n: np.full(n, word))
+    assert row.shape == (700,)
+    numbers = numbers_in(tokenizer.decode(row))
+    assert len(numbers) >= 2
+    assert sorted(numbers[: len(numbers) // 2]) == sorted(numbers[len(numbers) // 2 :])
+
+
+def test_repeated_passages_come_from_the_first_half():
+    row = _repeated(np.random.default_rng(2), 400, np.arange)
+    again = row[row < np.arange(400)]
+    assert len(again) >= 400 // 16
+    assert again.max() < 200
+    assert (np.diff(again) == 1).all()
+
+
+def test_recall_without_and_with_text_has_the_length(text: Path, tokenizer):
+    data = data_of(text, tokenizer, recall=1000.0)
+    assert data.batch(0, 0, 9, 300).shape == (9, 300)
+    alone = TrainingData([Corpus(Source(kind="recall"), np.zeros(0, np.int32))], tokenizer, 0)
+    assert alone.batch(0, 0, 2, 300).shape == (2, 300)
 
 
 STAGES = (

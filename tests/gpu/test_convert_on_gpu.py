@@ -51,3 +51,17 @@ def test_stages_train_in_bf16(capture: str):
     losses = [trainer.step(0.0)["loss"] for _ in range(30)]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
+
+
+def test_generation_replays_graphs_and_says_the_same(monkeypatch: pytest.MonkeyPatch):
+    student = build_student(tiny().cuda(), [PLANS["gate"]] * 2).eval()
+    rows, mask = tokens(), torch.ones_like(tokens())
+    mask[0, :50] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    recorded = student.generate(rows, **given)
+    assert [decoder.graph is not None for decoder in student.decoders.values()] == [True]
+    again = student.generate(rows, **given)
+    monkeypatch.setattr(type(student), "_may_record", lambda *_: False)
+    plain = student.generate(rows, **given)
+    assert torch.equal(recorded, plain)
+    assert torch.equal(again, plain)

@@ -12,7 +12,7 @@ from kernels.attention import attention, attention_reference, band_mask, banded_
 from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.scan import scan, selective_scan
-from tests.kernels import cases_cross_entropy, cases_scan, cases_selective_scan, cases_short_conv
+from tests.kernels import cases_adamw, cases_cross_entropy, cases_scan, cases_selective_scan, cases_short_conv
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, require_close
 
 pytestmark = pytest.mark.gpu
@@ -189,3 +189,8 @@ def test_scan_of_members_and_in_a_graph() -> None:
 
     for eager, captured in zip(both(), replayed(both), strict=True):
         assert torch.equal(eager, captured)
+
+
+@pytest.mark.parametrize(("members", "parameters"), [*cases_adamw.SHAPES, (12, 1_300_007)])
+def test_adamw(members: int, parameters: int) -> None:
+    cases_adamw.check_steps(members, parameters, "cuda", "triton")

@@ -20,7 +20,9 @@ def poisoned() -> Iterator[None]:
     def poison(make):
         def filled(*args, **kwargs) -> Tensor:
             fresh = make(*args, **kwargs)
-            return fresh.fill_(float("nan") if fresh.is_floating_point() else 1 << 14)
+            if fresh.is_floating_point():
+                return fresh.fill_(float("nan"))
+            return fresh.fill_(1 if fresh.dtype == torch.bool else min(1 << 14, torch.iinfo(fresh.dtype).max))
 
         return filled
 

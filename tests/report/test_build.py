@@ -239,6 +239,10 @@ def test_several_tasks_get_a_map_of_scores_by_family(tmp_path: Path):
     assert [task["beyond"] for task in data["tasks"]] == [["64x16"], ["64x16"]]
     assert set(data["tasks"][0]["lines"]) == {"chance", "in-context guess"}
     frame = pd.read_csv(io.StringIO(data["csv"]))
+    columns = frame[["chance", "shortcut", "possible"]].iloc[0].to_dict()
+    mean = [data["tasks"][0]["ceilings"][name] for name in ("chance", "in-context guess")]
+    assert columns == pytest.approx({"chance": mean[0], "shortcut": mean[1], "possible": 1.0})
+    assert set(frame["shortcut_name"]) == {"in-context guess"} and 'data-sort="shortcut"' in page
     assert frame["stale"].dropna().tolist() == [0.25]
     only = build_report(store, tmp_path / "one.html", specs=[fake_store.spec("gla").task])
     assert only.points == 1 and 'id="h-families"' not in only.path.read_text("utf-8")

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from bench.build import build_model, build_task, torch_seed
 from bench.data import device_split, epoch_plan
+from bench.dropout import example_keys
 from bench.member import learning_rate
 from bench.spec import RunSpec
 
@@ -17,22 +18,20 @@ def train_plainly(spec: RunSpec) -> tuple[dict[str, torch.Tensor], list[float]]:
     cells = device_split(task, "train", spec.seed, torch.device("cpu"))
     model = build_model(spec, task, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.train.lr, weight_decay=spec.train.weight_decay)
-    dropout = torch.Generator().manual_seed(torch_seed(spec.seed, "dropout"))
+    seed = torch.tensor([torch_seed(spec.seed, "dropout") % 2**31], dtype=torch.int32)
     step, losses = 0, []
     for epoch in range(spec.train.epochs):
         order, examples = epoch_plan([len(cell) for cell in cells], spec.train, [spec.seed], epoch)
         total = 0.0
         for index, chosen in zip(order, torch.from_numpy(examples[:, 0]), strict=True):
-            cell, keep = cells[index], None
+            cell, keys = cells[index], None
             if model.embed_dropout:
-                shape = (len(chosen), cell.inputs.shape[1], spec.model.d_model)
-                keep = torch.empty(shape).bernoulli_(1 - model.embed_dropout, generator=dropout)
-                keep = keep[chosen >= 0]
+                keys = example_keys(seed, torch.tensor(step, dtype=torch.int32), len(chosen))[0, chosen >= 0]
             real = chosen[chosen >= 0]
             optimizer.param_groups[0]["lr"] = learning_rate(spec.train, step, len(order))
             labels_BM = cell.labels_NM[real]
             values = None if cell.values_NMK is None else cell.values_NMK[real]
-            outputs = model(cell.inputs[real], cell.rows_NM[real], keep)
+            outputs = model(cell.inputs[real], cell.rows_NM[real], keys)
             if values is None:
                 loss = F.cross_entropy(outputs.flatten(0, 1), labels_BM.flatten(), ignore_index=-100)
             else:

@@ -102,8 +102,8 @@ def test_block_topk_chooses_the_blocks_with_the_best_mean_keys():
     made = BlockTopK(2, block=2, top_k=1)
     block_mean = torch.tensor([[[[1.0, 0], [0, 1.0], [0, 0], [0, 0]]]])
     query = torch.tensor([[[[0.1, 2.0], [3.0, 0.1]]]])
-    visible = made._visible(query, block_mean, torch.tensor([4, 7]), 8)[0, 0]
-    assert visible.int().tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1, 1]]
+    chosen = made._chosen(query, block_mean, torch.tensor([4, 7]))[0, 0]
+    assert chosen.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 1]]
 
 
 # Elements per layer as Zoology's Based figure counts them, d = 64 and L = 1024.

@@ -3,9 +3,24 @@
 import numpy as np
 import pytest
 
-from synthetic_tasks import TASKS, Batch, Cell, Task, _base, accuracy, blocks, build_split, split_digest, stream, time_generation
+from synthetic_tasks import (
+    TASKS,
+    Batch,
+    Cell,
+    Task,
+    _splits,
+    accuracy,
+    blocks,
+    build_split,
+    split_digest,
+    split_hash,
+    stream,
+    time_generation,
+    training_block,
+)
 from synthetic_tasks._cells import parse_cells, parse_splits
 from synthetic_tasks._metrics import measured
+from synthetic_tasks.joint_recall import JointRecall
 from synthetic_tasks.mqar import MQAR
 
 
@@ -48,7 +63,7 @@ def test_clashing_rows_are_redrawn_with_all_their_arrays():
 
 
 def test_blocks_have_the_bytes_of_the_split(monkeypatch):
-    monkeypatch.setattr(_base, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(_splits, "BLOCK_ROWS", 64)
     task = MQAR(train_cells="32x4:150", test_cells="32x4:150+64x4:10")
     for split in ("train", "test"):
         whole = build_split(task, split, 1)
@@ -56,6 +71,32 @@ def test_blocks_have_the_bytes_of_the_split(monkeypatch):
             parts = list(blocks(task, split, cell, 1))
             assert [len(part.inputs) for part in parts] == ([64, 64, 22] if cell.examples == 150 else [10])
             assert np.array_equal(np.concatenate([part.targets for part in parts]), whole[cell.name].targets)
+
+
+def test_the_hash_of_a_split_needs_no_second_drawing(monkeypatch):
+    task = MQAR(train_cells="32x4:93", test_cells="32x4:31")
+    fresh = [split_hash(MQAR(train_cells="32x4:93", test_cells="32x4:31"), split, 6) for split in ("train", "test")]
+    assert len({*fresh, split_hash(task, "train", 7), split_hash(MQAR(train_cells="32x4:94"), "train", 6)}) == 4
+    build_split(task, "train", 6)
+    build_split(task, "test", 6)
+    monkeypatch.setattr(MQAR, "sample", None)
+    assert [split_hash(task, split, 6) for split in ("train", "test")] == fresh
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_any_number_of_workers_gives_the_same_bytes(monkeypatch, workers: int):
+    monkeypatch.setattr(_splits, "BLOCK_ROWS", 32)
+    task = JointRecall(train_cells="4x8:300", test_cells="4x8:70+5x8:33")
+    for split in ("train", "test"):
+        assert split_digest(build_split(task, split, 1, workers=workers)) == split_digest(build_split(task, split, 1))
+
+
+def test_blocks_of_training_can_be_drawn_alone(monkeypatch):
+    monkeypatch.setattr(_splits, "BLOCK_ROWS", 32)
+    task = MQAR(train_cells="32x4:70")
+    (cell,), whole = task.cells("train"), build_split(task, "train", 3)["32x4"]
+    for index, rows in ((2, slice(64, 70)), (0, slice(0, 32))):
+        assert np.array_equal(training_block(task, cell, 3, index).inputs, whole.inputs[rows])
 
 
 def test_earlier_splits_are_generated_once(monkeypatch):
@@ -80,6 +121,9 @@ def test_timing_command(capsys, monkeypatch):
     time_generation.main()
     assert "length   512" in capsys.readouterr().out
     assert sorted(time_generation.LONG) == sorted(TASKS), "every task is timed"
+    for name in time_generation.LONG:
+        (cell,) = time_generation.long_task(name).cells("test")
+        assert 440 <= cell.length <= 520, name
 
 
 def test_streams_with_different_paths_differ():

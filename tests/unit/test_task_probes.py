@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from synthetic_tasks import TASKS, accuracy, stream
-from synthetic_tasks._groups import commutator_order, group_table
+from synthetic_tasks._groups import commutators, group_table, moved_points
 from synthetic_tasks.copying import Copying
 from synthetic_tasks.correlated_recall import CorrelatedRecall
 from synthetic_tasks.group_word import GroupWord
@@ -19,10 +19,10 @@ from synthetic_tasks.selective_copy import SelectiveCopy
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "commutators"),
+    ("name", "order", "n_commutators"),
     [("Z60", 60, 1), ("S3", 6, 3), ("S4", 24, 12), ("A4", 12, 4), ("A4xZ5", 60, 4), ("A5", 60, 60), ("S5", 120, 60)],
 )
-def test_groups(name: str, order: int, commutators: int):
+def test_groups(name: str, order: int, n_commutators: int):
     table = group_table(name)
     assert table.shape == (order, order)
     everything = np.arange(order)
@@ -30,7 +30,7 @@ def test_groups(name: str, order: int, commutators: int):
     assert (np.sort(table, axis=1) == everything).all() and (np.sort(table, axis=0) == everything[:, None]).all()
     a, b, c = stream(0, name).integers(0, order, size=(3, 500))
     assert np.array_equal(table[table[a, b], c], table[a, table[b, c]])
-    assert commutator_order(table) == commutators
+    assert len(commutators(table)) == n_commutators
 
 
 def test_prefix_products():
@@ -40,6 +40,25 @@ def test_prefix_products():
     for t in range(1, 32):
         product = task.table[batch.inputs[:, t], product]
         assert np.array_equal(batch.targets[:, t], product)
+
+
+def test_words_of_swaps():
+    """Tokens move at most two points, yet their products reach the whole group; both guesses are what brute force finds."""
+    task = GroupWord(group="S5", moved=2)
+    assert task.tokens.size == 1 + 10 and moved_points("S5")[task.tokens].max() == 2
+    batch = task.sample(task.cells("test")[0], 20_000, stream(12))
+    assert np.isin(batch.inputs, task.tokens).all()
+    assert np.unique(batch.targets[:, -1]).size == 120
+    ceilings = task.ceilings(task.cells("test")[0])
+    even = np.isin(batch.targets, commutators(task.table))
+    chance = ignored = 0.0
+    for labels, sign in zip(batch.targets.T, even.T, strict=True):
+        chance += np.bincount(labels).max() / labels.size / 32
+        ignored += sum(np.bincount(labels[sign == s], minlength=1).max() for s in (True, False)) / labels.size / 32
+    assert ceilings["chance"] == pytest.approx(chance, abs=0.003)
+    assert ceilings["order ignored"] == pytest.approx(ignored, abs=0.004)
+    everything = GroupWord(group="S5")
+    assert everything.ceilings(everything.cells("test")[0]) == pytest.approx({"chance": 1 / 120, "order ignored": 1 / 60})
 
 
 @pytest.mark.parametrize("make", [Parity, ModularCounting, GroupWord])
@@ -161,6 +180,8 @@ def test_regression_covariance():
         ("group_word", {"group": "S7"}, "too large"),
         ("group_word", {"group": "S5xS4"}, "too large"),
         ("group_word", {"group": "Z1"}, "nothing to predict"),
+        ("group_word", {"group": "Z6", "moved": 2}, "Z6 are no permutations"),
+        ("group_word", {"group": "A5", "moved": 2}, "use 3 or more"),
         ("copying", {"alphabet": 1}, "use at least 2"),
         ("copying", {"test_cells": "1:1"}, "use at least 2"),
         ("ngram_lookup", {"test_cells": "5:1"}, "use at least 6"),

@@ -10,7 +10,7 @@ from synthetic_tasks.selectivity_t2 import SelectivityT2
 from synthetic_tasks.selectivity_t3 import SelectivityT3
 from synthetic_tasks.selectivity_t4 import SelectivityT4
 
-CURVES = {20: {1: 9, 2: 30, 3: 56, 4: 78, 5: 91, 6: 96, 8: 99}, 40: {3: 38, 4: 64, 5: 81, 6: 93, 8: 98.5}}
+CURVES = {20: {1: 9, 2: 30, 3: 56, 4: 78, 5: 91, 6: 96, 8: 99}, 40: {1: 4, 2: 14, 3: 38, 4: 64, 5: 81, 6: 93, 8: 98.5}}
 
 
 @pytest.mark.parametrize(("ambiguity", "states", "degree"), [(20, 401, 8.2), (40, 1601, 16.0)])
@@ -24,17 +24,20 @@ def test_published_grammar_size(ambiguity: int, states: int, degree: float):
 def test_published_bayes_curve(ambiguity: int):
     """Accuracy of the filter that sees the last k symbols, mean of four grammars; the published curve is of one.
 
-    At ambiguity 40 and k of 1 and 2 our filter knows the exact occupancies and beats the published one (6 and 18 against 4
-    and 14 %), so those points are left out.
+    At ambiguity 40 and k of 1 and 2 our filter scores 7 and 18 against 4 and 14 %: it knows how often each state occurs,
+    which is what a ceiling needs. It may be better than the published one, never worse.
     """
-    scores: dict[int, list[float]] = {k: [] for k in CURVES[ambiguity]}
+    curve = CURVES[ambiguity]
+    scores: dict[int, list[float]] = {k: [] for k in curve}
     for seed in range(4):
         grammar = Grammar(ambiguity, ambiguity, stream(seed, "g"))
         states = grammar.sample(stream(seed, "x"), 60, 200)
         for k, guess in grammar.window_filters(grammar.letter(states), tuple(scores)).items():
             scores[k].append(100 * (guess == states).mean())
-    for k, percent in CURVES[ambiguity].items():
-        assert abs(np.mean(scores[k]) - percent) <= 2, (k, np.mean(scores[k]))
+    better = (1, 2) if ambiguity == 40 else ()
+    for k, percent in curve.items():
+        difference = np.mean(scores[k]) - percent
+        assert -2 <= difference <= (5 if k in better else 2), (k, np.mean(scores[k]))
 
 
 def test_strings_have_the_law_of_rejection(monkeypatch):

@@ -9,7 +9,8 @@ from bench.errors import UserError
 from bench.spec import LayerSpec
 from bench.throughput import bounds, measure
 from bench.throughput.bounds import Cost, Shape
-from bench.throughput.kernels import OPERATIONS, Draw, Recurrence
+from bench.throughput.draws import Draw
+from bench.throughput.kernels import OPERATIONS, Recurrence
 from bench.throughput.measure import Session
 from bench.throughput.mixers import Stack
 from bench.throughput.mixers import problem as mixer_problem
@@ -68,7 +69,10 @@ def test_operations_by_hand():
     assert bounds.recurrence(MAIN, "train", gate="none", delta=True, item=2).flops == TOKENS * 16 * delta * 7 // 2
     assert bounds.visible_pairs(5, None) == 15
     assert bounds.visible_pairs(5, 2) == 1 + 2 * 4
-    assert bounds.attention(Shape(1, 4, 2, 2, 8, 8), "forward", item=2).flops == 10 * 2 * 2 * 16
+    assert bounds.attention(Shape(1, 4, 2, 2, 8, 8), "forward", item=2, pairs=10).flops == 10 * 2 * 2 * 16
+    # blocks of 64: tokens of the third block see two chosen blocks whole, and their own up to themselves
+    blocks = OPERATIONS["chosen_blocks"].cost(Shape(1, 160, 1, 1, 8, 8), "forward", 2)
+    assert blocks.flops == 2 * 16 * (64 * 64 + 32 * 2 * 64 + 2 * 64 * 65 // 2 + 32 * 33 // 2)
     assert bounds.selective_scan(Shape(1, 10, 6, key=4), "forward", item=2).bytes == 10 * (6 * (2 + 4 + 2) + 2 * 2 * 4)
     assert bounds.short_conv(Shape(1, 10, 6), "train", item=4, taps=4) == Cost(5 * 4 * 60, 12 * 2 * 2 * 30)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import runner
+from bench import runner, streamed
 from bench.build import build_model, build_task
 from bench.data import device_split, epoch_plan
 from bench.grammar import named_layers
@@ -23,6 +23,7 @@ from bench.records import RunRecord
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
 from bench.store import Store
 from bench.train import FleetTrainer, Interrupted
+from synthetic_tasks import _splits
 from tests.unit.plain_trainer import train_plainly
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_micro_batches_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatc
     found = []
     for parts in (1, 3):
         trainer = FleetTrainer([spec(), spec(seed=1)], CPU, micro_batches=parts)
-        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        monkeypatch.setattr(trainer, "_optimise", lambda: None)
         trainer.examples_SB[:] = torch.arange(16)
         trainer.examples_SB[1, 11:] = -1
         trainer._train_step(trainer.train_cells[1])
@@ -276,6 +277,41 @@ def test_epoch_plan_covers_every_example_once_and_never_mixes_cells(shuffle: str
     assert again[0] == cells and np.array_equal(again[1][:, 0], examples[:, 1])
     assert (np.array_equal(examples[:, 0], examples[:, 1])) == (shuffle == "none")
     assert (again[0] == later[0] and np.array_equal(again[1], later[1])) == (shuffle == "none")
+
+
+@pytest.mark.parametrize("name", ["mqar", "mad_noisy_recall", "in_context_regression"])
+@pytest.mark.parametrize("shuffle", ["none", "batches", "examples"])
+def test_a_streamed_split_gives_the_examples_of_the_whole(monkeypatch: pytest.MonkeyPatch, name: str, shuffle: str) -> None:
+    """Each batch equals that of a resident split, blocks follow one another, and an epoch shows every example once."""
+    cells = {"mqar": CELLS["train_cells"], "mad_noisy_recall": "16:64+24:40", "in_context_regression": "8:64+9:40"}[name]
+    test = {"mqar": "16x2:8", "mad_noisy_recall": "16:8", "in_context_regression": "8:8"}[name]
+    task = TaskSpec(name=name, options={"train_cells": cells, "valid_cells": test, "test_cells": test})
+    runs = [spec(shuffle=shuffle, seed=seed).model_copy(update={"task": task}) for seed in (0, 1)]
+    whole = FleetTrainer(runs, CPU)
+    monkeypatch.setattr(_splits, "BLOCK_ROWS", 24)
+    monkeypatch.setattr(streamed, "BLOCK_ROWS", 24)
+    resident = FleetTrainer(runs, CPU).train_cells
+    monkeypatch.setattr(streamed, "STREAMED_BYTES", 0)
+    trainer = FleetTrainer(runs, CPU)
+    assert not whole.streams and [len(cell) for cell in trainer.train_cells] == [24, 24]
+    cells, firsts, plan_PSB, _ = trainer._plan_epoch()
+    turns: list[list[int]] = [[], []]
+    for cell, first, examples_SB in zip(cells, firsts, plan_PSB, strict=True):
+        trainer.streams[cell].hold(first)
+        picked, expected = (found[cell].pick(trainer.sets_E, examples_SB) for found in (trainer.train_cells, resident))
+        real, rows = examples_SB >= 0, expected.rows_EBM.shape[2]
+        assert torch.equal(picked.inputs[real], expected.inputs[real])
+        assert torch.equal(picked.labels_EBM[:, :, :rows], expected.labels_EBM) and (picked.labels_EBM[:, :, rows:] == -100).all()
+        assert torch.equal(picked.rows_EBM[:, :, :rows][real], expected.rows_EBM[real])
+        if expected.values_EBMK is not None and picked.values_EBMK is not None:
+            assert torch.equal(picked.values_EBMK[real], expected.values_EBMK[real])
+        turns[cell] += [first // 24] * (first // 24 not in turns[cell][-1:])
+    assert [sorted(turn) for turn in turns] == [[0, 1, 2], [0, 1]], "a block is drawn once"
+    for column in (0, 1):
+        for cell, size in enumerate((64, 40)):
+            shown = plan_PSB[np.array(cells) == cell, column].flatten().tolist()
+            assert sorted(example for example in shown if example >= 0) == list(range(size))
+    assert all(math.isfinite(point["train_loss"]) for _, curve in finish(trainer) for point in curve)
 
 
 def test_zoology_frame_has_its_quirks() -> None:

@@ -1,0 +1,225 @@
+"""Launches the kernels of the delta rule on torch tensors: configurations, strides and allocations.
+
+Shape legend: B batch, T time, H heads of v, G heads of q and k, N chunks, C tokens of a chunk, K key, V value width,
+M rows of a constant decay.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.walk import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
+
+
+class Launch(NamedTuple):
+    """How one kernel is compiled.
+
+    Args:
+        tile: columns that a program computes; the coupling kernel has no tiles.
+        warps: warps of a program.
+        stages: depth of the software pipeline.
+    """
+
+    tile: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    """What a head width takes: `inner` is the width of the value blocks over which the gradient kernel sums."""
+
+    chunk: int
+    coupling: Launch
+    forward: Launch
+    reverse: Launch
+    gradients: Launch
+    inner: int
+
+
+# By the larger of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
+SIXTEEN_BIT = {
+    64: Config(64, Launch(0, 4, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4, 1), 64),
+    128: Config(64, Launch(0, 4, 1), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1), 128),
+    256: Config(64, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), 64),
+}
+FP32 = {
+    64: Config(16, Launch(0, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), 32),
+    128: Config(16, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), 32),
+    256: Config(16, Launch(0, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 4, 1), 32),
+}
+
+
+def config_of(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
+    """The shipped configuration for operands of a dtype."""
+    table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
+    return next(config for limit, config in table.items() if max(k_dim, v_dim) <= limit)
+
+
+class Kept(NamedTuple):
+    """What the backward pass reads again; all but the couplings and cumulated decays are empty if it will not run.
+
+    Args:
+        couplings: H [B, H, N, C, C], see `kernels.delta_triton`, in the dtype of the tensor cores.
+        decays: cumulated log2 decays [B, H, N, C] in fp32, or empty.
+        errors: E [B, T, H, V].
+        states: the state that enters each chunk [B, H, N, K, V].
+    """
+
+    couplings: Tensor
+    decays: Tensor
+    errors: Tensor
+    states: Tensor
+
+
+def kept_like(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
+    """Unwritten tensors of the sizes that `forward` returns."""
+    batch, length, heads, v_dim = v_BTHV.shape
+    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    chunk = config_of(k_BTGK.shape[3], v_dim, dot).chunk
+    chunks = -(-length // chunk)
+    return Kept(
+        v_BTHV.new_empty(batch, heads, chunks, chunk, chunk, dtype=dot),
+        v_BTHV.new_empty(0 if log_decay is None else (batch, heads, chunks, chunk), dtype=torch.float32),
+        v_BTHV.new_empty(v_BTHV.shape if keep else 0, dtype=dot),
+        v_BTHV.new_empty((batch, heads, chunks, k_BTGK.shape[3], v_dim) if keep else 0, dtype=dot),
+    )
+
+
+def forward(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    log_decay: Tensor | None,
+    state_BHKV: Tensor | None,
+    *,
+    return_state: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Kept]:
+    """The delta rule without a decay or with a scalar one.
+
+    Args:
+        q_BTGK: queries.
+        k_BTGK: keys.
+        v_BTHV: values.
+        beta_BTH: write strengths.
+        log_decay: None, [M, H] where M divides B and row b * M / B is that of batch b, or [B, T, H]; fp32.
+        state_BHKV: S_0 in fp32, or None for zero.
+        return_state: whether the final state is wanted.
+        keep: whether `backward` will run.
+
+    Returns:
+        The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and what
+        `backward` needs.
+    """
+    from kernels import delta_triton
+
+    batch, length, heads, v_dim = v_BTHV.shape
+    k_dim = k_BTGK.shape[3]
+    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    config = config_of(k_dim, v_dim, dot)
+    kept = kept_like(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)
+    chunks = kept.couplings.shape[2]
+    o = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
+    last = _state_like(v_BTHV, k_dim) if return_state else _nothing(v_BTHV)
+    beta = beta_BTH.contiguous()
+    (q, k, v), strides, unit = _rows(q_BTGK, k_BTGK, v_BTHV)
+    gate, gate_strides, gate_every = _gate(log_decay, batch, v)
+    group = heads // k.shape[2]
+    shared = {"K": k_dim, "BK": padded(k_dim), "UNIT": unit, "C": config.chunk}
+    shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
+    delta_triton.coupling_kernel[(batch * heads * chunks,)](
+        k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
+        **shared, LEVELS=config.chunk.bit_length() - 1, GATE=_gate_kind(log_decay),
+        MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=config.coupling.warps,
+    )  # fmt: skip
+    tile, warps, stages = config.forward
+    tile = min(tile, padded(v_dim))
+    delta_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
+        q, k, v, beta, kept.couplings, kept.decays, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
+        kept.errors, kept.states, *strides, length, heads, group,
+        **shared, V=v_dim, BV=tile, GATED=log_decay is not None, FIRST=state_BHKV is not None, LAST=return_state, KEEP=keep,
+        STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return o, last, kept
+
+
+def backward(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    beta_BTH: Tensor,
+    log_decay: Tensor | None,
+    state_BHKV: Tensor | None,
+    kept: Kept,
+    do_BTHV: Tensor,
+    dfinal_BHKV: Tensor | None,
+    *,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward`.
+
+    Args:
+        q_BTGK: as for `forward`, and so are k, beta, log_decay and state.
+        k_BTGK: keys.
+        beta_BTH: write strengths.
+        log_decay: log decays.
+        state_BHKV: S_0.
+        kept: what `forward` kept.
+        do_BTHV: gradient of the outputs.
+        dfinal_BHKV: gradient of the final state, or None for zero.
+        gate_grad: whether the gradient of the log decays is wanted.
+
+    Returns:
+        Gradients of q, k, v, beta, log_decay (or an empty tensor) and state (or an empty tensor).
+    """
+    from kernels import delta_gradients_triton, delta_triton
+
+    batch, length, heads, v_dim = do_BTHV.shape
+    groups, k_dim = k_BTGK.shape[2:]
+    dot = kept.couplings.dtype
+    config = config_of(k_dim, v_dim, dot)
+    chunks = kept.couplings.shape[2]
+    tile, warps, stages = config.reverse
+    tile = min(tile, padded(v_dim))
+    parts = -(-v_dim // tile)
+    dv = torch.empty_like(do_BTHV, memory_format=torch.contiguous_format)
+    dfirst = _nothing(do_BTHV) if state_BHKV is None else _state_like(do_BTHV, k_dim)
+    dstates = torch.empty_like(kept.states)
+    dbeta_parts = do_BTHV.new_empty(parts, batch, length, heads, dtype=torch.float32)
+    beta = beta_BTH.contiguous()
+    (q, k, do), strides, unit = _rows(q_BTGK, k_BTGK, do_BTHV)
+    shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
+    shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
+    delta_triton.reverse_kernel[(batch * heads * parts,)](
+        q, k, do, beta, kept.couplings, kept.decays, kept.errors,
+        do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dv, dfirst, dstates, dbeta_parts, *strides, length, batch, heads, heads // groups,
+        **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
+        STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    tile, warps, _ = config.gradients
+    tile = min(tile, padded(k_dim))
+    tiles = -(-k_dim // tile)
+    dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
+    dbeta = torch.empty_like(beta)
+    dgates = do_BTHV.new_empty((tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
+    delta_gradients_triton.gradients_kernel[(batch * heads * chunks * tiles,)](
+        q, k, do, beta, kept.decays, kept.errors, dv, kept.states, dstates, dbeta_parts, dq_BTHK, dk_BTHK, dbeta, dgates,
+        *strides, length, chunks, batch, heads, heads // groups,
+        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), PARTS=parts, GATE_GRAD=gate_grad,
+        num_warps=warps,
+    )  # fmt: skip
+    if groups < heads:
+        dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))
+    dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates
+    return dq_BTHK, dk_BTHK, dv, dbeta, dgate, dfirst
+
+
+def _summed(dgates: Tensor, log_decay: Tensor) -> Tensor:
+    """The gradient of the log decays from its part of each key tile; a constant decay is that of all its tokens."""
+    dgate_BTH = dgates.sum(0) if len(dgates) > 1 else dgates[0]
+    if log_decay.ndim == 3:
+        return dgate_BTH
+    return dgate_BTH.sum(1).unflatten(0, (log_decay.shape[0], -1)).sum(1)

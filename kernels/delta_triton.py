@@ -1,0 +1,218 @@
+"""The delta rule as a walk over chunks: one small inverse per chunk, a forward walk and its reverse.
+
+With cumulated log decay G inside a chunk that S enters, Gamma_ij = exp(G_i - G_j) and X = tril(K K^T o Gamma, -1), the
+errors E that the chunk's writes U = beta E correct solve (I + X beta) E = R for R = V - exp(G) K S. The inverse is
+I - H beta with H = X (I + beta X)^-1, and the transposed solve of the gradients is I - H^T beta with the same H:
+
+    E = R - H (beta R)               S' = exp(g) S + K^T (exp(g - G) beta E)      o = exp(G) Q S + (Q K^T o Gamma) beta E
+    Y = dU - H^T (beta dU)    dU = exp(g - G) K dS' + (Q K^T o Gamma)^T do       dv = beta Y      dbeta = Y . E
+
+H depends on keys, beta and decays only, so all chunks' H are made in parallel beforehand, in fp32, and stored in the
+dtype of the tensor cores. Beta may be zero: nothing divides by it. Sources: Yang et al. 2024 (DeltaNet), eq. 10; Gated
+DeltaNet 2025, eq. 8; the form with errors in place of writes is ours.
+
+Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.walk_triton import NO_GATE, SCALAR_GATE, _load_rows, _log_decays
+
+
+@triton.jit
+def _coupling(x_CC, beta_C, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
+    """H = X (I + beta X)^-1 of a strictly lower X, by merging neighbouring blocks of 1, 2, 4, ... rows; C = 2^LEVELS.
+
+    Two blocks that are solved leave H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11): as stable as substitution row by row.
+    A sum of powers of X would not be: with equal keys its terms grow like binomial coefficients. Only corrections to X are
+    rounded to the dtype MERGE, which is fp16 for both 16-bit dtypes: H needs its digits and not the range of bf16.
+    """
+    i = tl.arange(0, C)
+    h_CC = tl.zeros([C, C], tl.float32)
+    for level in tl.static_range(LEVELS):
+        block = i >> level
+        lower = (block[:, None] > block[None, :]) & ((block >> 1)[:, None] == (block >> 1)[None, :])
+        x_lower = tl.where(lower, x_CC, 0.0)
+        if level > 0:
+            solved_CC = h_CC.to(MERGE)
+            x_lower -= tl.dot(solved_CC, (beta_C[:, None] * x_lower).to(MERGE), input_precision=PRECISION)
+            x_lower -= tl.dot((x_lower * beta_C[None, :]).to(MERGE), solved_CC, input_precision=PRECISION)
+        h_CC += x_lower
+    return h_CC
+
+
+@triton.jit
+def coupling_kernel(
+    k, beta, gate, h, g,
+    k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
+    length: tl.int32, chunks: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    K: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
+    DOT: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * N,). Writes H [B, H, N, C, C] of every chunk, and its cumulated log2 decays [B, H, N, C]."""
+    program = tl.program_id(0)
+    head_index, chunk = program // chunks, program % chunks
+    batch, head = head_index // heads, head_index % heads
+    wide, start = batch.to(tl.int64), chunk * C
+    i = tl.arange(0, C)
+    t_C = start + i
+    k_base = k + (wide * k_b + (head // group) * k_h) * UNIT
+    k_CK = _load_rows(k_base, k_t * UNIT, t_C, tl.arange(0, BK), length, K, DOT)
+    beta_C = tl.load(beta + (wide * length + t_C) * heads + head, mask=t_C < length, other=0.0).to(tl.float32)
+    x_CC = tl.dot(k_CK, tl.trans(k_CK), input_precision=PRECISION)
+    before = i[:, None] > i[None, :]
+    if GATE != NO_GATE:
+        gate_base = gate + (batch // gate_every) * gate_b + head
+        g_C, _ = _log_decays(gate_base, gate_t, t_C, start, length, C, GATE == SCALAR_GATE)
+        tl.store(g + program.to(tl.int64) * C + i, g_C)
+        x_CC = x_CC * tl.exp2(tl.where(before, g_C[:, None] - g_C[None, :], float("-inf")))
+    else:
+        x_CC = tl.where(before, x_CC, 0.0)
+    h_CC = _coupling(x_CC, beta_C, C, LEVELS, MERGE, PRECISION)
+    tl.store(h + program.to(tl.int64) * C * C + i[:, None] * C + i[None, :], h_CC.to(h.dtype.element_ty))
+
+
+@triton.jit
+def _small(beta, g, h, t_C, length, heads, chunk_index, C: tl.constexpr, GATED: tl.constexpr):
+    """Beta, H and the cumulated log2 decays of a chunk, and the last of these."""
+    i = tl.arange(0, C)
+    beta_C = tl.load(beta + t_C.to(tl.int64) * heads, mask=t_C < length, other=0.0).to(tl.float32)
+    h_CC = tl.load(h + chunk_index * C * C + i[:, None] * C + i[None, :])
+    g_C, g_all = beta_C, 0.0
+    if GATED:
+        g_C, g_all = tl.load(g + chunk_index * C + i), tl.load(g + chunk_index * C + C - 1)
+    return beta_C, h_CC, g_C, g_all
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, beta, h, g, first, o, last, errors, states,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    length: tl.int32, heads: tl.int32, group: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    GATED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * value tiles,). KEEP writes E [B, T, H, V] and the state that enters each chunk [B, H, N, K, V]."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head_index = (program // TILES).to(tl.int64)
+    batch, head = head_index // heads, head_index % heads
+    row = batch * length * heads + head
+    q_base = q + (batch * q_b + (head // group) * q_h) * UNIT
+    k_base = k + (batch * k_b + (head // group) * k_h) * UNIT
+    v_base = v + (batch * v_b + head * v_h) * UNIT
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), (program % TILES) * BV + tl.arange(0, BV)
+    seen = i[:, None] >= i[None, :]
+    state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    state_KV = tl.zeros([BK, BV], tl.float32)
+    if FIRST:
+        state_KV = tl.load(first + head_index * K * V + state_offsets, mask=in_state, other=0.0)
+    n_chunks = tl.cdiv(length, C)
+    for n in tl.range(0, n_chunks, num_stages=STAGES):
+        t_C, chunk_index = n * C + i, head_index * n_chunks + n
+        k_CK = _load_rows(k_base, k_t * UNIT, t_C, d, length, K, DOT)
+        q_CK = _load_rows(q_base, q_t * UNIT, t_C, d, length, K, DOT)
+        v_CV = _load_rows(v_base, v_t * UNIT, t_C, e, length, V, DOT)
+        beta_C, h_CC, g_C, g_all = _small(beta + row, g, h, t_C, length, heads, chunk_index, C, GATED)
+        narrow_KV = state_KV.to(DOT)
+        if KEEP:
+            tl.store(states + chunk_index * K * V + state_offsets, narrow_KV, mask=in_state)
+        scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
+        if GATED:
+            scores_CC = scores_CC * tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
+        else:
+            scores_CC = tl.where(seen, scores_CC, 0.0)
+        scores_CC = scores_CC.to(DOT)
+        read_CV = tl.dot(k_CK, narrow_KV, input_precision=PRECISION)
+        if GATED:
+            read_CV = read_CV * tl.exp2(g_C)[:, None]
+        error_CV = v_CV.to(tl.float32) - read_CV
+        error_CV -= tl.dot(h_CC, (error_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
+        in_out = (t_C < length)[:, None] & (e < V)[None, :]
+        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
+        if KEEP:
+            tl.store(errors + out, error_CV.to(DOT), mask=in_out)
+        o_CV = tl.dot(q_CK, narrow_KV, input_precision=PRECISION)
+        if GATED:
+            o_CV = o_CV * tl.exp2(g_C)[:, None]
+        write_CV = error_CV * beta_C[:, None]
+        o_CV = tl.dot(scores_CC, write_CV.to(DOT), o_CV, input_precision=PRECISION)
+        tl.store(o + out, o_CV.to(o.dtype.element_ty), mask=in_out)
+        if GATED:
+            write_CV = write_CV * tl.exp2(g_all - g_C)[:, None]
+            state_KV = state_KV * tl.exp2(g_all)
+        state_KV = tl.dot(tl.trans(k_CK), write_CV.to(DOT), state_KV, input_precision=PRECISION)
+    if LAST:
+        tl.store(last + head_index * K * V + state_offsets, state_KV, mask=in_state)
+
+
+@triton.jit
+def reverse_kernel(
+    q, k, do, beta, h, g, errors, dlast, dv, dfirst, dstates, dbeta,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    GATED: tl.constexpr, FIRST: tl.constexpr, DLAST: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * value tiles,). Walks back with dL/dS and writes it after each chunk [B, H, N, K, V], and dv.
+
+    `dbeta` is [value tiles, B, T, H]; its sum over the first axis is the gradient of beta.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head_index, tile = (program // TILES).to(tl.int64), program % TILES
+    batch, head = head_index // heads, head_index % heads
+    row = batch * length * heads + head
+    q_base = q + (batch * q_b + (head // group) * q_h) * UNIT
+    k_base = k + (batch * k_b + (head // group) * k_h) * UNIT
+    do_base = do + (batch * do_b + head * do_h) * UNIT
+    dbeta_base = dbeta + tile.to(tl.int64) * batches * length * heads + row
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    seen = i[:, None] <= i[None, :]
+    state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    dstate_KV = tl.zeros([BK, BV], tl.float32)
+    if DLAST:
+        dstate_KV = tl.load(dlast + head_index * K * V + state_offsets, mask=in_state, other=0.0)
+    n_chunks = tl.cdiv(length, C)
+    for back in tl.range(0, n_chunks, num_stages=STAGES):
+        n = n_chunks - 1 - back
+        t_C, chunk_index = n * C + i, head_index * n_chunks + n
+        in_out = (t_C < length)[:, None] & (e < V)[None, :]
+        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
+        k_CK = _load_rows(k_base, k_t * UNIT, t_C, d, length, K, DOT)
+        q_CK = _load_rows(q_base, q_t * UNIT, t_C, d, length, K, DOT)
+        do_CV = _load_rows(do_base, do_t * UNIT, t_C, e, length, V, DOT)
+        beta_C, h_CC, g_C, g_all = _small(beta + row, g, h, t_C, length, heads, chunk_index, C, GATED)
+        narrow_KV = dstate_KV.to(DOT)
+        tl.store(dstates + chunk_index * K * V + state_offsets, narrow_KV, mask=in_state)
+        # The transposed scores are a product of their own: a transposed accumulator as operand is miscompiled on Hopper.
+        scores_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
+        dwrite_CV = tl.dot(k_CK, narrow_KV, input_precision=PRECISION)
+        fading_CV = do_CV
+        if GATED:
+            fade_C = tl.exp2(g_C)
+            scores_CC = scores_CC * tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
+            dwrite_CV = dwrite_CV * tl.exp2(g_all - g_C)[:, None]
+            fading_CV = (do_CV.to(tl.float32) * fade_C[:, None]).to(DOT)
+            dstate_KV = dstate_KV * tl.exp2(g_all)
+        else:
+            scores_CC = tl.where(seen, scores_CC, 0.0)
+        dwrite_CV = tl.dot(scores_CC.to(DOT), do_CV, dwrite_CV, input_precision=PRECISION)
+        dwrite_CV -= tl.dot(tl.trans(h_CC), (dwrite_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
+        error_CV = tl.load(errors + out, mask=in_out, other=0.0).to(tl.float32)
+        tl.store(dbeta_base + t_C.to(tl.int64) * heads, tl.sum(dwrite_CV * error_CV, 1), mask=t_C < length)
+        dv_CV = dwrite_CV * beta_C[:, None]
+        tl.store(dv + out, dv_CV.to(dv.dtype.element_ty), mask=in_out)
+        dstate_KV = tl.dot(tl.trans(q_CK), fading_CV, dstate_KV, input_precision=PRECISION)
+        if GATED:
+            dv_CV = dv_CV * fade_C[:, None]
+        dstate_KV = tl.dot(tl.trans(k_CK), (-dv_CV).to(DOT), dstate_KV, input_precision=PRECISION)
+    if FIRST:
+        tl.store(dfirst + head_index * K * V + state_offsets, dstate_KV, mask=in_state)

@@ -1,0 +1,206 @@
+"""Launches the kernels of attention over an index on torch tensors: configurations, strides and allocations.
+
+Shape legend: B batch, H heads of q, G heads of k and v, T queries, S keys, K width of q and k, V width of v, R rows of the
+index (1, or one for each of B G), W words of a token, I tiles of queries, J tiles of keys.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.sparse_index import Listed
+from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
+
+MAX_PACK = 16
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled.
+
+    Args:
+        queries: rows of a tile of queries.
+        keys: keys of a tile.
+        warps: warps of a program.
+        stages: depth of the software pipeline that loads tiles.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Configs(NamedTuple):
+    """The configurations of the forward walk, of the walk for dq, and of the one for dk and dv."""
+
+    forward: Config
+    query: Config
+    key: Config
+
+
+class Band(NamedTuple):
+    """Which keys a token sees by position; see `kernels.indexed_triton`.
+
+    Args:
+        window: keys seen, the own one included.
+        sinks: first tokens of the sequence that are seen besides.
+        front: stored sinks before all other keys; 0 if the sinks are keys of the segment itself.
+        past: stored keys between them and the segment's own.
+    """
+
+    window: int
+    sinks: int
+    front: int
+    past: int
+
+
+# By the larger of the widths of k and v (the first at least as large counts), for 16-bit and for fp32 operands.
+BAND_16 = {
+    64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(64, 64, 8, 1)),
+}
+# All three kernels share the tiles of a list.
+LISTED_16 = {
+    64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+}
+FP32 = {
+    64: Configs(*[Config(32, 32, 4, 1)] * 3),
+    128: Configs(*[Config(16, 16, 4, 1)] * 3),
+    256: Configs(*[Config(16, 16, 4, 1)] * 3),
+}
+
+
+def configs(width: int, dtype: torch.dtype, *, listed: bool) -> Configs:
+    """The shipped configurations."""
+    table = FP32 if dtype == torch.float32 else LISTED_16 if listed else BAND_16
+    return next(config for limit, config in table.items() if width <= limit)
+
+
+def list_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Tokens and keys of a tile of a list."""
+    single = q.dtype == k.dtype == v.dtype == torch.float32  # torch.compile traces this function, and not `_dot_dtype`
+    config = configs(max(k.shape[3], v.shape[3]), torch.float32 if single else torch.bfloat16, listed=True).forward
+    return config.queries // pack_of(q.shape[1] // k.shape[1]), config.keys
+
+
+def pack_of(group: int) -> int:
+    """Heads of a bundle: the largest power of two that divides the group, at most `MAX_PACK`."""
+    return gcd(group, MAX_PACK)
+
+
+def forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | None, index: Band | Listed) -> tuple[Tensor, Tensor]:
+    """Softmax attention over an index.
+
+    Args:
+        q_BHTK: queries.
+        k_BGSK: keys; G divides H.
+        v_BGSV: values.
+        start_B: int64, absolute position of the first query if keys are stored before it, else None.
+        index: which keys a query sees.
+
+    Returns:
+        The outputs [B, H, T, V] in the dtype of q, stored as [B, T, H, V], and the base-2 log-sum-exp [B, H, T].
+    """
+    from kernels import indexed_triton
+
+    batch, heads, length = q_BHTK.shape[:3]
+    v_dim = v_BGSV.shape[3]
+    y = q_BHTK.new_empty(batch, length, heads, v_dim)
+    lse = q_BHTK.new_empty(batch, heads, length, dtype=torch.float32)
+    (q, k, v), strides, unit = _rows(q_BHTK, k_BGSK, v_BGSV)
+    lists = _lists(index, k, by_key=False)
+    config = _chosen(q, k, v, index).forward
+    indexed_triton.forward_kernel[(_query_tiles(q, k, config),)](
+        q, k, v, k if start_B is None else start_B, *lists, y, lse, *strides, *_sizes(q, k, index),
+        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+    )  # fmt: skip
+    return y.transpose(1, 2), lse
+
+
+def backward(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | None, index: Band | Listed,
+    y_BHTV: Tensor, lse_BHT: Tensor, dy_BHTV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, each stored with time before heads."""
+    from kernels import indexed_grad_triton
+
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q_BHTK, k_BGSK, v_BGSV))
+    delta = torch.empty_like(lse_BHT)
+    (q, k, v, y, dy), strides, unit = _rows(q_BHTK, k_BGSK, v_BGSV, y_BHTV, dy_BHTV)
+    starts = k if start_B is None else start_B
+    chosen = _chosen(q, k, v, index)
+    sizes, config = _sizes(q, k, index), chosen.query
+    indexed_grad_triton.query_kernel[(_query_tiles(q, k, config),)](
+        q, k, v, starts, *_lists(index, k, by_key=False), y, lse_BHT, dy, dq, delta, *strides, *sizes,
+        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+    )  # fmt: skip
+    config = chosen.key
+    indexed_grad_triton.key_kernel[(k.shape[0] * k.shape[1] * -(-k.shape[2] // config.keys),)](
+        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, dk, dv, *strides[:9], *strides[12:], *sizes,
+        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, index: Band | Listed) -> Configs:
+    return configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), listed=isinstance(index, Listed))
+
+
+def _query_tiles(q: Tensor, k: Tensor, config: Config) -> int:
+    """Programs that own a tile of queries."""
+    batch, heads, length = q.shape[:3]
+    pack = pack_of(heads // k.shape[1])
+    return batch * heads // pack * -(-length * pack // config.queries)
+
+
+def _sizes(q: Tensor, k: Tensor, index: Band | Listed) -> tuple[int, ...]:
+    """The kernels' run-time integers."""
+    group = q.shape[1] // k.shape[1]
+    sizes = (q.shape[2], k.shape[2], k.shape[1], group, pack_of(group))
+    if isinstance(index, Band):
+        # a stored sink is at the front
+        return *sizes, index.window, index.front or index.sinks, index.front, index.past, 1, 1, 1
+    rows, _, n_words = index.words.shape
+    return *sizes, 0, 0, 0, k.shape[2] - q.shape[2], n_words, index.block, rows
+
+
+def _constants(
+    q: Tensor, k: Tensor, v: Tensor, index: Band | Listed, start_B: Tensor | None, unit: int, config: Config
+) -> dict[str, object]:
+    """The kernels' compile-time arguments."""
+    k_dim, v_dim, dot = k.shape[3], v.shape[3], _dot_dtype(q, k, v)
+    listed = isinstance(index, Listed)
+    flags = {
+        "LISTED": listed,
+        "SINKS": not listed and index.sinks > 0,
+        "STORED": start_B is not None,
+        "ROWWISE": listed and index.block % config.keys == 0,
+    }
+    tiles = {"BK": padded(k_dim), "BV": padded(v_dim), "UNIT": unit, "M": config.queries, "N": config.keys}
+    types = {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot), "STAGES": config.stages}
+    return {"K": k_dim, "V": v_dim, **tiles, **flags, **types}
+
+
+def _lists(index: Band | Listed, spare: Tensor, *, by_key: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Words, and for each tile of queries (or of keys) the tiles of keys (of queries) to visit, and how many."""
+    if isinstance(index, Band):
+        return spare, spare, spare
+    from kernels import indexed_triton
+
+    flags = index.tiles.view(torch.uint8)
+    flags = flags.transpose(1, 2) if by_key else flags
+    n_index, inner, n_flags = flags.shape
+    lists = flags.new_empty(n_index, inner, n_flags, dtype=torch.int32)
+    counts = flags.new_empty(n_index, inner, dtype=torch.int32)
+    block = min(1024, padded(n_flags))
+    indexed_triton.compact_kernel[(n_index * inner,)](
+        flags, lists, counts, n_index * inner, inner, n_flags, *flags.stride(), BLOCK=block, num_warps=1
+    )
+    return index.words.contiguous(), lists, counts

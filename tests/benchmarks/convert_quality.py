@@ -1,0 +1,154 @@
+"""What conversions keep: runs the experiments of the figures and judges them beside teacher and untrained windows.
+
+    python -m tests.benchmarks.convert_quality train main-0 --model M --corpora corpora --out runs
+    python -m tests.benchmarks.convert_quality judge teacher window:252 runs/main-0 --model M --corpora corpora --out judged
+
+`convert_corpus` makes the corpora. `train` calls `bench convert`; a folder that exists is not made again, an interrupted one is
+continued. `judge` writes one JSON file a model: held-out text against the teacher, recall beyond the window item by item, and, if
+--hub names a folder shaped like the hub, lm-eval tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import pretrained, provenance
+from bench.cli import app
+from bench.convert.data import load_data
+from bench.convert.measure import agreement, cache_bytes, window_student
+from bench.convert.spec import Source
+from tests.benchmarks.convert_recall import recall
+
+SHORT = ["--tokens", "3000000"]
+GDN = ["--mixer", "gated_delta_net"]
+RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama", "align_distill")
+MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention", "mamba2")
+NARROW = ["--window", "60", "--set", "plan.groups=repeat"]
+TINY = [
+    *("--set", "stages.batch_tokens=32768", "--set", "stages.micro_tokens=8192"),
+    *("--set", "stages.1.tokens=1000000", "--set", "stages.2.tokens=3000000"),
+]
+OURS = ["--recipe", "align_distill"]
+EXPERIMENTS: dict[str, list[str]] = {
+    "try-base": [*OURS, *TINY],
+    "try-rotated": [*OURS, *TINY, "--set", "plan.rope=keep"],
+    "try-repeated": [*OURS, *TINY, *NARROW],
+    "try-faster": [*OURS, *TINY, "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
+    **{f"main-{seed}": [*OURS, "--seed", str(seed)] for seed in range(3)},
+    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *SHORT] for name in MIXERS},
+    **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
+}
+DATA = ("news=0.3", "faq=0.2", "docs=0.25")
+RECALL = "recall=0.25"
+HELD_ROWS = 32
+DISTANCES = [1024, 2048, 4096]
+"""More than 4 to 16 times the window of any student here."""
+
+
+def train(given: argparse.Namespace) -> None:
+    """Converts, one experiment after the other."""
+    for name in given.names:
+        out = given.out / name
+        if out.exists():
+            continue
+        data = [part for text in DATA for part in ("--data", f"corpus:{given.corpora}/{text}")]
+        began = time.perf_counter()
+        arguments = ["convert", "--model", given.model, *EXPERIMENTS[name], *data, "--data", RECALL, *given.more]
+        print(name, arguments, flush=True)
+        app([*arguments, "--out", str(out)], standalone_mode=False)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -> dict[str, Any]:
+    """All measurements of one model."""
+    report: dict[str, Any] = {}
+    if name == "teacher":
+        model = teacher
+    elif name.startswith("window:"):
+        model = window_student(teacher, int(name.removeprefix("window:")))
+    else:
+        model = pretrained.load(name, dtype=torch.float32, device=str(teacher.device))[0]
+        report = json.loads(Path(name, "report.json").read_text())
+    corpora = [Source(kind="corpus", where=f"{given.corpora}/{text}") for text in ("news", "faq")]
+    data = load_data(corpora, tokenizer, teacher.config.vocab_size, 0, min_length=1024, cap=10**9)
+    bf16 = teacher.device.type == "cuda"
+    held = agreement(model, teacher, data.held_out(HELD_ROWS, 1024), bf16=bf16)
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    constant, per_token = cache_bytes(low)
+    text = np.asarray(data.corpora[0].held_out)
+    result = {"model": name, "held_out": held, "state_bytes": constant, "bytes_per_token": per_token, "report": report}
+    result["recall"] = recall(low, tokenizer, text, DISTANCES, given.items, given.batch_tokens)
+    if given.hub:
+        result["tasks"] = tasks(low, tokenizer, given.hub)
+    return result | {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
+
+
+def tasks(model: Any, tokenizer: Any, hub: Path) -> dict[str, Any]:
+    """lm-eval's own scores on item sets in a folder shaped like the hub, zero-shot."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    before = Path.cwd()
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+    os.chdir(hub)
+    try:
+        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=128, max_length=2048)
+        found = lm_eval.simple_evaluate(
+            judge, tasks=["arc_easy", "lambada_openai", "hellaswag"], bootstrap_iters=0, log_samples=False
+        )
+    finally:
+        os.chdir(before)
+    assert found is not None
+    return {
+        name: {key: value for key, value in scores.items() if isinstance(value, float)} for name, scores in found["results"].items()
+    }
+
+
+def judge(given: argparse.Namespace) -> None:
+    """Judges and writes, one model after the other."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: Any = pretrained.load(given.model, dtype=torch.float32, device=device)
+    teacher, tokenizer = loaded[0].requires_grad_(False), loaded[1]
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name in given.names:
+        began = time.perf_counter()
+        result = judged(name, given, teacher, tokenizer)
+        result["seconds"] = time.perf_counter() - began
+        target = given.out / (Path(name).name.replace(":", "_") + ".json")
+        target.write_text(json.dumps(result, indent=1))
+        shown = {key: round(sum(hits) / len(hits), 3) for key, hits in result["recall"].items()}
+        print(name, result["held_out"], shown, result.get("tasks"), flush=True)
+
+
+def _device(model: Any) -> str:
+    return torch.cuda.get_device_name() if model.device.type == "cuda" else provenance.cpu_name()
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "judge"])
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hub", type=Path)
+    parser.add_argument("--items", type=int, default=100, help="per family and distance")
+    parser.add_argument("--batch-tokens", type=int, default=65_536)
+    parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of bench convert")
+    given = parser.parse_args()
+    (train if given.what == "train" else judge)(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the shipped configurations of attention over an index take on sm_90, found by the compiler without a GPU."""
+
+import pytest
+import torch
+import triton.language as tl
+
+from kernels import indexed_decode as decode
+from kernels import indexed_launch as launch
+from kernels.indexed_decode_triton import part_kernel
+from kernels.indexed_grad_triton import key_kernel, query_kernel
+from kernels.indexed_triton import forward_kernel
+from kernels.walk import _precision, padded
+from tests.kernels.offline import compile_sm90
+
+NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
+WHOLE = {"starts": "*i64+", "words": "*i32+", "lists": "*i32+", "counts": "*i32+"}
+DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
+KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
+SMEM = 227 * 1024
+
+
+def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
+    """One kernel with K = V = width, for a band with neither sinks nor stored keys unless flags say so."""
+    kernel = KERNELS[name]
+    config = config or getattr(launch.configs(width, dtype, listed=listed), name)
+    pointer, dot = DTYPES[dtype]
+    runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
+    runtime |= dict.fromkeys(NARROW, pointer) | WHOLE
+    constants = {"K": width, "V": width, "BK": padded(width), "BV": padded(width), "UNIT": 8, "M": config.queries, "N": config.keys}
+    constants |= {"LISTED": listed, "SINKS": False, "STORED": False, "ROWWISE": listed, "DOT": dot, "STAGES": config.stages}
+    arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names if name in arguments}, warps=config.warps)
+
+
+def check(name, width, dtype, *, listed, spill, **flags):
+    used = compile_kernel(name, width, dtype, listed=listed, **flags)
+    assert used.spilled <= spill, used.spilled
+    assert used.shared <= SMEM
+    if dtype != torch.float32:
+        assert "wgmma.mma_async" in used.ptx
+        assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+
+
+@pytest.mark.parametrize(("name", "spill"), [("forward", 0), ("query", 0), ("key", 60)])
+def test_a_window_in_sixteen_bit(name, spill):
+    check(name, 128, torch.bfloat16, listed=False, spill=spill)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 60, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("listed", "flags"),
+    [(False, {}), (False, {"SINKS": True}), (False, {"SINKS": True, "STORED": True}), (True, {}), (True, {"ROWWISE": False})],
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_configuration_compiles(name, listed, flags, width, dtype):
+    check(name, width, dtype, listed=listed, spill=1000, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_one_token(width, dtype):
+    keys, warps, stages = decode.KEYS[width]
+    keys, stages = (keys // 2, 1) if dtype == torch.float32 else (keys, stages)
+    runtime = {p.name: p.annotation_type or "*fp32+" for p in part_kernel.params if not p.is_constexpr}
+    runtime |= dict.fromkeys("qkv", DTYPES[dtype][0]) | {"seen": "*u8+"}
+    constants = {"K": width, "V": width, "BK": width, "BV": width, "UNIT": 8, "M": 16, "N": keys, "DOT": DTYPES[dtype][1]}
+    arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype)), "STAGES": stages}
+    used = compile_sm90(part_kernel, {name: arguments[name] for name in part_kernel.arg_names}, warps=warps)
+    assert used.spilled <= (400 if dtype == torch.float32 else 0)
+    assert used.shared <= SMEM
