@@ -142,8 +142,9 @@ def _outcome(record: SpeedRecord) -> str:
 def _table(records: list[SpeedRecord]) -> Table:
     """Every row; without a green gate there is no number."""
     table = Table(title="throughput")
-    for column in ("name", "mode", "shape", "path"):
-        table.add_column(column, overflow="fold")
+    for column in ("name", "mode", "shape"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("path", overflow="fold")
     numbers = ("graph", "eager", "tokens/s", "x bound", "x peer", "memory", "first call")
     shown = [column for column in numbers if not (column in ("graph", "memory") and all(r.graph is None for r in records))]
     for column in shown:
@@ -171,9 +172,13 @@ def _cells(record: SpeedRecord) -> dict[str, str]:
 
 
 def shape_text(record: SpeedRecord) -> str:
-    """Sizes above 1 with their initials: B8 T2048 H16 K128 V128."""
-    initials = {"batch": "B", "length": "T", "heads": "H", "groups": "G", "key": "K", "value": "V", "d_model": "D"}
-    return " ".join(f"{initials[name]}{size}" for name, size in record.shape.items() if size > 1 or name in ("batch", "length"))
+    """B8 T2048 H16 D128; K and V where they differ, G where heads share keys, the model's width for a mixer."""
+    shape = record.shape
+    text = f"B{shape['batch']} T{shape['length']}"
+    if "d_model" in shape:
+        return f"{text} d{shape['d_model']}"
+    text += f" H{shape['heads']}" + (f" G{shape['groups']}" if shape["groups"] not in (1, shape["heads"]) else "")
+    return f"{text} D{shape['key']}" if shape["key"] == shape["value"] else f"{text} K{shape['key']} V{shape['value']}"
 
 
 def _time_text(timing: Timing) -> str:

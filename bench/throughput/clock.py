@@ -84,15 +84,6 @@ def replays(call: Call) -> Timing:
     return timing([1e3 * milliseconds for milliseconds in found])
 
 
-def first_call(call: Call, device: torch.device) -> float:
-    """Seconds of one call, compilation included if there is any."""
-    synchronize(device)
-    began = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
     """Holds, after the block, the most bytes of device memory held inside; nothing on a CPU."""

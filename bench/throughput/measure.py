@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -55,12 +56,12 @@ class Session:
         try:
             subject.prepare()
             record = record.model_copy(update=subject.facts())
+            problem, call, first = self._first(row, subject)
             gate = self._gate(row, subject)
             record = record.model_copy(update={"gate": gate})
             if not gate.passed:
                 return record.model_copy(update={"status": "wrong", "reason": wrong_text(gate)})
-            timed = self._times(row, subject)
-            return record.model_copy(update=timed)
+            return record.model_copy(update=first | self._times(row, subject, problem, call))
         except torch.OutOfMemoryError:
             return record.model_copy(update={"status": "oom", "reason": "The device ran out of memory."})
         except Exception as error:
@@ -117,17 +118,24 @@ class Session:
             self.gates[key] = check(problem, gradients=row.mode == "train", against=f"{against}, fp64, seed {seed}")
         return self.gates[key]
 
-    def _times(self, row: Row, subject: _Kernel | _Mixer) -> dict[str, Any]:
-        """Everything that is measured with clocks, and whether the outputs at the timed shape are finite."""
+    def _first(self, row: Row, subject: _Kernel | _Mixer) -> tuple[Problem, Callable[[], Tensors], dict[str, Any]]:
+        """The problem, its call, the seconds until its first result, and the form that ran; nothing was compiled before."""
         problem = subject.full()
-        call = timed_call(problem, gradients=row.mode == "train")
-        with watched() as seen, clock.peak_memory(self.device) as peak:
-            first = clock.first_call(call, self.device)
-        if not all(torch.isfinite(x).all() for x in call().values()):
-            return {"status": "wrong", "reason": "The results at the timed shape are not finite.", "path": path_text(seen)}
+        clock.synchronize(self.device)
+        began = time.perf_counter()
+        with watched() as seen:
+            call = timed_call(problem, gradients=row.mode == "train")
+            call()
+        clock.synchronize(self.device)
+        return problem, call, {"first_call_seconds": time.perf_counter() - began, "path": path_text(seen)}
+
+    def _times(self, row: Row, subject: _Kernel | _Mixer, problem: Problem, call: Callable[[], Tensors]) -> dict[str, Any]:
+        """Everything that is measured with clocks, and whether the outputs at the timed shape are finite."""
+        with clock.peak_memory(self.device) as peak:
+            outputs = call()
+        if not all(torch.isfinite(x).all() for x in outputs.values()):
+            return {"status": "wrong", "reason": "The results at the timed shape are not finite.", "first_call_seconds": None}
         found: dict[str, Any] = {
-            "path": path_text(seen),
-            "first_call_seconds": first,
             "peak_memory_bytes": peak[0] if peak else None,
             "eager": clock.eager(call, self.device),
         }
@@ -145,8 +153,11 @@ class Session:
         gradients = row.mode == "train"
         record = Peer(name=peer.name, version=peers.installed(peer.package) or "")
         try:
+            began = time.perf_counter()
             call = timed_call(problem, gradients=gradients, function=peer.function)
-            first = clock.first_call(call, self.device)
+            call()
+            clock.synchronize(self.device)
+            first = time.perf_counter() - began
             times: dict[str, Any] = {"first_call_seconds": first, "eager": clock.eager(call, self.device)}
             if self.device.type == "cuda":
                 times["graph"] = clock.replays(call)
