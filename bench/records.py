@@ -1,14 +1,15 @@
-"""The schema of what a run leaves behind: `record.json`, field by field. `results/README.md` is generated from it."""
+"""The schema of what runs and evaluations leave behind, field by field. `results/README.md` is generated from it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.spec import RunSpec
+from bench.spec import RunSpec, digest
 
 SCHEMA_VERSION = 1
+EVAL_SCHEMA_VERSION = 1
 
 Status = Literal["done", "diverged", "failed", "oom"]
 
@@ -79,126 +80,6 @@ class Provenance(Strict):
     command: str
 
 
-class Timing(Strict):
-    """Times of one call, in microseconds."""
-
-    median_us: float
-    low_us: float
-    """The 20 % quantile."""
-    high_us: float
-    """The 80 % quantile."""
-    n: int
-    """Times behind the quantiles: replays of a graph, or loops of eager calls."""
-
-
-class GateResult(Strict):
-    """Whether what was timed is right: compared with its definition on fresh random input, in single or double precision."""
-
-    passed: bool
-    against: str
-    """The definition, its precision, and the shape that was compared."""
-    worst: str
-    """The output or gradient with the largest error relative to its tolerance."""
-    error: float | None
-    """Its root mean square error relative to the definition's size; None if it was not finite or never compared."""
-    tolerance: float
-
-
-class Bound(Strict):
-    """The least time that the device allows, by the bytes and operations of the definition."""
-
-    bytes: int
-    """Every input, output and gradient once."""
-    flops: int
-    """Multiplications and additions; matrix states are counted in chunks of 64 tokens."""
-    microseconds: float
-    """The larger of bytes over the copy rate and operations over the rate of a matrix product."""
-    by: Literal["bytes", "flops"]
-
-
-class Peer(Strict):
-    """A public implementation of the same operation, on the same inputs in the same run."""
-
-    name: str
-    version: str
-    eager: Timing | None = None
-    graph: Timing | None = None
-    first_call_seconds: float | None = None
-    error: float | None = None
-    """Its own error in the correctness gate."""
-    reason: str = ""
-    """Why it has no time."""
-
-
-class SpeedRecord(Strict):
-    """How fast one mixer or kernel is in one mode at one shape."""
-
-    schema_version: int = SCHEMA_VERSION
-    speed_id: str
-    """Hash of subject, mode, shape, precision and device: a new measurement replaces an older one."""
-    subject: Literal["mixer", "kernel"]
-    name: str
-    """The mixer as written on the command line, or a kernel of `bench list kernels`."""
-    mode: Literal["forward", "train", "prefill", "decode"]
-    """Forward alone, forward and backward, a prompt that leaves a state, or one token after a state."""
-    shape: dict[str, int]
-    """Batch, length, and whatever else the subject has: model width, heads, widths of keys and values."""
-    dtype: str
-    path: str
-    """The form that ran: "triton", "chunked" or "reference" as `kernels.dispatch` chose, or "torch"."""
-    status: Literal["done", "wrong", "failed", "oom"]
-    """"wrong" is a red correctness gate, which leaves no times."""
-    reason: str = ""
-    gate: GateResult
-    bound: Bound
-    graph: Timing | None = None
-    """Replays of a CUDA graph with the L2 cache flushed: what the kernels cost. None on a CPU."""
-    eager: Timing | None = None
-    """Calls from Python one after the other: what a user waits."""
-    tokens_per_second: float | None = None
-    """By the graph time, or by the eager one where there is no graph."""
-    first_call_seconds: float | None = None
-    """Of the first call in this process, compilation included; None where an earlier row had compiled it."""
-    peak_memory_bytes: int | None = None
-    """Peak device memory of one eager call, its inputs included; None on a CPU."""
-    state_bytes: int | None = None
-    """What decoding keeps for one sequence at this length, where the subject has a state."""
-    peers: list[Peer] = Field(default_factory=list)
-    copy_bytes_per_second: float
-    """Rate of a device copy, read and written, measured in the same run."""
-    product_flops_per_second: float
-    """Rate of a large matrix product in `product_dtype`, measured in the same run."""
-    product_dtype: str
-    device: str
-    started: str
-    """UTC, ISO 8601."""
-    provenance: Provenance
-
-    def timing(self) -> Timing | None:
-        """The graph time, or the eager one where there is no graph."""
-        return self.graph or self.eager
-
-    def bound_ratio(self) -> float | None:
-        """Time over the bound."""
-        timing = self.timing()
-        return None if timing is None or not self.bound.microseconds else timing.median_us / self.bound.microseconds
-
-    def best_peer(self) -> Peer | None:
-        """The fastest peer that is right, by the clock that `timing` reads."""
-        clock = "graph" if self.graph else "eager"
-        timed = [peer for peer in self.peers if getattr(peer, clock) is not None]
-        return min(timed, key=lambda peer: getattr(peer, clock).median_us, default=None)
-
-    def peer_ratio(self) -> float | None:
-        """Time of the best peer over ours: above 1 ours is faster."""
-        peer, timing = self.best_peer(), self.timing()
-        if peer is None or timing is None:
-            return None
-        best = peer.graph if self.graph else peer.eager
-        assert best is not None
-        return best.median_us / timing.median_us
-
-
 class RunRecord(Strict):
     """One run."""
 
@@ -246,9 +127,114 @@ class RunRecord(Strict):
     """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
     provenance: Provenance
 
+    def digest(self) -> str:
+        """Tells this record from another of the same run."""
+        return digest(self.model_dump(mode="json"))
+
     def metric(self, split: str, name: str, slice_: str = "mean") -> float | None:
         """The value of one metric, or None."""
         for item in self.metrics:
             if (item.split, item.name, item.slice) == (split, name, slice_):
                 return item.value
         return None
+
+
+class JudgedModel(Strict):
+    """A language model that was evaluated."""
+
+    fingerprint: str
+    """Hash of weights and configuration, "hub id@revision" for a model of the hub, or what a referee model is made of."""
+    name: str
+    """As it is shown in tables."""
+    kind: Literal["plain", "converted", "control", "window", "ablation"]
+    """A model as it is; a converted one; the teacher put through stages of a recipe; window and sinks without training; one
+    branch of a converted one."""
+    source: str
+    """As the user named it."""
+    teacher: str | None = None
+    """Fingerprint of the teacher, where there is one."""
+    referees: dict[str, str] = Field(default_factory=dict)
+    """Of a converted model: fingerprints of the rows that stand beside it: teacher, window, window_only, mixer_only."""
+    parameters: int
+    mixer: str | None = None
+    """Mixer of the converted layers."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the mixer."""
+    window: int | None = None
+    sinks: int | None = None
+    combine: str | None = None
+    layers: int
+    layers_converted: int = 0
+    conversion: dict[str, Any] = Field(default_factory=dict)
+    """What the converted model says of itself: recipe, tokens, seed, hash of the data."""
+
+
+class EvalMetric(Strict):
+    """One value of an evaluation."""
+
+    name: str
+    """As lm-eval names it ("acc", "exact_match"), or a measurement: "state_bytes", "prefill_tokens_per_second",
+    "decode_tokens_per_second", "peak_memory_bytes", "kl", "top1", "ppl"."""
+    filter: str = "none"
+    """lm-eval's filter of the answers."""
+    slice: str = ""
+    """"" for all items, else a length in tokens, or "batch 1, context 1024"."""
+    value: float | None
+    stderr: float | None = None
+    n: int
+    """Items, sequences or repetitions behind the value."""
+    higher_is_better: bool | None = None
+
+
+class AnswerCount(Strict):
+    """How often one answer of a multiple choice was given and was right."""
+
+    answer: str
+    """Its letter or place: A, B, ..."""
+    chosen: int
+    correct: int
+
+
+class EvalRecord(Strict):
+    """One model on one task."""
+
+    schema_version: int = EVAL_SCHEMA_VERSION
+    eval_id: str
+    model: JudgedModel
+    task: str
+    """A task of lm-eval, or a measurement: "memory_and_speed" or "agreement"."""
+    group: str = ""
+    """lm-eval's group that the task was asked for with, such as "mmlu"."""
+    protocol: Literal["log-likelihood", "generated", "measured"]
+    version: str
+    """Of the task's definition."""
+    fewshot: int = 0
+    chat: bool = False
+    limit: int | None = None
+    """Items per task, or per task and length; None for all."""
+    lengths: list[int] = Field(default_factory=list)
+    items: int
+    """Items evaluated."""
+    items_total: int
+    """Items that the task has."""
+    items_hash: str = ""
+    """Hash of the items in their order; rows with different hashes must not be compared."""
+    primary: str
+    """Name of the metric that stands for the task."""
+    chance: float | None = None
+    """The primary metric of a guess."""
+    metrics: list[EvalMetric]
+    answers: list[AnswerCount] = Field(default_factory=list)
+    """Multiple choice: a model that always says "A" shows here."""
+    device: str
+    precision: str
+    batch_size: str
+    max_length: int
+    seconds: float
+    started: str
+    """UTC, ISO 8601."""
+    provenance: Provenance
+
+    def metric(self, name: str, slice_: str = "") -> EvalMetric | None:
+        """One metric, or None."""
+        return next((item for item in self.metrics if (item.name, item.slice) == (name, slice_)), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import chunked, delta_op, dispatch, recurrence_op, reference
+from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
@@ -46,7 +46,9 @@ def linear_recurrence(
     _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if is_step(v_BTHV.shape[1], state_BHKV, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH):
         return _step(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, log_decay))
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV))
+    if backend == "triton" and log_decay is not None and log_decay.ndim == 4:
+        return _vector_gate(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if backend == "triton":
         return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     named = {"log_decay": log_decay, "beta_BTH": beta_BTH, "state_BHKV": state_BHKV}
@@ -110,10 +112,17 @@ def _triton(
     return o, None if state is None else final.to(state.dtype)
 
 
-def _obstacle(k: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
+def _vector_gate(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The operator's fp32 states."""
+    wide = None if state is None else state.float()
+    o, final = vector_gate_op.vector_gate_recurrence(q, k, v, log_decay, beta, None, wide, state is not None)
+    return o, None if state is None else final.to(state.dtype)
+
+
+def _obstacle(k: Tensor, v: Tensor) -> str | None:
     """What keeps a call from the Triton kernels."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a vector decay has no Triton kernel"
     if (width := max(k.shape[3], v.shape[3])) > MAX_WIDTH:
         return f"head dim {width} is above {MAX_WIDTH}"
     return None

@@ -25,6 +25,7 @@ class Config(NamedTuple):
         rows: rows of the sums of a tile.
         warps: warps of a program.
         stages: depth of the software pipeline that loads tiles.
+        registers: most registers of a thread, None for as many as the compiler likes; fewer let more programs share an SM.
     """
 
     queries: int
@@ -32,6 +33,7 @@ class Config(NamedTuple):
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Configs(NamedTuple):
@@ -45,7 +47,7 @@ class Configs(NamedTuple):
 
 # By the width of v (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 4, 2)),
+    64: Configs(Config(128, 64, 64, 4, 3), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 2), Config(64, 64, 64, 4, 2)),
     128: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
     256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)),
 }
@@ -136,7 +138,7 @@ def forward(
     taylor_triton.forward_kernel[(call.batch * call.heads * blocks,)](
         q, k, v, entering[0], entering[1], y, scale, *strides, call.length, call.heads, call.chunk, call.chunks, eps,
         **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BM=config.queries, BN=config.keys, NORM=norm,
-        FIRST=first is not None, STAGES=config.stages, num_warps=config.warps,
+        FIRST=first is not None, STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return y, scale, *entering
 
@@ -176,14 +178,14 @@ def backward(
     query, key = chosen.query, chosen.key
     taylor_grad_triton.query_kernel[(call.batch * call.heads * -(-call.length // query.queries),)](
         q, k, v, entering, entering_norm, y, dy, scale, dq, shift, *strides, *sizes, **shared, BF=query.rows,
-        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, num_warps=query.warps,
+        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, num_warps=query.warps, maxnreg=query.registers,
     )  # fmt: skip
     leaving, leaving_norm, dfirst, dfirst_norm = _entering(
         call, q_BTHK, dy_BTHV, (scale, shift), dlast, dlast_norm, norm=norm, last=first
     )
     taylor_grad_triton.key_kernel[(call.batch * call.heads * -(-call.length // key.keys),)](
         q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv, *strides, *sizes, **shared, BF=key.rows,
-        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, num_warps=key.warps,
+        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, num_warps=key.warps, maxnreg=key.registers,
     )  # fmt: skip
     return dq, dk, dv, dfirst, dfirst_norm
 
@@ -218,7 +220,7 @@ def _entering(
         taylor_triton.state_kernel[(call.batch * call.heads * (high - low) * tiles,)](
             x, c, scale, shift, sums, norms, *strides, call.length, call.heads, call.chunk, low, high - low, call.chunks,
             **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse,
-            STAGES=config.stages, num_warps=config.warps,
+            STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     tiles = -(-rows * call.v_dim // SCAN_BLOCK) + (-(-rows // SCAN_BLOCK) if norm else 0)
     taylor_triton.scan_kernel[(call.batch * call.heads * tiles,)](

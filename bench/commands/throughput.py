@@ -15,7 +15,7 @@ from rich.table import Table
 from bench.commands.console import Output, bytes_text
 from bench.device import resolve_device
 from bench.errors import UserError
-from bench.records import SpeedRecord, Timing
+from bench.speed_records import SpeedRecord, Timing
 from bench.store import Store
 from bench.throughput.plan import Row, SpeedRequest, plan
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from bench.families import mean_ceilings, task_score
 from bench.points import Point
-from bench.records import RunRecord, SpeedRecord
+from bench.records import RunRecord
 from bench.report.charts import AXES
 from bench.report.families import ceiling_columns, shortcut_lines
 from bench.selection import published_selection
+from bench.speed_records import SpeedRecord
 from bench.stats import pareto_front
 from bench.store import Store
 

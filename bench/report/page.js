@@ -192,7 +192,14 @@
     return { speeds, span: [{ length: Math.min(...lengths) / 1.2 }, { length: Math.max(...lengths) * 2 }] };
   }
 
+  // A chart whose rows are complete: only the theme's colours and the hidden mixers are ours to add.
+  function extraData(item) {
+    const values = item.values.filter((value) => !state.hiddenMixers.has(value.mixer));
+    return { values: values.map((value) => ({ ...value, color: isDark() ? value.dark : value.light })) };
+  }
+
   const KINDS = {
+    extra: { spec: (item) => data.specs[item.spec], datasets: extraData, rows: "values" },
     recall: { spec: () => data.specs.recall, datasets: recallData, rows: "points" },
     lengths: { spec: () => data.specs.lengths, datasets: lengthData, rows: "speeds" },
     published: { spec: (panel) => data.specs.published[panel.axis], datasets: publishedData, rows: "values" },
@@ -218,7 +225,7 @@
 
   async function draw(figure) {
     const kind = KINDS[figure.dataset.chart];
-    const task = [...data.tasks, ...data.panels, ...(data.speed?.groups ?? [])].find((item) => item.id === figure.dataset.task);
+    const task = [...data.tasks, ...data.panels, ...data.extras].find((item) => item.id === figure.dataset.task);
     const target = figure.querySelector(".vis");
     const datasets = kind.datasets(task, target.clientWidth);
     figure.hidden = task !== undefined && state.hiddenTasks.has(task.task ?? task.id);
@@ -252,10 +259,10 @@
   function showControls() {
     for (const box of controls.querySelectorAll("[name=mixer]")) box.checked = !state.hiddenMixers.has(box.value);
     for (const box of controls.querySelectorAll("[name=task]")) box.checked = !state.hiddenTasks.has(box.value);
-    if (controls.elements.front) controls.elements.front.checked = state.front;
+    controls.elements.front.checked = state.front;
     for (const name of ["axis", "progress", "speed"]) if (controls.elements[name]) controls.elements[name].value = state[name];
     const count = data.points.filter(isShown).length;
-    if (table) document.getElementById("shown").textContent = `${count} of ${data.points.length} points shown`;
+    document.getElementById("shown").textContent = `${count} of ${data.points.length} points shown`;
     const theme = document.getElementById("theme");
     theme.setAttribute("aria-pressed", String(isDark()));
     document.documentElement.dataset.theme = isDark() ? "dark" : "light";
@@ -264,7 +271,6 @@
   function showTables() {
     for (const element of document.querySelectorAll("[data-point]")) element.hidden = !isShown(byId[element.dataset.point]);
     for (const row of document.querySelectorAll("[data-speed=mixer]")) row.hidden = state.hiddenMixers.has(row.dataset.mixer);
-    if (!table) return;
     for (const row of table.tBodies[0].rows) {
       const on = byId[row.dataset.point][`front_${state.axis}`];
       const cell = row.querySelector(".front");
@@ -296,7 +302,7 @@
     update({ progress: ["curves"], speed: ["recall", "lengths"] }[target.name]);
   });
   controls.addEventListener("submit", (event) => event.preventDefault());
-  document.getElementById("reset")?.addEventListener("click", () => {
+  document.getElementById("reset").addEventListener("click", () => {
     state = { ...state, hiddenMixers: new Set(), hiddenTasks: new Set(), front: false };
     update();
   });
@@ -306,7 +312,7 @@
   });
   prefersDark.addEventListener("change", () => update());
   window.addEventListener("hashchange", () => { state = readHash(); update(); });
-  if (table) SortableTable.attach(table, (column, direction) => { state.sort = { column, direction }; writeHash(); });
+  SortableTable.attach(table, (column, direction) => { state.sort = { column, direction }; writeHash(); });
 
   function download(name, type, text) {
     const link = document.createElement("a");
@@ -315,8 +321,8 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
-  document.getElementById("csv")?.addEventListener("click", () => download("points.csv", "text/csv", data.csv));
-  document.getElementById("json")?.addEventListener("click", () => {
+  document.getElementById("csv").addEventListener("click", () => download("points.csv", "text/csv", data.csv));
+  document.getElementById("json").addEventListener("click", () => {
     const { points, curves, tasks, speed } = data;
     download("report.json", "application/json", JSON.stringify({ tasks, points, curves, speed }, null, 1));
   });

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.points import Point
-from bench.records import Provenance, SpeedRecord, Timing
+from bench.records import Provenance
+from bench.speed_records import SpeedRecord, Timing
 
 STEM = "base_conv+"
 """The short convolution that a lone mixer follows in a model, and does not in a measurement of its speed."""

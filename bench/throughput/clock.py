@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from bench.records import Timing
+from bench.speed_records import Timing
 
 Call = Callable[[], Any]
 

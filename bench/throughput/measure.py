@@ -12,8 +12,8 @@ import torch
 
 from bench import provenance
 from bench.outcome import hardware
-from bench.records import Bound, GateResult, Peer, SpeedRecord
 from bench.spec import digest
+from bench.speed_records import Bound, GateResult, Peer, SpeedRecord
 from bench.throughput import clock, peers
 from bench.throughput import mixers as whole
 from bench.throughput.bounds import Cost, Shape

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.records import GateResult
+from bench.speed_records import GateResult
 
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], Tensors]

@@ -128,6 +128,16 @@ def test_gradients_inside_of_vmap():
         torch.testing.assert_close(member, torch.func.grad(loss)(q), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_the_final_state_alone():
+    exact = draw((1, 18, 1, 1, 16, 16), "scalar", state=True)
+    single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
+    used = [name for name in exact if name != "q"]
+    pairs = [(linear_recurrence, single), (linear_recurrence_reference, exact)]
+    got, want = (torch.autograd.grad(weighted(call(f, x)[1:]), [x[name] for name in used]) for f, x in pairs)
+    for name, a, b in zip(used, got, want, strict=True):
+        assert rms_error(a, b) <= SINGLE, name
+
+
 def test_nothing_is_kept_without_gradients(monkeypatch):
     kept = []
     forward = delta.forward

@@ -10,7 +10,7 @@ from kernels.delta_triton import coupling_kernel, forward_kernel, reverse_kernel
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import DTYPES, SMEM
 
-NARROW = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "h", "errors", "states", "dstates")
+NARROW = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "h", "errors", "states", "dstates", "solved", "dv")
 FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "KEEP": True}
 
 
@@ -29,7 +29,7 @@ def compile_one(kernel, width, gate, dtype):
         "UNIT": 8,
         "C": config.chunk,
         "LEVELS": config.chunk.bit_length() - 1,
-        "PARTS": -(-width // config.reverse.tile),
+        "TV": walk.padded(-(-width // -(-width // tile))) if tile else 0,
         "GATE": gate,
         "GATED": gate > 0,
         "GATE_GRAD": gate > 0,

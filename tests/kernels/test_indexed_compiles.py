@@ -27,9 +27,22 @@ def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | WHOLE
     constants = {"K": width, "V": width, "BK": padded(width), "BV": padded(width), "UNIT": 8, "M": config.queries, "N": config.keys}
-    constants |= {"LISTED": listed, "SINKS": False, "STORED": False, "ROWWISE": listed, "DOT": dot, "STAGES": config.stages}
+    constants |= {
+        "LISTED": listed,
+        "SINKS": False,
+        "STORED": False,
+        "ROWWISE": listed,
+        "SPLIT": 2 if listed else 1,
+        "DOT": dot,
+        "STAGES": config.stages,
+    }
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names if name in arguments}, warps=config.warps)
+    return compile_sm90(
+        kernel,
+        {name: arguments[name] for name in kernel.arg_names if name in arguments},
+        warps=config.warps,
+        maxnreg=config.registers,
+    )
 
 
 def check(name, width, dtype, *, listed, spill, **flags):

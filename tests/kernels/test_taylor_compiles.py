@@ -29,7 +29,7 @@ def compile_kernel(name, k_dim, v_dim, dtype, config=None, **flags):
     constants |= {"BM": config.queries, "BN": config.keys, "BT": config.keys, "NORM": True, "WEIGHTED": True}
     constants |= {"FIRST": False, "LAST": False, "DOT": dot, "WIDE": DTYPES[wide][1], "STAGES": config.stages}
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps)
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps, maxnreg=config.registers)
 
 
 def check(name, k_dim, v_dim, dtype, spill):

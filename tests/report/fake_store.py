@@ -8,20 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from bench import catalog, published
-from bench.records import (
-    Bound,
-    CellInfo,
-    GateResult,
-    Metric,
-    Peer,
-    Provenance,
-    RunRecord,
-    SpeedRecord,
-    StateInfo,
-    Status,
-    Timing,
-)
+from bench.records import CellInfo, Metric, Provenance, RunRecord, StateInfo, Status
 from bench.spec import SELECTION_SEED, LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec, digest, run_id
+from bench.speed_records import Bound, GateResult, Peer, SpeedRecord, Timing
 from bench.store import Store
 
 CELLS = {"32x4": (32, 4), "64x8": (64, 8), "64x16": (64, 16)}
