@@ -30,7 +30,7 @@ class Config(NamedTuple):
     warps: int
 
 
-CONFIG = Config(4096, 4)
+CONFIG = Config(8192, 4)
 
 STRIDES = ("q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "gate_b", "gate_h", "beta_b", "beta_h", "a_b", "a_h", "b_b", "b_h")
 
@@ -78,10 +78,10 @@ def step_kernel(
     tl.store(o + head_index.to(tl.int64) * V + j, read_V.to(o.dtype.element_ty), mask=j < V)
 
 
-def tile_widths(k_dim: int, v_dim: int, config: Config = CONFIG) -> tuple[int, int]:
+def tile_widths(k_dim: int, v_dim: int) -> tuple[int, int]:
     """The padded key width and the value columns of a program."""
     keys = max(16, triton.next_power_of_2(k_dim))
-    return keys, max(1, min(config.elements // keys, triton.next_power_of_2(v_dim)))
+    return keys, max(1, min(CONFIG.elements // keys, triton.next_power_of_2(v_dim)))
 
 
 def step(
