@@ -3,6 +3,7 @@
     STORE/<run_id>/record.json      the record; its presence is what makes a run complete
     STORE/<run_id>/curve.parquet    learning curve
     STORE/<run_id>/influence.npz    influence map of the trained model on one example
+    STORE/speed/<speed_id>.json     one row of `bench throughput`
     STORE/<eval_id>/eval.json       one model on one task; its presence is what makes the evaluation complete
     STORE/<eval_id>/items.parquet   its items: one row an item and metric
 
@@ -28,13 +29,14 @@ from pydantic import ValidationError
 
 from bench.errors import Fault, UserError
 from bench.records import EVAL_SCHEMA_VERSION, SCHEMA_VERSION, EvalRecord, RunRecord
+from bench.speed_records import SpeedRecord
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 DEFAULT_STORE = Path("results/runs")
-Record = TypeVar("Record", RunRecord, EvalRecord)
+Record = TypeVar("Record", RunRecord, EvalRecord, SpeedRecord)
 
 
 class StoreError(Fault):
@@ -132,6 +134,26 @@ class Store:
             elif warning:
                 warnings.append(warning)
         records.sort(key=lambda record: (record.started, record.run_id))
+        return records, warnings
+
+    def write_speed(self, record: SpeedRecord) -> Path:
+        """Writes one row of `bench throughput`; an earlier measurement of the same thing is replaced."""
+        target = self.root / "speed" / f"{record.speed_id}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
+        return target
+
+    def load_speed(self) -> tuple[list[SpeedRecord], list[str]]:
+        """All valid rows of `bench throughput`, oldest first, and a warning for each file that is not one."""
+        records: list[SpeedRecord] = []
+        warnings: list[str] = []
+        for path in sorted(self.root.glob("speed/*.json")):
+            record, warning = _parse(path, SpeedRecord, SCHEMA_VERSION)
+            if record is not None:
+                records.append(record)
+            elif warning:
+                warnings.append(warning)
+        records.sort(key=lambda record: (record.started, record.speed_id))
         return records, warnings
 
     def curve(self, run_id: str) -> pd.DataFrame | None:

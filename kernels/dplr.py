@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, dispatch, reference, vector_gate_op
+from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
@@ -50,6 +51,10 @@ def dplr_recurrence(
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, state_BHKV)
+    if is_step(v_BTHV.shape[1], state_BHKV, q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK):
+        q, k, v, a, b, log_decay = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK))
+        o, new = recurrent_step(q, k, v, state_BHKV, log_decay=log_decay, rank_one=(a, b))
+        return o[:, None], new
     width = max(k_BTHK.shape[3], v_BTHV.shape[3])
     obstacle = f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
     backend = dispatch.pick(OPERATION, v_BTHV, obstacle=obstacle)

@@ -24,6 +24,10 @@ OPTIONS = {
     "sample": [
         "--model", "--out", "--tokens", "--length", "--batch", "--temperature", "--seed", "--device", "--json", "--debug",
     ],
+    "throughput": [
+        "--mixer", "--kernel", "--preset", "--mode", "--length", "--batch", "--heads", "--width", "--device", "--dtype",
+        "--no-peers", "--dry-run", "--store", "--json", "--debug",
+    ],
     "eval": [
         "--model", "--tasks", "--suite", "--rows", "--teacher", "--control", "--include-path", "--data-dir", "--items", "--text",
         "--limit", "--lengths", "--fewshot", "--chat", "--batch-size", "--device", "--precision", "--trust-remote-code",
@@ -48,7 +52,7 @@ def test_options_are_frozen() -> None:
 
 def test_the_command_line_starts_without_torch() -> None:
     code = (
-        "import sys; from bench import cli; from bench.commands import listing, status, compare, report, eval; "
+        "import sys; from bench import cli; from bench.commands import listing, status, compare, report, throughput, eval; "
         "from bench.catalog import names; [names(kind) for kind in ('mixer', 'task', 'recipe')]; "
         "print([name for name in ('torch', 'pandas', 'scipy', 'altair', 'matplotlib', 'transformers') if name in sys.modules])"
     )
