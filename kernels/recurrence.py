@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
-from kernels.chunk_decay import Lift
 from kernels.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
@@ -23,7 +22,6 @@ def linear_recurrence(
     log_decay: Tensor | None = None,
     beta_BTH: Tensor | None = None,
     state_BHKV: Tensor | None = None,
-    lift: Lift | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = decay_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t; see `kernels.reference`.
@@ -35,7 +33,6 @@ def linear_recurrence(
         log_decay: natural log of the decay, <= 0 and finite: None, [H], [B, T, H] or [B, T, H, K].
         beta_BTH: write strength of the delta rule, or None for no erasure and unit writes.
         state_BHKV: S_0; None means "from zero, and return no state", as for `Mixer.forward`.
-        lift: q and k are still to be mapped to features, K of the state being the number of features.
         chunk: longest chunk of the torch form, a power of two; the Triton form has its own.
 
     Returns:
@@ -44,17 +41,16 @@ def linear_recurrence(
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, lifted=lift is not None)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, lift))
+    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV))
     if backend == "triton" and log_decay is not None and log_decay.ndim == 4:
         return _vector_gate(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if backend == "triton":
         return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     named = {"log_decay": log_decay, "beta_BTH": beta_BTH, "state_BHKV": state_BHKV}
     if backend == "chunked":
-        return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, lift=lift, chunk=chunk, **named)
-    q, k = (q_BTGK, k_BTGK) if lift is None else (lift.features(q_BTGK), lift.features(k_BTGK))
-    o, final = reference.linear_recurrence_reference(q, k, v_BTHV, **named)
+        return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, chunk=chunk, **named)
+    o, final = reference.linear_recurrence_reference(q_BTGK, k_BTGK, v_BTHV, **named)
     return o, None if state_BHKV is None else final
 
 
@@ -81,19 +77,15 @@ def _vector_gate(
     return o, None if state is None else final.to(state.dtype)
 
 
-def _obstacle(k: Tensor, v: Tensor, lift: Lift | None) -> str | None:
+def _obstacle(k: Tensor, v: Tensor) -> str | None:
     """What keeps a call from the Triton kernels."""
-    if lift is not None:
-        return "features computed in the kernel are not supported"
     if (width := max(k.shape[3], v.shape[3])) > MAX_WIDTH:
         return f"head dim {width} is above {MAX_WIDTH}"
     return None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, *, lifted: bool
-) -> None:
-    """Refuses shapes, dtypes and devices that do not belong together, naming the argument; only a lift knows its width."""
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None) -> None:
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{OPERATION}: {name} has the shape {tuple(x.shape)}; it must be [B, T, heads, width]")
@@ -108,8 +100,7 @@ def _check(
     decays = ((heads,), (batch, length, heads), (batch, length, heads, k_dim))
     _check_shape("log_decay", log_decay, *decays)
     _check_shape("beta", beta, (batch, length, heads))
-    features = state.shape[2] if lifted and state is not None and state.ndim == 4 else k_dim
-    _check_shape("state", state, (batch, heads, features, v.shape[3]))
+    _check_shape("state", state, (batch, heads, k_dim, v.shape[3]))
     for name, x in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta), ("state", state)):
         if x is not None and x.device != v.device:
             raise ValueError(f"{OPERATION}: {name} is on {x.device} and v on {v.device}; move them to one device")
