@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.sparse_index import Listed
-from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
+from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_PACK = 16
 
@@ -116,7 +116,7 @@ def forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | No
     v_dim = v_BGSV.shape[3]
     y = q_BHTK.new_empty(batch, length, heads, v_dim)
     lse = q_BHTK.new_empty(batch, heads, length, dtype=torch.float32)
-    (q, k, v), strides, unit = _rows(q_BHTK, k_BGSK, v_BGSV)
+    (q, k, v), strides, unit = _rows(*_narrow(_dot_dtype(q_BHTK, k_BGSK, v_BGSV), q_BHTK, k_BGSK, v_BGSV))
     lists = _lists(index, k, by_key=False)
     config = _chosen(q, k, v, index).forward
     indexed_triton.forward_kernel[(_query_tiles(q, k, config),)](
@@ -135,7 +135,8 @@ def backward(
 
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q_BHTK, k_BGSK, v_BGSV))
     delta = torch.empty_like(lse_BHT)
-    (q, k, v, y, dy), strides, unit = _rows(q_BHTK, k_BGSK, v_BGSV, y_BHTV, dy_BHTV)
+    dot = _dot_dtype(q_BHTK, k_BGSK, v_BGSV)
+    (q, k, v, y, dy), strides, unit = _rows(*_narrow(dot, q_BHTK, k_BGSK, v_BGSV, y_BHTV, dy_BHTV))
     starts = k if start_B is None else start_B
     chosen = _chosen(q, k, v, index)
     sizes, config = _sizes(q, k, index), chosen.query
@@ -186,7 +187,7 @@ def _constants(
         "STORED": start_B is not None,
         "ROWWISE": listed and index.block % config.keys == 0,
     }
-    tiles = {"BK": padded(k_dim), "BV": padded(v_dim), "UNIT": unit, "M": config.queries, "N": config.keys}
+    tiles = {"BK": product_width(k_dim, dot), "BV": product_width(v_dim, dot), "UNIT": unit, "M": config.queries, "N": config.keys}
     types = {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot), "STAGES": config.stages}
     return {"K": k_dim, "V": v_dim, **tiles, **flags, **types}
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
+from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
@@ -93,7 +93,7 @@ class _Call(NamedTuple):
     def constants(self) -> dict[str, object]:
         """Compile-time arguments of every kernel with matrix products."""
         types = {"DOT": _triton_dtype(self.dot), "WIDE": _triton_dtype(self.wide), "PRECISION": _precision(self.dot)}
-        return {"K": self.k_dim, "V": self.v_dim, "BK": padded(self.k_dim), **types}
+        return {"K": self.k_dim, "V": self.v_dim, "BK": product_width(self.k_dim, self.dot), **types}
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
@@ -132,8 +132,8 @@ def forward(
     y = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     scale = _fresh(v_BTHV, *(call.batch, call.length, call.heads) if norm else (0,))
     entering = _entering(call, k_BTHK, v_BTHV, None, first, first_norm, norm=norm, last=last)
-    (q, k, v), strides, unit = _rows(q_BTHK, k_BTHK, v_BTHV)
-    tile = min(VALUE_TILE, padded(call.v_dim))
+    (q, k, v), strides, unit = _rows(*_narrow(call.dot, q_BTHK, k_BTHK, v_BTHV))
+    tile = min(VALUE_TILE, product_width(call.v_dim, call.dot))
     blocks = -(-call.length // config.queries) * -(-call.v_dim // tile)
     taylor_triton.forward_kernel[(call.batch * call.heads * blocks,)](
         q, k, v, entering[0], entering[1], y, scale, *strides, call.length, call.heads, call.chunk, call.chunks, eps,
@@ -171,10 +171,10 @@ def backward(
     call = _call(q_BTHK, k_BTHK, v_BTHV)
     chosen = configs(call.v_dim, call.dot)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BTHK, v_BTHV))
-    (q, k, v, dy), strides, unit = _rows(q_BTHK, k_BTHK, v_BTHV, dy_BTHV)
+    (q, k, v, dy), strides, unit = _rows(*_narrow(call.dot, q_BTHK, k_BTHK, v_BTHV, dy_BTHV))
     shift = _fresh(v_BTHV, *scale.shape)
     sizes = (call.length, call.heads, call.chunk, call.chunks)
-    shared = {**call.constants(), "BV": padded(call.v_dim), "UNIT": unit, "NORM": norm}
+    shared = {**call.constants(), "BV": product_width(call.v_dim, call.dot), "UNIT": unit, "NORM": norm}
     query, key = chosen.query, chosen.key
     taylor_grad_triton.query_kernel[(call.batch * call.heads * -(-call.length // query.queries),)](
         q, k, v, entering, entering_norm, y, dy, scale, dq, shift, *strides, *sizes, **shared, BF=query.rows,
@@ -213,8 +213,8 @@ def _entering(
     end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*shape[:2], rows, call.v_dim), (*shape[:2], rows)))
     end_norm = end_norm if norm else _fresh(c, 0)
     if high > low:
-        (x, c), strides, unit = _rows(x, c)
-        config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, padded(call.v_dim))
+        (x, c), strides, unit = _rows(*_narrow(call.dot, x, c))
+        config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, product_width(call.v_dim, call.dot))
         tiles = -(-rows // config.rows) * -(-call.v_dim // tile)
         scale, shift = rescale if rescale is not None else (sums, sums)
         taylor_triton.state_kernel[(call.batch * call.heads * (high - low) * tiles,)](

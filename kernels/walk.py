@@ -47,8 +47,13 @@ def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
 
 
 def tile_of(config: Config, width: int, dtype: torch.dtype) -> int:
-    """Columns of the output of one program; narrow outputs do not make narrow products of 16-bit operands, see `_narrow`."""
-    return min(config.tile, max(padded(width), 16 if dtype == torch.float32 else 32))
+    """Columns of the output of one program."""
+    return min(config.tile, product_width(width, dtype))
+
+
+def product_width(width: int, dtype: torch.dtype) -> int:
+    """The width of a tile that is the right side of a product: narrow ones of 16-bit operands are not safe, see `_narrow`."""
+    return max(padded(width), 16 if dtype == torch.float32 else 32)
 
 
 def _by_width(table: dict[int, Config], width: int) -> Config:

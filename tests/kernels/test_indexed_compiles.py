@@ -9,7 +9,7 @@ from kernels import indexed_launch as launch
 from kernels.indexed_decode_triton import part_kernel
 from kernels.indexed_grad_triton import key_kernel, query_kernel
 from kernels.indexed_triton import forward_kernel
-from kernels.walk import _precision, padded
+from kernels.walk import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
@@ -26,7 +26,15 @@ def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
     pointer, dot = DTYPES[dtype]
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | WHOLE
-    constants = {"K": width, "V": width, "BK": padded(width), "BV": padded(width), "UNIT": 8, "M": config.queries, "N": config.keys}
+    constants = {
+        "K": width,
+        "V": width,
+        "BK": product_width(width, dtype),
+        "BV": product_width(width, dtype),
+        "UNIT": 8,
+        "M": config.queries,
+        "N": config.keys,
+    }
     constants |= {
         "LISTED": listed,
         "SINKS": False,
