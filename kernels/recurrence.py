@@ -107,6 +107,11 @@ def _check(
     k_dim = k.shape[3]
     decays = ((heads,), (batch, length, heads), (batch, length, heads, k_dim))
     _check_shape("log_decay", log_decay, *decays)
+    if log_decay is not None and log_decay.ndim == 4 and k.shape[2] != heads:
+        raise ValueError(
+            f"{OPERATION}: q and k have {k.shape[2]} heads and v {heads}; under a decay per key channel they must agree, "
+            "so repeat q and k"
+        )
     _check_shape("beta", beta, (batch, length, heads))
     features = state.shape[2] if lifted and state is not None and state.ndim == 4 else k_dim
     _check_shape("state", state, (batch, heads, features, v.shape[3]))
