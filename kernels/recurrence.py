@@ -143,6 +143,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tens
     k_dim = k.shape[3]
     decays = ((heads,), (batch, length, heads), (batch, length, heads, k_dim))
     _check_shape("log_decay", log_decay, *decays)
+    if log_decay is not None and log_decay.ndim == 4 and k.shape[2] != heads:
+        raise ValueError(
+            f"{OPERATION}: q and k have {k.shape[2]} heads and v {heads}; under a decay per key channel they must agree, "
+            "so repeat q and k"
+        )
     _check_shape("beta", beta, (batch, length, heads))
     _check_shape("state", state, (batch, heads, k_dim, v.shape[3]))
     for name, x in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta), ("state", state)):

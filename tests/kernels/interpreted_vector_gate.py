@@ -86,3 +86,9 @@ def test_torch_accepts_the_operator(delta: bool):
         True,
     )
     torch.library.opcheck(torch.ops.mixer_bench.vector_gate_recurrence.default, arguments)
+
+
+def test_shared_heads_are_refused():
+    tensors = cases.draw((1, 4, 2, 16, 16), "weak", delta=False, state=False)
+    with pytest.raises(ValueError, match="q and k have 1 heads and v 2"):
+        cases.call(linear_recurrence, tensors | {name: tensors[name][:, :, :1] for name in ("q", "k")})
