@@ -19,7 +19,7 @@ def compile_one(kernel, width, gate, dtype):
     pointer, dot = DTYPES[dtype]
     config, inner, precision = delta.config_of(width, width, dtype), walk.padded(width), walk._precision(dtype)
     part = kernel.__name__.removesuffix("_kernel")
-    tile, warps, stages = getattr(config, part)
+    tile, warps, stages, registers = getattr(config, part)
     constants = {
         "K": width,
         "V": width,
@@ -40,7 +40,8 @@ def compile_one(kernel, width, gate, dtype):
     }
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     arguments = runtime | dict.fromkeys(NARROW, pointer) | constants | FLAGS
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
+    cap = {} if registers is None else {"maxnreg": registers}
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps, **cap)
 
 
 def check(kernel, width, gate, dtype, spill):
