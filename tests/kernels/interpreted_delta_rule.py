@@ -78,6 +78,15 @@ def test_the_shapes_of_sixteen_bit(gate, beta, monkeypatch):
     assert_equal((1, 66, 1, 1, 70, 70), gate, state=False, beta=beta)
 
 
+def test_wide_heads_in_sixteen_bit_take_fp32_operands():
+    tensors = {name: x.detach().half() for name, x in draw((1, 18, 1, 1, 16, 130), "scalar", state=True).items()}
+    assert delta.operand_dtype(tensors["q"], tensors["k"], tensors["v"]) == torch.float32
+    got = run(linear_recurrence, {name: x.requires_grad_() for name, x in tensors.items()})
+    want = run(linear_recurrence_reference, {name: x.detach().double().requires_grad_() for name, x in tensors.items()})
+    for a, b in zip(got, want, strict=True):
+        assert rms_error(a, b) <= 3e-3
+
+
 def test_split_equals_whole():
     tensors = draw((1, 20, 1, 1, 16, 16), "scalar", state=True, dtype=torch.float32)
     tensors = {name: x.detach() for name, x in tensors.items()}
