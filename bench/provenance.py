@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,13 +51,30 @@ def shared_hashes() -> dict[str, str]:
 
 def collect(spec: RunSpec, hardware: dict[str, str]) -> Provenance:
     """The provenance of a run that happens now, in this process."""
+    return now({**code_hashes(spec), **shared_hashes()}, versions(), hardware)
+
+
+def collect_speed(mixers: Iterable[str], hardware: dict[str, str]) -> Provenance:
+    """The provenance of a speed that is measured now; `mixers` are those that took part."""
+    code = {f"mixer:{name}": catalog.source_hash(catalog.source_file("mixer", name)) for name in mixers}
+    return now(code | {key: shared_hashes()[key] for key in ("shared:kernels", "shared:mixers")}, versions(), hardware)
+
+
+def now(code: dict[str, str], found: dict[str, str], hardware: dict[str, str]) -> Provenance:
+    """The provenance of what happens now, in this process.
+
+    Args:
+        code: hashes of the source that took part.
+        found: versions of packages.
+        hardware: where it ran.
+    """
     commit, dirty, diff_hash = git_state()
     return Provenance(
         commit=commit,
         dirty=dirty,
         diff_hash=diff_hash,
-        code={**code_hashes(spec), **shared_hashes()},
-        versions=versions(),
+        code=code,
+        versions=found,
         hardware=hardware,
         command=os.environ.get("BENCH_COMMAND") or command_line(sys.argv),
     )
@@ -87,10 +105,10 @@ def git_state() -> tuple[str | None, bool | None, str | None]:
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

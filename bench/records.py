@@ -1,14 +1,15 @@
-"""The schema of what a run leaves behind: `record.json`, field by field. `results/README.md` is generated from it."""
+"""The schema of what runs and evaluations leave behind, field by field. `results/README.md` is generated from it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.spec import RunSpec
+from bench.spec import RunSpec, digest
 
 SCHEMA_VERSION = 1
+EVAL_SCHEMA_VERSION = 1
 
 Status = Literal["done", "diverged", "failed", "oom"]
 
@@ -126,9 +127,114 @@ class RunRecord(Strict):
     """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
     provenance: Provenance
 
+    def digest(self) -> str:
+        """Tells this record from another of the same run."""
+        return digest(self.model_dump(mode="json"))
+
     def metric(self, split: str, name: str, slice_: str = "mean") -> float | None:
         """The value of one metric, or None."""
         for item in self.metrics:
             if (item.split, item.name, item.slice) == (split, name, slice_):
                 return item.value
         return None
+
+
+class JudgedModel(Strict):
+    """A language model that was evaluated."""
+
+    fingerprint: str
+    """Hash of weights and configuration, "hub id@revision" for a model of the hub, or what a referee model is made of."""
+    name: str
+    """As it is shown in tables."""
+    kind: Literal["plain", "converted", "control", "window", "ablation"]
+    """A model as it is; a converted one; the teacher put through stages of a recipe; window and sinks without training; one
+    branch of a converted one."""
+    source: str
+    """As the user named it."""
+    teacher: str | None = None
+    """Fingerprint of the teacher, where there is one."""
+    referees: dict[str, str] = Field(default_factory=dict)
+    """Of a converted model: fingerprints of the rows that stand beside it: teacher, window, window_only, mixer_only."""
+    parameters: int
+    mixer: str | None = None
+    """Mixer of the converted layers."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the mixer."""
+    window: int | None = None
+    sinks: int | None = None
+    combine: str | None = None
+    layers: int
+    layers_converted: int = 0
+    conversion: dict[str, Any] = Field(default_factory=dict)
+    """What the converted model says of itself: recipe, tokens, seed, hash of the data."""
+
+
+class EvalMetric(Strict):
+    """One value of an evaluation."""
+
+    name: str
+    """As lm-eval names it ("acc", "exact_match"), or a measurement: "state_bytes", "prefill_tokens_per_second",
+    "decode_tokens_per_second", "peak_memory_bytes", "kl", "top1", "ppl"."""
+    filter: str = "none"
+    """lm-eval's filter of the answers."""
+    slice: str = ""
+    """"" for all items, else a length in tokens, or "batch 1, context 1024"."""
+    value: float | None
+    stderr: float | None = None
+    n: int
+    """Items, sequences or repetitions behind the value."""
+    higher_is_better: bool | None = None
+
+
+class AnswerCount(Strict):
+    """How often one answer of a multiple choice was given and was right."""
+
+    answer: str
+    """Its letter or place: A, B, ..."""
+    chosen: int
+    correct: int
+
+
+class EvalRecord(Strict):
+    """One model on one task."""
+
+    schema_version: int = EVAL_SCHEMA_VERSION
+    eval_id: str
+    model: JudgedModel
+    task: str
+    """A task of lm-eval, or a measurement: "memory_and_speed" or "agreement"."""
+    group: str = ""
+    """lm-eval's group that the task was asked for with, such as "mmlu"."""
+    protocol: Literal["log-likelihood", "generated", "measured"]
+    version: str
+    """Of the task's definition."""
+    fewshot: int = 0
+    chat: bool = False
+    limit: int | None = None
+    """Items per task, or per task and length; None for all."""
+    lengths: list[int] = Field(default_factory=list)
+    items: int
+    """Items evaluated."""
+    items_total: int
+    """Items that the task has."""
+    items_hash: str = ""
+    """Hash of the items in their order; rows with different hashes must not be compared."""
+    primary: str
+    """Name of the metric that stands for the task."""
+    chance: float | None = None
+    """The primary metric of a guess."""
+    metrics: list[EvalMetric]
+    answers: list[AnswerCount] = Field(default_factory=list)
+    """Multiple choice: a model that always says "A" shows here."""
+    device: str
+    precision: str
+    batch_size: str
+    max_length: int
+    seconds: float
+    started: str
+    """UTC, ISO 8601."""
+    provenance: Provenance
+
+    def metric(self, name: str, slice_: str = "") -> EvalMetric | None:
+        """One metric, or None."""
+        return next((item for item in self.metrics if (item.name, item.slice) == (name, slice_)), None)

@@ -150,6 +150,38 @@ def paired_difference(a: Mapping[K, float], b: Mapping[K, float]) -> Difference:
     return Difference(n, mean, low, high, _sign_flip_p(differences), verdict)
 
 
+def paired_items(a: Mapping[K, float], b: Mapping[K, float]) -> Difference:
+    """Mean of `a - b` over the items that two models both answered; unmatched items are left out.
+
+    The p value is McNemar's exact test (the binomial test of the items on which right-or-wrong answers differ) where all
+    values are 0 or 1, else a sign-flip test. The interval is Student's t.
+
+    Args:
+        a: value of each item, by its key.
+        b: likewise.
+    """
+    keys = [key for key in a if key in b]
+    differences = np.array([a[key] - b[key] for key in keys], dtype=float)
+    n = len(differences)
+    if n < 3:
+        return paired_difference(a, b)
+    mean, half = float(differences.mean()), _t_half_width(differences)
+    binary = all(found[key] in (0.0, 1.0) for found in (a, b) for key in keys)
+    p = _mcnemar_p(differences) if binary else _sign_flip_p(differences)
+    verdict = "no difference shown" if p >= 0.05 else "a is higher" if mean > 0 else "b is higher"
+    return Difference(n, mean, mean - half, mean + half, p, verdict)
+
+
+def _mcnemar_p(differences: np.ndarray) -> float:
+    """Two-sided exact binomial test that as many items went one way as the other (McNemar 1947)."""
+    from scipy.special import bdtr
+
+    up, down = int((differences > 0).sum()), int((differences < 0).sum())
+    if up + down == 0:
+        return 1.0
+    return min(1.0, 2 * float(bdtr(min(up, down), up + down, 0.5)))
+
+
 def _t_half_width(values: Sequence[float] | np.ndarray) -> float:
     """Half the width of the 95 % t interval of the mean of at least three values."""
     # scipy.special holds the quantile too and loads four times faster than scipy.stats.
@@ -169,6 +201,7 @@ def _sign_flip_p(differences: np.ndarray) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=9999,
+        batch=max(1, 10_000_000 // max(1, len(differences))),  # bounds the memory with many pairs
         rng=np.random.default_rng(0),
     )
     return float(result.pvalue)

@@ -3,6 +3,11 @@
     STORE/<run_id>/record.json      the record; its presence is what makes a run complete
     STORE/<run_id>/curve.parquet    learning curve
     STORE/<run_id>/influence.npz    influence map of the trained model on one example
+    STORE/speed/<speed_id>.json     one row of `bench throughput`
+    STORE/<eval_id>/eval.json       one model on one task; its presence is what makes the evaluation complete
+    STORE/<eval_id>/items.parquet   its items: one row an item and metric
+
+While a run is in flight its folder also holds a claim (`bench.claims`), its progress and its last checkpoint.
 
 Every file is written under a temporary name and renamed, the record last, so a kill at any moment leaves either a
 complete run or no run.
@@ -10,24 +15,40 @@ complete run or no run.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from bench.errors import UserError
-from bench.records import SCHEMA_VERSION, RunRecord
+from bench.errors import Fault, UserError
+from bench.records import EVAL_SCHEMA_VERSION, SCHEMA_VERSION, EvalRecord, RunRecord
+from bench.speed_records import SpeedRecord
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 DEFAULT_STORE = Path("results/runs")
+Record = TypeVar("Record", RunRecord, EvalRecord, SpeedRecord)
+
+
+class StoreError(Fault):
+    """The store could not be written while runs were in flight."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> StoreError:
+        """The error for a failed write."""
+        return cls(
+            f"{path} could not be written ({error.strerror or type(error).__name__}), so training stopped; what was stored is "
+            "kept, and once that is mended (free some space?) the same command goes on."
+        )
 
 
 @dataclass
@@ -55,6 +76,20 @@ class Store:
         """Folder of a run."""
         return self.root / run_id
 
+    def put(self, run_id: str, name: str, content: bytes) -> Path:
+        """Writes a file of a run as a whole.
+
+        Raises:
+            StoreError: it could not be written; an earlier one is still there.
+        """
+        path = self.path(run_id) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, content)
+        except OSError as error:
+            raise StoreError.of(path, error) from error
+        return path
+
     def write(
         self,
         record: RunRecord,
@@ -65,28 +100,27 @@ class Store:
 
         Returns:
             The path of the record.
+
+        Raises:
+            StoreError: a file could not be written; there is no record then, or the earlier one.
         """
-        folder = self.path(record.run_id)
-        folder.mkdir(parents=True, exist_ok=True)
         if curve:
             import pandas as pd
 
             buffer = io.BytesIO()
             pd.DataFrame(list(curve)).to_parquet(buffer, index=False)
-            atomic_write(folder / "curve.parquet", buffer.getvalue())
+            self.put(record.run_id, "curve.parquet", buffer.getvalue())
         if influence is not None:
             import numpy as np
 
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **influence)  # type: ignore[arg-type]
-            atomic_write(folder / "influence.npz", buffer.getvalue())
-        target = folder / "record.json"
-        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
-        return target
+            self.put(record.run_id, "influence.npz", buffer.getvalue())
+        return self.put(record.run_id, "record.json", (record.model_dump_json(indent=1) + "\n").encode())
 
     def read(self, run_id: str) -> RunRecord | None:
         """The record of a run, or None if there is no valid one."""
-        record, _ = _parse(self.path(run_id) / "record.json")
+        record, _ = _parse(self.path(run_id) / "record.json", RunRecord, SCHEMA_VERSION)
         return record
 
     def load(self) -> tuple[list[RunRecord], list[str]]:
@@ -94,12 +128,32 @@ class Store:
         records: list[RunRecord] = []
         warnings: list[str] = []
         for path in sorted(self.root.glob("*/record.json")):
-            record, warning = _parse(path)
+            record, warning = _parse(path, RunRecord, SCHEMA_VERSION)
             if record is not None:
                 records.append(record)
             elif warning:
                 warnings.append(warning)
         records.sort(key=lambda record: (record.started, record.run_id))
+        return records, warnings
+
+    def write_speed(self, record: SpeedRecord) -> Path:
+        """Writes one row of `bench throughput`; an earlier measurement of the same thing is replaced."""
+        target = self.root / "speed" / f"{record.speed_id}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
+        return target
+
+    def load_speed(self) -> tuple[list[SpeedRecord], list[str]]:
+        """All valid rows of `bench throughput`, oldest first, and a warning for each file that is not one."""
+        records: list[SpeedRecord] = []
+        warnings: list[str] = []
+        for path in sorted(self.root.glob("speed/*.json")):
+            record, warning = _parse(path, SpeedRecord, SCHEMA_VERSION)
+            if record is not None:
+                records.append(record)
+            elif warning:
+                warnings.append(warning)
+        records.sort(key=lambda record: (record.started, record.speed_id))
         return records, warnings
 
     def curve(self, run_id: str) -> pd.DataFrame | None:
@@ -119,18 +173,66 @@ class Store:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
 
+    def write_eval(self, record: EvalRecord, items: Sequence[dict[str, Any]] = ()) -> Path:
+        """Writes an evaluation, the items first; an earlier one of the same model and task is replaced.
+
+        Returns:
+            The path of the record.
+        """
+        folder = self.path(record.eval_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        if items:
+            import pandas as pd
+
+            buffer = io.BytesIO()
+            pd.DataFrame(list(items)).to_parquet(buffer, index=False)
+            atomic_write(folder / "items.parquet", buffer.getvalue())
+        target = folder / "eval.json"
+        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
+        return target
+
+    def read_eval(self, eval_id: str) -> EvalRecord | None:
+        """The record of an evaluation, or None if there is no valid one."""
+        record, _ = _parse(self.path(eval_id) / "eval.json", EvalRecord, EVAL_SCHEMA_VERSION)
+        return record
+
+    def load_evals(self) -> tuple[list[EvalRecord], list[str]]:
+        """All valid evaluations, oldest first, and a warning for each file that is not one."""
+        records: list[EvalRecord] = []
+        warnings: list[str] = []
+        for path in sorted(self.root.glob("*/eval.json")):
+            record, warning = _parse(path, EvalRecord, EVAL_SCHEMA_VERSION)
+            if record is not None:
+                records.append(record)
+            elif warning:
+                warnings.append(warning)
+        records.sort(key=lambda record: (record.started, record.eval_id))
+        return records, warnings
+
+    def eval_items(self, eval_id: str) -> pd.DataFrame | None:
+        """The items of an evaluation (columns item, metric, filter, value, given, wanted), or None."""
+        import pandas as pd
+
+        path = self.path(eval_id) / "items.parquet"
+        return pd.read_parquet(path) if path.exists() else None
+
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
-def _parse(path: Path) -> tuple[RunRecord | None, str]:
+def _parse(path: Path, kind: type[Record], newest: int) -> tuple[Record | None, str]:
     """A record, or None and the reason in one sentence ("" if there is no file)."""
     try:
         content: Any = json.loads(path.read_bytes())
@@ -141,13 +243,12 @@ def _parse(path: Path) -> tuple[RunRecord | None, str]:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int):
         return None, f"Skipped {path}: not a Mixer Bench record (no schema_version); the file was left as it is."
-    if version > SCHEMA_VERSION:
+    if version > newest:
         return None, (
-            f"Skipped {path}: schema version {version} is newer than this program's {SCHEMA_VERSION}; "
-            "upgrade Mixer Bench to read it."
+            f"Skipped {path}: schema version {version} is newer than this program's {newest}; upgrade Mixer Bench to read it."
         )
     try:
-        return RunRecord.model_validate(content), ""
+        return kind.model_validate(content), ""
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

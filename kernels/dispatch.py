@@ -26,6 +26,7 @@ _said: set[tuple[str, str, str]] = set()
 _has_triton = find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _forced: str | None = None
+_seen: dict[str, str] | None = None
 
 
 @contextmanager
@@ -44,6 +45,17 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, str]]:
+    """Collects, by operation, the form that the calls inside the block took last."""
+    global _seen  # noqa: PLW0603 - one switch for the process
+    before, _seen = _seen, {}
+    try:
+        yield _seen
+    finally:
+        _seen = before
 
 
 def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backends: tuple[str, ...] = BACKENDS) -> str:
@@ -74,6 +86,8 @@ def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backend
         name, why = "chunked", obstacle or "not on a CUDA device"
     # A log call would break the graph of torch.compile, which traces this function.
     if not torch.compiler.is_compiling():
+        if _seen is not None:
+            _seen[operation] = name
         _say_once(operation, name, why, slow=sample.is_cuda and name != "triton" and "triton" in backends)
     return name
 

@@ -56,7 +56,7 @@ def query_kernel(
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_MK = dq_MK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=STAGES):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)
@@ -124,7 +124,7 @@ def key_kernel(
         dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
     dk_NK = dk_NK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=STAGES):
+    for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         dstate_FV = tl.load(leaving + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

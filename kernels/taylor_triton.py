@@ -217,7 +217,7 @@ def forward_kernel(
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=STAGES):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

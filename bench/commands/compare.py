@@ -1,4 +1,4 @@
-"""`bench compare`: paired differences between two mixers of one store, or between two stores."""
+"""`bench compare`: paired differences between two mixers or language models of one store, or between two stores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from bench.commands.compare_models import names_a_model, run_models
 from bench.commands.console import Output
 from bench.errors import UserError, unknown
 from bench.points import Point, points
@@ -30,6 +31,8 @@ def run(a: str, b: str, fail: str | None, root: Path, output: Output) -> int:
         UserError: an unknown mixer, nothing to pair, or a malformed limit.
     """
     metric, limit = parse_limit(fail)
+    if names_a_model(a, Store(root)):
+        return run_models(a, b, limit, Store(root), output)
     if Path(a).is_dir() and Path(b).is_dir():
         left, right = (_store_values(Path(path), metric, output) for path in (a, b))
     else:

@@ -30,7 +30,7 @@ def run(root: Path, output: Output) -> int:
         ("cpu", "ok", cpu_name()),
         _gpu(),
         _triton(),
-        *(_extra(name) for name in ("eval", "dev")),
+        *(_extra(name) for name in ("eval", "ray", "slurm", "dev")),
         kernels_clash(),
         _store(root),
     ]

@@ -9,8 +9,14 @@ from rich.table import Table
 from bench import catalog
 from bench.commands.console import Output
 from bench.errors import unknown
+from bench.throughput.names import KERNELS
 
 KINDS = {"mixers": "mixer", "tasks": "task", "recipes": "recipe"}
+
+
+def kernels() -> dict[str, str]:
+    """Every kernel of `bench throughput` with what it computes."""
+    return {name: kernel.summary for name, kernel in KERNELS.items()}
 
 
 def run(what: str, output: Output) -> int:
@@ -19,10 +25,11 @@ def run(what: str, output: Output) -> int:
     Raises:
         UserError: an unknown kind.
     """
-    if what not in (*KINDS, "conversions", "all"):
-        raise unknown("kind", what, [*KINDS, "conversions", "all"])
     tables = {kinds: (kind, partial(catalog.names, kind)) for kinds, kind in KINDS.items()}
-    for kinds, (kind, names) in (tables | {"conversions": ("conversion", catalog.conversions)}).items():
+    tables |= {"conversions": ("conversion", catalog.conversions), "kernels": ("kernel", kernels)}
+    if what not in (*tables, "all"):
+        raise unknown("kind", what, [*tables, "all"])
+    for kinds, (kind, names) in tables.items():
         if what not in ("all", kinds):
             continue
         table = Table(title=kinds, show_header=False, title_justify="left")

@@ -23,8 +23,11 @@ def run(root: Path, out: Path, task: str | None, paper: Path | None, output: Out
     for warning in summary.warnings:
         output.say(warning)
         output.emit("warning", {"text": warning})
-    output.say(f"Report over {summary.runs} runs and {summary.points} points: {out}")
-    output.emit("report", {"path": str(out), "runs": summary.runs, "points": summary.points})
+    parts = [f"{summary.runs} runs and {summary.points} points"] if summary.runs else []
+    parts += [f"{summary.evaluations} evaluations"] if summary.evaluations else []
+    output.say(f"Report over {' and '.join(parts)}: {out}")
+    counts = {"runs": summary.runs, "points": summary.points, "evaluations": summary.evaluations}
+    output.emit("report", {"path": str(out), **counts})
     if paper is not None:
         records, _ = store.load()
         chosen = [record for record in records if task in (None, record.spec.task.name)]

@@ -12,12 +12,15 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.points import Point, points
-from bench.records import RunRecord
-from bench.report import charts, frames, styles
+from bench.records import EvalRecord, RunRecord
+from bench.report import charts, frames, judged_charts, speed_charts, styles
 from bench.report.families import family_map
 from bench.report.influence import Picture, picture
+from bench.report.judged import bridge, judged_sections
 from bench.report.reproductions import figure_rows
+from bench.report.speed import speed_section
 from bench.spec import SELECTION_SEED, TaskSpec
+from bench.speed_records import SpeedRecord
 from bench.store import Store, atomic_write
 
 HERE = Path(__file__).parent
@@ -32,6 +35,7 @@ class ReportSummary:
         path: the HTML file.
         points: points on the page.
         runs: records on the page.
+        evaluations: of language models.
         bytes: size of the file.
         warnings: records that were skipped and points to be read with care.
     """
@@ -40,6 +44,7 @@ class ReportSummary:
     points: int
     runs: int
     bytes: int
+    evaluations: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -63,10 +68,13 @@ def build_report(
     Raises:
         UserError: the store holds no run to show, or the file cannot be written.
     """
-    records, warnings = load_records(store, task)
+    whole_store = task is None and specs is None
+    evals, eval_warnings = store.load_evals() if whole_store else ([], [])
+    speeds, speed_warnings = store.load_speed()
+    records, warnings = load_records(store, task, needed=not evals and not (speeds and whole_store))
     records = [record for record in records if specs is None or record.spec.task in specs]
     found = points(records)
-    page, page_warnings = _render(found, store, title, warnings)
+    page, page_warnings = _render(found, evals, speeds, store, title, [*warnings, *eval_warnings, *speed_warnings])
     content = page.encode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,17 +82,22 @@ def build_report(
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(f"The report {out} cannot be written ({reason}); choose another path with --out.") from None
-    return ReportSummary(out, len(found), len(records), len(content), page_warnings)
+    return ReportSummary(out, len(found), len(records), len(content), len(evals), page_warnings)
 
 
-def load_records(store: Store, task: str | None) -> tuple[list[RunRecord], list[str]]:
+def load_records(store: Store, task: str | None, *, needed: bool = True) -> tuple[list[RunRecord], list[str]]:
     """The records to report on, and the store's warnings.
 
+    Args:
+        store: to read.
+        task: name of the only task to report on, or None.
+        needed: whether a report without any makes no sense.
+
     Raises:
-        UserError: there are none.
+        UserError: there are none, unless they may be missing and no task is named.
     """
     records, warnings = store.load()
-    if not records:
+    if not records and needed:
         skipped = f" ({len(warnings)} unreadable record(s) were skipped)" if warnings else ""
         raise UserError(f"The store {store.root} holds no runs to report{skipped}; train some with bench synthetic --task mqar.")
     if task is None:
@@ -96,7 +109,14 @@ def load_records(store: Store, task: str | None) -> tuple[list[RunRecord], list[
     return chosen, warnings
 
 
-def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str]) -> tuple[str, list[str]]:
+def _render(
+    found: Sequence[Point],
+    evals: Sequence[EvalRecord],
+    speeds: Sequence[SpeedRecord],
+    store: Store,
+    title: str,
+    warnings: list[str],
+) -> tuple[str, list[str]]:
     """The page as text, and every warning on it."""
     import jinja2
     import vl_convert
@@ -107,8 +127,14 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
     curves, curve_warnings = frames.curve_rows(found, rows, store)
     pictures, picture_warnings = _pictures(found, rows, store)
     point_warnings = [f"{row['task_title']}, {row['name']}: {text}." for row in rows for text in row["warnings"]]
-    warnings = [*warnings, *curve_warnings, *picture_warnings, *point_warnings]
-    look = styles.assign(point.mixer for point in found)
+    speed = speed_section(found, rows, speeds)
+    measured = [] if speed is None else speed["rows"]
+    judged_mixers = [record.model.mixer for record in evals if record.model.mixer]
+    shown = [*(point.mixer for point in found), *judged_mixers, *(row["mixer"] for row in measured if row["kind"] == "mixer")]
+    look = styles.assign([*shown, *(row["mixer"] for row in measured)])
+    judged, extras, judged_warnings = judged_sections(evals, store, look)
+    bridged = bridge(found, evals, store, look)
+    warnings = [*warnings, *curve_warnings, *picture_warnings, *point_warnings, *judged_warnings]
     for task in tasks:
         task["slices"] = frames.slice_names([p for p, row in zip(found, rows, strict=True) if row["task"] == task["id"]])
     reproduced = figure_rows(found, rows)
@@ -119,9 +145,11 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         "curves": curves,
         "mixers": {name: {"light": style.light, "dark": style.dark, "shape": style.shape} for name, style in look.items()},
         "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
-        "specs": charts.specs(),
-        "csv": frames.csv_text(rows),
+        "specs": charts.specs() | judged_charts.specs() | speed_charts.specs(),
+        "extras": [*extras, *(bridged["charts"] if bridged else []), *([] if speed is None else speed["groups"])],
+        "csv": frames.csv_text(rows) if rows else "",
         "families": family_map(found, tasks),
+        "speed": speed,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -141,15 +169,20 @@ def _render(found: Sequence[Point], store: Store, title: str, warnings: list[str
         tasks=tasks,
         points=list(zip(found, rows, strict=True)),
         styles=look,
+        judged=judged,
+        bridged=bridged,
+        evals=evals,
         curves=curves,
         families=data["families"],
         reproduced=reproduced,
+        speed=speed,
+        mixers=sorted(set(shown)),
         metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
         pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
         pictures_made=len(pictures),
         warnings=warnings,
         failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
-        facts=_facts(found),
+        facts=_facts(found, evals, speeds),
         selection_seed=SELECTION_SEED,
         store=store.root,
         axes=charts.AXES,
@@ -180,18 +213,25 @@ def _pictures(
     return pictures, warnings
 
 
-def _facts(found: Sequence[Point]) -> dict[str, Any]:
-    """What was run, where and when, over all records."""
+def _facts(found: Sequence[Point], evals: Sequence[EvalRecord], speeds: Sequence[SpeedRecord]) -> dict[str, Any]:
+    """What was run, where and when, over all records; speeds count where there is nothing else."""
     records = [record for point in found for record in point.records]
-    provenance = [record.provenance for record in records]
+    everything = [*records, *evals] or speeds
+    provenance = [record.provenance for record in everything]
     commits = Counter(
         (p.commit or "unknown") + (f" + uncommitted changes {p.diff_hash or ''}".rstrip() if p.dirty else "") for p in provenance
     )
-    started = sorted(record.started for record in records)
+    started = sorted(record.started for record in everything)
+    hardware = [f"{frames.hardware(record)} ({record.device}, {record.precision})" for record in records]
+    hardware += [f"{record.device} ({record.precision})" for record in evals]
+    if not hardware:
+        hardware = [f"{frames.hardware(record)} ({record.device}, {record.dtype})" for record in speeds]
     return {
+        "evaluations": len(evals),
+        "models": len({record.model.fingerprint for record in evals}),
         "runs": len(records),
         "statuses": dict(Counter(record.status for record in records)),
-        "hardware": dict(Counter(f"{frames.hardware(record)} ({record.device}, {record.precision})" for record in records)),
+        "hardware": dict(Counter(hardware)),
         "commits": dict(commits),
         "commands": dict(Counter(p.command for p in provenance)),
         "versions": dict(Counter(", ".join(f"{name} {text}" for name, text in sorted(p.versions.items())) for p in provenance)),

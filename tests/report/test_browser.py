@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from bench.report.build import build_report
+from bench.store import Store
 
 FLAGS = [
     "--headless",
@@ -249,3 +250,27 @@ def test_hiding_everything_says_so(page: Page, url: str):
     assert re.match("0 of 14", page.locator("#shown").inner_text())
     page.get_by_role("button", name="Show all").click()
     redrawn(page, 14)
+
+
+def test_speeds_follow_their_choice_and_the_filter(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("speeds")
+    store = fake_store.measure(fake_store.build(folder / "runs"))
+    ready(page, build_report(store, folder / "report.html").path.as_uri())
+    marks = '#recall-t0 [aria-roledescription="point"]'
+    assert page.locator(marks).count() == 13
+    first = page.locator(marks).first.get_attribute("aria-label")
+    page.select_option("[name=speed]", "decode")
+    page.wait_for_function(
+        "([marks, first]) => document.querySelector(marks)?.getAttribute('aria-label') !== first", arg=[marks, first]
+    )
+    assert "speed=decode" in page.url
+    page.locator("input[name=mixer][value=attention]").uncheck()
+    page.wait_for_function("marks => document.querySelectorAll(marks).length === 11", arg=marks)
+    assert page.locator("tr[data-speed][data-mixer=attention]:visible").count() == 0
+
+
+def test_a_page_of_speeds_alone_works(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("alone")
+    ready(page, build_report(fake_store.measure(Store(folder / "runs")), folder / "report.html").path.as_uri())
+    assert page.locator('#lengths-speed-mixer [aria-roledescription="point"]').count() > 0
+    assert page.locator("#theme").is_visible()

@@ -1,0 +1,122 @@
+"""Decoding of a model with keys and values on buffers that stay where they are, as `bench.convert.decode` does for states.
+
+Both sides of a speed comparison run without launch overhead on a GPU: a student's step and a Transformer's step are each one
+CUDA graph. A Transformer's cache is transformers' own static cache.
+
+Shape legend: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache
+
+from bench.convert.decode import Decoder
+from bench.convert.student import LinearizedForCausalLM
+
+WARM_UP_STEPS = 3
+
+
+class KeyValueDecoder:
+    """Steps a softmax Transformer from a prefilled cache.
+
+    Args:
+        model: in evaluation mode.
+        cache: after a prefill of one sequence; its tensors are copied for every row.
+        batch: rows B.
+        room: tokens that may still be decoded.
+    """
+
+    def __init__(self, model: Any, cache: Any, batch: int, room: int) -> None:
+        self.model = model
+        self.seen = int(cache.get_seq_length())
+        self.static: Any = StaticCache(config=model.config, max_cache_len=self.seen + room + WARM_UP_STEPS + 1)
+        for mine, full in zip(self.static.layers, cache.layers, strict=True):
+            mine.lazy_initialization(*(tensor.expand(batch, -1, -1, -1) for tensor in (full.keys, full.values)))
+            mine.keys[:, :, : self.seen].copy_(full.keys.expand(batch, -1, -1, -1))
+            mine.values[:, :, : self.seen].copy_(full.values.expand(batch, -1, -1, -1))
+        self.token_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.position_B1 = torch.zeros_like(self.token_B1)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits_BV = torch.empty(0)
+        self._rewind()
+        if model.device.type == "cuda":
+            self._capture()
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor) -> Tensor:
+        """Reads one token a row; returns the logits [B, V], which the next step overwrites."""
+        self.token_B1.copy_(token_B[:, None])
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        return self.logits_BV
+
+    def _run(self) -> None:
+        given: dict[str, Any] = {"cache": self.static, "use_cache": True, "position_ids": self.position_B1}
+        self.logits_BV = self.model(input_ids=self.token_B1, **given).logits[:, 0]
+        self.position_B1 += 1
+
+    def _rewind(self) -> None:
+        """Back to the end of the prefill; what later steps wrote is masked until it is overwritten."""
+        for layer in self.static.layers:
+            layer.cumulative_length.fill_(self.seen)
+        self.position_B1.fill_(self.seen)
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        self._rewind()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._run()
+        self._rewind()
+
+
+class GrowingDecoder:
+    """Steps a model on its own cache, for students that keep softmax layers and caches without a static form.
+
+    Args:
+        model: in evaluation mode.
+        cache: after a prefill.
+    """
+
+    graph = None
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache, self.position = model, cache, int(cache.get_seq_length())
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor) -> Tensor:
+        """Reads one token a row; returns the logits [B, V]."""
+        position = torch.full_like(token_B, self.position)[:, None]
+        self.position += 1
+        return self.model(input_ids=token_B[:, None], cache=self.cache, use_cache=True, position_ids=position).logits[:, 0]
+
+
+def decoder(model: Any, cache: Any, batch: int, room: int) -> Any:
+    """The fastest exact way of decoding a model that this program knows.
+
+    Args:
+        model: in evaluation mode.
+        cache: after a prefill of one sequence.
+        batch: rows.
+        room: tokens that will be decoded.
+    """
+    converted = isinstance(model, LinearizedForCausalLM)
+    if not converted and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}:
+        return KeyValueDecoder(model, cache, batch, room)
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
+    if converted and not model.keeps_softmax:
+        return Decoder(model, cache)
+    return GrowingDecoder(model, cache)

@@ -1,0 +1,322 @@
+"""Language models on the page: rows, paired differences, answer letters, and the charts' data as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.judge.suites import MEMORY_AND_SPEED
+from bench.judged import Cell, Column, Comparison, JudgedRow, comparisons
+from bench.points import Point
+from bench.records import EvalRecord
+from bench.report.frames import human_bytes
+from bench.report.styles import Style
+from bench.stats import Difference, pareto_front
+from bench.store import Store
+
+GREY = Style("#5c6166", "#b9bec4", "circle")
+"""Of models that no mixer was put into."""
+SIGNIFICANT = 0.01
+
+
+def judged_sections(
+    records: Sequence[EvalRecord], store: Store, styles: dict[str, Style]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """The tables of the section "converted models", its charts, and warnings.
+
+    Args:
+        records: evaluations.
+        store: where their items lie.
+        styles: of the mixers.
+
+    Returns:
+        One entry a teacher (or model alone), the charts, and what a reader must know.
+    """
+    sections, charts, warnings = [], [], []
+    for index, found in enumerate(comparisons(records, store)):
+        made = _section(found, styles)
+        made["charts"] = _charts(f"j{index}", found, made["rows"])
+        charts += made["charts"]
+        sections.append(made)
+        warnings += found.warnings
+    return sections, charts, warnings
+
+
+def _section(found: Comparison, styles: dict[str, Style]) -> dict[str, Any]:
+    columns = [*found.recall[:1], *found.columns]
+    rows = [_row(row, found, columns, styles) for row in found.rows]
+    chances = [next((c.chance for row in found.rows if (c := row.cell(column)) is not None), None) for column in columns]
+    metrics = [next((c.metric for row in found.rows if (c := row.cell(column)) is not None), "") for column in columns]
+    return {
+        "title": found.title,
+        "rows": rows,
+        "columns": [
+            {"name": column.name.removeprefix("bench_"), "metric": metric} for column, metric in zip(columns, metrics, strict=True)
+        ],
+        "chance": [_share(chance) for chance in chances],
+        "pairs": _pairs(found, columns),
+        "by_length": _pairs(found, found.recall[1:]),
+        "lengths": _table(found, found.recall[1:]),
+        "length_names": [column.name for column in found.recall[1:]],
+        "speeds": _speeds(found),
+        "answers": _answers(found),
+        "facts": _facts(found),
+    }
+
+
+def _row(row: JudgedRow, found: Comparison, columns: Sequence[Column], styles: dict[str, Style]) -> dict[str, Any]:
+    style = styles.get(row.info.mixer or "", GREY)
+    recall = row.cell(found.recall[0]) if found.recall else None
+    info = row.info
+    made = [f"{info.mixer or 'no mixer'}"] if info.kind == "converted" else []
+    made += [f"window {info.window}"] if info.window and info.kind == "converted" else []
+    made += [f"recipe {info.conversion['recipe_name']}"] if info.conversion.get("recipe_name") else []
+    return {
+        "name": row.name,
+        "kind": {"plain": "", "converted": "student", "window": "untrained"}.get(info.kind, info.kind),
+        "made": ", ".join(made),
+        "mixer": info.mixer or "",
+        "style": style,
+        "parameters": f"{info.parameters:,}",
+        "state_bytes": row.state_bytes,
+        "state_text": "–" if row.state_bytes is None else human_bytes(row.state_bytes),
+        "recall": None if recall is None else recall.value,
+        "recall_error": None if recall is None else recall.stderr,
+        "cells": [_cell(row.cell(column)) for column in columns],
+    }
+
+
+def _cell(cell: Cell | None) -> dict[str, Any]:
+    if cell is None or cell.value is None:
+        return {"value": None, "text": "–", "title": "not evaluated"}
+    share = cell.metric not in ("ppl", "word_perplexity", "bits_per_byte", "nll", "kl")
+    scale, unit = (100, "") if share else (1, "")
+    error = "" if cell.stderr is None else f" ± {scale * cell.stderr:.1f}" if share else f" ± {cell.stderr:.3g}"
+    text = f"{scale * cell.value:.1f}" if share else f"{cell.value:.4g}"
+    return {"value": cell.value, "text": f"{text}{unit}{error}", "title": f"{cell.metric} over {cell.n:,} items"}
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _pairs(found: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]:
+    return [
+        {
+            "row": pair.row.name,
+            "against": pair.against.name,
+            "role": pair.role,
+            "cells": [_difference(pair.differences[column.name], pair.row.cell(column)) for column in columns],
+        }
+        for pair in found.pairs
+    ]
+
+
+def _difference(found: Difference, cell: Cell | None) -> dict[str, Any]:
+    if found.mean is None or cell is None:
+        return {"value": None, "text": "–", "title": found.verdict, "sure": False}
+    share = cell.metric not in ("ppl", "word_perplexity", "bits_per_byte", "nll", "kl")
+    mean = f"{100 * found.mean:+.1f}" if share else f"{found.mean:+.3g}"
+    p = "" if found.p_value is None else f"p {p_text(found.p_value)}"
+    low, high = (None, None) if found.low is None or found.high is None else (found.low, found.high)
+    interval = "" if low is None or high is None else f"95 % {low:+.3f} to {high:+.3f}, "
+    sure = found.p_value is not None and found.p_value < SIGNIFICANT
+    return {"value": found.mean, "text": mean, "p": p, "title": f"{interval}{found.n:,} pairs", "sure": sure}
+
+
+def p_text(value: float) -> str:
+    """A p value as people read it."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def _table(found: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]:
+    return [{"name": row.name, "cells": [_cell(row.cell(column)) for column in columns]} for row in found.rows] if columns else []
+
+
+def _speeds(found: Comparison) -> dict[str, Any]:
+    """Memory and speed: a column for each measured quantity and place."""
+    columns: dict[tuple[str, str], None] = {}
+    rows = []
+    for row in found.rows:
+        record = row.records.get(MEMORY_AND_SPEED)
+        cells = {(item.name, _place(item.slice)): item for item in (record.metrics if record else [])}
+        columns |= dict.fromkeys(cells)
+        rows.append((row, cells))
+    return {
+        "columns": [f"{name.replace('_', ' ')} {place}".strip() for name, place in columns],
+        "rows": [{"name": row.name, "cells": [_speed(cells.get(key)) for key in columns]} for row, cells in rows if cells],
+    }
+
+
+def _place(text: str) -> str:
+    """How decoding was run differs between models; their columns must not."""
+    return text.removesuffix(", CUDA graph").removesuffix(", eager")
+
+
+def _speed(item: Any) -> dict[str, Any]:
+    if item is None or item.value is None:
+        return {"value": None, "text": "–", "title": ""}
+    text = human_bytes(item.value) if item.name.endswith("_bytes") else f"{item.value:,.0f}"
+    return {"value": item.value, "text": text, "title": item.slice}
+
+
+def _answers(found: Comparison) -> list[dict[str, Any]]:
+    """Answers by letter of every multiple choice, one row a model and task."""
+    rows = []
+    for row in found.rows:
+        for task, record in row.records.items():
+            total = sum(answer.chosen for answer in record.answers)
+            if total:
+                shares = {a.answer: (a.chosen / total, a.correct / total) for a in record.answers}
+                rows.append({"name": row.name, "task": task.removeprefix("bench_"), "n": total, "shares": shares})
+    return rows
+
+
+def _facts(found: Comparison) -> list[str]:
+    """Where the numbers of a comparison come from."""
+    records = [record for row in found.rows for record in row.records.values()]
+    devices = sorted({f"{record.device}, {record.precision}" for record in records})
+    limits = sorted(
+        {"all items" if record.limit is None else f"up to {record.limit} items a task and length" for record in records}
+    )
+    commits = sorted({(record.provenance.commit or "unknown")[:10] for record in records})
+    return [*devices, *limits, f"commit {', '.join(commits)}"]
+
+
+def _charts(prefix: str, found: Comparison, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Data of the charts; each names its specification."""
+    charts = []
+    points = [
+        {**_drawn(row), "x": row["state_bytes"], "y": row["recall"], **_range(row["recall"], row["recall_error"])}
+        for row in rows
+        if row["state_bytes"] and row["recall"] is not None
+    ]
+    if points:
+        flags = pareto_front([point["x"] for point in points], [point["y"] for point in points])
+        values = [{**point, "front": "yes" if flag else ""} for point, flag in zip(points, flags, strict=True)]
+        charts.append(
+            {"id": f"{prefix}-state", "spec": "judged_pareto", "title": f"Recall against state, {found.title}", "values": values}
+        )
+    lines = [
+        {**_drawn(made), "x": column.length, "y": cell.value, "n": cell.n, **_range(cell.value, cell.stderr)}
+        for row, made in zip(found.rows, rows, strict=True)
+        for column in found.recall[1:]
+        if (cell := row.cell(column)) is not None
+    ]
+    if lines:
+        charts.append(
+            {"id": f"{prefix}-length", "spec": "judged_lengths", "title": f"Recall by length, {found.title}", "values": lines}
+        )
+    bars = [
+        {"name": item["name"], "task": item["task"], "answer": letter, "share": share, "what": what, "n": item["n"]}
+        for item in _answers(found)
+        for letter, pair in item["shares"].items()
+        for what, share in zip(("given", "right"), pair, strict=True)
+    ]
+    if bars:
+        charts.append(
+            {"id": f"{prefix}-answers", "spec": "judged_answers", "title": f"Answers by letter, {found.title}", "values": bars}
+        )
+    return charts
+
+
+def _drawn(row: dict[str, Any]) -> dict[str, Any]:
+    style: Style = row["style"]
+    return {
+        "name": row["name"],
+        "label": "" if row["kind"] == "ablation" else row["name"],
+        "mixer": row["mixer"],
+        "kind": row["kind"] or "model",
+        "light": style.light,
+        "dark": style.dark,
+        "shape": style.shape,
+        "state_text": row["state_text"],
+    }
+
+
+def _range(value: float | None, error: float | None) -> dict[str, float | None]:
+    if value is None or error is None:
+        return {"low": value, "high": value}
+    return {"low": max(0.0, value - 1.96 * error), "high": min(1.0, value + 1.96 * error)}
+
+
+def bridge(points: Sequence[Point], records: Sequence[EvalRecord], store: Store, styles: dict[str, Style]) -> dict[str, Any] | None:
+    """MQAR accuracy of a mixer at equal state bytes against the recall of the models converted with it; None without both.
+
+    Args:
+        points: of the synthetic half.
+        records: evaluations.
+        store: where their items lie.
+        styles: of the mixers.
+    """
+    students = [
+        (row, cell.value)
+        for found in comparisons(records, store)
+        for row in found.rows
+        if row.info.kind == "converted"
+        and found.recall
+        and (cell := row.cell(found.recall[0])) is not None
+        and cell.value is not None
+    ]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        if point.spec.task.name == "mqar" and point.accuracy.mean is not None and point.state.true_bytes:
+            curves.setdefault(point.mixer, []).append((point.state.true_bytes, point.accuracy.mean))
+    mixers = {row.info.mixer for row, _ in students if row.info.mixer} & set(curves)
+    if not mixers:
+        return None
+    budget = _common_budget({mixer: curves[mixer] for mixer in mixers})
+    values, left_out = [], []
+    for row, recall in students:
+        mixer = row.info.mixer or ""
+        at = _interpolated(curves.get(mixer, []), budget)
+        if at is None:
+            left_out.append(f"{row.name} ({mixer or 'no mixer'})")
+            continue
+        style = styles.get(mixer, GREY)
+        state = "–" if row.state_bytes is None else human_bytes(row.state_bytes)
+        values.append(
+            {
+                **{"name": row.name, "mixer": mixer, "kind": "student", "state_text": state, "shape": style.shape},
+                **{"light": style.light, "dark": style.dark, "x": at, "y": recall, "low": recall, "high": recall},
+            }
+        )
+    charts = [{"id": "bridge", "spec": "bridge", "title": "Synthetic against converted", "values": values}]
+    return {
+        "budget": human_bytes(budget),
+        "values": sorted(values, key=lambda value: -value["y"]),
+        "left_out": left_out,
+        "rank": _rank_correlation([(value["x"], value["y"]) for value in values]),
+        "charts": charts,
+    }
+
+
+def _common_budget(curves: dict[str, list[tuple[float, float]]]) -> float:
+    """The state size that most mixers' points reach from both sides; of several, the middle one."""
+    sizes = sorted({size for curve in curves.values() for size, _ in curve})
+    reached = [sum(min(curve)[0] <= size <= max(curve)[0] for curve in curves.values()) for size in sizes]
+    best = [size for size, count in zip(sizes, reached, strict=True) if count == max(reached)]
+    return best[len(best) // 2]
+
+
+def _interpolated(curve: list[tuple[float, float]], size: float) -> float | None:
+    """Accuracy at a state size, linear in the logarithm of the bytes between neighbours; None outside the points."""
+    import numpy as np
+
+    best: dict[float, float] = {}
+    for at, accuracy in curve:
+        best[at] = max(accuracy, best.get(at, 0.0))
+    if not best or not min(best) <= size <= max(best):
+        return None
+    known = sorted(best)
+    return float(np.interp(np.log(size), np.log(known), [best[at] for at in known]))
+
+
+def _rank_correlation(pairs: list[tuple[float, float]]) -> str:
+    """Spearman's rank correlation in words, from four points on."""
+    if len(pairs) < 4:
+        return f"{len(pairs)} model{'s' if len(pairs) != 1 else ''}: too few for a rank correlation (4 needed)."
+    from scipy.stats import spearmanr
+
+    found: Any = spearmanr([x for x, _ in pairs], [y for _, y in pairs])
+    return f"Spearman’s rank correlation {found.statistic:.2f} over {len(pairs)} models (p {p_text(float(found.pvalue))})."

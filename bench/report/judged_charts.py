@@ -1,0 +1,137 @@
+"""Vega-Lite specifications of the charts on language models; their data come with the page's other data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from bench.report.charts import LayeredChart
+
+BYTES = (
+    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : datum.value / 1048576 + ' MiB'"
+)
+DASHES = [[1, 0], [1, 0], [6, 3], [2, 2]]
+"""Solid for models and students, dashed for the untrained window, dotted for ablations."""
+_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+
+
+def specs() -> dict[str, Any]:
+    """Every specification, by the name that a chart's data give."""
+    made = {"judged_pareto": _pareto(), "judged_lengths": _lengths(), "judged_answers": _answers(), "bridge": _bridge()}
+    found = {name: chart.to_dict() for name, chart in made.items()}
+    for spec in found.values():
+        spec.pop("config", None)
+    return found
+
+
+def _literal(field: str) -> dict[str, Any]:
+    return {"shorthand": f"{field}:N", "scale": None, "legend": None}
+
+
+def _share(field: str, title: str) -> alt.Y:
+    return alt.Y(
+        f"{field}:Q",
+        title=title,
+        scale=alt.Scale(domain=[-0.04, 1.06], nice=False),
+        axis=alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1]),
+    )
+
+
+def _tooltips(**fields: str) -> list[alt.Tooltip]:
+    return [alt.Tooltip(f"{field}:N", title=title) for field, title in {"name": "model", "kind": "kind", **fields}.items()]
+
+
+def _pareto() -> LayeredChart:
+    x = alt.X(
+        "x:Q",
+        title="State, bytes a sequence at the longest measured length (log scale)",
+        scale=alt.Scale(type="log", base=2, nice=False, padding=36),
+        axis=alt.Axis(labelExpr=BYTES, tickCount=8, labelOverlap=True),
+    )
+    base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
+    stroke = alt.Stroke(**_literal("color"))
+    tooltip = [*_tooltips(state_text="state", front="on the front"), alt.Tooltip("y:Q", title="recall", format=".1%")]
+    bars = base.mark_rule(strokeWidth=2, opacity=0.7).encode(y=_share("low", "Recall"), y2="high:Q", stroke=stroke)
+    marks = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
+        y=_share("y", "Recall"),
+        stroke=stroke,
+        fill=alt.Fill(**_literal("color")),
+        shape=alt.Shape(**_literal("shape")),
+        tooltip=tooltip,
+    )
+    names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(y=_share("y", "Recall"), text="label:N")
+    return alt.layer(bars, marks, names).properties(
+        width="container",
+        height=340,
+        autosize=_FIT,
+        description="Mean accuracy over all recall items against bytes of state, one point a model; see the table.",
+    )
+
+
+def _lengths() -> LayeredChart:
+    x = alt.X("x:O", title="Length of the item, tokens", axis=alt.Axis(labelAngle=0, grid=True))
+    base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
+    colour = alt.Color("name:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=400))
+    tooltip = [*_tooltips(x="length", n="items"), alt.Tooltip("y:Q", title="recall", format=".1%")]
+    bars = base.mark_rule(strokeWidth=1.5, opacity=0.5).encode(y=_share("low", "Recall"), y2="high:Q", color=colour)
+    dash = alt.StrokeDash(
+        "kind:N", scale=alt.Scale(domain=["model", "student", "untrained", "ablation"], range=DASHES), legend=None
+    )
+    line = base.mark_line(strokeWidth=2, point=True).encode(y=_share("y", "Recall"), color=colour, strokeDash=dash, tooltip=tooltip)
+    return alt.layer(bars, line).properties(
+        width="container",
+        height=320,
+        autosize=_FIT,
+        description="Mean accuracy over the recall items of each length, one line a model; see the table.",
+    )
+
+
+def _answers() -> alt.FacetChart:
+    bars = (
+        alt.Chart(alt.NamedData(name="values"))
+        .mark_bar()
+        .encode(
+            x=alt.X("answer:N", title=None, axis=alt.Axis(labelAngle=0)),
+            xOffset=alt.XOffset("what:N"),
+            y=alt.Y("share:Q", title="Share of answers", axis=alt.Axis(format=".0%")),
+            color=alt.Color("what:N", title=None, scale=alt.Scale(range=["#1e6bb0", "#8a949e"]), legend=alt.Legend(orient="top")),
+            tooltip=[
+                *(alt.Tooltip(f"{field}:N") for field in ("name", "task", "answer", "what", "n")),
+                alt.Tooltip("share:Q", format=".1%"),
+            ],
+        )
+        .properties(width=130, height=90)
+    )
+    return bars.facet(
+        row=alt.Row("name:N", title=None, header=alt.Header(labelLimit=200, labelAngle=0, labelAlign="left")),
+        column=alt.Column("task:N", title=None),
+    ).properties(description="How often each letter was given and was right, by model and task; see the table.")
+
+
+def _bridge() -> LayeredChart:
+    x = alt.X(
+        "x:Q",
+        title="MQAR accuracy of the mixer at equal state bytes",
+        scale=alt.Scale(domain=[-0.04, 1.06], nice=False),
+        axis=alt.Axis(format=".0%"),
+    )
+    base = alt.Chart(alt.NamedData(name="values")).encode(x=x, y=_share("y", "Recall of the converted model"))
+    tooltip = [
+        *_tooltips(mixer="mixer", state_text="state"),
+        alt.Tooltip("x:Q", title="MQAR", format=".1%"),
+        alt.Tooltip("y:Q", title="recall", format=".1%"),
+    ]
+    marks = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
+        stroke=alt.Stroke(**_literal("color")),
+        fill=alt.Fill(**_literal("color")),
+        shape=alt.Shape(**_literal("shape")),
+        tooltip=tooltip,
+    )
+    names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(text="name:N")
+    return alt.layer(marks, names).properties(
+        width="container",
+        height=340,
+        autosize=_FIT,
+        description="MQAR accuracy of each mixer against recall of the models converted with it; see the table.",
+    )
