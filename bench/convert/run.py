@@ -20,9 +20,10 @@ from bench.convert.data import TrainingData
 from bench.convert.gate import STEPS, GateResult, check_model
 from bench.convert.loop import Progress, StageLoop
 from bench.convert.measure import agreement, cache_bytes, referee_rows
+from bench.convert.parameters import choose_parameters
 from bench.convert.plans import kl_kept, layer_plans
 from bench.convert.spec import LayerPlan, Recipe, Stage
-from bench.convert.stage import StageTrainer, choose_parameters, eager_attention, products_like_tf32
+from bench.convert.stage import StageTrainer, eager_attention, products_like_tf32
 from bench.convert.student import build_student
 from bench.errors import UserError
 from bench.spec import digest

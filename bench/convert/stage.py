@@ -19,7 +19,8 @@ from bench.convert.align import alignment_backward
 from bench.convert.compiled import compile_parts
 from bench.convert.data import TrainingData
 from bench.convert.losses import next_token_loss, shift_targets
-from bench.convert.spec import Group, Stage
+from bench.convert.parameters import add_adapters, choose_parameters
+from bench.convert.spec import Stage
 from bench.convert.student import LinearizedForCausalLM
 from bench.errors import UserError
 
@@ -61,7 +62,7 @@ class StageTrainer:
         self.device, self.bf16 = student.device, precision == "bf16"
         self.rows = _rows(stage)
         self.micro_rows = self.rows if stage.micro_tokens is None else max(1, min(self.rows, stage.micro_tokens // stage.seq_len))
-        self.tuner = _add_adapters(student, stage)
+        self.tuner = add_adapters(student, stage)
         chosen = choose_parameters(student, teacher, stage)
         self.whole, self.student = student, parallel.sharded(student, stage)
         named = dict(self.student.named_parameters())
@@ -233,81 +234,6 @@ def _rows(stage: Stage) -> int:
             f"cannot share equally; try --set stages.batch_tokens={fitting}."
         )
     return rows
-
-
-def choose_parameters(student: LinearizedForCausalLM, teacher: Any, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:
-    """Freezes all but the stage's groups and adapters.
-
-    Returns:
-        Learning rates with the parameters they apply to; the mixers' own rate comes first where it differs.
-
-    Raises:
-        UserError: no parameter would train.
-    """
-    known = {name for name, _ in teacher.named_parameters()}
-    fresh: dict[str, nn.Parameter] = {}
-    rest: dict[str, nn.Parameter] = {}
-    for name, parameter in student.named_parameters():
-        adapter = "lora_" in name
-        group = parameter_group(name, known)
-        trains = adapter or "all" in stage.train or group in stage.train
-        if stage.capture != "logits" and not adapter:
-            trains = trains and _in_aligned_layer(student, name, stage)
-        parameter.requires_grad_(trains)
-        if trains:
-            (fresh if group == "mixer" and not adapter else rest)[name] = parameter
-    if not fresh and not rest:
-        raise UserError(
-            f"A stage that trains {', '.join(stage.train) or 'adapters only'} finds nothing to train in this student; "
-            'name another group with --set stages.train, for example ["qkv","o"].'
-        )
-    groups = [(stage.mixer_lr or stage.lr, fresh), (stage.lr, rest)]
-    return [(lr, params) for lr, params in groups if params]
-
-
-def parameter_group(name: str, teacher_names: set[str]) -> Group:
-    """The group of a student's parameter; `mixer` is what the teacher does not have."""
-    plain = name.removeprefix("lm.").replace(".base_layer.", ".")
-    if plain not in teacher_names:
-        return "mixer"
-    part = plain.split(".")[-2]
-    if ".self_attn." in plain:
-        return "o" if part == "o_proj" else "qkv"
-    if ".mlp." in plain:
-        return "mlp"
-    return "norms" if "norm" in part else "embeddings"
-
-
-def _in_aligned_layer(student: LinearizedForCausalLM, name: str, stage: Stage) -> bool:
-    """Whether a parameter takes part in the loss of a captured layer; others would have no gradient."""
-    pieces = name.split(".")
-    if "layers" not in pieces:
-        return False
-    index = int(pieces[pieces.index("layers") + 1])
-    if student.plans[index] is None:
-        return False
-    if stage.capture == "block_out":
-        return True
-    return ".self_attn." in name and not (stage.capture in ("attn_out", "attn_weights") and ".o_proj." in name)
-
-
-def _add_adapters(student: LinearizedForCausalLM, stage: Stage) -> Any:
-    """Puts LoRA adapters into the student, in place; returns PEFT's tuner, which merges them later, or None."""
-    if stage.lora is None:
-        return None
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    lora = stage.lora
-    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), lora_dropout=lora.dropout, target_modules=list(lora.targets))
-    try:
-        return LoraModel(student, config, "default")
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)})
-        raise UserError(
-            f"No layer of the student is named {', '.join(lora.targets)}; linear layers are {', '.join(names)}: name some with "
-            "--set stages.lora.targets."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from bench.convert.data import Corpus, TrainingData, load_data
 from bench.convert.gate import check_model
 from bench.convert.losses import IGNORED, layer_loss, next_token_loss, weights_loss
 from bench.convert.measure import agreement, cache_bytes, window_of_equal_bytes
+from bench.convert.parameters import choose_parameters
 from bench.convert.rendered import _repeated, _scattered, render_recall
 from bench.convert.resolve import load_recipe
 from bench.convert.run import Conversion
 from bench.convert.spec import LayerPlan, Lora, Recipe, Source, Stage
-from bench.convert.stage import StageTrainer, choose_parameters
+from bench.convert.stage import StageTrainer
 from bench.convert.student import build_student
 from bench.errors import UserError
 from tests.convert.test_layer import HEDGEHOG, tokens
