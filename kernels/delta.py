@@ -21,13 +21,11 @@ class Launch(NamedTuple):
         tile: columns that a program computes; the coupling kernel has no tiles.
         warps: warps of a program.
         stages: depth of the software pipeline of a walk.
-        registers: cap on the registers of a thread, so that more programs share an SM.
     """
 
     tile: int
     warps: int
     stages: int = 1
-    registers: int | None = None
 
 
 class Config(NamedTuple):
@@ -43,15 +41,23 @@ class Config(NamedTuple):
 
 # By the larger of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Launch(0, 4, registers=168), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 8), 64),
-    128: Config(64, Launch(0, 4, registers=168), Launch(64, 4, 2), Launch(64, 4, 2), Launch(128, 8), 128),
-    256: Config(64, Launch(0, 4, registers=168), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
+    64: Config(64, Launch(0, 4), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
+    128: Config(64, Launch(0, 4), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4), 128),
 }
 FP32 = {
     64: Config(16, Launch(0, 4), Launch(32, 4), Launch(32, 4), Launch(32, 4), 32),
     128: Config(16, Launch(0, 4), Launch(16, 4), Launch(16, 4), Launch(32, 4), 32),
     256: Config(16, Launch(0, 4), Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
 }
+
+
+def operand_dtype(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor) -> torch.dtype:
+    """The dtype of the tensor cores' operands: the narrowest given, but fp32 for heads wider than 128.
+
+    The assembler of Triton 3.6 (ptxas 12.8) breaks the 16-bit walk of wider heads: it reads outside of shared memory.
+    """
+    wide = max(k_BTGK.shape[3], v_BTHV.shape[3]) > max(SIXTEEN_BIT)
+    return torch.float32 if wide else _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
 
 
 def config_of(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
@@ -79,7 +85,7 @@ class Kept(NamedTuple):
 def kept_like(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
     """Unwritten tensors of the sizes that `forward` returns."""
     batch, length, heads, v_dim = v_BTHV.shape
-    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
     chunk = config_of(k_BTGK.shape[3], v_dim, dot).chunk
     chunks = -(-length // chunk)
     return Kept(
@@ -121,7 +127,7 @@ def forward(
 
     batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
-    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
     config = config_of(k_dim, v_dim, dot)
     kept = kept_like(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)
     chunks = kept.couplings.shape[2]
@@ -135,16 +141,16 @@ def forward(
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     delta_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, GATE=_gate_kind(log_decay),
+        **shared, LEVELS=config.chunk.bit_length() - 1, GATE=_gate_kind(log_decay),
         MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16),
-        num_warps=config.coupling.warps, maxnreg=config.coupling.registers,
+        num_warps=config.coupling.warps,
     )  # fmt: skip
     tile = min(config.forward.tile, padded(v_dim))
     delta_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
         q, k, v, beta, kept.couplings, kept.decays, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
         kept.errors, kept.states, *strides, length, heads, group,
         **shared, V=v_dim, BV=tile, GATED=log_decay is not None, FIRST=state_BHKV is not None, LAST=return_state, KEEP=keep,
-        STAGES=config.forward.stages, num_warps=config.forward.warps, maxnreg=config.forward.registers,
+        STAGES=config.forward.stages, num_warps=config.forward.warps,
     )  # fmt: skip
     return o, last, kept
 
@@ -196,7 +202,7 @@ def backward(
         q, k, do, beta, kept.couplings, kept.decays, do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(),
         solved, dfirst, dstates, *strides, length, heads, heads // groups,
         **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
-        STAGES=config.reverse.stages, num_warps=config.reverse.warps, maxnreg=config.reverse.registers,
+        STAGES=config.reverse.stages, num_warps=config.reverse.warps,
     )  # fmt: skip
     tile = min(config.gradients.tile, padded(k_dim))
     tiles = -(-k_dim // tile)
@@ -207,7 +213,7 @@ def backward(
         q, k, do, beta, kept.decays, kept.errors, solved, kept.states, dstates, dq_BTHK, dk_BTHK, dv, dbeta, dgates,
         *strides, length, chunks, batch, heads, heads // groups,
         **shared, TK=tile, BV=min(config.inner, padded(v_dim)), TV=padded(-(-v_dim // tiles)), GATE_GRAD=gate_grad,
-        num_warps=config.gradients.warps, maxnreg=config.gradients.registers,
+        num_warps=config.gradients.warps,
     )  # fmt: skip
     if groups < heads:
         dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))

@@ -28,38 +28,24 @@ SIZES += ["length", "chunks", "batches", "heads", "group", "gate_every"]
 
 
 @triton.jit
-def _merge(x, h, beta_rows, beta_cols, lower, MERGE: tl.constexpr, PRECISION: tl.constexpr):
-    """H with the blocks of X where `lower` is: H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11) of two solved neighbours."""
-    x_lower, solved = tl.where(lower, x, 0.0), h.to(MERGE)
-    x_lower -= tl.dot(solved, (beta_rows * x_lower).to(MERGE), input_precision=PRECISION)
-    x_lower -= tl.dot((x_lower * beta_cols).to(MERGE), solved, input_precision=PRECISION)
-    return h + x_lower
+def _coupling(x_CC, beta_C, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
+    """H = X (I + beta X)^-1 of a strictly lower X, by merging neighbouring blocks of 1, 2, 4, ... rows; C = 2^LEVELS.
 
-
-@triton.jit
-def _coupling(x_CC, beta_C, C: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
-    """H = X (I + beta X)^-1 of a strictly lower X, by merging neighbouring blocks of 1, 2, 4, ... rows.
-
-    This is as stable as substitution row by row. A sum of powers of X would not be: with equal keys its terms grow like
-    binomial coefficients. Up to blocks of 16 rows, a warp works on one alone. Only corrections to X are rounded to the
-    dtype MERGE, which is fp16 for both 16-bit dtypes: H needs its digits and not the range of bf16.
+    Two blocks that are solved leave H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11): as stable as substitution row by row.
+    A sum of powers of X would not be: with equal keys its terms grow like binomial coefficients. Only corrections to X are
+    rounded to the dtype MERGE, which is fp16 for both 16-bit dtypes: H needs its digits and not the range of bf16.
     """
-    B: tl.constexpr = 16
-    N: tl.constexpr = C // B
-    n, r, i = tl.arange(0, N), tl.arange(0, B), tl.arange(0, C)
-    own = (n[:, None] == n[None, :])[:, None, :, None]
-    x_NBB = tl.sum(tl.where(own, tl.reshape(x_CC, [N, B, N, B]), 0.0), 2)
-    beta_NB = tl.reshape(beta_C, [N, B])
-    pair = (r[:, None] ^ r[None, :])[None, :, :]
-    h_NBB = tl.where(pair == 1, x_NBB, 0.0)
-    for level in tl.static_range(1, 4):
-        h_NBB = _merge(x_NBB, h_NBB, beta_NB[:, :, None], beta_NB[:, None, :], (pair >> level) == 1, MERGE, PRECISION)
-    h_CC = tl.reshape(tl.where(own, h_NBB[:, :, None, :], 0.0), [C, C])
-    pair = i[:, None] ^ i[None, :]
-    if C >= 32:
-        h_CC = _merge(x_CC, h_CC, beta_C[:, None], beta_C[None, :], (pair >> 4) == 1, MERGE, PRECISION)
-    if C >= 64:
-        h_CC = _merge(x_CC, h_CC, beta_C[:, None], beta_C[None, :], (pair >> 5) == 1, MERGE, PRECISION)
+    i = tl.arange(0, C)
+    h_CC = tl.zeros([C, C], tl.float32)
+    for level in tl.static_range(LEVELS):
+        block = i >> level
+        lower = (block[:, None] > block[None, :]) & ((block >> 1)[:, None] == (block >> 1)[None, :])
+        x_lower = tl.where(lower, x_CC, 0.0)
+        if level > 0:
+            solved_CC = h_CC.to(MERGE)
+            x_lower -= tl.dot(solved_CC, (beta_C[:, None] * x_lower).to(MERGE), input_precision=PRECISION)
+            x_lower -= tl.dot((x_lower * beta_C[None, :]).to(MERGE), solved_CC, input_precision=PRECISION)
+        h_CC += x_lower
     return h_CC
 
 
@@ -68,7 +54,7 @@ def coupling_kernel(
     k, beta, gate, h, g,
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
     length: tl.int32, chunks: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
-    K: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
     DOT: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Writes H [B, H, N, C, C] of every chunk, and its cumulated log2 decays [B, H, N, C]."""
@@ -90,7 +76,7 @@ def coupling_kernel(
         x_CC = x_CC * tl.exp2(tl.where(before, g_C[:, None] - g_C[None, :], float("-inf")))
     else:
         x_CC = tl.where(before, x_CC, 0.0)
-    h_CC = _coupling(x_CC, beta_C, C, MERGE, PRECISION)
+    h_CC = _coupling(x_CC, beta_C, C, LEVELS, MERGE, PRECISION)
     tl.store(h + program.to(tl.int64) * C * C + i[:, None] * C + i[None, :], h_CC.to(h.dtype.element_ty))
 
 

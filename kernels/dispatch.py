@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kernels.assembler import tensor_core_obstacle
+
 BACKENDS = ("reference", "chunked", "triton")
 VARIABLE = "MIXER_BENCH_BACKEND"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +60,14 @@ def watched() -> Iterator[dict[str, str]]:
         _seen = before
 
 
-def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backends: tuple[str, ...] = BACKENDS) -> str:
+def pick(
+    operation: str,
+    sample: Tensor,
+    *,
+    obstacle: str | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+    tensor_cores: bool = False,
+) -> str:
     """The form that runs a call.
 
     Args:
@@ -66,6 +75,7 @@ def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backend
         sample: one of its tensors; tells device and dtype.
         obstacle: what keeps this call from the Triton kernels, as "head dim 300 is above 256", or None.
         backends: forms that the operation has.
+        tensor_cores: whether its Triton kernels multiply matrices, which not every assembler can be trusted with.
 
     Returns:
         A member of `backends`.
@@ -74,6 +84,8 @@ def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backend
         ValueError: a form is forced that the operation lacks or that cannot run this call.
     """
     obstacle = _obstacle(sample) or obstacle
+    if obstacle is None and tensor_cores and sample.is_cuda and "triton" in backends:
+        obstacle = tensor_core_obstacle()
     name = _forced
     if name is not None:
         _refuse_unfit(operation, name, obstacle, backends)

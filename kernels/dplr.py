@@ -57,7 +57,7 @@ def dplr_recurrence(
         return o[:, None], new
     width = max(k_BTHK.shape[3], v_BTHV.shape[3])
     obstacle = f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=obstacle)
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=obstacle, tensor_cores=True)
     inputs = (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     if backend == "triton":
         return _triton(*inputs, log_decay_BTHK, state_BHKV)

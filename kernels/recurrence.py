@@ -46,7 +46,7 @@ def linear_recurrence(
     _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if is_step(v_BTHV.shape[1], state_BHKV, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH):
         return _step(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV))
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV), tensor_cores=True)
     if backend == "triton" and log_decay is not None and log_decay.ndim == 4:
         return _vector_gate(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if backend == "triton":

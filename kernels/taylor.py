@@ -66,7 +66,7 @@ def taylor_attention(
     _check(q_BTHK, k_BTHK, v_BTHV, state, eps)
     if state is not None and is_step(v_BTHV.shape[1], state[0], state[1], q_BTHK, k_BTHK, v_BTHV):
         return _step(q_BTHK, k_BTHK, v_BTHV, eps, state)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTHK, v_BTHV))
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTHK, v_BTHV), tensor_cores=True)
     if backend == "triton":
         return _triton(q_BTHK, k_BTHK, v_BTHV, eps, state)
     joined = None if state is None else state[0] if eps is None else torch.cat((state[0], state[1][..., None]), -1)

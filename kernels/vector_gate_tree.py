@@ -25,9 +25,8 @@ import triton.language as tl
 @triton.jit
 def in_terms(x_CK, TERMS: tl.constexpr):
     """A matrix as the sum of TERMS bf16 ones, 1 or 2; itself if TERMS is 0."""
-    if TERMS == 0:
-        high_CK, low_CK = x_CK, x_CK
-    else:
+    high_CK, low_CK = x_CK, x_CK
+    if TERMS > 0:  # one return: Triton 3.6 wants all of them to have one type
         high_CK = x_CK.to(tl.bfloat16)
         low_CK = (x_CK - high_CK.to(tl.float32)).to(tl.bfloat16)
     return high_CK, low_CK

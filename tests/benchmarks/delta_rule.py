@@ -104,15 +104,12 @@ def shipped(rates: tuple[float, float]) -> list[dict]:
 
 def candidates() -> list[tuple[Config, int, str]]:
     """Configurations, widths and gates of a sweep; the kernels are independent, so each list is walked in step."""
-    coupling = [Launch(0, 4, registers=cap) for cap in (None, 168, 128)]
+    coupling = [Launch(0, 4), Launch(0, 8)]
     walks = [Launch(32, 4, 2), Launch(64, 4, 2), Launch(32, 4, 3), Launch(64, 4, 3)]
-    gradients = {
-        64: [Launch(64, 4), Launch(64, 8), Launch(64, 8, registers=128), Launch(64, 4, registers=168)],
-        128: [Launch(64, 4), Launch(128, 8), Launch(64, 8), Launch(64, 8, registers=128)],
-    }
+    gradients = [Launch(64, 4), Launch(64, 8), Launch(128, 8), Launch(32, 4)]
     steps = range(len(walks))
     return [
-        (Config(64, coupling[n % 3], walks[n], walks[n], gradients[width][n], width), width, gate)
+        (Config(64, coupling[n % 2], walks[n], walks[n], gradients[n], width), width, gate)
         for width, gate, n in itertools.product((64, 128), GATES, steps)
     ]
 

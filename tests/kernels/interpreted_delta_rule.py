@@ -78,6 +78,18 @@ def test_the_shapes_of_sixteen_bit(gate, beta, monkeypatch):
     assert_equal((1, 66, 1, 1, 70, 70), gate, state=False, beta=beta)
 
 
+@pytest.mark.parametrize(("v_dim", "operands"), [(32, torch.float16), (130, torch.float32)])
+def test_half_precision(v_dim, operands):
+    """Few key columns and beta up to 2 make couplings large; wide heads take fp32 operands."""
+    shape = (1, 66 if v_dim == 32 else 18, 1, 1, 8, v_dim)
+    tensors = {name: x.detach().half() for name, x in draw(shape, "scalar", state=True, beta=2.0).items()}
+    assert delta.operand_dtype(tensors["q"], tensors["k"], tensors["v"]) == operands
+    got = run(linear_recurrence, {name: x.requires_grad_() for name, x in tensors.items()})
+    want = run(linear_recurrence_reference, {name: x.detach().double().requires_grad_() for name, x in tensors.items()})
+    for a, b in zip(got, want, strict=True):
+        assert rms_error(a, b) <= 5e-3
+
+
 def test_split_equals_whole():
     tensors = draw((1, 20, 1, 1, 16, 16), "scalar", state=True, dtype=torch.float32)
     tensors = {name: x.detach() for name, x in tensors.items()}

@@ -6,9 +6,9 @@ import triton.language as tl
 
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
-from kernels.indexed_decode_triton import part_kernel
+from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import key_kernel, query_kernel
-from kernels.indexed_triton import forward_kernel
+from kernels.indexed_triton import compact_kernel, forward_kernel
 from kernels.walk import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
@@ -65,6 +65,16 @@ def check(name, width, dtype, *, listed, spill, **flags):
 @pytest.mark.parametrize(("name", "spill"), [("forward", 0), ("query", 0), ("key", 60)])
 def test_a_window_in_sixteen_bit(name, spill):
     check(name, 128, torch.bfloat16, listed=False, spill=spill)
+
+
+@pytest.mark.parametrize(
+    "kernel", [*KERNELS.values(), compact_kernel, part_kernel, join_kernel], ids=lambda kernel: kernel.__name__
+)
+def test_no_integer_is_specialised(kernel):
+    """A batch of one, or a length that 16 divides, is no other kernel."""
+    integers = [p for p in kernel.params if p.annotation in ("i32", "i64")]
+    assert integers
+    assert all(p.do_not_specialize for p in integers)
 
 
 @pytest.mark.slow

@@ -55,6 +55,14 @@ def test_the_scan_streams():
     assert "ld.global.v4" in used.ptx.replace(".L1::no_allocate", "")
 
 
+@pytest.mark.parametrize("kernel", [*KERNELS.values(), scan_kernel], ids=lambda kernel: kernel.__name__)
+def test_no_integer_is_specialised(kernel):
+    """A batch of one, or a length that 16 divides, is no other kernel."""
+    integers = [p for p in kernel.params if p.annotation in ("i32", "i64")]
+    assert integers
+    assert all(p.do_not_specialize for p in integers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(4, 64), (8, 60), (24, 128), (32, 64), (64, 256)])
