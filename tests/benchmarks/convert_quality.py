@@ -41,12 +41,13 @@ TINY = [
     *("--set", "stages.1.tokens=1000000", "--set", "stages.2.tokens=3000000"),
 ]
 OURS = ["--recipe", "align_distill"]
+THREE_MINUTES = ["--set", "stages.1.tokens=5000000", "--set", "stages.2.tokens=20000000", "--set", "stages.batch_tokens=32768"]
 EXPERIMENTS: dict[str, list[str]] = {
     "try-base": [*OURS, *TINY],
     "try-rotated": [*OURS, *TINY, "--set", "plan.rope=keep"],
     "try-repeated": [*OURS, *TINY, *NARROW],
     "try-faster": [*OURS, *TINY, "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
-    **{f"main-{seed}": [*OURS, "--seed", str(seed)] for seed in range(3)},
+    **{f"main-{seed}": [*OURS, *THREE_MINUTES, "--seed", str(seed)] for seed in range(3)},
     **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *SHORT] for name in MIXERS},
     **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
 }
