@@ -79,7 +79,7 @@ def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
 def tile_width(width: int, dtype: torch.dtype) -> int:
     """The width that tiles have on chip: a power of two, in 16 bit at least 64.
 
-    Triton 3.6 and 3.7 read beyond the shared memory of narrower operands of WGMMA (its issues 10486 and 11366).
+    Narrower tiles ended in illegal memory accesses with ptxas 12.8, which Triton 3.6 ships (its issues 10486 and 11366).
     """
     return max(padded(width), 16 if dtype == torch.float32 else 64)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 # batch, length, heads, key width, value width
 SHAPES = (
-    (2, 1, 1, 16, 16),
+    (32, 1, 2, 16, 16),
     (2, 200, 2, 64, 64),
     (1, 300, 2, 128, 128),
     (2, 129, 4, 128, 64),

@@ -75,6 +75,11 @@ def test_sixteen_bit(name: str, delta: bool) -> None:
     check(name, 128, torch.bfloat16, SPILLS.get((name, delta), 0), delta=delta)
 
 
+@pytest.mark.parametrize("name", ["prepare", "gradient"])
+def test_single_precision(name: str) -> None:
+    check(name, 64, torch.float32, 0, delta=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("delta", [False, True])
