@@ -196,8 +196,10 @@ def describe(model: Any, *, fingerprint: str, source: str, teacher: str | None) 
 
 
 def name_of(source: str) -> str:
-    """A model in a table: the last part of its path, or its hub id."""
+    """A model in a table: the last part of its path, the name of the GGUF in a wheel, or its hub id."""
     path = Path(source)
+    if path.suffix in (".whl", ".gguf"):
+        return str(pretrained.resolve(source)).rpartition("/")[2].rpartition("-")[0]
     return path.resolve().name if path.exists() else source
 
 
