@@ -12,8 +12,8 @@ from test_build import page_data
 
 from bench.judged import comparisons
 from bench.points import points
+from bench.report.bridge import bridge, interpolated
 from bench.report.build import build_report
-from bench.report.judged import _interpolated, bridge
 from bench.stats import paired_items
 from bench.store import Store
 
@@ -55,8 +55,8 @@ def test_the_bridge_reads_mqar_at_equal_bytes(store: Store):
     values = {value["mixer"]: value for value in found["values"]}
     assert set(values) | {text.split("(")[1].rstrip(")") for text in found["left_out"]} == set(fake_evals.STUDENTS)
     assert len(values) >= 3 and ("Spearman" in found["rank"] or "too few" in found["rank"])
-    assert _interpolated([(100.0, 0.2), (400.0, 0.6)], 200.0) == pytest.approx(0.4)
-    assert _interpolated([(100.0, 0.2), (400.0, 0.6)], 500.0) is None
+    assert interpolated([(100.0, 0.2), (400.0, 0.6)], 200.0) == pytest.approx(0.4)
+    assert interpolated([(100.0, 0.2), (400.0, 0.6)], 500.0) is None
     assert bridge([], store.load_evals()[0], store, {}) is None
 
 
