@@ -385,11 +385,11 @@ def eval_(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, conversions, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, conversions, suites, or all.")] = "all",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List mixers, tasks, recipes and conversions, with the first line of their documentation."""
+    """List mixers, tasks, recipes, conversions and suites, with the first line of their documentation."""
 
     def command() -> int:
         from bench.commands import listing

@@ -9,6 +9,7 @@ from rich.table import Table
 from bench import catalog
 from bench.commands.console import Output
 from bench.errors import unknown
+from bench.judge.suites import descriptions
 
 KINDS = {"mixers": "mixer", "tasks": "task", "recipes": "recipe"}
 
@@ -19,10 +20,11 @@ def run(what: str, output: Output) -> int:
     Raises:
         UserError: an unknown kind.
     """
-    if what not in (*KINDS, "conversions", "all"):
-        raise unknown("kind", what, [*KINDS, "conversions", "all"])
+    if what not in (*KINDS, "conversions", "suites", "all"):
+        raise unknown("kind", what, [*KINDS, "conversions", "suites", "all"])
     tables = {kinds: (kind, partial(catalog.names, kind)) for kinds, kind in KINDS.items()}
-    for kinds, (kind, names) in (tables | {"conversions": ("conversion", catalog.conversions)}).items():
+    others = {"conversions": ("conversion", catalog.conversions), "suites": ("suite", descriptions)}
+    for kinds, (kind, names) in (tables | others).items():
         if what not in ("all", kinds):
             continue
         table = Table(title=kinds, show_header=False, title_justify="left")

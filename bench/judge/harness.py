@@ -41,6 +41,7 @@ class Wanted:
         lengths: tokens of the recall items.
         limit: items per task, or per task and length; None for all.
         fewshot: examples in the prompt; None for the task's own number.
+        examples: that number for single names, where `fewshot` is None.
     """
 
     names: list[str]
@@ -51,6 +52,7 @@ class Wanted:
     lengths: tuple[int, ...]
     limit: int | None
     fewshot: int | None
+    examples: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,14 @@ def load_tasks(wanted: Wanted) -> TaskSet:
             except Exception as error:
                 missing[name] = error
                 continue
+            for task in found["tasks"].values():
+                _set_examples(task, wanted.fewshot if wanted.fewshot is not None else wanted.examples.get(name))
             loaded["tasks"] |= found["tasks"]
             loaded["groups"] |= found.get("groups", {})
     if missing:
         raise _cannot_load(missing, [name for name in wanted.names if name not in missing])
-    if wanted.fewshot and wanted.data_dir is not None:
-        check_examples(loaded["tasks"])
-    for task in loaded["tasks"].values():
-        _set_examples(task, wanted.fewshot)
+    if wanted.data_dir is not None:
+        check_examples({name: task for name, task in loaded["tasks"].items() if task.get_config("num_fewshot")})
     chosen = {name: choose(task, wanted.limit) for name, task in loaded["tasks"].items()}
     return TaskSet(manager, loaded["tasks"], loaded["groups"], chosen)
 

@@ -153,8 +153,8 @@ class Loader:
 
     def _plain(self, source: str) -> Row:
         model, _ = self.get(source)
-        taught = self.teacher_source() if isinstance(model, LinearizedForCausalLM) and self.rows != ["student"] else None
-        teacher = None if taught is None else fingerprint(taught, self.teacher_model())
+        taught = None if self.rows == ["student"] else self.teacher_source()
+        teacher = None if taught in (None, source) else fingerprint(taught or "", self.teacher_model())
         info = describe(model, fingerprint=fingerprint(source, model), source=source, teacher=teacher)
         return Row(info, lambda: contextlib.nullcontext(model))
 

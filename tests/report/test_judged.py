@@ -49,6 +49,17 @@ def test_other_items_are_not_compared(tmp_path: Path):
     assert row.cell(found.recall[0]) is None and "bench_needle" not in row.records
 
 
+def test_a_model_that_was_first_judged_alone_still_meets_its_referees(tmp_path: Path):
+    store = fake_evals.build(Store(tmp_path / "runs"))
+    record = next(
+        r for r in store.load_evals()[0] if r.model.mixer == "gla" and r.model.kind == "converted" and r.task == "bench_needle"
+    )
+    alone = record.model.model_copy(update={"teacher": None, "referees": {}})
+    store.write_eval(record.model_copy(update={"model": alone, "started": "2026-01-01T10:00:00Z"}))
+    (found,) = comparisons(store.load_evals()[0], store)
+    assert {pair.role for pair in found.pairs if pair.row.info.mixer == "gla"} == {"teacher", "window", "window only"}
+
+
 def test_the_bridge_reads_mqar_at_equal_bytes(store: Store):
     found = bridge(points(store.load()[0]), store.load_evals()[0], store, {})
     assert found is not None
