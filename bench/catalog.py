@@ -177,10 +177,18 @@ def source_file(kind: str, name: str) -> Path:
 
 @cache
 def source_hash(path: Path) -> str:
-    """Hash of a file's code; comments, docstrings and layout do not count."""
+    """Hash of a file's code, the same in every Python; comments, docstrings and layout do not count."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    return hashlib.sha256(_dump(tree).encode()).hexdigest()[:12]
+
+
+def _dump(node: object) -> str:
+    """A syntax tree as text, without empty fields: `ast.dump` writes those that newer Pythons add, such as `type_params=[]`."""
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)

@@ -41,7 +41,7 @@ def _guard(debug: bool, command: Callable[[], int]) -> None:
         if debug:
             traceback.print_exc()
         typer.echo(f"bench: {error}", err=True)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         typer.echo("bench: interrupted", err=True)
         code = 130
@@ -111,6 +111,9 @@ def synthetic(
     fleet: Annotated[
         int, typer.Option(min=1, help="Most seeds and learning rates trained together as one model.", rich_help_panel="How")
     ] = 16,
+    launch: Annotated[
+        str, typer.Option(help="local, ray:gpus=0.5, slurm:partition=gpu,time=120, ...", rich_help_panel="How")
+    ] = "local",
     rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
     check_: Annotated[
@@ -164,6 +167,7 @@ def synthetic(
             report=None if no_report else report or store.parent / "reports" / f"{suite or task or recipe}.html",
             suite=suite,
             preset=preset,
+            launch=launch,
             check=check_,
         )
         return module.run(request, Output(as_json=as_json))
@@ -383,13 +387,90 @@ def eval_(
     _guard(debug, command)
 
 
-@app.command("list")
-def list_(
-    what: Annotated[str, typer.Argument(help="mixers, tasks, recipes, conversions, suites, or all.")] = "all",
+@app.command()
+def throughput(
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Mixers, comma-separated: gla,attention | based | ./mine.py@Mine | all.",
+            autocompletion=_complete("mixer"),
+            rich_help_panel="What",
+        ),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="Kernels, comma-separated (`bench list kernels`), or all.", rich_help_panel="What"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="kernels: every kernel at the shapes of the published figures.", rich_help_panel="What")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="train (forward, and forward with backward), prefill, decode; default all.", rich_help_panel="What"),
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens of a sequence: 2048, or 512,2048,8192.", rich_help_panel="Shape")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences; default: equal tokens at every length.", rich_help_panel="Shape")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of kernels, and of mixers that have the option.", rich_help_panel="Shape")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Head widths of kernels, model widths of mixers: 64,128.", rich_help_panel="Shape")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 on a GPU, fp32 on a CPU.", rich_help_panel="How")
+    ] = None,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Time no public implementations.", rich_help_panel="How")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows and stop.", rich_help_panel="How")] = False,
+    store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List mixers, tasks, recipes, conversions and suites, with the first line of their documentation."""
+    """Time mixers and kernels beside the physical bound and public peers; a wrong result gets no speed.
+
+    Examples:
+    bench throughput --mixer gla,attention --length 512,2048,8192
+
+    bench throughput --kernel delta,gated_delta --mode train --width 128
+
+    bench throughput --preset kernels
+
+    Exit codes: 0 every row is right; 1 a row is wrong or failed; 2 bad input.
+    """
+
+    def command() -> int:
+        from bench.commands import throughput as module
+        from bench.commands.console import Output
+        from bench.throughput.plan import SpeedRequest
+
+        request = SpeedRequest(
+            mixers=mixer or [],
+            kernels=kernel or [],
+            preset=preset,
+            modes=mode.split(",") if mode else [],
+            lengths=module.parse_sizes("--length", length),
+            batch=batch,
+            heads=heads,
+            widths=module.parse_sizes("--width", width),
+            dtype=dtype,
+        )
+        options = module.Options(device=device, store=store, with_peers=not no_peers, dry_run=dry_run)
+        return module.run(request, options, Output(as_json=as_json))
+
+    _guard(debug, command)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="mixers, kernels, tasks, recipes, conversions, suites, or all.")] = "all",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List mixers, kernels, tasks, recipes, conversions and suites, with the first line of their documentation."""
 
     def command() -> int:
         from bench.commands import listing
@@ -401,14 +482,19 @@ def list_(
 
 
 @app.command()
-def status(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show what a store holds: finished, failed and running runs."""
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds until Ctrl-C.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a store holds: finished, failed, running (on which host, how far) and stopped runs."""
 
     def command() -> int:
         from bench.commands import status as module
         from bench.commands.console import Output
 
-        return module.run(store, Output(as_json=as_json))
+        return module.run(store, Output(as_json=as_json), watch=watch)
 
     _guard(debug, command)
 

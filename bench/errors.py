@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input; the command line prints its one sentence and exits with code 2."""
+    """Bad input; the command line prints its one sentence and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class Fault(UserError):
+    """Something outside of the program that stops a command half-way, such as a full disk; what is stored is kept."""
+
+    exit_code = 1
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str], *, fix: str = "") -> UserError:

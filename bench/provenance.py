@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,12 @@ def shared_hashes() -> dict[str, str]:
 def collect(spec: RunSpec, hardware: dict[str, str]) -> Provenance:
     """The provenance of a run that happens now, in this process."""
     return now({**code_hashes(spec), **shared_hashes()}, versions(), hardware)
+
+
+def collect_speed(mixers: Iterable[str], hardware: dict[str, str]) -> Provenance:
+    """The provenance of a speed that is measured now; `mixers` are those that took part."""
+    code = {f"mixer:{name}": catalog.source_hash(catalog.source_file("mixer", name)) for name in mixers}
+    return now(code | {key: shared_hashes()[key] for key in ("shared:kernels", "shared:mixers")}, versions(), hardware)
 
 
 def now(code: dict[str, str], found: dict[str, str], hardware: dict[str, str]) -> Provenance:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.spec import RunSpec
+from bench.spec import RunSpec, digest
 
 SCHEMA_VERSION = 1
 EVAL_SCHEMA_VERSION = 1
@@ -126,6 +126,10 @@ class RunRecord(Strict):
     peak_memory_bytes: int | None = None
     """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
     provenance: Provenance
+
+    def digest(self) -> str:
+        """Tells this record from another of the same run."""
+        return digest(self.model_dump(mode="json"))
 
     def metric(self, split: str, name: str, slice_: str = "mean") -> float | None:
         """The value of one metric, or None."""

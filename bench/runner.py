@@ -10,20 +10,25 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from bench.claims import Claims
 from bench.member import Member
 from bench.outcome import Clock, Outcome, identity_of, make_record
 from bench.records import RunRecord
 from bench.spec import RunSpec
-from bench.store import Store, atomic_write
+from bench.store import Store, StoreError
 from bench.train import FleetTrainer, Interrupted, Progress
 
 MAX_MICRO_BATCHES = 8
 PROGRESS_FILE_SECONDS = 2.0
+CHECKPOINT_SECONDS = 60.0
+"""Training that a killed process loses at most; `BENCH_CHECKPOINT_SECONDS` changes it."""
+
+Tell = Callable[[str, Any], None]
 
 
 def execute(
@@ -31,12 +36,13 @@ def execute(
     device: torch.device,
     store: Store,
     *,
-    on_progress: Callable[[Progress], None] | None = None,
+    tell: Tell | None = None,
     should_stop: Callable[[], bool] | None = None,
-    on_record: Callable[[RunRecord], None] | None = None,
+    outdated: Mapping[str, str] | None = None,
 ) -> bool:
     """Trains a fleet, or continues its members from their checkpoints, and stores a record for each.
 
+    A run is claimed first, so that no other process trains it at the same time, and left alone if its record is there already.
     Members whose checkpoints are at different steps are trained one group after another. A fleet that does not fit the
     memory, or in which something fails, is trained in halves; a single run that does not fit, with its batch in parts.
 
@@ -44,44 +50,23 @@ def execute(
         specs: runs that differ in seed and learning rate only.
         device: where to train.
         store: where records and checkpoints go.
-        on_progress: is told now and then how far the fleet is.
+        tell: is called with a kind and its content: "progress" and a `Progress`, "record" and a record once it is stored,
+            "held" and the spec of a run that another process trains, "note" and a sentence.
         should_stop: asked after every step.
-        on_record: is given each record once it is stored.
+        outdated: digests of records that are to be replaced, by run.
 
     Returns:
-        Whether all runs have ended; False if `should_stop` interrupted them (checkpoints are stored).
+        Whether all runs have ended or are held by others; False if `should_stop` interrupted them, or another process took
+        one over because this one slept (checkpoints are stored).
+
+    Raises:
+        StoreError: the store cannot be written; what was stored before is kept.
     """
     if device.type == "cuda":
         torch.cuda.init()  # resetting statistics does not, and fails in a fresh process
-    job = _Job(device, store, on_progress, should_stop, on_record)
-    found = [(spec, _read_checkpoint(store, spec, device)) for spec in specs]
-    steps = sorted({_step(checkpoint) for _, checkpoint in found}, reverse=True)
-    groups = [[item for item in found if _step(item[1]) == step] for step in steps]
-    parts = 1
-    while groups:
-        group = groups.pop(0)
-        try:
-            job.train(group, parts)
-        except Interrupted as stop:
-            job.save(stop.checkpoints)
-            return False
-        except Exception as error:
-            torch.cuda.empty_cache()
-            left = [(spec, _read_checkpoint(store, spec, device)) for spec, _ in group if identity_of(spec) not in job.ended]
-            memory = isinstance(error, torch.OutOfMemoryError)
-            if job.compiled and not memory:
-                job.compiled = False
-                print(f"Goes on without torch.compile, which failed: {_one_line(error)}", file=sys.stderr)
-                groups.insert(0, left)
-            elif len(left) > 1:
-                half = len(left) // 2
-                groups[:0] = [left[:half], left[half:]]
-            elif memory and parts < MAX_MICRO_BATCHES:
-                parts *= 2
-                groups.insert(0, left)
-            else:
-                job.fail(left[0][0], error, parts)
-    return True
+    with Claims(store) as claims:
+        job = _Job(device, store, claims, tell or _say_notes, should_stop or (lambda: False))
+        return job.run([spec for spec in specs if job.begin(spec, (outdated or {}).get(identity_of(spec)))])
 
 
 Checkpoint = dict[str, Any]
@@ -91,21 +76,69 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def _say_notes(kind: str, content: Any) -> None:
+    if kind == "note":
+        print(content, file=sys.stderr)
+
+
 class _Job:
     """What `execute` was asked for, and the runs that have ended."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        store: Store,
-        on_progress: Callable[[Progress], None] | None,
-        should_stop: Callable[[], bool] | None,
-        on_record: Callable[[RunRecord], None] | None,
-    ) -> None:
-        self.device, self.store = device, store
-        self.on_progress, self.should_stop, self.on_record = on_progress, should_stop, on_record
+    def __init__(self, device: torch.device, store: Store, claims: Claims, tell: Tell, should_stop: Callable[[], bool]) -> None:
+        self.device, self.store, self.claims, self.tell, self.should_stop = device, store, claims, tell, should_stop
         self.compiled = device.type == "cuda" and os.environ.get("BENCH_COMPILE", "1") != "0"
         self.ended: set[str] = set()
+        self.unsound: set[str] = set()
+
+    def begin(self, spec: RunSpec, outdated: str | None) -> bool:
+        """Claims a run; False if another process holds it, or its record is there and not the outdated one."""
+        identity = identity_of(spec)
+        if not self.claims.take(identity):
+            self.tell("held", spec)
+            return False
+        record = self.store.read(identity)
+        if record is None or record.digest() == outdated:
+            return True
+        self._close(identity)
+        self.tell("record", record)
+        return False
+
+    def run(self, specs: list[RunSpec]) -> bool:
+        """Trains claimed runs; whether all have ended."""
+        found = [(spec, self._checkpoint(spec)) for spec in specs]
+        steps = sorted({_step(checkpoint) for _, checkpoint in found}, reverse=True)
+        groups = [[item for item in found if _step(item[1]) == step] for step in steps]
+        parts = 1
+        while groups:
+            group = groups.pop(0)
+            try:
+                self.train(group, parts)
+            except Interrupted as stop:
+                self.save(stop.checkpoints)
+                return False
+            except StoreError:
+                raise
+            except Exception as error:
+                torch.cuda.empty_cache()
+                left = [(spec, self._checkpoint(spec)) for spec, _ in group if identity_of(spec) not in self.ended]
+                memory = isinstance(error, torch.OutOfMemoryError)
+                if self.compiled and not memory:
+                    self.compiled = False
+                    self.tell("note", f"Goes on without torch.compile, which failed: {_one_line(error)}")
+                    groups.insert(0, left)
+                elif len(left) > 1:
+                    half = len(left) // 2
+                    groups[:0] = [left[:half], left[half:]]
+                elif memory and parts < MAX_MICRO_BATCHES:
+                    parts *= 2
+                    groups.insert(0, left)
+                else:
+                    self.fail(left[0][0], error, parts)
+        return True
+
+    def stops(self) -> bool:
+        """Whether to leave: somebody wants it, or a claim was lost."""
+        return self.should_stop() or self.claims.lost()
 
     def train(self, group: list[tuple[RunSpec, Checkpoint | None]], parts: int) -> None:
         """Trains a group whose checkpoints are at the same step."""
@@ -115,19 +148,20 @@ class _Job:
         trainer = FleetTrainer(specs, self.device, micro_batches=parts, compiled=self.compiled, checkpoints=checkpoints or None)
         # under bf16 autocast the recurrences, which stay in fp32, may round products as TF32 does: finer than bf16
         torch.set_float32_matmul_precision("high" if trainer.precision == "bf16" else "highest")
-        report = _progress_reporter(self.store, [identity_of(spec) for spec in specs], self.on_progress)
-        for index in trainer.run(on_progress=report, should_stop=self.should_stop, on_checkpoint=self.save):
+        report = _progress_reporter(self.store, specs, self.tell)
+        seconds = float(os.environ.get("BENCH_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
+        calls = {"on_progress": report, "should_stop": self.stops, "on_checkpoint": self.save}
+        for index in trainer.run(**calls, checkpoint_seconds=seconds):
             outcome = Outcome()
             outcome.finish(trainer, index)
             self._write(trainer.members[index].spec, outcome, clock, parts)
 
     def save(self, checkpoints: list[Checkpoint]) -> None:
-        """Stores the checkpoint of every member that has not ended."""
+        """Stores the checkpoint of every member that has not ended and is still ours."""
         for checkpoint in checkpoints:
             identity = identity_of(RunSpec.model_validate_json(checkpoint["spec"]))
-            if identity not in self.ended:
+            if self.claims.holds(identity):
                 save_checkpoint(self.store, identity, checkpoint)
-                _remove(self.store.path(identity) / "progress.json")
 
     def fail(self, spec: RunSpec, error: Exception, parts: int) -> None:
         """Stores the record of a run that could not be trained."""
@@ -141,77 +175,87 @@ class _Job:
 
     def _write(self, spec: RunSpec, outcome: Outcome, clock: Clock, parts: int) -> None:
         identity = identity_of(spec)
+        self.ended.add(identity)
+        if not self.claims.holds(identity):
+            return
         record = make_record(spec, self.device, outcome, clock, parts)
         self.store.write(record, outcome.curve, outcome.influence)
-        self.ended.add(identity)
-        for name in ("checkpoint.pt", "progress.json"):
-            _remove(self.store.path(identity) / name)
-        if self.on_record is not None:
-            self.on_record(record)
+        self._close(identity)
+        self.tell("record", record)
+
+    def _close(self, identity: str) -> None:
+        """Leaves nothing but the record, its curve and its map; not what killed processes were writing either."""
+        folder = self.store.path(identity)
+        for path in (folder / "checkpoint.pt", folder / "progress.json", *folder.glob(".*")):
+            _remove(path)
+        self.claims.drop(identity)
+
+    def _checkpoint(self, spec: RunSpec) -> Checkpoint | None:
+        """The stored checkpoint of a run if there is a sound one; an unsound one is reported once and ignored."""
+        path = self.store.path(identity_of(spec)) / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            Member.restored(spec, checkpoint)
+        except Exception as error:
+            if path.parent.name not in self.unsound:
+                self.unsound.add(path.parent.name)
+                self.tell("note", f"Ignored {path} ({_one_line(error)}); the run starts from the beginning.")
+            return None
+        return checkpoint
 
 
-def record_death(spec: RunSpec, device: torch.device, store: Store, exit_code: int | None) -> RunRecord:
-    """Stores the record of a run whose worker process died on it repeatedly, with no chance to say why."""
-    outcome = Outcome()
-    signal = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
-    outcome.status, outcome.reason = "failed", f"its worker process died twice ({signal})"
-    record = make_record(spec, device, outcome, Clock(torch.device("cpu"), 1), 1)
-    store.write(record)
+def record_death(spec: RunSpec, device: torch.device, store: Store, reason: str) -> RunRecord | None:
+    """Stores the record of a run whose workers died on it repeatedly, with no chance to say why.
+
+    Args:
+        spec: the run.
+        device: where it was trained.
+        store: where the record goes.
+        reason: how the last worker ended.
+
+    Returns:
+        The record, or None if another process trains the run.
+    """
+    identity = identity_of(spec)
+    with Claims(store) as claims:
+        if not claims.take(identity):
+            return None
+        outcome = Outcome()
+        outcome.status, outcome.reason = "failed", f"its worker process died twice ({reason})"
+        record = make_record(spec, device, outcome, Clock(torch.device("cpu"), 1), 1)
+        store.write(record)
+        claims.drop(identity)
     return record
 
 
 def save_checkpoint(store: Store, identity: str, state: dict[str, Any]) -> None:
     """Writes a checkpoint; a reader sees the old one or the new one."""
-    folder = store.path(identity)
-    folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    atomic_write(folder / "checkpoint.pt", buffer.getvalue())
-
-
-def _read_checkpoint(store: Store, spec: RunSpec, device: torch.device) -> Checkpoint | None:
-    """The stored checkpoint of a run if there is a sound one; an unsound one is reported and ignored."""
-    path = store.path(identity_of(spec)) / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        Member.restored(spec, checkpoint)
-    except Exception as error:
-        print(f"Ignored {path} ({type(error).__name__}: {error}); the run starts from the beginning.", file=sys.stderr)
-        return None
-    return checkpoint
+    store.put(identity, "checkpoint.pt", buffer.getvalue())
 
 
 def _step(checkpoint: Checkpoint | None) -> int:
     return -1 if checkpoint is None else checkpoint["step"]
 
 
-def _progress_reporter(
-    store: Store, identities: list[str], on_progress: Callable[[Progress], None] | None
-) -> Callable[[Progress], None]:
-    """Passes progress on, and leaves it in the store now and then for `bench status` on any machine."""
+def _progress_reporter(store: Store, specs: list[RunSpec], tell: Tell) -> Callable[[Progress], None]:
+    """Passes progress on, and leaves it in the store now and then for other machines and `bench status`."""
     written, began = 0.0, time.time()
+    names = {identity_of(spec): f"{spec.task.name} {spec.name()}" for spec in specs}
 
     def report(progress: Progress) -> None:
         nonlocal written
-        if on_progress is not None:
-            on_progress(progress)
+        tell("progress", progress)
         now = time.monotonic()
         if now - written > PROGRESS_FILE_SECONDS:
             written = now
-            content = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "started": began,
-                "time": time.time(),
-                **vars(progress),
-            }
-            for identity in identities:
-                folder = store.path(identity)
-                if not (folder / "record.json").exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    atomic_write(folder / "progress.json", json.dumps(content).encode())
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "started": began, "time": time.time(), **vars(progress)}
+            for identity, name in names.items():
+                if not (store.path(identity) / "record.json").exists():
+                    store.put(identity, "progress.json", json.dumps({"run": name, **about}).encode())
 
     return report
 

@@ -6,18 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from bench.records import (
-    AnswerCount,
-    CellInfo,
-    EvalMetric,
-    EvalRecord,
-    JudgedModel,
-    Metric,
-    Provenance,
-    RunRecord,
-    StateInfo,
-)
+from bench.records import AnswerCount, CellInfo, EvalMetric, EvalRecord, JudgedModel, Metric, Provenance, RunRecord, StateInfo
 from bench.spec import LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec
+from bench.speed_records import Bound, GateResult, Peer, SpeedRecord, Timing
 
 PAGE = Path("results/README.md")
 MODELS: tuple[type[BaseModel], ...] = (
@@ -35,6 +26,11 @@ MODELS: tuple[type[BaseModel], ...] = (
     JudgedModel,
     EvalMetric,
     AnswerCount,
+    SpeedRecord,
+    Timing,
+    Bound,
+    GateResult,
+    Peer,
 )
 HEAD = """# Results
 
@@ -45,6 +41,7 @@ This file is generated: `python -m bench.schema_page`.
     runs/<run_id>/influence.npz    influence map of the trained model on one test example (seed 0)
     runs/<eval_id>/eval.json       one language model on one task, schema `EvalRecord`
     runs/<eval_id>/items.parquet   its items, a row an item and metric
+    runs/speed/<speed_id>.json     one row of `bench throughput`, schema below
     reports/                       HTML reports
     measured/                      committed records behind every figure in README and docs
     published/                     published values that recipes compare with
@@ -69,7 +66,7 @@ def page() -> str:
 def _type_text(annotation: object) -> str:
     """A field's type as a reader wants it."""
     text = str(annotation) if "[" in str(annotation) or not isinstance(annotation, type) else annotation.__name__
-    for prefix in ("typing.", "bench.records.", "bench.spec."):
+    for prefix in ("typing.", "bench.records.", "bench.speed_records.", "bench.spec."):
         text = text.replace(prefix, "")
     return text.replace("|", "or").replace("NoneType", "None")
 

@@ -115,6 +115,11 @@ class RunSpec(Frozen):
         """Whether the run serves learning-rate selection or is reported."""
         return "select" if self.seed >= SELECTION_SEED else "report"
 
+    def name(self) -> str:
+        """The run in a line for people; its task is left out."""
+        purpose = "choosing lr" if self.role == "select" else f"seed {self.seed}"
+        return f"{self.model.label()} d={self.model.d_model} lr={self.train.lr:g} {purpose}"
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run computes, as JSON content."""
         return self.model_dump(mode="json", exclude={"model": {"alias"}})

@@ -3,8 +3,11 @@
     STORE/<run_id>/record.json      the record; its presence is what makes a run complete
     STORE/<run_id>/curve.parquet    learning curve
     STORE/<run_id>/influence.npz    influence map of the trained model on one example
+    STORE/speed/<speed_id>.json     one row of `bench throughput`
     STORE/<eval_id>/eval.json       one model on one task; its presence is what makes the evaluation complete
     STORE/<eval_id>/items.parquet   its items: one row an item and metric
+
+While a run is in flight its folder also holds a claim (`bench.claims`), its progress and its last checkpoint.
 
 Every file is written under a temporary name and renamed, the record last, so a kill at any moment leaves either a
 complete run or no run.
@@ -12,9 +15,11 @@ complete run or no run.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +27,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from bench.errors import UserError
+from bench.errors import Fault, UserError
 from bench.records import EVAL_SCHEMA_VERSION, SCHEMA_VERSION, EvalRecord, RunRecord
+from bench.speed_records import SpeedRecord
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 DEFAULT_STORE = Path("results/runs")
-Record = TypeVar("Record", RunRecord, EvalRecord)
+Record = TypeVar("Record", RunRecord, EvalRecord, SpeedRecord)
+
+
+class StoreError(Fault):
+    """The store could not be written while runs were in flight."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> StoreError:
+        """The error for a failed write."""
+        return cls(
+            f"{path} could not be written ({error.strerror or type(error).__name__}), so training stopped; what was stored is "
+            "kept, and once that is mended (free some space?) the same command goes on."
+        )
 
 
 @dataclass
@@ -58,6 +76,20 @@ class Store:
         """Folder of a run."""
         return self.root / run_id
 
+    def put(self, run_id: str, name: str, content: bytes) -> Path:
+        """Writes a file of a run as a whole.
+
+        Raises:
+            StoreError: it could not be written; an earlier one is still there.
+        """
+        path = self.path(run_id) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, content)
+        except OSError as error:
+            raise StoreError.of(path, error) from error
+        return path
+
     def write(
         self,
         record: RunRecord,
@@ -68,24 +100,23 @@ class Store:
 
         Returns:
             The path of the record.
+
+        Raises:
+            StoreError: a file could not be written; there is no record then, or the earlier one.
         """
-        folder = self.path(record.run_id)
-        folder.mkdir(parents=True, exist_ok=True)
         if curve:
             import pandas as pd
 
             buffer = io.BytesIO()
             pd.DataFrame(list(curve)).to_parquet(buffer, index=False)
-            atomic_write(folder / "curve.parquet", buffer.getvalue())
+            self.put(record.run_id, "curve.parquet", buffer.getvalue())
         if influence is not None:
             import numpy as np
 
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **influence)  # type: ignore[arg-type]
-            atomic_write(folder / "influence.npz", buffer.getvalue())
-        target = folder / "record.json"
-        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
-        return target
+            self.put(record.run_id, "influence.npz", buffer.getvalue())
+        return self.put(record.run_id, "record.json", (record.model_dump_json(indent=1) + "\n").encode())
 
     def read(self, run_id: str) -> RunRecord | None:
         """The record of a run, or None if there is no valid one."""
@@ -103,6 +134,26 @@ class Store:
             elif warning:
                 warnings.append(warning)
         records.sort(key=lambda record: (record.started, record.run_id))
+        return records, warnings
+
+    def write_speed(self, record: SpeedRecord) -> Path:
+        """Writes one row of `bench throughput`; an earlier measurement of the same thing is replaced."""
+        target = self.root / "speed" / f"{record.speed_id}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
+        return target
+
+    def load_speed(self) -> tuple[list[SpeedRecord], list[str]]:
+        """All valid rows of `bench throughput`, oldest first, and a warning for each file that is not one."""
+        records: list[SpeedRecord] = []
+        warnings: list[str] = []
+        for path in sorted(self.root.glob("speed/*.json")):
+            record, warning = _parse(path, SpeedRecord, SCHEMA_VERSION)
+            if record is not None:
+                records.append(record)
+            elif warning:
+                warnings.append(warning)
+        records.sort(key=lambda record: (record.started, record.speed_id))
         return records, warnings
 
     def curve(self, run_id: str) -> pd.DataFrame | None:
@@ -168,12 +219,17 @@ class Store:
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _parse(path: Path, kind: type[Record], newest: int) -> tuple[Record | None, str]:

@@ -85,9 +85,24 @@ class Planner:
         self._seen[record.run_id] = record
         self._fresh.add(record.run_id)
 
+    @staticmethod
+    def identity(spec: RunSpec) -> str:
+        """The identity of a run with the code as it is now."""
+        return run_id(spec, provenance.identity_code(spec))
+
+    def look_again(self, spec: RunSpec) -> RunRecord | None:
+        """The record that another process has stored of a run since it was looked up, or None."""
+        record = self.store.read(self.identity(spec))
+        return None if record is None or record.digest() == self.outdated([spec]).get(record.run_id) else record
+
+    def outdated(self, specs: Iterable[RunSpec]) -> dict[str, str]:
+        """Digests of the stored records of missing runs, which are to be replaced, by run."""
+        stored = (self._seen.get(self.identity(spec)) for spec in specs if self.lookup(spec) is None)
+        return {record.run_id: record.digest() for record in stored if record is not None}
+
     def lookup(self, spec: RunSpec) -> RunRecord | None:
         """The record of a run if it counts as present."""
-        identity = run_id(spec, provenance.identity_code(spec))
+        identity = self.identity(spec)
         if identity not in self._seen:
             self._seen[identity] = self.store.read(identity)
         record = self._seen[identity]

@@ -137,7 +137,7 @@ def banded_attention(
         return attention(q_BHTK, share_heads(k_BGSK, n_heads), share_heads(v_BGSV, n_heads), causal=True)
     width = max(k_BGSK.shape[-1], v_BGSV.shape[-1])
     obstacle = f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
-    backend = dispatch.pick("banded_attention", q_BHTK, obstacle=obstacle)
+    backend = dispatch.pick("banded_attention", q_BHTK, obstacle=obstacle, tensor_cores=True)
     if start_B is None and not whole:
         start_B = torch.zeros(q_BHTK.shape[0], dtype=torch.long, device=q_BHTK.device)
     if backend == "triton":

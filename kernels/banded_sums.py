@@ -20,6 +20,7 @@ def banded_attention_sums(
     window: int,
     start_B: Tensor,
     sink_kv: tuple[Tensor, Tensor] | None = None,
+    null_logit_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum_s e^(q.k_s/sqrt(K) - m) v_s and sum_s e^(q.k_s/sqrt(K) - m) over a causal band with sinks, m the row's maximum.
 
@@ -30,6 +31,7 @@ def banded_attention_sums(
         window: number of keys seen, the own one included.
         start_B: int64, absolute position of the first query; keys at negative positions are invisible.
         sink_kv: keys and values of the first P tokens, visible once they have left the window.
+        null_logit_H: a score that every query sees beside its keys, without a value, so it enters the denominator only.
 
     Returns:
         The numerator [B, H, T, V] and the denominator [B, H, T, 1], in fp32 or better.
@@ -41,7 +43,7 @@ def banded_attention_sums(
         visible = _band_visible(n_tokens, history, window, start_B, n_sinks)[:, None]
         if sink_kv is not None:
             k_BHSK, v_BHSV = torch.cat((sink_kv[0], k_BHSK), -2), torch.cat((sink_kv[1], v_BHSV), -2)
-        return _sums(q_BHTK, k_BHSK, v_BHSV, visible)
+        return _sums(q_BHTK, k_BHSK, v_BHSV, visible, None if null_logit_H is None else null_logit_H[:, None, None])
     n_blocks = -(-n_tokens // block)
     spare = n_blocks * block - n_tokens
     q_BHNCK = F.pad(q_BHTK, (0, 0, 0, spare)).unflatten(-2, (n_blocks, block))
@@ -51,12 +53,17 @@ def banded_attention_sums(
         k, v = torch.cat((sink_k, k), -2), torch.cat((sink_v, v), -2)
     block_start = start_B[..., None] + torch.arange(0, n_blocks * block, block, device=q_BHTK.device)
     visible = _band_visible(block, block, window, block_start, n_sinks)[:, None]
-    numerator, denominator = _sums(q_BHNCK, k, v, visible)
+    null = None if null_logit_H is None else null_logit_H[:, None, None, None]
+    numerator, denominator = _sums(q_BHNCK, k, v, visible, null)
     return numerator.flatten(-3, -2)[..., :n_tokens, :], denominator.flatten(-3, -2)[..., :n_tokens, :]
 
 
-def _sums(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor]:
     scores = ((q * q.shape[-1] ** -0.5) @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     scores = scores.masked_fill(~visible, float("-inf"))
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return (weights.to(v.dtype) @ v).to(weights.dtype), weights.sum(-1, keepdim=True)
+    peak = scores.amax(-1, keepdim=True)
+    peak = peak if null is None else torch.maximum(peak, null)
+    weights = (scores - peak).exp()
+    denominator = weights.sum(-1, keepdim=True)
+    denominator = denominator if null is None else denominator + (null - peak).exp()
+    return (weights.to(v.dtype) @ v).to(weights.dtype), denominator

@@ -20,12 +20,12 @@ class Launch(NamedTuple):
     Args:
         tile: columns that a program computes; the coupling kernel has no tiles.
         warps: warps of a program.
-        stages: depth of the software pipeline.
+        stages: depth of the software pipeline of a walk.
     """
 
     tile: int
     warps: int
-    stages: int
+    stages: int = 1
 
 
 class Config(NamedTuple):
@@ -41,15 +41,23 @@ class Config(NamedTuple):
 
 # By the larger of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Launch(0, 4, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4, 1), 64),
-    128: Config(64, Launch(0, 4, 1), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1), 128),
-    256: Config(64, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), 64),
+    64: Config(64, Launch(0, 4), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
+    128: Config(64, Launch(0, 4), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4), 128),
 }
 FP32 = {
-    64: Config(16, Launch(0, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), 32),
-    128: Config(16, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), 32),
-    256: Config(16, Launch(0, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 4, 1), 32),
+    64: Config(16, Launch(0, 4), Launch(32, 4), Launch(32, 4), Launch(32, 4), 32),
+    128: Config(16, Launch(0, 4), Launch(16, 4), Launch(16, 4), Launch(32, 4), 32),
+    256: Config(16, Launch(0, 4), Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
 }
+
+
+def operand_dtype(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor) -> torch.dtype:
+    """The dtype of the tensor cores' operands: the narrowest given, but fp32 for heads wider than 128.
+
+    The assembler of Triton 3.6 (ptxas 12.8) breaks the 16-bit walk of wider heads: it reads outside of shared memory.
+    """
+    wide = max(k_BTGK.shape[3], v_BTHV.shape[3]) > max(SIXTEEN_BIT)
+    return torch.float32 if wide else _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
 
 
 def config_of(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
@@ -77,7 +85,7 @@ class Kept(NamedTuple):
 def kept_like(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
     """Unwritten tensors of the sizes that `forward` returns."""
     batch, length, heads, v_dim = v_BTHV.shape
-    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
     chunk = config_of(k_BTGK.shape[3], v_dim, dot).chunk
     chunks = -(-length // chunk)
     return Kept(
@@ -119,7 +127,7 @@ def forward(
 
     batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
-    dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
+    dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
     config = config_of(k_dim, v_dim, dot)
     kept = kept_like(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)
     chunks = kept.couplings.shape[2]
@@ -134,15 +142,15 @@ def forward(
     delta_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
         **shared, LEVELS=config.chunk.bit_length() - 1, GATE=_gate_kind(log_decay),
-        MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=config.coupling.warps,
+        MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16),
+        num_warps=config.coupling.warps,
     )  # fmt: skip
-    tile, warps, stages = config.forward
-    tile = min(tile, padded(v_dim))
+    tile = min(config.forward.tile, padded(v_dim))
     delta_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
         q, k, v, beta, kept.couplings, kept.decays, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
         kept.errors, kept.states, *strides, length, heads, group,
         **shared, V=v_dim, BV=tile, GATED=log_decay is not None, FIRST=state_BHKV is not None, LAST=return_state, KEEP=keep,
-        STAGES=stages, num_warps=warps,
+        STAGES=config.forward.stages, num_warps=config.forward.warps,
     )  # fmt: skip
     return o, last, kept
 
@@ -182,34 +190,30 @@ def backward(
     dot = kept.couplings.dtype
     config = config_of(k_dim, v_dim, dot)
     chunks = kept.couplings.shape[2]
-    tile, warps, stages = config.reverse
-    tile = min(tile, padded(v_dim))
-    parts = -(-v_dim // tile)
-    dv = torch.empty_like(do_BTHV, memory_format=torch.contiguous_format)
+    tile = min(config.reverse.tile, padded(v_dim))
+    solved, dv = (torch.empty_like(do_BTHV, memory_format=torch.contiguous_format) for _ in range(2))
     dfirst = _nothing(do_BTHV) if state_BHKV is None else _state_like(do_BTHV, k_dim)
     dstates = torch.empty_like(kept.states)
-    dbeta_parts = do_BTHV.new_empty(parts, batch, length, heads, dtype=torch.float32)
     beta = beta_BTH.contiguous()
     (q, k, do), strides, unit = _rows(q_BTGK, k_BTGK, do_BTHV)
     shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
-    delta_triton.reverse_kernel[(batch * heads * parts,)](
-        q, k, do, beta, kept.couplings, kept.decays, kept.errors,
-        do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dv, dfirst, dstates, dbeta_parts, *strides, length, batch, heads, heads // groups,
+    delta_triton.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
+        q, k, do, beta, kept.couplings, kept.decays, do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(),
+        solved, dfirst, dstates, *strides, length, heads, heads // groups,
         **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
-        STAGES=stages, num_warps=warps,
+        STAGES=config.reverse.stages, num_warps=config.reverse.warps,
     )  # fmt: skip
-    tile, warps, _ = config.gradients
-    tile = min(tile, padded(k_dim))
+    tile = min(config.gradients.tile, padded(k_dim))
     tiles = -(-k_dim // tile)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
     dbeta = torch.empty_like(beta)
     dgates = do_BTHV.new_empty((tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
     delta_gradients_triton.gradients_kernel[(batch * heads * chunks * tiles,)](
-        q, k, do, beta, kept.decays, kept.errors, dv, kept.states, dstates, dbeta_parts, dq_BTHK, dk_BTHK, dbeta, dgates,
+        q, k, do, beta, kept.decays, kept.errors, solved, kept.states, dstates, dq_BTHK, dk_BTHK, dv, dbeta, dgates,
         *strides, length, chunks, batch, heads, heads // groups,
-        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), PARTS=parts, GATE_GRAD=gate_grad,
-        num_warps=warps,
+        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), TV=padded(-(-v_dim // tiles)), GATE_GRAD=gate_grad,
+        num_warps=config.gradients.warps,
     )  # fmt: skip
     if groups < heads:
         dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))

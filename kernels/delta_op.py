@@ -118,17 +118,19 @@ class DeltaRule(_SingleLevelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
         """Keeps what the forward pass kept; the errors stand for the values."""
-        q, k, _, beta, log_decay, state, return_state = inputs
-        ctx.return_state = return_state
+        q, k, v, beta, log_decay, state, _ = inputs
+        ctx.shape, ctx.dtype = v.shape, v.dtype
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for what is kept would be most of the memory that is written
         ctx.save_for_backward(q, k, beta, log_decay, state, *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """See `kernels.delta.backward`."""
         q, k, beta, log_decay, state, *kept = ctx.saved_tensors
         gate_grad = log_decay is not None and ctx.needs_input_grad[4]
-        dfinal = dfinal if ctx.return_state else None
+        if do is None:
+            do = q.new_zeros(ctx.shape, dtype=ctx.dtype)
         dq, dk, dv, dbeta, dgate, dstate = _delta_rule_backward(q, k, beta, log_decay, state, *kept, do, dfinal, gate_grad)
         return dq, dk, dv, dbeta, dgate if gate_grad else None, None if state is None else dstate, None
 

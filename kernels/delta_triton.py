@@ -5,7 +5,8 @@ errors E that the chunk's writes U = beta E correct solve (I + X beta) E = R for
 I - H beta with H = X (I + beta X)^-1, and the transposed solve of the gradients is I - H^T beta with the same H:
 
     E = R - H (beta R)               S' = exp(g) S + K^T (exp(g - G) beta E)      o = exp(G) Q S + (Q K^T o Gamma) beta E
-    Y = dU - H^T (beta dU)    dU = exp(g - G) K dS' + (Q K^T o Gamma)^T do       dv = beta Y      dbeta = Y . E
+    Y = dU - H^T (beta dU)           dS = exp(g) dS' + Q^T exp(G) do - K^T exp(G) beta Y
+    dU = exp(g - G) K dS' + (Q K^T o Gamma)^T do
 
 H depends on keys, beta and decays only, so all chunks' H are made in parallel beforehand, in fp32, and stored in the
 dtype of the tensor cores. Beta may be zero: nothing divides by it. Sources: Yang et al. 2024 (DeltaNet), eq. 10; Gated
@@ -20,6 +21,10 @@ import triton
 import triton.language as tl
 
 from kernels.walk_triton import NO_GATE, SCALAR_GATE, _load_rows, _log_decays
+
+# What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
+SIZES = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "gate") for axis in "bth"]
+SIZES += ["length", "chunks", "batches", "heads", "group", "gate_every"]
 
 
 @triton.jit
@@ -44,7 +49,7 @@ def _coupling(x_CC, beta_C, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.con
     return h_CC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coupling_kernel(
     k, beta, gate, h, g,
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
@@ -87,7 +92,7 @@ def _small(beta, g, h, t_C, length, heads, chunk_index, C: tl.constexpr, GATED: 
     return beta_C, h_CC, g_C, g_all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, beta, h, g, first, o, last, errors, states,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -133,8 +138,7 @@ def forward_kernel(
             read_CV = read_CV * tl.exp2(g_C)[:, None]
         error_CV = v_CV.to(tl.float32) - read_CV
         error_CV -= tl.dot(h_CC, (error_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
-        in_out = (t_C < length)[:, None] & (e < V)[None, :]
-        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
+        out, in_out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :], (t_C < length)[:, None] & (e < V)[None, :]
         if KEEP:
             tl.store(errors + out, error_CV.to(DOT), mask=in_out)
         o_CV = tl.dot(q_CK, narrow_KV, input_precision=PRECISION)
@@ -151,30 +155,26 @@ def forward_kernel(
         tl.store(last + head_index * K * V + state_offsets, state_KV, mask=in_state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reverse_kernel(
-    q, k, do, beta, h, g, errors, dlast, dv, dfirst, dstates, dbeta,
+    q, k, do, beta, h, g, dlast, solved, dfirst, dstates,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
-    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32,
+    length: tl.int32, heads: tl.int32, group: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, FIRST: tl.constexpr, DLAST: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * value tiles,). Walks back with dL/dS and writes it after each chunk [B, H, N, K, V], and dv.
-
-    `dbeta` is [value tiles, B, T, H]; its sum over the first axis is the gradient of beta.
-    """
+    """Grid: (B * H * value tiles,). Walks back with dL/dS and writes it after each chunk [B, H, N, K, V], and Y."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
-    head_index, tile = (program // TILES).to(tl.int64), program % TILES
+    head_index = (program // TILES).to(tl.int64)
     batch, head = head_index // heads, head_index % heads
     row = batch * length * heads + head
     q_base = q + (batch * q_b + (head // group) * q_h) * UNIT
     k_base = k + (batch * k_b + (head // group) * k_h) * UNIT
     do_base = do + (batch * do_b + head * do_h) * UNIT
-    dbeta_base = dbeta + tile.to(tl.int64) * batches * length * heads + row
-    i, d, e = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), (program % TILES) * BV + tl.arange(0, BV)
     seen = i[:, None] <= i[None, :]
     state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
     dstate_KV = tl.zeros([BK, BV], tl.float32)
@@ -184,35 +184,31 @@ def reverse_kernel(
     for back in tl.range(0, n_chunks, num_stages=STAGES):
         n = n_chunks - 1 - back
         t_C, chunk_index = n * C + i, head_index * n_chunks + n
-        in_out = (t_C < length)[:, None] & (e < V)[None, :]
-        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
         k_CK = _load_rows(k_base, k_t * UNIT, t_C, d, length, K, DOT)
         q_CK = _load_rows(q_base, q_t * UNIT, t_C, d, length, K, DOT)
         do_CV = _load_rows(do_base, do_t * UNIT, t_C, e, length, V, DOT)
         beta_C, h_CC, g_C, g_all = _small(beta + row, g, h, t_C, length, heads, chunk_index, C, GATED)
-        narrow_KV = dstate_KV.to(DOT)
-        tl.store(dstates + chunk_index * K * V + state_offsets, narrow_KV, mask=in_state)
         # The transposed scores are a product of their own: a transposed accumulator as operand is miscompiled on Hopper.
         scores_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
+        narrow_KV = dstate_KV.to(DOT)
         dwrite_CV = tl.dot(k_CK, narrow_KV, input_precision=PRECISION)
-        fading_CV = do_CV
+        tl.store(dstates + chunk_index * K * V + state_offsets, narrow_KV, mask=in_state)  # on chip it is no longer needed
         if GATED:
-            fade_C = tl.exp2(g_C)
             scores_CC = scores_CC * tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             dwrite_CV = dwrite_CV * tl.exp2(g_all - g_C)[:, None]
-            fading_CV = (do_CV.to(tl.float32) * fade_C[:, None]).to(DOT)
-            dstate_KV = dstate_KV * tl.exp2(g_all)
         else:
             scores_CC = tl.where(seen, scores_CC, 0.0)
         dwrite_CV = tl.dot(scores_CC.to(DOT), do_CV, dwrite_CV, input_precision=PRECISION)
         dwrite_CV -= tl.dot(tl.trans(h_CC), (dwrite_CV * beta_C[:, None]).to(DOT), input_precision=PRECISION)
-        error_CV = tl.load(errors + out, mask=in_out, other=0.0).to(tl.float32)
-        tl.store(dbeta_base + t_C.to(tl.int64) * heads, tl.sum(dwrite_CV * error_CV, 1), mask=t_C < length)
-        dv_CV = dwrite_CV * beta_C[:, None]
-        tl.store(dv + out, dv_CV.to(dv.dtype.element_ty), mask=in_out)
-        dstate_KV = tl.dot(tl.trans(q_CK), fading_CV, dstate_KV, input_precision=PRECISION)
+        in_out = (t_C < length)[:, None] & (e < V)[None, :]
+        out = row * V + t_C.to(tl.int64)[:, None] * (heads * V) + e[None, :]
+        tl.store(solved + out, dwrite_CV.to(solved.dtype.element_ty), mask=in_out)
+        erased_CV, fading_CV = dwrite_CV * -beta_C[:, None], do_CV
         if GATED:
-            dv_CV = dv_CV * fade_C[:, None]
-        dstate_KV = tl.dot(tl.trans(k_CK), (-dv_CV).to(DOT), dstate_KV, input_precision=PRECISION)
+            fade_C = tl.exp2(g_C)
+            erased_CV, fading_CV = erased_CV * fade_C[:, None], (do_CV.to(tl.float32) * fade_C[:, None]).to(DOT)
+            dstate_KV = dstate_KV * tl.exp2(g_all)
+        dstate_KV = tl.dot(tl.trans(k_CK), erased_CV.to(DOT), dstate_KV, input_precision=PRECISION)
+        dstate_KV = tl.dot(tl.trans(q_CK), fading_CV, dstate_KV, input_precision=PRECISION)
     if FIRST:
         tl.store(dfirst + head_index * K * V + state_offsets, dstate_KV, mask=in_state)

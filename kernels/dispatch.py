@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kernels.assembler import tensor_core_obstacle
+
 BACKENDS = ("reference", "chunked", "triton")
 VARIABLE = "MIXER_BENCH_BACKEND"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +28,7 @@ _said: set[tuple[str, str, str]] = set()
 _has_triton = find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _forced: str | None = None
+_seen: dict[str, str] | None = None
 
 
 @contextmanager
@@ -46,7 +49,25 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backends: tuple[str, ...] = BACKENDS) -> str:
+@contextmanager
+def watched() -> Iterator[dict[str, str]]:
+    """Collects, by operation, the form that the calls inside the block took last."""
+    global _seen  # noqa: PLW0603 - one switch for the process
+    before, _seen = _seen, {}
+    try:
+        yield _seen
+    finally:
+        _seen = before
+
+
+def pick(
+    operation: str,
+    sample: Tensor,
+    *,
+    obstacle: str | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+    tensor_cores: bool = False,
+) -> str:
     """The form that runs a call.
 
     Args:
@@ -54,6 +75,7 @@ def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backend
         sample: one of its tensors; tells device and dtype.
         obstacle: what keeps this call from the Triton kernels, as "head dim 300 is above 256", or None.
         backends: forms that the operation has.
+        tensor_cores: whether its Triton kernels multiply matrices, which not every assembler can be trusted with.
 
     Returns:
         A member of `backends`.
@@ -62,6 +84,8 @@ def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backend
         ValueError: a form is forced that the operation lacks or that cannot run this call.
     """
     obstacle = _obstacle(sample) or obstacle
+    if obstacle is None and tensor_cores and sample.is_cuda and "triton" in backends:
+        obstacle = tensor_core_obstacle()
     name = _forced
     if name is not None:
         _refuse_unfit(operation, name, obstacle, backends)
@@ -74,6 +98,8 @@ def pick(operation: str, sample: Tensor, *, obstacle: str | None = None, backend
         name, why = "chunked", obstacle or "not on a CUDA device"
     # A log call would break the graph of torch.compile, which traces this function.
     if not torch.compiler.is_compiling():
+        if _seen is not None:
+            _seen[operation] = name
         _say_once(operation, name, why, slow=sample.is_cuda and name != "triton" and "triton" in backends)
     return name
 

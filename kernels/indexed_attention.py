@@ -42,7 +42,7 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
     if set(options) != set(option_names(pattern)):
         wanted, given = ", ".join(option_names(pattern)), ", ".join(options) or "nothing"
         raise ValueError(f"sparse_attention: {pattern} takes {wanted}, not {given}")
-    backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV))
+    backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV), tensor_cores=True)
     if backend == "triton":
         from kernels.indexed_op import indexed_attention
 
@@ -79,7 +79,7 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
     obstacle = _width_obstacle(k_BGTK, v_BGTV)
     if block % tile[1] and tile[1] % block:
         obstacle = f"block {block} neither divides {tile[1]} nor is a multiple of it"
-    backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle)
+    backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle, tensor_cores=True)
     if backend == "triton":
         from kernels.indexed_op import indexed_attention
 
@@ -135,7 +135,7 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
     obstacle = _width_obstacle(k_BGSK, v_BGSV)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHK, k_BGSK, v_BGSV)):
         obstacle = "the kernel for one token has no gradient"
-    backend = dispatch.pick("decode_attention", q_BHK, obstacle=obstacle)
+    backend = dispatch.pick("decode_attention", q_BHK, obstacle=obstacle, tensor_cores=True)
     if backend == "triton":
         from kernels.indexed_decode import decode_attention_operator
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.indexed_triton import LOG2_E, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
+from kernels.indexed_triton import LOG2_E, SIZES, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q, k, v, starts, words, lists, counts, y, lse, dy, dq, delta,
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
@@ -89,7 +89,7 @@ def _queries_to_visit(
     return low, tl.maximum(tl.cdiv(high, M // pack) - low, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, starts, words, lists, counts, lse, dy, delta, dk, dv,
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
@@ -98,16 +98,17 @@ def key_kernel(
     window: tl.int32, sinks: tl.int32, front: tl.int32, past: tl.int32,
     n_words: tl.int32, block: tl.int32, index_rows: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk [B, S, G, K] and dv [B, S, G, V] of a tile of keys. Grid: (B * G * tiles of keys,).
 
-    `lists` is [index rows, tiles of keys, tiles of queries] here, and `counts` [index rows, tiles of keys].
+    `lists` is [index rows, tiles of keys, tiles of queries] here, and `counts` [index rows, tiles of keys]. A tile of queries in a
+    list is SPLIT tiles of this walk.
     """
     bundles = group // pack
     key_tiles = tl.cdiv(n_keys, N)
-    query_tiles = tl.cdiv(length, M // pack)
+    list_tiles = tl.cdiv(length, SPLIT * M // pack)
     program = tl.program_id(0)
     key_tile, kv_index = program % key_tiles, program // key_tiles
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
@@ -118,15 +119,16 @@ def key_kernel(
     v_NV = load_rows(v, (wide * v_b + kv_head * v_h + s * v_t) * UNIT, e, s < n_keys, V).to(DOT)
     index_row = (kv_index % index_rows).to(tl.int64)
     words += index_row * length * n_words
-    entries, count = lists + (index_row * key_tiles + key_tile) * query_tiles, counts + index_row * key_tiles + key_tile
+    entries, count = lists + (index_row * key_tiles + key_tile) * list_tiles, counts + index_row * key_tiles + key_tile
     start = tl.load(starts + batch) if STORED else 0
     low, visits = _queries_to_visit(
         key_tile, count, length, pack, window, sinks, front, past, LISTED, SINKS, STORED, M, N
     )  # fmt: skip
     dk_NK = tl.zeros([N, BK], tl.float32)
     dv_NV = tl.zeros([N, BV], tl.float32)
+    visits *= SPLIT
     for n in tl.range(visits * bundles, num_stages=STAGES):
-        tile = nth_tile(entries, n % visits, 0, low, LISTED)
+        tile = nth_tile(entries, n % visits // SPLIT, 0, low, LISTED) * SPLIT + n % SPLIT
         t, head, inside = packed_rows(tile, kv_head * group + n // visits * pack, pack, length, M)
         q_MK = load_rows(q, (wide * q_b + head * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
         dy_MV = load_rows(dy, (wide * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)

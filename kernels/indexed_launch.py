@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.sparse_index import Listed
-from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
+from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_PACK = 16
 
@@ -26,12 +26,14 @@ class Config(NamedTuple):
         keys: keys of a tile.
         warps: warps of a program.
         stages: depth of the software pipeline that loads tiles.
+        registers: most registers of a thread, None for as many as the compiler likes; fewer let more programs share an SM.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Configs(NamedTuple):
@@ -61,14 +63,14 @@ class Band(NamedTuple):
 # By the larger of the widths of k and v (the first at least as large counts), for 16-bit and for fp32 operands.
 BAND_16 = {
     64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-    256: Configs(Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(64, 64, 8, 1)),
+    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
 }
-# All three kernels share the tiles of a list.
+# All three kernels share the tiles of a list; the last may take a tile of queries in parts.
 LISTED_16 = {
     64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
 }
 FP32 = {
     64: Configs(*[Config(32, 32, 4, 1)] * 3),
@@ -114,12 +116,12 @@ def forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | No
     v_dim = v_BGSV.shape[3]
     y = q_BHTK.new_empty(batch, length, heads, v_dim)
     lse = q_BHTK.new_empty(batch, heads, length, dtype=torch.float32)
-    (q, k, v), strides, unit = _rows(q_BHTK, k_BGSK, v_BGSV)
+    (q, k, v), strides, unit = _rows(*_narrow(_dot_dtype(q_BHTK, k_BGSK, v_BGSV), q_BHTK, k_BGSK, v_BGSV))
     lists = _lists(index, k, by_key=False)
     config = _chosen(q, k, v, index).forward
     indexed_triton.forward_kernel[(_query_tiles(q, k, config),)](
         q, k, v, k if start_B is None else start_B, *lists, y, lse, *strides, *_sizes(q, k, index),
-        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return y.transpose(1, 2), lse
 
@@ -133,18 +135,20 @@ def backward(
 
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q_BHTK, k_BGSK, v_BGSV))
     delta = torch.empty_like(lse_BHT)
-    (q, k, v, y, dy), strides, unit = _rows(q_BHTK, k_BGSK, v_BGSV, y_BHTV, dy_BHTV)
+    dot = _dot_dtype(q_BHTK, k_BGSK, v_BGSV)
+    (q, k, v, y, dy), strides, unit = _rows(*_narrow(dot, q_BHTK, k_BGSK, v_BGSV, y_BHTV, dy_BHTV))
     starts = k if start_B is None else start_B
     chosen = _chosen(q, k, v, index)
     sizes, config = _sizes(q, k, index), chosen.query
     indexed_grad_triton.query_kernel[(_query_tiles(q, k, config),)](
         q, k, v, starts, *_lists(index, k, by_key=False), y, lse_BHT, dy, dq, delta, *strides, *sizes,
-        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     config = chosen.key
     indexed_grad_triton.key_kernel[(k.shape[0] * k.shape[1] * -(-k.shape[2] // config.keys),)](
         q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, dk, dv, *strides[:9], *strides[12:], *sizes,
-        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps,
+        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
+        SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -183,7 +187,7 @@ def _constants(
         "STORED": start_B is not None,
         "ROWWISE": listed and index.block % config.keys == 0,
     }
-    tiles = {"BK": padded(k_dim), "BV": padded(v_dim), "UNIT": unit, "M": config.queries, "N": config.keys}
+    tiles = {"BK": product_width(k_dim, dot), "BV": product_width(v_dim, dot), "UNIT": unit, "M": config.queries, "N": config.keys}
     types = {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot), "STAGES": config.stages}
     return {"K": k_dim, "V": v_dim, **tiles, **flags, **types}
 

@@ -20,6 +20,11 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
+STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "y", "dy") for axis in "bht")
+COUNTS = ("length", "n_keys", "kv_heads", "group", "pack", "window", "sinks", "front", "past", "n_words", "block", "index_rows")
+SIZES = (*STRIDES, *COUNTS)
+FLAG_SIZES = ("rows", "n_rows_inner", "n_flags", "row_outer", "row_inner", "flag_stride")
 
 
 @triton.jit
@@ -44,7 +49,7 @@ def band_tiles(first, stop, n_keys, window, sinks, front, past, N: tl.constexpr,
 def band_seen(t, s, start, window, sinks, front, past, SINKS: tl.constexpr, STORED: tl.constexpr):
     """Whether the token at index t sees the key at index s; both broadcast. `start` is the absolute position of token 0."""
     age = t + past + front - s
-    seen = (age >= 0) & (age < window)
+    seen = age.to(tl.uint32) < window.to(tl.uint32)  # not negative and below the window
     if STORED:
         seen = seen & (s >= front) & (start + t - age >= 0)
         if SINKS:
@@ -105,7 +110,7 @@ def packed_rows(tile, first_head, pack, length, M: tl.constexpr):
     return t, first_head + r % pack, t < length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, starts, words, lists, counts, y, lse,
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
@@ -122,6 +127,7 @@ def forward_kernel(
     Grid: (B * G * bundles * tiles of queries,). `words` is [index rows, T, n_words]; `lists` [index rows, tiles of queries,
     tiles of keys] and `counts` [index rows, tiles of queries], one index row for all heads or one for each of B * G.
     """
+    SCALE: tl.constexpr = K**-0.5 * LOG2_E
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
     program = tl.program_id(0)
@@ -149,15 +155,15 @@ def forward_kernel(
         s = s_tile + tl.arange(0, N)
         k_NK = load_rows(k, s.to(tl.int64) * k_t * UNIT, i, s < n_keys, K).to(DOT)
         v_NV = load_rows(v, s.to(tl.int64) * v_t * UNIT, e, s < n_keys, V).to(DOT)
-        score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
+        score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
         seen = is_seen(
             words, t[:, None], s[None, :], s_tile, inside[:, None], start, n_words, block, window, sinks, front, past,
             LISTED, SINKS, STORED, ROWWISE,
         )  # fmt: skip
         score_MN = tl.where(seen, score_MN, float("-inf"))
-        higher_M = tl.maximum(highest_M, tl.max(score_MN, 1))
+        higher_M = tl.maximum(highest_M, tl.max(score_MN, 1) * SCALE)
         base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)  # a row that has seen nothing yet
-        p_MN = tl.exp2(score_MN - base_M[:, None])
+        p_MN = tl.exp2(score_MN * SCALE - base_M[:, None])
         shrink_M = tl.exp2(highest_M - base_M)
         total_M = total_M * shrink_M + tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV * shrink_M[:, None], input_precision=PRECISION)
@@ -170,7 +176,7 @@ def forward_kernel(
     tl.store(lse + (wide * heads + head) * length + t, highest_M + tl.log2(safe_M), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FLAG_SIZES)
 def compact_kernel(
     flags, lists, counts, rows: tl.int32, n_rows_inner: tl.int32, n_flags: tl.int32,
     row_outer: tl.int64, row_inner: tl.int64, flag_stride: tl.int64, BLOCK: tl.constexpr,

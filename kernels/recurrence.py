@@ -5,10 +5,11 @@ Shape legend: B batch, T time, H heads of v and of the state, G heads of q and k
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kernels import chunked, delta_op, dispatch, recurrence_op, reference
-from kernels.chunk_decay import Lift
+from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
+from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
@@ -23,7 +24,6 @@ def linear_recurrence(
     log_decay: Tensor | None = None,
     beta_BTH: Tensor | None = None,
     state_BHKV: Tensor | None = None,
-    lift: Lift | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = decay_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t; see `kernels.reference`.
@@ -35,7 +35,6 @@ def linear_recurrence(
         log_decay: natural log of the decay, <= 0 and finite: None, [H], [B, T, H] or [B, T, H, K].
         beta_BTH: write strength of the delta rule, or None for no erasure and unit writes.
         state_BHKV: S_0; None means "from zero, and return no state", as for `Mixer.forward`.
-        lift: q and k are still to be mapped to features, K of the state being the number of features.
         chunk: longest chunk of the torch form, a power of two; the Triton form has its own.
 
     Returns:
@@ -44,16 +43,59 @@ def linear_recurrence(
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, lifted=lift is not None)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV, log_decay, lift))
+    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
+    if is_step(v_BTHV.shape[1], state_BHKV, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH):
+        return _step(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV), tensor_cores=True)
+    if backend == "triton" and log_decay is not None and log_decay.ndim == 4:
+        return _vector_gate(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if backend == "triton":
         return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     named = {"log_decay": log_decay, "beta_BTH": beta_BTH, "state_BHKV": state_BHKV}
     if backend == "chunked":
-        return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, lift=lift, chunk=chunk, **named)
-    q, k = (q_BTGK, k_BTGK) if lift is None else (lift.features(q_BTGK), lift.features(k_BTGK))
-    o, final = reference.linear_recurrence_reference(q, k, v_BTHV, **named)
+        return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, chunk=chunk, **named)
+    o, final = reference.linear_recurrence_reference(q_BTGK, k_BTGK, v_BTHV, **named)
     return o, None if state_BHKV is None else final
+
+
+def normalized_recurrence(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Numerators and denominators of normalised linear attention: the recurrence of v, and of a column of ones.
+
+    Args:
+        q_BTHK: queries.
+        k_BTHK: keys.
+        v_BTHV: values; in fp32 if the quotient is to be exact.
+        log_decay: as for `linear_recurrence`.
+        state: sums of k v^T [B, H, K, V] and of k [B, H, K] so far; None means "from zero, and return none".
+
+    Returns:
+        [B, T, H, V], [B, T, H, 1], and the sums after the last token in the dtype of those given, or None.
+    """
+    ones_BTH1 = torch.ones_like(v_BTHV[..., :1])
+    if state is not None and is_step(v_BTHV.shape[1], state[0], state[1], q_BTHK, k_BTHK, v_BTHV, log_decay):
+        # Joined, a single token would copy the whole state twice.
+        o, s = linear_recurrence(q_BTHK, k_BTHK, v_BTHV, log_decay=log_decay, state_BHKV=state[0])
+        n, z = linear_recurrence(q_BTHK, k_BTHK, ones_BTH1, log_decay=log_decay, state_BHKV=state[1][..., None])
+        assert s is not None and z is not None
+        return o, n, (s, z[..., 0])
+    joined = None if state is None else torch.cat((state[0], state[1][..., None]), -1)
+    v1 = torch.cat((v_BTHV, ones_BTH1), -1)
+    o, sums = linear_recurrence(q_BTHK, k_BTHK, v1, log_decay=log_decay, state_BHKV=joined)
+    return o[..., :-1], o[..., -1:], None if sums is None else (sums[..., :-1], sums[..., -1])
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A single token, with the time axis taken off and put back."""
+    log_decay = log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, 0]
+    o, new = recurrent_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay=log_decay, beta_BH=None if beta is None else beta[:, 0])
+    return o[:, None], new
 
 
 def _triton(
@@ -70,21 +112,24 @@ def _triton(
     return o, None if state is None else final.to(state.dtype)
 
 
-def _obstacle(k: Tensor, v: Tensor, log_decay: Tensor | None, lift: Lift | None) -> str | None:
+def _vector_gate(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The operator's fp32 states."""
+    wide = None if state is None else state.float()
+    o, final = vector_gate_op.vector_gate_recurrence(q, k, v, log_decay, beta, None, wide, state is not None)
+    return o, None if state is None else final.to(state.dtype)
+
+
+def _obstacle(k: Tensor, v: Tensor) -> str | None:
     """What keeps a call from the Triton kernels."""
-    if lift is not None:
-        return "features computed in the kernel are not supported"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a vector decay has no Triton kernel"
     if (width := max(k.shape[3], v.shape[3])) > MAX_WIDTH:
         return f"head dim {width} is above {MAX_WIDTH}"
     return None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, *, lifted: bool
-) -> None:
-    """Refuses shapes, dtypes and devices that do not belong together, naming the argument; only a lift knows its width."""
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None) -> None:
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{OPERATION}: {name} has the shape {tuple(x.shape)}; it must be [B, T, heads, width]")
@@ -98,9 +143,13 @@ def _check(
     k_dim = k.shape[3]
     decays = ((heads,), (batch, length, heads), (batch, length, heads, k_dim))
     _check_shape("log_decay", log_decay, *decays)
+    if log_decay is not None and log_decay.ndim == 4 and k.shape[2] != heads:
+        raise ValueError(
+            f"{OPERATION}: q and k have {k.shape[2]} heads and v {heads}; under a decay per key channel they must agree, "
+            "so repeat q and k"
+        )
     _check_shape("beta", beta, (batch, length, heads))
-    features = state.shape[2] if lifted and state is not None and state.ndim == 4 else k_dim
-    _check_shape("state", state, (batch, heads, features, v.shape[3]))
+    _check_shape("state", state, (batch, heads, k_dim, v.shape[3]))
     for name, x in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta), ("state", state)):
         if x is not None and x.device != v.device:
             raise ValueError(f"{OPERATION}: {name} is on {x.device} and v on {v.device}; move them to one device")

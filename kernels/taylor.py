@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kernels import chunked, dispatch
 from kernels.chunk_decay import Lift
+from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.reference import linear_recurrence_reference
+from kernels.step import is_step
 
 OPERATION = "taylor_attention"
 CHUNK = 256
@@ -62,7 +64,9 @@ def taylor_attention(
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check(q_BTHK, k_BTHK, v_BTHV, state, eps)
-    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTHK, v_BTHV))
+    if state is not None and is_step(v_BTHV.shape[1], state[0], state[1], q_BTHK, k_BTHK, v_BTHV):
+        return _step(q_BTHK, k_BTHK, v_BTHV, eps, state)
+    backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTHK, v_BTHV), tensor_cores=True)
     if backend == "triton":
         return _triton(q_BTHK, k_BTHK, v_BTHV, eps, state)
     joined = None if state is None else state[0] if eps is None else torch.cat((state[0], state[1][..., None]), -1)
@@ -78,6 +82,16 @@ def taylor_attention(
         return o.to(v_BTHV.dtype), None if state is None else (sums.to(state[0].dtype), None)
     o = (o[..., :-1] / (o[..., -1:] + eps)).to(v_BTHV.dtype)
     return o, None if state is None else (sums[..., :-1].to(state[0].dtype), sums[..., -1].to(state[1].dtype))
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, eps: float | None, state: Sums) -> tuple[Tensor, Sums]:
+    """A single token: the recurrence's step on features, which are few beside the sums."""
+    phi_q, phi_k, wide = features(q), features(k), v.to(torch.promote_types(v.dtype, torch.float32))
+    if eps is None or state[1] is None:
+        o, s = linear_recurrence(phi_q, phi_k, wide, state_BHKV=state[0])
+        return o.to(v.dtype), (s, None)
+    o, n, sums = normalized_recurrence(phi_q, phi_k, wide, state=(state[0], state[1]))
+    return (o / (n + eps)).to(v.dtype), sums
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, eps: float | None, state: Sums | None) -> tuple[Tensor, Sums | None]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.taylor_triton import factors, first_factor, load_tile, second_factor
+from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, second_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q, k, v, entering, entering_norm, y, dy, scale, dq, shift,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -56,7 +56,7 @@ def query_kernel(
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_MK = dq_MK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=STAGES):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)
@@ -78,7 +78,7 @@ def _through_features(dphi_MF, first_MF, second_MF, dx_MK, i, f, K: tl.constexpr
     return tl.dot(to_second_MF, second_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -124,7 +124,7 @@ def key_kernel(
         dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
     dk_NK = dk_NK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=STAGES):
+    for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         dstate_FV = tl.load(leaving + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

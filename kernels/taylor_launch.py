@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
+from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
@@ -25,6 +25,7 @@ class Config(NamedTuple):
         rows: rows of the sums of a tile.
         warps: warps of a program.
         stages: depth of the software pipeline that loads tiles.
+        registers: most registers of a thread, None for as many as the compiler likes; fewer let more programs share an SM.
     """
 
     queries: int
@@ -32,6 +33,7 @@ class Config(NamedTuple):
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Configs(NamedTuple):
@@ -45,7 +47,7 @@ class Configs(NamedTuple):
 
 # By the width of v (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 4, 2)),
+    64: Configs(Config(128, 64, 64, 4, 3), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 2), Config(64, 64, 64, 4, 2)),
     128: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
     256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)),
 }
@@ -91,7 +93,7 @@ class _Call(NamedTuple):
     def constants(self) -> dict[str, object]:
         """Compile-time arguments of every kernel with matrix products."""
         types = {"DOT": _triton_dtype(self.dot), "WIDE": _triton_dtype(self.wide), "PRECISION": _precision(self.dot)}
-        return {"K": self.k_dim, "V": self.v_dim, "BK": padded(self.k_dim), **types}
+        return {"K": self.k_dim, "V": self.v_dim, "BK": product_width(self.k_dim, self.dot), **types}
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
@@ -130,13 +132,13 @@ def forward(
     y = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     scale = _fresh(v_BTHV, *(call.batch, call.length, call.heads) if norm else (0,))
     entering = _entering(call, k_BTHK, v_BTHV, None, first, first_norm, norm=norm, last=last)
-    (q, k, v), strides, unit = _rows(q_BTHK, k_BTHK, v_BTHV)
-    tile = min(VALUE_TILE, padded(call.v_dim))
+    (q, k, v), strides, unit = _rows(*_narrow(call.dot, q_BTHK, k_BTHK, v_BTHV))
+    tile = min(VALUE_TILE, product_width(call.v_dim, call.dot))
     blocks = -(-call.length // config.queries) * -(-call.v_dim // tile)
     taylor_triton.forward_kernel[(call.batch * call.heads * blocks,)](
         q, k, v, entering[0], entering[1], y, scale, *strides, call.length, call.heads, call.chunk, call.chunks, eps,
         **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BM=config.queries, BN=config.keys, NORM=norm,
-        FIRST=first is not None, STAGES=config.stages, num_warps=config.warps,
+        FIRST=first is not None, STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return y, scale, *entering
 
@@ -169,21 +171,21 @@ def backward(
     call = _call(q_BTHK, k_BTHK, v_BTHV)
     chosen = configs(call.v_dim, call.dot)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BTHK, v_BTHV))
-    (q, k, v, dy), strides, unit = _rows(q_BTHK, k_BTHK, v_BTHV, dy_BTHV)
+    (q, k, v, dy), strides, unit = _rows(*_narrow(call.dot, q_BTHK, k_BTHK, v_BTHV, dy_BTHV))
     shift = _fresh(v_BTHV, *scale.shape)
     sizes = (call.length, call.heads, call.chunk, call.chunks)
-    shared = {**call.constants(), "BV": padded(call.v_dim), "UNIT": unit, "NORM": norm}
+    shared = {**call.constants(), "BV": product_width(call.v_dim, call.dot), "UNIT": unit, "NORM": norm}
     query, key = chosen.query, chosen.key
     taylor_grad_triton.query_kernel[(call.batch * call.heads * -(-call.length // query.queries),)](
         q, k, v, entering, entering_norm, y, dy, scale, dq, shift, *strides, *sizes, **shared, BF=query.rows,
-        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, num_warps=query.warps,
+        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, num_warps=query.warps, maxnreg=query.registers,
     )  # fmt: skip
     leaving, leaving_norm, dfirst, dfirst_norm = _entering(
         call, q_BTHK, dy_BTHV, (scale, shift), dlast, dlast_norm, norm=norm, last=first
     )
     taylor_grad_triton.key_kernel[(call.batch * call.heads * -(-call.length // key.keys),)](
         q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv, *strides, *sizes, **shared, BF=key.rows,
-        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, num_warps=key.warps,
+        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, num_warps=key.warps, maxnreg=key.registers,
     )  # fmt: skip
     return dq, dk, dv, dfirst, dfirst_norm
 
@@ -211,14 +213,14 @@ def _entering(
     end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*shape[:2], rows, call.v_dim), (*shape[:2], rows)))
     end_norm = end_norm if norm else _fresh(c, 0)
     if high > low:
-        (x, c), strides, unit = _rows(x, c)
-        config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, padded(call.v_dim))
+        (x, c), strides, unit = _rows(*_narrow(call.dot, x, c))
+        config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, product_width(call.v_dim, call.dot))
         tiles = -(-rows // config.rows) * -(-call.v_dim // tile)
         scale, shift = rescale if rescale is not None else (sums, sums)
         taylor_triton.state_kernel[(call.batch * call.heads * (high - low) * tiles,)](
             x, c, scale, shift, sums, norms, *strides, call.length, call.heads, call.chunk, low, high - low, call.chunks,
             **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse,
-            STAGES=config.stages, num_warps=config.warps,
+            STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     tiles = -(-rows * call.v_dim // SCAN_BLOCK) + (-(-rows // SCAN_BLOCK) if norm else 0)
     taylor_triton.scan_kernel[(call.batch * call.heads * tiles,)](

@@ -19,6 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
+STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("x", "c", "q", "k", "v", "dy") for axis in "bth")
+COUNTS = ("length", "heads", "chunk", "chunks", "first_chunk", "some_chunks", "all_chunks", "low", "high")
+SIZES = (*STRIDES, *COUNTS)
+
 
 @triton.jit
 def load_tile(base, stride, t_M, cols, length, WIDTH: tl.constexpr):
@@ -67,7 +72,7 @@ def weights(f, K: tl.constexpr):
     return tl.where(f < K, K**-0.5, tl.where(f < K * (K // 2 + 2), pair, 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state_kernel(
     x, c, scale, shift, sums, norms,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
@@ -143,7 +148,7 @@ def _scan(
         tl.store(last + head_index * SIZE + element, carry, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     sums, norms, first, first_norm, entering, entering_norm, last, last_norm,
     all_chunks: tl.int32, low: tl.int32, high: tl.int32,
@@ -172,7 +177,7 @@ def scan_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, entering, entering_norm, y, scale,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -217,7 +222,7 @@ def forward_kernel(
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=STAGES):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

@@ -46,6 +46,16 @@ def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
     return _by_width(FP32 if dtype == torch.float32 else BACKWARD_16, max(k_dim, v_dim))
 
 
+def tile_of(config: Config, width: int, dtype: torch.dtype) -> int:
+    """Columns of the output of one program."""
+    return min(config.tile, product_width(width, dtype))
+
+
+def product_width(width: int, dtype: torch.dtype) -> int:
+    """The width of a tile that is the right side of a product: narrow ones of 16-bit operands are not safe, see `_narrow`."""
+    return max(padded(width), 16 if dtype == torch.float32 else 32)
+
+
 def _by_width(table: dict[int, Config], width: int) -> Config:
     return next(config for limit, config in table.items() if width <= limit)
 
@@ -77,10 +87,10 @@ def forward(
     k_dim = k_BTGK.shape[3]
     dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
     config = forward_config(k_dim, dot)
-    tile = min(config.tile, padded(v_dim))
+    tile = tile_of(config, v_dim, dot)
     o = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     last = _state_like(v_BTHV, k_dim) if return_state else _nothing(v_BTHV)
-    (q, k, v), strides, unit = _rows(q_BTGK, k_BTGK, v_BTHV)
+    (q, k, v), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV))
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
     walk_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
@@ -126,13 +136,13 @@ def backward(
     groups, k_dim = k_BTGK.shape[2:]
     dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
     config = backward_config(k_dim, v_dim, dot)
-    tile_k, tile_v = min(config.tile, padded(k_dim)), min(config.tile, padded(v_dim))
+    tile_k, tile_v = tile_of(config, k_dim, dot), tile_of(config, v_dim, dot)
     key_tiles, value_tiles = -(-k_dim // tile_k), -(-v_dim // tile_v)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
     dv = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     dfirst = _nothing(v_BTHV) if state_BHKV is None else _state_like(v_BTHV, k_dim)
     rowsums = v_BTHV.new_empty((2 * key_tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
-    (q, k, v, do), strides, unit = _rows(q_BTGK, k_BTGK, v_BTHV, do_BTHV)
+    (q, k, v, do), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV, do_BTHV))
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
     walk_triton.backward_kernel[(batch * heads * (2 * key_tiles + value_tiles),)](
         q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), do,
@@ -165,6 +175,15 @@ def _decay_gradient(rowsums: Tensor, log_decay: Tensor, final_BHKV: Tensor | Non
 def _dot_dtype(*operands: Tensor) -> torch.dtype:
     """The dtype of the tensor cores' operands: the narrowest given, as autocast would have it; sums are in fp32."""
     return min((x.dtype for x in operands), key=lambda dtype: dtype.itemsize)
+
+
+def _narrow(dtype: torch.dtype, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands in the dtype of the products.
+
+    A kernel that converted them itself would read the wide ones in each walk; and where it did, Triton 3.6 built descriptors
+    of 16 columns that tensor cores followed out of shared memory (fp32 values beside 16-bit keys 8 and 16 wide).
+    """
+    return tuple(x.to(dtype) for x in operands)
 
 
 def _triton_dtype(dtype: torch.dtype) -> object:

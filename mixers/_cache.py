@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention import attention, banded_attention, share_heads
 from kernels.indexed_attention import decode_attention
+from kernels.step import may_write
 from mixers._base import State
 
 
@@ -39,7 +40,7 @@ def kv_cache(batch: int, n_heads: int, max_len: int, head_dim: int, *, device: t
 
 
 def append_kv(state: State, k_BHTK: Tensor, v_BHTK: Tensor, position_BT: Tensor) -> State:
-    """A copy of the cache with the segment's keys and values written at their positions.
+    """The cache with the segment's keys and values written at their positions: a copy, but in place inside `states_in_place`.
 
     Raises:
         ValueError: the segment alone is longer than the cache.
@@ -48,9 +49,10 @@ def append_kv(state: State, k_BHTK: Tensor, v_BHTK: Tensor, position_BT: Tensor)
     if n_new > size:
         raise ValueError(f"{n_new} tokens do not fit a state made for max_len={size}; make it with a larger max_len")
     index = position_BT[:, None, :, None].expand_as(k_BHTK)
+    write = Tensor.scatter_ if may_write() else Tensor.scatter
     return {
-        "k": state["k"].scatter(2, index, k_BHTK.to(state["k"].dtype)),
-        "v": state["v"].scatter(2, index, v_BHTK.to(state["v"].dtype)),
+        "k": write(state["k"], 2, index, k_BHTK.to(state["k"].dtype)),
+        "v": write(state["v"], 2, index, v_BHTK.to(state["v"].dtype)),
         "position": position_BT[:, -1] + 1,
     }
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.recurrence import linear_recurrence
+from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.taylor import taylor_attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._feature_maps import Taylor2, make_feature_map
@@ -117,9 +117,12 @@ class LinearAttention(Mixer):
         return state | {"z": torch.zeros(shape, device=device, dtype=dtype)} if self.normalize else state
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
-        joined = None if state is None else self._join(state)
-        o, sums = linear_recurrence(self.phi_q(q), self.phi_k(k), self._with_ones(v), state_BHKV=joined)
-        return self._output(o, dtype), None if state is None else self._part(sums, state)
+        q, k, v = self.phi_q(q), self.phi_k(k), widen(v)
+        if not self.normalize:
+            o, s = linear_recurrence(q, k, v, state_BHKV=None if state is None else state["s"])
+            return o.flatten(-2).to(dtype), None if s is None else {"s": s}
+        o, n, sums = normalized_recurrence(q, k, v, state=None if state is None else (state["s"], state["z"]))
+        return (o / (n + EPS)).flatten(-2).to(dtype), None if sums is None else {"s": sums[0], "z": sums[1]}
 
     def _taylor(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
         """As `_causal`; features and the division are the kernels' matter."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.recurrence import linear_recurrence
+from kernels.recurrence import normalized_recurrence
 from mixers._base import Mixer, State, heads, mixer
 from mixers._feature_maps import make_feature_map
 from mixers._layers import ShortConv, refuse_context, widen
@@ -76,11 +76,10 @@ class NormalizedGLA(Mixer):
         qk, v = self._parts(qkv_BTE)
         qk, tail_BPD = self.conv(qk, None if state is None else state["conv"])
         q_BTHF, k_BTHF = self._features(qk)
-        v1 = torch.cat((widen(v), torch.ones_like(v[..., :1], dtype=widen(v).dtype)), dim=-1)
-        joined = None if state is None else torch.cat((state["s"], state["z"][..., None]), dim=-1)
-        o, sums = linear_recurrence(q_BTHF, k_BTHF, v1, log_decay=self._log_gate(x_BTD), state_BHKV=joined)
-        y = (o[..., :-1] / (o[..., -1:] + EPS)).flatten(-2).to(qkv_BTE.dtype)
-        return y, None if sums is None else {"s": sums[..., :-1], "z": sums[..., -1], "conv": tail_BPD}
+        sums = None if state is None else (state["s"], state["z"])
+        o, n, sums = normalized_recurrence(q_BTHF, k_BTHF, widen(v), log_decay=self._log_gate(x_BTD), state=sums)
+        y = (o / (n + EPS)).flatten(-2).to(qkv_BTE.dtype)
+        return y, None if sums is None else {"s": sums[0], "z": sums[1], "conv": tail_BPD}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels.chunked import dplr_recurrence
+from kernels.dplr import dplr_recurrence
 from mixers._base import AttentionWeights, Mixer, State, mixer
 from mixers._layers import HeadNorm, LowRank, head_count, l2_normalize, refuse_context, widen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -27,6 +28,10 @@ class Output:
     def say(self, text: str = "") -> None:
         """One line for people."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def ours_alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Keeps what libraries print away from the programs that read stdout."""
+        return contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
 
     def emit(self, kind: str, content: dict[str, Any]) -> None:
         """One JSON line for programs, if they listen."""

@@ -110,7 +110,8 @@ def _convert(conversion: Any, out: Path, output: Output, *, first: bool) -> int:
     try:
         gate = conversion.run(on_progress=lambda progress: _show(progress, output), say=output.say)
     except KeyboardInterrupt:
-        output.say("Interrupted; the same command continues from the checkpoint.")
+        kept = (partial_folder(out) / "checkpoint.pt").exists()
+        output.say(f"Interrupted; the same command {'continues from the checkpoint' if kept else 'starts again'}.")
         raise
     output.say(gate.sentence())
     if not gate.passed:

@@ -30,7 +30,7 @@ def run(root: Path, output: Output) -> int:
         ("cpu", "ok", cpu_name()),
         _gpu(),
         _triton(),
-        *(_extra(name) for name in ("eval", "dev")),
+        *(_extra(name) for name in ("eval", "gpu", "ray", "slurm", "dev")),
         kernels_clash(),
         _store(root),
     ]
@@ -60,6 +60,10 @@ def _triton() -> Finding:
         return "triton", "note", "not installed; the torch kernels are used"
     if not has_triton():
         return "triton", "note", f"triton {version('triton')} is installed but has no GPU to compile for"
+    from kernels.assembler import tensor_core_obstacle
+
+    if (obstacle := tensor_core_obstacle()) is not None:
+        return "triton", "note", f"triton {version('triton')}: {obstacle}; until then recurrences and sparse attention run in torch"
     return "triton", "ok", f"triton {version('triton')} can compile for this GPU"
 
 

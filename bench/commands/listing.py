@@ -10,8 +10,14 @@ from bench import catalog
 from bench.commands.console import Output
 from bench.errors import unknown
 from bench.judge.suites import descriptions
+from bench.throughput.names import KERNELS
 
 KINDS = {"mixers": "mixer", "tasks": "task", "recipes": "recipe"}
+
+
+def kernels() -> dict[str, str]:
+    """Every kernel of `bench throughput` with what it computes."""
+    return {name: kernel.summary for name, kernel in KERNELS.items()}
 
 
 def run(what: str, output: Output) -> int:
@@ -20,11 +26,15 @@ def run(what: str, output: Output) -> int:
     Raises:
         UserError: an unknown kind.
     """
-    if what not in (*KINDS, "conversions", "suites", "all"):
-        raise unknown("kind", what, [*KINDS, "conversions", "suites", "all"])
     tables = {kinds: (kind, partial(catalog.names, kind)) for kinds, kind in KINDS.items()}
-    others = {"conversions": ("conversion", catalog.conversions), "suites": ("suite", descriptions)}
-    for kinds, (kind, names) in (tables | others).items():
+    tables |= {
+        "conversions": ("conversion", catalog.conversions),
+        "kernels": ("kernel", kernels),
+        "suites": ("suite", descriptions),
+    }
+    if what not in (*tables, "all"):
+        raise unknown("kind", what, [*tables, "all"])
+    for kinds, (kind, names) in tables.items():
         if what not in ("all", kinds):
             continue
         table = Table(title=kinds, show_header=False, title_justify="left")

@@ -9,7 +9,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from bench.commands.console import Output, seconds_text
 from bench.records import RunRecord
-from bench.spec import RunSpec
 
 if TYPE_CHECKING:
     from bench.launch import Fleet
@@ -85,13 +84,6 @@ def outcome_text(record: RunRecord) -> str:
     return f"{shown}, {record.epochs_run} epochs, {seconds_text(record.wall_seconds)}"
 
 
-def run_name(spec: RunSpec, label: str) -> str:
-    """A run in a progress line."""
-    purpose = "choosing lr" if spec.role == "select" else f"seed {spec.seed}"
-    return f"{label} d={spec.model.d_model} lr={spec.train.lr:g} {purpose}"
-
-
-def fleet_name(fleet: Fleet, names: dict[RunSpec, str]) -> str:
+def fleet_name(fleet: Fleet, names: list[str]) -> str:
     """A fleet in its progress bar."""
-    first = names[fleet[0]]
-    return first if len(fleet) == 1 else f"{first} and {len(fleet) - 1} more"
+    return names[0] if len(fleet) == 1 else f"{names[0]} and {len(fleet) - 1} more"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from bench import catalog
 from bench.commands.suite import suite_sweep
@@ -12,7 +16,7 @@ from bench.device import Device
 from bench.errors import UserError
 from bench.grammar import apply_settings, parse_mixers
 from bench.records import StateInfo
-from bench.spec import TaskSpec
+from bench.spec import LayerSpec, ModelSpec, TaskSpec, TrainSpec
 from bench.sweep import Experiment, Sweep
 
 DEFAULT_RECIPE = "laptop"
@@ -39,6 +43,8 @@ class Request:
     """Where the report goes, or None for no report."""
     suite: str | None = None
     preset: str | None = None
+    launch: str = "local"
+    """Where fleets train."""
     check: bool = False
     """Whether to compare with the recipe's published values."""
 
@@ -79,10 +85,40 @@ def _named_sweep(request: Request) -> Sweep:
     name = request.recipe or (request.task if request.task in catalog.names("recipe") else DEFAULT_RECIPE)
     make = catalog.load("recipe", name or DEFAULT_RECIPE)
     if request.task is None:
-        return make()
+        return _call(make, name)
     if "task" in catalog.options_of(make):
-        return make(task=request.task)
-    return _with_task(make(), request.task, named=request.recipe)
+        return _call(make, name, task=request.task)
+    return _with_task(_call(make, name), request.task, named=request.recipe)
+
+
+def _call(make: Callable[..., Any], name: str, **options: str) -> Sweep:
+    """What a recipe returns.
+
+    Raises:
+        UserError: not a sweep, or one with a field that does not exist or does not fit.
+    """
+    try:
+        sweep = make(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        fault = "is unknown" if first["type"] == "extra_forbidden" else f"does not fit: {first['msg'].lower()}"
+        near = _fields_like(str(first["loc"][-1])) if fault == "is unknown" else ""
+        raise UserError(f"Recipe {name!r} is not a valid sweep: field {field!r} of {error.title} {fault}.{near}") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Recipe {name!r} failed: {' '.join(str(error).split())}.") from error
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"Recipe {name!r} returned {type(sweep).__name__}; a recipe returns a bench.sweep.Sweep.")
+    return sweep
+
+
+def _fields_like(name: str) -> str:
+    """The known field that a misspelt one is nearest to."""
+    known = {field for kind in (Sweep, Experiment, TaskSpec, ModelSpec, TrainSpec, LayerSpec) for field in kind.model_fields}
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 
 from rich.table import Table
 
+from bench.announce import SweepFile
 from bench.commands.agreement import check, published_figure
 from bench.commands.console import Output, bytes_text, seconds_text
-from bench.commands.progress import SweepProgress, fleet_name, run_name
+from bench.commands.progress import SweepProgress
 from bench.commands.request import ModelInfo, Request, build_sweep, inspect
 from bench.commands.suite import print_families
-from bench.device import resolve_device
+from bench.commands.training import Training
 from bench.families import mean_ceilings
-from bench.launch import Event, Workers, worker_devices
+from bench.launch.place import parse_place
 from bench.points import Point, points
-from bench.records import RunRecord
-from bench.spec import RunSpec
 from bench.store import Store
-from bench.sweep import Experiment, Planner, Sweep, fleets
-
-MAX_DEATHS = 2
-"""Worker processes that one run may take down."""
+from bench.sweep import Experiment, Planner, Sweep
 
 
 def run(request: Request, output: Output) -> int:
@@ -32,7 +28,8 @@ def run(request: Request, output: Output) -> int:
     """
     sweep = build_sweep(request)
     figure = published_figure(request, sweep) if request.check else None
-    device = resolve_device(request.device)
+    place = parse_place(request.launch)
+    device = place.device(request.device)
     store = Store(request.store)
     info = inspect(sweep, device)
     planner = Planner(store, rerun=request.rerun)
@@ -50,10 +47,14 @@ def run(request: Request, output: Output) -> int:
     else:
         already = f" ({present} are already in {store.root})" if present else ""
         output.say(f"{len(sweep.experiments)} points, {missing} runs to do{already}; Ctrl-C stops and keeps what is done.")
-        devices = worker_devices(device.kind, request.jobs)[:missing]
         try:
-            with SweepProgress(output, missing) as progress, Workers(devices, store.root) as workers:
-                _Training(sweep, planner, info, workers, request.fleet).run(progress)
+            with (
+                output.ours_alone(),
+                SweepFile(store, os.environ.get("BENCH_COMMAND", "bench synthetic"), place.text, missing) as sweep_file,
+                SweepProgress(output, missing) as progress,
+                place.workers(device.kind, request.jobs, missing, store.root, sweep_file.path) as workers,
+            ):
+                Training(sweep, planner, workers, request.fleet, progress, sweep_file).run()
         except KeyboardInterrupt:
             output.say("Interrupted; finished runs are stored and runs in flight left a checkpoint. The same command goes on.")
             return 130
@@ -65,73 +66,6 @@ def run(request: Request, output: Output) -> int:
     _report(store, request, sweep, output)
     agreed = figure is None or check(figure, sweep, request, output)
     return 0 if agreed and all(record.status == "done" for record in records) else 1
-
-
-class _Training:
-    """A sweep while it trains."""
-
-    def __init__(
-        self, sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], workers: Workers, fleet_size: int
-    ) -> None:
-        self.sweep, self.planner, self.info, self.workers, self.fleet_size = sweep, planner, info, workers, fleet_size
-        self.names: dict[RunSpec, str] = {}
-        self.deaths: Counter[RunSpec] = Counter()
-        self.several = len({experiment.task.name for experiment in sweep.experiments}) > 1
-
-    def run(self, progress: SweepProgress) -> None:
-        """Trains until nothing is missing."""
-        while True:
-            self._hand_out(progress)
-            if not self.workers.busy():
-                return
-            for event in self.workers.events(timeout=1.0):
-                if event.kind == "progress":
-                    progress.update(event.fleet, event.content)
-                elif event.kind == "record":
-                    self._record(event.content, progress)
-                elif event.kind == "finished":
-                    progress.end(event.fleet)
-                else:
-                    self._died(event, progress)
-
-    def _hand_out(self, progress: SweepProgress) -> None:
-        """Gives every idle worker a fleet that can start now."""
-        for experiment in self.sweep.experiments:
-            if not self.workers.idle():
-                return
-            busy = self.workers.busy()
-            ready = [spec for spec in self.planner.plan(experiment, self.sweep).ready if spec not in busy]
-            # a run that took a worker down is tried once more, by itself
-            alone = [(spec,) for spec in ready if self.deaths[spec]]
-            for fleet in [*fleets((spec for spec in ready if not self.deaths[spec]), self.fleet_size), *alone]:
-                if not self.workers.idle():
-                    return
-                for spec in fleet:
-                    name = run_name(spec, self.info[experiment].label)
-                    self.names[spec] = f"{spec.task.name} {name}" if self.several else name
-                progress.start(fleet, fleet_name(fleet, self.names))
-                self.workers.submit(fleet)
-
-    def _record(self, record: RunRecord, progress: SweepProgress) -> None:
-        self.planner.add(record)
-        progress.finish(record, self.names[record.spec])
-
-    def _died(self, event: Event, progress: SweepProgress) -> None:
-        """A worker process is gone: each of its runs starts again once, alone, then it is recorded as failed."""
-        import torch
-
-        from bench.runner import record_death
-
-        progress.end(event.fleet)
-        self.deaths.update(event.fleet)
-        for spec in event.fleet:
-            if self.planner.lookup(spec) is not None:
-                continue
-            if self.deaths[spec] < MAX_DEATHS:
-                progress.note(f"A worker died (exit code {event.content}) on {self.names[spec]}; the run starts again.")
-                continue
-            store = Store(self.workers.store)
-            self._record(record_death(spec, torch.device(self.workers.devices[0]), store, event.content), progress)
 
 
 def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], output: Output) -> None:
@@ -210,7 +144,7 @@ def print_table(shown: list[Point], output: Output) -> None:
         output.say(f"Ceilings of {task}, mean over its cells: {found}.")
     failures = [record for point in shown for record in point.failures]
     for record in failures:
-        output.say(f"{record.status}: {run_name(record.spec, record.label)}: {record.reason}")
+        output.say(f"{record.status}: {record.spec.name()}: {record.reason}")
 
 
 def _report(store: Store, request: Request, sweep: Sweep, output: Output) -> None:

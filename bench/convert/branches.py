@@ -7,7 +7,7 @@ new state. Shape legend: B batch, T time, D width, H query heads, G key heads (G
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,42 @@ class WindowBranch(nn.Module):
         head_dim: K.
         window: keys seen, the own one included.
         sinks: first tokens that stay visible.
+        null_shape: [H, n] of learned scores without values, which only enter the normaliser, or None.
     """
 
-    def __init__(self, n_kv_heads: int, head_dim: int, *, window: int, sinks: int) -> None:
+    def __init__(
+        self, n_kv_heads: int, head_dim: int, *, window: int, sinks: int, null_shape: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.n_kv_heads, self.head_dim, self.window, self.sinks = n_kv_heads, head_dim, window, sinks
+        self.null_logits = None if null_shape is None else nn.Parameter(torch.zeros(null_shape))
 
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None) -> tuple[Tensor, State | None]:
         """Mixes a segment: [B, H, T, K] and the new state."""
+        if self.null_logits is not None:
+            near, near_sum, stored = self.sums(q_BHTK, k_BGTK, v_BGTK, state)
+            return (near / near_sum).to(q_BHTK.dtype), None if state is None else stored
         if state is not None:
             return attend_window(q_BHTK, k_BGTK, v_BGTK, state, window=self.window)
         sinks = (k_BGTK[:, :, : self.sinks], v_BGTK[:, :, : self.sinks]) if self.sinks else None
         return banded_attention(q_BHTK, k_BGTK, v_BGTK, window=self.window, sink_kv=sinks), None
+
+    def sums(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
+        """The numerator [B, H, T, K] and denominator [B, H, T, 1] of the same, and the new storage."""
+        given = self.init_state(len(q_BHTK), device=q_BHTK.device, dtype=q_BHTK.dtype) if state is None else state
+        n_new, start_B = q_BHTK.shape[2], given["position"]
+        k, v = (torch.cat((given[name], new.to(given[name].dtype)), 2) for name, new in (("k", k_BGTK), ("v", v_BGTK)))
+        stored = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
+        sinks = None
+        if self.sinks:
+            stored |= {
+                f"sink_{name}": fill_sinks(given[f"sink_{name}"], new, start_B) for name, new in (("k", k_BGTK), ("v", v_BGTK))
+            }
+            sinks = tuple(repeat_heads(stored[name].to(q_BHTK.dtype), q_BHTK) for name in ("sink_k", "sink_v"))
+        k, v = (repeat_heads(a.to(q_BHTK.dtype), q_BHTK) for a in (k, v))
+        null_H = None if self.null_logits is None else widen(self.null_logits).logsumexp(-1)
+        named = {"window": self.window, "start_B": start_B, "sink_kv": cast(Any, sinks), "null_logit_H": null_H}
+        return *banded_attention_sums(q_BHTK, k, v, **named), stored
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The storage before the first token, keys and values of G heads."""
@@ -78,18 +102,11 @@ class SharedDenominator(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """Mixes a segment: [B, H, T, K] and the new state; an ablation leaves one share out of both sums."""
         given = self.init_state(len(q_BHTK), device=q_BHTK.device, dtype=q_BHTK.dtype) if state is None else state
-        n_new, start_B = q_BHTK.shape[2], given["position"]
+        near, near_sum, stored = self.window.sums(q_BHTK, k_BGTK, v_BGTK, given)
+        # As many keys leave the window as are new: the oldest of those stored and new.
+        n_new = q_BHTK.shape[2]
         k, v = (torch.cat((given[name], new.to(given[name].dtype)), 2) for name, new in (("k", k_BGTK), ("v", v_BGTK)))
         older, sums = self._older(q_BHTK, k[:, :, :n_new], v[:, :, :n_new], given)
-        stored = self._store(given, k, v, k_BGTK, v_BGTK)
-        sinks = None
-        if self.window.sinks:
-            sinks = (
-                repeat_heads(stored["sink_k"].to(q_BHTK.dtype), q_BHTK),
-                repeat_heads(stored["sink_v"].to(q_BHTK.dtype), q_BHTK),
-            )
-        k, v = (repeat_heads(a.to(q_BHTK.dtype), q_BHTK) for a in (k, v))
-        near, near_sum = banded_attention_sums(q_BHTK, k, v, window=self.window.window, start_B=start_B, sink_kv=sinks)
         gamma = torch.sigmoid(widen(self.gamma_logit))[:, None, None]
         shares = {"window": (gamma * near, gamma * near_sum), "mixer": (older[..., :-1], older[..., -1:] + EPS)}
         named = list(shares.values()) if ablation == "both" else [shares[ablation]]
@@ -118,14 +135,6 @@ class SharedDenominator(nn.Module):
         o_BTHV, sums = linear_recurrence(q_BTHF, seen_k, seen_v, state_BHKV=given["s"])
         assert sums is not None
         return o_BTHV.transpose(1, 2), sums + k_BTHF[:, -1, :, :, None] * v1_BTHV[:, -1, :, None, :]
-
-    def _store(self, given: State, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> State:
-        n_new, start_B = k_new.shape[2], given["position"]
-        stored = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
-        if self.window.sinks:
-            stored["sink_k"] = fill_sinks(given["sink_k"], k_new, start_B)
-            stored["sink_v"] = fill_sinks(given["sink_v"], v_new, start_B)
-        return stored
 
 
 class MixerBranch(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.convert.cache import LinearizedCache, StateLayer
 from bench.convert.student import LinearizedForCausalLM
+from kernels.step import states_in_place
 
 WARM_UP_STEPS = 3
 STEPS_BEFORE_CAPTURE = 4
@@ -39,7 +40,8 @@ class Decoder:
         if model.keeps_softmax or any(state is None for state in states):
             raise ValueError("the step has fixed buffers only if every layer is converted and the cache is prefilled")
         self.model = model
-        self.states = [{name: tensor.clone() for name, tensor in (state or {}).items()} for state in states]
+        dense = torch.contiguous_format
+        self.states = [{name: tensor.clone(memory_format=dense) for name, tensor in (state or {}).items()} for state in states]
         batch = len(next(iter(self.states[0].values())))
         seen = cache.get_seq_length()
         self.token_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
@@ -62,17 +64,19 @@ class Decoder:
         return self.logits_BV
 
     def _run(self) -> None:
-        """One step on the buffers: the new states take the place of the old ones."""
+        """One step on the buffers: new states take the place of the old ones, where they were not written there at once."""
         cache = self.model.new_cache()
         cache.steps_on_graph = False
         layers = cast(list[StateLayer], cache.layers)
         for layer, state in zip(layers, self.states, strict=True):
             layer.state = state
         given: dict[str, Any] = {"cache": cache, "use_cache": True, "position_ids": self.position_B1}
-        self.logits_BV = self.model(input_ids=self.token_B1, **given).logits[:, 0]
+        with states_in_place():
+            self.logits_BV = self.model(input_ids=self.token_B1, **given).logits[:, 0]
         for layer, state in zip(layers, self.states, strict=True):
             for name, tensor in (layer.state or {}).items():
-                state[name].copy_(tensor)
+                if tensor is not state[name]:
+                    state[name].copy_(tensor)
         self.position_B1 += 1
 
     @torch.no_grad()

@@ -57,7 +57,9 @@ class LinearizedAttention(nn.Module):
             for name in PROJECTIONS:
                 self.add_module(name, getattr(attention, name))
             self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, window=plan.window, sinks=plan.sinks) if plan.window else None
+        null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
+        size = {"window": plan.window, "sinks": plan.sinks, "null_shape": null_shape}
+        self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, **size) if plan.window else None
         self.joint = self.mixer = self.gate = None
         readers = _readers(plan, shape, mixer)
         if mixer is None or self.window is None:
@@ -157,7 +159,8 @@ class LinearizedAttention(nn.Module):
         if self.joint is not None:
             outputs["joint"], parts["joint"] = self.joint(q, k, v, parts["joint"], self.ablation)
         if self.window is not None:
-            outputs["window"], parts["window"] = self.window(q, k, v, parts["window"])
+            window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
+            outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"])
         if self.mixer is not None:
             mixer_q, mixer_k = (q, k) if self.plan.rope == "keep" else (q_plain, k_plain)
             outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"])

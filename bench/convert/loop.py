@@ -116,7 +116,7 @@ class StageLoop:
         left = (trainer.stage.tokens - trainer.tokens) / rate
         left = left if self.limit is None else min(left, self.limit - self._spent(started))
         where = (trainer.index + 1, self.stages, trainer.stage.capture, trainer.tokens, trainer.stage.tokens)
-        return Progress(*where, losses, rate, left)
+        return Progress(*where, losses, rate, max(0.0, left))
 
 
 def step(trainer: StageTrainer, share: float) -> dict[str, float]:

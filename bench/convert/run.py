@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from bench import __version__, provenance
 from bench.convert import parallel, saving
@@ -234,7 +235,7 @@ class Conversion:
             "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else provenance.cpu_name(),
             "commit": provenance.git_state()[0],
             "command": os.environ.get("BENCH_COMMAND", ""),
-            "versions": provenance.versions(),
+            "versions": {**provenance.versions(), "transformers": transformers.__version__},
         }
         saving.write_json(folder / "report.json", report)
         if gate.passed:

@@ -28,7 +28,7 @@ class LayerPlan(Frozen):
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the mixer; heads and widths follow the teacher unless given."""
     rope: Literal["keep", "drop"] = "keep"
-    """Whether the mixer's queries and keys are rotated as the teacher's; the window's always are."""
+    """Whether the mixer's queries and keys are rotated as the teacher's."""
     groups: Literal["repeat", "share"] = "repeat"
     """Grouped-query attention: repeat keys, so that every query head has a state of its own, or share one state among the
     query heads of a group, which are then read from it one by one."""
@@ -36,6 +36,10 @@ class LayerPlan(Frozen):
     """Keys that softmax still sees, the own one included; 0 for no window."""
     sinks: int = Field(default=0, ge=0)
     """First tokens that softmax sees at any distance."""
+    sink_logits: int = Field(default=0, ge=0)
+    """Learned scores that every query of the window sees and that have no value, so they only weaken it (Lizard)."""
+    window_rope: Literal["keep", "drop"] = "keep"
+    """Whether the window's queries and keys are rotated as the teacher's."""
     combine: Literal["shared_denominator", "sum", "gate"] = "shared_denominator"
     """How window and mixer join: one normaliser over both (LoLCATs), a fixed weighted sum (Liger), or a learned convex
     sum with a gate per head and token."""
@@ -55,6 +59,8 @@ class LayerPlan(Frozen):
             raise ValueError("a converted layer needs a mixer, a window, or both")
         if self.sinks and not self.window:
             raise ValueError("sinks belong to a window; set window too")
+        if self.sink_logits and (not self.window or (self.mixer and self.combine == "shared_denominator")):
+            raise ValueError("sink_logits belong to a window that is joined by sum or gate")
         return self
 
 

@@ -13,13 +13,15 @@ from typing import Any
 from bench.errors import UserError
 from bench.points import Point, points
 from bench.records import EvalRecord, RunRecord
-from bench.report import charts, frames, judged_charts, styles
+from bench.report import charts, frames, judged_charts, speed_charts, styles
 from bench.report.bridge import bridge
 from bench.report.families import family_map
 from bench.report.influence import Picture, picture
 from bench.report.judged import judged_sections
 from bench.report.reproductions import figure_rows
+from bench.report.speed import speed_section
 from bench.spec import SELECTION_SEED, TaskSpec
+from bench.speed_records import SpeedRecord
 from bench.store import Store, atomic_write
 
 HERE = Path(__file__).parent
@@ -69,10 +71,11 @@ def build_report(
     """
     whole_store = task is None and specs is None
     evals, eval_warnings = store.load_evals() if whole_store else ([], [])
-    records, warnings = load_records(store, task, needed=not evals)
+    speeds, speed_warnings = store.load_speed()
+    records, warnings = load_records(store, task, needed=not evals and not (speeds and whole_store))
     records = [record for record in records if specs is None or record.spec.task in specs]
     found = points(records)
-    page, page_warnings = _render(found, evals, store, title, [*warnings, *eval_warnings])
+    page, page_warnings = _render(found, evals, speeds, store, title, [*warnings, *eval_warnings, *speed_warnings])
     content = page.encode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def load_records(store: Store, task: str | None, *, needed: bool = True) -> tupl
         needed: whether a report without any makes no sense.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, unless they may be missing and no task is named.
     """
     records, warnings = store.load()
     if not records and needed:
@@ -108,7 +111,12 @@ def load_records(store: Store, task: str | None, *, needed: bool = True) -> tupl
 
 
 def _render(
-    found: Sequence[Point], evals: Sequence[EvalRecord], store: Store, title: str, warnings: list[str]
+    found: Sequence[Point],
+    evals: Sequence[EvalRecord],
+    speeds: Sequence[SpeedRecord],
+    store: Store,
+    title: str,
+    warnings: list[str],
 ) -> tuple[str, list[str]]:
     """The page as text, and every warning on it."""
     import jinja2
@@ -120,7 +128,11 @@ def _render(
     curves, curve_warnings = frames.curve_rows(found, rows, store)
     pictures, picture_warnings = _pictures(found, rows, store)
     point_warnings = [f"{row['task_title']}, {row['name']}: {text}." for row in rows for text in row["warnings"]]
-    look = styles.assign([*(point.mixer for point in found), *(record.model.mixer for record in evals if record.model.mixer)])
+    speed = speed_section(found, rows, speeds)
+    measured = [] if speed is None else speed["rows"]
+    judged_mixers = [record.model.mixer for record in evals if record.model.mixer]
+    shown = [*(point.mixer for point in found), *judged_mixers, *(row["mixer"] for row in measured if row["kind"] == "mixer")]
+    look = styles.assign([*shown, *(row["mixer"] for row in measured)])
     judged, extras, judged_warnings = judged_sections(evals, store, look)
     bridged = bridge(found, evals, store, look)
     warnings = [*warnings, *curve_warnings, *picture_warnings, *point_warnings, *judged_warnings]
@@ -134,10 +146,11 @@ def _render(
         "curves": curves,
         "mixers": {name: {"light": style.light, "dark": style.dark, "shape": style.shape} for name, style in look.items()},
         "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
-        "specs": charts.specs() | judged_charts.specs(),
-        "extras": [*extras, *(bridged["charts"] if bridged else [])],
+        "specs": charts.specs() | judged_charts.specs() | speed_charts.specs(),
+        "extras": [*extras, *(bridged["charts"] if bridged else []), *([] if speed is None else speed["groups"])],
         "csv": frames.csv_text(rows) if rows else "",
         "families": family_map(found, tasks),
+        "speed": speed,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -163,12 +176,14 @@ def _render(
         curves=curves,
         families=data["families"],
         reproduced=reproduced,
+        speed=speed,
+        mixers=sorted(set(shown)),
         metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
         pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
         pictures_made=len(pictures),
         warnings=warnings,
         failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
-        facts=_facts(found, evals),
+        facts=_facts(found, evals, speeds),
         selection_seed=SELECTION_SEED,
         store=store.root,
         axes=charts.AXES,
@@ -199,10 +214,10 @@ def _pictures(
     return pictures, warnings
 
 
-def _facts(found: Sequence[Point], evals: Sequence[EvalRecord]) -> dict[str, Any]:
-    """What was run, where and when, over all records."""
+def _facts(found: Sequence[Point], evals: Sequence[EvalRecord], speeds: Sequence[SpeedRecord]) -> dict[str, Any]:
+    """What was run, where and when, over all records; speeds count where there is nothing else."""
     records = [record for point in found for record in point.records]
-    everything = [*records, *evals]
+    everything = [*records, *evals] or speeds
     provenance = [record.provenance for record in everything]
     commits = Counter(
         (p.commit or "unknown") + (f" + uncommitted changes {p.diff_hash or ''}".rstrip() if p.dirty else "") for p in provenance
@@ -210,6 +225,8 @@ def _facts(found: Sequence[Point], evals: Sequence[EvalRecord]) -> dict[str, Any
     started = sorted(record.started for record in everything)
     hardware = [f"{frames.hardware(record)} ({record.device}, {record.precision})" for record in records]
     hardware += [f"{record.device} ({record.precision})" for record in evals]
+    if not hardware:
+        hardware = [f"{frames.hardware(record)} ({record.device}, {record.dtype})" for record in speeds]
     return {
         "evaluations": len(evals),
         "models": len({record.model.fingerprint for record in evals}),

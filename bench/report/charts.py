@@ -30,10 +30,10 @@ ZOOM = {
 }
 """Drag to move, Shift and wheel to zoom (so that the page still scrolls), double-click to reset. It is set on one layer by
 hand, because Altair would set it on the whole chart, some of whose layers have no field on one axis."""
-ZOOMED = ("points", "curves")
+ZOOMED = ("points", "curves", "speeds")
 LayeredChart = alt.LayerChart | alt.FacetChart
-_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
-_TOOLTIP = {
+FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+TOOLTIP = {
     "name": "point",
     "mixer": "mixer",
     "task_title": "task",
@@ -66,17 +66,17 @@ _PUBLISHED_TOOLTIP = {
 
 
 def specs() -> dict[str, Any]:
-    """Every specification of the page: the Pareto plot by axis, both heat maps, the curves by axis, published figures by axis."""
+    """Every specification but those of speeds; where the horizontal axis can be chosen, by axis."""
     return {
-        "published": {axis: _finish(_published(axis)) for axis in PANEL_AXES},
-        "pareto": {axis: _finish(_pareto(axis)) for axis in AXES},
-        "heat": _finish(_heat_map()),
-        "families": _finish(_family_map()),
-        "curves": {axis: _finish(_curves(axis)) for axis in SECONDS_AXES},
+        "published": {axis: finish(_published(axis)) for axis in PANEL_AXES},
+        "pareto": {axis: finish(_pareto(axis)) for axis in AXES},
+        "heat": finish(_heat_map()),
+        "families": finish(_family_map()),
+        "curves": {axis: finish(_curves(axis)) for axis in SECONDS_AXES},
     }
 
 
-def _finish(chart: LayeredChart) -> dict[str, Any]:
+def finish(chart: LayeredChart) -> dict[str, Any]:
     """The specification without Altair's default configuration, which the page's themes replace."""
     spec = chart.to_dict()
     spec.pop("config", None)
@@ -86,12 +86,12 @@ def _finish(chart: LayeredChart) -> dict[str, Any]:
     return spec
 
 
-def _literal(field: str) -> dict[str, Any]:
+def literal(field: str) -> dict[str, Any]:
     """Encoding options of a field whose values are colours or shapes themselves."""
     return {"shorthand": f"{field}:N", "scale": None, "legend": None}
 
 
-def _accuracy(field: str, title: str) -> alt.Y:
+def accuracy(field: str, title: str) -> alt.Y:
     """The vertical axis of accuracies."""
     return alt.Y(
         f"{field}:Q",
@@ -113,28 +113,28 @@ def _pareto(axis: str) -> LayeredChart:
     )
     points = alt.Chart(alt.NamedData(name="points")).encode(x=x)
     series = points.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(
-        y=_accuracy("accuracy", "Mean test accuracy"),
+        y=accuracy("accuracy", "Mean test accuracy"),
         detail="label:N",
-        stroke=alt.Stroke(**_literal("color")),
+        stroke=alt.Stroke(**literal("color")),
         order="x:Q",
     )
     bars = points.mark_rule(strokeWidth=2, opacity=0.7, clip=True).encode(
-        y=_accuracy("low", "Mean test accuracy"), y2="high:Q", stroke=alt.Stroke(**_literal("color"))
+        y=accuracy("low", "Mean test accuracy"), y2="high:Q", stroke=alt.Stroke(**literal("color"))
     )
     marks = points.mark_point(size=110, strokeWidth=2, opacity=1, clip=True).encode(
-        y=_accuracy("accuracy", "Mean test accuracy"),
-        stroke=alt.Stroke(**_literal("color")),
-        fill=alt.Fill(**_literal("fill")),
-        shape=alt.Shape(**_literal("shape")),
-        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in _TOOLTIP.items()],
+        y=accuracy("accuracy", "Mean test accuracy"),
+        stroke=alt.Stroke(**literal("color")),
+        fill=alt.Fill(**literal("fill")),
+        shape=alt.Shape(**literal("shape")),
+        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in TOOLTIP.items()],
     )
-    front = alt.Chart(alt.NamedData(name="front")).encode(x=x, y=_accuracy("accuracy", "Mean test accuracy"))
+    front = alt.Chart(alt.NamedData(name="front")).encode(x=x, y=accuracy("accuracy", "Mean test accuracy"))
     line = front.mark_line(interpolate="step-after", strokeDash=[6, 4], strokeWidth=1.5, clip=True, style="front")
     # Free space lies up and left of a front; only names at the left edge must go right.
     right = front.mark_text(align="right", dx=-8, dy=-10, clip=True, style="name").encode(text="right_name:N")
     left = front.mark_text(align="left", dx=8, dy=14, clip=True, style="name").encode(text="left_name:N")
     layers = [
-        _ceilings(),
+        ceilings(),
         *([_bits(x)] if axis in ("state", "published") else []),
         line,
         series,
@@ -146,7 +146,7 @@ def _pareto(axis: str) -> LayeredChart:
     return alt.layer(*layers).properties(
         width="container",
         height=400,
-        autosize=_FIT,
+        autosize=FIT,
         description="Scatter plot of mean test accuracy against cost, one point for each mixer and size; see the table.",
     )
 
@@ -160,32 +160,32 @@ def _published(axis: str) -> LayeredChart:
         axis=alt.Axis(labelExpr=_BYTES if axis == "state" else alt.Undefined, tickCount=8, labelOverlap=True),
     )
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
-    stroke = alt.Stroke(**_literal("color"))
+    stroke = alt.Stroke(**literal("color"))
     title = "Mean test accuracy"
     link = base.mark_rule(strokeWidth=1, strokeDash=[2, 2], clip=True).encode(
-        y=_accuracy("published", title), y2="ours:Q", stroke=stroke
+        y=accuracy("published", title), y2="ours:Q", stroke=stroke
     )
-    bars = base.mark_rule(strokeWidth=2, opacity=0.7, clip=True).encode(y=_accuracy("low", title), y2="high:Q", stroke=stroke)
+    bars = base.mark_rule(strokeWidth=2, opacity=0.7, clip=True).encode(y=accuracy("low", title), y2="high:Q", stroke=stroke)
     # The hollow mark is larger and drawn last, so that it stays visible around a filled one of the same value.
     marks, rings = (base.mark_point(size=size, strokeWidth=1.5, opacity=1, clip=True) for size in (50, 170))
     encoding: dict[str, Any] = {
-        "shape": alt.Shape(**_literal("shape")),
+        "shape": alt.Shape(**literal("shape")),
         "stroke": stroke,
         "tooltip": [alt.Tooltip(f"{field}:N", title=text) for field, text in _PUBLISHED_TOOLTIP.items()],
     }
-    ours = marks.encode(y=_accuracy("ours", title), fill=alt.Fill(**_literal("color")), **encoding)
-    published = rings.encode(y=_accuracy("published", title), fill=alt.value("transparent"), **encoding)
+    ours = marks.encode(y=accuracy("ours", title), fill=alt.Fill(**literal("color")), **encoding)
+    published = rings.encode(y=accuracy("published", title), fill=alt.value("transparent"), **encoding)
     return alt.layer(link, bars, ours, published).properties(
         width="container",
         height=400,
-        autosize=_FIT,
+        autosize=FIT,
         description="Published accuracies as hollow marks, ours filled with intervals; the numbers are in the table below.",
     )
 
 
-def _ceilings() -> LayeredChart:
+def ceilings() -> LayeredChart:
     """Horizontal lines: accuracy of solvers that do not solve the task."""
-    base = alt.Chart(alt.NamedData(name="ceilings")).encode(y=_accuracy("y", "Mean test accuracy"))
+    base = alt.Chart(alt.NamedData(name="ceilings")).encode(y=accuracy("y", "Mean test accuracy"))
     rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
     text = base.mark_text(align="right", baseline="bottom", dy=-3, style="note", x="width").encode(text="label:N")
     return alt.layer(rule, text)
@@ -223,7 +223,7 @@ def _heat_map() -> LayeredChart:
     )
     return alt.layer(cells, numbers).properties(
         width="container",
-        autosize=_FIT,
+        autosize=FIT,
         description="Heat map of mean test accuracy by difficulty slice and point; the numbers are in the table below.",
     )
 
@@ -251,7 +251,7 @@ def _family_map() -> LayeredChart:
     )
     return alt.layer(cells, numbers).properties(
         width="container",
-        autosize=_FIT,
+        autosize=FIT,
         description="Heat map of scores by task and point, with the mean of each family; the numbers are in the table below.",
     )
 
@@ -268,12 +268,12 @@ def _curves(axis: str) -> LayeredChart:
         detail="name:N",
     )
     band = base.mark_area(opacity=0.15, clip=True).encode(
-        y=_accuracy("low", "Validation accuracy"), y2="high:Q", fill=alt.Fill(**_literal("color"))
+        y=accuracy("low", "Validation accuracy"), y2="high:Q", fill=alt.Fill(**literal("color"))
     )
     dash = alt.Scale(domain=[0, 1, 2, 3], range=[[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]])
     line = base.mark_line(strokeWidth=2, clip=True).encode(
-        y=_accuracy("mean", "Validation accuracy"),
-        stroke=alt.Stroke(**_literal("color")),
+        y=accuracy("mean", "Validation accuracy"),
+        stroke=alt.Stroke(**literal("color")),
         strokeDash=alt.StrokeDash("variant:O", scale=dash, legend=None),
         tooltip=[
             alt.Tooltip("name:N", title="point"),
@@ -285,6 +285,6 @@ def _curves(axis: str) -> LayeredChart:
     return alt.layer(band, line.properties(name="curves")).properties(
         width="container",
         height=340,
-        autosize=_FIT,
+        autosize=FIT,
         description="Learning curves: validation accuracy against training, one line for each point; see the table below.",
     )

@@ -11,6 +11,7 @@ from bench.records import RunRecord
 from bench.report.charts import AXES
 from bench.report.families import ceiling_columns, shortcut_lines
 from bench.selection import published_selection
+from bench.speed_records import SpeedRecord
 from bench.stats import pareto_front
 from bench.store import Store
 
@@ -226,8 +227,8 @@ def _first(grid: Any, reached: Any) -> int | None:
     return int(grid[reached.argmax()]) if reached.any() else None
 
 
-def hardware(record: RunRecord) -> str:
-    """The processor that trained a run."""
+def hardware(record: RunRecord | SpeedRecord) -> str:
+    """The processor that a record comes from."""
     found = record.provenance.hardware
     return found.get("gpu") or found.get("cpu") or record.device
 

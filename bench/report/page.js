@@ -19,6 +19,7 @@
     return {
       axis: given.get("cost") in data.axes ? given.get("cost") : "state",
       progress: given.get("progress") === "examples" ? "examples" : "step",
+      speed: ["prefill", "decode"].includes(given.get("speed")) ? given.get("speed") : "train",
       hiddenMixers: list("hide"),
       hiddenTasks: new Set(data.tasks.filter((task) => list("hidetask").has(task.title)).map((task) => task.id)),
       front: given.get("front") === "1",
@@ -31,6 +32,7 @@
     const out = new URLSearchParams();
     if (state.axis !== "state") out.set("cost", state.axis);
     if (state.progress !== "step") out.set("progress", state.progress);
+    if (state.speed !== "train") out.set("speed", state.speed);
     for (const mixer of state.hiddenMixers) out.append("hide", mixer);
     for (const task of data.tasks) if (state.hiddenTasks.has(task.id)) out.append("hidetask", task.title);
     if (state.front) out.set("front", "1");
@@ -138,6 +140,58 @@
     return { values };
   }
 
+  // Names beside marks, from the top down; one that would cover another is left out. Places are in pixels.
+  function placeNames(marks, width) {
+    const taken = [];
+    for (const mark of [...marks].sort((a, b) => a.y - b.y)) {
+      Object.assign(mark.row, { left_name: "", right_name: "" });
+      const long = 6.5 * mark.text.length, onLeft = mark.leftToo && mark.x > width - long - 130;
+      const box = onLeft ? { x0: mark.x - long, x1: mark.x, y: mark.y } : { x0: mark.x, x1: mark.x + long, y: mark.y };
+      if (width < 500 || taken.some((other) => box.x0 < other.x1 && other.x0 < box.x1 && Math.abs(box.y - other.y) < 13)) continue;
+      taken.push(box);
+      mark.row[onLeft ? "left_name" : "right_name"] = mark.text;
+    }
+  }
+
+  // Where values of a logarithmic axis lie between 0 and 1.
+  function placed(values) {
+    const logs = values.map(Math.log), least = Math.min(...logs), span = Math.max(...logs) - least || 1;
+    return logs.map((log) => (log - least) / span);
+  }
+
+  // Accuracy against the speed that is chosen, for the points that have one.
+  function recallData(task, width) {
+    const points = data.speed.recall.filter((item) => item.mode === state.speed && byId[item.point].task === task.id).filter((item) => isShown(byId[item.point]) && byId[item.point].accuracy !== null)
+      .map((item) => ({ ...drawn(byId[item.point]), ...item, speed_text: Math.round(item.tokens_per_second).toLocaleString("en") }));
+    const across = placed(points.map((p) => p.tokens_per_second));
+    placeNames(points.map((row, i) => ({ row, text: row.name, leftToo: true, x: across[i] * (width - 120), y: -350 * row.accuracy })), width);
+    const ceilings = Object.entries(task.lines).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
+    return { points, ceilings };
+  }
+
+  // Speed against length: a line for each subject and size; dashes tell sizes of one name apart.
+  function lengthData(group, width) {
+    const rows = data.speed.rows.filter((row) => row.kind === group.kind && row.mode === state.speed && row.tokens_per_second !== null)
+      .filter((row) => row.kind === "kernel" || !state.hiddenMixers.has(row.mixer));
+    const sizes = {}, ends = {}, bySize = (a, b) => a.localeCompare(b, undefined, { numeric: true });
+    for (const { name, series, length } of rows) {
+      (sizes[name] ??= new Set()).add(series);
+      ends[series] = Math.max(ends[series] ?? 0, length);
+    }
+    const speeds = rows.map((row) => {
+      const { light, dark, shape } = data.mixers[row.mixer];
+      const text = (value) => (value === null ? "none" : value.toFixed(2));
+      return {
+        ...row, color: isDark() ? dark : light, shape, variant: [...sizes[row.name]].sort(bySize).indexOf(row.series) % 4, last: ends[row.series] === row.length,
+        tokens_text: Math.round(row.tokens_per_second).toLocaleString("en"), bound_text: `${text(row.bound_ratio)} (${row.bound_by})`, peer_text: `${text(row.peer_ratio)} ${row.peer}`,
+      };
+    });
+    const last = speeds.filter((row) => row.last), down = placed(last.map((row) => row.tokens_per_second)), across = placed([...last.map((row) => row.length), 1]);
+    placeNames(last.map((row, i) => ({ row, text: row.series, x: across[i] * width, y: -350 * down[i] })), width);
+    const lengths = speeds.map((row) => row.length);
+    return { speeds, span: [{ length: Math.min(...lengths) / 1.2 }, { length: Math.max(...lengths) * 2 }] };
+  }
+
   // A chart whose rows are complete: only the theme's colours and the hidden mixers are ours to add.
   function extraData(item) {
     const values = item.values.filter((value) => !state.hiddenMixers.has(value.mixer));
@@ -146,6 +200,8 @@
 
   const KINDS = {
     extra: { spec: (item) => data.specs[item.spec], datasets: extraData, rows: "values" },
+    recall: { spec: () => data.specs.recall, datasets: recallData, rows: "points" },
+    lengths: { spec: () => data.specs.lengths, datasets: lengthData, rows: "speeds" },
     published: { spec: (panel) => data.specs.published[panel.axis], datasets: publishedData, rows: "values" },
     pareto: { spec: () => data.specs.pareto[state.axis], datasets: paretoData, rows: "points" },
     heat: { spec: () => data.specs.heat, datasets: heatData, rows: "slices", layout: (sets) => ({ height: 24 * new Set(sets.slices.map((s) => s.name)).size }) },
@@ -204,8 +260,7 @@
     for (const box of controls.querySelectorAll("[name=mixer]")) box.checked = !state.hiddenMixers.has(box.value);
     for (const box of controls.querySelectorAll("[name=task]")) box.checked = !state.hiddenTasks.has(box.value);
     controls.elements.front.checked = state.front;
-    controls.elements.axis.value = state.axis;
-    controls.elements.progress.value = state.progress;
+    for (const name of ["axis", "progress", "speed"]) if (controls.elements[name]) controls.elements[name].value = state[name];
     const count = data.points.filter(isShown).length;
     document.getElementById("shown").textContent = `${count} of ${data.points.length} points shown`;
     const theme = document.getElementById("theme");
@@ -215,6 +270,7 @@
 
   function showTables() {
     for (const element of document.querySelectorAll("[data-point]")) element.hidden = !isShown(byId[element.dataset.point]);
+    for (const row of document.querySelectorAll("[data-speed=mixer]")) row.hidden = state.hiddenMixers.has(row.dataset.mixer);
     for (const row of table.tBodies[0].rows) {
       const on = byId[row.dataset.point][`front_${state.axis}`];
       const cell = row.querySelector(".front");
@@ -243,7 +299,7 @@
     else if (target.name === "task") toggle(state.hiddenTasks, target.value, !target.checked);
     else if (target.name === "front") state.front = target.checked;
     else state[target.name] = target.value;
-    update(target.name === "progress" ? ["curves"] : undefined);
+    update({ progress: ["curves"], speed: ["recall", "lengths"] }[target.name]);
   });
   controls.addEventListener("submit", (event) => event.preventDefault());
   document.getElementById("reset").addEventListener("click", () => {
@@ -267,8 +323,8 @@
   }
   document.getElementById("csv").addEventListener("click", () => download("points.csv", "text/csv", data.csv));
   document.getElementById("json").addEventListener("click", () => {
-    const { points, curves, tasks } = data;
-    download("report.json", "application/json", JSON.stringify({ tasks, points, curves }, null, 1));
+    const { points, curves, tasks, speed } = data;
+    download("report.json", "application/json", JSON.stringify({ tasks, points, curves, speed }, null, 1));
   });
 
   // On paper everything is open and light.

@@ -93,6 +93,7 @@ def _value(item: Compared, row: dict[str, Any] | None) -> dict[str, Any]:
         "difference_text": signed(item.difference),
         "selection": selection.accuracy.mean,
         "selection_text": percent(selection.accuracy.mean),
+        "efficiency": row["state_efficiency"],
         "bias": selection.bias,
         "bias_text": signed(selection.bias),
     }

@@ -5,7 +5,8 @@
 
 `convert_corpus` makes the corpora. `train` calls `bench convert`; a folder that exists is not made again, an interrupted one is
 continued. `judge` writes one JSON file a model: held-out text against the teacher, recall beyond the window item by item, and, if
---hub names a folder shaped like the hub, lm-eval tasks.
+--hub names a folder shaped like the hub, lm-eval tasks. `table` prints what the files of --out say, with exact McNemar tests of
+every model's recall against the untrained window of equal bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from bench import pretrained, provenance
 from bench.cli import app
@@ -39,12 +41,13 @@ TINY = [
     *("--set", "stages.1.tokens=1000000", "--set", "stages.2.tokens=3000000"),
 ]
 OURS = ["--recipe", "align_distill"]
+THREE_MINUTES = ["--set", "stages.1.tokens=5000000", "--set", "stages.2.tokens=20000000", "--set", "stages.batch_tokens=32768"]
 EXPERIMENTS: dict[str, list[str]] = {
     "try-base": [*OURS, *TINY],
     "try-rotated": [*OURS, *TINY, "--set", "plan.rope=keep"],
     "try-repeated": [*OURS, *TINY, *NARROW],
     "try-faster": [*OURS, *TINY, "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
-    **{f"main-{seed}": [*OURS, "--seed", str(seed)] for seed in range(3)},
+    **{f"main-{seed}": [*OURS, *THREE_MINUTES, "--seed", str(seed)] for seed in range(3)},
     **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *SHORT] for name in MIXERS},
     **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
 }
@@ -130,6 +133,30 @@ def judge(given: argparse.Namespace) -> None:
         print(name, result["held_out"], shown, result.get("tasks"), flush=True)
 
 
+def table(given: argparse.Namespace) -> None:
+    """Prints the judged models as Markdown, each beside teacher and window; names choose the rows."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))}
+    baseline = next(result for name, result in found.items() if name.startswith("window"))
+    distances = list(baseline["recall"])
+    print("| model | state, MB | ppl | top-1 | KL | tasks |", " | ".join(distances), "| beyond the window, p |")
+    print("|" + " --- |" * (7 + len(distances)))
+    for name in given.names or found:
+        result = found[name]
+        held, scores = result["held_out"], [score for task in result.get("tasks", {}).values() for score in [_headline(task)]]
+        row = [name, f"{result['state_bytes'] / 1e6:.2f}", f"{held['ppl']:.2f}", f"{held['top1']:.1%}", f"{held['kl']:.4f}"]
+        row.append(f"{sum(scores) / len(scores):.4f}" if scores else "")
+        row += [f"{sum(result['recall'][key]) / len(result['recall'][key]):.2f}" for key in distances]
+        pairs = [pair for key in distances for pair in zip(result["recall"][key], baseline["recall"][key], strict=True)]
+        better, worse = (sum(pair == wanted for pair in pairs) for wanted in ((1, 0), (0, 1)))
+        row.append(f"{better}:{worse}, {binomtest(better, better + worse).pvalue:.1e}" if better + worse else "no difference")
+        print("| " + " | ".join(row) + " |")
+
+
+def _headline(scores: dict[str, float]) -> float:
+    """A task's accuracy, normalised by length where the task offers it."""
+    return scores.get("acc_norm,none", scores["acc,none"])
+
+
 def _device(model: Any) -> str:
     return torch.cuda.get_device_name() if model.device.type == "cuda" else provenance.cpu_name()
 
@@ -137,17 +164,17 @@ def _device(model: Any) -> str:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "judge"])
-    parser.add_argument("names", nargs="+")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument("what", choices=["train", "judge", "table"])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--model")
+    parser.add_argument("--corpora", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hub", type=Path)
     parser.add_argument("--items", type=int, default=100, help="per family and distance")
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of bench convert")
     given = parser.parse_args()
-    (train if given.what == "train" else judge)(given)
+    {"train": train, "judge": judge, "table": table}[given.what](given)
 
 
 if __name__ == "__main__":

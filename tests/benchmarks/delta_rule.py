@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -20,6 +22,7 @@ import triton
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from bench import provenance
 from kernels import delta
 from kernels.delta import Config, Launch
 from kernels.dispatch import use_backend
@@ -40,6 +43,7 @@ SHAPES = (
 )
 GATES = ("none", "scalar")
 CHUNK_OF_FLOPS = 64
+SEED = 0
 
 
 def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> tuple[float, float]:
@@ -56,6 +60,7 @@ def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> 
 def calls(shape: tuple[int, ...], gate: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """The forward pass, and forward and backward, on random inputs."""
     batch, length, heads, width = shape
+    torch.manual_seed(SEED)
     q, k, v = (torch.randn(batch, length, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     leaves = {"q_BTGK": F.normalize(q, dim=-1), "k_BTGK": F.normalize(k, dim=-1), "v_BTHV": v}
     leaves["beta_BTH"] = torch.rand(batch, length, heads, device="cuda")
@@ -99,36 +104,41 @@ def shipped(rates: tuple[float, float]) -> list[dict]:
 
 def candidates() -> list[tuple[Config, int, str]]:
     """Configurations, widths and gates of a sweep; the kernels are independent, so each list is walked in step."""
-    coupling = [Launch(0, warps, 1) for warps in (4, 8)]
-    walks = [Launch(tile, 4, stages) for tile in (32, 64) for stages in (1, 2, 3)]
-    gradients = [Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1)]
-    steps = [(coupling[n % 2], walks[n], walks[n], gradients[n % 3]) for n in range(len(walks))]
-    return [(Config(64, *step, width), width, gate) for step in steps for width in (64, 128) for gate in GATES]
+    coupling = [Launch(0, 4), Launch(0, 8)]
+    walks = [Launch(32, 4, 2), Launch(64, 4, 2), Launch(32, 4, 3), Launch(64, 4, 3)]
+    gradients = [Launch(64, 4), Launch(64, 8), Launch(128, 8), Launch(32, 4)]
+    steps = range(len(walks))
+    return [
+        (Config(64, coupling[n % 2], walks[n], walks[n], gradients[n], width), width, gate)
+        for width, gate, n in itertools.product((64, 128), GATES, steps)
+    ]
 
 
 def try_one(candidate: tuple[Config, int, str], batch: int, length: int, heads: int) -> dict:
-    """Times the kernels of one configuration, or says that it does not fit the chip."""
+    """Times the kernels of one configuration, or says why it cannot run."""
     config, width, gate = candidate
     delta.SIXTEEN_BIT[width] = config
     record = {"config": config, "width": width, "gate": gate}
     try:
         return record | kernel_us(calls((batch, length, heads, width), gate)[1])
-    except triton.runtime.errors.OutOfResources as error:
-        return record | {"error": str(error)}
+    except (triton.runtime.errors.OutOfResources, RuntimeError):
+        return record | {"error": traceback.format_exc()[-800:]}
 
 
-def compile_one(candidate: tuple[Config, int, str]) -> None:
-    """Leaves the compiled kernels in Triton's cache on disk."""
-    try_one(candidate, 1, 64, 1)
+def compile_one(candidate: tuple[Config, int, str]) -> dict:
+    """Leaves the compiled kernels in Triton's cache on disk, and finds what would take the process down."""
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    with use_backend("triton"):
+        return try_one(candidate, 1, 64, 1)
 
 
 def sweep() -> list[dict]:
-    """The main shape with every candidate, compiled by several processes beforehand."""
-    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, candidates()))
+    """The main shape with every candidate that can run, compiled by processes of their own beforehand."""
+    with ProcessPoolExecutor(14, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        tried = list(pool.map(compile_one, candidates()))
     rows = []
-    for candidate in candidates():
-        rows.append(try_one(candidate, 8, 2048, 16))
+    for candidate, small in zip(candidates(), tried, strict=True):
+        rows.append(small if "error" in small else try_one(candidate, 8, 2048, 16))
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -143,9 +153,10 @@ def main() -> None:
     with use_backend("triton"):
         rows = sweep() if arguments.sweep else shipped(rates)
     record = {
+        "commit": provenance.git_state()[0],
+        "versions": provenance.versions(),
+        "seed": SEED,
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
         "rows": rows,

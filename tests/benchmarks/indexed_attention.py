@@ -154,17 +154,18 @@ Candidate = tuple[str, indexed_launch.Config, int]
 def candidates() -> list[Candidate]:
     """Kernel, its configuration and head dim."""
     tiles = {
-        "forward": ((64, 64, 4), (128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 32, 4), (128, 32, 8)),
-        "query": ((64, 64, 4), (128, 64, 8), (64, 32, 4), (64, 64, 8), (128, 32, 8)),
-        "key": ((64, 64, 4), (64, 64, 8), (32, 64, 4), (32, 64, 8), (64, 128, 8), (32, 128, 8)),
+        "forward": (
+            (64, 64, 4, 2),
+            (64, 64, 4, 2, 168),
+            (64, 64, 4, 1, 168),
+            (64, 32, 4, 3, 128),
+            (128, 64, 8, 1, 128),
+            (128, 64, 8, 2, 128),
+        ),
+        "query": ((64, 64, 4, 2), (64, 64, 4, 2, 168), (64, 64, 4, 1, 168), (64, 32, 4, 3, 168), (128, 64, 8, 2, 128)),
+        "key": ((32, 64, 4, 2), (32, 64, 4, 2, 168), (32, 64, 8, 2, 128), (64, 64, 4, 2), (64, 64, 8, 2, 128), (32, 32, 4, 2)),
     }
-    return [
-        (name, indexed_launch.Config(*tile, stages), width)
-        for width in (128, 64)
-        for name in tiles
-        for tile in tiles[name]
-        for stages in (1, 2, 3)
-    ]
+    return [(name, indexed_launch.Config(*tile), width) for width in (128, 64) for name in tiles for tile in tiles[name]]
 
 
 def try_one(candidate: Candidate, batch: int, length: int) -> dict:

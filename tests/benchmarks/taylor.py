@@ -79,13 +79,27 @@ def shipped(rates: tuple[float, float]) -> list[dict]:
 def candidates() -> list[tuple[str, taylor_launch.Config, int]]:
     """Kernel, its configuration and the length of chunks."""
     tiles = {
-        "forward": ((128, 64, 64, 8), (128, 64, 64, 4), (64, 64, 64, 4), (128, 128, 64, 8), (64, 32, 64, 4), (128, 64, 32, 8)),
-        "state": ((0, 64, 64, 4), (0, 128, 64, 4), (0, 32, 64, 4), (0, 64, 128, 8), (0, 128, 64, 8)),
-        "query": ((64, 64, 64, 4), (128, 64, 64, 8), (64, 32, 64, 4), (64, 64, 32, 4), (128, 64, 32, 8)),
-        "key": ((64, 64, 64, 4), (64, 128, 64, 8), (64, 64, 64, 8), (32, 64, 64, 4), (32, 64, 32, 4)),
+        "forward": (
+            (128, 64, 64, 4, 3),
+            (128, 64, 64, 4, 3, 168),
+            (64, 64, 64, 4, 2),
+            (64, 64, 64, 4, 2, 128),
+            (64, 64, 64, 4, 3, 168),
+            (64, 64, 32, 4, 2),
+        ),
+        "state": ((0, 64, 64, 4, 3), (0, 64, 64, 4, 4), (0, 64, 64, 4, 3, 128), (0, 128, 64, 4, 2, 168)),
+        "query": ((64, 64, 32, 4, 1), (64, 64, 32, 4, 2), (64, 64, 32, 4, 1, 128), (64, 64, 64, 4, 2, 168), (128, 64, 32, 4, 2)),
+        "key": (
+            (64, 64, 64, 4, 2),
+            (64, 64, 64, 4, 1),
+            (64, 64, 32, 4, 1),
+            (64, 64, 32, 4, 2, 168),
+            (32, 64, 32, 4, 2),
+            (32, 64, 64, 4, 2, 168),
+        ),
     }
-    chosen = [(name, taylor_launch.Config(*tile, stages), 512) for name in tiles for tile in tiles[name] for stages in (1, 2, 3)]
-    return [("forward", taylor_launch.SIXTEEN_BIT[64].forward, chunk) for chunk in (256, 512, 1024, 2048)] + chosen
+    chosen = [(name, taylor_launch.Config(*tile), 512) for name in tiles for tile in tiles[name]]
+    return [("forward", taylor_launch.SIXTEEN_BIT[64].forward, chunk) for chunk in (256, 512)] + chosen
 
 
 def try_one(candidate: tuple[str, taylor_launch.Config, int], shape: tuple[int, ...]) -> dict:

@@ -13,16 +13,20 @@ from bench.cli import app
 OPTIONS = {
     "synthetic": [
         "--task", "--mixer", "--recipe", "--suite", "--preset", "--set", "--seeds", "--select-seeds", "--device", "--jobs",
-        "--fleet", "--rerun", "--dry-run", "--check", "--report", "--no-report", "--store", "--json", "--debug",
+        "--fleet", "--launch", "--rerun", "--dry-run", "--check", "--report", "--no-report", "--store", "--json", "--debug",
     ],
     "list": ["--json", "--debug"],
-    "status": ["--store", "--json", "--debug"],
+    "status": ["--watch", "--store", "--json", "--debug"],
     "convert": [
         "--model", "--recipe", "--out", "--mixer", "--window", "--sinks", "--layers", "--data", "--set", "--tokens", "--seconds",
         "--seed", "--device", "--precision", "--trust-remote-code", "--dry-run", "--json", "--debug",
     ],
     "sample": [
         "--model", "--out", "--tokens", "--length", "--batch", "--temperature", "--seed", "--device", "--json", "--debug",
+    ],
+    "throughput": [
+        "--mixer", "--kernel", "--preset", "--mode", "--length", "--batch", "--heads", "--width", "--device", "--dtype",
+        "--no-peers", "--dry-run", "--store", "--json", "--debug",
     ],
     "eval": [
         "--model", "--tasks", "--suite", "--rows", "--teacher", "--control", "--include-path", "--data-dir", "--items", "--text",
@@ -48,7 +52,7 @@ def test_options_are_frozen() -> None:
 
 def test_the_command_line_starts_without_torch() -> None:
     code = (
-        "import sys; from bench import cli; from bench.commands import listing, status, compare, report, eval; "
+        "import sys; from bench import cli; from bench.commands import listing, status, compare, report, throughput, eval; "
         "from bench.catalog import names; [names(kind) for kind in ('mixer', 'task', 'recipe')]; "
         "print([name for name in ('torch', 'pandas', 'scipy', 'altair', 'matplotlib', 'transformers') if name in sys.modules])"
     )

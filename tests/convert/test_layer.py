@@ -147,6 +147,25 @@ def test_shared_denominator_by_its_definition():
         torch.testing.assert_close(found[:, :, t], wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [11, 90])
+def test_null_logits_only_enter_the_normaliser(length: int):
+    torch.manual_seed(0)
+    branch = WindowBranch(2, 4, window=5, sinks=0, null_shape=(2, 3)).double()
+    torch.nn.init.normal_(branch.null_logits)
+    q, k, v = torch.randn(3, 2, 2, length, 4, dtype=torch.float64).unbind(0)
+    found, _ = branch(q, k, v, None)
+    scores = q @ k.mT * 4**-0.5
+    scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril().triu(-4), float("-inf"))
+    wanted = (torch.cat((scores, branch.null_logits[:, None].expand(2, -1, length, -1)), -1).softmax(-1))[..., :length] @ v
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_window_with_null_logits_is_one_function(teacher):
+    plan = LayerPlan(mixer="normalized_gla", window=7, window_rope="drop", sink_logits=4, sinks=2, combine="sum")
+    result = check_model(build_student(teacher, [plan] * 2).eval(), tokens(2, 90))
+    assert result.passed, result.sentence()
+
+
 @pytest.mark.parametrize(("length", "history", "window", "start"), [(1, 6, 7, 3), (50, 0, 9, 0), (97, 8, 9, 40), (200, 31, 32, 5)])
 def test_banded_sums_by_their_definition(length: int, history: int, window: int, start: int):
     torch.manual_seed(length)

@@ -1,5 +1,6 @@
 """Losses by their definition, layers aligned at once as alone, and a killed conversion that ends like an undisturbed one."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -96,6 +97,33 @@ def test_batches_depend_on_seed_stage_and_step_alone(text: Path, tokenizer):
     assert not torch.equal(data.batch(1, 7, 6, 48), data.batch(1, 8, 6, 48))
     assert not torch.equal(data.batch(1, 7, 6, 48), data.batch(2, 7, 6, 48))
     assert data.digest() == again.digest() != data_of(text, tokenizer).digest()
+
+
+def rows_file(folder: Path, name: str, **row: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(50)))
+
+
+def test_a_data_set_is_a_source_and_its_field_is_found(tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows_file(tmp_path / "set", "train.jsonl", content="A mixer reads one token at a time.")
+    source = Source(kind="dataset", where=str(tmp_path / "set"))
+    data = load_data([source], tokenizer, 280, 0, min_length=48, cap=10**6)
+    assert tokenizer.decode(data.corpora[0].tokens[:200]).count("A mixer reads one token at a time.<|end|>") >= 3
+    rows_file(tmp_path / "other", "train.jsonl", words="none")
+    with pytest.raises(UserError, match="has the fields words, id; text is expected in text or content or document"):
+        load_data([source.model_copy(update={"where": str(tmp_path / "other")})], tokenizer, 280, 0, min_length=48, cap=10**6)
+    with pytest.raises(UserError, match=r"The data set 'no/such' cannot be loaded .*corpus:DIR from `bench sample`"):
+        load_data([source.model_copy(update={"where": "no/such"})], tokenizer, 280, 0, min_length=48, cap=10**6)
+
+
+def test_sources_are_drawn_by_their_weights():
+    corpora = [
+        Corpus(Source(kind="text", where=name, weight=weight), np.full(4000, token, np.int32))
+        for name, weight, token in (("a", 3.0, 1), ("b", 1.0, 2))
+    ]
+    rows = torch.cat([TrainingData(corpora, None, 0).batch(0, step, 64, 8)[:, 0] for step in range(40)])
+    assert (rows == 1).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
 def test_held_out_text_is_not_trained_on():

@@ -12,11 +12,15 @@ from kernels.indexed_op import indexed_attention
 from kernels.sparse_masks import mask
 from tests.kernels.oracle import rms_error
 
-pytestmark = pytest.mark.gpu
+# the oracle's backward may be the first of its thread to ask for cuBLAS, which then says so
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # batch, heads of q, heads of k and v, length, head dim
 SHAPES = ((2, 2, 2, 300, 64), (1, 4, 1, 200, 128), (1, 3, 3, 75, 60), (1, 16, 1, 130, 64), (1, 1, 1, 200, 256), (1, 1, 1, 1, 16))
+# every shape in bf16, some in the others: each is another set of kernels to compile
+CASES = [(shape, torch.bfloat16) for shape in SHAPES]
+CASES += [(SHAPES[n], dtype) for n, dtype in ((0, torch.float16), (2, torch.float16), (0, torch.float32), (1, torch.float32))]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -45,11 +49,10 @@ def close(function, tensors: list[torch.Tensor], visible: torch.Tensor) -> None:
         assert rms_error(a, c) < limit or float(c.abs().max()) < 1e-9, (name, rms_error(a, c))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_band(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     length = shape[3]
-    for window, sinks in ((1, 0), (64, 0), (100, 0), (50, 3)):
+    for window, sinks in ((1, 0), (64, 0), (100, 0), *([(50, 3)] if shape == SHAPES[1] else [])):
         visible = band_mask(length, length, window=window, sinks=sinks, device="cuda")
 
         def band(q, k, v, window=window, sinks=sinks):
@@ -72,8 +75,7 @@ def test_a_band_continues(sinks: int) -> None:
     assert rms_error(y, want[:, :, first:]) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, heads, kv_heads, length, _ = shape
     token = torch.arange(length, device="cuda")

@@ -67,6 +67,20 @@ def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-9))
 
 
+@pytest.mark.parametrize("k_dim", [8, 16, 64, 128])
+@pytest.mark.parametrize("v_dim", [16, 64])
+def test_wide_values_beside_narrow_keys(k_dim: int, v_dim: int) -> None:
+    """Mamba-2 under autocast: values and their gradients in fp32, queries and keys in bf16."""
+    tensors = draw((2, 130, 1, 4, k_dim, v_dim), "scalar", torch.bfloat16, state=True)
+    tensors["v"] = tensors["v"].detach().float().requires_grad_()
+    exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    with use_backend("triton"):
+        got = outputs_and_gradients(linear_recurrence, tensors, state=True)
+    want = outputs_and_gradients(linear_recurrence_reference, exact, state=True)
+    for name, x, y in zip(("o", "final", *tensors), got, want, strict=True):
+        assert rms_error(x, y) < (2e-2 if name == "log_decay" else 5e-3), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -16,14 +16,16 @@ pytestmark = pytest.mark.gpu
 
 # batch, length, heads, width of q and k, width of v
 SHAPES = (
-    (2, 1, 1, 16, 64),
+    (2, 2, 1, 16, 64),
     (2, 700, 2, 16, 64),
     (1, 1300, 2, 16, 128),
     (2, 300, 3, 8, 60),
     (1, 1100, 1, 24, 65),
     (1, 100, 1, 64, 256),
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# every shape in bf16, some in the others: each is another set of kernels to compile
+CASES = [(shape, torch.bfloat16) for shape in SHAPES]
+CASES += [(SHAPES[n], dtype) for n, dtype in ((1, torch.float16), (1, torch.float32), (3, torch.float32))]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, *, norm: bool, state: bool) -> list[torch.Tensor]:
@@ -54,10 +56,9 @@ def outputs_and_gradients(tensors: list[torch.Tensor], *, norm: bool) -> list[to
     return [x.detach() for x in (*results, *torch.autograd.grad(loss, tensors))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for norm, state in itertools.product((True, False), (False, True)):
+    for norm, state in ((True, False), (True, True), (False, True)) if shape == SHAPES[1] else ((True, True),):
         tensors = draw(shape, dtype, norm=norm, state=state)
         with use_backend("triton"):
             got, again = (outputs_and_gradients(tensors, norm=norm) for _ in range(2))

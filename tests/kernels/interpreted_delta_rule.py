@@ -78,6 +78,18 @@ def test_the_shapes_of_sixteen_bit(gate, beta, monkeypatch):
     assert_equal((1, 66, 1, 1, 70, 70), gate, state=False, beta=beta)
 
 
+@pytest.mark.parametrize(("v_dim", "operands"), [(32, torch.float16), (130, torch.float32)])
+def test_half_precision(v_dim, operands):
+    """Few key columns and beta up to 2 make couplings large; wide heads take fp32 operands."""
+    shape = (1, 66 if v_dim == 32 else 18, 1, 1, 8, v_dim)
+    tensors = {name: x.detach().half() for name, x in draw(shape, "scalar", state=True, beta=2.0).items()}
+    assert delta.operand_dtype(tensors["q"], tensors["k"], tensors["v"]) == operands
+    got = run(linear_recurrence, {name: x.requires_grad_() for name, x in tensors.items()})
+    want = run(linear_recurrence_reference, {name: x.detach().double().requires_grad_() for name, x in tensors.items()})
+    for a, b in zip(got, want, strict=True):
+        assert rms_error(a, b) <= 5e-3
+
+
 def test_split_equals_whole():
     tensors = draw((1, 20, 1, 1, 16, 16), "scalar", state=True, dtype=torch.float32)
     tensors = {name: x.detach() for name, x in tensors.items()}
@@ -126,6 +138,16 @@ def test_gradients_inside_of_vmap():
     got = vmap(torch.func.grad(loss))(queries)
     for member, q in zip(got, queries, strict=True):
         torch.testing.assert_close(member, torch.func.grad(loss)(q), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_final_state_alone():
+    exact = draw((1, 18, 1, 1, 16, 16), "scalar", state=True)
+    single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
+    used = [name for name in exact if name != "q"]
+    pairs = [(linear_recurrence, single), (linear_recurrence_reference, exact)]
+    got, want = (torch.autograd.grad(weighted(call(f, x)[1:]), [x[name] for name in used]) for f, x in pairs)
+    for name, a, b in zip(used, got, want, strict=True):
+        assert rms_error(a, b) <= SINGLE, name
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch):

@@ -90,7 +90,7 @@ def test_split_equals_whole():
 
 @pytest.mark.parametrize("state", [False, True])
 def test_vmap_equals_loop(state):
-    members = [[x.float() for x in draw((1, 50, 2, 4, 16), norm=True, state=state, seed=seed)] for seed in range(3)]
+    members = [[x.float() for x in draw((1, 40, 1, 4, 16), norm=True, state=state, seed=seed)] for seed in range(2)]
     stacked = [torch.stack(parts).requires_grad_() for parts in zip(*members, strict=True)]
     mapped = vmap(call)(*stacked)
     got = [*mapped, *torch.autograd.grad(sum(weighted(part) for part in zip(*mapped, strict=True)), stacked)]
@@ -100,8 +100,8 @@ def test_vmap_equals_loop(state):
 
 
 def test_gradients_inside_vmap_with_shared_keys():
-    q, k, v = (x.float() for x in draw((2, 50, 1, 4, 16), norm=True, state=False))
-    queries = torch.randn(3, *q.shape)
+    q, k, v = (x.float() for x in draw((1, 40, 1, 4, 16), norm=True, state=False))
+    queries = torch.randn(2, *q.shape)
 
     def loss(q):
         return call(q, k, v)[0].square().sum()
@@ -112,7 +112,7 @@ def test_gradients_inside_vmap_with_shared_keys():
 
 
 def test_compiles_without_graph_breaks():
-    leaves = [x.float().requires_grad_() for x in draw((1, 50, 1, 4, 16), norm=True, state=True)]
+    leaves = [x.float().requires_grad_() for x in draw((1, 40, 1, 4, 16), norm=True, state=True)]
     want = call(*leaves)
     got = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
     gradients = (torch.autograd.grad(weighted(outputs), leaves) for outputs in (got, want))
@@ -120,13 +120,12 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("length", [20, 50])
-def test_torch_accepts_the_operator(length):
-    q, k, v = (x.float().requires_grad_() for x in draw((2, length, 2, 4, 16), norm=True, state=False))
+def test_torch_accepts_the_operator():
+    q, k, v = (x.float().requires_grad_() for x in draw((1, 34, 1, 4, 16), norm=True, state=False))
     rows = taylor_launch.n_rows(4)
-    sums = (torch.randn(2, 2, rows, 16, requires_grad=True), torch.rand(2, 2, rows, requires_grad=True))
+    sums = (torch.randn(1, 1, rows, 16, requires_grad=True), torch.rand(1, 1, rows, requires_grad=True))
     operator = torch.ops.mixer_bench.taylor_attention.default
-    torch.library.opcheck(operator, (q, k, v, None, None, True, 1e-6, False))
+    torch.library.opcheck(operator, (q[:, :20], k[:, :20], v[:, :20], None, None, True, 1e-6, False), test_utils="test_faketensor")
     torch.library.opcheck(operator, (q, k, v, *sums, True, 1e-6, True))
 
 

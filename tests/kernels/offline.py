@@ -25,7 +25,7 @@ class Resources:
     ptx: str
 
 
-def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **options: int) -> Resources:
+def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **options: int | None) -> Resources:
     """Compiles one specialisation of a kernel.
 
     Args:

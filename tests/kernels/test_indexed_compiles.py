@@ -6,10 +6,10 @@ import triton.language as tl
 
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
-from kernels.indexed_decode_triton import part_kernel
+from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import key_kernel, query_kernel
-from kernels.indexed_triton import forward_kernel
-from kernels.walk import _precision, padded
+from kernels.indexed_triton import compact_kernel, forward_kernel
+from kernels.walk import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
@@ -26,10 +26,31 @@ def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
     pointer, dot = DTYPES[dtype]
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | WHOLE
-    constants = {"K": width, "V": width, "BK": padded(width), "BV": padded(width), "UNIT": 8, "M": config.queries, "N": config.keys}
-    constants |= {"LISTED": listed, "SINKS": False, "STORED": False, "ROWWISE": listed, "DOT": dot, "STAGES": config.stages}
+    constants = {
+        "K": width,
+        "V": width,
+        "BK": product_width(width, dtype),
+        "BV": product_width(width, dtype),
+        "UNIT": 8,
+        "M": config.queries,
+        "N": config.keys,
+    }
+    constants |= {
+        "LISTED": listed,
+        "SINKS": False,
+        "STORED": False,
+        "ROWWISE": listed,
+        "SPLIT": 2 if listed else 1,
+        "DOT": dot,
+        "STAGES": config.stages,
+    }
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names if name in arguments}, warps=config.warps)
+    return compile_sm90(
+        kernel,
+        {name: arguments[name] for name in kernel.arg_names if name in arguments},
+        warps=config.warps,
+        maxnreg=config.registers,
+    )
 
 
 def check(name, width, dtype, *, listed, spill, **flags):
@@ -44,6 +65,16 @@ def check(name, width, dtype, *, listed, spill, **flags):
 @pytest.mark.parametrize(("name", "spill"), [("forward", 0), ("query", 0), ("key", 60)])
 def test_a_window_in_sixteen_bit(name, spill):
     check(name, 128, torch.bfloat16, listed=False, spill=spill)
+
+
+@pytest.mark.parametrize(
+    "kernel", [*KERNELS.values(), compact_kernel, part_kernel, join_kernel], ids=lambda kernel: kernel.__name__
+)
+def test_no_integer_is_specialised(kernel):
+    """A batch of one, or a length that 16 divides, is no other kernel."""
+    integers = [p for p in kernel.params if p.annotation in ("i32", "i64")]
+    assert integers
+    assert all(p.do_not_specialize for p in integers)
 
 
 @pytest.mark.slow

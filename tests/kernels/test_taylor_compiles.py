@@ -7,7 +7,7 @@ import triton.language as tl
 from kernels import taylor_launch as launch
 from kernels.taylor_grad_triton import key_kernel, query_kernel
 from kernels.taylor_triton import forward_kernel, scan_kernel, state_kernel
-from kernels.walk import _precision, padded
+from kernels.walk import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "x", "c", "y", "dy", "dq", "dk", "dv")
@@ -24,12 +24,12 @@ def compile_kernel(name, k_dim, v_dim, dtype, config=None, **flags):
     wide = torch.float32 if dtype == torch.float32 else torch.bfloat16
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | dict.fromkeys(("entering", "leaving"), DTYPES[wide][0])
-    tile = min(launch.VALUE_TILE, padded(v_dim)) if name in ("forward", "state") else padded(v_dim)
-    constants = {"K": k_dim, "V": v_dim, "BK": padded(k_dim), "BV": tile, "BF": config.rows, "UNIT": 8}
+    tile = min(launch.VALUE_TILE, product_width(v_dim, dtype)) if name in ("forward", "state") else product_width(v_dim, dtype)
+    constants = {"K": k_dim, "V": v_dim, "BK": product_width(k_dim, dtype), "BV": tile, "BF": config.rows, "UNIT": 8}
     constants |= {"BM": config.queries, "BN": config.keys, "BT": config.keys, "NORM": True, "WEIGHTED": True}
     constants |= {"FIRST": False, "LAST": False, "DOT": dot, "WIDE": DTYPES[wide][1], "STAGES": config.stages}
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps)
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps, maxnreg=config.registers)
 
 
 def check(name, k_dim, v_dim, dtype, spill):
@@ -53,6 +53,14 @@ def test_the_scan_streams():
     used = compile_sm90(scan_kernel, {name: arguments[name] for name in scan_kernel.arg_names}, warps=4)
     assert used.spilled == 0
     assert "ld.global.v4" in used.ptx.replace(".L1::no_allocate", "")
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS.values(), scan_kernel], ids=lambda kernel: kernel.__name__)
+def test_no_integer_is_specialised(kernel):
+    """A batch of one, or a length that 16 divides, is no other kernel."""
+    integers = [p for p in kernel.params if p.annotation in ("i32", "i64")]
+    assert integers
+    assert all(p.do_not_specialize for p in integers)
 
 
 @pytest.mark.slow

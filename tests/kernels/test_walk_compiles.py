@@ -17,7 +17,7 @@ def compile_walk(kernel, config, width, gate, dtype):
     """One kernel with K = V = width; gate is 0, 1 or 2."""
     pointer, dot = DTYPES[dtype]
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
-    tile, inner = min(config.tile, walk.padded(width)), walk.padded(width)
+    tile, inner = walk.tile_of(config, width, dtype), walk.padded(width)
     is_forward = kernel is forward_kernel
     constants = {"K": width, "V": width, "BK": inner, "BV": tile if is_forward else inner, "TK": tile, "TV": tile, "UNIT": 8}
     constants |= {"C": config.chunk, "GATE": gate, "FIRST": False, "LAST": False, "DLAST": False, "GATE_GRAD": gate == 2}

@@ -9,7 +9,8 @@ import numpy as np
 
 from bench import catalog, published
 from bench.records import CellInfo, Metric, Provenance, RunRecord, StateInfo, Status
-from bench.spec import SELECTION_SEED, LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec, run_id
+from bench.spec import SELECTION_SEED, LayerSpec, ModelSpec, RunSpec, TaskSpec, TrainSpec, digest, run_id
+from bench.speed_records import Bound, GateResult, Peer, SpeedRecord, Timing
 from bench.store import Store
 
 CELLS = {"32x4": (32, 4), "64x8": (64, 8), "64x16": (64, 16)}
@@ -204,4 +205,54 @@ def reproduce(root: Path, recipe: str, *, left_out: str = "hyena", off: dict[str
                 size = target.state_bytes or 1000
                 made = record(experiment.run(lr, seed), test=test, state=(size + 512, size, size), label=experiment.model.label())
                 store.write(made.model_copy(update={"mixer": experiment.model.mixer()}))
+    return store
+
+
+def speed(
+    mixer: str, mode: str, *, length: int = 256, d_model: int = 64, microseconds: float | None = 800.0, kind: str = "mixer"
+) -> SpeedRecord:
+    """An invented row of `bench throughput`; without a time its gate is red."""
+    timing = (
+        None if microseconds is None else Timing(median_us=microseconds, low_us=0.9 * microseconds, high_us=1.2 * microseconds, n=7)
+    )
+    width = {"d_model": d_model} if kind == "mixer" else {"heads": 2, "groups": 2, "key": 32, "value": 32}
+    peer = Peer(name="a public one", version="1.0", eager=Timing(median_us=2000.0, low_us=1900.0, high_us=2100.0, n=7))
+    return SpeedRecord(
+        speed_id=digest([kind, mixer, mode, length, d_model]),
+        subject=kind,  # type: ignore[arg-type]
+        name=mixer,
+        mode=mode,  # type: ignore[arg-type]
+        shape={"batch": 512 // length, "length": length, **width},
+        dtype="fp32",
+        path="chunked",
+        status="wrong" if timing is None else "done",
+        reason="o is off by 1.0e+00 of its size; 1e-03 is allowed." if timing is None else "",
+        gate=GateResult(passed=timing is not None, against="an invented definition", worst="o", error=1e-6, tolerance=1e-3),
+        bound=Bound(bytes=1 << 20, flops=1 << 20, microseconds=131.0, by="bytes"),
+        eager=timing,
+        tokens_per_second=None if microseconds is None else 512 / microseconds * 1e6,
+        first_call_seconds=0.5,
+        state_bytes=17408,
+        peers=[peer] if kind == "kernel" else [],
+        copy_bytes_per_second=8e9,
+        product_flops_per_second=3e10,
+        product_dtype="float32",
+        device="cpu",
+        started="2025-01-01T11:00:00Z",
+        provenance=record(spec("gla")).provenance,
+    )
+
+
+def measure(store: Store) -> Store:
+    """Adds speeds: every mixer at both widths and three lengths but for Hyena at the larger one, two kernels, a red gate."""
+    for index, mixer in enumerate(MIXERS):
+        for d_model in SIZES:
+            for length in (128, 256, 512):
+                slower = (length / 128) ** (1.0 if mixer == "attention" else 0.1) * (1 + index / 3) * d_model / 64
+                for mode, share in (("train", 3.0), ("forward", 1.0), ("prefill", 1.1), ("decode", 0.05)):
+                    if (mixer, d_model) != ("hyena", 128):
+                        store.write_speed(speed(mixer, mode, length=length, d_model=d_model, microseconds=500 * share * slower))
+    for length in (128, 512):
+        store.write_speed(speed("delta", "train", length=length, kind="kernel"))
+        store.write_speed(speed("kda", "train", length=length, kind="kernel", microseconds=None))
     return store

@@ -270,3 +270,27 @@ def test_language_models_are_drawn_with_and_without_runs(page: Page, tmp_path: P
         page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
     page.get_by_role("checkbox", name="delta_net", exact=True).uncheck()
     page.wait_for_function("() => document.querySelectorAll('#vis-j0-state [aria-roledescription=point]').length === 10")
+
+
+def test_speeds_follow_their_choice_and_the_filter(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("speeds")
+    store = fake_store.measure(fake_store.build(folder / "runs"))
+    ready(page, build_report(store, folder / "report.html").path.as_uri())
+    marks = '#recall-t0 [aria-roledescription="point"]'
+    assert page.locator(marks).count() == 13
+    first = page.locator(marks).first.get_attribute("aria-label")
+    page.select_option("[name=speed]", "decode")
+    page.wait_for_function(
+        "([marks, first]) => document.querySelector(marks)?.getAttribute('aria-label') !== first", arg=[marks, first]
+    )
+    assert "speed=decode" in page.url
+    page.locator("input[name=mixer][value=attention]").uncheck()
+    page.wait_for_function("marks => document.querySelectorAll(marks).length === 11", arg=marks)
+    assert page.locator("tr[data-speed][data-mixer=attention]:visible").count() == 0
+
+
+def test_a_page_of_speeds_alone_works(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("alone")
+    ready(page, build_report(fake_store.measure(Store(folder / "runs")), folder / "report.html").path.as_uri())
+    assert page.locator('#lengths-speed-mixer [aria-roledescription="point"]').count() > 0
+    assert page.locator("#theme").is_visible()

@@ -16,6 +16,7 @@ from test_build import page_data
 
 from bench.points import points
 from bench.report.build import build_report
+from bench.report.frames import metric_text
 from bench.selection import published_selection
 from bench.store import Store
 
@@ -60,6 +61,9 @@ def test_the_table_has_the_published_selection_and_the_efficiency_of_the_state(b
     np.testing.assert_allclose(frame["published_selection"], [published_selection(p).accuracy.mean for p in expected], atol=1e-5)
     np.testing.assert_allclose(frame["best_of_k_bias"], [published_selection(p).bias for p in expected], atol=1e-5)
     assert set(frame["best_of_k"]) == {2}
+    value = next(value for value in panel(text)["values"] if value["name"] == "GLA d=128")
+    row = next(line for line in text.split("<tr") if "GLA d=128</th>" in line)
+    assert value["efficiency"] > 0 and f">{metric_text(100 * value['efficiency'])} %</td>" in row
     np.testing.assert_allclose(frame["state_efficiency"], frame["bits_needed"] / (8 * frame["state_bytes"]), rtol=1e-3)
 
 

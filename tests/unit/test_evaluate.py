@@ -36,7 +36,12 @@ def spec(task: str, **train: object) -> RunSpec:
 @pytest.mark.parametrize("name", list(catalog.names("task")))
 def test_every_task_trains_and_is_recorded(name: str, tmp_path: Path) -> None:
     found: list[RunRecord] = []
-    runner.execute([spec(name), spec(name).model_copy(update={"seed": 1})], CPU, Store(tmp_path), on_record=found.append)
+    runner.execute(
+        [spec(name), spec(name).model_copy(update={"seed": 1})],
+        CPU,
+        Store(tmp_path),
+        tell=lambda kind, content: found.append(content) if kind == "record" else None,
+    )
     record = found[0]
     assert [record.status for record in found] == ["done", "done"], found
     assert record.family == catalog.load("task", name).suite

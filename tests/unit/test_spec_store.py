@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from bench import schema_page
+from bench import catalog, schema_page
 from bench.catalog import source_hash
 from bench.errors import UserError
 from bench.grammar import apply_settings, named_layers, parse_layers, parse_value
@@ -52,6 +53,16 @@ def test_code_hash_ignores_comments_and_docstrings(tmp_path: Path) -> None:
         hashes.append(source_hash(path))
     assert hashes[0] == hashes[1] != hashes[2]
     assert identity_code(spec()) != identity_code(spec(model=ModelSpec(**named_layers("attention"))))
+
+
+def test_source_hash_does_not_see_fields_that_newer_pythons_add():
+    tree = ast.parse("def f(a, *, b=None):\n    return f'{a!r:>{b}}', None\n\nclass C:\n    x: int = 0\n")
+    before = catalog._dump(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node._fields = tuple(dict.fromkeys((*node._fields, "type_params")))  # type: ignore[misc]
+            node.type_params = []  # type: ignore[attr-defined]
+    assert catalog._dump(tree) == before != catalog._dump(ast.parse("def f(a, *, b=0): return a"))
 
 
 def test_mixer_expressions() -> None:

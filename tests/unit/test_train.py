@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bench import runner, streamed
 from bench.build import build_model, build_task
 from bench.data import device_split, epoch_plan
 from bench.grammar import named_layers
-from bench.launch import Workers
+from bench.launch.local import LocalWorkers
 from bench.member import learning_rate
 from bench.model import LanguageModel
 from bench.outcome import identity_of
@@ -154,7 +155,14 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
 
 def execute(store: Path, *runs: RunSpec) -> list[RunRecord]:
     found: list[RunRecord] = []
-    assert runner.execute(list(runs), CPU, Store(store), on_record=found.append)
+
+    def tell(kind: str, content: Any) -> None:
+        if kind == "record":
+            found.append(content)
+        elif kind == "note":
+            print(content)
+
+    assert runner.execute(list(runs), CPU, Store(store), tell=tell)
     return found
 
 
@@ -182,13 +190,13 @@ def test_members_stopped_at_different_steps_go_on(tmp_path: Path) -> None:
         assert found.metric("valid", "loss") == pytest.approx(record.metric("valid", "loss"), rel=1e-5)
 
 
-def test_a_corrupt_checkpoint_is_ignored_with_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_checkpoint_is_ignored_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path)
     (want,) = execute(tmp_path, spec())
     (store.path(want.run_id) / "record.json").unlink()
     (store.path(want.run_id) / "checkpoint.pt").write_bytes(b"not a checkpoint")
     (again,) = execute(tmp_path, spec())
-    assert "Ignored" in capfd.readouterr().err
+    assert capsys.readouterr().out.count("Ignored") == 1
     assert again.metrics == want.metrics
     assert not (store.path(want.run_id) / "checkpoint.pt").exists()
 
@@ -240,8 +248,8 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
-    with Workers(["cpu"], tmp_path) as workers:
-        workers.submit((spec(epochs=100000), spec(epochs=100000, seed=1)))
+    with LocalWorkers(["cpu"], tmp_path) as workers:
+        workers.submit((spec(epochs=100000), spec(epochs=100000, seed=1)), {})
         kinds = []
         while "progress" not in kinds:
             kinds += [event.kind for event in workers.events(1.0)]
@@ -249,7 +257,8 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
         while "died" not in kinds:
             kinds += [event.kind for event in workers.events(1.0)]
         assert workers.idle() == 1
-    record = runner.record_death(spec(), CPU, Store(tmp_path), -9)
+    record = runner.record_death(spec(), CPU, Store(tmp_path), "signal 9")
+    assert record is not None
     assert (record.status, record.reason) == ("failed", "its worker process died twice (signal 9)")
 
 

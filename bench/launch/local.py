@@ -10,39 +10,19 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
+from bench.launch import STOP_SECONDS, Event, Fleet, Workers
 from bench.provenance import usable_cores
 from bench.spec import RunSpec
 
-STOP_SECONDS = 60.0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864"}
 """glibc keeps the memory of a training step for the next one instead of returning it to the system: 5 to 12 % of a step."""
-
-
-Fleet = tuple[RunSpec, ...]
-"""Runs that are trained together: equal but for seed and learning rate."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a worker said of its fleet.
-
-    Args:
-        kind: "progress" (content: `train.Progress`), "record" (content: the record of a run that has ended), "finished" (the
-            fleet is over), or "died" (content: the exit code).
-        fleet: the runs that the worker was given.
-    """
-
-    kind: str
-    fleet: Fleet
-    content: Any = None
 
 
 @dataclass
@@ -67,8 +47,8 @@ def worker_devices(device: str, jobs: int | None) -> list[str]:
     return [device] * (jobs or (usable_cores() if device == "cpu" else 1))
 
 
-class Workers:
-    """A pool of worker processes; use it as a context manager.
+class LocalWorkers(Workers):
+    """A pool of worker processes.
 
     Args:
         devices: the device of each worker.
@@ -76,16 +56,13 @@ class Workers:
     """
 
     def __init__(self, devices: list[str], store: Path) -> None:
-        self.devices, self.store = devices, store
-        self.threads = max(1, usable_cores() // len(devices))
+        self.devices, self.store, self.device = devices, store, devices[0]
+        self.threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // len(devices)))
         self.workers: list[_Worker] = []
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> LocalWorkers:
         self.workers = [self._start(device) for device in self.devices]
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def _start(self, device: str) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -104,15 +81,17 @@ class Workers:
         """Runs of the fleets in flight."""
         return set().union(*(worker.fleet for worker in self.workers))
 
-    def submit(self, fleet: Fleet) -> None:
+    def submit(self, fleet: Fleet, outdated: Mapping[str, str]) -> None:
         """Hands a fleet to an idle worker."""
         worker = next(worker for worker in self.workers if not worker.fleet)
         worker.fleet = fleet
-        worker.pipe.send([spec.model_dump_json() for spec in fleet])
+        worker.pipe.send(([spec.model_dump_json() for spec in fleet], dict(outdated)))
 
     def events(self, timeout: float) -> Iterator[Event]:
         """What the workers have said, waiting at most `timeout` seconds for the first word."""
         busy = {worker.pipe: index for index, worker in enumerate(self.workers) if worker.fleet}
+        if not busy:
+            time.sleep(timeout)
         for pipe in wait(list(busy), timeout):
             index = busy[pipe]  # type: ignore[index]
             worker = self.workers[index]
@@ -122,7 +101,7 @@ class Workers:
             except (EOFError, ConnectionResetError):
                 worker.process.join()
                 self.workers[index] = self._start(self.devices[index])
-                yield Event("died", fleet, worker.process.exitcode)
+                yield Event("died", fleet, _end(worker.process.exitcode))
                 continue
             if kind == "finished":
                 worker.fleet = ()
@@ -152,13 +131,18 @@ def _environment(defaults: dict[str, str]) -> Iterator[None]:
             del os.environ[key]
 
 
+def _end(code: int | None) -> str:
+    """How a process ended."""
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
 def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> None:
     """A worker's life: take a fleet, train it, say so; a closed pipe means stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     import torch
 
     from bench.runner import execute
-    from bench.store import Store
+    from bench.store import Store, StoreError
 
     def tell(kind: str, content: object = None) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a gone parent is noticed by `should_stop`
@@ -166,18 +150,14 @@ def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> Non
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # probabilities of a confident model are denormal and slow a CPU step by a tenth
-    try:
-        while True:
-            ended = execute(
-                [RunSpec.model_validate_json(text) for text in pipe.recv()],
-                torch.device(device),
-                Store(Path(store)),
-                on_progress=partial(tell, "progress"),
-                on_record=partial(tell, "record"),
-                should_stop=pipe.poll,  # the parent says nothing while a fleet trains, so a readable pipe is a closed one
-            )
-            if not ended:
-                return
-            tell("finished")
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+    while True:
+        try:
+            texts, outdated = pipe.recv()
+            fleet = [RunSpec.model_validate_json(text) for text in texts]
+            # the parent says nothing while a fleet trains, so a readable pipe is a closed one
+            execute(fleet, torch.device(device), Store(Path(store)), tell=tell, should_stop=pipe.poll, outdated=outdated)
+        except (EOFError, ConnectionResetError):
+            return
+        except StoreError as error:
+            tell("broken", error)
+        tell("finished")

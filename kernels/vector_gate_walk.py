@@ -1,0 +1,131 @@
+"""The walks over chunks, forward and in reverse, which hold the state and its gradient in registers.
+
+Forward, with the names of `kernels.vector_gate_prepare`:
+
+    E = V' - K' S,    U = beta E,    O = Q' S + P U,    S <- exp(G_C) S + W^T U
+
+In reverse, with dS the gradient of the state that leaves the chunk and A = (I + beta M)^-1:
+
+    dU = P^T dO + W dS,    dV = beta A^T dU,    dbeta = rowsum(E o A^T dU),    dS <- exp(G_C) dS + Q'^T dO - K'^T beta dU
+
+Without the delta rule E is V and dV is dU. The columns of the state are split over programs.
+
+Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.vector_gate_rows import load_beta, load_rows, store_rows
+
+
+@triton.jit
+def walk_kernel(
+    reads, writes, carry, scores, erases, v, beta, first, o, last, states, errors,
+    v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
+    C: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, OUT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * value tiles,). v is V' with the delta rule.
+
+    OUT writes outputs; otherwise the state that enters each chunk goes to states, [B, H, N, KP, VP], and with the delta rule
+    E to errors, [B, T, H, V], for the gradients.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    head_index, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    batch, head = head_index // heads, head_index % heads
+    i_C, d_K, e_V = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
+    by_key_CK = i_C[:, None] * KP + d_K[None, :]
+    by_state = head_index * K * V + d_K[:, None] * V + e_V[None, :]
+    in_state = (d_K < K)[:, None] & (e_V < V)[None, :]
+    v += (batch * v_b + head * v_h) * UNIT
+    row = batch * length * heads + head
+    state_KV = tl.zeros([KP, BV], tl.float32)
+    if FIRST:
+        state_KV = tl.load(first + by_state, mask=in_state, other=0.0)
+    chunks = tl.cdiv(length, C)
+    for n in tl.range(0, chunks, num_stages=STAGES):
+        block = head_index * chunks + n
+        start, left = tl.cast(n, tl.int64) * C, length - n * C
+        here = row + start * heads
+        write_CK = tl.load(writes + block * C * KP + by_key_CK)
+        error_CV = load_rows(v + start * v_t * UNIT, v_t * UNIT, i_C, e_V, left, V, DOT)
+        carry_K = tl.load(carry + block * KP + d_K)
+        before_KV = state_KV.to(DOT)
+        if not OUT:
+            tl.store(states + block * KP * VP + d_K[:, None] * VP + e_V[None, :], before_KV)
+        if DELTA:
+            erase_CK = tl.load(erases + block * C * KP + by_key_CK)
+            wide_CV = error_CV.to(tl.float32) - tl.dot(erase_CK, before_KV, input_precision=PRECISION)
+            if not OUT:
+                store_rows(errors + here * V, heads * V, i_C, e_V, left, wide_CV, V)
+            beta_C = load_beta(beta + here, heads, i_C, left)
+            error_CV = (wide_CV * beta_C[:, None]).to(DOT)
+        if OUT:
+            read_CK = tl.load(reads + block * C * KP + by_key_CK)
+            score_CC = tl.load(scores + block * C * C + i_C[:, None] * C + i_C[None, :])
+            o_CV = tl.dot(read_CK, before_KV, input_precision=PRECISION)
+            o_CV = tl.dot(score_CC, error_CV, o_CV, input_precision=PRECISION)
+            store_rows(o + here * V, heads * V, i_C, e_V, left, o_CV, V)
+        state_KV = tl.dot(tl.trans(write_CK), error_CV, state_KV * carry_K[:, None], input_precision=PRECISION)
+    if LAST:
+        tl.store(last + by_state, state_KV, mask=in_state)
+
+
+@triton.jit
+def reverse_kernel(
+    reads, writes, carry, scores, erases, inverses, errors, beta, do, dlast, dv, dbeta, dfirst, dstates,
+    do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
+    C: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr, DLAST: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * value tiles,). dstates, [B, H, N, KP, VP], gets the gradient of the state that leaves each chunk.
+
+    dbeta is [value tiles, B, T, H], to be summed over the first axis. FIRST writes dfirst, the gradient of S_0.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    head_index, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    batch, head = head_index // heads, head_index % heads
+    i_C, d_K, e_V = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
+    by_key_CK = i_C[:, None] * KP + d_K[None, :]
+    square_CC = i_C[:, None] * C + i_C[None, :]
+    by_state = head_index * K * V + d_K[:, None] * V + e_V[None, :]
+    in_state = (d_K < K)[:, None] & (e_V < V)[None, :]
+    do += (batch * do_b + head * do_h) * UNIT
+    row = batch * length * heads + head
+    dbeta += (tile.to(tl.int64) * batches * length * heads) + row
+    grad_KV = tl.zeros([KP, BV], tl.float32)
+    if DLAST:
+        grad_KV = tl.load(dlast + by_state, mask=in_state, other=0.0)
+    chunks = tl.cdiv(length, C)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        n = chunks - 1 - step
+        block = head_index * chunks + n
+        start, left = tl.cast(n, tl.int64) * C, length - n * C
+        here = row + start * heads
+        do_CV = load_rows(do + start * do_t * UNIT, do_t * UNIT, i_C, e_V, left, V, DOT)
+        write_CK = tl.load(writes + block * C * KP + by_key_CK)
+        read_CK = tl.load(reads + block * C * KP + by_key_CK)
+        score_CC = tl.load(scores + block * C * C + square_CC)
+        carry_K = tl.load(carry + block * KP + d_K)
+        after_KV = grad_KV.to(DOT)
+        tl.store(dstates + block * KP * VP + d_K[:, None] * VP + e_V[None, :], after_KV)
+        du_CV = tl.dot(tl.trans(score_CC), do_CV, input_precision=PRECISION)
+        du_CV = tl.dot(write_CK, after_KV, du_CV, input_precision=PRECISION)
+        grad_KV = tl.dot(tl.trans(read_CK), do_CV, grad_KV * carry_K[:, None], input_precision=PRECISION)
+        if DELTA:
+            beta_C = load_beta(beta + here, heads, i_C, left)
+            erase_CK = tl.load(erases + block * C * KP + by_key_CK)
+            inverse_CC = tl.load(inverses + block * C * C + square_CC)
+            error_CV = load_rows(errors + here * V, heads * V, i_C, e_V, left, V, tl.float32)
+            grad_KV = tl.dot(tl.trans(erase_CK), (-beta_C[:, None] * du_CV).to(DOT), grad_KV, input_precision=PRECISION)
+            du_CV = tl.dot(tl.trans(inverse_CC), du_CV.to(DOT), input_precision=PRECISION)
+            tl.store(dbeta + start * heads + i_C * heads, tl.sum(du_CV * error_CV, 1), mask=i_C < left)
+            du_CV *= beta_C[:, None]
+        store_rows(dv + here * V, heads * V, i_C, e_V, left, du_CV, V)
+    if FIRST:
+        tl.store(dfirst + by_state, grad_KV, mask=in_state)

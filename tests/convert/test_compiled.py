@@ -1,0 +1,50 @@
+"""Compiled stages compute what plain ones do, and every layer runs the same compiled function."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bench.convert import stage as stages
+from bench.convert.compiled import compile_parts
+from bench.convert.data import Corpus, TrainingData
+from bench.convert.spec import LayerPlan, Lora, Source, Stage
+from bench.convert.stage import StageTrainer
+from bench.convert.student import build_student
+from tests.convert.conftest import tiny
+
+PLANS = {
+    "gate": LayerPlan(mixer="gated_delta_net", groups="share", window=7, sinks=2, combine="gate"),
+    "lolcats": LayerPlan(options={"feature_map": "hedgehog"}, window=7, sinks=2),
+}
+LOGITS = {"capture": "logits", "loss": "kl_ce", "kl": 1.0, "ce": 0.5}
+STAGES = {
+    "attn_out": Stage(capture="attn_out"),
+    "mixer_out": Stage(capture="mixer_out", train=("mixer", "qkv")),
+    "block_out": Stage(capture="block_out", train=("all",)),
+    "logits": Stage(**LOGITS, train=("all",)),
+    "lora": Stage(**LOGITS, train=("mixer",), lora=Lora()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at an activation's
+@pytest.mark.parametrize(("plan", "stage"), [("gate", name) for name in STAGES] + [("lolcats", "attn_out"), ("lolcats", "logits")])
+def test_compiled_stages_train_alike(plan: str, stage: str, monkeypatch: pytest.MonkeyPatch):
+    """Traced by torch.compile but run by torch itself, which needs no compiler."""
+    monkeypatch.setattr(stages, "compile_parts", partial(compile_parts, backend="eager"))
+    corpus = Corpus(Source(kind="text", where="x"), torch.randint(1, 280, (5000,)).int().numpy())
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        teacher = tiny().requires_grad_(False)
+        student = build_student(teacher, [PLANS[plan]] * 2)
+        used = STAGES[stage].model_copy(update={"seq_len": 32, "batch_tokens": 64, "schedule": "constant"})
+        trainer = StageTrainer(student, teacher, used, 0, TrainingData([corpus], None, 0), "fp32", compiled=compiled)
+        losses.append([trainer.step(0.0)["loss"] for _ in range(3)])
+        trainer.finish()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert 0 < counters["frames"]["ok"] <= 4, "two layers share their compiled functions"
+    assert not counters["graph_break"]
