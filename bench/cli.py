@@ -466,11 +466,11 @@ def throughput(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="mixers, kernels, tasks, recipes, conversions, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="mixers, kernels, tasks, recipes, conversions, suites, or all.")] = "all",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List mixers, kernels, tasks, recipes and conversions, with the first line of their documentation."""
+    """List mixers, kernels, tasks, recipes, conversions and suites, with the first line of their documentation."""
 
     def command() -> int:
         from bench.commands import listing

@@ -179,9 +179,12 @@ def comparisons(records: Iterable[EvalRecord], store: Store) -> list[Comparison]
         records: of a store.
         store: where their items lie.
     """
+    records = list(records)
+    teachers = {r.model.fingerprint: r.model.teacher for r in records if r.model.teacher is not None}
     groups: dict[str, list[EvalRecord]] = {}
     for record in records:
-        groups.setdefault(record.model.teacher or record.model.fingerprint, []).append(record)
+        fingerprint = record.model.fingerprint
+        groups.setdefault(teachers.get(fingerprint, fingerprint), []).append(record)
     return [_comparison(group, store) for group in groups.values()]
 
 
@@ -189,7 +192,10 @@ def _comparison(records: list[EvalRecord], store: Store) -> Comparison:
     kept, warnings = _same_items(records)
     models: dict[str, JudgedModel] = {}
     for record in kept:
-        models[record.model.fingerprint] = record.model  # the newest description wins
+        known = models.get(record.model.fingerprint)
+        # The newest description that knows its referees: a model may have been judged alone before.
+        if known is None or len(record.model.referees) >= len(known.referees):
+            models[record.model.fingerprint] = record.model
     names = Counter(model.name for model in models.values())
     rows = [
         JudgedRow(

@@ -14,7 +14,7 @@ from bench.commands.console import Output, bytes_text, seconds_text
 from bench.commands.doctor import kernels_clash
 from bench.device import resolve_device
 from bench.errors import UserError, unknown
-from bench.judge.suites import MEASUREMENTS, SIZES, Size, expand
+from bench.judge.suites import EXAMPLES, MEASUREMENTS, SIZES, SUITES, Size, expand
 from bench.store import Store
 
 if TYPE_CHECKING:
@@ -162,13 +162,13 @@ def _plan(request: EvalRequest, names: list[str], device: str, output: Output) -
         lengths=size.lengths,
         limit=size.limit,
         fewshot=request.fewshot,
+        examples={task: EXAMPLES[name] for name in request.suites if name in EXAMPLES for task in SUITES[name]},
     )
     tasks = harness.load_tasks(wanted) if judged else harness.TaskSet(None, {}, {}, {})
     settings = Settings(
         size=size,
         precision=precision,
         batch_size="auto" if request.batch_size == "auto" else int(request.batch_size),
-        fewshot=request.fewshot,
         chat=request.chat,
         text=request.text,
         max_length=max(LONGEST, *size.lengths),

@@ -9,6 +9,7 @@ from rich.table import Table
 from bench import catalog
 from bench.commands.console import Output
 from bench.errors import unknown
+from bench.judge.suites import descriptions
 from bench.throughput.names import KERNELS
 
 KINDS = {"mixers": "mixer", "tasks": "task", "recipes": "recipe"}
@@ -26,7 +27,11 @@ def run(what: str, output: Output) -> int:
         UserError: an unknown kind.
     """
     tables = {kinds: (kind, partial(catalog.names, kind)) for kinds, kind in KINDS.items()}
-    tables |= {"conversions": ("conversion", catalog.conversions), "kernels": ("kernel", kernels)}
+    tables |= {
+        "conversions": ("conversion", catalog.conversions),
+        "kernels": ("kernel", kernels),
+        "suites": ("suite", descriptions),
+    }
     if what not in (*tables, "all"):
         raise unknown("kind", what, [*tables, "all"])
     for kinds, (kind, names) in tables.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicLayer, StaticCache
 
 from bench.convert.decode import Decoder
 from bench.convert.student import LinearizedForCausalLM
@@ -113,7 +113,7 @@ def decoder(model: Any, cache: Any, batch: int, room: int) -> Any:
         room: tokens that will be decoded.
     """
     converted = isinstance(model, LinearizedForCausalLM)
-    if not converted and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}:
+    if not converted and all(type(layer) is DynamicLayer for layer in cache.layers):
         return KeyValueDecoder(model, cache, batch, room)
     if batch > 1:
         cache.batch_repeat_interleave(batch)

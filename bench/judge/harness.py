@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import logging
 import os
 import re
 import time
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class Wanted:
         lengths: tokens of the recall items.
         limit: items per task, or per task and length; None for all.
         fewshot: examples in the prompt; None for the task's own number.
+        examples: that number for single names, where `fewshot` is None.
     """
 
     names: list[str]
@@ -49,6 +52,7 @@ class Wanted:
     lengths: tuple[int, ...]
     limit: int | None
     fewshot: int | None
+    examples: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,6 @@ def load_tasks(wanted: Wanted) -> TaskSet:
     Raises:
         UserError: an unknown task (with the nearest name), or data that cannot be had, with what is missing and what works without.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lm_eval.tasks import TaskManager
-
-    quiet()
     per_length = PER_LENGTH if wanted.limit is None else wanted.limit
     metadata: dict[str, Any] = {
         "tokenizer": wanted.tokenizer,
@@ -113,10 +112,9 @@ def load_tasks(wanted: Wanted) -> TaskSet:
         "items_per_length": per_length,
         "item_source": wanted.item_source,
     }
-    folders = [str(TASK_FOLDER), *map(str, wanted.include)]
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    if not set(wanted.names) <= set(manager.all_tasks):  # indexing lm-eval's own 14,000 files takes seconds
-        manager = TaskManager(include_path=folders, metadata=metadata)
+    manager = _task_index((TASK_FOLDER, *wanted.include), json.dumps(metadata), defaults=False)
+    if not set(wanted.names) <= set(manager.all_tasks):
+        manager = _task_index((TASK_FOLDER, *wanted.include), json.dumps(metadata), defaults=True)
     for name in wanted.names:
         if name not in manager.all_tasks and not Path(name).is_file():
             near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
@@ -132,16 +130,27 @@ def load_tasks(wanted: Wanted) -> TaskSet:
             except Exception as error:
                 missing[name] = error
                 continue
+            for task in found["tasks"].values():
+                _set_examples(task, wanted.fewshot if wanted.fewshot is not None else wanted.examples.get(name))
             loaded["tasks"] |= found["tasks"]
             loaded["groups"] |= found.get("groups", {})
     if missing:
         raise _cannot_load(missing, [name for name in wanted.names if name not in missing])
-    if wanted.fewshot and wanted.data_dir is not None:
-        check_examples(loaded["tasks"])
-    for task in loaded["tasks"].values():
-        _set_examples(task, wanted.fewshot)
+    if wanted.data_dir is not None:
+        check_examples({name: task for name, task in loaded["tasks"].items() if task.get_config("num_fewshot")})
     chosen = {name: choose(task, wanted.limit) for name, task in loaded["tasks"].items()}
     return TaskSet(manager, loaded["tasks"], loaded["groups"], chosen)
+
+
+@cache
+def _task_index(folders: tuple[Path, ...], metadata: str, *, defaults: bool) -> Any:
+    """lm-eval's index of task files; indexing its own 14,000 takes seconds, so they are read only if they are asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lm_eval.tasks import TaskManager
+
+    quiet()
+    return TaskManager(include_path=list(folders), include_defaults=defaults, metadata=json.loads(metadata))
 
 
 def available_offline(names: list[str], item_source: str | None) -> tuple[list[str], str]:

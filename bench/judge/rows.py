@@ -153,8 +153,8 @@ class Loader:
 
     def _plain(self, source: str) -> Row:
         model, _ = self.get(source)
-        taught = self.teacher_source() if isinstance(model, LinearizedForCausalLM) and self.rows != ["student"] else None
-        teacher = None if taught is None else fingerprint(taught, self.teacher_model())
+        taught = None if self.rows == ["student"] else self.teacher_source()
+        teacher = None if taught in (None, source) else fingerprint(taught or "", self.teacher_model())
         info = describe(model, fingerprint=fingerprint(source, model), source=source, teacher=teacher)
         return Row(info, lambda: contextlib.nullcontext(model))
 
@@ -196,8 +196,10 @@ def describe(model: Any, *, fingerprint: str, source: str, teacher: str | None) 
 
 
 def name_of(source: str) -> str:
-    """A model in a table: the last part of its path, or its hub id."""
+    """A model in a table: the last part of its path, the name of the GGUF in a wheel, or its hub id."""
     path = Path(source)
+    if path.suffix in (".whl", ".gguf"):
+        return str(pretrained.resolve(source)).rpartition("/")[2].rpartition("-")[0]
     return path.resolve().name if path.exists() else source
 
 

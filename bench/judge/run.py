@@ -37,7 +37,6 @@ class Settings:
         size: limits and lengths.
         precision: "fp32" or "bf16", of weights and states.
         batch_size: rows, or "auto".
-        fewshot: examples in the prompt, or None for each task's own number.
         chat: put prompts into the model's chat template.
         text: source of the held-out text.
         max_length: longest sequence of a prompt.
@@ -46,7 +45,6 @@ class Settings:
     size: Size
     precision: str
     batch_size: int | str
-    fewshot: int | None
     chat: bool
     text: str
     max_length: int
@@ -202,7 +200,8 @@ class Evaluation:
         return hashlib.sha256(self.text.numpy().tobytes()).hexdigest()[:16]
 
     def _identity(self, info: JudgedModel, task: str, items: str) -> str:
-        given = [info.fingerprint, task, items, self.settings.precision, self.settings.fewshot, self.settings.chat]
+        examples = self.tasks.tasks[task].get_config("num_fewshot") if task in self.tasks.tasks else 0
+        given = [info.fingerprint, task, items, self.settings.precision, examples, self.settings.chat]
         if task == AGREEMENT:
             given.append(info.teacher)
         if task == MEMORY_AND_SPEED and self.device.type == "cuda":

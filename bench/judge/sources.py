@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 
 from bench.errors import UserError
@@ -30,12 +31,19 @@ def go_offline_without_hub() -> bool:
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if any(os.environ.get(name) for name in PROXIES):
         return True
-    try:
-        socket.create_connection((host.hostname or "", host.port or 443), timeout=SECONDS).close()
-    except OSError:
+    # Name resolution has no time limit of its own, and without a network it takes most of a minute.
+    asked = Thread(target=_connect, args=(host.hostname or "", host.port or 443, answers := []), daemon=True)
+    asked.start()
+    asked.join(SECONDS)
+    if not answers:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        return False
-    return True
+    return bool(answers)
+
+
+def _connect(host: str, port: int, answers: list[bool]) -> None:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), timeout=SECONDS).close()
+        answers.append(True)
 
 
 @contextlib.contextmanager

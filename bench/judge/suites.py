@@ -29,7 +29,16 @@ SUITES: dict[str, tuple[str, ...]] = {
     "mmlu": ("mmlu",),
     "offline": (MEMORY_AND_SPEED, AGREEMENT, "bench_held_out_text", *RECALL_TASKS, *PACKAGED_ITEMS),
 }
+EXAMPLES = {"mmlu": 5}
+"""Examples in the prompts of a suite's tasks where the published protocol has them and lm-eval's task does not."""
 OFFLINE = "offline"
+SUMMARIES = {
+    "offline": "memory, speed, agreement with the teacher, recall items made on the spot, items that packages ship",
+    "commonsense": "six log-likelihood tasks that converted models are usually scored by",
+    "recall": "answers to be read out of web pages, documents and paragraphs",
+    "niah": "RULER's needle tasks and the passkey, at growing lengths",
+    "mmlu": "57 subjects, five examples each",
+}
 RECALL = (*RECALL_TASKS, *SUITES["recall"], *(name for name in SUITES["niah"] if name not in RECALL_TASKS))
 """Tasks whose answers stand in the context: their mean is what the page calls recall."""
 
@@ -68,6 +77,11 @@ SIZES = {
 }
 PER_LENGTH = 64
 """Items at each length where no limit is given: recall items are made, so "all" has to be a number."""
+
+
+def descriptions() -> dict[str, str]:
+    """Every suite and what it holds, in a line."""
+    return {name: f"{SUMMARIES[name]} ({len(tasks)} tasks)" for name, tasks in SUITES.items()}
 
 
 def expand(tasks: list[str], suites: list[str]) -> list[str]:

@@ -14,9 +14,10 @@ from bench.errors import UserError
 from bench.points import Point, points
 from bench.records import EvalRecord, RunRecord
 from bench.report import charts, frames, judged_charts, speed_charts, styles
+from bench.report.bridge import bridge
 from bench.report.families import family_map
 from bench.report.influence import Picture, picture
-from bench.report.judged import bridge, judged_sections
+from bench.report.judged import judged_sections
 from bench.report.reproductions import figure_rows
 from bench.report.speed import speed_section
 from bench.spec import SELECTION_SEED, TaskSpec

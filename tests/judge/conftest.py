@@ -5,10 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from bench.convert.saving import write_model
-from bench.convert.spec import LayerPlan
-from bench.convert.student import build_student
+from bench.cli import app
 from tests.convert.conftest import offline, text, tiny, tokenizer
 
 __all__ = ["offline", "text", "tokenizer"]
@@ -24,17 +23,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def student_folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, tokenizer) -> Path:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder)
-    plan = LayerPlan(mixer="linear_attention", window=16)
-    student = build_student(teacher, [plan, plan]).eval()
-    folder = tmp_path_factory.mktemp("student") / "converted"
-    facts = {"recipe": {}, "recipe_name": "lolcats", "teacher": str(teacher_folder), "tokens": 0, "seed": 0}
-    write_model(folder, student, tokenizer, torch.float32, facts)
-    return folder
+def student_folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path) -> Path:
+    """What `bench convert` leaves after 400 tokens."""
+    out = tmp_path_factory.mktemp("student") / "converted"
+    arguments = ["convert", "--model", str(teacher_folder), "--recipe", "lolcats", "--window", "16", "--tokens", "400"]
+    arguments += ["--set", "stages.seq_len=32", "--set", "stages.batch_tokens=64", "--data", f"text:{text}", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,7 @@ def hub_folder(root: Path) -> Path:
 
 def test_a_stock_task_runs_from_a_local_folder(teacher_folder: Path, work: Path):
     folder = hub_folder(work)
-    arguments = ["--tasks", "arc_easy", "--data-dir", str(folder), "--store", "runs", "--no-report", "--limit", "0"]
+    arguments = ["--tasks", "arc_easy", "--data-dir", str(folder), "--store", "runs", "--no-report"]
     code, out, err = evaluate(teacher_folder, *arguments)
     assert code == 0, err
     record = Store(Path("runs")).load_evals()[0][0]

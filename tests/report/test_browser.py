@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_evals
 import fake_store
 import pandas as pd
 import pytest
@@ -250,6 +251,25 @@ def test_hiding_everything_says_so(page: Page, url: str):
     assert re.match("0 of 14", page.locator("#shown").inner_text())
     page.get_by_role("button", name="Show all").click()
     redrawn(page, 14)
+
+
+def test_language_models_are_drawn_with_and_without_runs(page: Page, tmp_path: Path):
+    marks = {"j0-state": 12, "j0-length": 24, "j0-answers": 96}
+    alone = fake_evals.build(Store(tmp_path / "alone"))
+    both = fake_evals.build(fake_store.build(tmp_path / "both"))
+    for store, expected in ((alone, marks), (both, marks | {"bridge": 3})):
+        path = build_report(store, tmp_path / "r.html").path
+        page.set_viewport_size({"width": 400, "height": 800})
+        ready(page, path.as_uri())
+        for name, least in expected.items():
+            drawn = page.locator(f"#vis-{name} [aria-roledescription=point], #vis-{name} [aria-roledescription=bar]")
+            assert drawn.count() >= least, name
+            assert len(page.locator(f"#vis-{name} [role=graphics-document]").get_attribute("aria-label") or "") > 40
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        page.get_by_role("button", name="Dark").click()
+        page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
+    page.get_by_role("checkbox", name="delta_net", exact=True).uncheck()
+    page.wait_for_function("() => document.querySelectorAll('#vis-j0-state [aria-roledescription=point]').length === 10")
 
 
 def test_speeds_follow_their_choice_and_the_filter(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -12,8 +12,8 @@ from test_build import page_data
 
 from bench.judged import comparisons
 from bench.points import points
+from bench.report.bridge import bridge, interpolated
 from bench.report.build import build_report
-from bench.report.judged import _interpolated, bridge
 from bench.stats import paired_items
 from bench.store import Store
 
@@ -49,14 +49,25 @@ def test_other_items_are_not_compared(tmp_path: Path):
     assert row.cell(found.recall[0]) is None and "bench_needle" not in row.records
 
 
+def test_a_model_that_was_first_judged_alone_still_meets_its_referees(tmp_path: Path):
+    store = fake_evals.build(Store(tmp_path / "runs"))
+    record = next(
+        r for r in store.load_evals()[0] if r.model.mixer == "gla" and r.model.kind == "converted" and r.task == "bench_needle"
+    )
+    alone = record.model.model_copy(update={"teacher": None, "referees": {}})
+    store.write_eval(record.model_copy(update={"model": alone, "started": "2026-01-01T10:00:00Z"}))
+    (found,) = comparisons(store.load_evals()[0], store)
+    assert {pair.role for pair in found.pairs if pair.row.info.mixer == "gla"} == {"teacher", "window", "window only"}
+
+
 def test_the_bridge_reads_mqar_at_equal_bytes(store: Store):
     found = bridge(points(store.load()[0]), store.load_evals()[0], store, {})
     assert found is not None
     values = {value["mixer"]: value for value in found["values"]}
     assert set(values) | {text.split("(")[1].rstrip(")") for text in found["left_out"]} == set(fake_evals.STUDENTS)
     assert len(values) >= 3 and ("Spearman" in found["rank"] or "too few" in found["rank"])
-    assert _interpolated([(100.0, 0.2), (400.0, 0.6)], 200.0) == pytest.approx(0.4)
-    assert _interpolated([(100.0, 0.2), (400.0, 0.6)], 500.0) is None
+    assert interpolated([(100.0, 0.2), (400.0, 0.6)], 200.0) == pytest.approx(0.4)
+    assert interpolated([(100.0, 0.2), (400.0, 0.6)], 500.0) is None
     assert bridge([], store.load_evals()[0], store, {}) is None
 
 

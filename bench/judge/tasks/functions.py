@@ -20,6 +20,8 @@ from bench.judge.items import Maker
 LENGTHS = (512, 1024, 2048)
 PER_LENGTH = 64
 TEXTS = 64
+LONGEST_TEXT = 2000
+"""Characters of a held-out text."""
 LETTERS = "ABCD"
 
 
@@ -70,7 +72,7 @@ def ngram_lookup(**given: Any) -> dict[str, datasets.Dataset]:
 def held_out_text(**given: Any) -> dict[str, datasets.Dataset]:
     """Docstrings of installed libraries."""
     texts = [text for text, _ in zip(packaged.docstrings(), range(TEXTS), strict=False)]
-    return {"test": datasets.Dataset.from_list([{"text": text} for text in texts])}
+    return {"test": datasets.Dataset.from_list([{"text": text[:LONGEST_TEXT]} for text in texts])}
 
 
 def hellaswag(**given: Any) -> dict[str, datasets.Dataset]:
