@@ -65,7 +65,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(limit=4, lengths=(256, 512), windows=4, window_tokens=256, measured=(256, 1024), batches=(1,)),
+    "cpu": Size(limit=4, lengths=(256,), windows=4, window_tokens=256, measured=(256, 1024), batches=(1,)),
     "cuda": Size(
         limit=None,
         lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768),
