@@ -52,11 +52,14 @@ def graph_ms(call: Callable[[], object]) -> float:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a second of a device copy of 1 GiB, and FLOP/s of an 8192^3 bf16 product."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    """Bytes a second of an elementwise pass over 1 GiB, and FLOP/s of an 8192^3 bf16 product.
+
+    A plain copy would become a memcpy node of the graph, which is slower than a kernel (docs/log.md, "speeds").
+    """
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 2**30 / graph_ms(lambda: target.copy_(source)) * 1e3, 2 * 8192**3 / graph_ms(lambda: a @ a) * 1e3
+    return 2 * 2**30 / graph_ms(lambda: torch.neg(source, out=target)) * 1e3, 2 * 8192**3 / graph_ms(lambda: a @ a) * 1e3
 
 
 def floors_ms(shape: tuple[int, ...], rates: tuple[float, float]) -> tuple[float, float]:
