@@ -40,7 +40,7 @@ def resolve_device(wanted: str) -> Device:
             raise UserError(f"There is no device cuda:{index}; this machine has {count}, so choose cuda:0 to cuda:{count - 1}.")
         kind = wanted if base == "cuda" else "cuda"
         name = torch.cuda.get_device_name(int(index or 0))
-        return Device(kind, f"Device: {name} ({count} visible), bf16 autocast, plain torch kernels.")
+        return Device(kind, f"Device: {name} ({count} visible), bf16 autocast, Triton kernels where they fit.")
     if base == "cuda":
         raise UserError(
             "--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch."

@@ -145,7 +145,7 @@ def make_record(spec: RunSpec, device: torch.device, outcome: Outcome, clock: Cl
         data_hashes={split: split_hash(task, split, spec.seed) for split in SPLITS},
         device=str(device),
         precision=precision,
-        backend="torch",
+        backend="triton where it fits" if device.type == "cuda" else "torch",
         execution=outcome.execution,
         fleet_size=clock.members,
         micro_batches=micro_batches,
