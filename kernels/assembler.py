@@ -1,9 +1,9 @@
 """Which ptxas Triton assembles with, and whether Hopper's tensor cores can be left to it.
 
-A product whose left operand lies in registers (WGMMA) runs on while the threads go on. By report of Triton's developers, assemblers
-before CUDA 13.3 may reuse those registers too soon, and the matrix then comes from wherever the new contents point: mostly a fault, perhaps a wrong number. The
-one inside of Triton 3.6 and 3.7 is 12.8. On an H200 it failed in kernels of this package that ran when a 13.5 assembled them
-(docs/kernels.md), so products on Hopper want a newer one.
+A product whose left operand lies in registers (WGMMA) runs on while the threads go on. By report of Triton's developers,
+assemblers before CUDA 13.3 may reuse those registers too soon; the product then reads what should not be its own. The
+assembler inside of Triton 3.6 and 3.7.1 is 12.8. On an H200 kernels of this package faulted with it that ran when a 13.5
+assembled them (docs/kernels.md), so products on Hopper want a newer one.
 """
 
 from __future__ import annotations
