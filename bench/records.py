@@ -106,7 +106,7 @@ class RunRecord(Strict):
     device: str
     precision: str
     backend: str
-    """Kernels that could run: "torch", or "triton where it fits" by `kernels.dispatch`; records before 2026-11-27 all say "torch"."""
+    """Kernels that could run: "torch", or "triton where it fits" by `kernels.dispatch`; older records all say "torch"."""
     execution: str = "eager"
     """How training steps ran: "eager", "CUDA graph", or "compiled, CUDA graph"."""
     fleet_size: int = 1
