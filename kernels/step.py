@@ -80,8 +80,8 @@ def recurrent_step(
     _check(*inputs, state_BHKV)
     if log_decay is not None and log_decay.ndim == 1:
         inputs = (*inputs[:3], log_decay.expand(v_BHV.shape[:2]), *inputs[4:])
-    if dispatch.pick(OPERATION, v_BHV, obstacle=_obstacle(state_BHKV)) != "triton":
-        o_BHV, new_BHKV = _by_definition(*inputs, state_BHKV)
+    if dispatch.pick(OPERATION, v_BHV, obstacle=step_obstacle(state_BHKV)) != "triton":
+        o_BHV, new_BHKV = recurrent_step_reference(*inputs, state_BHKV)
         return o_BHV, state_BHKV.copy_(new_BHKV) if may_write() else new_BHKV
     if may_write() and state_BHKV.is_contiguous():
         return step_in_place(*inputs, state_BHKV), state_BHKV
@@ -116,14 +116,14 @@ def _check(
     check_arguments(v, expected, first="v")
 
 
-def _obstacle(state_BHKV: Tensor) -> str | None:
+def step_obstacle(state_BHKV: Tensor) -> str | None:
     """What keeps a step from its Triton kernel."""
     if (k_dim := state_BHKV.shape[2]) > MAX_KEYS:
         return f"key width {k_dim} is above {MAX_KEYS}"
     return None if state_BHKV.dtype in STATE_DTYPES else f"the state's dtype {state_BHKV.dtype} is not float32, bfloat16 or float16"
 
 
-def _by_definition(
+def recurrent_step_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -13,9 +13,9 @@ from unittest import mock
 
 import torch
 
-from kernels import step_triton
+from kernels import step_launch
 from kernels.step import recurrent_step, states_in_place
-from kernels.step_triton import Config
+from kernels.step_launch import Config
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import graph_ms
 
@@ -40,7 +40,7 @@ def microseconds(config: Config, batch: int, width: int, *, state: torch.dtype =
             recurrent_step(q, k, v, held, log_decay=gate, beta_BH=beta)
 
     k *= width**-0.5
-    with mock.patch.object(step_triton, "CONFIG", config):
+    with mock.patch.object(step_launch, "CONFIG", config):
         return 1e3 * graph_ms(step)
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     for batch, width in SHAPES:
         row: dict[str, object] = {"batch": batch, "heads": HEADS, "width": width, **beside(batch, width)}
         row["us"] = {f"{config.elements} elements, {config.warps} warps": microseconds(config, batch, width) for config in CONFIGS}
-        row["bf16_state_us"] = microseconds(step_triton.CONFIG, batch, width, state=torch.bfloat16)
+        row["bf16_state_us"] = microseconds(step_launch.CONFIG, batch, width, state=torch.bfloat16)
         rows.append(row)
         print(json.dumps(row), flush=True)
     out.write_text(json.dumps({**facts("python -m tests.benchmarks.decode_step"), "rows": rows}, indent=1) + "\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.step_triton import CONFIG, step_kernel, tile_widths
+from kernels.step_launch import CONFIG, tile_widths
+from kernels.step_triton import step_kernel
 from tests.kernels.offline import Resources, compile_sm90
 
 STATES = {"fp32": "*fp32+", "bf16": "*bf16+", "fp16": "*fp16+"}
