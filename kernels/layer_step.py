@@ -9,6 +9,7 @@ convolution, J taps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -68,16 +69,16 @@ class Stepped(NamedTuple):
     sums_BHK: Tensor | None
 
 
-def fuses(sample: Tensor, state: Tensor, *others: Tensor | None, taps: int = 0) -> bool:
+def fuses(sample: Tensor, state: Tensor, weights: Iterable[Tensor] = (), *, taps: int = 0) -> bool:
     """Whether a layer's step is one launch here: the Triton form is picked, and no gradient is to come.
 
     Args:
         sample: the layer's input.
         state: [B, H, K, V].
-        others: more tensors that may want a gradient, as weights do.
+        weights: those that may want a gradient.
         taps: of the short convolution.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (sample, state, *others)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (sample, state, *weights)):
         return False
     return dispatch.pick(OPERATION, sample, obstacle=_obstacle(state, taps, 1, StepForm())) == "triton"
 
@@ -186,10 +187,13 @@ def _groups(qkv: Packed | Apart, state: Tensor, *, convolved: bool) -> int:
         groups, over = divmod(qkv.x_BC.shape[1] - heads * v_dim, 2 * k_dim)
         if over:
             raise ValueError(
-                f"x has {qkv.x_BC.shape[1]} channels; with a state of shape {tuple(state.shape)} they are 2 G * {k_dim} + {heads * v_dim}"
+                f"x has {qkv.x_BC.shape[1]} channels; with a state of shape {tuple(state.shape)} and G heads of q and k "
+                f"it has 2 G * {k_dim} + {heads * v_dim}"
             )
     if groups < 1 or heads % groups:
-        raise ValueError(f"q and k have {groups} heads and the state {heads}; the heads of the state must be a multiple of those of q")
+        raise ValueError(
+            f"q and k have {groups} heads and the state {heads}; the heads of the state must be a multiple of those of q"
+        )
     return groups
 
 
@@ -225,7 +229,7 @@ def layer_step_reference(
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     if form.unit:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS) for x in (q, k))
-    q = q * form.scale
+    q, k = q * form.scale, k * form.key_scale
     log_decay, strength = decay, beta
     written = v
     if decay is not None and form.decay == "rate":
@@ -251,7 +255,7 @@ def layer_step_reference(
 
 
 def _split(packed: Packed, state: Tensor) -> tuple[Tensor, ...]:
-    """q [B, G, K], k [B, G, K] and v [B, H, V]."""
+    """The parts [B, G, K], [B, G, K] and [B, H, V]."""
     _, heads, k_dim, v_dim = state.shape
     keys = (packed.x_BC.shape[1] - heads * v_dim) // 2
     sizes = ((keys, k_dim), (keys, k_dim), (heads * v_dim, v_dim))

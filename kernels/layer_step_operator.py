@@ -21,11 +21,11 @@ def layer_step_in_place(
     state: Tensor, tail: Tensor | None, sums: Tensor | None,
     taps: Tensor | None, conv_bias: Tensor | None, decay_bias: Tensor | None, log_rate: Tensor | None, skip: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, gate: Tensor | None, places: list[int],
-    silu: bool, unit: bool, scale: float, decay_kind: str, temperature: float, stepped: bool, open_beta: bool, max_beta: float,
-    norm: str, eps: float, output_gate: str,
+    silu: bool, unit: bool, scale: float, key_scale: float, decay_kind: str, temperature: float, stepped: bool,
+    open_beta: bool, max_beta: float, norm: str, eps: float, output_gate: str,
 ) -> Tensor:  # fmt: skip
     """`kernels.layer_step.layer_step` on contiguous states that are written over; returns the output."""
-    form = StepForm(silu, unit, scale, decay_kind, temperature, stepped, open_beta, max_beta, norm, eps, output_gate)
+    form = StepForm(silu, unit, scale, key_scale, decay_kind, temperature, stepped, open_beta, max_beta, norm, eps, output_gate)
     around = (taps, conv_bias, decay_bias, log_rate, skip, norm_weight, norm_bias, gate)
     return _launch((q, k, v, decay, beta), (state, tail, sums), (state, tail, sums), around, form, places)
 
@@ -36,11 +36,11 @@ def layer_step_operator(
     state: Tensor, tail: Tensor | None, sums: Tensor | None,
     taps: Tensor | None, conv_bias: Tensor | None, decay_bias: Tensor | None, log_rate: Tensor | None, skip: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, gate: Tensor | None, places: list[int],
-    silu: bool, unit: bool, scale: float, decay_kind: str, temperature: float, stepped: bool, open_beta: bool, max_beta: float,
-    norm: str, eps: float, output_gate: str,
+    silu: bool, unit: bool, scale: float, key_scale: float, decay_kind: str, temperature: float, stepped: bool,
+    open_beta: bool, max_beta: float, norm: str, eps: float, output_gate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The output and new states; those that the layer does not have are empty."""
-    form = StepForm(silu, unit, scale, decay_kind, temperature, stepped, open_beta, max_beta, norm, eps, output_gate)
+    form = StepForm(silu, unit, scale, key_scale, decay_kind, temperature, stepped, open_beta, max_beta, norm, eps, output_gate)
     around = (taps, conv_bias, decay_bias, log_rate, skip, norm_weight, norm_bias, gate)
     old = tuple(None if x is None else x.contiguous() for x in (state, tail, sums))
     new = tuple(_like(x, q) for x in (state, tail, sums))
@@ -73,7 +73,9 @@ def _like(x: Tensor | None, sample: Tensor) -> Tensor:
 
 
 @layer_step_in_place.register_fake
-def _(q: Tensor, k: Tensor | None, v: Tensor | None, decay: Tensor | None, beta: Tensor | None, state: Tensor, *rest: Any) -> Tensor:
+def _(
+    q: Tensor, k: Tensor | None, v: Tensor | None, decay: Tensor | None, beta: Tensor | None, state: Tensor, *rest: Any
+) -> Tensor:
     return _output_like(q, state)
 
 

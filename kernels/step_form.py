@@ -14,6 +14,7 @@ class StepForm(NamedTuple):
         silu: SiLU on q, k and v, after their short convolution if there is one.
         unit: q and k are then scaled to unit length, eps 1e-6 under the root.
         scale: factor of q after that.
+        key_scale: factor of k.
         decay: what is given: `log`, the log decay itself; `rate`, x of -exp(log_rate) softplus(x + decay_bias); or `sigmoid`,
             x of logsigmoid(x) / temperature.
         temperature: see `decay`.
@@ -29,6 +30,7 @@ class StepForm(NamedTuple):
     silu: bool = False
     unit: bool = False
     scale: float = 1.0
+    key_scale: float = 1.0
     decay: str = "log"
     temperature: float = 1.0
     stepped: bool = False

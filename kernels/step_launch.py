@@ -160,7 +160,7 @@ def step(
         dense["sums"], v if new_sums is None else new_sums, dense["skip"], dense["norm_weight"], dense["norm_bias"],
         out_gate, raw, arrived, o_BHV,
         *steps, out_gate.stride(0), *places, 0 if around.taps is None else around.taps.shape[0], heads, heads // groups,
-        form.scale, 1 / form.temperature, form.max_beta, form.eps,
+        form.scale, form.key_scale, 1 / form.temperature, form.max_beta, form.eps,
         K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, **constants(form, around, kind.value, beta_BH, a_BHK),
         num_warps=config.warps,
     )  # fmt: skip

@@ -121,21 +121,23 @@ INTEGERS = (
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def step_kernel(
+def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut it down
     q, k, v, decay, decay_bias, log_rate, beta, a, b, old, new,
     taps, conv_bias, tail, new_tail, sums, new_sums, skip, norm_weight, norm_bias, gate, raw, arrived, o,
     q_row: tl.int64, q_head: tl.int64, k_row: tl.int64, k_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
     decay_row: tl.int64, decay_head: tl.int64, beta_row: tl.int64, beta_head: tl.int64,
     a_row: tl.int64, a_head: tl.int64, b_row: tl.int64, b_head: tl.int64, gate_row: tl.int64,
     q_at: tl.int32, k_at: tl.int32, v_at: tl.int32, channels: tl.int32, heads: tl.int32, group: tl.int32,
-    scale: tl.float32, decay_scale: tl.float32, max_beta: tl.float32, eps: tl.float32,
+    scale: tl.float32, key_scale: tl.float32, decay_scale: tl.float32, max_beta: tl.float32, eps: tl.float32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DECAY: tl.constexpr, STEPPED: tl.constexpr, DELTA: tl.constexpr, OPEN_BETA: tl.constexpr, RANK_ONE: tl.constexpr,
-    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, SKIP: tl.constexpr,
+    GATE: tl.constexpr, DECAY: tl.constexpr, STEPPED: tl.constexpr, DELTA: tl.constexpr, OPEN_BETA: tl.constexpr,
+    RANK_ONE: tl.constexpr, TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, SKIP: tl.constexpr,
     NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, OUTPUT_GATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * value tiles,). `old` and `new` may be the same tensor, and so may the tails and the sums."""
     TILES: tl.constexpr = (V + BV - 1) // BV
+    HEAD_NORM: tl.constexpr = NORM == RMS_NORM or NORM == LAYER_NORM  # noqa: PLR1714 - Triton has no `in`
+    WHOLE: tl.constexpr = K == BK and V % BV == 0
     program = tl.program_id(0)
     head_index, tile = program // TILES, program % TILES
     batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
@@ -143,7 +145,7 @@ def step_kernel(
     i, j = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     in_keys, in_values = i < K, j < V
     offsets = head_index.to(tl.int64) * K * V + (i[:, None] * V + j[None, :])
-    if K == BK and V % BV == 0:
+    if WHOLE:
         state_KV = tl.load(old + offsets).to(tl.float32)
     else:
         state_KV = tl.load(old + offsets, mask=in_keys[:, None] & in_values[None, :], other=0.0).to(tl.float32)
@@ -165,6 +167,7 @@ def step_kernel(
         q_K *= tl.rsqrt(tl.sum(q_K * q_K, 0) + UNIT_EPS)
         k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) + UNIT_EPS)
     q_K *= scale
+    k_K *= key_scale
     u_V = v_V
     if RANK_ONE:
         a_K = tl.load(a + batch * a_row + head * a_head + i, mask=in_keys, other=0.0).to(tl.float32)
@@ -203,7 +206,7 @@ def step_kernel(
     if RANK_ONE:
         y_V += tl.sum(a_K * q_K, 0) * turned_V
         state_KV += a_K[:, None] * turned_V[None, :]
-    if K == BK and V % BV == 0:
+    if WHOLE:
         tl.store(new + offsets, state_KV.to(new.dtype.element_ty))
     else:
         tl.store(new + offsets, state_KV.to(new.dtype.element_ty), mask=in_keys[:, None] & in_values[None, :])
@@ -219,10 +222,10 @@ def step_kernel(
     gate_base = gate + batch * gate_row + head * V
     if NORM == ROW_NORM:
         y_V = opened(y_V, gate_base, j, in_values, OUTPUT_GATE)
-    if NORM == ROW_NORM or (TOGETHER == PER_HEAD and (NORM == RMS_NORM or NORM == LAYER_NORM)):
+    if NORM == ROW_NORM or (TOGETHER == PER_HEAD and HEAD_NORM):
         tl.store(raw + o_base + j, y_V, mask=in_values)
     else:
-        if NORM == RMS_NORM or NORM == LAYER_NORM:
+        if HEAD_NORM:
             mean = tl.sum(tl.where(in_values, y_V, 0.0), 0) / V if NORM == LAYER_NORM else 0.0
             centred_V = tl.where(in_values, y_V - mean, 0.0)
             rstd = tl.rsqrt(tl.sum(centred_V * centred_V, 0) / V + eps)
@@ -255,7 +258,7 @@ def step_kernel(
         if NORM == ROW_NORM:
             row = batch * heads * V
             norm_raw(raw + row, norm_weight, norm_bias, gate, o + row, heads * V, eps, NORM, NORM_WEIGHT, NORM_BIAS, NO_OUTPUT_GATE)
-        elif TOGETHER == PER_HEAD and (NORM == RMS_NORM or NORM == LAYER_NORM):
+        elif TOGETHER == PER_HEAD and HEAD_NORM:
             norm_raw(
                 raw + o_base, norm_weight + norm_base, norm_bias + norm_base, gate_base, o + o_base, V, eps,
                 NORM, NORM_WEIGHT, NORM_BIAS, OUTPUT_GATE,

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Apart, layer_step
 from kernels.recurrence import linear_recurrence
+from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
+from mixers._fused import is_fused, next_state
 from mixers._layers import refuse_context, widen
 
 
@@ -47,12 +50,18 @@ class Supra(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`."""
+        if is_fused(self, x_BTD, state):
+            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
+            return o_BE[:, None], state
         q, k, v = self._split(qkv_BTE)
         o_BTHK, s_BHKK = linear_recurrence(q, k, v, log_decay=self.log_gamma, state_BHKV=None if state is None else state["s"])
         return self._normed(o_BTHK), None if state is None else {"s": s_BHKK}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
+        if is_fused(self, x_BD, state):
+            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
+            return self.o_proj(o_BE), state
         q, k, v = self._split(self.qkv_proj(x_BD))
         s_BHKK = self.log_gamma.exp()[:, None, None] * state["s"] + k[..., None] * v[..., None, :]
         o_BHK = (q[..., None] * s_BHKK).sum(-2).to(x_BD.dtype)
@@ -63,6 +72,13 @@ class Supra(Mixer):
     ) -> State:
         """See `Mixer.init_state`."""
         return {"s": torch.zeros(batch, self.n_heads, self.head_dim, self.head_dim, device=device, dtype=dtype)}
+
+    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token in one launch, without the projections and features: the heads' outputs and the state."""
+        done = layer_step(
+            Apart(*self._split(qkv_BE)), state["s"], StepForm(norm="layer" if self.normalize else "none"), decay=self.log_gamma
+        )
+        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, None)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of queries and keys, and values: [..., H, K] each; keys are scaled as attention scales."""

@@ -18,7 +18,7 @@ FORMS = {
     "gla": StepForm(scale=0.25, decay="sigmoid", temperature=16.0, norm="rms", gate="silu"),
     "kda": StepForm(silu=True, unit=True, scale=0.25, decay="rate", open_beta=True, norm="rms", gate="sigmoid"),
     "mamba2": StepForm(silu=True, decay="rate", stepped=True, norm="row", gate="silu"),
-    "retention": StepForm(norm="layer", gate="silu"),
+    "retention": StepForm(key_scale=0.25, norm="layer", gate="silu"),
     "normalized": StepForm(decay="sigmoid", norm="sums", eps=1e-6),
     "supra": StepForm(norm="layer"),
 }

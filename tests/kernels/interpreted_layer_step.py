@@ -1,14 +1,20 @@
 """A layer's fused decoding step in the interpreter; run by `test_interpreted.py` in a process of its own."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from bench import catalog
 from kernels import step_launch
-from kernels.dispatch import use_backend
+from kernels.dispatch import use_backend, watched
 from kernels.step import states_in_place
 from kernels.step_launch import Config
 from tests.kernels import cases_layer_step as cases
-from tests.kernels.oracle import poisoned
+from tests.kernels.oracle import SINGLE, poisoned, require_close
+
+FUSED = ("delta_net", "gated_delta_net", "gla", "kda", "linear_attention", "mamba2", "normalized_gla", "retention", "supra")
 
 
 @pytest.mark.parametrize("name", list(cases.FORMS))
@@ -67,3 +73,24 @@ def test_compiles_as_one_graph(in_place: bool):
         got = torch.compile(call, backend="aot_eager", fullgraph=True)(tensors)
     for name, tensor in got.items():
         assert torch.equal(tensor, want[name])
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_mixers_decode_with_it(name: str, in_place: bool):
+    """`step` and `forward` of one token equal the mixer's own recurrence in fp64, and write over a state if they may."""
+    kind = catalog.load("mixer", name)
+    for options in kind.variants:
+        mixer, x = kind(16, **options), torch.randn(2, 5, 16)
+        with torch.no_grad():
+            state = mixer(x, mixer.init_state(2, 8))[1]
+            exact, wide = copy.deepcopy(mixer).double(), {key: tensor.double() for key, tensor in state.items()}
+            y, after = exact.step(x[:, -1].double(), wide)
+            for call in (mixer.step, lambda x, s, mixer=mixer: mixer(x[:, None], s)):
+                given = {key: tensor.clone() for key, tensor in state.items()}
+                with use_backend("triton"), watched() as seen, poisoned(), states_in_place() if in_place else nullcontext():
+                    got, new = call(x[:, -1], given)
+                taylor = options.get("feature_map") == "taylor2"
+                assert taylor or "layer_step" in seen
+                assert not in_place or taylor or new["s"] is given["s"]
+                require_close({"y": got.view(2, 16), **new}, {"y": y, **after}, 2 * SINGLE)
