@@ -21,10 +21,12 @@ class Config(NamedTuple):
     Args:
         elements: of the state that one program holds, key width times value columns.
         warps: warps of a program.
+        registers: most of a thread, or None.
     """
 
     elements: int
     warps: int
+    registers: int | None = None
 
 
 CONFIG = Config(8192, 4)
@@ -162,7 +164,7 @@ def step(
         *steps, out_gate.stride(0), *places, 0 if around.taps is None else around.taps.shape[0], heads, heads // groups,
         form.scale, form.key_scale, 1 / form.temperature, form.max_beta, form.eps,
         K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, **constants(form, around, kind.value, beta_BH, a_BHK),
-        num_warps=config.warps,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return o_BHV
 
