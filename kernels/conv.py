@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes
 from kernels.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.dispatch import pick
 
@@ -41,8 +41,9 @@ def short_conv(
         The output [B, T, D], and the tail after the segment if one was given, else None.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
     """
+    check_axes("x", x_BTD, "B T D")
     _check(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
     if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
@@ -66,7 +67,8 @@ def _too_many(weight_DK: Tensor) -> str | None:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
-    width, taps = x.shape[-1], weight.shape[-1]
+    check_axes("weight", weight, "D K")
+    width, taps = x.shape[-1], weight.shape[1]
     tail_shape = (x.shape[0], taps - 1, width)
     check_arguments(x, {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, tail_shape)})
 
@@ -118,8 +120,9 @@ def short_conv_step(
         The output [B, D] and the new tail [B, K-1, D].
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
     """
+    check_axes("x", x_BD, "B D")
     _check(x_BD, weight_DK, bias_D, tail_BPD)
     if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
         return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
@@ -139,8 +142,14 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
 
     Returns:
         The output, [B, T, D], in the dtype of `x_BTD`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
     """
+    check_axes("x", x_BTD, "B T D")
     length = x_BTD.shape[1]
+    check_axes("filter", filter_DL, "D L")
+    check_arguments(x_BTD, {"filter": (filter_DL, (x_BTD.shape[2], filter_DL.shape[1]))})
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
     with torch.autocast(x_BTD.device.type, enabled=False):

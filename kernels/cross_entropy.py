@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
 from kernels.dispatch import pick
 
@@ -36,9 +36,7 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     """
     if logits_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits_RV.shape)}; cross entropy takes [rows, classes]")
-    check_arguments(logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits")
-    if labels_R.is_floating_point():
-        raise ValueError(f"labels have dtype {labels_R.dtype}; they are class indices, e.g. torch.int64")
+    check_arguments(logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits", dtypes={"labels": INTEGERS})
     if pick("labelled_cross_entropy", logits_RV) == "triton":
         loss_R, predicted_R, _ = _rows(logits_RV, labels_R)
         return loss_R, predicted_R

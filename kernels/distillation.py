@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._arguments import check_arguments
+from kernels._arguments import INTEGERS, check_arguments
 from kernels.dispatch import pick
 
 IGNORED = -100
@@ -49,7 +49,8 @@ def distillation_rows(
     if student_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(student_RV.shape)}; distillation takes [rows, classes]")
     shape = tuple(student_RV.shape)
-    check_arguments(student_RV, {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}, first="logits")
+    expected = {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}
+    check_arguments(student_RV, expected, first="logits", dtypes={"labels": INTEGERS})
     dtype = student_RV.dtype if dtype is None else dtype
     with torch.no_grad():
         if pick("distillation_rows", student_RV) == "triton":

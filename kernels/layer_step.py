@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import dispatch
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes
 from kernels.layer_step_operator import layer_step_in_place, layer_step_operator
 from kernels.step import may_write, recurrent_step_reference, step_obstacle
 from kernels.step_form import MAX_TAPS, StepForm
@@ -122,6 +122,11 @@ def layer_step(
     Raises:
         ValueError: shapes or devices do not match.
     """
+    check_axes("state", state_BHKV, "B H K V")
+    for name, x in zip(("x",) if isinstance(qkv, Packed) else ("q", "k", "v"), qkv, strict=False):
+        check_axes(name, x, "B C" if isinstance(qkv, Packed) else "B heads width")
+    if conv is not None:
+        check_axes("taps", conv.taps_CJ, "C J")
     sample = qkv[0]
     taps, bias, tail = (None, None, None) if conv is None else conv
     batch, heads, k_dim, v_dim = state_BHKV.shape

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes, check_same
 from kernels.step_operator import MAX_KEYS, STATE_DTYPES, step_in_place, step_operator
 
 OPERATION = "recurrent_step"
@@ -99,9 +99,12 @@ def _check(
     state: Tensor,
 ) -> None:
     """Refuses shapes and devices that do not belong together, naming the argument."""
+    check_axes("v", v, "B H V")
+    check_axes("k", k, "B G K")
+    check_same("k", k, "q", q)
     batch, heads, v_dim = v.shape
-    groups, k_dim = k.shape[-2:]
-    if groups == 0 or heads % groups:
+    groups, k_dim = k.shape[1:]
+    if heads % groups:
         raise ValueError(f"k has {groups} heads and v {heads}; the heads of v must be a multiple of those of k")
     gate = {1: (heads,), 2: (batch, heads)}.get(0 if log_decay is None else log_decay.ndim, (batch, heads, k_dim))
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
