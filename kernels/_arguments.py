@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.values import check_values, is_checking
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BOOLS = (torch.bool,)
@@ -44,6 +46,7 @@ def check_arguments(
     *,
     first: str = "x",
     dtypes: dict[str, tuple[torch.dtype, ...]] | None = None,
+    unbounded: tuple[str, ...] = (),
 ) -> None:
     """Raises ValueError if a tensor has another shape than expected beside `x`, another dtype, or is on another device.
 
@@ -52,6 +55,7 @@ def check_arguments(
         others: by argument name, a tensor or None, and its shape.
         first: name of `x`.
         dtypes: by argument name, the dtypes allowed where they are not `FLOATS`.
+        unbounded: arguments that the checked mode looks at without their range.
     """
     dtypes = dtypes or {}
     check_dtype(first, x, dtypes.get(first, FLOATS))
@@ -63,3 +67,7 @@ def check_arguments(
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and {first} on {x.device}; move them to one device")
         check_dtype(name, tensor, dtypes.get(name, FLOATS))
+    if is_checking():
+        for name, tensor in {first: x, **{name: tensor for name, (tensor, _) in others.items()}}.items():
+            if tensor is not None:
+                check_values(name, tensor, bounded=name not in unbounded)

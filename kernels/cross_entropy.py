@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
 from kernels.dispatch import pick
+from kernels.values import check_labels, is_checking
 
 IGNORED = -100
 """The label of a row that has none: its loss and its gradient are zero."""
@@ -37,6 +38,8 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     if logits_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits_RV.shape)}; cross entropy takes [rows, classes]")
     check_arguments(logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits", dtypes={"labels": INTEGERS})
+    if is_checking():
+        check_labels("labels", labels_R, logits_RV.shape[1], IGNORED)
     if pick("labelled_cross_entropy", logits_RV) == "triton":
         loss_R, predicted_R, _ = _rows(logits_RV, labels_R)
         return loss_R, predicted_R

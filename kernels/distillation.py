@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels._arguments import INTEGERS, check_arguments
 from kernels.dispatch import pick
+from kernels.values import check_labels, is_checking
 
 IGNORED = -100
 """The label of a row that has none: its losses and its gradient are zero."""
@@ -51,6 +52,8 @@ def distillation_rows(
     shape = tuple(student_RV.shape)
     expected = {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}
     check_arguments(student_RV, expected, first="logits", dtypes={"labels": INTEGERS})
+    if is_checking():
+        check_labels("labels", labels_R, shape[1], IGNORED)
     dtype = student_RV.dtype if dtype is None else dtype
     with torch.no_grad():
         if pick("distillation_rows", student_RV) == "triton":

@@ -18,6 +18,7 @@ from kernels.attention import attention, attention_reference, share_heads
 from kernels.indexed_launch import list_tile
 from kernels.sparse_index import option_names, packed
 from kernels.sparse_masks import MASKS
+from kernels.values import check_seen, is_checking
 from kernels.walk import MAX_WIDTH
 
 
@@ -130,6 +131,8 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
     batch, kv_heads, n_keys = k_BGSK.shape[:3]
     rows = 1 if seen_BGS.shape[1:2] == (1,) else kv_heads
     check_arguments(k_BGSK, {"seen": (seen_BGS, (batch, rows, n_keys))}, first="k", dtypes={"seen": BOOLS})
+    if is_checking():
+        check_seen("seen", seen_BGS)
     obstacle = _width_obstacle(k_BGSK, v_BGSV)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHK, k_BGSK, v_BGSV)):
         obstacle = "the kernel for one token has no gradient"

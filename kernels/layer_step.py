@@ -133,7 +133,7 @@ def layer_step(
     groups = _groups(qkv, state_BHKV, convolved=conv is not None)
     decays = {1: (heads,), 2: (batch, heads)}.get(0 if decay is None else decay.ndim, (batch, heads, k_dim))
     expected = {
-        "decay": (decay, decays),
+        "log_decay" if form.decay == "log" else "decay": (decay, decays),
         "decay_bias": (decay_bias, decays[1:]),
         "log_rate": (log_rate_H, (heads,)),
         "beta": (beta_BH, (batch, heads)),
@@ -147,7 +147,7 @@ def layer_step(
         channels = sample.shape[1]
         expected |= {"taps": (taps, (channels, taps.shape[-1])), "bias": (bias, (channels,))}
         expected["tail"] = (tail, (batch, taps.shape[-1] - 1, channels))
-    check_arguments(state_BHKV, expected, first="state")
+    check_arguments(state_BHKV, expected, first="state", unbounded=("beta",) if form.open_beta else ())
     if decay is not None and decay.ndim == 1:
         decay = decay.expand(batch, heads)
     states = (state_BHKV, tail, sums_BHK)

@@ -48,7 +48,7 @@ def packed_step(*given: Tensor) -> object:
     state, x, taps, bias, tail, decay, decay_bias, log_rate, beta, norm_weight, gate, skip = given
     named = {"beta_BH": beta, "norm_weight": norm_weight, "gate_BE": gate, "skip_H": skip}
     rate = {"decay": decay, "decay_bias": decay_bias, "log_rate_H": log_rate}
-    form = StepForm(decay="rate", norm="rms")
+    form = StepForm(decay="rate", open_beta=True, norm="rms")
     return layer_step(Packed(x, (0, H * K, 2 * H * K)), state, form, conv=Conv(taps, bias, tail), **named, **rate)
 
 
@@ -65,12 +65,12 @@ def banded(q: Tensor, k: Tensor, v: Tensor, start: Tensor, sink_k: Tensor, sink_
 
 
 C = 2 * H * K + H * V
-SCANNED = {"x": r(B, T, D), "dt": r(B, T, D), "rate": r(D, N), "b": r(B, T, N), "c": r(B, T, N), "state": r(B, D, N)}
+SCANNED = {"x": r(B, T, D), "dt": r(B, T, D).abs(), "rate": r(D, N).abs(), "b": r(B, T, N), "c": r(B, T, N), "state": r(B, D, N)}
 AROUND = {
     "state": r(B, H, K, V), "x": r(B, C), "taps": r(C, J), "bias": r(C), "tail": r(B, J - 1, C), "decay": r(B, H),
     "decay_bias": r(H), "log_rate": r(H), "beta": r(B, H), "norm_weight": r(V), "gate": r(B, H * V), "skip": r(H),
 }  # fmt: skip
-STEP = {"state": r(B, H, K, V), "log_decay": r(B, H), "beta": r(B, H), "a": r(B, H, K), "b": r(B, H, K)}
+STEP = {"state": r(B, H, K, V), "log_decay": -r(B, H).abs(), "beta": r(B, H).sigmoid(), "a": r(B, H, K), "b": r(B, H, K)}
 TAYLOR = {"state[0]": r(B, H, n_features(K), V), "state[1]": r(B, H, n_features(K))}
 SINKS = {"start": torch.ones(B, dtype=torch.long), "sink_kv[0]": r(B, H, 1, K), "sink_kv[1]": r(B, H, 1, V)}
 MOMENTS = {name: torch.ones(B, V) for name in ("weights", "gradient", "first", "second")}
@@ -86,7 +86,7 @@ DOORS = {
     ),
     "dplr_recurrence": Door(
         lambda q, k, v, a, b, log_decay, state: dplr_recurrence(q, k, v, a, b, log_decay_BTHK=log_decay, state_BHKV=state),
-        {**qkv(B, T, H), **{name: r(B, T, H, K) for name in ("a", "b", "log_decay")}, "state": r(B, H, K, V)},
+        {**qkv(B, T, H), "a": r(B, T, H, K), "b": r(B, T, H, K), "log_decay": -r(B, T, H, K).abs(), "state": r(B, H, K, V)},
     ),
     "taylor_attention": Door(lambda q, k, v, *sums: taylor_attention(q, k, v, eps=1e-6, state=sums), {**qkv(B, T, H), **TAYLOR}),
     "recurrent_step": Door(step, {**qkv(B, H), **STEP}),
