@@ -47,6 +47,7 @@ def check_arguments(
     first: str = "x",
     dtypes: dict[str, tuple[torch.dtype, ...]] | None = None,
     unbounded: tuple[str, ...] = (),
+    values: bool = True,
 ) -> None:
     """Raises ValueError if a tensor has another shape than expected beside `x`, another dtype, or is on another device.
 
@@ -56,6 +57,7 @@ def check_arguments(
         first: name of `x`.
         dtypes: by argument name, the dtypes allowed where they are not `FLOATS`.
         unbounded: arguments that the checked mode looks at without their range.
+        values: whether it looks at all.
     """
     dtypes = dtypes or {}
     check_dtype(first, x, dtypes.get(first, FLOATS))
@@ -67,7 +69,7 @@ def check_arguments(
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and {first} on {x.device}; move them to one device")
         check_dtype(name, tensor, dtypes.get(name, FLOATS))
-    if is_checking():
+    if values and is_checking():
         for name, tensor in {first: x, **{name: tensor for name, (tensor, _) in others.items()}}.items():
             if tensor is not None:
                 check_values(name, tensor, bounded=name not in unbounded)

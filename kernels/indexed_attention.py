@@ -18,7 +18,7 @@ from kernels.attention import attention, attention_reference, share_heads
 from kernels.indexed_launch import list_tile
 from kernels.sparse_index import option_names, packed
 from kernels.sparse_masks import MASKS
-from kernels.values import check_seen, is_checking
+from kernels.values import check_seen, check_values, is_checking
 from kernels.walk import MAX_WIDTH
 
 
@@ -127,12 +127,15 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BHK[:, :, None], k_BGSK, v_BGSV)
+    _check(q_BHK[:, :, None], k_BGSK, v_BGSV, values=False)
     batch, kv_heads, n_keys = k_BGSK.shape[:3]
     rows = 1 if seen_BGS.shape[1:2] == (1,) else kv_heads
-    check_arguments(k_BGSK, {"seen": (seen_BGS, (batch, rows, n_keys))}, first="k", dtypes={"seen": BOOLS})
+    check_arguments(k_BGSK, {"seen": (seen_BGS, (batch, rows, n_keys))}, first="k", dtypes={"seen": BOOLS}, values=False)
     if is_checking():
         check_seen("seen", seen_BGS)
+        unseen = ~seen_BGS[..., None]  # storage that nobody has filled yet may hold anything
+        for name, x in (("q", q_BHK), ("k", k_BGSK.masked_fill(unseen, 0)), ("v", v_BGSV.masked_fill(unseen, 0))):
+            check_values(name, x)
     obstacle = _width_obstacle(k_BGSK, v_BGSV)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHK, k_BGSK, v_BGSV)):
         obstacle = "the kernel for one token has no gradient"
@@ -157,12 +160,14 @@ def _masked(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tens
     return attention_reference(q, k, v, mask) if backend == "reference" else attention(q, k, v, mask_TS=mask)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, *, values: bool = True) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "B heads T width")
     batch, heads, _, k_dim = q.shape
     kv_heads, n_keys = k.shape[1:3]
-    check_arguments(q, {"k": (k, (batch, kv_heads, n_keys, k_dim)), "v": (v, (batch, kv_heads, n_keys, v.shape[3]))}, first="q")
+    check_arguments(
+        q, {"k": (k, (batch, kv_heads, n_keys, k_dim)), "v": (v, (batch, kv_heads, n_keys, v.shape[3]))}, first="q", values=values
+    )
     if heads % kv_heads:
         raise ValueError(f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}; k's heads divide q's")
