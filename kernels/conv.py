@@ -1,4 +1,4 @@
-"""Causal convolutions along time: a short depthwise one with a carried tail, and a long one by FFT.
+"""Causal convolutions along time: a short depthwise one with a carried tail, and a long one.
 
 Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, L filter length.
 """
@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from kernels._arguments import check_arguments, check_axes
 from kernels.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.dispatch import pick
+from kernels.long_conv_operator import long_conv_operator
 
 MOST_TAPS = 4
 """Of the Triton form, whose backward makes K^2 products for every element."""
+LONGEST_TOEPLITZ = 2048
+"""Tokens up to which T^2 multiply-adds on tensor cores take less time than an FFT's trips to memory."""
 
 
 def short_conv(
@@ -134,10 +137,13 @@ def short_conv_step(
 
 
 def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
-    """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s, by FFT.
+    """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s.
+
+    The torch form is an FFT in fp32 or better. The Triton form multiplies 16-bit inputs with Toeplitz matrices, see
+    `kernels.long_conv_triton`; the filter is rounded to 16 bit there, sums are in fp32.
 
     Args:
-        x_BTD: input, [B, T, D]; below fp32 it is transformed in fp32.
+        x_BTD: input, [B, T, D].
         filter_DL: taps, newest first, [D, L]; taps beyond T are not read.
 
     Returns:
@@ -147,9 +153,11 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices do not match.
     """
     check_axes("x", x_BTD, "B T D")
-    length = x_BTD.shape[1]
     check_axes("filter", filter_DL, "D L")
     check_arguments(x_BTD, {"filter": (filter_DL, (x_BTD.shape[2], filter_DL.shape[1]))})
+    length = x_BTD.shape[1]
+    if pick("long_conv", x_BTD, obstacle=_wants_fft(x_BTD), tensor_cores=True) == "triton":
+        return long_conv_operator(x_BTD, filter_DL[None])
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
     with torch.autocast(x_BTD.device.type, enabled=False):
@@ -157,3 +165,10 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
         filter_FD = torch.fft.rfft(filter_DL[:, :length].to(dtype).t(), n=size, dim=0)
         y_BTD = torch.fft.irfft(x_BFD * filter_FD, n=size, dim=1)[:, :length]
     return y_BTD.to(x_BTD.dtype)
+
+
+def _wants_fft(x_BTD: Tensor) -> str | None:
+    """What keeps a long convolution from its Triton form."""
+    if x_BTD.shape[1] > LONGEST_TOEPLITZ:
+        return f"{x_BTD.shape[1]} tokens are more than {LONGEST_TOEPLITZ}"
+    return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"
