@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILE = 16
 CHANNELS = 64
@@ -39,7 +41,7 @@ def _convolve(x_ptr, x_stride, weight_ptr, bias_ptr, token_L, channel_C, n_token
     return z_LC
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def short_conv_forward(
     x_ptr, x_stride, weight_ptr, bias_ptr, y_ptr,
     n_tokens, width, sequences_per_member,
@@ -62,7 +64,7 @@ def short_conv_forward(
     tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def short_conv_backward(
     dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
     n_tokens, width, sequences_per_member,
@@ -103,7 +105,7 @@ def short_conv_backward(
     tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
 
 
-@triton.jit(do_not_specialize=["sequences_per_member"])
+@entry(do_not_specialize=["sequences_per_member"])
 def short_conv_update(
     x_ptr, tail_ptr, weight_ptr, bias_ptr, y_ptr, new_tail_ptr,
     width, sequences_per_member,

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels._entry import entry
+
 CHUNK = 64
 COLUMNS = 128
 """Columns of a program: chunks of sequences."""
@@ -25,7 +27,7 @@ GRADIENT_COLUMNS = 64
 WARPS = 4
 
 
-@triton.jit(do_not_specialize=["batch", "width", "chunks"])
+@entry(do_not_specialize=["batch", "width", "chunks"])
 def toeplitz_kernel(
     x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32, C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +50,7 @@ def toeplitz_kernel(
     tl.store(y + first[None, :] + i[:, None], acc.to(y.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "width", "chunks"])
+@entry(do_not_specialize=["batch", "width", "chunks"])
 def taps_gradient_kernel(
     x, dy, sums, batch: tl.int32, width: tl.int32, chunks: tl.int32, C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

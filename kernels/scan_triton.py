@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.scan_operator import TILE
 from kernels.selective_scan_triton import CHANNELS, then
 
 
-@triton.jit(do_not_specialize=["n_tokens", "width"])
+@entry(do_not_specialize=["n_tokens", "width"])
 def scan_forward(
     a_ptr, x_ptr, start_ptr, h_ptr, n_tokens, width, START: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
@@ -41,7 +42,7 @@ def scan_forward(
         h_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "width"])
+@entry(do_not_specialize=["n_tokens", "width"])
 def scan_backward(
     dh_ptr, a_ptr, h_ptr, start_ptr, da_ptr, dx_ptr, dstart_ptr,
     n_tokens, width, START: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,

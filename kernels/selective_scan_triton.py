@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.scan_operator import TILE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -33,7 +34,7 @@ def then(a_1, x_1, a_2, x_2):
     return a_1 * a_2, a_2 * x_1 + x_2
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def selective_scan_forward(
     x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, y_ptr, states_ptr,
     n_tokens, width, n_states, n_tiles, sequences_per_member,
@@ -74,7 +75,7 @@ def selective_scan_forward(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def selective_scan_backward(
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstate_ptr,

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
+
 NO_GATE, SCALAR_GATE, VECTOR_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG, RATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_NORM, RMS_NORM, LAYER_NORM, ROW_NORM, SUM_NORM = (tl.constexpr(i) for i in range(5))
@@ -120,7 +122,7 @@ INTEGERS = (
 )
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@entry(do_not_specialize=INTEGERS)
 def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut it down
     q, k, v, decay, decay_bias, log_rate, beta, a, b, old, new,
     taps, conv_bias, tail, new_tail, sums, new_sums, skip, norm_weight, norm_bias, gate, raw, arrived, o,

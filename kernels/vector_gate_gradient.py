@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_pairs import load_written
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import (
@@ -120,7 +121,7 @@ def _range_sums(after_C, upto_C, x_CK, i_C, TERMS: tl.constexpr):
     return range_sums(after_C, upto_C, high_CK, low_CK, i_C, PAIR)
 
 
-@triton.jit
+@entry
 def gradient_kernel(
     q, k, u, f, gate, beta, do, dv, states, dstates, dscores, dinner, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,

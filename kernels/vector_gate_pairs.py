@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_rows import load_beta, load_rows
 
 
@@ -23,7 +24,7 @@ def load_written(u, stride, beta_C, i_C, cols, left, V: tl.constexpr, DELTA: tl.
     return u_CV
 
 
-@triton.jit
+@entry
 def pairs_kernel(
     u, beta, do, dv, dscores, dinner,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, do_b: tl.int64, do_t: tl.int32, do_h: tl.int64,

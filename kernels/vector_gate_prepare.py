@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_rows import load_rows
 from kernels.vector_gate_tree import (
     decay_exponents,
@@ -33,7 +34,7 @@ from kernels.vector_gate_tree import (
 )
 
 
-@triton.jit
+@entry
 def prepare_kernel(
     q, k, f, gate, reads, writes, carry, scores, erases, inner,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import paired
 
@@ -26,7 +27,7 @@ def unit_lower_inverse(strict_CC, i_C, LEVELS: tl.constexpr, PRECISION: tl.const
     return inverse_CC
 
 
-@triton.jit
+@entry
 def solve_kernel(
     inner, beta, v, erases, targets, inverses, v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,

@@ -15,13 +15,13 @@ Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 
 
-@triton.jit
+@entry
 def walk_kernel(
     reads, writes, carry, scores, erases, v, beta, first, o, last, states, errors,
     v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
@@ -75,7 +75,7 @@ def walk_kernel(
         tl.store(last + by_state, state_KV, mask=in_state)
 
 
-@triton.jit
+@entry
 def reverse_kernel(
     reads, writes, carry, scores, erases, inverses, errors, beta, do, dlast, dv, dbeta, dfirst, dstates,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32,
