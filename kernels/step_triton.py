@@ -24,7 +24,7 @@ NO_NORM, RMS_NORM, LAYER_NORM, ROW_NORM, SUM_NORM = (tl.constexpr(i) for i in ra
 NO_OUTPUT_GATE, SILU_GATE, SIGMOID_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALONE, PER_HEAD, PER_ROW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 UNIT_EPS = tl.constexpr(1e-6)
-SPAN = tl.constexpr(512)
+SPAN = tl.constexpr(1024)
 """Channels that the last program of a group handles at once."""
 
 
@@ -38,34 +38,48 @@ def softplus(x):
 def filtered(
     x, tail, taps, bias, channel, inside, channels, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
-    """Channels of the row `x` after the short convolution and its SiLU."""
-    y = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
+    """Channels of the row `x` after the short convolution and its SiLU, and the last inputs, oldest first."""
+    newest = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
+    y = newest
+    first = newest
+    second = newest
     if TAPS > 0:
         weights = taps + channel * TAPS
         y *= tl.load(weights + (TAPS - 1), mask=inside, other=0.0).to(tl.float32)
         for t in tl.static_range(TAPS - 1):
             past = tl.load(tail + t * channels + channel, mask=inside, other=0.0).to(tl.float32)
             y += past * tl.load(weights + t, mask=inside, other=0.0).to(tl.float32)
+            if t == TAPS - 2:
+                second = past
+            elif t == TAPS - 3:
+                first = past
     if BIAS:
         y += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     if SILU:
         y *= tl.sigmoid(y)
-    return y
+    return y, first, second, newest
 
 
 @triton.jit
-def move_on(x, tail, new_tail, first, last, channels, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the inputs that the next token will see, of channels `first` to `last`; `tail` may be `new_tail`."""
-    for start in range(first, last, BLOCK):
-        channel = start + tl.arange(0, BLOCK)
-        inside = channel < last
-        for t in tl.static_range(TAPS - 1):
-            if t == TAPS - 2:
-                later = tl.load(x + channel, mask=inside, other=0.0).to(new_tail.dtype.element_ty)
-            else:
-                later = tl.load(tail + (t + 1) * channels + channel, mask=inside, other=0.0).to(new_tail.dtype.element_ty)
-            tl.debug_barrier()  # another thread may hold, or still read, what this one writes
-            tl.store(new_tail + t * channels + channel, later, mask=inside)
+def keep(new_tail, channel, inside, channels, first, second, newest, TAPS: tl.constexpr):
+    """Writes the inputs that the next token will see; every thread has read the old ones."""
+    place = new_tail + channel
+    if TAPS > 3:
+        tl.store(place + (TAPS - 4) * channels, first.to(new_tail.dtype.element_ty), mask=inside)
+    if TAPS > 2:
+        tl.store(place + (TAPS - 3) * channels, second.to(new_tail.dtype.element_ty), mask=inside)
+    tl.store(place + (TAPS - 2) * channels, newest.to(new_tail.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def move_on(x, tail, taps, bias, new_tail, first_channel, last_channel, channels, TAPS: tl.constexpr):
+    """The same for channels that several programs have read; `tail` may be `new_tail`."""
+    for start in range(first_channel, last_channel, SPAN):
+        channel = start + tl.arange(0, SPAN)
+        inside = channel < last_channel
+        _, first, second, newest = filtered(x, tail, taps, bias, channel, inside, channels, TAPS, False, False)
+        tl.debug_barrier()
+        keep(new_tail, channel, inside, channels, first, second, newest, TAPS)
 
 
 @triton.jit
@@ -160,11 +174,16 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
         side = tl.arange(0, 2)[None, :]
         channel = tl.where(side == 0, q_first, k_first) + i[:, None]
         inside = in_keys[:, None] & (side < 2)
-        q_K, k_K = tl.split(filtered(q_base, tail_base, taps, conv_bias, channel, inside, channels, TAPS, CONV_BIAS, SILU))
+        qk, qk_first, qk_second, qk_newest = filtered(
+            q_base, tail_base, taps, conv_bias, channel, inside, channels, TAPS, CONV_BIAS, SILU
+        )  # fmt: skip
+        q_K, k_K = tl.split(qk)
     else:
-        q_K = filtered(q_base, tail_base, taps, conv_bias, q_first + i, in_keys, channels, 0, False, SILU)
-        k_K = filtered(k_base, tail_base, taps, conv_bias, k_first + i, in_keys, channels, 0, False, SILU)
-    v_V = filtered(v_base, tail_base, taps, conv_bias, v_first + j, in_values, channels, TAPS, CONV_BIAS, SILU)
+        q_K = filtered(q_base, tail_base, taps, conv_bias, q_first + i, in_keys, channels, 0, False, SILU)[0]
+        k_K = filtered(k_base, tail_base, taps, conv_bias, k_first + i, in_keys, channels, 0, False, SILU)[0]
+    v_V, v_old, v_older, v_newest = filtered(
+        v_base, tail_base, taps, conv_bias, v_first + j, in_values, channels, TAPS, CONV_BIAS, SILU
+    )  # fmt: skip
     if UNIT:
         q_K *= tl.rsqrt(tl.sum(q_K * q_K, 0) + UNIT_EPS)
         k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) + UNIT_EPS)
@@ -236,8 +255,8 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
         tl.store(o + o_base + j, y_V.to(o.dtype.element_ty), mask=in_values)
 
     if TAPS > 1:
-        own = v_first + tile * BV
-        move_on(v_base, tail_base, new_tail_base, own, tl.minimum(own + BV, v_first + V), channels, TAPS, BV)
+        tl.debug_barrier()
+        keep(new_tail_base, v_first + j, in_values, channels, v_old, v_older, v_newest, TAPS)
     last = True
     if TOGETHER != ALONE:
         tl.debug_barrier()  # what this program wrote, all of its threads have written
@@ -252,11 +271,10 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
         if TAPS > 1:
             if TOGETHER == PER_ROW:
                 width = heads // group * K
-                move_on(q_base, tail_base, new_tail_base, q_at, q_at + width, channels, TAPS, SPAN)
-                move_on(k_base, tail_base, new_tail_base, k_at, k_at + width, channels, TAPS, SPAN)
+                move_on(q_base, tail_base, taps, conv_bias, new_tail_base, q_at, q_at + width, channels, TAPS)
+                move_on(q_base, tail_base, taps, conv_bias, new_tail_base, k_at, k_at + width, channels, TAPS)
             else:
-                move_on(q_base, tail_base, new_tail_base, q_first, q_first + K, channels, TAPS, BK)
-                move_on(k_base, tail_base, new_tail_base, k_first, k_first + K, channels, TAPS, BK)
+                keep(new_tail_base, channel, inside, channels, qk_first, qk_second, qk_newest, TAPS)
         if NORM == ROW_NORM:
             row = batch * heads * V
             norm_raw(raw + row, norm_weight, norm_bias, gate, o + row, heads * V, eps, NORM, NORM_WEIGHT, NORM_BIAS, NO_OUTPUT_GATE)
