@@ -168,21 +168,21 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
 
     tail_base, new_tail_base = tail + batch * (TAPS - 1) * channels, new_tail + batch * (TAPS - 1) * channels
     q_base, k_base, v_base = q + batch * q_row, k + batch * k_row, v + batch * v_row
-    q_first, k_first, v_first = q_at + shared * q_head, k_at + shared * k_head, v_at + head * v_head
+    q_place, k_place, v_place = q_at + shared * q_head, k_at + shared * k_head, v_at + head * v_head
     if TAPS > 0:
         # Both in one tile: Triton loads a tile of fewer elements than threads again for every row of the state.
         side = tl.arange(0, 2)[None, :]
-        channel = tl.where(side == 0, q_first, k_first) + i[:, None]
+        channel = tl.where(side == 0, q_place, k_place) + i[:, None]
         inside = in_keys[:, None] & (side < 2)
         qk, qk_first, qk_second, qk_newest = filtered(
             q_base, tail_base, taps, conv_bias, channel, inside, channels, TAPS, CONV_BIAS, SILU
         )  # fmt: skip
         q_K, k_K = tl.split(qk)
     else:
-        q_K = filtered(q_base, tail_base, taps, conv_bias, q_first + i, in_keys, channels, 0, False, SILU)[0]
-        k_K = filtered(k_base, tail_base, taps, conv_bias, k_first + i, in_keys, channels, 0, False, SILU)[0]
-    v_V, v_old, v_older, v_newest = filtered(
-        v_base, tail_base, taps, conv_bias, v_first + j, in_values, channels, TAPS, CONV_BIAS, SILU
+        q_K = filtered(q_base, tail_base, taps, conv_bias, q_place + i, in_keys, channels, 0, False, SILU)[0]
+        k_K = filtered(k_base, tail_base, taps, conv_bias, k_place + i, in_keys, channels, 0, False, SILU)[0]
+    v_V, v_first, v_second, v_newest = filtered(
+        v_base, tail_base, taps, conv_bias, v_place + j, in_values, channels, TAPS, CONV_BIAS, SILU
     )  # fmt: skip
     if UNIT:
         q_K *= tl.rsqrt(tl.sum(q_K * q_K, 0) + UNIT_EPS)
@@ -256,7 +256,7 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
 
     if TAPS > 1:
         tl.debug_barrier()
-        keep(new_tail_base, v_first + j, in_values, channels, v_old, v_older, v_newest, TAPS)
+        keep(new_tail_base, v_place + j, in_values, channels, v_first, v_second, v_newest, TAPS)
     last = True
     if TOGETHER != ALONE:
         tl.debug_barrier()  # what this program wrote, all of its threads have written
