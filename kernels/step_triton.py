@@ -83,6 +83,17 @@ def move_on(x, tail, taps, bias, new_tail, first_channel, last_channel, channels
 
 
 @triton.jit
+def log_decay_of(x, bias, rate, scale, DECAY: tl.constexpr):
+    """The log decay of what is given for it, and the time step on the way there."""
+    time_step = softplus(x + bias) if DECAY == RATE else softplus(-x)
+    if DECAY == RATE:
+        x = -tl.exp(rate) * time_step
+    elif DECAY == SIGMOID:
+        x = -time_step * scale
+    return x, time_step
+
+
+@triton.jit
 def opened(y, gate, j, inside, OUTPUT_GATE: tl.constexpr):
     """An output times its gate."""
     if OUTPUT_GATE:
@@ -195,28 +206,23 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
         b_K = tl.load(b + batch * b_row + head * b_head + i, mask=in_keys, other=0.0).to(tl.float32)
         turned_V = tl.sum(b_K[:, None] * state_KV, 0)
     decay_base = decay + batch * decay_row + head * decay_head
+    kept, bias, rate = 1.0, 0.0, 0.0
+    if DECAY == RATE:
+        rate = tl.load(log_rate + head).to(tl.float32)
     if GATE == SCALAR_GATE:
-        log_decay = tl.load(decay_base).to(tl.float32)
         if DECAY == RATE:
-            time_step = softplus(log_decay + tl.load(decay_bias + head).to(tl.float32))
-            log_decay = -tl.exp(tl.load(log_rate + head).to(tl.float32)) * time_step
-            if STEPPED:
-                u_V *= time_step
-        elif DECAY == SIGMOID:
-            log_decay = -softplus(-log_decay) * decay_scale
+            bias = tl.load(decay_bias + head).to(tl.float32)
+        log_decay, time_step = log_decay_of(tl.load(decay_base).to(tl.float32), bias, rate, decay_scale, DECAY)
+        if STEPPED:
+            u_V *= time_step
         kept = tl.exp(log_decay)
         state_KV *= kept
     elif GATE == VECTOR_GATE:
-        log_decay_K = tl.load(decay_base + i, mask=in_keys, other=0.0).to(tl.float32)
         if DECAY == RATE:
-            rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
-            log_decay_K = -rate * softplus(log_decay_K + tl.load(decay_bias + head * K + i, mask=in_keys, other=0.0).to(tl.float32))
-        elif DECAY == SIGMOID:
-            log_decay_K = -softplus(-log_decay_K) * decay_scale
-        kept = tl.exp(log_decay_K)
+            bias = tl.load(decay_bias + head * K + i, mask=in_keys, other=0.0).to(tl.float32)
+        given_K = tl.load(decay_base + i, mask=in_keys, other=0.0).to(tl.float32)
+        kept = tl.exp(log_decay_of(given_K, bias, rate, decay_scale, DECAY)[0])
         state_KV *= kept[:, None]
-    else:
-        kept = 1.0
     if DELTA:
         strength = tl.load(beta + batch * beta_row + head * beta_head).to(tl.float32)
         if OPEN_BETA:
