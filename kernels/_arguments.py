@@ -57,7 +57,7 @@ def check_arguments(
         first: name of `x`.
         dtypes: by argument name, the dtypes allowed where they are not `FLOATS`.
         unbounded: arguments that the checked mode looks at without their range.
-        values: whether it looks at all.
+        values: whether it looks at all; logits may be infinite, and a NaN among them is told by the loss.
     """
     dtypes = dtypes or {}
     check_dtype(first, x, dtypes.get(first, FLOATS))

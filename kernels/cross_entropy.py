@@ -37,7 +37,9 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     """
     if logits_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits_RV.shape)}; cross entropy takes [rows, classes]")
-    check_arguments(logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits", dtypes={"labels": INTEGERS})
+    check_arguments(
+        logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits", dtypes={"labels": INTEGERS}, values=False
+    )
     if is_checking():
         check_labels("labels", labels_R, logits_RV.shape[1], IGNORED)
     if pick("labelled_cross_entropy", logits_RV) == "triton":

@@ -51,7 +51,7 @@ def distillation_rows(
         raise ValueError(f"logits have shape {tuple(student_RV.shape)}; distillation takes [rows, classes]")
     shape = tuple(student_RV.shape)
     expected = {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}
-    check_arguments(student_RV, expected, first="logits", dtypes={"labels": INTEGERS})
+    check_arguments(student_RV, expected, first="logits", dtypes={"labels": INTEGERS}, values=False)
     if is_checking():
         check_labels("labels", labels_R, shape[1], IGNORED)
     dtype = student_RV.dtype if dtype is None else dtype

@@ -15,7 +15,13 @@ from kernels.values import check_values, checked_values
 from mixers._contract import check_contract
 from tests.kernels.test_bad_input import DOORS
 
-NAN = [(door, name) for door in DOORS for name, x in DOORS[door].tensors.items() if x.is_floating_point()]
+NAN = [
+    (door, name)
+    for door in DOORS
+    if door not in ("labelled_cross_entropy", "distillation_rows")  # logits may be infinite
+    for name, x in DOORS[door].tensors.items()
+    if x.is_floating_point()
+]
 
 
 @pytest.mark.parametrize(("door", "argument"), NAN)
