@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from kernels._entry import entry
 
 CHUNK = 64
-COLUMNS = 128
+COLUMNS = 256
 """Columns of a program: chunks of sequences."""
-GRADIENT_COLUMNS = 64
+GRADIENT_COLUMNS = 32
 WARPS = 4
 
 
