@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,10 +92,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8)
     given = parser.parse_args()
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.benchmarks.first_call"])
+    context.set_forkserver_preload(["torch", "triton", "bench.throughput.kernels", "bench.throughput.measure"])
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(given.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for row in pool.map(run_case, cases()):
+        for done in as_completed([pool.submit(run_case, case) for case in cases()]):
+            row = done.result()
             rows.append(row)
             record = facts("python -m tests.benchmarks.first_call") | {"n": f"one first call a row, {given.jobs} side by side"}
             given.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
