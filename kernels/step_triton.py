@@ -195,11 +195,11 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
     v_V, v_first, v_second, v_newest = filtered(
         v_base, tail_base, taps, conv_bias, v_place + j, in_values, channels, TAPS, CONV_BIAS, SILU
     )  # fmt: skip
+    # Sums over the state are linear in q and k: they need not wait for the lengths of the two.
+    q_scale, k_scale = scale, key_scale
     if UNIT:
-        q_K *= tl.rsqrt(tl.sum(q_K * q_K, 0) + UNIT_EPS)
-        k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) + UNIT_EPS)
-    q_K *= scale
-    k_K *= key_scale
+        q_scale *= tl.rsqrt(tl.sum(q_K * q_K, 0) + UNIT_EPS)
+        k_scale *= tl.rsqrt(tl.sum(k_K * k_K, 0) + UNIT_EPS)
     u_V = v_V
     if RANK_ONE:
         a_K = tl.load(a + batch * a_row + head * a_head + i, mask=in_keys, other=0.0).to(tl.float32)
@@ -227,12 +227,14 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
         strength = tl.load(beta + batch * beta_row + head * beta_head).to(tl.float32)
         if OPEN_BETA:
             strength = max_beta * tl.sigmoid(strength)
-        u_V = strength * (u_V - tl.sum(k_K[:, None] * state_KV, 0))
+        u_V = strength * (u_V - k_scale * tl.sum(k_K[:, None] * state_KV, 0))
+    u_V *= k_scale
     y_V = tl.sum(q_K[:, None] * state_KV, 0) + tl.sum(k_K * q_K, 0) * u_V
     state_KV += k_K[:, None] * u_V[None, :]
     if RANK_ONE:
         y_V += tl.sum(a_K * q_K, 0) * turned_V
         state_KV += a_K[:, None] * turned_V[None, :]
+    y_V *= q_scale
     if WHOLE:
         tl.store(new + offsets, state_KV.to(new.dtype.element_ty))
     else:
@@ -242,8 +244,8 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
         y_V += tl.load(skip + head).to(tl.float32) * v_V
     if NORM == SUM_NORM:
         sums_base = head_index.to(tl.int64) * K + i
-        sums_K = kept * tl.load(sums + sums_base, mask=in_keys, other=0.0).to(tl.float32) + k_K
-        y_V /= tl.sum(q_K * sums_K, 0) + eps
+        sums_K = kept * tl.load(sums + sums_base, mask=in_keys, other=0.0).to(tl.float32) + k_scale * k_K
+        y_V /= q_scale * tl.sum(q_K * sums_K, 0) + eps
     o_base = head_index.to(tl.int64) * V
     norm_base = 0 if NORM == RMS_NORM else head * V
     gate_base = gate + batch * gate_row + head * V
