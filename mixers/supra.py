@@ -50,19 +50,19 @@ class Supra(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`."""
-        if is_fused(self, x_BTD, state):
-            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
-            return o_BE[:, None], state
         q, k, v = self._split(qkv_BTE)
+        if is_fused(self, x_BTD, state):
+            o_BD, state = self._fused(q[:, 0], k[:, 0], v[:, 0], state)
+            return o_BD[:, None], state
         o_BTHK, s_BHKK = linear_recurrence(q, k, v, log_decay=self.log_gamma, state_BHKV=None if state is None else state["s"])
         return self._normed(o_BTHK), None if state is None else {"s": s_BHKK}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
-        if is_fused(self, x_BD, state):
-            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
-            return self.o_proj(o_BE), state
         q, k, v = self._split(self.qkv_proj(x_BD))
+        if is_fused(self, x_BD, state):
+            o_BD, state = self._fused(q, k, v, state)
+            return self.o_proj(o_BD), state
         s_BHKK = self.log_gamma.exp()[:, None, None] * state["s"] + k[..., None] * v[..., None, :]
         o_BHK = (q[..., None] * s_BHKK).sum(-2).to(x_BD.dtype)
         return self.o_proj(self._normed(o_BHK)), {"s": s_BHKK.to(state["s"].dtype)}
@@ -73,12 +73,11 @@ class Supra(Mixer):
         """See `Mixer.init_state`."""
         return {"s": torch.zeros(batch, self.n_heads, self.head_dim, self.head_dim, device=device, dtype=dtype)}
 
-    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token in one launch, without the projections and features: the heads' outputs and the state."""
-        done = layer_step(
-            Apart(*self._split(qkv_BE)), state["s"], StepForm(norm="layer" if self.normalize else "none"), decay=self.log_gamma
-        )
-        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, None)
+    def _fused(self, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token's recurrence and norm in one launch, after the features: [B, D] and the state."""
+        form = StepForm(norm="layer" if self.normalize else "none")
+        done = layer_step(Apart(q_BHK, k_BHK, v_BHK), state["s"], form, decay=self.log_gamma)
+        return done.y_BE, next_state(state, done.state_BHKV, None)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of queries and keys, and values: [..., H, K] each; keys are scaled as attention scales."""
