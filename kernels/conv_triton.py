@@ -141,7 +141,7 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
     batch, length, width = x_BTD.shape
     y_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, taps_MKD = _rows(x_BTD), _taps_first(weight_MDK)
-    n_programs = batch * triton.cdiv(length, TILE) * triton.cdiv(width, CHANNELS)
+    n_programs = batch * -(-length // TILE) * -(-width // CHANNELS)
     if n_programs:
         short_conv_forward[(n_programs,)](
             x_BTD,
@@ -169,10 +169,10 @@ def backward(
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, taps_MKD = _rows(x_BTD), _taps_first(weight_MDK)
-    n_tiles = batch * triton.cdiv(length, TILE)
+    n_tiles = batch * -(-length // TILE)
     parts = x_BTD.new_empty(n_tiles, taps + 1, width, dtype=torch.float32)
     if parts.numel():
-        short_conv_backward[(n_tiles * triton.cdiv(width, CHANNELS),)](
+        short_conv_backward[(n_tiles * -(-width // CHANNELS),)](
             dy_BTD.contiguous(),
             x_BTD,
             x_BTD.stride(1),
@@ -198,7 +198,7 @@ def step(x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | N
     batch, width = x_BD.shape
     y_BD, new_tail_BPD = x_BD.new_empty(batch, width), tail_BPD.new_empty(tail_BPD.shape)
     taps_MKD = _taps_first(weight_MDK)
-    n_programs = batch * triton.cdiv(width, STEP_CHANNELS)
+    n_programs = batch * -(-width // STEP_CHANNELS)
     if n_programs:
         short_conv_update[(n_programs,)](
             x_BD.contiguous(),

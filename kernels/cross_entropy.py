@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
+from kernels._operator import operator
 from kernels.dispatch import pick
 from kernels.values import check_labels, is_checking
 
@@ -50,7 +51,7 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     return loss_R, logits_RV.detach().argmax(-1)
 
 
-@torch.library.custom_op("mixer_bench::cross_entropy", mutates_args=())
+@operator("mixer_bench::cross_entropy")
 def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, predictions and logs of the sum of exponentials."""
     from kernels.cross_entropy_triton import forward
@@ -59,7 +60,7 @@ def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
 
 
-@torch.library.custom_op("mixer_bench::cross_entropy_backward", mutates_args=())
+@operator("mixer_bench::cross_entropy_backward")
 def _rows_backward(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsumexp_R: Tensor) -> Tensor:
     """The gradient of the logits, in their dtype."""
     from kernels.cross_entropy_triton import backward

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels._members import fold_members
+from kernels._operator import operator
 
 
-@torch.library.custom_op("mixer_bench::long_conv", mutates_args=())
+@operator("mixer_bench::long_conv")
 def long_conv_operator(x_BTD: Tensor, taps_MDL: Tensor) -> Tensor:
     """`kernels.conv.long_conv` for M members with filters of their own, their sequences one after the other."""
     from kernels.long_conv_triton import forward
@@ -22,7 +23,7 @@ def long_conv_operator(x_BTD: Tensor, taps_MDL: Tensor) -> Tensor:
         return forward(x_BTD, taps_MDL)
 
 
-@torch.library.custom_op("mixer_bench::long_conv_backward", mutates_args=())
+@operator("mixer_bench::long_conv_backward")
 def _backward_operator(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the taps."""
     from kernels.long_conv_triton import backward

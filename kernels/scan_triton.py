@@ -8,7 +8,6 @@ Shape legend: B batch, T time, D channels, L tokens and C channels of a tile.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -81,7 +80,7 @@ def forward(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
     """States [B, T, D] in the dtype of x."""
     batch, length, width = x_BTD.shape
     h_BTD = x_BTD.new_empty(batch, length, width)
-    n_programs = batch * triton.cdiv(width, CHANNELS)
+    n_programs = batch * -(-width // CHANNELS)
     if n_programs:
         scan_forward[(n_programs,)](
             a_BTD.contiguous(),
@@ -103,7 +102,7 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
     batch, length, width = h_BTD.shape
     da_BTD, dx_BTD = a_BTD.new_empty(batch, length, width), h_BTD.new_empty(batch, length, width)
     dstart_BD = h_BTD.new_empty(batch, width, dtype=torch.float32)
-    n_programs = batch * triton.cdiv(width, CHANNELS)
+    n_programs = batch * -(-width // CHANNELS)
     if n_programs:
         scan_backward[(n_programs,)](
             dh_BTD.contiguous(),

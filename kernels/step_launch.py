@@ -142,7 +142,7 @@ def step(
         steps = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     config = config_of(form, k_dim, v_dim)
     block_k, block_v = tile_widths(k_dim, v_dim, config)
-    tiles = triton.cdiv(v_dim, block_v)
+    tiles = -(-v_dim // block_v)
     o_BHV = v.new_empty(batch, heads, v_dim)
     gate = v if decay is None else decay if decay.ndim == 2 else _rows(decay)
     beta = v if beta_BH is None else beta_BH

@@ -21,7 +21,7 @@ def test_members():
 def test_operator_is_registered_right():
     x, taps = torch.randn(2, 70, 3, dtype=torch.float16, requires_grad=True), torch.randn(1, 3, 70, requires_grad=True)
     torch.library.opcheck(
-        long_conv_operator, (x, taps), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        long_conv_operator.overload, (x, taps), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
 
 
