@@ -89,8 +89,8 @@ def _kernels() -> Finding:
         for log_decay in (None, decay[..., 0], decay):
             for beta in (None, gate[..., 0].sigmoid()):
                 o, _ = linear_recurrence(q, k, v, log_decay=log_decay, beta_BTH=beta)
-                exact = [x if x is None else x.double() for x in (q, k, v, log_decay, beta)]
-                true, _ = linear_recurrence_reference(*exact[:3], log_decay=exact[3], beta_BTH=exact[4])
+                decay_64, beta_64 = (None if x is None else x.double() for x in (log_decay, beta))
+                true, _ = linear_recurrence_reference(q.double(), k.double(), v.double(), log_decay=decay_64, beta_BTH=beta_64)
                 worst = max(worst, float((o - true).norm() / true.norm()))
         try:
             linear_recurrence(q, k, v, log_decay=-decay[..., 0])
