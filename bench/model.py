@@ -26,6 +26,7 @@ from bench import catalog, ends
 from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
+from kernels.rows import pick_rows
 from mixers import Mixer
 from synthetic_tasks import Task
 
@@ -163,8 +164,7 @@ class _ZoologyBlock(nn.Module):
             _zoology_init(self.mixer, spec.n_layers)
 
     def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        y_BTD = self.mixer(self.norm1(r_BTD))[0]
-        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
+        r_BTD = _add_mixed(self.mixer, self.norm1, r_BTD, rows_BM)
         return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD).to(r_BTD.dtype)
 
 
@@ -181,15 +181,17 @@ class _PreNormBlock(nn.Module):
         self.down = nn.Linear(hidden, spec.d_model, bias=False)
 
     def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        y_BTD = self.mixer(self.norm1(r_BTD))[0]
-        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
+        r_BTD = _add_mixed(self.mixer, self.norm1, r_BTD, rows_BM)
         gate, up = self.gate_up(self.norm2(r_BTD)).chunk(2, dim=-1)
         return r_BTD + self.down(F.silu(gate) * up).to(r_BTD.dtype)
 
 
-def _rows(x_BTD: Tensor, rows_BM: Tensor | None) -> Tensor:
-    """The positions asked for, [B, M, D], or all."""
-    return x_BTD if rows_BM is None else x_BTD.gather(1, rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
+def _add_mixed(mixer: nn.Module, norm: nn.Module, r_BTD: Tensor, rows_BM: Tensor | None) -> Tensor:
+    """r + mixer(norm(r)), [B, T, D], or its positions asked for, [B, M, D]."""
+    x_BTD = ends.computed(norm(r_BTD))  # autocast norms in fp32, and would have the mixer read it twice as wide
+    if rows_BM is None:
+        return r_BTD + mixer(x_BTD)[0].to(r_BTD.dtype)
+    return pick_rows(r_BTD, rows_BM) + mixer.at_rows(x_BTD, rows_BM).to(r_BTD.dtype)  # type: ignore[operator]
 
 
 def _zoology_init(mixer: Mixer, n_layers: int) -> None:

@@ -1,0 +1,93 @@
+"""Attention of a few queries over a whole sequence, with keys and values that are never made.
+
+Where only some positions are asked for, as in the last layer of a model whose loss looks at labelled rows, both linear maps of
+the input can move to the side of the queries: q . (W x) = (W^T q) . x, and sum_s w_s V x_s = V sum_s w_s x_s. What is left of the
+sequence's side is to read x, at any number of heads.
+
+Shape legend: B batch, T time, D width of x, H heads, M rows, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""From scores [B, H, M, T] and what each row sees, [B, 1, M, T], to weights."""
+
+
+def pick_rows(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
+    """The positions asked for, [B, M, D].
+
+    Args:
+        x_BTD: any dtype.
+        rows_BM: int64. A position may repeat, but then only its first place may be given a gradient: the gradient is looked up
+            by position, in one pass that fuses with what reads it, instead of being added into zeros.
+    """
+    return _PickRows.apply(x_BTD, rows_BM)
+
+
+class _PickRows(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
+        return x_BTD.gather(1, _wide(rows_BM, x_BTD))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x_BTD, rows_BM = inputs
+        ctx.save_for_backward(rows_BM)
+        ctx.length = x_BTD.shape[1]
+
+    @staticmethod
+    def backward(ctx, dy_BMD: Tensor) -> tuple[Tensor, None]:
+        (rows_BM,) = ctx.saved_tensors
+        most = rows_BM.shape[1]
+        place_BM = torch.arange(most, device=rows_BM.device).expand_as(rows_BM)
+        nowhere_BT = rows_BM.new_full((rows_BM.shape[0], ctx.length), most)
+        place_BT = nowhere_BT.scatter_reduce(1, rows_BM, place_BM, "amin")
+        dx_BTD = dy_BMD.gather(1, _wide(place_BT.clamp(max=most - 1), dy_BMD))
+        return torch.where((place_BT < most)[..., None], dx_BTD, 0.0).to(dy_BMD.dtype), None
+
+
+def _wide(rows_BM: Tensor, x_BTD: Tensor) -> Tensor:
+    return rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1])
+
+
+def read_rows(q_BHMD: Tensor, x_BTD: Tensor, rows_BM: Tensor, weigh: Weigh, window: int | None = None) -> Tensor:
+    """sum_s w_ms x_s with the weights of row m from its scores q_m . x_s over the tokens s that it sees.
+
+    Args:
+        q_BHMD: queries that the keys' map has been applied to.
+        x_BTD: what keys and values are made from.
+        rows_BM: the queries' positions; each sees its own and earlier ones.
+        weigh: from scores to weights.
+        window: number of tokens seen, the own one included; None for all.
+
+    Returns:
+        [B, H, M, D] in the dtype of x; the values' map is still to be applied.
+    """
+    heads, most = q_BHMD.shape[1:3]
+    distance_BMT = rows_BM[..., None] - torch.arange(x_BTD.shape[1], device=x_BTD.device)
+    seen_BMT = distance_BMT >= 0
+    if window is not None:
+        seen_BMT = seen_BMT & (distance_BMT < window)
+    scores_BRT = q_BHMD.flatten(1, 2) @ x_BTD.mT
+    weights_BHMT = weigh(scores_BRT.unflatten(1, (heads, most)), seen_BMT[:, None])
+    return (weights_BHMT.flatten(1, 2).to(x_BTD.dtype) @ x_BTD).unflatten(1, (heads, most))
+
+
+def softmax_weights(scores: Tensor, seen: Tensor) -> Tensor:
+    """Softmax over what is seen, in fp32 or better."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return wide.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+def taylor_weights(scores: Tensor, seen: Tensor, *, eps: float | None) -> Tensor:
+    """The weights of `kernels.taylor.taylor_attention`, from scores that are scaled already."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = torch.where(seen, 1 + wide + 0.5 * wide.square(), 0.0)
+    return weights if eps is None else weights / (weights.sum(-1, keepdim=True) + eps)
