@@ -14,6 +14,7 @@ Shape legend: B batch, T time, D width, F features, V vocabulary, K values, M la
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -26,6 +27,7 @@ from bench import catalog, ends
 from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
+from kernels.norms import layer_norm, norm_pair
 from kernels.rows import pick_rows
 from mixers import Mixer
 from synthetic_tasks import Task
@@ -103,14 +105,18 @@ class LanguageModel(nn.Module):
             x_BTD: embeddings.
             rows_BM: the only positions wanted, [B, M], for a result [B, M, D]: what follows the last mixer is left out elsewhere.
         """
-        last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rows_BM if index == last else None)
-        return x_BTD
+        blocks: list[_Block] = list(self.blocks)  # type: ignore[assignment]
+        r_BTD, x_BTD = x_BTD, normed(blocks[0].norm1, x_BTD)
+        for block, following in itertools.pairwise(blocks):
+            wanted = rows_BM if following is blocks[-1] else None
+            r_BTD, x_BTD = block.to_next(block.mixed(r_BTD, x_BTD), following.norm1, wanted)
+        if rows_BM is not None and len(blocks) == 1:
+            r_BTD = pick_rows(r_BTD, rows_BM)
+        return blocks[-1].finished(blocks[-1].mixed(r_BTD, x_BTD, rows_BM))
 
     def predict(self, h_BMD: Tensor) -> Tensor:
         """Final norm and head on the hidden rows given: [B, M, D] to [B, M, V or K]."""
-        h_BMD = self.norm(h_BMD)
+        h_BMD = normed(self.norm, h_BMD)
         return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
     def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None) -> Tensor:
@@ -148,7 +154,28 @@ class LanguageModel(nn.Module):
         return true, published, read
 
 
-class _ZoologyBlock(nn.Module):
+class _Block(nn.Module):
+    """One layer: what a mixer adds to the residual stream, and what follows."""
+
+    mixer: Mixer
+    norm1: nn.Module
+
+    def mixed(self, r_BTD: Tensor, x_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
+        """r + mixer(x); with `rows_BM` only there, [B, M, D], and r is given only there."""
+        y = self.mixer(x_BTD)[0] if rows_BM is None else self.mixer.at_rows(x_BTD, rows_BM)
+        return r_BTD + y.to(r_BTD.dtype)
+
+    def finished(self, r: Tensor) -> Tensor:
+        """The residual stream after the layer, from that after its mixer."""
+        raise NotImplementedError
+
+    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`finished`, at `rows_BM` if given, and its norm at every position for the next layer's mixer."""
+        r_BTD = self.finished(r_BTD)
+        return r_BTD if rows_BM is None else pick_rows(r_BTD, rows_BM), normed(norm, r_BTD)
+
+
+class _ZoologyBlock(_Block):
     """Zoology's TransformerBlock with an identity state mixer, or the Mamba repository's block for its own mixers."""
 
     def __init__(self, spec: ModelSpec, index: int, max_len: int) -> None:
@@ -163,12 +190,16 @@ class _ZoologyBlock(nn.Module):
         else:
             _zoology_init(self.mixer, spec.n_layers)
 
-    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        r_BTD = _add_mixed(self.mixer, self.norm1, r_BTD, rows_BM)
-        return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD).to(r_BTD.dtype)
+    def finished(self, r: Tensor) -> Tensor:
+        return r if self.norm2 is None else r + normed(self.norm2, r)
+
+    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not (isinstance(self.norm2, nn.LayerNorm) and isinstance(norm, nn.LayerNorm)):
+            return super().to_next(r_BTD, norm, rows_BM)
+        return norm_pair(r_BTD, (self.norm2.weight, self.norm2.bias), (norm.weight, norm.bias), rows_BM)
 
 
-class _PreNormBlock(nn.Module):
+class _PreNormBlock(_Block):
     """r += mixer(RMSNorm(r)); r += SwiGLU(RMSNorm(r))."""
 
     def __init__(self, spec: ModelSpec, index: int, max_len: int) -> None:
@@ -180,18 +211,14 @@ class _PreNormBlock(nn.Module):
         self.gate_up = nn.Linear(spec.d_model, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, spec.d_model, bias=False)
 
-    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        r_BTD = _add_mixed(self.mixer, self.norm1, r_BTD, rows_BM)
-        gate, up = self.gate_up(self.norm2(r_BTD)).chunk(2, dim=-1)
-        return r_BTD + self.down(F.silu(gate) * up).to(r_BTD.dtype)
+    def finished(self, r: Tensor) -> Tensor:
+        gate, up = self.gate_up(normed(self.norm2, r)).chunk(2, dim=-1)
+        return r + self.down(F.silu(gate) * up).to(r.dtype)
 
 
-def _add_mixed(mixer: nn.Module, norm: nn.Module, r_BTD: Tensor, rows_BM: Tensor | None) -> Tensor:
-    """r + mixer(norm(r)), [B, T, D], or its positions asked for, [B, M, D]."""
-    x_BTD = ends.computed(norm(r_BTD))  # autocast norms in fp32, and would have the mixer read it twice as wide
-    if rows_BM is None:
-        return r_BTD + mixer(x_BTD)[0].to(r_BTD.dtype)
-    return pick_rows(r_BTD, rows_BM) + mixer.at_rows(x_BTD, rows_BM).to(r_BTD.dtype)  # type: ignore[operator]
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm in the dtype of its input: autocast's norms answer in fp32, and whatever reads them would read twice the bytes."""
+    return layer_norm(x, (norm.weight, norm.bias), norm.eps) if isinstance(norm, nn.LayerNorm) else norm(x).to(x.dtype)
 
 
 def _zoology_init(mixer: Mixer, n_layers: int) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels._members import fold_members
+
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """From scores [B, H, M, T] and what each row sees, [B, 1, M, T], to weights."""
 
@@ -24,33 +26,45 @@ def pick_rows(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
     Args:
         x_BTD: any dtype.
         rows_BM: int64. A position may repeat, but then only its first place may be given a gradient: the gradient is looked up
-            by position, in one pass that fuses with what reads it, instead of being added into zeros.
+            by position, which a compiler fuses with what reads it, instead of being added into zeros.
     """
-    return _PickRows.apply(x_BTD, rows_BM)
+    return _pick_rows(x_BTD, rows_BM)
 
 
-class _PickRows(torch.autograd.Function):
-    generate_vmap_rule = True
+def places(rows_BM: Tensor, length: int) -> Tensor:
+    """Where each of `length` positions stands among the rows, the first time: [B, T] int32, M for nowhere."""
+    most = rows_BM.shape[-1]
+    order_BM = torch.arange(most, device=rows_BM.device, dtype=torch.int32).expand(rows_BM.shape)
+    nowhere_BT = torch.full((*rows_BM.shape[:-1], length), most, device=rows_BM.device, dtype=torch.int32)
+    return nowhere_BT.scatter_reduce(-1, rows_BM, order_BM, "amin")
 
-    @staticmethod
-    def forward(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
-        return x_BTD.gather(1, _wide(rows_BM, x_BTD))
 
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x_BTD, rows_BM = inputs
-        ctx.save_for_backward(rows_BM)
-        ctx.length = x_BTD.shape[1]
+# An operator that a compiler sees through, forward and backward: a plain function would get the gradient of `gather`.
+@torch.library.triton_op("mixer_bench::pick_rows", mutates_args={})
+def _pick_rows(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
+    return x_BTD.gather(1, _wide(rows_BM, x_BTD))
 
-    @staticmethod
-    def backward(ctx, dy_BMD: Tensor) -> tuple[Tensor, None]:
-        (rows_BM,) = ctx.saved_tensors
-        most = rows_BM.shape[1]
-        place_BM = torch.arange(most, device=rows_BM.device).expand_as(rows_BM)
-        nowhere_BT = rows_BM.new_full((rows_BM.shape[0], ctx.length), most)
-        place_BT = nowhere_BT.scatter_reduce(1, rows_BM, place_BM, "amin")
-        dx_BTD = dy_BMD.gather(1, _wide(place_BT.clamp(max=most - 1), dy_BMD))
-        return torch.where((place_BT < most)[..., None], dx_BTD, 0.0).to(dy_BMD.dtype), None
+
+def _save(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    x_BTD, rows_BM = inputs
+    ctx.save_for_backward(rows_BM)
+    ctx.length = x_BTD.shape[1]
+
+
+def _differentiate(ctx, dy_BMD: Tensor) -> tuple[Tensor, None]:
+    (rows_BM,) = ctx.saved_tensors
+    place_BT = places(rows_BM, ctx.length)
+    dx_BTD = dy_BMD.gather(1, _wide(place_BT.clamp(max=rows_BM.shape[1] - 1).long(), dy_BMD))
+    return torch.where((place_BT < rows_BM.shape[1])[..., None], dx_BTD, 0.0).to(dy_BMD.dtype), None
+
+
+_pick_rows.register_autograd(_differentiate, setup_context=_save)
+
+
+@_pick_rows.register_vmap
+def _(info, in_dims: tuple[int | None, int | None], x_BTD: Tensor, rows_BM: Tensor) -> tuple[Tensor, int]:
+    x, rows = (fold_members(t, axis, info.batch_size) for t, axis in zip((x_BTD, rows_BM), in_dims, strict=True))
+    return _pick_rows(x, rows).unflatten(0, (info.batch_size, -1)), 0
 
 
 def _wide(rows_BM: Tensor, x_BTD: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""The gated convolution as an operator: a compiler sees through the forward pass, the backward pass is one kernel and two products.
+
+Shape legend: M members, B sequences of all members together, T time, D channels, K taps, S shares of a member's tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels._members import fold_members
+
+
+@torch.library.triton_op("mixer_bench::gated_conv", mutates_args={})
+def gated_conv_operator(
+    x_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MDK: Tensor, tap_bias_MD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`kernels.gated_conv.gated_conv` for M members, their sequences one after the other; and W x."""
+    length, taps = x_BTD.shape[1], taps_MDK.shape[-1]
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    projected = (x_BTD.reshape(weight_MDD.shape[0], -1, x_BTD.shape[2]) @ weight_MDD.to(x_BTD.dtype).mT).view(x_BTD.shape)
+
+    def of_members(p_MD: Tensor) -> Tensor:
+        return p_MD.to(wide).repeat_interleave(x_BTD.shape[0] // p_MD.shape[0], 0)[:, None]
+
+    filtered = of_members(tap_bias_MD)
+    for back in range(taps):
+        filtered = filtered + F.pad(x_BTD, (0, 0, back, 0))[:, :length] * of_members(taps_MDK[..., taps - 1 - back])
+    return (x_BTD + filtered * (projected + of_members(bias_MD))).to(x_BTD.dtype), projected
+
+
+@torch.library.custom_op("mixer_bench::gated_conv_backward", mutates_args=())
+def _backward_operator(
+    dy_BTD: Tensor, x_BTD: Tensor, projected_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MDK: Tensor, tap_bias_MD: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, in its dtype, and of the four parameters, in fp32."""
+    from kernels.gated_conv_triton import backward
+
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, x_BTD, projected_BTD, weight_MDD, bias_MD, taps_MDK, tap_bias_MD)
+
+
+@_backward_operator.register_fake
+def _(dy_BTD, x_BTD, projected_BTD, *parameters) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return x_BTD.new_empty(x_BTD.shape), *(x_BTD.new_empty(p.shape, dtype=torch.float32) for p in parameters)
+
+
+def _save(ctx, inputs, output) -> None:
+    x_BTD, *parameters = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x_BTD, output[1], *parameters)
+
+
+def _differentiate(ctx, dy_BTD: Tensor, _dprojected) -> tuple[Tensor, ...]:
+    x_BTD, projected_BTD, *parameters = ctx.saved_tensors
+    dx_BTD, *found = _backward_operator(dy_BTD, x_BTD, projected_BTD, *parameters)
+    return dx_BTD, *(gradient.to(p.dtype) for gradient, p in zip(found, parameters, strict=True))
+
+
+gated_conv_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+@gated_conv_operator.register_vmap
+def _(info, in_dims, *arguments) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    folded = (fold_members(t, axis, info.batch_size) for t, axis in zip(arguments, in_dims, strict=True))
+    return tuple(t.unflatten(0, (info.batch_size, -1)) for t in gated_conv_operator(*folded)), (0, 0)
