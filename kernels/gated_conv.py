@@ -37,7 +37,8 @@ def gated_conv(x_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, taps_DK: Tensor
     check_arguments(x_BTD, {"weight": (weight_DD, (width, width)), "taps": (taps_DK, (width, taps)), **vectors})
     obstacle = f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
     if pick("gated_conv", x_BTD, obstacle=obstacle) == "triton":
-        from kernels.gated_conv_operator import gated_conv_operator
+        from kernels.gated_conv_operator import gated_conv_operator, taps_first
 
-        return gated_conv_operator(x_BTD, weight_DD[None], bias_D[None], taps_DK[None], tap_bias_D[None])[0]
+        taps_1KD = taps_first(taps_DK[None])
+        return gated_conv_operator(x_BTD, weight_DD[None], bias_D[None], taps_1KD, tap_bias_D[None])[0]
     return torch.addcmul(x_BTD, short_conv(x_BTD, taps_DK, tap_bias_D)[0], F.linear(x_BTD, weight_DD, bias_D))

@@ -95,24 +95,24 @@ def gated_conv_backward(
 
 
 def backward(
-    dy_BTD: Tensor, x_BTD: Tensor, projected_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MDK: Tensor, tap_bias_MD: Tensor
+    dy_BTD: Tensor, x_BTD: Tensor, projected_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MKD: Tensor, tap_bias_MD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.gated_conv_operator`."""
     batch, length, width = x_BTD.shape
-    members, _, taps = taps_MDK.shape
+    members, taps, _ = taps_MKD.shape
     x_BTD = x_BTD.contiguous()
     dz_BTD, dx_BTD = (x_BTD.new_empty(x_BTD.shape) for _ in range(2))
     n_spans = batch * triton.cdiv(length, TOKENS)
     parts = x_BTD.new_empty(n_spans, taps + 2, width, dtype=torch.float32)
     gated_conv_backward[(n_spans * triton.cdiv(width, CHANNELS),)](
-        dy_BTD.contiguous(), x_BTD, projected_BTD.contiguous(), bias_MD.contiguous(), taps_MDK.mT.float().contiguous(),
+        dy_BTD.contiguous(), x_BTD, projected_BTD.contiguous(), bias_MD.contiguous(), taps_MKD.contiguous(),
         tap_bias_MD.contiguous(), dz_BTD, dx_BTD, parts, length, width, batch // members,
         TAPS=taps, TOKENS=TOKENS, TILE=TILE, CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     sums = parts.view(members, n_spans // members, taps + 2, width).sum(1)
     dx_MND, dz_MND, x_MND = (t.view(members, -1, width) for t in (dx_BTD, dz_BTD, x_BTD))
     torch.baddbmm(dx_MND, dz_MND, weight_MDD.to(x_BTD.dtype), out=dx_MND)
-    return dx_BTD, product_over_rows(dz_MND, x_MND), sums[:, taps + 1].clone(), sums[:, :taps].mT.contiguous(), sums[:, taps].clone()
+    return dx_BTD, product_over_rows(dz_MND, x_MND), sums[:, taps + 1].clone(), sums[:, :taps].clone(), sums[:, taps].clone()
 
 
 def product_over_rows(a_MND: Tensor, b_MNE: Tensor) -> Tensor:

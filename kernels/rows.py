@@ -9,15 +9,14 @@ Shape legend: B batch, T time, D width of x, H heads, M rows, K head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from kernels._members import fold_members
+from kernels.dispatch import pick
 
-Weigh = Callable[[Tensor, Tensor], Tensor]
-"""From scores [B, H, M, T] and what each row sees, [B, 1, M, T], to weights."""
+MOST_WIDTH = 256
+"""Of the Triton form, whose programs hold whole rows of x and of the queries."""
 
 
 def pick_rows(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
@@ -71,37 +70,48 @@ def _wide(rows_BM: Tensor, x_BTD: Tensor) -> Tensor:
     return rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1])
 
 
-def read_rows(q_BHMD: Tensor, x_BTD: Tensor, rows_BM: Tensor, weigh: Weigh, window: int | None = None) -> Tensor:
-    """sum_s w_ms x_s with the weights of row m from its scores q_m . x_s over the tokens s that it sees.
+def read_rows(
+    q_BHMD: Tensor, x_BTD: Tensor, rows_BM: Tensor, *, weights: str, eps: float | None = None, window: int | None = None
+) -> Tensor:
+    """sum_s w_ms x_s with weights of row m from its scores q_m . x_s over the tokens s that it sees.
 
     Args:
-        q_BHMD: queries that the keys' map has been applied to.
+        q_BHMD: scaled queries that the keys' map has been applied to.
         x_BTD: what keys and values are made from.
         rows_BM: the queries' positions; each sees its own and earlier ones.
-        weigh: from scores to weights.
+        weights: "softmax" of the scores, or "taylor": 1 + s + s^2 / 2, the weights of `kernels.taylor`.
+        eps: taylor weights are divided by their sum plus this; None for no division.
         window: number of tokens seen, the own one included; None for all.
 
     Returns:
         [B, H, M, D] in the dtype of x; the values' map is still to be applied.
     """
     heads, most = q_BHMD.shape[1:3]
-    distance_BMT = rows_BM[..., None] - torch.arange(x_BTD.shape[1], device=x_BTD.device)
-    seen_BMT = distance_BMT >= 0
+    place_BR = rows_BM.repeat(1, heads)
+    q_BRD = q_BHMD.flatten(1, 2)
+    width = x_BTD.shape[-1]
+    obstacle = f"width {width} is above {MOST_WIDTH}" if width > MOST_WIDTH else None
+    if pick("read_rows", x_BTD, obstacle=obstacle, tensor_cores=True) == "triton":
+        from kernels.rows_operator import read_rows_operator
+
+        flags = (weights == "taylor", -1.0 if eps is None else eps, window or 0)
+        y_BRD = read_rows_operator(q_BRD.to(x_BTD.dtype), x_BTD, place_BR, *flags)[0]
+    else:
+        y_BRD = _read(q_BRD, x_BTD, place_BR, weights, eps, window)
+    return y_BRD.unflatten(1, (heads, most))
+
+
+def _read(q_BRD: Tensor, x_BTD: Tensor, place_BR: Tensor, weights: str, eps: float | None, window: int | None) -> Tensor:
+    """The definition."""
+    distance_BRT = place_BR[..., None] - torch.arange(x_BTD.shape[1], device=x_BTD.device)
+    seen_BRT = distance_BRT >= 0
     if window is not None:
-        seen_BMT = seen_BMT & (distance_BMT < window)
-    scores_BRT = q_BHMD.flatten(1, 2) @ x_BTD.mT
-    weights_BHMT = weigh(scores_BRT.unflatten(1, (heads, most)), seen_BMT[:, None])
-    return (weights_BHMT.flatten(1, 2).to(x_BTD.dtype) @ x_BTD).unflatten(1, (heads, most))
-
-
-def softmax_weights(scores: Tensor, seen: Tensor) -> Tensor:
-    """Softmax over what is seen, in fp32 or better."""
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return wide.masked_fill(~seen, float("-inf")).softmax(-1)
-
-
-def taylor_weights(scores: Tensor, seen: Tensor, *, eps: float | None) -> Tensor:
-    """The weights of `kernels.taylor.taylor_attention`, from scores that are scaled already."""
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = torch.where(seen, 1 + wide + 0.5 * wide.square(), 0.0)
-    return weights if eps is None else weights / (weights.sum(-1, keepdim=True) + eps)
+        seen_BRT = seen_BRT & (distance_BRT < window)
+    scores_BRT = q_BRD @ x_BTD.mT
+    wide_BRT = scores_BRT.to(torch.promote_types(scores_BRT.dtype, torch.float32))
+    if weights == "softmax":
+        weights_BRT = wide_BRT.masked_fill(~seen_BRT, float("-inf")).softmax(-1)
+    else:
+        weights_BRT = torch.where(seen_BRT, 1 + wide_BRT + 0.5 * wide_BRT.square(), 0.0)
+        weights_BRT = weights_BRT if eps is None else weights_BRT / (weights_BRT.sum(-1, keepdim=True) + eps)
+    return weights_BRT.to(x_BTD.dtype) @ x_BTD

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.rows import Weigh, pick_rows, read_rows
+from kernels.rows import pick_rows, read_rows
 
 
 def few_rows(x_BTD: Tensor, rows_BM: Tensor, n_heads: int) -> bool:
@@ -18,12 +18,20 @@ def few_rows(x_BTD: Tensor, rows_BM: Tensor, n_heads: int) -> bool:
 
 
 def attend_rows(
-    x_BTD: Tensor, rows_BM: Tensor, qkv: nn.Linear, n_heads: int, k_dim: int, weigh: Weigh, *, window: int | None = None
+    x_BTD: Tensor,
+    rows_BM: Tensor,
+    qkv: nn.Linear,
+    n_heads: int,
+    k_dim: int,
+    *,
+    weights: str = "softmax",
+    eps: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention at some rows, before the output projection: [B, M, H V].
 
     A bias of the keys is left out: it adds the same to all scores of a query, which softmax does not see. That of the values
-    is added at the end, since the weights sum to one; a `weigh` of which this is not true takes no biases.
+    is added at the end, since the weights sum to one. Other weights than softmax take no biases.
 
     Args:
         x_BTD: the layer's input.
@@ -31,15 +39,14 @@ def attend_rows(
         qkv: maps D to all queries, all keys, all values.
         n_heads: H.
         k_dim: K.
-        weigh: from scores q . k / sqrt(K) to weights.
-        window: tokens that a query sees, the own one included; None for all.
+        weights: what becomes of scores q . k / sqrt(K), with eps and window as for `kernels.rows.read_rows`.
     """
     key = n_heads * k_dim
     q_weight, k_weight, v_weight = qkv.weight.split((key, key, qkv.out_features - 2 * key))
     q_bias, v_bias = (None, None) if qkv.bias is None else (qkv.bias[:key], qkv.bias[2 * key :])
     q_BMHK = F.linear(pick_rows(x_BTD, rows_BM), q_weight, q_bias).unflatten(-1, (n_heads, k_dim)) * k_dim**-0.5
     q_BHMD = torch.einsum("bmhk,hkd->bhmd", q_BMHK, k_weight.unflatten(0, (n_heads, k_dim)))
-    read_BHMD = read_rows(q_BHMD, x_BTD, rows_BM, weigh, window)
+    read_BHMD = read_rows(q_BHMD, x_BTD, rows_BM, weights=weights, eps=eps, window=window)
     y_BMHV = torch.einsum("bhmd,hvd->bmhv", read_BHMD, v_weight.unflatten(0, (n_heads, -1)))
     y_BMD = y_BMHV.flatten(-2)
     return y_BMD if v_bias is None else y_BMD + v_bias.to(y_BMD.dtype)

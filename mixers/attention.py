@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.rows import softmax_weights
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._cache import append_kv, attend_cache, kv_cache, merge_heads, new_positions, split_heads
 from mixers._rotary import POSITIONS, check_positions, rotary
@@ -85,7 +84,7 @@ class Attention(Mixer):
         """See `Mixer.at_rows`: without making keys and values, unless they are rotated or many heads make them cheaper."""
         if self.positions != "none" or self.pattern != "causal_self" or not few_rows(x_BTD, rows_BM, self.n_heads):
             return super().at_rows(x_BTD, rows_BM)
-        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.head_dim, softmax_weights)
+        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.head_dim)
         return self.out_proj(y_BMD)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:

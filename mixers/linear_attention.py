@@ -7,14 +7,11 @@ Shape legend: B batch, T time, S context length, D width, H heads, K query width
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.recurrence import linear_recurrence, normalized_recurrence
-from kernels.rows import taylor_weights
 from kernels.taylor import taylor_attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._feature_maps import Taylor2, make_feature_map
@@ -86,8 +83,9 @@ class LinearAttention(Mixer):
         taylor = isinstance(self.phi_k, Taylor2) and self.pattern == "causal_self"
         if not taylor or not few_rows(x_BTD, rows_BM, self.n_heads):
             return super().at_rows(x_BTD, rows_BM)
-        weigh = partial(taylor_weights, eps=EPS if self.normalize else None)
-        return self.out_proj(attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.k_dim, weigh))
+        eps = EPS if self.normalize else None
+        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.k_dim, weights="taylor", eps=eps)
+        return self.out_proj(y_BMD)
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`; a pattern that sees the future takes no state."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import banded_attention
-from kernels.rows import softmax_weights
 from mixers._base import Caps, Mixer, State, heads, mixer
 from mixers._cache import attend_window, merge_heads, new_positions, split_heads, window_cache
 from mixers._rotary import check_positions, rotary
@@ -80,7 +79,7 @@ class SlidingWindow(Mixer):
         """See `Mixer.at_rows`: as in `Attention.at_rows`."""
         if self.positions != "none" or self.sinks or not few_rows(x_BTD, rows_BM, self.n_heads):
             return super().at_rows(x_BTD, rows_BM)
-        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.head_dim, softmax_weights, window=self.window)
+        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.head_dim, window=self.window)
         return self.out_proj(y_BMD)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:

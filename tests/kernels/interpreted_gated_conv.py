@@ -31,5 +31,7 @@ def test_compiles_as_one_graph():
 
 
 def test_operator_is_registered_right():
-    x, *parameters = arguments()
-    torch.library.opcheck(torch.ops.mixer_bench.gated_conv.default, (x.detach().flatten(0, 1).requires_grad_(), *parameters))
+    x, weight, bias, taps, tap_bias = arguments()
+    torch.library.opcheck(torch.ops.mixer_bench.taps_first.default, (taps,))
+    leaves = (x.detach().flatten(0, 1).requires_grad_(), weight, bias, taps.detach().mT.contiguous().requires_grad_(), tap_bias)
+    torch.library.opcheck(torch.ops.mixer_bench.gated_conv.default, leaves)
