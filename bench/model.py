@@ -27,6 +27,7 @@ from bench import catalog, ends
 from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
+from kernels.labelled_head import labelled_head
 from kernels.norms import layer_norm, norm_pair
 from kernels.rows import pick_rows
 from mixers import Mixer
@@ -119,22 +120,30 @@ class LanguageModel(nn.Module):
         h_BMD = normed(self.norm, h_BMD)
         return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
-    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None, labels_BM: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predictions at the labelled rows.
 
         Args:
             inputs: token ids [B, T] or features [B, T, F].
             rows_BM: positions of the M labelled rows of each example, [B, M]; None means every position.
             key_B: as for `embed`.
+            labels_BM: with a tied head only: the labels of the rows, -100 for none.
 
         Returns:
-            Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
+            Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`. With labels, the loss of each row and the token
+            predicted, [B, M] each, as from `kernels.labelled_head`, which keeps no logits.
         """
         x_BTD = self.embed(inputs, key_B)
         if isinstance(self.head, ends.LastDecoder):
             every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
             return self.head(self.norm(self.hidden(x_BTD)[:, -1]), every_BT if rows_BM is None else rows_BM)
-        return self.predict(self.hidden(x_BTD, rows_BM))
+        h_BMD = self.hidden(x_BTD, rows_BM)
+        if labels_BM is None:
+            return self.predict(h_BMD)
+        loss_R, predicted_R = labelled_head(normed(self.norm, h_BMD).flatten(0, 1), self.embedding.weight, labels_BM.flatten())  # type: ignore[arg-type]
+        return loss_R.view(labels_BM.shape), predicted_R.view(labels_BM.shape)
 
     def mixers(self) -> Iterator[Mixer]:
         """The mixers, first layer first."""

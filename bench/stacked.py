@@ -59,11 +59,15 @@ class StackedModel:
         """Each member's loss, summed over labelled rows, with its graph; and its score, summed over examples; both [E]."""
         return self._loss(self.leaves, self.buffers, (*batch, keys_EB, zero_error_E))
 
-    def gradient(self, loss: Tensor, out_EP: Tensor) -> None:
-        """Adds the gradient of each member's loss to `out_EP`."""
+    def gradient(self, loss: Tensor, out_EP: Tensor, *, add: bool) -> None:
+        """Writes the gradient of each member's loss to `out_EP`, or adds it."""
         found = torch.autograd.grad(loss.sum(), list(self.leaves.values()), allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.leaves.values(), strict=True)]
-        out_EP += torch.cat([part.reshape(len(self), -1) for part in parts], dim=1)
+        flat = [part.reshape(len(self), -1) for part in parts]
+        if add:
+            out_EP += torch.cat(flat, dim=1)
+        else:
+            torch.cat(flat, dim=1, out=out_EP)
 
     @torch.no_grad()
     def outputs(self, batch: Picked) -> Tensor:
@@ -131,8 +135,12 @@ def _member_loss(
     key_B: Tensor | None,
     zero_error: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    outputs_BMX = functional_call(model, weights, (inputs, rows_BM, key_B))
-    loss, predicted = evaluate.loss_and_predictions(outputs_BMX, labels_BM, values_BMK)
+    if model.head is None:
+        loss_BM, predicted = functional_call(model, weights, (inputs, rows_BM, key_B, labels_BM))
+        loss = loss_BM.sum()
+    else:
+        outputs_BMX = functional_call(model, weights, (inputs, rows_BM, key_B))
+        loss, predicted = evaluate.loss_and_predictions(outputs_BMX, labels_BM, values_BMK)
     scores_BM = evaluate.row_scores(predicted, labels_BM, values_BMK, zero_error)
     return loss, evaluate.example_scores(scores_BM, labels_BM).sum()
 

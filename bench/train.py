@@ -208,14 +208,13 @@ class FleetTrainer:
         """One step of every member, on the examples and learning rates in the fixed tensors."""
         whole = cell.pick(self.sets_E, self.examples_SB[self.sets_E])
         labelled_E = (whole.labels_EBM >= 0).sum((1, 2))
-        self.gradient_EP.zero_()
         examples_E = (whole.labels_EBM >= 0).any(2).sum(1)
         keys_EB = self._dropout_keys(whole.inputs.shape[1])
         zero_error_E = cell.zero_error_S[self.sets_E]
-        for part in _split_batch(whole, keys_EB, self.micro_batches):
+        for index, part in enumerate(_split_batch(whole, keys_EB, self.micro_batches)):
             loss_E, score_E = self.model.loss_and_score(*part, zero_error_E)
             mean_E = loss_E / labelled_E
-            self.model.gradient(mean_E, self.gradient_EP)
+            self.model.gradient(mean_E, self.gradient_EP, add=index > 0)
             self.sums_E3 += torch.stack([mean_E.detach().float() * examples_E, score_E.clamp(min=0), torch.zeros_like(score_E)], 1)
         self.sums_E3[:, 2] += examples_E
         self._optimise()
