@@ -108,12 +108,16 @@ class LanguageModel(nn.Module):
         """
         blocks: list[_Block] = list(self.blocks)  # type: ignore[assignment]
         r_BTD, x_BTD = x_BTD, normed(blocks[0].norm1, x_BTD)
+        x_BMD = None
         for block, following in itertools.pairwise(blocks):
             wanted = rows_BM if following is blocks[-1] else None
-            r_BTD, x_BTD = block.to_next(block.mixed(r_BTD, x_BTD), following.norm1, wanted)
-        if rows_BM is not None and len(blocks) == 1:
-            r_BTD = pick_rows(r_BTD, rows_BM)
-        return blocks[-1].finished(blocks[-1].mixed(r_BTD, x_BTD, rows_BM))
+            r_BTD, x_BTD, x_BMD = block.to_next(block.mixed(r_BTD, x_BTD), following.norm1, wanted)
+        last = blocks[-1]
+        if rows_BM is None:
+            return last.finished(last.mixed(r_BTD, x_BTD))
+        if x_BMD is None:  # a single layer
+            r_BTD, x_BMD = pick_rows(r_BTD, rows_BM), pick_rows(x_BTD, rows_BM)
+        return last.finished(r_BTD + last.mixer.at_rows(x_BTD, rows_BM, x_BMD).to(r_BTD.dtype))
 
     def predict(self, h_BMD: Tensor) -> Tensor:
         """Final norm and head on the hidden rows given: [B, M, D] to [B, M, V or K]."""
@@ -169,19 +173,19 @@ class _Block(nn.Module):
     mixer: Mixer
     norm1: nn.Module
 
-    def mixed(self, r_BTD: Tensor, x_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        """r + mixer(x); with `rows_BM` only there, [B, M, D], and r is given only there."""
-        y = self.mixer(x_BTD)[0] if rows_BM is None else self.mixer.at_rows(x_BTD, rows_BM)
-        return r_BTD + y.to(r_BTD.dtype)
+    def mixed(self, r_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        """The residual stream after the mixer, r + mixer(x)."""
+        return r_BTD + self.mixer(x_BTD)[0].to(r_BTD.dtype)
 
     def finished(self, r: Tensor) -> Tensor:
         """The residual stream after the layer, from that after its mixer."""
         raise NotImplementedError
 
-    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`finished`, at `rows_BM` if given, and its norm at every position for the next layer's mixer."""
+    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`finished`, at `rows_BM` if given; its norm at every position, for the next layer's mixer; and that at `rows_BM`."""
         r_BTD = self.finished(r_BTD)
-        return r_BTD if rows_BM is None else pick_rows(r_BTD, rows_BM), normed(norm, r_BTD)
+        x_BTD = normed(norm, r_BTD)
+        return (r_BTD, x_BTD, None) if rows_BM is None else (pick_rows(r_BTD, rows_BM), x_BTD, pick_rows(x_BTD, rows_BM))
 
 
 class _ZoologyBlock(_Block):
@@ -202,7 +206,7 @@ class _ZoologyBlock(_Block):
     def finished(self, r: Tensor) -> Tensor:
         return r if self.norm2 is None else r + normed(self.norm2, r)
 
-    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor]:
+    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if not (isinstance(self.norm2, nn.LayerNorm) and isinstance(norm, nn.LayerNorm)):
             return super().to_next(r_BTD, norm, rows_BM)
         return norm_pair(r_BTD, (self.norm2.weight, self.norm2.bias), (norm.weight, norm.bias), rows_BM)

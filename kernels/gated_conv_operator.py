@@ -14,8 +14,11 @@ from kernels._members import fold_members
 
 @torch.library.custom_op("mixer_bench::taps_first", mutates_args=())
 def taps_first(taps_MDK: Tensor) -> Tensor:
-    """[M, K, D] in fp32. An operator, so that a compiler keeps it apart: reads that jump over taps would make it give up holding
-    whole rows in registers, and write them to memory between the norms that it fuses with the convolution."""
+    """[M, K, D] in fp32.
+
+    An operator, so that a compiler keeps it apart: reads that jump over taps would make it give up holding whole rows in
+    registers, and write them to memory between the norms that it fuses with the convolution.
+    """
     return taps_MDK.mT.to(torch.float32).clone(memory_format=torch.contiguous_format)
 
 

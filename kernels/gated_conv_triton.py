@@ -4,7 +4,7 @@ A program owns some tokens and channels of one sequence and walks over them in t
 the cache. With z = x W^T + b and c the filtered input, dz = dy c, dc = dy z, dx = dy + filter^T dc + dz W; the filter is
 recomputed, and the product with W is added in place.
 
-Bytes: the kernel reads dy, x and W x, and writes dz and its share of dx; the products read x once and dz twice, and dx and write it.
+Bytes: the kernel reads dy, x and W x, and writes dz and its share of dx; the products read x once and dz twice, and add to dx.
 
 Shape legend: M members, B sequences of all members together, T time, D channels, K taps, S shares; L tokens, C channels of a tile.
 """
@@ -22,6 +22,13 @@ SHARES = 64
 LENGTHS = ("n_tokens", "sequences_per_member")
 
 
+@triton.jit
+def _store_sum(parts_ptr, place: tl.constexpr, sum_LC, width, inside_C):
+    """One of the span's shares; a tap that does not exist has none."""
+    if place >= 0:
+        tl.store(parts_ptr + place * width, tl.sum(sum_LC, axis=0), mask=inside_C)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def gated_conv_backward(
     dy_ptr, x_ptr, projected_ptr, bias_ptr, taps_ptr, tap_bias_ptr, dz_ptr, dx_ptr, parts_ptr,
@@ -35,23 +42,25 @@ def gated_conv_backward(
     channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel_C < width
     own = sequence // sequences_per_member * width + channel_C
-    bias_C = tl.load(bias_ptr + own, mask=inside_C, other=0.0).to(tl.float32)
-    tap_bias_C = tl.load(tap_bias_ptr + own, mask=inside_C, other=0.0).to(tl.float32)
+    bias_C, tap_bias_C = (
+        tl.load(bias_ptr + own, mask=inside_C, other=0.0).to(tl.float32),
+        tl.load(tap_bias_ptr + own, mask=inside_C, other=0.0).to(tl.float32),
+    )
     taps_ptr += sequence // sequences_per_member * TAPS * width + channel_C
     first = (span % n_spans).to(tl.int32) * TOKENS
     start = sequence * n_tokens * width
-    dy_ptr, x_ptr, projected_ptr, dz_ptr, dx_ptr = dy_ptr + start, x_ptr + start, projected_ptr + start, dz_ptr + start, dx_ptr + start
-    dtap_bias_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-    dbias_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-    dtap0_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-    dtap1_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-    dtap2_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-    dtap3_LC = tl.zeros([TILE, CHANNELS], tl.float32)
+    dy_ptr, x_ptr, projected_ptr, dz_ptr, dx_ptr = (
+        dy_ptr + start,
+        x_ptr + start,
+        projected_ptr + start,
+        dz_ptr + start,
+        dx_ptr + start,
+    )
+    none_LC = tl.zeros([TILE, CHANNELS], tl.float32)
+    dtap_bias_LC, dbias_LC, dtap0_LC, dtap1_LC, dtap2_LC, dtap3_LC = none_LC, none_LC, none_LC, none_LC, none_LC, none_LC
     for step in range(0, TOKENS, TILE):
         token_L = first + step + tl.arange(0, TILE)
-        dx_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        dc_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        dy_LC = tl.zeros([TILE, CHANNELS], tl.float32)
+        dx_LC, dc_LC, dy_LC = none_LC, none_LC, none_LC
         for ahead in tl.static_range(TAPS):
             later_LC = (token_L[:, None] + ahead) * width + channel_C[None, :]
             inside_LC = (token_L + ahead < n_tokens)[:, None] & inside_C[None, :]
@@ -61,7 +70,7 @@ def gated_conv_backward(
             dx_LC += later_dy_LC * z_LC * tap_C[None, :]
             if ahead == 0:
                 dy_LC, dc_LC = later_dy_LC, later_dy_LC * z_LC
-        c_LC = tl.zeros([TILE, CHANNELS], tl.float32) + tap_bias_C[None, :]
+        c_LC = none_LC + tap_bias_C[None, :]
         for back in tl.static_range(TAPS):
             source_L = token_L - back
             seen_LC = ((source_L >= 0) & (source_L < n_tokens))[:, None] & inside_C[None, :]
@@ -76,22 +85,18 @@ def gated_conv_backward(
             else:
                 dtap3_LC += dc_LC * x_LC
         dz_LC = dy_LC * c_LC
-        dtap_bias_LC += dc_LC
-        dbias_LC += dz_LC
+        dtap_bias_LC, dbias_LC = dtap_bias_LC + dc_LC, dbias_LC + dz_LC
         place_LC = token_L[:, None] * width + channel_C[None, :]
         inside_LC = (token_L < n_tokens)[:, None] & inside_C[None, :]
         tl.store(dz_ptr + place_LC, dz_LC.to(dz_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(dx_ptr + place_LC, (dy_LC + dx_LC).to(dx_ptr.dtype.element_ty), mask=inside_LC)
     parts_ptr += span * (TAPS + 2) * width + channel_C
-    tl.store(parts_ptr + (TAPS - 1) * width, tl.sum(dtap0_LC, axis=0), mask=inside_C)
-    if TAPS > 1:
-        tl.store(parts_ptr + (TAPS - 2) * width, tl.sum(dtap1_LC, axis=0), mask=inside_C)
-    if TAPS > 2:
-        tl.store(parts_ptr + (TAPS - 3) * width, tl.sum(dtap2_LC, axis=0), mask=inside_C)
-    if TAPS > 3:
-        tl.store(parts_ptr + (TAPS - 4) * width, tl.sum(dtap3_LC, axis=0), mask=inside_C)
-    tl.store(parts_ptr + TAPS * width, tl.sum(dtap_bias_LC, axis=0), mask=inside_C)
-    tl.store(parts_ptr + (TAPS + 1) * width, tl.sum(dbias_LC, axis=0), mask=inside_C)
+    _store_sum(parts_ptr, TAPS + 1, dbias_LC, width, inside_C)
+    _store_sum(parts_ptr, TAPS, dtap_bias_LC, width, inside_C)
+    _store_sum(parts_ptr, TAPS - 1, dtap0_LC, width, inside_C)
+    _store_sum(parts_ptr, TAPS - 2, dtap1_LC, width, inside_C)
+    _store_sum(parts_ptr, TAPS - 3, dtap2_LC, width, inside_C)
+    _store_sum(parts_ptr, TAPS - 4, dtap3_LC, width, inside_C)
 
 
 def backward(

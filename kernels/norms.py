@@ -46,7 +46,7 @@ def layer_norm(x_BTD: Tensor, norm: Affine, eps: float = 1e-5) -> Tensor:
 def norm_pair(
     r_BTD: Tensor, first: Affine, second: Affine, rows_BR: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """s = r + LN1(r), and LN2(s).
+    """S = r + LN1(r), and LN2(s).
 
     Args:
         r_BTD: input.
@@ -56,7 +56,8 @@ def norm_pair(
         eps: added to variances.
 
     Returns:
-        s, [B, T, D] or [B, R, D], and LN2(s), [B, T, D], in the dtype of r.
+        s, [B, T, D] or [B, R, D], LN2(s), [B, T, D], and that once more at the chosen positions, [B, R, D], so that what reads
+        it only there need not spread its gradient over all; in the dtype of r.
 
     Raises:
         ValueError: shapes do not match.
@@ -67,11 +68,15 @@ def norm_pair(
         from kernels.norms_operator import norms_operator
 
         weights = [p[None] for p in (*first, *second)]
-        rows = None if rows_BR is None else rows_BR[None]
-        s, y = norms_operator(r_BTD.flatten(0, -2)[None], *weights, rows, eps)
-        return s.view(*(r_BTD if rows_BR is None else rows_BR).shape[:2], -1), y.view(r_BTD.shape)
+        flat_1ND = r_BTD.flatten(0, -2)[None]
+        if rows_BR is None:
+            s, y, _ = norms_operator(flat_1ND, *weights, None, eps)
+            return s.view(r_BTD.shape), y.view(r_BTD.shape), None
+        s, y, picked = norms_operator(flat_1ND, *weights, rows_BR[None], eps)
+        return s.view(*rows_BR.shape, -1), y.view(r_BTD.shape), picked.view(*rows_BR.shape, -1)
     s_BTD = r_BTD + normalized(r_BTD, *first, eps)
-    return s_BTD if rows_BR is None else pick_rows(s_BTD, rows_BR), normalized(s_BTD, *second, eps)
+    y_BTD = normalized(s_BTD, *second, eps)
+    return (s_BTD, y_BTD, None) if rows_BR is None else (pick_rows(s_BTD, rows_BR), y_BTD, pick_rows(y_BTD, rows_BR))
 
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -44,7 +44,7 @@ def _through(g_LD, x_LD, scale_L, width):
 
 @triton.jit(do_not_specialize=SIZES)
 def norms_backward(
-    ds_ptr, place_ptr, dy_ptr, r_ptr, weight1_ptr, bias1_ptr, weight2_ptr, dr_ptr, parts_ptr,
+    ds_ptr, dpicked_ptr, place_ptr, dy_ptr, r_ptr, weight1_ptr, bias1_ptr, weight2_ptr, dr_ptr, parts_ptr,
     n_rows, n_tokens, n_places, width, eps,
     PAIR: tl.constexpr, PLACED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -59,10 +59,8 @@ def norms_backward(
     if PAIR:
         bias1_D = tl.load(bias1_ptr + own, mask=inside_D, other=0.0).to(tl.float32)
         weight2_D = tl.load(weight2_ptr + own, mask=inside_D, other=0.0).to(tl.float32)
-    dweight1_LD = tl.zeros([TILE, BLOCK], tl.float32)
-    dbias1_LD = tl.zeros([TILE, BLOCK], tl.float32)
-    dweight2_LD = tl.zeros([TILE, BLOCK], tl.float32)
-    dbias2_LD = tl.zeros([TILE, BLOCK], tl.float32)
+    none_LD = tl.zeros([TILE, BLOCK], tl.float32)
+    dweight1_LD, dbias1_LD, dweight2_LD, dbias2_LD = none_LD, none_LD, none_LD, none_LD
     for start in range(0, ROWS, TILE):
         row_L = part * ROWS + start + tl.arange(0, TILE)
         inside_L = row_L < n_rows
@@ -71,6 +69,12 @@ def norms_backward(
         r_LD = tl.load(r_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
         g_LD = tl.load(dy_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
         x1_LD, scale1_L = _normalize(r_LD, inside_D, width, eps)
+        if PLACED:
+            found_L = tl.load(place_ptr + member * n_rows + row_L, mask=inside_L, other=n_places)
+            sequence_L = (member * n_rows + row_L) // n_tokens
+            source_LD = (sequence_L * n_places + found_L)[:, None] * width + column_D[None, :]
+            found_LD = inside_LD & (found_L < n_places)[:, None]
+            g_LD += tl.load(dpicked_ptr + source_LD, mask=found_LD, other=0.0).to(tl.float32)
         if PAIR:
             s_LD = tl.where(inside_D[None, :], r_LD + x1_LD * weight1_D[None, :] + bias1_D[None, :], 0.0)
             x2_LD, scale2_L = _normalize(s_LD, inside_D, width, eps)
@@ -78,10 +82,7 @@ def norms_backward(
             dbias2_LD += g_LD
             g_LD = _through(g_LD * weight2_D[None, :], x2_LD, scale2_L, width)
             if PLACED:
-                found_L = tl.load(place_ptr + member * n_rows + row_L, mask=inside_L, other=n_places)
-                sequence_L = (member * n_rows + row_L) // n_tokens
-                source_LD = (sequence_L * n_places + found_L)[:, None] * width + column_D[None, :]
-                g_LD += tl.load(ds_ptr + source_LD, mask=inside_LD & (found_L < n_places)[:, None], other=0.0).to(tl.float32)
+                g_LD += tl.load(ds_ptr + source_LD, mask=found_LD, other=0.0).to(tl.float32)
             else:
                 g_LD += tl.load(ds_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
         dweight1_LD += g_LD * x1_LD
@@ -103,6 +104,7 @@ def norms_backward(
 def backward(
     ds: Tensor,
     dy_MND: Tensor,
+    dpicked: Tensor,
     r_MND: Tensor,
     weight1_MD: Tensor,
     bias1_MD: Tensor,
@@ -120,7 +122,8 @@ def backward(
     n_tokens, n_places = (1, 1) if place_MBT is None else (place_MBT.shape[2], ds.shape[1] // place_MBT.shape[1])
     if parts.numel():
         norms_backward[(members * n_parts,)](
-            ds.contiguous(), r_MND if place_MBT is None else place_MBT.contiguous(), dy_MND.contiguous(), r_MND.contiguous(),
+            ds.contiguous(), dpicked.contiguous(), dpicked if place_MBT is None else place_MBT.contiguous(),
+            dy_MND.contiguous(), r_MND.contiguous(),
             weight1_MD.contiguous(), bias1_MD.contiguous(), weight1_MD if weight2_MD is None else weight2_MD.contiguous(),
             dr_MND, parts, n_rows, n_tokens, n_places, width, eps,
             PAIR=weight2_MD is not None, PLACED=place_MBT is not None, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block,

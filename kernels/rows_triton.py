@@ -85,10 +85,7 @@ def read_rows_forward(
         total_L += tl.sum(weights_LS, axis=1)
         y_LD += tl.dot(weights_LS.to(x_SD.dtype), x_SD, input_precision="ieee")
     if TAYLOR:
-        if DIVIDED:
-            scale_L = 1 / (total_L + eps)
-        else:
-            scale_L = tl.full([ROWS], 1.0, tl.float32)
+        scale_L = 1 / (total_L + eps) if DIVIDED else tl.full([ROWS], 1.0, tl.float32)
         y_LD *= scale_L[:, None]
     else:
         total_L = tl.where(inside_L, total_L, 1.0)
@@ -102,7 +99,9 @@ def read_rows_forward(
 
 
 @triton.jit
-def _gradients(q_LD, dy_LD, x_SD, place_L, token_S, inside_L, scale_L, delta_L, n_tokens, window, TAYLOR: tl.constexpr, WINDOW: tl.constexpr):
+def _gradients(
+    q_LD, dy_LD, x_SD, place_L, token_S, inside_L, scale_L, delta_L, n_tokens, window, TAYLOR: tl.constexpr, WINDOW: tl.constexpr
+):
     """The weights of a tile, and the gradients of its scores."""
     scores_LS = tl.dot(q_LD, tl.trans(x_SD), input_precision="ieee")
     seen_LS = _seen(place_L, token_S, inside_L, n_tokens, window, WINDOW)

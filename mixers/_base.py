@@ -125,14 +125,15 @@ class Mixer(nn.Module, ABC):
             Everything that decoding the next token needs apart from weights; each tensor has `batch` as first axis.
         """
 
-    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
         """`forward` from nothing, at some positions only: [B, M, D].
 
-        A mixer whose last layer can leave out the work of the other positions overrides it.
+        A mixer that can leave out the work of the other positions overrides it.
 
         Args:
             x_BTD: input, [B, T, D].
             rows_BM: the positions, int64; as for `kernels.rows.pick_rows`.
+            x_BMD: the input there, which callers have at hand.
         """
         return pick_rows(self.forward(x_BTD)[0], rows_BM)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.rows import pick_rows, read_rows
+from kernels.rows import read_rows
 
 
 def few_rows(x_BTD: Tensor, rows_BM: Tensor, n_heads: int) -> bool:
@@ -20,6 +20,7 @@ def few_rows(x_BTD: Tensor, rows_BM: Tensor, n_heads: int) -> bool:
 def attend_rows(
     x_BTD: Tensor,
     rows_BM: Tensor,
+    x_BMD: Tensor,
     qkv: nn.Linear,
     n_heads: int,
     k_dim: int,
@@ -36,6 +37,7 @@ def attend_rows(
     Args:
         x_BTD: the layer's input.
         rows_BM: positions of the queries.
+        x_BMD: the input there.
         qkv: maps D to all queries, all keys, all values.
         n_heads: H.
         k_dim: K.
@@ -44,7 +46,7 @@ def attend_rows(
     key = n_heads * k_dim
     q_weight, k_weight, v_weight = qkv.weight.split((key, key, qkv.out_features - 2 * key))
     q_bias, v_bias = (None, None) if qkv.bias is None else (qkv.bias[:key], qkv.bias[2 * key :])
-    q_BMHK = F.linear(pick_rows(x_BTD, rows_BM), q_weight, q_bias).unflatten(-1, (n_heads, k_dim)) * k_dim**-0.5
+    q_BMHK = F.linear(x_BMD, q_weight, q_bias).unflatten(-1, (n_heads, k_dim)) * k_dim**-0.5
     q_BHMD = torch.einsum("bmhk,hkd->bhmd", q_BMHK, k_weight.unflatten(0, (n_heads, k_dim)))
     read_BHMD = read_rows(q_BHMD, x_BTD, rows_BM, weights=weights, eps=eps, window=window)
     y_BMHV = torch.einsum("bhmd,hvd->bmhv", read_BHMD, v_weight.unflatten(0, (n_heads, -1)))

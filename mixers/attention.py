@@ -80,11 +80,11 @@ class Attention(Mixer):
             raise ValueError(f"pattern {self.pattern!r} sees the future and so cannot continue a state; pass state=None")
         return self._continue(x_BTD, state)
 
-    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
         """See `Mixer.at_rows`: without making keys and values, unless they are rotated or many heads make them cheaper."""
         if self.positions != "none" or self.pattern != "causal_self" or not few_rows(x_BTD, rows_BM, self.n_heads):
-            return super().at_rows(x_BTD, rows_BM)
-        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.head_dim)
+            return super().at_rows(x_BTD, rows_BM, x_BMD)
+        y_BMD = attend_rows(x_BTD, rows_BM, x_BMD, self.qkv_proj, self.n_heads, self.head_dim)
         return self.out_proj(y_BMD)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:

@@ -75,11 +75,11 @@ class SlidingWindow(Mixer):
             y, state = attend_window(q, k, v, state, window=self.window)
         return self.out_proj(merge_heads(y)), state
 
-    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
         """See `Mixer.at_rows`: as in `Attention.at_rows`."""
         if self.positions != "none" or self.sinks or not few_rows(x_BTD, rows_BM, self.n_heads):
-            return super().at_rows(x_BTD, rows_BM)
-        y_BMD = attend_rows(x_BTD, rows_BM, self.qkv_proj, self.n_heads, self.head_dim, window=self.window)
+            return super().at_rows(x_BTD, rows_BM, x_BMD)
+        y_BMD = attend_rows(x_BTD, rows_BM, x_BMD, self.qkv_proj, self.n_heads, self.head_dim, window=self.window)
         return self.out_proj(y_BMD)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:

@@ -43,7 +43,7 @@ def check_rows(rows: int, classes: int, device: str, dtype: torch.dtype) -> None
 
 
 def check_head(rows: int, classes: int, device: str, dtype: torch.dtype) -> None:
-    """Losses, predictions and both gradients of the head that owns its logits, against fp64; an ignored row, and rows of weights."""
+    """Losses, predictions and both gradients of the head that owns its logits, against fp64, with an ignored row."""
     width = 6
     h, weight = torch.randn(rows, width).to(dtype), torch.randn(classes, width).to(dtype)
     labels = torch.randint(classes, (rows,))

@@ -53,4 +53,6 @@ def check_members(device: str, backend: str) -> None:
             together = torch.vmap(gated_conv, (None if shared else 0, 0, 0, 0, 0))(x[0] if shared else x, *parameters)
             alone = torch.stack([gated_conv(x[0 if shared else i], *(p[i] for p in parameters)) for i in range(3)])
             torch.testing.assert_close(together, alone)
-            torch.testing.assert_close(*(torch.autograd.grad((y * out).sum(), leaves) for y in (together, alone)), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                *(torch.autograd.grad((y * out).sum(), leaves) for y in (together, alone)), rtol=1e-4, atol=1e-4
+            )

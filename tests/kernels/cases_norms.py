@@ -58,20 +58,24 @@ def check_pair(shape: tuple[int, int, int], device: str, dtype: torch.dtype, bac
     rows = rows_of(batch, length) if at_rows else None
     tensors, weights = inputs(shape, dtype, 2), {"s": torch.randn(shape), "y": torch.randn(shape)}
     if rows is not None:
-        weights["s"] = torch.randn(*rows.shape, width)
-        weights["s"][:, -1] = 0
+        weights |= {name: torch.randn(*rows.shape, width) for name in ("s", "picked")}
+        weights["s"][:, -1] = weights["picked"][:, -1] = 0
 
     def run(leaves: dict[str, Tensor], call) -> dict[str, Tensor]:
         r, *norms = leaves.values()
-        return _gradients(leaves, dict(zip(("s", "y"), call(r, norms[:2], norms[2:]), strict=True)), weights)
+        return _gradients(leaves, dict(zip(("s", "y", "picked"), call(r, norms[:2], norms[2:]), strict=False)), weights)
 
-    def definition(r: Tensor, first, second) -> tuple[Tensor, Tensor]:
+    def definition(r: Tensor, first, second) -> tuple[Tensor, ...]:
         s = r + F.layer_norm(r, (width,), *first)
-        return s if rows is None else s.gather(1, rows[..., None].expand(-1, -1, width)), F.layer_norm(s, (width,), *second)
+        y = F.layer_norm(s, (width,), *second)
+        if rows is None:
+            return s, y
+        return s.gather(1, rows[..., None].expand(-1, -1, width)), y, y.gather(1, rows[..., None].expand(-1, -1, width))
 
     with use_backend(backend), poisoned():
         leaves = {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
-        got = run(leaves, lambda r, *norms: norm_pair(r, *norms, None if rows is None else rows.to(device)))
+        chosen = None if rows is None else rows.to(device)
+        got = run(leaves, lambda r, *norms: [out for out in norm_pair(r, *norms, chosen) if out is not None])
     true = run({name: tensor.double().requires_grad_() for name, tensor in tensors.items()}, definition)
     assert got["s"].dtype == got["y"].dtype == dtype
     require_close(got, true, 2 * SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
@@ -85,8 +89,9 @@ def check_members(device: str, backend: str) -> None:
     leaves = (r, *parameters)
 
     def call(r: Tensor, *rest: Tensor) -> Tensor:
-        s, y = norm_pair(r, rest[:2], rest[2:4], rest[4] if len(rest) > 4 else None)
-        return s.sin().sum() + y.cos().sum() + layer_norm(r, rest[:2]).square().sum()
+        s, y, picked = norm_pair(r, rest[:2], rest[2:4], rest[4] if len(rest) > 4 else None)
+        more = 0.0 if picked is None else picked.exp().sum()
+        return s.sin().sum() + y.cos().sum() + layer_norm(r, rest[:2]).square().sum() + more
 
     with use_backend(backend), poisoned():
         for more in ((), (rows[..., :-1],)):

@@ -27,10 +27,15 @@ def by_definition(q: Tensor, x: Tensor, rows: Tensor, weights: str, eps: float |
     return out
 
 
-def check(shape: tuple[int, int, int, int, int], kind: tuple[str, float | None], window: int | None, device: str, dtype: torch.dtype) -> None:
+def check(
+    shape: tuple[int, int, int, int, int], kind: tuple[str, float | None], window: int | None, device: str, dtype: torch.dtype
+) -> None:
     """Sums and both gradients against fp64."""
     batch, heads, most, length, width = shape
-    tensors = {"q": (torch.randn(batch, heads, most, width) * width**-0.5).to(dtype), "x": torch.randn(batch, length, width).to(dtype)}
+    tensors = {
+        "q": (torch.randn(batch, heads, most, width) * width**-0.5).to(dtype),
+        "x": torch.randn(batch, length, width).to(dtype),
+    }
     rows, weight = torch.randint(length, (batch, most)), torch.randn(batch, heads, most, width)
 
     def run(leaves: dict[str, Tensor], call) -> dict[str, Tensor]:

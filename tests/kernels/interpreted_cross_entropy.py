@@ -39,7 +39,11 @@ def test_compiles_as_one_graph():
 
 
 def test_head_compiles_as_one_graph():
-    h, weight, labels = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 11, 4, requires_grad=True), torch.randint(11, (3, 5))
+    h, weight, labels = (
+        torch.randn(3, 5, 4, requires_grad=True),
+        torch.randn(3, 11, 4, requires_grad=True),
+        torch.randint(11, (3, 5)),
+    )
     mapped = torch.vmap(labelled_head)
     with use_backend("triton"):
         calls = (torch.compile(mapped, backend="aot_eager", fullgraph=True), mapped)
