@@ -41,7 +41,7 @@ class StackedModel:
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
         self.leaves = dict(self._views(self.flat_EP, leaf=True))
         self.buffers, self.own_buffers = _stack_buffers(models)
-        self._loss = _compile(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
+        self._loss = compile_for_cells(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
         self._outputs = self._mapped(_member_outputs)
 
     def __len__(self) -> int:
@@ -59,9 +59,9 @@ class StackedModel:
         """Each member's loss, summed over labelled rows, with its graph; and its score, summed over examples; both [E]."""
         return self._loss(self.leaves, self.buffers, (*batch, keys_EB, zero_error_E))
 
-    def gradient(self, loss: Tensor, out_EP: Tensor, *, add: bool) -> None:
-        """Writes the gradient of each member's loss to `out_EP`, or adds it."""
-        found = torch.autograd.grad(loss.sum(), list(self.leaves.values()), allow_unused=True)
+    def gradient(self, loss_E: Tensor, factor_E: Tensor, out_EP: Tensor, *, add: bool) -> None:
+        """Writes the gradient of each member's loss times its factor to `out_EP`, or adds it."""
+        found = torch.autograd.grad(loss_E, list(self.leaves.values()), factor_E.to(loss_E.dtype), allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.leaves.values(), strict=True)]
         flat = [part.reshape(len(self), -1) for part in parts]
         if add:
@@ -107,7 +107,7 @@ class StackedModel:
         return every
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_for_cells(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(function, dynamic=False)
