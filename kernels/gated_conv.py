@@ -40,5 +40,5 @@ def gated_conv(x_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, taps_DK: Tensor
         from kernels.gated_conv_operator import gated_conv_operator, taps_first
 
         taps_1KD = taps_first(taps_DK[None])
-        return gated_conv_operator(x_BTD, weight_DD[None], bias_D[None], taps_1KD, tap_bias_D[None])[0]
+        return gated_conv_operator(x_BTD, weight_DD.to(x_BTD.dtype)[None], bias_D[None], taps_1KD, tap_bias_D[None])[0]
     return torch.addcmul(x_BTD, short_conv(x_BTD, taps_DK, tap_bias_D)[0], F.linear(x_BTD, weight_DD, bias_D))

@@ -40,10 +40,13 @@ def _(info, in_dims: tuple[int], taps: Tensor) -> tuple[Tensor, int]:
 def gated_conv_operator(
     x_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MKD: Tensor, tap_bias_MD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.gated_conv.gated_conv` for M members, their sequences one after the other; and W x."""
+    """`kernels.gated_conv.gated_conv` for M members, their sequences one after the other; and W x.
+
+    W is in the dtype of x.
+    """
     length, taps = x_BTD.shape[1], taps_MKD.shape[1]
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
-    projected = (x_BTD.reshape(weight_MDD.shape[0], -1, x_BTD.shape[2]) @ weight_MDD.to(x_BTD.dtype).mT).view(x_BTD.shape)
+    projected = (x_BTD.reshape(weight_MDD.shape[0], -1, x_BTD.shape[2]) @ weight_MDD.mT).view(x_BTD.shape)
 
     def of_members(p_MD: Tensor) -> Tensor:
         return p_MD.to(wide).repeat_interleave(x_BTD.shape[0] // p_MD.shape[0], 0)[:, None]
@@ -57,8 +60,8 @@ def gated_conv_operator(
 @torch.library.custom_op("mixer_bench::gated_conv_backward", mutates_args=())
 def _backward_operator(
     dy_BTD: Tensor, x_BTD: Tensor, projected_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MKD: Tensor, tap_bias_MD: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of the four parameters, in fp32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, in its dtype, and in fp32 of W, and of the taps, their bias and b, [M, K + 2, D]."""
     from kernels.gated_conv_triton import backward
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
@@ -66,8 +69,14 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(dy_BTD, x_BTD, projected_BTD, *parameters) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return x_BTD.new_empty(x_BTD.shape), *(x_BTD.new_empty(p.shape, dtype=torch.float32) for p in parameters)
+def _(dy_BTD, x_BTD, projected_BTD, weight_MDD, bias_MD, taps_MKD, tap_bias_MD) -> tuple[Tensor, Tensor, Tensor]:
+    members, taps, width = taps_MKD.shape
+    wide = {"dtype": torch.float32}
+    return (
+        x_BTD.new_empty(x_BTD.shape),
+        x_BTD.new_empty(weight_MDD.shape, **wide),
+        x_BTD.new_empty(members, taps + 2, width, **wide),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -78,7 +87,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy_BTD: Tensor, _dprojected) -> tuple[Tensor, ...]:
     x_BTD, projected_BTD, *parameters = ctx.saved_tensors
-    dx_BTD, *found = _backward_operator(dy_BTD, x_BTD, projected_BTD, *parameters)
+    dx_BTD, dweight_MDD, sums = _backward_operator(dy_BTD, x_BTD, projected_BTD, *parameters)
+    found = (dweight_MDD, sums[:, -1], sums[:, :-2], sums[:, -2])
     return dx_BTD, *(gradient.to(p.dtype) for gradient, p in zip(found, parameters, strict=True))
 
 

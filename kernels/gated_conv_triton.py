@@ -101,7 +101,7 @@ def gated_conv_backward(
 
 def backward(
     dy_BTD: Tensor, x_BTD: Tensor, projected_BTD: Tensor, weight_MDD: Tensor, bias_MD: Tensor, taps_MKD: Tensor, tap_bias_MD: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.gated_conv_operator`."""
     batch, length, width = x_BTD.shape
     members, taps, _ = taps_MKD.shape
@@ -116,8 +116,8 @@ def backward(
     )  # fmt: skip
     sums = parts.view(members, n_spans // members, taps + 2, width).sum(1)
     dx_MND, dz_MND, x_MND = (t.view(members, -1, width) for t in (dx_BTD, dz_BTD, x_BTD))
-    torch.baddbmm(dx_MND, dz_MND, weight_MDD.to(x_BTD.dtype), out=dx_MND)
-    return dx_BTD, product_over_rows(dz_MND, x_MND), sums[:, taps + 1].clone(), sums[:, :taps].clone(), sums[:, taps].clone()
+    torch.baddbmm(dx_MND, dz_MND, weight_MDD, out=dx_MND)
+    return dx_BTD, product_over_rows(dz_MND, x_MND), sums
 
 
 def product_over_rows(a_MND: Tensor, b_MNE: Tensor) -> Tensor:

@@ -110,10 +110,19 @@ def _gradients(
     return weights_LS.to(x_SD.dtype), (slopes_LS * (along_LS - delta_L[:, None])).to(x_SD.dtype)
 
 
+@triton.jit
+def _delta(dy_LD, y_ptr, row_L, inside_L, width, DIVIDED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """What a division by the weights' sum takes from every score's gradient."""
+    if DIVIDED:
+        return tl.sum(dy_LD.to(tl.float32) * _load(y_ptr, row_L, inside_L, width, D).to(tl.float32), axis=1)
+    else:
+        return tl.zeros([ROWS], tl.float32)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def read_rows_dq(
-    dy_ptr, q_ptr, x_ptr, place_ptr, scale_ptr, delta_ptr, dq_ptr, n_rows, n_tokens, window, width,
-    TAYLOR: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+    dy_ptr, q_ptr, x_ptr, place_ptr, y_ptr, scale_ptr, dq_ptr, n_rows, n_tokens, window, width,
+    TAYLOR: tl.constexpr, DIVIDED: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient for some rows of one sequence."""
     n_blocks = tl.cdiv(n_rows, ROWS)
@@ -123,9 +132,9 @@ def read_rows_dq(
     own = sequence * n_rows
     place_L = tl.load(place_ptr + own + row_L, mask=inside_L, other=-1).to(tl.int32)
     scale_L = tl.load(scale_ptr + own + row_L, mask=inside_L, other=0.0)
-    delta_L = tl.load(delta_ptr + own + row_L, mask=inside_L, other=0.0)
     q_LD = _load(q_ptr + own * width, row_L, inside_L, width, D)
     dy_LD = _load(dy_ptr + own * width, row_L, inside_L, width, D)
+    delta_L = _delta(dy_LD, y_ptr + own * width, row_L, inside_L, width, DIVIDED, ROWS, D)
     dq_LD = tl.zeros([ROWS, D], tl.float32)
     for start in range(0, n_tokens, TOKENS):
         token_S = start + tl.arange(0, TOKENS)
@@ -142,8 +151,8 @@ def read_rows_dq(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def read_rows_dx(
-    dy_ptr, q_ptr, x_ptr, place_ptr, scale_ptr, delta_ptr, dx_ptr, n_rows, n_tokens, window, width,
-    TAYLOR: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+    dy_ptr, q_ptr, x_ptr, place_ptr, y_ptr, scale_ptr, dx_ptr, n_rows, n_tokens, window, width,
+    TAYLOR: tl.constexpr, DIVIDED: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The input's gradient for some tokens of one sequence."""
     n_blocks = tl.cdiv(n_tokens, TOKENS)
@@ -157,9 +166,9 @@ def read_rows_dx(
         inside_L = row_L < n_rows
         place_L = tl.load(place_ptr + own + row_L, mask=inside_L, other=-1).to(tl.int32)
         scale_L = tl.load(scale_ptr + own + row_L, mask=inside_L, other=0.0)
-        delta_L = tl.load(delta_ptr + own + row_L, mask=inside_L, other=0.0)
         q_LD = _load(q_ptr + own * width, row_L, inside_L, width, D)
         dy_LD = _load(dy_ptr + own * width, row_L, inside_L, width, D)
+        delta_L = _delta(dy_LD, y_ptr + own * width, row_L, inside_L, width, DIVIDED, ROWS, D)
         weights_LS, dscores_LS = _gradients(
             q_LD, dy_LD, x_SD, place_L, token_S, inside_L, scale_L, delta_L, n_tokens, window, TAYLOR, WINDOW
         )
@@ -199,12 +208,10 @@ def backward(
     length = x_BTD.shape[1]
     dq_BRD, dx_BTD = q_BRD.new_empty(q_BRD.shape), x_BTD.new_empty(x_BTD.shape)
     dy_BRD = dy_BRD.to(x_BTD.dtype).contiguous()
-    divided = not taylor or eps >= 0
-    delta_BR = (dy_BRD.float() * y_BRD).sum(-1) if divided else torch.zeros_like(scale_BR)
-    inputs = (dy_BRD, q_BRD.contiguous(), x_BTD.contiguous(), place_BR.contiguous(), scale_BR, delta_BR)
+    inputs = (dy_BRD, q_BRD.contiguous(), x_BTD.contiguous(), place_BR.contiguous(), y_BRD, scale_BR)
     sizes = (rows, length, window, width)
     tiles = {"ROWS": ROWS, "TOKENS": TOKENS, "D": max(32, triton.next_power_of_2(width))}
-    flags = {"TAYLOR": taylor, "WINDOW": window > 0, **tiles, "num_warps": WARPS}
+    flags = {"TAYLOR": taylor, "DIVIDED": not taylor or eps >= 0, "WINDOW": window > 0, **tiles, "num_warps": WARPS}
     read_rows_dq[(batch * triton.cdiv(rows, ROWS),)](*inputs, dq_BRD, *sizes, **flags)
     read_rows_dx[(batch * triton.cdiv(length, TOKENS),)](*inputs, dx_BTD, *sizes, **flags)
     return dq_BRD, dx_BTD
