@@ -109,7 +109,10 @@ class StackedModel:
 
 def compile_for_cells(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
+    from bench.long_sums import CutLongSums
+
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._inductor.config.post_grad_custom_post_pass = CutLongSums()
     return torch.compile(function, dynamic=False)
 
 

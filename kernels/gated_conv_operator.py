@@ -1,6 +1,6 @@
 """The gated convolution as an operator: a compiler sees through the forward pass, the backward pass is one kernel and two products.
 
-Shape legend: M members, B sequences of all members together, T time, D channels, K taps, S shares of a member's tokens.
+Shape legend: M members, B sequences of all members together, T time, D channels, K taps.
 """
 
 from __future__ import annotations

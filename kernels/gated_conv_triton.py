@@ -6,7 +6,7 @@ recomputed, and the product with W is added in place.
 
 Bytes: the kernel reads dy, x and W x, and writes dz and its share of dx; the products read x once and dz twice, and add to dx.
 
-Shape legend: M members, B sequences of all members together, T time, D channels, K taps, S shares; L tokens, C channels of a tile.
+Shape legend: M members, B sequences of all members together, T time, D channels, K taps, L tokens, C channels of a tile.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.products import product_over_rows
+
 TILE, CHANNELS, TOKENS, WARPS = 16, 64, 64, 4
-SHARES = 64
-"""Parts that a member's tokens are cut into for the product over them, which torch would give to one program a member."""
 LENGTHS = ("n_tokens", "sequences_per_member")
 
 
@@ -118,15 +118,3 @@ def backward(
     dx_MND, dz_MND, x_MND = (t.view(members, -1, width) for t in (dx_BTD, dz_BTD, x_BTD))
     torch.baddbmm(dx_MND, dz_MND, weight_MDD, out=dx_MND)
     return dx_BTD, product_over_rows(dz_MND, x_MND), sums
-
-
-def product_over_rows(a_MND: Tensor, b_MNE: Tensor) -> Tensor:
-    """a^T b of each member in fp32, as shares of the rows that are added up: [M, D, E].
-
-    Torch cuts no sum of a batched product, so that few members with many rows would keep few programs busy.
-    """
-    members, rows, _ = a_MND.shape
-    shares = next(count for count in range(max(1, min(SHARES, 512 // members)), 0, -1) if rows % count == 0)
-    a, b = (t.reshape(members * shares, rows // shares, -1) for t in (a_MND, b_MNE))
-    found = torch.bmm(a.mT, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a.mT @ b).float()
-    return found.view(members, shares, *found.shape[1:]).sum(1)
