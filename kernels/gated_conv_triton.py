@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.products import product_over_rows
 
-TILE, CHANNELS, TOKENS, WARPS = 16, 64, 64, 4
+TILE, CHANNELS, TOKENS, WARPS = 8, 64, 64, 4
 LENGTHS = ("n_tokens", "sequences_per_member")
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST_PARTS = 512
-"""Shares of all members together: some for each of a GPU's processors."""
+MOST_PARTS = 64
+"""Shares of all members together: with more, adding them up costs more than is gained."""
 LEAST_ROWS = 512
 """Rows of a share."""
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROWS, TOKENS, NARROW, WARPS = 16, 64, 128, 4
+LEAST_ROWS, MOST_ROWS, TOKENS, NARROW, WARPS = 16, 64, 64, 128, 4
 LENGTHS = ("n_rows", "n_tokens", "window")
 
 
@@ -180,19 +180,23 @@ def read_rows_dx(
     tl.store(dx_ptr + token_S[:, None] * width + column_D[None, :], dx_SD.to(dx_ptr.dtype.element_ty), mask=mask_SD)
 
 
-def tiles(width: int) -> dict[str, int]:
-    """Rows and tokens of a tile, and channels of a program: as many tokens as registers hold without spilling."""
+def tiles(n_rows: int, width: int) -> dict[str, int]:
+    """Rows and tokens of a tile, and channels of a program: as many rows as there are, up to what registers hold."""
     channels = max(32, triton.next_power_of_2(width))
-    return {"ROWS": ROWS, "TOKENS": TOKENS if channels <= NARROW else TOKENS // 2, "D": channels}
+    if channels > NARROW:
+        return {"ROWS": LEAST_ROWS, "TOKENS": TOKENS // 2, "D": channels}
+    rows = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(n_rows)))
+    return {"ROWS": rows, "TOKENS": TOKENS, "D": channels}
 
 
 def forward(q_BRD: Tensor, x_BTD: Tensor, place_BR: Tensor, taylor: bool, eps: float, window: int) -> tuple[Tensor, Tensor]:
     """See `kernels.rows_operator`."""
     batch, rows, width = q_BRD.shape
     y_BRD, scale_BR = x_BTD.new_empty(q_BRD.shape), q_BRD.new_empty(batch, rows, dtype=torch.float32)
-    read_rows_forward[(batch * triton.cdiv(rows, ROWS),)](
+    shape = tiles(rows, width)
+    read_rows_forward[(batch * triton.cdiv(rows, shape["ROWS"]),)](
         q_BRD.contiguous(), x_BTD.contiguous(), place_BR.contiguous(), y_BRD, scale_BR, rows, x_BTD.shape[1], window, width, eps,
-        TAYLOR=taylor, DIVIDED=eps >= 0, WINDOW=window > 0, **tiles(width), num_warps=WARPS,
+        TAYLOR=taylor, DIVIDED=eps >= 0, WINDOW=window > 0, **shape, num_warps=WARPS,
     )  # fmt: skip
     return y_BRD, scale_BR
 
@@ -215,7 +219,8 @@ def backward(
     dy_BRD = dy_BRD.to(x_BTD.dtype).contiguous()
     inputs = (dy_BRD, q_BRD.contiguous(), x_BTD.contiguous(), place_BR.contiguous(), y_BRD, scale_BR)
     sizes = (rows, length, window, width)
-    flags = {"TAYLOR": taylor, "DIVIDED": not taylor or eps >= 0, "WINDOW": window > 0, **tiles(width), "num_warps": WARPS}
-    read_rows_dq[(batch * triton.cdiv(rows, ROWS),)](*inputs, dq_BRD, *sizes, **flags)
-    read_rows_dx[(batch * triton.cdiv(length, TOKENS),)](*inputs, dx_BTD, *sizes, **flags)
+    flags = {"TAYLOR": taylor, "DIVIDED": not taylor or eps >= 0, "WINDOW": window > 0, "num_warps": WARPS}
+    walk, own = tiles(rows, width), tiles(LEAST_ROWS, width)
+    read_rows_dq[(batch * triton.cdiv(rows, walk["ROWS"]),)](*inputs, dq_BRD, *sizes, **flags, **walk)
+    read_rows_dx[(batch * triton.cdiv(length, own["TOKENS"]),)](*inputs, dx_BTD, *sizes, **flags, **own)
     return dq_BRD, dx_BTD

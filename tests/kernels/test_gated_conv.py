@@ -28,9 +28,9 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
         gated_conv(x, square, vector, torch.randn(4, MOST_TAPS + 1), vector)
 
 
-@pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
-@pytest.mark.parametrize("taps", [3, MOST_TAPS])
-@pytest.mark.parametrize("width", ["i32", "i32+"])
+@pytest.mark.parametrize(
+    ("width", "taps", "dtype"), [("i32+", 3, "*bf16+"), ("i32", MOST_TAPS, "*bf16+"), ("i32", MOST_TAPS, "*fp32+")]
+)
 def test_compiles_for_sm90_without_spills(width: str, taps: int, dtype: str):
     narrow = dict.fromkeys(("dy_ptr", "x_ptr", "projected_ptr", "dz_ptr", "dx_ptr"), dtype)
     wide = dict.fromkeys(("bias_ptr", "taps_ptr", "tap_bias_ptr", "parts_ptr"), "*fp32+")
@@ -38,4 +38,4 @@ def test_compiles_for_sm90_without_spills(width: str, taps: int, dtype: str):
     flags = {"TAPS": taps, "TOKENS": TOKENS, "TILE": TILE, "CHANNELS": CHANNELS}
     used = compile_sm90(gated_conv_backward, narrow | wide | sizes | flags, warps=WARPS)
     assert used.spilled == 0
-    assert used.registers <= 168, "fewer than three programs of 128 threads fit an SM"
+    assert used.registers <= 128, "fewer than four programs of 128 threads fit an SM"
