@@ -1,13 +1,20 @@
 """Gradients of queries, keys and log decays, for all chunks at once.
 
-With S the state that enters a chunk, dS the gradient of the one that leaves it, U the values written (V, or beta E), dV
-those of `kernels.vector_gate_walk` and dP and dM those of `kernels.vector_gate_pairs`:
+With S_m the state of a chunk and dS_m its gradient, both about the middle (`kernels.vector_gate_walk`), U the values written
+(V, or beta E) and dV those of the reverse walk, P and M pass on dP = tril(dO U^T) and dM = -tril(dV U^T, -1), and
 
-    dQ' = dO S^T,  dW = U dS^T,  dK' = -dV S^T      (K' here is K exp(G))
+    dQ' = dO S_m^T + dP W,    dK' = -dV S_m^T + dM W,    dW = U dS_m^T + dP^T Q' + dM^T K'
 
-dP and dM are passed on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
-with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to token i less k dk of what is read from
-there. What a token reads of itself has no decay, and stays out of those differences.
+A rough chunk passes dP and dM on along the tree of `kernels.vector_gate_tree` instead. Both triangles of dP and dM are products
+of their own: on Hopper, Triton 3.4 to 3.7 miscompile a product whose left operand is a transposed accumulator.
+
+A log decay of token t is part of every G_i with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to
+token i less k dk of what is read from there; what the state behind the chunk gets from token j passes the decays after j. With
+x = W o U dS_m^T and y = Q' o dQ' + K' o dK' - W o (dP^T Q' + dM^T K'),
+
+    dg_t = sum_{j < t} x_j + sum_{i >= t} y_i + rowsum(carry S_m o dS_m)
+
+No sum runs over the sequence.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """
@@ -17,73 +24,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_pairs import load_written
+from kernels.vector_gate_middle import from_middle, load_gates, load_halves, reads_and_writes, row_factors
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
-from kernels.vector_gate_tree import (
-    decay_exponents,
-    gentle,
-    in_terms,
-    late_half,
-    paired,
-    past_from_middle,
-    past_to_boundary,
-    range_sums,
-    to_boundary,
-)
+from kernels.vector_gate_tree import LOG2_E, in_terms, late_half, paired, past_to_boundary, range_sums, to_boundary
 
 
 @triton.jit
-def _through_states(
-    do, do_stride, u, u_stride, dv, states, dstates, beta_C, i_C, d_K, left,
+def _over_values(
+    do, do_t, u, u_t, dv, dv_t, states, dstates, beta_C, i_C, d_K, left,
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over values: dQ', dW, dK' [C, BK], and the rows of S dS [BK]."""
-    dread_CK, dwrite_CK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    dkey_CK = tl.zeros([C, BK], tl.float32)
+    """Sums over values: dO S_m^T, U dS_m^T, -dV S_m^T [C, BK], rows of S_m o dS_m [BK], dP and its transpose, dM and its [C, C]."""
+    dread_CK, dwrite_CK, derase_CK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    dp_CC, dp_T_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dm_CC, dm_T_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     both_K = tl.zeros([BK], tl.float32)
-    for first in range(0, V, BV):
+    for first in tl.range(0, V, BV, num_stages=STAGES):
         cols = first + tl.arange(0, BV)
         known = (cols < V)[None, :]
-        do_CV = load_rows(do, do_stride, i_C, cols, left, V, DOT)
-        u_CV = load_written(u, u_stride, beta_C, i_C, cols, left, V, DELTA, DOT)
+        do_CV = load_rows(do, do_t, i_C, cols, left, V, DOT)
+        u_CV = load_rows(u, u_t, i_C, cols, left, V, DOT)
         state_KV = tl.load(states + (d_K[:, None] * VP + cols[None, :]), mask=known, other=0.0)
         dstate_KV = tl.load(dstates + (d_K[:, None] * VP + cols[None, :]), mask=known, other=0.0)
+        if DELTA:
+            u_CV = (u_CV * beta_C[:, None]).to(DOT)
         dread_CK = tl.dot(do_CV, tl.trans(state_KV), dread_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, tl.trans(dstate_KV), dwrite_CK, input_precision=PRECISION)
+        dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
+        dp_T_CC = tl.dot(u_CV, tl.trans(do_CV), dp_T_CC, input_precision=PRECISION)
         both_K += tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1)
         if DELTA:
-            dv_CV = load_rows(dv, u_stride, i_C, cols, left, V, DOT)
-            dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
-    return dread_CK, dwrite_CK, -dkey_CK, both_K
-
-
-@triton.jit
-def _through_middle(
-    q_CK, k_CK, f_CK, to_middle_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
-    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds what P and M pass on where all decays are gentle."""
-    from_middle_CK = tl.where(late_half(i_C, LEVELS)[:, None], to_middle_CK, -to_middle_CK)
-    late_CK, early_CK = tl.exp2(from_middle_CK), tl.exp2(-from_middle_CK)
-    kd_CK, qd_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
-    below_CC = i_C[:, None] > i_C[None, :]
-    above_CC = i_C[:, None] < i_C[None, :]
-    dq_CK += tl.dot(tl.where(below_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
-    col_CK = tl.dot(tl.where(above_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
-    if DELTA:
-        if OWN:
-            late_CK = past_from_middle(i_C, high_CK, low_CK, C, TERMS, GENTLE)
-        fd_CK = (f_CK * late_CK).to(DOT)
-        df_CK += tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
-        col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0), fd_CK, col_CK, input_precision=PRECISION)
-    return dq_CK, dk_CK + col_CK * early_CK, df_CK
+            dv_CV = load_rows(dv, dv_t, i_C, cols, left, V, DOT)
+            derase_CK = tl.dot(dv_CV, tl.trans(state_KV), derase_CK, input_precision=PRECISION)
+            dm_CC = tl.dot(dv_CV, tl.trans(u_CV), dm_CC, input_precision=PRECISION)
+            dm_T_CC = tl.dot(u_CV, tl.trans(dv_CV), dm_T_CC, input_precision=PRECISION)
+    below_CC, above_CC = i_C[:, None] >= i_C[None, :], i_C[:, None] <= i_C[None, :]
+    dp_CC, dp_T_CC = tl.where(below_CC, dp_CC, 0.0), tl.where(above_CC, dp_T_CC, 0.0)
+    other_CC = i_C[:, None] != i_C[None, :]
+    dm_CC, dm_T_CC = tl.where(below_CC & other_CC, -dm_CC, 0.0), tl.where(above_CC & other_CC, -dm_T_CC, 0.0)
+    return dread_CK, dwrite_CK, -derase_CK, both_K, dp_CC, dp_T_CC.to(DOT), dm_CC.to(DOT), dm_T_CC.to(DOT)
 
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+    q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dp_T_CC, dm_CC, dm_T_CC, dq_CK, dk_CK, df_CK, i_C,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -101,9 +86,9 @@ def _through_tree(
             kd_CK = tl.where(is_late, f_CK, k_CK)
         kd_CK = (kd_CK * key_decay_CK).to(DOT)
         dq_CK += tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * decay_CK
-        col_CK = tl.dot(tl.where(mirrored_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
+        col_CK = tl.dot(tl.where(mirrored_CC, dp_T_CC, 0.0), qd_CK, input_precision=PRECISION)
         if DELTA:
-            col_CK = tl.dot(tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0), kd_CK, col_CK, input_precision=PRECISION)
+            col_CK = tl.dot(tl.where(pairs_CC, dm_CC, tl.where(mirrored_CC, dm_T_CC, 0.0)), kd_CK, col_CK, input_precision=PRECISION)
             col_CK *= key_decay_CK
             df_CK += tl.where(is_late, col_CK, 0.0)
             dk_CK += tl.where(is_late, 0.0, col_CK)
@@ -113,27 +98,19 @@ def _through_tree(
 
 
 @triton.jit
-def _range_sums(after_C, upto_C, x_CK, i_C, TERMS: tl.constexpr):
-    """`range_sums` of an fp32 matrix."""
-    PAIR: tl.constexpr = 0 if TERMS == 0 else 2
-    high_CK, low_CK = in_terms(x_CK, PAIR)
-    return range_sums(after_C, upto_C, high_CK, low_CK, i_C, PAIR)
-
-
-@triton.jit
 def gradient_kernel(
-    q, k, u, f, gate, beta, do, dv, states, dstates, dscores, dinner, dq, dk, df, dgate,
+    q, k, f, gate, u, do, beta, dv, halves, rough, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
-    u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, f_b: tl.int64, f_t: tl.int32, f_h: tl.int64,
-    gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
+    f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
+    u_b: tl.int64, u_t: tl.int32, u_h: tl.int64,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    TERMS: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
-    OWN says that f holds the keys of the erasure, TERMS is for `in_terms`.
+    OWN says that f holds the keys of the erasure, TERMS and SPLIT are for `in_terms` of log decays and of their gradients.
     """
     TILES: tl.constexpr = KP // BK
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
@@ -144,52 +121,61 @@ def gradient_kernel(
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
     beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
-    dread_CK, dwrite_CK, dkey_CK, both_K = _through_states(
+    dread_CK, dwrite_CK, derase_CK, both_K, dp_CC, dp_T_CC, dm_CC, dm_T_CC = _over_values(
         do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
-        u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, states + state, dstates + state,
-        beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
+        u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V, states + state, dstates + state,
+        beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
     )  # fmt: skip
-    by_pair_CC = i_C[:, None] * C + i_C[None, :]
-    dp_CC = tl.load(dscores + block * C * C + by_pair_CC)
-    dm_CC = tl.load(dinner + block * C * C + by_pair_CC) if DELTA else dp_CC
     q_CK = load_rows(q + (batch * q_b + head * q_h + start * q_t) * UNIT, q_t * UNIT, i_C, d_K, left, K, DOT)
     k_CK = load_rows(k + (batch * k_b + head * k_h + start * k_t) * UNIT, k_t * UNIT, i_C, d_K, left, K, DOT)
-    gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
-    high_CK, low_CK = in_terms(load_rows(gate, gate_t * UNIT, i_C, d_K, left, K, tl.float32), TERMS)
-    none_C = tl.zeros_like(i_C) - 1
-    g_CK = decay_exponents(none_C, i_C, high_CK, low_CK, i_C, TERMS)
-    dwrite_CK *= tl.exp2(decay_exponents(i_C, none_C + C, high_CK, low_CK, i_C, TERMS))
-    dq_CK, dk_CK, df_CK = dread_CK * tl.exp2(g_CK), tl.zeros([C, BK], tl.float32), tl.zeros([1, 1], tl.float32)
-    f_CK = k_CK
+    gate_CK = load_gates(gate + (batch * gate_b + head * gate_h + start * gate_t) * UNIT, gate_t * UNIT, i_C, d_K, left, K, TERMS)
+    is_rough, early_K, late_K = load_halves(halves, rough, block, d_K, KP)
+    since_CK, until_CK = reads_and_writes(from_middle(gate_CK, i_C, C, TERMS), is_rough, early_K, late_K)
+    until_CK = tl.exp2(until_CK)
+    f_CK, past_CK = k_CK, since_CK
     if OWN:
         f_CK = load_rows(f + (batch * f_b + head * f_h + start * f_t) * UNIT, f_t * UNIT, i_C, d_K, left, K, DOT)
-        g_CK = decay_exponents(none_C, i_C - 1, high_CK, low_CK, i_C, TERMS)
-    if DELTA:
-        df_CK = dkey_CK * tl.exp2(g_CK)
-    to_middle_CK = to_boundary(i_C, LEVELS, high_CK, low_CK, TERMS)
-    if gentle(to_middle_CK, GENTLE):
-        dq_CK, dk_CK, df_CK = _through_middle(
-            q_CK, k_CK, f_CK, to_middle_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-            C, LEVELS, DELTA, OWN, TERMS, GENTLE, DOT, PRECISION,
-        )  # fmt: skip
-    else:
+        past_CK = since_CK - gate_CK * LOG2_E
+    since_CK, past_CK = tl.exp2(since_CK), tl.exp2(past_CK)
+    if is_rough:
+        own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
+        high_CK, low_CK = in_terms(gate_CK, TERMS)
+        dq_CK, dk_CK, df_CK = dread_CK * since_CK, tl.zeros([C, BK], tl.float32), derase_CK * past_CK
         dq_CK, dk_CK, df_CK = _through_tree(
-            q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+            q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC.to(DOT), dp_T_CC, dm_CC, dm_T_CC, dq_CK, dk_CK, df_CK, i_C,
             LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
         )  # fmt: skip
-    left_CK, dg_CK, dpast_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
-    dgate_CK = both_K[None, :] * tl.exp2(decay_exponents(none_C, none_C + C, high_CK, low_CK, i_C, TERMS))
+        dwrite_CK *= until_CK
+        x_CK, y_CK, past_y_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
+        dq_CK += own_C1 * k_CK
+        dk_CK += dwrite_CK + own_C1 * q_CK
+    else:
+        qd_CK, kd_CK = (q_CK * since_CK).to(DOT), (k_CK * until_CK).to(DOT)
+        dread_CK = tl.dot(dp_CC.to(DOT), kd_CK, dread_CK, input_precision=PRECISION)
+        back_CK = tl.dot(dp_T_CC, qd_CK, input_precision=PRECISION)
+        past_y_CK = derase_CK
+        if DELTA:
+            fd_CK = (f_CK * past_CK).to(DOT)
+            derase_CK = tl.dot(dm_CC, kd_CK, derase_CK, input_precision=PRECISION)
+            back_CK = tl.dot(dm_T_CC, fd_CK, back_CK, input_precision=PRECISION)
+            past_y_CK = fd_CK * derase_CK
+        x_CK, y_CK = kd_CK * dwrite_CK, qd_CK * dread_CK - kd_CK * back_CK
+        dq_CK, dk_CK, df_CK = dread_CK * since_CK, (dwrite_CK + back_CK) * until_CK, derase_CK * past_CK
+    _, carry_K, _ = row_factors(is_rough, early_K, late_K)
     if OWN:
         # What an erasure reads with its own keys has decayed up to the token before it.
-        dgate_CK += _range_sums(i_C, none_C + C, dpast_CK, i_C, TERMS)
+        later_K = tl.sum(y_CK + past_y_CK, 0)
+        x_CK, y_CK = x_CK - y_CK - past_y_CK, -past_y_CK
         store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
     else:
-        dg_CK += dpast_CK
-        dk_CK += df_CK
-    dgate_CK += _range_sums(none_C, i_C - 1, left_CK, i_C, TERMS) + _range_sums(i_C - 1, none_C + C, dg_CK, i_C, TERMS)
-    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC.to(tl.float32), 0.0), 1)[:, None]
-    dq_CK += own_C1 * k_CK
-    dk_CK += dwrite_CK + own_C1 * q_CK
+        if DELTA:
+            y_CK += past_y_CK
+            dk_CK += df_CK
+        later_K = tl.sum(y_CK, 0)
+        x_CK -= y_CK
+        y_CK = tl.zeros([C, BK], tl.float32)
+    high_CK, low_CK = in_terms(x_CK, SPLIT)
+    dgate_CK = range_sums(tl.zeros_like(i_C) - 1, i_C - 1, high_CK, low_CK, i_C, SPLIT) + y_CK + (later_K + both_K * carry_K)[None, :]
     store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
     store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
     store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)

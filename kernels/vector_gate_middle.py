@@ -1,0 +1,75 @@
+"""Decays of a chunk about its middle, which turn most chunks into those of attention without a gate.
+
+With G the cumulated log decay of a chunk, G_m that of the last token of its early half and S the state that enters it, let
+keys and queries, and the state itself, be decayed to the middle instead of the boundaries:
+
+    Q' = Q exp(G - G_m),  W = K exp(G_m - G),  S_m = exp(G_m) S:    O = Q' S_m + tril(Q' W^T) U,  S <- exp(G_C - G_m) (S_m + W^T U)
+
+Exponents have both signs, but cannot overflow where no channel decays by more than 2^-60 in either half: a gentle chunk. A
+rough one takes the decays to its boundaries, Q' = Q exp(G), W = K exp(G_C - G), all exponents <= 0, and its scores are those of
+`kernels.vector_gate_tree`. Each chunk decides for itself, and only factors of rows of the state differ:
+
+    S_m = enter S,    O = Q' S_m + P U,    S <- leave (carry S_m + W^T U)
+
+Shape legend: C tokens of a chunk, a power of two; K channels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.vector_gate_rows import load_rows
+from kernels.vector_gate_tree import LOG2_E, in_terms
+
+
+@triton.jit
+def load_gates(start, stride, i_C, d_K, left, K: tl.constexpr, TERMS: tl.constexpr):
+    """Log decays of a chunk, in the dtype that `in_terms` wants."""
+    return load_rows(start, stride, i_C, d_K, left, K, tl.bfloat16 if TERMS == 1 else tl.float32)
+
+
+@triton.jit
+def half_sums(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr):
+    """Log2 decays [K] of the early and of the late half, of the terms that `from_middle` adds up."""
+    high_CK, low_CK = in_terms(gate_CK, TERMS)
+    sum_CK = high_CK.to(tl.float32)
+    if TERMS == 2:
+        sum_CK += low_CK.to(tl.float32)
+    is_late = (i_C >= C // 2)[:, None]
+    early_K, late_K = tl.sum(tl.where(is_late, 0.0, sum_CK), 0), tl.sum(tl.where(is_late, sum_CK, 0.0), 0)
+    return early_K * LOG2_E, late_K * LOG2_E
+
+
+@triton.jit
+def from_middle(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr):
+    """Log2 of the decay from the middle to each token, positive before it: one product with a matrix of -1, 0 and 1."""
+    to_C, token_C = i_C[:, None], i_C[None, :]
+    late_CC = (token_C >= C // 2) & (token_C <= to_C)
+    early_CC = (token_C < C // 2) & (token_C > to_C)
+    high_CK, low_CK = in_terms(gate_CK, TERMS)
+    signs_CC = tl.where(late_CC, 1.0, tl.where(early_CC, -1.0, 0.0)).to(high_CK.dtype)
+    sums_CK = tl.dot(signs_CC, high_CK, input_precision="tf32x3" if TERMS == 0 else None)
+    if TERMS == 2:
+        sums_CK = tl.dot(signs_CC, low_CK, sums_CK)
+    return sums_CK * LOG2_E
+
+
+@triton.jit
+def load_halves(halves, rough, block, d_K, KP: tl.constexpr):
+    """Whether a chunk is rough, and the log2 decays of its halves."""
+    start = halves + block * 2 * KP
+    return tl.load(rough + block) != 0, tl.load(start + d_K), tl.load(start + KP + d_K)
+
+
+@triton.jit
+def reads_and_writes(exponent_CK, is_rough, early_K, late_K):
+    """Log2 decays [C, K] of what reads from a chunk, and of what is written in it."""
+    return exponent_CK + tl.where(is_rough, early_K, 0.0)[None, :], tl.where(is_rough, late_K, 0.0)[None, :] - exponent_CK
+
+
+@triton.jit
+def row_factors(is_rough, early_K, late_K):
+    """Factors of the rows of a state: enter, carry, leave."""
+    enter_K, leave_K = tl.where(is_rough, 1.0, tl.exp2(early_K)), tl.where(is_rough, 1.0, tl.exp2(late_K))
+    return enter_K, tl.where(is_rough, tl.exp2(early_K + late_K), 1.0), leave_K
