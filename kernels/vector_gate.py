@@ -23,7 +23,10 @@ class Kept(NamedTuple):
     Args:
         halves: log2 decays [B, H, N, 2, KP] of the early and the late half of each chunk.
         rough: int32 [B, H, N], whether decays are too strong for products about the middle.
-        scores: P [B, H, N, C, C], see `kernels.vector_gate_prepare`.
+        reads: Q' [B, H, N, C, KP], see `kernels.vector_gate_prepare`.
+        writes: W [B, H, N, C, KP].
+        erases: K' [B, H, N, C, KP].
+        scores: P [B, H, N, C, C].
         couplings: H [B, H, N, C, C].
         states: S_m of each chunk [B, H, N, KP, VP].
         errors: E [B, T, H, V].
@@ -31,6 +34,9 @@ class Kept(NamedTuple):
 
     halves: Tensor
     rough: Tensor
+    reads: Tensor
+    writes: Tensor
+    erases: Tensor
     scores: Tensor
     couplings: Tensor
     states: Tensor
@@ -47,6 +53,9 @@ def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, ke
     return Kept(
         v_BTHV.new_empty(*blocks, 2, wide_k, dtype=torch.float32),
         v_BTHV.new_empty(blocks, dtype=torch.int32),
+        v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
+        v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
+        v_BTHV.new_empty((*blocks, chunk, wide_k) if delta else 0, dtype=dtype),
         v_BTHV.new_empty(*blocks, chunk, chunk, dtype=dtype),
         v_BTHV.new_empty((*blocks, chunk, chunk) if delta else 0, dtype=dtype),
         v_BTHV.new_empty((*blocks, wide_k, wide_v) if keep else 0, dtype=dtype),
@@ -90,11 +99,14 @@ class Call:
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
         self.keys = (q_BTHK, k_BTHK, k_BTHK if erase_BTHK is None else erase_BTHK, log_decay_BTHK)
         self.flags = {
-            "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DELTA": self.delta, "OWN": erase_BTHK is not None,
-            "TERMS": gate_terms(self.dtype, log_decay_BTHK.dtype), "DOT": _triton_dtype(self.dtype),
+            "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DELTA": self.delta, "DOT": _triton_dtype(self.dtype),
             "PRECISION": _precision(self.dtype),
         }  # fmt: skip
-        self.levels = self.config.chunk.bit_length() - 1
+        self.gate_flags = {
+            "OWN": erase_BTHK is not None,
+            "TERMS": gate_terms(self.dtype, log_decay_BTHK.dtype),
+            "LEVELS": self.config.chunk.bit_length() - 1,
+        }
 
     def prepare(self) -> None:
         """Runs `prepare_kernel`."""
@@ -103,22 +115,23 @@ class Call:
         tile, kept = self.config.prepare, self.kept
         rows, strides, unit = _rows(*self.keys)
         merge = self.dtype if self.dtype == torch.float32 else torch.float16
-        prepare_kernel[(self.blocks,)](
-            *rows, self.beta, kept.halves, kept.rough, kept.scores, kept.couplings, *strides, self.length, self.heads,
-            **self.flags, BK=min(tile.width, self.wide_k), UNIT=unit, LEVELS=self.levels, GENTLE=gentle_limit(self.dtype),
-            MERGE=_triton_dtype(merge), **tile.options(),
-        )  # fmt: skip
+        for tree in (False, True):
+            prepare_kernel[(self.blocks,)](
+                *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
+                **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
+                TREE=tree, MERGE=_triton_dtype(merge), **tile.options(),
+            )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
         """Runs `walk_kernel`: outputs and the final state."""
         from kernels.vector_gate_walk import walk_kernel
 
         kept, tiling = self.kept, self._tiling(self.config.walk.width)
-        rows, strides, unit = _rows(*self.keys, self.v)
+        (v,), strides, unit = _rows(self.v)
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
         walk_kernel[(self.batch * self.heads * self._tiles(tiling),)](
-            *rows, self.beta, kept.halves, kept.rough, kept.scores, kept.couplings, self.first, o, last, kept.states, kept.errors,
+            *kept[:7], v, self.beta, self.first, o, last, kept.states, kept.errors,
             *strides, self.length, self.heads, **self.flags, **tiling, UNIT=unit,
             FIRST=self.has_first, LAST=return_state, KEEP=keep, STAGES=self.config.walk.stages, **self.config.walk.options(),
         )  # fmt: skip
@@ -129,14 +142,14 @@ class Call:
         from kernels.vector_gate_walk import reverse_kernel
 
         kept, tiling = self.kept, self._tiling(self.config.reverse.width)
-        rows, strides, unit = _rows(*self.keys, do)
+        (do,), strides, unit = _rows(do)
         tiles = self._tiles(tiling)
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
         reverse_kernel[(self.batch * self.heads * tiles,)](
-            *rows, self.beta, kept.halves, kept.rough, kept.scores, kept.couplings, kept.errors,
+            *kept[:7], kept.errors, do, self.beta,
             do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
             *strides, self.length, self.batch, self.heads, **self.flags, **tiling, UNIT=unit,
             FIRST=self.has_first, DLAST=dlast is not None, STAGES=self.config.reverse.stages, **self.config.reverse.options(),
@@ -152,11 +165,12 @@ class Call:
         kept, tile = self.kept, self.config.gradient
         rows, strides, unit = _rows(*self.keys, kept.errors if self.delta else self.v, do)
         part_k = min(tile.width, self.wide_k)
-        gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-            *rows, self.beta, dv, kept.halves, kept.rough, kept.states, dstates, *found, *strides, self.length, self.heads,
-            **self.flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v), UNIT=unit, LEVELS=self.levels,
-            SPLIT=0 if self.dtype == torch.float32 else 2, STAGES=tile.stages, **tile.options(),
-        )  # fmt: skip
+        for tree in (False, True):
+            gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
+                *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
+                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
+                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
+            )  # fmt: skip
         return found
 
     def _tiling(self, width: int) -> dict[str, int]:

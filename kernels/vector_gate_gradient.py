@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_middle import from_middle, load_gates, load_halves, reads_and_writes, row_factors
+from kernels.vector_gate_middle import from_middle, load_gates, reads_and_writes, row_factors
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import LOG2_E, in_terms, late_half, paired, past_to_boundary, range_sums, to_boundary
 
@@ -99,18 +99,18 @@ def _through_tree(
 
 @triton.jit
 def gradient_kernel(
-    q, k, f, gate, u, do, beta, dv, halves, rough, states, dstates, dq, dk, df, dgate,
+    q, k, f, gate, u, do, beta, dv, halves, rough, reads, writes, erases, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    TERMS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
-    OWN says that f holds the keys of the erasure, TERMS and SPLIT are for `in_terms` of log decays and of their gradients.
+    TREE is for the rough chunks, a launch without it takes the others. OWN says that f holds the keys of the erasure, TERMS and SPLIT are for `in_terms` of log decays and of their gradients.
     """
     TILES: tl.constexpr = KP // BK
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
@@ -120,62 +120,64 @@ def gradient_kernel(
     i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
-    beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
-    dread_CK, dwrite_CK, derase_CK, both_K, dp_CC, dp_T_CC, dm_CC, dm_T_CC = _over_values(
-        do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
-        u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V, states + state, dstates + state,
-        beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
-    )  # fmt: skip
-    q_CK = load_rows(q + (batch * q_b + head * q_h + start * q_t) * UNIT, q_t * UNIT, i_C, d_K, left, K, DOT)
-    k_CK = load_rows(k + (batch * k_b + head * k_h + start * k_t) * UNIT, k_t * UNIT, i_C, d_K, left, K, DOT)
-    gate_CK = load_gates(gate + (batch * gate_b + head * gate_h + start * gate_t) * UNIT, gate_t * UNIT, i_C, d_K, left, K, TERMS)
-    is_rough, early_K, late_K = load_halves(halves, rough, block, d_K, KP)
-    since_CK, until_CK = reads_and_writes(from_middle(gate_CK, i_C, C, TERMS), is_rough, early_K, late_K)
-    until_CK = tl.exp2(until_CK)
-    f_CK, past_CK = k_CK, since_CK
-    if OWN:
-        f_CK = load_rows(f + (batch * f_b + head * f_h + start * f_t) * UNIT, f_t * UNIT, i_C, d_K, left, K, DOT)
-        past_CK = since_CK - gate_CK * LOG2_E
-    since_CK, past_CK = tl.exp2(since_CK), tl.exp2(past_CK)
-    if is_rough:
-        own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
-        high_CK, low_CK = in_terms(gate_CK, TERMS)
-        dq_CK, dk_CK, df_CK = dread_CK * since_CK, tl.zeros([C, BK], tl.float32), derase_CK * past_CK
-        dq_CK, dk_CK, df_CK = _through_tree(
-            q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC.to(DOT), dp_T_CC, dm_CC, dm_T_CC, dq_CK, dk_CK, df_CK, i_C,
-            LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
+    if (tl.load(rough + block) != 0) == TREE:
+        beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
+        dread_CK, dwrite_CK, derase_CK, both_K, dp_CC, dp_T_CC, dm_CC, dm_T_CC = _over_values(
+            do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
+            u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V, states + state, dstates + state,
+            beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
         )  # fmt: skip
-        dwrite_CK *= until_CK
-        x_CK, y_CK, past_y_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
-        dq_CK += own_C1 * k_CK
-        dk_CK += dwrite_CK + own_C1 * q_CK
-    else:
-        qd_CK, kd_CK = (q_CK * since_CK).to(DOT), (k_CK * until_CK).to(DOT)
-        dread_CK = tl.dot(dp_CC.to(DOT), kd_CK, dread_CK, input_precision=PRECISION)
-        back_CK = tl.dot(dp_T_CC, qd_CK, input_precision=PRECISION)
-        past_y_CK = derase_CK
-        if DELTA:
-            fd_CK = (f_CK * past_CK).to(DOT)
-            derase_CK = tl.dot(dm_CC, kd_CK, derase_CK, input_precision=PRECISION)
-            back_CK = tl.dot(dm_T_CC, fd_CK, back_CK, input_precision=PRECISION)
-            past_y_CK = fd_CK * derase_CK
-        x_CK, y_CK = kd_CK * dwrite_CK, qd_CK * dread_CK - kd_CK * back_CK
-        dq_CK, dk_CK, df_CK = dread_CK * since_CK, (dwrite_CK + back_CK) * until_CK, derase_CK * past_CK
-    _, carry_K, _ = row_factors(is_rough, early_K, late_K)
-    if OWN:
-        # What an erasure reads with its own keys has decayed up to the token before it.
-        later_K = tl.sum(y_CK + past_y_CK, 0)
-        x_CK, y_CK = x_CK - y_CK - past_y_CK, -past_y_CK
-        store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
-    else:
-        if DELTA:
-            y_CK += past_y_CK
-            dk_CK += df_CK
-        later_K = tl.sum(y_CK, 0)
-        x_CK -= y_CK
-        y_CK = tl.zeros([C, BK], tl.float32)
-    high_CK, low_CK = in_terms(x_CK, SPLIT)
-    dgate_CK = range_sums(tl.zeros_like(i_C) - 1, i_C - 1, high_CK, low_CK, i_C, SPLIT) + y_CK + (later_K + both_K * carry_K)[None, :]
-    store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
-    store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
-    store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)
+        gate_CK = load_gates(gate + (batch * gate_b + head * gate_h + start * gate_t) * UNIT, gate_t * UNIT, i_C, d_K, left, K, TERMS)
+        since_CK, until_CK = reads_and_writes(from_middle(gate_CK, i_C, C, TERMS), halves + block * 2 * KP, d_K, KP, TREE)
+        past_CK = since_CK
+        if OWN:
+            past_CK = since_CK - gate_CK * LOG2_E
+        since_CK, until_CK, past_CK = tl.exp2(since_CK), tl.exp2(until_CK), tl.exp2(past_CK)
+        if TREE:
+            q_CK = load_rows(q + (batch * q_b + head * q_h + start * q_t) * UNIT, q_t * UNIT, i_C, d_K, left, K, DOT)
+            k_CK = load_rows(k + (batch * k_b + head * k_h + start * k_t) * UNIT, k_t * UNIT, i_C, d_K, left, K, DOT)
+            f_CK = k_CK
+            if OWN:
+                f_CK = load_rows(f + (batch * f_b + head * f_h + start * f_t) * UNIT, f_t * UNIT, i_C, d_K, left, K, DOT)
+            own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 1)[:, None]
+            high_CK, low_CK = in_terms(gate_CK, TERMS)
+            dq_CK, dk_CK, df_CK = dread_CK * since_CK, tl.zeros([C, BK], tl.float32), derase_CK * past_CK
+            dq_CK, dk_CK, df_CK = _through_tree(
+                q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC.to(DOT), dp_T_CC, dm_CC, dm_T_CC, dq_CK, dk_CK, df_CK, i_C,
+                LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
+            )  # fmt: skip
+            dwrite_CK *= until_CK
+            x_CK, y_CK, past_y_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
+            dq_CK += own_C1 * k_CK
+            dk_CK += dwrite_CK + own_C1 * q_CK
+        else:
+            by_key_CK = block * C * KP + (i_C[:, None] * KP + d_K[None, :])
+            qd_CK, kd_CK = tl.load(reads + by_key_CK), tl.load(writes + by_key_CK)
+            dread_CK = tl.dot(dp_CC.to(DOT), kd_CK, dread_CK, input_precision=PRECISION)
+            back_CK = tl.dot(dp_T_CC, qd_CK, input_precision=PRECISION)
+            past_y_CK = derase_CK
+            if DELTA:
+                fd_CK = tl.load(erases + by_key_CK)
+                derase_CK = tl.dot(dm_CC, kd_CK, derase_CK, input_precision=PRECISION)
+                back_CK = tl.dot(dm_T_CC, fd_CK, back_CK, input_precision=PRECISION)
+                past_y_CK = fd_CK * derase_CK
+            x_CK, y_CK = kd_CK * dwrite_CK, qd_CK * dread_CK - kd_CK * back_CK
+            dq_CK, dk_CK, df_CK = dread_CK * since_CK, (dwrite_CK + back_CK) * until_CK, derase_CK * past_CK
+        _, carry_K, _ = row_factors(halves, rough, block, d_K, KP)
+        if OWN:
+            # What an erasure reads with its own keys has decayed up to the token before it.
+            later_K = tl.sum(y_CK + past_y_CK, 0)
+            x_CK, y_CK = x_CK - y_CK - past_y_CK, -past_y_CK
+            store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
+        else:
+            if DELTA:
+                y_CK += past_y_CK
+                dk_CK += df_CK
+            later_K = tl.sum(y_CK, 0)
+            x_CK -= y_CK
+            y_CK = tl.zeros([C, BK], tl.float32)
+        high_CK, low_CK = in_terms(x_CK, SPLIT)
+        dgate_CK = range_sums(tl.zeros_like(i_C) - 1, i_C - 1, high_CK, low_CK, i_C, SPLIT) + y_CK + (later_K + both_K * carry_K)[None, :]
+        store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
+        store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
+        store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)

@@ -56,20 +56,19 @@ def from_middle(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def load_halves(halves, rough, block, d_K, KP: tl.constexpr):
-    """Whether a chunk is rough, and the log2 decays of its halves."""
-    start = halves + block * 2 * KP
-    return tl.load(rough + block) != 0, tl.load(start + d_K), tl.load(start + KP + d_K)
+def reads_and_writes(exponent_CK, halves, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
+    """Log2 decays [C, K] of what reads from a chunk and of what is written in it, from those about its middle."""
+    since_CK, until_CK = exponent_CK, -exponent_CK
+    if ROUGH:
+        since_CK += tl.load(halves + d_K)[None, :]
+        until_CK += tl.load(halves + KP + d_K)[None, :]
+    return since_CK, until_CK
 
 
 @triton.jit
-def reads_and_writes(exponent_CK, is_rough, early_K, late_K):
-    """Log2 decays [C, K] of what reads from a chunk, and of what is written in it."""
-    return exponent_CK + tl.where(is_rough, early_K, 0.0)[None, :], tl.where(is_rough, late_K, 0.0)[None, :] - exponent_CK
-
-
-@triton.jit
-def row_factors(is_rough, early_K, late_K):
+def row_factors(halves, rough, block, d_K, KP: tl.constexpr):
     """Factors of the rows of a state: enter, carry, leave."""
+    is_rough = tl.load(rough + block) != 0
+    early_K, late_K = tl.load(halves + block * 2 * KP + d_K), tl.load(halves + block * 2 * KP + KP + d_K)
     enter_K, leave_K = tl.where(is_rough, 1.0, tl.exp2(early_K)), tl.where(is_rough, 1.0, tl.exp2(late_K))
     return enter_K, tl.where(is_rough, tl.exp2(early_K + late_K), 1.0), leave_K

@@ -17,10 +17,10 @@ from kernels.recurrence_op import Folded, _folded, _unfolded
 
 FORWARD, BACKWARD = "mixer_bench::vector_gate_recurrence", "mixer_bench::vector_gate_recurrence_backward"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? beta, Tensor? erase, Tensor? state"
-_KEPT = "Tensor halves, Tensor rough, Tensor scores, Tensor couplings, Tensor states, Tensor errors"
+_KEPT = "Tensor halves, Tensor rough, Tensor reads, Tensor writes, Tensor erases, Tensor scores, Tensor couplings, Tensor states, Tensor errors"
 
 torch.library.define(
-    FORWARD, f"({_INPUTS}, bool return_state, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    FORWARD, f"({_INPUTS}, bool return_state, bool keep) -> ({', '.join(['Tensor'] * 11)})"
 )
 torch.library.define(
     BACKWARD, f"({_INPUTS}, {_KEPT}, Tensor do, Tensor? dfinal) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -79,7 +79,7 @@ def _(
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
 def _(*args: Any) -> tuple[Tensor, ...]:
-    inputs, kept, do, dfinal = args[:7], vector_gate.Kept(*args[7:13]), args[13], args[14]
+    inputs, kept, do, dfinal = args[:7], vector_gate.Kept(*args[7:16]), args[16], args[17]
     with torch.cuda.device_of(do):
         return vector_gate.backward(*inputs, kept, do, dfinal)
 
