@@ -21,8 +21,8 @@ class Kept(NamedTuple):
     """What the backward pass reads again; errors and states are empty if it will not run, couplings without the delta rule.
 
     Args:
-        halves: log2 decays [B, H, N, 2, KP] of the early and the late half of each chunk.
-        rough: int32 [B, H, N], whether decays are too strong for products about the middle.
+        rough: int32 [B, H, N], whether the decays of a chunk are too strong for products about its middle.
+        factors: of rows of the state [B, H, N, 3, KP], see `kernels.vector_gate_middle`.
         reads: Q' [B, H, N, C, KP], see `kernels.vector_gate_prepare`.
         writes: W [B, H, N, C, KP].
         erases: K' [B, H, N, C, KP].
@@ -32,8 +32,8 @@ class Kept(NamedTuple):
         errors: E [B, T, H, V].
     """
 
-    halves: Tensor
     rough: Tensor
+    factors: Tensor
     reads: Tensor
     writes: Tensor
     erases: Tensor
@@ -51,8 +51,8 @@ def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, ke
     wide_k, wide_v = (tile_width(width, dtype) for width in (k_BTHK.shape[3], v_dim))
     blocks = (batch, heads, -(-length // chunk))
     return Kept(
-        v_BTHV.new_empty(*blocks, 2, wide_k, dtype=torch.float32),
         v_BTHV.new_empty(blocks, dtype=torch.int32),
+        v_BTHV.new_empty(*blocks, 3, wide_k, dtype=torch.float32),
         v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
         v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
         v_BTHV.new_empty((*blocks, chunk, wide_k) if delta else 0, dtype=dtype),
@@ -131,7 +131,7 @@ class Call:
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
         walk_kernel[(self.batch * self.heads * self._tiles(tiling),)](
-            *kept[:7], v, self.beta, self.first, o, last, kept.states, kept.errors,
+            *kept[1:7], v, self.beta, self.first, o, last, kept.states, kept.errors,
             *strides, self.length, self.heads, **self.flags, **tiling, UNIT=unit,
             FIRST=self.has_first, LAST=return_state, KEEP=keep, STAGES=self.config.walk.stages, **self.config.walk.options(),
         )  # fmt: skip
@@ -149,7 +149,7 @@ class Call:
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
         reverse_kernel[(self.batch * self.heads * tiles,)](
-            *kept[:7], kept.errors, do, self.beta,
+            *kept[1:7], kept.errors, do, self.beta,
             do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
             *strides, self.length, self.batch, self.heads, **self.flags, **tiling, UNIT=unit,
             FIRST=self.has_first, DLAST=dlast is not None, STAGES=self.config.reverse.stages, **self.config.reverse.options(),

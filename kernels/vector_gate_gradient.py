@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_middle import from_middle, load_gates, reads_and_writes, row_factors
+from kernels.vector_gate_middle import load_gates, reads_and_writes
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import LOG2_E, in_terms, late_half, paired, past_to_boundary, range_sums, to_boundary
 
@@ -99,7 +99,7 @@ def _through_tree(
 
 @triton.jit
 def gradient_kernel(
-    q, k, f, gate, u, do, beta, dv, halves, rough, reads, writes, erases, states, dstates, dq, dk, df, dgate,
+    q, k, f, gate, u, do, beta, dv, rough, factors, reads, writes, erases, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64,
@@ -128,7 +128,7 @@ def gradient_kernel(
             beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
         )  # fmt: skip
         gate_CK = load_gates(gate + (batch * gate_b + head * gate_h + start * gate_t) * UNIT, gate_t * UNIT, i_C, d_K, left, K, TERMS)
-        since_CK, until_CK = reads_and_writes(from_middle(gate_CK, i_C, C, TERMS), halves + block * 2 * KP, d_K, KP, TREE)
+        since_CK, until_CK = reads_and_writes(gate_CK, i_C, C, TERMS, TREE)
         past_CK = since_CK
         if OWN:
             past_CK = since_CK - gate_CK * LOG2_E
@@ -163,7 +163,7 @@ def gradient_kernel(
                 past_y_CK = fd_CK * derase_CK
             x_CK, y_CK = kd_CK * dwrite_CK, qd_CK * dread_CK - kd_CK * back_CK
             dq_CK, dk_CK, df_CK = dread_CK * since_CK, (dwrite_CK + back_CK) * until_CK, derase_CK * past_CK
-        _, carry_K, _ = row_factors(halves, rough, block, d_K, KP)
+        carry_K = tl.load(factors + (block * 3 + 1) * KP + d_K)
         if OWN:
             # What an erasure reads with its own keys has decayed up to the token before it.
             later_K = tl.sum(y_CK + past_y_CK, 0)

@@ -56,19 +56,35 @@ def from_middle(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def reads_and_writes(exponent_CK, halves, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
-    """Log2 decays [C, K] of what reads from a chunk and of what is written in it, from those about its middle."""
-    since_CK, until_CK = exponent_CK, -exponent_CK
+def reads_and_writes(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr, ROUGH: tl.constexpr):
+    """Log2 decays [C, K] of what reads from a chunk, and of what is written in it."""
+    since_CK = from_middle(gate_CK, i_C, C, TERMS)
+    until_CK = -since_CK
     if ROUGH:
-        since_CK += tl.load(halves + d_K)[None, :]
-        until_CK += tl.load(halves + KP + d_K)[None, :]
+        early_K, late_K = half_sums(gate_CK, i_C, C, TERMS)
+        since_CK += early_K[None, :]
+        until_CK += late_K[None, :]
     return since_CK, until_CK
 
 
 @triton.jit
-def row_factors(halves, rough, block, d_K, KP: tl.constexpr):
-    """Factors of the rows of a state: enter, carry, leave."""
-    is_rough = tl.load(rough + block) != 0
-    early_K, late_K = tl.load(halves + block * 2 * KP + d_K), tl.load(halves + block * 2 * KP + KP + d_K)
-    enter_K, leave_K = tl.where(is_rough, 1.0, tl.exp2(early_K)), tl.where(is_rough, 1.0, tl.exp2(late_K))
-    return enter_K, tl.where(is_rough, tl.exp2(early_K + late_K), 1.0), leave_K
+def store_factors(factors, early_K, late_K, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
+    """Writes the factors [3, KP] of the rows of a state: enter, carry, leave."""
+    one_K = tl.zeros_like(early_K) + 1.0
+    tl.store(factors + d_K, one_K if ROUGH else tl.exp2(early_K))
+    tl.store(factors + KP + d_K, tl.exp2(early_K + late_K) if ROUGH else one_K)
+    tl.store(factors + 2 * KP + d_K, one_K if ROUGH else tl.exp2(late_K))
+
+
+@triton.jit
+def load_factors(factors, block, since, d_K, KP: tl.constexpr):
+    """Enter times the leave of the chunk before if there is one `since` a walk began, and carry."""
+    start = factors + block * 3 * KP + d_K
+    return tl.load(start) * tl.load(start - KP, mask=(d_K >= 0) & since, other=1.0), tl.load(start + KP)
+
+
+@triton.jit
+def load_factors_back(factors, block, since, d_K, KP: tl.constexpr):
+    """Leave times the enter of the chunk behind if there is one `since` a walk back began, and carry."""
+    start = factors + block * 3 * KP + d_K
+    return tl.load(start + 2 * KP) * tl.load(start + 3 * KP, mask=(d_K >= 0) & since, other=1.0), tl.load(start + KP)

@@ -17,7 +17,7 @@ from kernels.recurrence_op import Folded, _folded, _unfolded
 
 FORWARD, BACKWARD = "mixer_bench::vector_gate_recurrence", "mixer_bench::vector_gate_recurrence_backward"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? beta, Tensor? erase, Tensor? state"
-_KEPT = "Tensor halves, Tensor rough, Tensor reads, Tensor writes, Tensor erases, Tensor scores, Tensor couplings, Tensor states, Tensor errors"
+_KEPT = "Tensor rough, Tensor factors, Tensor reads, Tensor writes, Tensor erases, Tensor scores, Tensor couplings, Tensor states, Tensor errors"
 
 torch.library.define(
     FORWARD, f"({_INPUTS}, bool return_state, bool keep) -> ({', '.join(['Tensor'] * 11)})"

@@ -20,14 +20,14 @@ import triton
 import triton.language as tl
 
 from kernels.delta_triton import _coupling
-from kernels.vector_gate_middle import from_middle, half_sums, load_gates, reads_and_writes
+from kernels.vector_gate_middle import half_sums, load_gates, reads_and_writes, store_factors
 from kernels.vector_gate_rows import load_beta, load_rows
 from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, to_boundary
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, f, gate, beta, halves, rough, reads, writes, erases, scores, couplings,
+    q, k, f, gate, beta, rough, factors, reads, writes, erases, scores, couplings,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     length: tl.int32, heads: tl.int32,
@@ -37,9 +37,9 @@ def prepare_kernel(
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements. A first launch takes gentle chunks, a second one with TREE those it found rough.
 
-    halves gets the log2 decays of the halves, [B, H, N, 2, KP], rough whether one is below -GENTLE, [B, H, N]; reads, writes and
-    erases get Q', W and K', [B, H, N, C, KP], scores and couplings P and H, [B, H, N, C, C]. OWN says that f holds the keys of
-    the erasure, TERMS is for `in_terms`.
+    factors gets those of the rows of states, [B, H, N, 3, KP], rough whether a half decays below 2^-GENTLE, [B, H, N]; reads,
+    writes and erases get Q', W and K', [B, H, N, C, KP], scores and couplings P and H, [B, H, N, C, C]. OWN says that f holds
+    the keys of the erasure, TERMS is for `in_terms`.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)
@@ -47,17 +47,17 @@ def prepare_kernel(
     batch, head = head_index // heads, head_index % heads
     i_C, start, left = tl.arange(0, C), n.to(tl.int64) * C, length - n * C
     gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
-    halves += block * 2 * KP
+    factors += block * 3 * KP
     if TREE:
         is_rough = tl.load(rough + block) != 0
     else:
-        is_rough = _measure(gate, gate_t * UNIT, halves, i_C, left, K, KP, BK, C, TERMS, GENTLE)
+        is_rough = _measure(gate, gate_t * UNIT, factors, i_C, left, K, KP, BK, C, TERMS, GENTLE)
         tl.store(rough + block, is_rough.to(tl.int32))
     if is_rough == TREE:
         p_CC, m_CC = _keys_and_scores(
             q + (batch * q_b + head * q_h + start * q_t) * UNIT, k + (batch * k_b + head * k_h + start * k_t) * UNIT,
             f + (batch * f_b + head * f_h + start * f_t) * UNIT, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT,
-            halves, reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, i_C, left,
+            factors, reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, i_C, left,
             K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, TREE, DOT, PRECISION,
         )  # fmt: skip
         by_pair_CC = i_C[:, None] * C + i_C[None, :]
@@ -70,23 +70,22 @@ def prepare_kernel(
 
 @triton.jit
 def _measure(
-    gate, gate_t, halves, i_C, left,
+    gate, gate_t, factors, i_C, left,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the decays of the halves of a chunk, and returns whether it is rough."""
+    """Writes the factors of a gentle chunk, and returns whether it is rough."""
     lowest = 0.0
     for first in tl.static_range(0, KP, BK):
         cols = first + tl.arange(0, BK)
         early_K, late_K = half_sums(load_gates(gate, gate_t, i_C, cols, left, K, TERMS), i_C, C, TERMS)
-        tl.store(halves + cols, early_K)
-        tl.store(halves + KP + cols, late_K)
+        store_factors(factors, early_K, late_K, cols, KP, False)
         lowest = tl.minimum(lowest, tl.min(tl.minimum(early_K, late_K), 0))
     return lowest < -GENTLE
 
 
 @triton.jit
 def _keys_and_scores(
-    q, k, f, gate, q_t, k_t, f_t, gate_t, halves, reads, writes, erases, i_C, left,
+    q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, i_C, left,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
     OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +97,7 @@ def _keys_and_scores(
         q_CK = load_rows(q, q_t, i_C, cols, left, K, DOT)
         k_CK = load_rows(k, k_t, i_C, cols, left, K, DOT)
         gate_CK = load_gates(gate, gate_t, i_C, cols, left, K, TERMS)
-        since_CK, until_CK = reads_and_writes(from_middle(gate_CK, i_C, C, TERMS), halves, cols, KP, TREE)
+        since_CK, until_CK = reads_and_writes(gate_CK, i_C, C, TERMS, TREE)
         f_CK, past_CK = k_CK, since_CK
         if OWN:
             f_CK = load_rows(f, f_t, i_C, cols, left, K, DOT)
@@ -111,6 +110,8 @@ def _keys_and_scores(
             erase_CK = (f_CK * tl.exp2(past_CK)).to(DOT)
             tl.store(erases + by_key_CK, erase_CK)
         if TREE:
+            early_K, late_K = half_sums(gate_CK, i_C, C, TERMS)
+            store_factors(factors, early_K, late_K, cols, KP, True)
             own_C += tl.sum(q_CK.to(tl.float32) * k_CK.to(tl.float32), 1)
             p_CC, m_CC = _from_tree(q_CK, k_CK, f_CK, gate_CK, p_CC, m_CC, i_C, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION)
         else:

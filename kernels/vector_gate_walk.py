@@ -19,13 +19,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_middle import row_factors
+from kernels.vector_gate_middle import load_factors, load_factors_back
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 
 
 @triton.jit
 def walk_kernel(
-    halves, rough, reads, writes, erases, scores, couplings, v, beta, first, o, last, states, errors,
+    factors, reads, writes, erases, scores, couplings, v, beta, first, o, last, states, errors,
     v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     C: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr,
@@ -55,13 +55,11 @@ def walk_kernel(
         here = row + start * heads
         read_CK = tl.load(reads + block * C * KP + by_key_CK)
         write_CK = tl.load(writes + block * C * KP + by_key_CK)
-        enter_K, carry_K, leave_K = row_factors(halves, rough, block, d_K, KP)
+        enter_K, carry_K = load_factors(factors, block, n > 0, d_K, KP)
         u_CV = load_rows(v + start * v_t * UNIT, v_t * UNIT, i_C, e_V, left, V, DOT)
         score_CC = tl.load(scores + block * C * C + square_CC)
         state_KV *= enter_K[:, None]
         before_KV = state_KV.to(DOT)
-        if KEEP:
-            tl.store(states + block * KP * VP + d_K[:, None] * VP + e_V[None, :], before_KV)
         if DELTA:
             beta_C = load_beta(beta + here, heads, i_C, left)
             coupling_CC = tl.load(couplings + block * C * C + square_CC)
@@ -73,15 +71,18 @@ def walk_kernel(
             u_CV = (error_CV * beta_C[:, None]).to(DOT)
         o_CV = tl.dot(read_CK, before_KV, input_precision=PRECISION)
         o_CV = tl.dot(score_CC, u_CV, o_CV, input_precision=PRECISION)
+        if KEEP:  # late, since their way out may then share memory with the operand that they were
+            tl.store(states + block * KP * VP + d_K[:, None] * VP + e_V[None, :], before_KV)
         store_rows(o + here * V, heads * V, i_C, e_V, left, o_CV, V)
-        state_KV = tl.dot(tl.trans(write_CK), u_CV, state_KV * carry_K[:, None], input_precision=PRECISION) * leave_K[:, None]
+        state_KV = tl.dot(tl.trans(write_CK), u_CV, state_KV * carry_K[:, None], input_precision=PRECISION)
     if LAST:
-        tl.store(last + by_state, state_KV, mask=in_state)
+        leave_K = tl.load(factors + (head_index * chunks + chunks) * 3 * KP - KP + d_K)
+        tl.store(last + by_state, state_KV * leave_K[:, None], mask=in_state)
 
 
 @triton.jit
 def reverse_kernel(
-    halves, rough, reads, writes, erases, scores, couplings, errors, do, beta, dlast, dv, dbeta, dfirst, dstates,
+    factors, reads, writes, erases, scores, couplings, errors, do, beta, dlast, dv, dbeta, dfirst, dstates,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
     C: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr,
@@ -112,14 +113,14 @@ def reverse_kernel(
         here = row + start * heads
         read_CK = tl.load(reads + block * C * KP + by_key_CK)
         write_CK = tl.load(writes + block * C * KP + by_key_CK)
-        enter_K, carry_K, leave_K = row_factors(halves, rough, block, d_K, KP)
+        leave_K, carry_K = load_factors_back(factors, block, step > 0, d_K, KP)
         do_CV = load_rows(do + start * do_t * UNIT, do_t * UNIT, i_C, e_V, left, V, DOT)
         score_CC = tl.load(scores + block * C * C + square_CC)
         grad_KV *= leave_K[:, None]
         after_KV = grad_KV.to(DOT)
-        tl.store(dstates + block * KP * VP + d_K[:, None] * VP + e_V[None, :], after_KV)
         du_CV = tl.dot(tl.trans(score_CC), do_CV, input_precision=PRECISION)
         du_CV = tl.dot(write_CK, after_KV, du_CV, input_precision=PRECISION)
+        tl.store(dstates + block * KP * VP + d_K[:, None] * VP + e_V[None, :], after_KV)
         grad_KV = tl.dot(tl.trans(read_CK), do_CV, grad_KV * carry_K[:, None], input_precision=PRECISION)
         if DELTA:
             beta_C = load_beta(beta + here, heads, i_C, left)
@@ -131,6 +132,6 @@ def reverse_kernel(
             du_CV *= beta_C[:, None]
             grad_KV = tl.dot(tl.trans(erase_CK), (-du_CV).to(DOT), grad_KV, input_precision=PRECISION)
         store_rows(dv + here * V, heads * V, i_C, e_V, left, du_CV, V)
-        grad_KV *= enter_K[:, None]
     if FIRST:
-        tl.store(dfirst + by_state, grad_KV, mask=in_state)
+        enter_K = tl.load(factors + head_index * chunks * 3 * KP + d_K)
+        tl.store(dfirst + by_state, grad_KV * enter_K[:, None], mask=in_state)
