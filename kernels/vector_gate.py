@@ -22,7 +22,7 @@ class Kept(NamedTuple):
 
     Args:
         rough: int32 [B, H, N], whether the decays of a chunk are too strong for products about its middle.
-        factors: of rows of the state [B, H, N, 3, KP], see `kernels.vector_gate_middle`.
+        factors: of rows of the state [B, H, N, 2, KP], see `kernels.vector_gate_middle`.
         reads: Q' [B, H, N, C, KP], see `kernels.vector_gate_prepare`.
         writes: W [B, H, N, C, KP].
         erases: K' [B, H, N, C, KP].
@@ -52,7 +52,7 @@ def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, ke
     blocks = (batch, heads, -(-length // chunk))
     return Kept(
         v_BTHV.new_empty(blocks, dtype=torch.int32),
-        v_BTHV.new_empty(*blocks, 3, wide_k, dtype=torch.float32),
+        v_BTHV.new_empty(*blocks, 2, wide_k, dtype=torch.float32),
         v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
         v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
         v_BTHV.new_empty((*blocks, chunk, wide_k) if delta else 0, dtype=dtype),

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_middle import load_gates, reads_and_writes
+from kernels.vector_gate_middle import load_factors, load_gates, reads_and_writes
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import LOG2_E, in_terms, late_half, paired, past_to_boundary, range_sums, to_boundary
 
@@ -163,7 +163,7 @@ def gradient_kernel(
                 past_y_CK = fd_CK * derase_CK
             x_CK, y_CK = kd_CK * dwrite_CK, qd_CK * dread_CK - kd_CK * back_CK
             dq_CK, dk_CK, df_CK = dread_CK * since_CK, (dwrite_CK + back_CK) * until_CK, derase_CK * past_CK
-        carry_K = tl.load(factors + (block * 3 + 1) * KP + d_K)
+        _, carry_K, _ = load_factors(factors, block, d_K, KP)
         if OWN:
             # What an erasure reads with its own keys has decayed up to the token before it.
             later_K = tl.sum(y_CK + past_y_CK, 0)

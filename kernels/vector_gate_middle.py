@@ -69,22 +69,14 @@ def reads_and_writes(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr, ROUGH: 
 
 @triton.jit
 def store_factors(factors, early_K, late_K, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
-    """Writes the factors [3, KP] of the rows of a state: enter, carry, leave."""
-    one_K = tl.zeros_like(early_K) + 1.0
-    tl.store(factors + d_K, one_K if ROUGH else tl.exp2(early_K))
-    tl.store(factors + KP + d_K, tl.exp2(early_K + late_K) if ROUGH else one_K)
-    tl.store(factors + 2 * KP + d_K, one_K if ROUGH else tl.exp2(late_K))
+    """Writes the factors [2, KP] of the rows of a state: enter and leave, or -1 and carry, which walks have no room for a third of."""
+    tl.store(factors + d_K, tl.zeros_like(early_K) - 1.0 if ROUGH else tl.exp2(early_K))
+    tl.store(factors + KP + d_K, tl.exp2(early_K + late_K if ROUGH else late_K))
 
 
 @triton.jit
-def load_factors(factors, block, since, d_K, KP: tl.constexpr):
-    """Enter times the leave of the chunk before if there is one `since` a walk began, and carry."""
-    start = factors + block * 3 * KP + d_K
-    return tl.load(start) * tl.load(start - KP, mask=(d_K >= 0) & since, other=1.0), tl.load(start + KP)
-
-
-@triton.jit
-def load_factors_back(factors, block, since, d_K, KP: tl.constexpr):
-    """Leave times the enter of the chunk behind if there is one `since` a walk back began, and carry."""
-    start = factors + block * 3 * KP + d_K
-    return tl.load(start + 2 * KP) * tl.load(start + 3 * KP, mask=(d_K >= 0) & since, other=1.0), tl.load(start + KP)
+def load_factors(factors, block, d_K, KP: tl.constexpr):
+    """The factors of the rows of a state: enter, carry, leave."""
+    first_K, second_K = tl.load(factors + block * 2 * KP + d_K), tl.load(factors + block * 2 * KP + KP + d_K)
+    is_rough = first_K < 0
+    return tl.where(is_rough, 1.0, first_K), tl.where(is_rough, second_K, 1.0), tl.where(is_rough, 1.0, second_K)

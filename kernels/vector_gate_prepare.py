@@ -37,7 +37,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements. A first launch takes gentle chunks, a second one with TREE those it found rough.
 
-    factors gets those of the rows of states, [B, H, N, 3, KP], rough whether a half decays below 2^-GENTLE, [B, H, N]; reads,
+    factors gets those of the rows of states, [B, H, N, 2, KP], rough whether a half decays below 2^-GENTLE, [B, H, N]; reads,
     writes and erases get Q', W and K', [B, H, N, C, KP], scores and couplings P and H, [B, H, N, C, C]. OWN says that f holds
     the keys of the erasure, TERMS is for `in_terms`.
     """
@@ -47,7 +47,7 @@ def prepare_kernel(
     batch, head = head_index // heads, head_index % heads
     i_C, start, left = tl.arange(0, C), n.to(tl.int64) * C, length - n * C
     gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
-    factors += block * 3 * KP
+    factors += block * 2 * KP
     if TREE:
         is_rough = tl.load(rough + block) != 0
     else:

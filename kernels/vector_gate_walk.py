@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_middle import load_factors, load_factors_back
+from kernels.vector_gate_middle import load_factors
 from kernels.vector_gate_rows import load_beta, load_rows, store_rows
 
 
@@ -55,7 +55,7 @@ def walk_kernel(
         here = row + start * heads
         read_CK = tl.load(reads + block * C * KP + by_key_CK)
         write_CK = tl.load(writes + block * C * KP + by_key_CK)
-        enter_K, carry_K = load_factors(factors, block, n > 0, d_K, KP)
+        enter_K, carry_K, leave_K = load_factors(factors, block, d_K, KP)
         u_CV = load_rows(v + start * v_t * UNIT, v_t * UNIT, i_C, e_V, left, V, DOT)
         score_CC = tl.load(scores + block * C * C + square_CC)
         state_KV *= enter_K[:, None]
@@ -74,10 +74,9 @@ def walk_kernel(
         if KEEP:  # late, since their way out may then share memory with the operand that they were
             tl.store(states + block * KP * VP + d_K[:, None] * VP + e_V[None, :], before_KV)
         store_rows(o + here * V, heads * V, i_C, e_V, left, o_CV, V)
-        state_KV = tl.dot(tl.trans(write_CK), u_CV, state_KV * carry_K[:, None], input_precision=PRECISION)
+        state_KV = tl.dot(tl.trans(write_CK), u_CV, state_KV * carry_K[:, None], input_precision=PRECISION) * leave_K[:, None]
     if LAST:
-        leave_K = tl.load(factors + (head_index * chunks + chunks) * 3 * KP - KP + d_K)
-        tl.store(last + by_state, state_KV * leave_K[:, None], mask=in_state)
+        tl.store(last + by_state, state_KV, mask=in_state)
 
 
 @triton.jit
@@ -113,7 +112,7 @@ def reverse_kernel(
         here = row + start * heads
         read_CK = tl.load(reads + block * C * KP + by_key_CK)
         write_CK = tl.load(writes + block * C * KP + by_key_CK)
-        leave_K, carry_K = load_factors_back(factors, block, step > 0, d_K, KP)
+        enter_K, carry_K, leave_K = load_factors(factors, block, d_K, KP)
         do_CV = load_rows(do + start * do_t * UNIT, do_t * UNIT, i_C, e_V, left, V, DOT)
         score_CC = tl.load(scores + block * C * C + square_CC)
         grad_KV *= leave_K[:, None]
@@ -132,6 +131,6 @@ def reverse_kernel(
             du_CV *= beta_C[:, None]
             grad_KV = tl.dot(tl.trans(erase_CK), (-du_CV).to(DOT), grad_KV, input_precision=PRECISION)
         store_rows(dv + here * V, heads * V, i_C, e_V, left, du_CV, V)
+        grad_KV *= enter_K[:, None]
     if FIRST:
-        enter_K = tl.load(factors + head_index * chunks * 3 * KP + d_K)
-        tl.store(dfirst + by_state, grad_KV * enter_K[:, None], mask=in_state)
+        tl.store(dfirst + by_state, grad_KV, mask=in_state)
