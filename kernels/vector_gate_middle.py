@@ -11,6 +11,8 @@ rough one takes the decays to its boundaries, Q' = Q exp(G), W = K exp(G_C - G),
 
     S_m = enter S,    O = Q' S_m + P U,    S <- leave (carry S_m + W^T U)
 
+Matrices of tokens and channels are [C, K], or [K, C] where a function says BY_KEY.
+
 Shape legend: C tokens of a chunk, a power of two; K channels.
 """
 
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_rows import load_rows
-from kernels.vector_gate_tree import LOG2_E, in_terms
+from kernels.vector_gate_tree import LOG2_E, in_terms, times_terms
 
 
 @triton.jit
@@ -30,41 +32,38 @@ def load_gates(start, stride, i_C, d_K, left, K: tl.constexpr, TERMS: tl.constex
 
 
 @triton.jit
-def half_sums(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr):
+def half_sums(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """Log2 decays [K] of the early and of the late half, of the terms that `from_middle` adds up."""
-    high_CK, low_CK = in_terms(gate_CK, TERMS)
-    sum_CK = high_CK.to(tl.float32)
+    high, low = in_terms(gate, TERMS)
+    gate = high.to(tl.float32)
     if TERMS == 2:
-        sum_CK += low_CK.to(tl.float32)
-    is_late = (i_C >= C // 2)[:, None]
-    early_K, late_K = tl.sum(tl.where(is_late, 0.0, sum_CK), 0), tl.sum(tl.where(is_late, sum_CK, 0.0), 0)
-    return early_K * LOG2_E, late_K * LOG2_E
+        gate += low.to(tl.float32)
+    is_late = i_C >= C // 2
+    is_late = is_late[None, :] if BY_KEY else is_late[:, None]
+    axis: tl.constexpr = 1 if BY_KEY else 0
+    return tl.sum(tl.where(is_late, 0.0, gate), axis) * LOG2_E, tl.sum(tl.where(is_late, gate, 0.0), axis) * LOG2_E
 
 
 @triton.jit
-def from_middle(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr):
+def from_middle(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """Log2 of the decay from the middle to each token, positive before it: one product with a matrix of -1, 0 and 1."""
     to_C, token_C = i_C[:, None], i_C[None, :]
     late_CC = (token_C >= C // 2) & (token_C <= to_C)
     early_CC = (token_C < C // 2) & (token_C > to_C)
-    high_CK, low_CK = in_terms(gate_CK, TERMS)
-    signs_CC = tl.where(late_CC, 1.0, tl.where(early_CC, -1.0, 0.0)).to(high_CK.dtype)
-    sums_CK = tl.dot(signs_CC, high_CK, input_precision="tf32x3" if TERMS == 0 else None)
-    if TERMS == 2:
-        sums_CK = tl.dot(signs_CC, low_CK, sums_CK)
-    return sums_CK * LOG2_E
+    high, low = in_terms(gate, TERMS)
+    return times_terms(tl.where(late_CC, 1.0, tl.where(early_CC, -1.0, 0.0)), high, low, TERMS, BY_KEY) * LOG2_E
 
 
 @triton.jit
-def reads_and_writes(gate_CK, i_C, C: tl.constexpr, TERMS: tl.constexpr, ROUGH: tl.constexpr):
-    """Log2 decays [C, K] of what reads from a chunk, and of what is written in it."""
-    since_CK = from_middle(gate_CK, i_C, C, TERMS)
-    until_CK = -since_CK
+def reads_and_writes(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, ROUGH: tl.constexpr, BY_KEY: tl.constexpr):
+    """Log2 decays of what reads from a chunk, and of what is written in it, of the shape of the log decays."""
+    since = from_middle(gate, i_C, C, TERMS, BY_KEY)
+    until = -since
     if ROUGH:
-        early_K, late_K = half_sums(gate_CK, i_C, C, TERMS)
-        since_CK += early_K[None, :]
-        until_CK += late_K[None, :]
-    return since_CK, until_CK
+        early_K, late_K = half_sums(gate, i_C, C, TERMS, BY_KEY)
+        since += early_K[:, None] if BY_KEY else early_K[None, :]
+        until += late_K[:, None] if BY_KEY else late_K[None, :]
+    return since, until
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def _measure(
     lowest = 0.0
     for first in tl.static_range(0, KP, BK):
         cols = first + tl.arange(0, BK)
-        early_K, late_K = half_sums(load_gates(gate, gate_t, i_C, cols, left, K, TERMS), i_C, C, TERMS)
+        early_K, late_K = half_sums(load_gates(gate, gate_t, i_C, cols, left, K, TERMS), i_C, C, TERMS, False)
         store_factors(factors, early_K, late_K, cols, KP, False)
         lowest = tl.minimum(lowest, tl.min(tl.minimum(early_K, late_K), 0))
     return lowest < -GENTLE
@@ -97,7 +97,7 @@ def _keys_and_scores(
         q_CK = load_rows(q, q_t, i_C, cols, left, K, DOT)
         k_CK = load_rows(k, k_t, i_C, cols, left, K, DOT)
         gate_CK = load_gates(gate, gate_t, i_C, cols, left, K, TERMS)
-        since_CK, until_CK = reads_and_writes(gate_CK, i_C, C, TERMS, TREE)
+        since_CK, until_CK = reads_and_writes(gate_CK, i_C, C, TERMS, TREE, False)
         f_CK, past_CK = k_CK, since_CK
         if OWN:
             f_CK = load_rows(f, f_t, i_C, cols, left, K, DOT)
@@ -110,7 +110,7 @@ def _keys_and_scores(
             erase_CK = (f_CK * tl.exp2(past_CK)).to(DOT)
             tl.store(erases + by_key_CK, erase_CK)
         if TREE:
-            early_K, late_K = half_sums(gate_CK, i_C, C, TERMS)
+            early_K, late_K = half_sums(gate_CK, i_C, C, TERMS, False)
             store_factors(factors, early_K, late_K, cols, KP, True)
             own_C += tl.sum(q_CK.to(tl.float32) * k_CK.to(tl.float32), 1)
             p_CC, m_CC = _from_tree(q_CK, k_CK, f_CK, gate_CK, p_CC, m_CC, i_C, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION)
@@ -131,13 +131,13 @@ def _from_tree(
     """Adds the part of some channels to P, but for its diagonal, and to M, for any decays."""
     high_CK, low_CK = in_terms(gate_CK, TERMS)
     for level in range(1, LEVELS + 1):
-        decay_CK = tl.exp2(to_boundary(i_C, level, high_CK, low_CK, TERMS))
+        decay_CK = tl.exp2(to_boundary(i_C, level, high_CK, low_CK, TERMS, False))
         pairs_CC = paired(i_C[:, None], i_C[None, :], level)
         kd_CK, qd_CK = (k_CK * decay_CK).to(DOT), (q_CK * decay_CK).to(DOT)
         p_CC += tl.where(pairs_CC, tl.dot(qd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
         if DELTA:
             fd_CK = kd_CK
             if OWN:
-                fd_CK = (f_CK * tl.exp2(past_to_boundary(i_C, level, high_CK, low_CK, TERMS))).to(DOT)
+                fd_CK = (f_CK * tl.exp2(past_to_boundary(i_C, level, high_CK, low_CK, TERMS, False))).to(DOT)
             m_CC += tl.where(pairs_CC, tl.dot(fd_CK, tl.trans(kd_CK), input_precision=PRECISION), 0.0)
     return p_CC, m_CC

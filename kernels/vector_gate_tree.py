@@ -12,6 +12,8 @@ Only rough chunks need it, see `kernels.vector_gate_middle`.
 Every exponent is a sum of log decays over a range of tokens, and sums of many ranges are one product with a matrix of zeros
 and ones. Tensor cores do it faster than scans, which exchange data between threads, and no difference of long sums loses digits.
 
+Matrices of tokens and channels are [C, K], or [K, C] where a function says BY_KEY.
+
 Shape legend: C tokens of a chunk, a power of two; K channels.
 """
 
@@ -34,20 +36,26 @@ def in_terms(x_CK, TERMS: tl.constexpr):
 
 
 @triton.jit
-def range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
-    """Sums over the tokens in (after, upto], for each row of C and each channel, of a matrix from `in_terms`."""
-    wanted_CC = (i_C[None, :] > after_C[:, None]) & (i_C[None, :] <= upto_C[:, None])
-    ones_CC = tl.where(wanted_CC, 1.0, 0.0).to(high_CK.dtype)
-    sums_CK = tl.dot(ones_CC, high_CK, input_precision="tf32x3" if TERMS == 0 else None)
-    if TERMS == 2:
-        sums_CK = tl.dot(ones_CC, low_CK, sums_CK)
-    return sums_CK
+def times_terms(weight_CC, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """A matrix with a row for each result times one from `in_terms`, [C, K], or [K, C] BY_KEY."""
+    weight_CC = weight_CC.to(high.dtype)
+    precision: tl.constexpr = "tf32x3" if TERMS == 0 else None
+    if BY_KEY:
+        sums = tl.dot(high, tl.trans(weight_CC), input_precision=precision)
+        if TERMS == 2:
+            sums = tl.dot(low, tl.trans(weight_CC), sums)
+    else:
+        sums = tl.dot(weight_CC, high, input_precision=precision)
+        if TERMS == 2:
+            sums = tl.dot(weight_CC, low, sums)
+    return sums
 
 
 @triton.jit
-def decay_exponents(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
-    """`range_sums` of natural log decays, as powers of 2."""
-    return range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS) * LOG2_E
+def range_sums(after_C, upto_C, high, low, i_C, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """Sums over the tokens in (after, upto], for each token and channel, of a matrix from `in_terms`."""
+    wanted_CC = (i_C[None, :] > after_C[:, None]) & (i_C[None, :] <= upto_C[:, None])
+    return times_terms(tl.where(wanted_CC, 1.0, 0.0), high, low, TERMS, BY_KEY)
 
 
 @triton.jit
@@ -70,13 +78,13 @@ def last_early(i_C, level):
 
 
 @triton.jit
-def to_boundary(i_C, level, high_CK, low_CK, TERMS: tl.constexpr):
+def to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """Log2 decay between each token and the boundary of its block, <= 0."""
     boundary_C = last_early(i_C, level)
-    return decay_exponents(tl.minimum(i_C, boundary_C), tl.maximum(i_C, boundary_C), high_CK, low_CK, i_C, TERMS)
+    return range_sums(tl.minimum(i_C, boundary_C), tl.maximum(i_C, boundary_C), high, low, i_C, TERMS, BY_KEY) * LOG2_E
 
 
 @triton.jit
-def past_to_boundary(i_C, level, high_CK, low_CK, TERMS: tl.constexpr):
+def past_to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """The same for late tokens, up to the token before."""
-    return decay_exponents(last_early(i_C, level), i_C - 1, high_CK, low_CK, i_C, TERMS)
+    return range_sums(last_early(i_C, level), i_C - 1, high, low, i_C, TERMS, BY_KEY) * LOG2_E
