@@ -52,9 +52,9 @@ class Config(NamedTuple):
 
 # By the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 8, 1)),
-    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1)),
-    256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 8, 1)),
+    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
+    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1)),
+    256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
 }
 FP32 = {
     64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),

@@ -63,6 +63,19 @@ def _over_values(
 
 
 @triton.jit
+def _decays(
+    gate, gate_t, i_C, d_K, left, K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr
+):  # fmt: skip
+    """Decays [K, C] of reads, writes and erasures, and the log decays."""
+    gate_KC = tl.trans(load_gates(gate, gate_t, i_C, d_K, left, K, TERMS))
+    since_KC, until_KC = reads_and_writes(gate_KC, i_C, C, TERMS, TREE, True)
+    past_KC = since_KC
+    if OWN:
+        past_KC = since_KC - gate_KC * LOG2_E
+    return tl.exp2(since_KC), tl.exp2(until_KC), tl.exp2(past_KC), gate_KC
+
+
+@triton.jit
 def _through_middle(
     reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, by_key_CK,
     DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,19 +153,15 @@ def gradient_kernel(
             u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V, states + state, dstates + state,
             beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
         )  # fmt: skip
+        q += (batch * q_b + head * q_h + start * q_t) * UNIT
+        k += (batch * k_b + head * k_h + start * k_t) * UNIT
+        f += (batch * f_b + head * f_h + start * f_t) * UNIT
         gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
-        gate_KC = tl.trans(load_gates(gate, gate_t * UNIT, i_C, d_K, left, K, TERMS))
-        since_KC, until_KC = reads_and_writes(gate_KC, i_C, C, TERMS, TREE, True)
-        past_KC = since_KC
-        if OWN:
-            past_KC = since_KC - gate_KC * LOG2_E
-        since_KC, until_KC, past_KC = tl.exp2(since_KC), tl.exp2(until_KC), tl.exp2(past_KC)
         if TREE:
-            q_KC = tl.trans(load_rows(q + (batch * q_b + head * q_h + start * q_t) * UNIT, q_t * UNIT, i_C, d_K, left, K, DOT))
-            k_KC = tl.trans(load_rows(k + (batch * k_b + head * k_h + start * k_t) * UNIT, k_t * UNIT, i_C, d_K, left, K, DOT))
-            f_KC = k_KC
-            if OWN:
-                f_KC = tl.trans(load_rows(f + (batch * f_b + head * f_h + start * f_t) * UNIT, f_t * UNIT, i_C, d_K, left, K, DOT))
+            since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, d_K, left, K, C, OWN, TERMS, TREE)
+            q_KC = tl.trans(load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT))
+            k_KC = tl.trans(load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT))
+            f_KC = tl.trans(load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT)) if OWN else k_KC
             own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 0)[None, :]
             dwrite_KC *= until_KC
             dq_KC, dk_KC, df_KC = _through_tree(
@@ -167,19 +176,22 @@ def gradient_kernel(
                 reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, dread_KC, dwrite_KC, derase_KC,
                 dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], DELTA, DOT, PRECISION,
             )  # fmt: skip
-            dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
-        _, carry_K, _ = load_factors(factors, block, d_K, KP)
         own_KC = tl.zeros([BK, C], tl.float32)
-        if OWN:
-            # What an erasure reads with its own keys has decayed up to the token before it.
-            y_KC, own_KC = y_KC + past_y_KC, past_y_KC
-            store_rows(df + row * K, heads * K, i_C, d_K, left, tl.trans(df_KC), K)
-        elif DELTA:
+        if DELTA:
             y_KC += past_y_KC
-            dk_KC += df_KC
+            if OWN:
+                own_KC = past_y_KC  # what an erasure reads with its own keys has decayed up to the token before it
+        _, carry_K, _ = load_factors(factors, block, d_K, KP)
         high_KC, low_KC = in_terms(x_KC - y_KC, SPLIT)
         dgate_KC = range_sums(tl.zeros_like(i_C) - 1, i_C - 1, high_KC, low_KC, i_C, SPLIT, True) - own_KC
         dgate_KC += (tl.sum(y_KC, 1) + both_K * carry_K)[:, None]
+        store_rows(dgate + row * K, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
+        if not TREE:  # last, since the gradients of the decays are done without them
+            since_KC, until_KC, past_KC, _ = _decays(gate, gate_t * UNIT, i_C, d_K, left, K, C, OWN, TERMS, TREE)
+            dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
+        if OWN:
+            store_rows(df + row * K, heads * K, i_C, d_K, left, tl.trans(df_KC), K)
+        elif DELTA:
+            dk_KC += df_KC
         store_rows(dq + row * K, heads * K, i_C, d_K, left, tl.trans(dq_KC), K)
         store_rows(dk + row * K, heads * K, i_C, d_K, left, tl.trans(dk_KC), K)
-        store_rows(dgate + row * K, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
