@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from kernels.vector_gate_config import config, gate_terms, gentle_limit, tile_width
-from kernels.walk import _dot_dtype, _nothing, _precision, _rows, _state_like, _triton_dtype
+from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
+
+
+SOLVER = (torch.float16, None)
 
 
 class Kept(NamedTuple):
@@ -90,14 +93,15 @@ class Call:
     ) -> None:
         self.q, self.k, self.gate, self.erase, self.kept = q_BTHK, k_BTHK, log_decay_BTHK, erase_BTHK, kept
         self.batch, self.length, self.heads, self.v_dim = v_BTHV.shape
-        self.v, self.beta = v_BTHV, v_BTHV if beta_BTH is None else beta_BTH.contiguous()
+        self.beta = v_BTHV if beta_BTH is None else beta_BTH.contiguous()
         self.first = v_BTHV if state_BHKV is None else state_BHKV.contiguous()
         self.has_first, self.delta = state_BHKV is not None, beta_BTH is not None
         self.dtype, self.k_dim = kept.scores.dtype, k_BTHK.shape[3]
         self.config = config(self.k_dim, self.v_dim, self.dtype)
         self.blocks = kept.rough.numel()
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
-        self.keys = (q_BTHK, k_BTHK, k_BTHK if erase_BTHK is None else erase_BTHK, log_decay_BTHK)
+        self.v = v_BTHV
+        self.keys = (*_narrow(self.dtype, q_BTHK, k_BTHK, k_BTHK if erase_BTHK is None else erase_BTHK), log_decay_BTHK)
         self.flags = {
             "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DELTA": self.delta, "DOT": _triton_dtype(self.dtype),
             "PRECISION": _precision(self.dtype),
@@ -114,12 +118,12 @@ class Call:
 
         tile, kept = self.config.prepare, self.kept
         rows, strides, unit = _rows(*self.keys)
-        merge = self.dtype if self.dtype == torch.float32 else torch.float16
+        merge, solve = SOLVER if self.dtype != torch.float32 else (torch.float32, "tf32x3")
         for tree in (False, True):
             prepare_kernel[(self.blocks,)](
                 *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-                TREE=tree, MERGE=_triton_dtype(merge), **tile.options(),
+                TREE=tree, MERGE=_triton_dtype(merge), SOLVE=solve, **tile.options(),
             )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -127,7 +131,7 @@ class Call:
         from kernels.vector_gate_walk import walk_kernel
 
         kept, tiling = self.kept, self._tiling(self.config.walk.width)
-        (v,), strides, unit = _rows(self.v)
+        (v,), strides, unit = _rows(*_narrow(self.dtype, self.v))
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
         walk_kernel[(self.batch * self.heads * self._tiles(tiling),)](
@@ -142,7 +146,7 @@ class Call:
         from kernels.vector_gate_walk import reverse_kernel
 
         kept, tiling = self.kept, self._tiling(self.config.reverse.width)
-        (do,), strides, unit = _rows(do)
+        (do,), strides, unit = _rows(*_narrow(self.dtype, do))
         tiles = self._tiles(tiling)
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
@@ -163,7 +167,7 @@ class Call:
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         kept, tile = self.kept, self.config.gradient
-        rows, strides, unit = _rows(*self.keys, kept.errors if self.delta else self.v, do)
+        rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
         part_k = min(tile.width, self.wide_k)
         for tree in (False, True):
             gradient_kernel[(self.blocks * (self.wide_k // part_k),)](

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_middle import load_factors
-from kernels.vector_gate_rows import load_beta, load_rows, store_rows
+from kernels.vector_gate_rows import SIZES, load_beta, load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def walk_kernel(
     factors, reads, writes, erases, scores, couplings, v, beta, first, o, last, states, errors,
     v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32,
@@ -79,7 +79,7 @@ def walk_kernel(
         tl.store(last + by_state, state_KV, mask=in_state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reverse_kernel(
     factors, reads, writes, erases, scores, couplings, errors, do, beta, dlast, dv, dbeta, dfirst, dstates,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32,
