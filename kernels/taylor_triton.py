@@ -65,6 +65,12 @@ def factors(x_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def polynomial(score, K: tl.constexpr):
+    """1 + s + s^2 / 2 of s = score / sqrt(K), in two multiply-adds."""
+    return (score * (0.5 / K) + K**-0.5) * score + 1.0
+
+
+@triton.jit
 def weights(f, K: tl.constexpr):
     """Weight of a row: 1 + s + s^2 / 2 = sum_f weight_f monomial_f(q) monomial_f(k)."""
     shift = f // K - 1
@@ -209,16 +215,15 @@ def forward_kernel(
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * K**-0.5
-        p_MN = (0.5 * s_MN + 1.0) * s_MN + 1.0
+        p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     for first_key in tl.range(start, tl.minimum(start + BM, length), BN, num_stages=1):
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * K**-0.5
-        p_MN = tl.where(m[:, None] >= t[None, :], (0.5 * s_MN + 1.0) * s_MN + 1.0, 0.0)
+        p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
+        p_MN = tl.where(m[:, None] >= t[None, :], p_MN, 0.0)
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
