@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.vector_gate_config import config, gate_terms, gentle_limit, tile_width
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
 from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 
 
@@ -44,6 +44,13 @@ class Kept(NamedTuple):
     couplings: Tensor
     states: Tensor
     errors: Tensor
+
+
+class Segments(NamedTuple):
+    """How many segments a head has, and of how many chunks each is."""
+
+    number: int
+    chunks: int
 
 
 def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, keep: bool) -> Kept:
@@ -130,35 +137,82 @@ class Call:
         """Runs `walk_kernel`: outputs and the final state."""
         from kernels.vector_gate_walk import walk_kernel
 
-        kept, tiling = self.kept, self._tiling(self.config.walk.width)
+        kept, tile = self.kept, self.config.walk
         (v,), strides, unit = _rows(*_narrow(self.dtype, self.v))
+        tiles, segments = self._tiles(tile), self._segments(tile)
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
-        walk_kernel[(self.batch * self.heads * self._tiles(tiling),)](
-            *kept[1:7], v, self.beta, self.first, o, last, kept.states, kept.errors,
-            *strides, self.length, self.heads, **self.flags, **tiling, UNIT=unit,
-            FIRST=self.has_first, LAST=return_state, KEEP=keep, STAGES=self.config.walk.stages, **self.config.walk.options(),
-        )  # fmt: skip
+
+        def launch(first: Tensor, last: Tensor, decays: Tensor, **flags: bool) -> None:
+            walk_kernel[(self.batch * self.heads * segments.number * tiles,)](
+                *kept[1:7], v, self.beta, first, o, last, kept.states, kept.errors, decays,
+                *strides, self.length, self.heads, *segments, **self.flags, **self._walking(tile), UNIT=unit, **flags,
+            )  # fmt: skip
+
+        first = self.first
+        if segments.number > 1:
+            first, decays = self._sums(segments.number)
+            launch(self.first, first, decays, FIRST=False, LAST=False, KEEP=False, OUT=False)
+            self._join(first, decays, self.first if self.has_first else None, reverse=False)
+        launch(first, last, last, FIRST=self.has_first or segments.number > 1, LAST=return_state, KEEP=keep, OUT=True)
         return o, last
 
     def reverse(self, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs `reverse_kernel`: gradients of v, of beta in tiles, of the first state, and of the states of chunks."""
         from kernels.vector_gate_walk import reverse_kernel
 
-        kept, tiling = self.kept, self._tiling(self.config.reverse.width)
+        kept, tile = self.kept, self.config.reverse
         (do,), strides, unit = _rows(*_narrow(self.dtype, do))
-        tiles = self._tiles(tiling)
+        tiles, segments = self._tiles(tile), self._segments(tile)
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
-        reverse_kernel[(self.batch * self.heads * tiles,)](
-            *kept[1:7], kept.errors, do, self.beta,
-            do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
-            *strides, self.length, self.batch, self.heads, **self.flags, **tiling, UNIT=unit,
-            FIRST=self.has_first, DLAST=dlast is not None, STAGES=self.config.reverse.stages, **self.config.reverse.options(),
-        )  # fmt: skip
+
+        def launch(dlast: Tensor, dfirst: Tensor, decays: Tensor, **flags: bool) -> None:
+            reverse_kernel[(self.batch * self.heads * segments.number * tiles,)](
+                *kept[1:7], kept.errors, do, self.beta, dlast, dv, dbeta, dfirst, dstates, decays,
+                *strides, self.length, self.batch, self.heads, *segments, **self.flags, **self._walking(tile), UNIT=unit, **flags,
+            )  # fmt: skip
+
+        given = None if dlast is None else dlast.float().contiguous()
+        behind = do if given is None else given
+        if segments.number > 1:
+            behind, decays = self._sums(segments.number)
+            launch(do, behind, decays, FIRST=False, DLAST=False, OUT=False)
+            self._join(behind, decays, given, reverse=True)
+        launch(behind, dfirst, dfirst, FIRST=self.has_first, DLAST=given is not None or segments.number > 1, OUT=True)
         return dv, dbeta, dfirst, dstates
+
+    def _walking(self, tile: Tile) -> dict[str, int | None]:
+        """Compile-time arguments and options of a walk."""
+        return {"V": self.v_dim, "VP": self.wide_v, "BV": min(tile.width, self.wide_v), "STAGES": tile.stages} | tile.options()
+
+    def _tiles(self, tile: Tile) -> int:
+        """Programs of a walk that share a head."""
+        return -(-self.v_dim // min(tile.width, self.wide_v))
+
+    def _segments(self, tile: Tile) -> Segments:
+        """Into how much a walk of one head is split; two or three segments would not pay for the first walk."""
+        chunks = self.blocks // (self.batch * self.heads)
+        number = min(PROGRAMS // (self.batch * self.heads * self._tiles(tile)), chunks // SEGMENT)
+        per = chunks if self.delta or number < 4 else -(-chunks // number)
+        return Segments(-(-chunks // per), per)
+
+    def _sums(self, segments: int) -> tuple[Tensor, Tensor]:
+        """Memory for what segments add to a state, and their decays."""
+        heads = (self.batch, self.heads, segments)
+        return tuple(self.v.new_empty(*heads, *more, dtype=torch.float32) for more in ((self.k_dim, self.v_dim), (self.wide_k,)))
+
+    def _join(self, sums: Tensor, decays: Tensor, first: Tensor | None, *, reverse: bool) -> None:
+        """Runs `join_kernel`."""
+        from kernels.vector_gate_walk import join_kernel
+
+        block = 1024
+        join_kernel[(self.batch * self.heads * -(-self.k_dim * self.v_dim // block),)](
+            sums, decays, sums if first is None else first, sums.shape[2],
+            K=self.k_dim, V=self.v_dim, KP=self.wide_k, BLOCK=block, FIRST=first is not None, REVERSE=reverse, num_warps=4,
+        )  # fmt: skip
 
     def gradients(self, do: Tensor, dv: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
         """Runs `gradient_kernel`: gradients of q, k, the keys of the erasure and the log decays."""
@@ -176,13 +230,6 @@ class Call:
                 UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
             )  # fmt: skip
         return found
-
-    def _tiling(self, width: int) -> dict[str, int]:
-        """Widths of values for a walk whose programs own so many columns of the state."""
-        return {"V": self.v_dim, "VP": self.wide_v, "BV": min(width, self.wide_v)}
-
-    def _tiles(self, tiling: dict[str, int]) -> int:
-        return -(-self.v_dim // tiling["BV"])
 
 
 def forward(

@@ -62,6 +62,9 @@ FP32 = {
     256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
 }
 
+# A walk without the delta rule is split into segments of at least so many chunks, as long as that makes no more programs.
+SEGMENT, PROGRAMS = 8, 256
+
 
 def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
     """The shipped configuration."""

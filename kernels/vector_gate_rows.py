@@ -10,7 +10,7 @@ import triton.language as tl
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = [f"{tensor}_{axis}" for tensor in ("q", "k", "f", "gate", "v", "u", "do") for axis in "bth"]
-SIZES += ["length", "batches", "heads"]
+SIZES += ["length", "batches", "heads", "segments", "per"]
 
 
 @triton.jit

@@ -15,16 +15,16 @@ from kernels.vector_gate_walk import reverse_kernel, walk_kernel
 from tests.kernels.offline import Resources, compile_sm90
 
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
-WIDE = ("gate", "factors", "beta", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
+WIDE = ("gate", "factors", "decays", "beta", "first", "last", "dlast", "dfirst", "dbeta", "dgate")
 SMEM = 227 * 1024
 HALF_OF_AN_SM = 228 * 1024 // 2 - 1024
 # kernel, the entry of its configuration, flags
 KERNELS = {
     "prepare": (prepare_kernel, "prepare", {"TREE": False}),
     "prepare by the tree": (prepare_kernel, "prepare", {"TREE": True}),
-    "walk": (walk_kernel, "walk", {"KEEP": False}),
-    "walk, keeping": (walk_kernel, "walk", {"KEEP": True}),
-    "reverse": (reverse_kernel, "reverse", {}),
+    "walk": (walk_kernel, "walk", {"KEEP": False, "OUT": True}),
+    "walk, keeping": (walk_kernel, "walk", {"KEEP": True, "OUT": True}),
+    "reverse": (reverse_kernel, "reverse", {"OUT": True}),
     "gradient": (gradient_kernel, "gradient", {"TREE": False}),
     "gradient by the tree": (gradient_kernel, "gradient", {"TREE": True}),
 }
