@@ -16,7 +16,6 @@ from torch import Tensor
 from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
 from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 
-
 SOLVER = (torch.float16, None)
 
 

@@ -150,8 +150,8 @@ def gradient_kernel(
         beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
         dread_KC, dwrite_KC, derase_KC, both_K, dp_CC, dm_CC = _over_values(
             do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
-            u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V, states + state, dstates + state,
-            beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
+            u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V,
+            states + state, dstates + state, beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
         )  # fmt: skip
         q += (batch * q_b + head * q_h + start * q_t) * UNIT
         k += (batch * k_b + head * k_h + start * k_t) * UNIT

@@ -68,7 +68,7 @@ def reads_and_writes(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, ROUGH: tl.
 
 @triton.jit
 def store_factors(factors, early_K, late_K, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
-    """Writes the factors [2, KP] of the rows of a state: enter and leave, or -1 and carry, which walks have no room for a third of."""
+    """Writes the factors [2, KP] of the rows of a state: enter and leave, or -1 and carry. For three, a walk has no memory left."""
     tl.store(factors + d_K, tl.zeros_like(early_K) - 1.0 if ROUGH else tl.exp2(early_K))
     tl.store(factors + KP + d_K, tl.exp2(early_K + late_K if ROUGH else late_K))
 

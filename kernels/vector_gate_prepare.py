@@ -35,7 +35,7 @@ def prepare_kernel(
     DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, TREE: tl.constexpr,
     DOT: tl.constexpr, MERGE: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * N,). Strides count UNIT elements. A first launch takes gentle chunks, a second one with TREE those it found rough.
+    """Grid: (B * H * N,). Strides count UNIT elements. A first launch takes gentle chunks, one with TREE those it found rough.
 
     factors gets those of the rows of states, [B, H, N, 2, KP], rough whether a half decays below 2^-GENTLE, [B, H, N]; reads,
     writes and erases get Q', W and K', [B, H, N, C, KP], scores and couplings P and H, [B, H, N, C, C]. OWN says that f holds

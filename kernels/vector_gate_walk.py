@@ -90,6 +90,20 @@ def walk_kernel(
         tl.store(last + head_index * K * V + by_state, state_KV, mask=in_state & (segment == segments - 1))
 
 
+@triton.jit
+def _through_erasure(
+    du_CV, grad_KV, erase_CK, coupling_CC, errors, beta, dbeta, heads, i_C, e_V, left,
+    V: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DV, and dS less what the erasure of the chunk has read; writes dbeta."""
+    beta_C = load_beta(beta, heads, i_C, left)
+    error_CV = load_rows(errors, heads * V, i_C, e_V, left, V, tl.float32)
+    du_CV -= tl.dot(tl.trans(coupling_CC), (beta_C[:, None] * du_CV).to(DOT), input_precision=PRECISION)
+    tl.store(dbeta + i_C * heads, tl.sum(du_CV * error_CV, 1), mask=i_C < left)
+    du_CV *= beta_C[:, None]
+    return du_CV, tl.dot(tl.trans(erase_CK), (-du_CV).to(DOT), grad_KV, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def reverse_kernel(
     factors, reads, writes, erases, scores, couplings, errors, do, beta, dlast, dv, dbeta, dfirst, dstates, decays,
@@ -101,8 +115,8 @@ def reverse_kernel(
 ):  # fmt: skip
     """Grid: (B * H * value tiles,). dstates, [B, H, N, KP, VP], gets dS_m of each chunk.
 
-    dbeta is [value tiles, B, T, H], to be summed over the first axis. FIRST writes dfirst, the gradient of S_0. Without OUT only the
-    gradient that a segment makes out of none goes to dfirst, [B, H, segments, K, V], and its decay to decays,
+    dbeta is [value tiles, B, T, H], to be summed over the first axis. FIRST writes dfirst, the gradient of S_0. Without OUT
+    only the gradient that a segment makes out of none goes to dfirst, [B, H, segments, K, V], and its decay to decays,
     [B, H, segments, KP]; `dlast` has a gradient for each segment, too.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -142,14 +156,10 @@ def reverse_kernel(
             decay_K *= enter_K * carry_K * leave_K
         grad_KV = tl.dot(tl.trans(read_CK), do_CV, grad_KV * carry_K[:, None], input_precision=PRECISION)
         if DELTA:
-            beta_C = load_beta(beta + here, heads, i_C, left)
-            coupling_CC = tl.load(couplings + block * C * C + square_CC)
-            erase_CK = tl.load(erases + block * C * KP + by_key_CK)
-            error_CV = load_rows(errors + here * V, heads * V, i_C, e_V, left, V, tl.float32)
-            du_CV -= tl.dot(tl.trans(coupling_CC), (beta_C[:, None] * du_CV).to(DOT), input_precision=PRECISION)
-            tl.store(dbeta + start * heads + i_C * heads, tl.sum(du_CV * error_CV, 1), mask=i_C < left)
-            du_CV *= beta_C[:, None]
-            grad_KV = tl.dot(tl.trans(erase_CK), (-du_CV).to(DOT), grad_KV, input_precision=PRECISION)
+            du_CV, grad_KV = _through_erasure(
+                du_CV, grad_KV, tl.load(erases + block * C * KP + by_key_CK), tl.load(couplings + block * C * C + square_CC),
+                errors + here * V, beta + here, dbeta + start * heads, heads, i_C, e_V, left, V, DOT, PRECISION,
+            )  # fmt: skip
         if OUT:
             store_rows(dv + here * V, heads * V, i_C, e_V, left, du_CV, V)
         grad_KV *= enter_K[:, None]
