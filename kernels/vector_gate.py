@@ -56,7 +56,7 @@ def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, ke
     """Unwritten tensors of the sizes that `forward` returns."""
     batch, length, heads, v_dim = v_BTHV.shape
     dtype = _dot_dtype(q_BTHK, k_BTHK, v_BTHV)
-    chunk = config(k_BTHK.shape[3], v_dim, dtype).chunk
+    chunk = config(k_BTHK.shape[3], v_dim, dtype, delta=delta).chunk
     wide_k, wide_v = (tile_width(width, dtype) for width in (k_BTHK.shape[3], v_dim))
     blocks = (batch, heads, -(-length // chunk))
     return Kept(
@@ -103,7 +103,7 @@ class Call:
         self.first = v_BTHV if state_BHKV is None else state_BHKV.contiguous()
         self.has_first, self.delta = state_BHKV is not None, beta_BTH is not None
         self.dtype, self.k_dim = kept.scores.dtype, k_BTHK.shape[3]
-        self.config = config(self.k_dim, self.v_dim, self.dtype)
+        self.config = config(self.k_dim, self.v_dim, self.dtype, delta=self.delta)
         self.blocks = kept.rough.numel()
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
         self.v = v_BTHV

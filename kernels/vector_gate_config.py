@@ -50,25 +50,34 @@ class Config(NamedTuple):
     gradient: Tile
 
 
-# By the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
-SIXTEEN_BIT = {
-    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
-    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1)),
-    256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
-}
-FP32 = {
-    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-    128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
-    256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
-}
+# Without and with the delta rule, by the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
+SIXTEEN_BIT = (
+    {
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
+        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168)),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
+    },
+    {
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
+        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2)),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
+    },
+)
+FP32 = (
+    {
+        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
+        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
+    },
+) * 2
 
 # A walk without the delta rule is split into segments of at least so many chunks, as long as that makes no more programs.
 SEGMENT, PROGRAMS = 8, 256
 
 
-def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
+def config(k_dim: int, v_dim: int, dtype: torch.dtype, *, delta: bool) -> Config:
     """The shipped configuration."""
-    table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
+    table = (FP32 if dtype == torch.float32 else SIXTEEN_BIT)[delta]
     return next(found for limit, found in table.items() if max(k_dim, v_dim) <= limit)
 
 

@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 
 from kernels.vector_gate_middle import load_factors, load_gates, reads_and_writes
-from kernels.vector_gate_rows import SIZES, load_beta, load_rows, store_rows
+from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, range_sums, to_boundary
 
 
 @triton.jit
 def _over_values(
-    do, do_t, u, u_t, dv, dv_t, states, dstates, beta_C, i_C, d_K, left,
+    do, do_t, u, u_t, dv, dv_t, states, dstates, beta_C, i_C, token_C, d_K, left,
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -57,18 +57,18 @@ def _over_values(
             dv_CV = load_rows(dv, dv_t, i_C, cols, left, V, DOT)
             derase_KC = tl.dot(state_KV, tl.trans(dv_CV), derase_KC, input_precision=PRECISION)
             dm_CC = tl.dot(dv_CV, tl.trans(u_CV), dm_CC, input_precision=PRECISION)
-    dp_CC = tl.where(i_C[:, None] >= i_C[None, :], dp_CC, 0.0)
-    dm_CC = tl.where(i_C[:, None] > i_C[None, :], -dm_CC, 0.0)
+    dp_CC = tl.where(token_C[:, None] >= token_C[None, :], dp_CC, 0.0)
+    dm_CC = tl.where(token_C[:, None] > token_C[None, :], -dm_CC, 0.0)
     return dread_KC, dwrite_KC, -derase_KC, both_K, dp_CC, dm_CC.to(DOT)
 
 
 @triton.jit
 def _decays(
-    gate, gate_t, i_C, d_K, left, K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr
+    gate, gate_t, i_C, token_C, d_K, left, K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr
 ):  # fmt: skip
     """Decays [K, C] of reads, writes and erasures, and the log decays."""
     gate_KC = tl.trans(load_gates(gate, gate_t, i_C, d_K, left, K, TERMS))
-    since_KC, until_KC = reads_and_writes(gate_KC, i_C, C, TERMS, TREE, True)
+    since_KC, until_KC = reads_and_writes(gate_KC, token_C, C, TERMS, TREE, True)
     past_KC = since_KC
     if OWN:
         past_KC = since_KC - gate_KC * LOG2_E
@@ -147,25 +147,26 @@ def gradient_kernel(
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
     if (tl.load(rough + block) != 0) == TREE:
+        token_C = hidden(i_C, length)
         beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
         dread_KC, dwrite_KC, derase_KC, both_K, dp_CC, dm_CC = _over_values(
             do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
             u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V,
-            states + state, dstates + state, beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
+            states + state, dstates + state, beta_C, i_C, token_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
         )  # fmt: skip
         q += (batch * q_b + head * q_h + start * q_t) * UNIT
         k += (batch * k_b + head * k_h + start * k_t) * UNIT
         f += (batch * f_b + head * f_h + start * f_t) * UNIT
         gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
         if TREE:
-            since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, d_K, left, K, C, OWN, TERMS, TREE)
+            since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, C, OWN, TERMS, TREE)
             q_KC = tl.trans(load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT))
             k_KC = tl.trans(load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT))
             f_KC = tl.trans(load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT)) if OWN else k_KC
-            own_C = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC, 0.0), 0)[None, :]
+            own_C = tl.sum(tl.where(token_C[:, None] == token_C[None, :], dp_CC, 0.0), 0)[None, :]
             dwrite_KC *= until_KC
             dq_KC, dk_KC, df_KC = _through_tree(
-                q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dread_KC * since_KC, derase_KC * past_KC, i_C,
+                q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dread_KC * since_KC, derase_KC * past_KC, token_C,
                 LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
             )  # fmt: skip
             x_KC, y_KC, past_y_KC = k_KC * dwrite_KC, q_KC * dq_KC - k_KC * dk_KC, f_KC * df_KC
@@ -183,11 +184,11 @@ def gradient_kernel(
                 own_KC = past_y_KC  # what an erasure reads with its own keys has decayed up to the token before it
         _, carry_K, _ = load_factors(factors, block, d_K, KP)
         high_KC, low_KC = in_terms(x_KC - y_KC, SPLIT)
-        dgate_KC = range_sums(tl.zeros_like(i_C) - 1, i_C - 1, high_KC, low_KC, i_C, SPLIT, True) - own_KC
+        dgate_KC = range_sums(tl.zeros_like(i_C) - 1, token_C - 1, high_KC, low_KC, token_C, SPLIT, True) - own_KC
         dgate_KC += (tl.sum(y_KC, 1) + both_K * carry_K)[:, None]
         store_rows(dgate + row * K, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
         if not TREE:  # last, since the gradients of the decays are done without them
-            since_KC, until_KC, past_KC, _ = _decays(gate, gate_t * UNIT, i_C, d_K, left, K, C, OWN, TERMS, TREE)
+            since_KC, until_KC, past_KC, _ = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, C, OWN, TERMS, TREE)
             dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
         if OWN:
             store_rows(df + row * K, heads * K, i_C, d_K, left, tl.trans(df_KC), K)

@@ -19,9 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_triton import _coupling
 from kernels.vector_gate_middle import half_sums, load_gates, reads_and_writes, store_factors
-from kernels.vector_gate_rows import SIZES, load_beta, load_rows
+from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows
+from kernels.vector_gate_solve import coupling
 from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, to_boundary
 
 
@@ -46,38 +46,39 @@ def prepare_kernel(
     head_index, n = block // chunks, tl.program_id(0) % chunks
     batch, head = head_index // heads, head_index % heads
     i_C, start, left = tl.arange(0, C), n.to(tl.int64) * C, length - n * C
+    token_C = hidden(i_C, length)
     gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
     factors += block * 2 * KP
     if TREE:
         is_rough = tl.load(rough + block) != 0
     else:
-        is_rough = _measure(gate, gate_t * UNIT, factors, i_C, left, K, KP, BK, C, TERMS, GENTLE)
+        is_rough = _measure(gate, gate_t * UNIT, factors, i_C, token_C, left, K, KP, BK, C, TERMS, GENTLE)
         tl.store(rough + block, is_rough.to(tl.int32))
     if is_rough == TREE:
         p_CC, m_CC = _keys_and_scores(
             q + (batch * q_b + head * q_h + start * q_t) * UNIT, k + (batch * k_b + head * k_h + start * k_t) * UNIT,
             f + (batch * f_b + head * f_h + start * f_t) * UNIT, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT,
-            factors, reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, i_C, left,
+            factors, reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, i_C, token_C, left,
             K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, TREE, DOT, PRECISION,
         )  # fmt: skip
         by_pair_CC = i_C[:, None] * C + i_C[None, :]
         tl.store(scores + block * C * C + by_pair_CC, p_CC.to(DOT))
         if DELTA:
             beta_C = load_beta(beta + (batch * length + start) * heads + head, heads, i_C, left)
-            h_CC = _coupling(m_CC, beta_C, C, LEVELS, MERGE, SOLVE)
+            h_CC = coupling(m_CC, beta_C, token_C, LEVELS, MERGE, SOLVE)
             tl.store(couplings + block * C * C + by_pair_CC, h_CC.to(DOT))
 
 
 @triton.jit
 def _measure(
-    gate, gate_t, factors, i_C, left,
+    gate, gate_t, factors, i_C, token_C, left,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the factors of a gentle chunk, and returns whether it is rough."""
     lowest = 0.0
     for first in tl.static_range(0, KP, BK):
         cols = first + tl.arange(0, BK)
-        early_K, late_K = half_sums(load_gates(gate, gate_t, i_C, cols, left, K, TERMS), i_C, C, TERMS, False)
+        early_K, late_K = half_sums(load_gates(gate, gate_t, i_C, cols, left, K, TERMS), token_C, C, TERMS, False)
         store_factors(factors, early_K, late_K, cols, KP, False)
         lowest = tl.minimum(lowest, tl.min(tl.minimum(early_K, late_K), 0))
     return lowest < -GENTLE
@@ -85,7 +86,7 @@ def _measure(
 
 @triton.jit
 def _keys_and_scores(
-    q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, i_C, left,
+    q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, i_C, token_C, left,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
     OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +98,7 @@ def _keys_and_scores(
         q_CK = load_rows(q, q_t, i_C, cols, left, K, DOT)
         k_CK = load_rows(k, k_t, i_C, cols, left, K, DOT)
         gate_CK = load_gates(gate, gate_t, i_C, cols, left, K, TERMS)
-        since_CK, until_CK = reads_and_writes(gate_CK, i_C, C, TERMS, TREE, False)
+        since_CK, until_CK = reads_and_writes(gate_CK, token_C, C, TERMS, TREE, False)
         f_CK, past_CK = k_CK, since_CK
         if OWN:
             f_CK = load_rows(f, f_t, i_C, cols, left, K, DOT)
@@ -110,17 +111,18 @@ def _keys_and_scores(
             erase_CK = (f_CK * tl.exp2(past_CK)).to(DOT)
             tl.store(erases + by_key_CK, erase_CK)
         if TREE:
-            early_K, late_K = half_sums(gate_CK, i_C, C, TERMS, False)
+            early_K, late_K = half_sums(gate_CK, token_C, C, TERMS, False)
             store_factors(factors, early_K, late_K, cols, KP, True)
             own_C += tl.sum(q_CK.to(tl.float32) * k_CK.to(tl.float32), 1)
-            p_CC, m_CC = _from_tree(q_CK, k_CK, f_CK, gate_CK, p_CC, m_CC, i_C, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION)
+            p_CC, m_CC = _from_tree(q_CK, k_CK, f_CK, gate_CK, p_CC, m_CC, token_C, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION)
         else:
             p_CC = tl.dot(read_CK, tl.trans(write_CK), p_CC, input_precision=PRECISION)
             if DELTA:
                 m_CC = tl.dot(erase_CK, tl.trans(write_CK), m_CC, input_precision=PRECISION)
     if TREE:
-        p_CC += tl.where(i_C[:, None] == i_C[None, :], own_C[:, None], 0.0)
-    return tl.where(i_C[:, None] >= i_C[None, :], p_CC, 0.0), tl.where(i_C[:, None] > i_C[None, :], m_CC, 0.0)
+        p_CC += tl.where(token_C[:, None] == token_C[None, :], own_C[:, None], 0.0)
+    seen_CC, before_CC = token_C[:, None] >= token_C[None, :], token_C[:, None] > token_C[None, :]
+    return tl.where(seen_CC, p_CC, 0.0), tl.where(before_CC, m_CC, 0.0)
 
 
 @triton.jit

@@ -14,6 +14,12 @@ SIZES += ["length", "batches", "heads", "segments", "per"]
 
 
 @triton.jit
+def hidden(i_C, length):
+    """Tokens of a chunk for masks: where the compiler knows the zeros of an operand, ptxas 13.3 to 13.5 may use registers unset."""
+    return i_C + tl.minimum(length, 0)
+
+
+@triton.jit
 def load_rows(start, stride, i_C, cols, left, WIDTH: tl.constexpr, DOT: tl.constexpr):
     """Rows i_C of a chunk, of which `left` exist, with WIDTH columns; zero beyond its edges."""
     mask = (i_C < left)[:, None] & (cols < WIDTH)[None, :]

@@ -33,7 +33,7 @@ KERNELS = {
 def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Resources:
     """One kernel with K = V = width and log decays in fp32."""
     kernel, entry, flags = KERNELS[name]
-    config = vector_gate_config.config(width, width, dtype)
+    config = vector_gate_config.config(width, width, dtype, delta=delta)
     pointer, dot = DTYPES[dtype]
     runtime: dict[str, Any] = {
         p.name: p.annotation_type or ("*fp32+" if p.name in WIDE else pointer) for p in kernel.params if not p.is_constexpr
@@ -56,7 +56,7 @@ def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Re
     constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(solve)}
     constants["GENTLE"] = vector_gate_config.gentle_limit(dtype)
     arguments = runtime | constants | flags
-    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages)
+    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
 
 
 def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool) -> Resources:
