@@ -33,35 +33,47 @@ def load_tile(base, stride, t_M, cols, length, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_with_one(base, stride, t_M, i, length, K: tl.constexpr, DOT: tl.constexpr):
+    """Rows t_M of x and, in column K, a one: the factor of the monomials of lower degree."""
+    return tl.where((i == K)[None, :], 1.0, load_tile(base, stride, t_M, i, length, K).to(tl.float32)).to(DOT)
+
+
+@triton.jit
 def first_factor(i, f, K: tl.constexpr, DOT: tl.constexpr):
-    """E1 at rows i and columns f, which broadcast against each other."""
-    return ((i == f % K) & (f < K * (K // 2 + 2))).to(DOT)
+    """E1 at rows i and columns f, which broadcast against each other; row K selects the one of `load_with_one`."""
+    LAST: tl.constexpr = K * (K // 2 + 2)
+    return tl.where(f < LAST, i == f % K, (i == K) & (f == LAST)).to(DOT)
 
 
 @triton.jit
 def second_factor(i, f, K: tl.constexpr, DOT: tl.constexpr):
-    """E2 at rows i and columns f, which broadcast against each other."""
-    return ((i == (f + f // K - 1) % K) & (f >= K) & (f < K * (K // 2 + 2))).to(DOT)
-
-
-@triton.jit
-def first_one(f, K: tl.constexpr):
-    """1 for the constant row, whose first factor is no column of x."""
-    return (f == K * (K // 2 + 2)).to(tl.float32)
-
-
-@triton.jit
-def second_one(f, K: tl.constexpr):
-    """1 for the rows whose second factor is no column of x."""
-    return ((f < K) | (f == K * (K // 2 + 2))).to(tl.float32)
+    """E2 likewise."""
+    LAST: tl.constexpr = K * (K // 2 + 2)
+    return tl.where((f >= K) & (f < LAST), i == (f + f // K - 1) % K, (i == K) & (f <= LAST)).to(DOT)
 
 
 @triton.jit
 def factors(x_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The two factors of each monomial of x in rows f, [M, F] in fp32."""
+    """The two factors of each monomial of x, from `load_with_one`, in rows f, [M, F] in fp32."""
     first_MF = tl.dot(x_MK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-    second_MF = tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-    return first_MF + first_one(f, K)[None, :], second_MF + second_one(f, K)[None, :]
+    return first_MF, tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def in_columns(x_N, WIDE: tl.constexpr):
+    """A column as a right operand of 16: eight times its value in WIDE and eight times what that leaves out.
+
+    Sums of rows cost an addition for each element; tensor cores have the elements as operands anyway, and are idle meanwhile.
+    """
+    high_N = x_N.to(WIDE)
+    low_N = (x_N - high_N.to(tl.float32)).to(WIDE)
+    return tl.where((tl.arange(0, 16) < 8)[None, :], high_N[:, None], low_N[:, None])
+
+
+@triton.jit
+def from_columns(x_MZ):
+    """What a product with `in_columns` stands for."""
+    return tl.sum(x_MZ, 1) * 0.125
 
 
 @triton.jit
@@ -83,7 +95,7 @@ def state_kernel(
     x, c, scale, shift, sums, norms,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, first_chunk: tl.int32, some_chunks: tl.int32, all_chunks: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BT: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -100,33 +112,30 @@ def state_kernel(
     batch, head = (head_index // heads).to(tl.int64), head_index % heads
     f = tile % ROW_TILES * BF + tl.arange(0, BF)
     e = tile // ROW_TILES * BV + tl.arange(0, BV)
-    i = tl.arange(0, BK)
+    i = tl.arange(0, BO)
     x += (batch * x_b + head * x_h) * UNIT
     c += (batch * c_b + head * c_h) * UNIT
     scalar = batch * length * heads + head
     first_FK, second_FK = first_factor(i[None, :], f[:, None], K, DOT), second_factor(i[None, :], f[:, None], K, DOT)
-    first_F, second_F = first_one(f, K), second_one(f, K)
     sums_FV = tl.zeros([BF, BV], tl.float32)
-    norms_F = tl.zeros([BF], tl.float32)
+    norms_FZ = tl.zeros([BF, 16], tl.float32)
     for start in tl.range(n * chunk, tl.minimum((n + 1) * chunk, length), BT, num_stages=STAGES):
         t = start + tl.arange(0, BT)
-        x_KT = tl.trans(load_tile(x, x_t * UNIT, t, i, length, K).to(DOT))
+        x_KT = tl.trans(load_with_one(x, x_t * UNIT, t, i, length, K, DOT))
         c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
-        phi_FT = (tl.dot(first_FK, x_KT, input_precision=PRECISION) + first_F[:, None]) * (
-            tl.dot(second_FK, x_KT, input_precision=PRECISION) + second_F[:, None]
-        )
+        phi_FT = tl.dot(first_FK, x_KT, input_precision=PRECISION) * tl.dot(second_FK, x_KT, input_precision=PRECISION)
         if NORM:
             shift_T = (t < length).to(tl.float32)
             if WEIGHTED:
-                shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)
-            norms_F += tl.sum(phi_FT * shift_T[None, :], 1)
-            if WEIGHTED:
-                phi_FT *= tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)[None, :]
+                scale_T = tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=1.0)
+                shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0) / scale_T
+                phi_FT *= scale_T[None, :]
+            norms_FZ = tl.dot(phi_FT.to(WIDE), in_columns(shift_T, WIDE), norms_FZ, input_precision=PRECISION)
         sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
     tl.store(sums + row[:, None] * V + e[None, :], sums_FV, mask=(f < ROWS)[:, None] & (e < V)[None, :])
     if NORM and tile // ROW_TILES == 0:
-        tl.store(norms + row, norms_F, mask=f < ROWS)
+        tl.store(norms + row, from_columns(norms_FZ), mask=f < ROWS)
 
 
 @triton.jit
@@ -189,7 +198,7 @@ def forward_kernel(
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32, eps: tl.float32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -209,14 +218,14 @@ def forward_kernel(
     v += (batch * v_b + head * v_h) * UNIT
     q_MK = load_tile(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, m, i, length, K).to(DOT)
     o_MV = tl.zeros([BM, BV], tl.float32)
-    z_M = tl.zeros([BM], tl.float32)
+    z_MZ, half_NZ = tl.zeros([BM, 16], tl.float32), tl.full([BN, 16], 0.5, DOT)
     n = start // chunk
     for first_key in tl.range(n * chunk, start, BN, num_stages=STAGES):
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
         p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
-        z_M += tl.sum(p_MN, 1)
+        z_MZ = tl.dot(p_MN.to(DOT), half_NZ, z_MZ, input_precision=PRECISION)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     for first_key in tl.range(start, tl.minimum(start + BM, length), BN, num_stages=1):
         t = first_key + tl.arange(0, BN)
@@ -224,21 +233,23 @@ def forward_kernel(
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
         p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
         p_MN = tl.where(m[:, None] >= t[None, :], p_MN, 0.0)
-        z_M += tl.sum(p_MN, 1)
+        z_MZ = tl.dot(p_MN.to(DOT), half_NZ, z_MZ, input_precision=PRECISION)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
+    one_MK = load_with_one(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, m, tl.arange(0, BO), length, K, DOT)
     for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)
-        first_MF, second_MF = factors(q_MK, i, f, K, DOT, PRECISION)
-        phi_MF = first_MF * second_MF
+        first_MF, second_MF = factors(one_MK, tl.arange(0, BO), f, K, DOT, PRECISION)
+        phi_MF = (first_MF * second_MF).to(WIDE)
         if NORM:
-            z_M += tl.sum(phi_MF * tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0)[None, :], 1)
-        o_MV = tl.dot(phi_MF.to(WIDE), state_FV, o_MV, input_precision=PRECISION)
+            norm_FZ = in_columns(tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0), WIDE)
+            z_MZ = tl.dot(phi_MF, norm_FZ, z_MZ, input_precision=PRECISION)
+        o_MV = tl.dot(phi_MF, state_FV, o_MV, input_precision=PRECISION)
     token = batch * length * heads + m.to(tl.int64) * heads + head
     if NORM:
-        scale_M = 1.0 / (z_M + eps)
+        scale_M = 1.0 / (from_columns(z_MZ) + eps)
         o_MV = o_MV * scale_M[:, None]
         if value_tile == 0:
             tl.store(scale + token, scale_M, mask=m < length)
