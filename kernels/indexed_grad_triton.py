@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.indexed_triton import LOG2_E, SIZES, hide_unseen, keys_to_visit, load_rows, nth_tile, packed_rows
+from kernels.indexed_triton import LOG2_E, SIZES, hide_unseen, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,13 +139,11 @@ def key_kernel(
         delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
         score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
         dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
-        first = tile * (M // pack)
-        score_NM = hide_unseen(
-            score_NM - lse_M[None, :], words, t[None, :], s[:, None], key_tile * N, first,
-            tl.minimum(first + M // pack, length) - 1, inside[None, :], start, n_words, block, window, sinks, front, past,
-            N, LISTED, SINKS, STORED, ROWWISE,
+        seen = is_seen(
+            words, t[None, :], s[:, None], key_tile * N, inside[None, :], start, n_words, block, window, sinks, front, past,
+            LISTED, SINKS, STORED, ROWWISE,
         )  # fmt: skip
-        p_NM = tl.exp2(score_NM)
+        p_NM = tl.exp2(tl.where(seen, score_NM - lse_M[None, :], float("-inf")))
         dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
