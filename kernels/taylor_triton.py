@@ -1,9 +1,9 @@
 """Taylor linear attention, forward: scores 1 + s + s^2 / 2 inside a chunk, features only between chunks.
 
 With s = q . k / sqrt(K) a weight is phi(q) . phi(k), phi being all monomials of degree at most two. Inside a chunk a weight
-is a polynomial of the score, so no feature is built. The sums over earlier chunks need features: for each chunk on its
-own `state_kernel` sums phi(k) v^T, `scan_kernel` adds the sums up along time, and `forward_kernel` reads what enters its
-chunk. All three are parallel over chunks.
+is a polynomial of the score, so no feature is built. The sums over earlier chunks need features: `state_kernel` walks over a
+span of chunks and leaves what enters each, `scan_kernel` adds what enters the span where a sequence has several, and
+`forward_kernel` reads what enters its chunk.
 
 A monomial x_a x_b is the product of two columns of (x E1) and (x E2), where E1 and E2 hold one 1 in each column: the tensor
 cores select columns exactly, and their accumulators have the layout that the next product wants. Rows of the sums are
@@ -21,7 +21,7 @@ import triton.language as tl
 
 # Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("x", "c", "q", "k", "v", "dy") for axis in "bth")
-COUNTS = ("length", "heads", "chunk", "chunks", "first_chunk", "some_chunks", "all_chunks", "low", "high")
+COUNTS = ("length", "heads", "chunk", "chunks", "spans", "span", "needed")
 SIZES = (*STRIDES, *COUNTS)
 
 
@@ -92,24 +92,26 @@ def weights(f, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def state_kernel(
-    x, c, scale, shift, sums, norms,
+    x, c, scale, shift, entering, entering_norm, totals, total_norms,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
-    length: tl.int32, heads: tl.int32, chunk: tl.int32, first_chunk: tl.int32, some_chunks: tl.int32, all_chunks: tl.int32,
+    length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32, spans: tl.int32, span: tl.int32, needed: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
-    BT: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
+    BT: tl.constexpr, NORM: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a chunk: sum_t monomial(x_t) scale_t c_t^T, and sum_t monomial(x_t) shift_t; scale = shift = 1 if not WEIGHTED.
+    """Running sums over the chunks of a span: sum_t monomial(x_t) scale_t c_t^T, and sum_t monomial(x_t) shift_t.
 
-    Grid: (B * H * some_chunks * tiles of rows * tiles of V,). Strides of x and c count UNIT elements.
+    What enters each chunk goes to entering, weighted for reading, and the sums of the span to totals. REVERSE walks from the last
+    chunk back; without it scale = shift = 1. Only the first `needed` chunks of a walk are summed.
+    Grid: (B * H * spans * tiles of rows * tiles of V,). Strides of x and c count UNIT elements.
     """
     ROWS: tl.constexpr = K * (K // 2 + 2) + 1
     ROW_TILES: tl.constexpr = (ROWS + BF - 1) // BF
     TILES: tl.constexpr = ROW_TILES * ((V + BV - 1) // BV)
     program = tl.program_id(0)
     tile, outer = program % TILES, program // TILES
-    head_index, n = outer // some_chunks, first_chunk + outer % some_chunks
-    batch, head = (head_index // heads).to(tl.int64), head_index % heads
+    head_index, own_span = (outer // spans).to(tl.int64), outer % spans
+    batch, head = head_index // heads, head_index % heads
     f = tile % ROW_TILES * BF + tl.arange(0, BF)
     e = tile // ROW_TILES * BV + tl.arange(0, BV)
     i = tl.arange(0, BO)
@@ -117,33 +119,41 @@ def state_kernel(
     c += (batch * c_b + head * c_h) * UNIT
     scalar = batch * length * heads + head
     first_FK, second_FK = first_factor(i[None, :], f[:, None], K, DOT), second_factor(i[None, :], f[:, None], K, DOT)
-    sums_FV = tl.zeros([BF, BV], tl.float32)
-    norms_FZ = tl.zeros([BF, 16], tl.float32)
-    for start in tl.range(n * chunk, tl.minimum((n + 1) * chunk, length), BT, num_stages=STAGES):
-        t = start + tl.arange(0, BT)
-        x_KT = tl.trans(load_with_one(x, x_t * UNIT, t, i, length, K, DOT))
-        c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
-        phi_FT = tl.dot(first_FK, x_KT, input_precision=PRECISION) * tl.dot(second_FK, x_KT, input_precision=PRECISION)
+    weight_F, in_rows, first_tile = weights(f, K), f < ROWS, tile // ROW_TILES == 0
+    in_sums, by_row = in_rows[:, None] & (e < V)[None, :], f[:, None] * V + e[None, :]
+    sums_FV, norms_FZ = tl.zeros([BF, BV], tl.float32), tl.zeros([BF, 16], tl.float32)
+    for step in tl.range(own_span * span, tl.minimum(own_span * span + span, chunks)):
+        n = (chunks - 1 - step) if REVERSE else step
+        row = (head_index * chunks + n) * ROWS
+        tl.store(entering + row * V + by_row, (sums_FV * weight_F[:, None]).to(WIDE), mask=in_sums)
         if NORM:
-            shift_T = (t < length).to(tl.float32)
-            if WEIGHTED:
-                scale_T = tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=1.0)
-                shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0) / scale_T
-                phi_FT *= scale_T[None, :]
-            norms_FZ = tl.dot(phi_FT.to(WIDE), in_columns(shift_T, WIDE), norms_FZ, input_precision=PRECISION)
-        sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
-    row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
-    tl.store(sums + row[:, None] * V + e[None, :], sums_FV, mask=(f < ROWS)[:, None] & (e < V)[None, :])
-    if NORM and tile // ROW_TILES == 0:
-        tl.store(norms + row, from_columns(norms_FZ), mask=f < ROWS)
+            tl.store(entering_norm + row + f, from_columns(norms_FZ) * weight_F, mask=in_rows & first_tile)
+        stop = tl.where(step < needed, tl.minimum((n + 1) * chunk, length), n * chunk)
+        for start in tl.range(n * chunk, stop, BT, num_stages=STAGES):
+            t = start + tl.arange(0, BT)
+            x_KT = tl.trans(load_with_one(x, x_t * UNIT, t, i, length, K, DOT))
+            c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
+            phi_FT = tl.dot(first_FK, x_KT, input_precision=PRECISION) * tl.dot(second_FK, x_KT, input_precision=PRECISION)
+            if NORM:
+                shift_T = (t < length).to(tl.float32)
+                if REVERSE:
+                    scale_T = tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=1.0)
+                    shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0) / scale_T
+                    phi_FT *= scale_T[None, :]
+                norms_FZ = tl.dot(phi_FT.to(WIDE), in_columns(shift_T, WIDE), norms_FZ, input_precision=PRECISION)
+            sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
+    row = (head_index * spans + own_span) * ROWS
+    tl.store(totals + row * V + by_row, sums_FV, mask=in_sums)
+    if NORM:
+        tl.store(total_norms + row + f, from_columns(norms_FZ), mask=in_rows & first_tile)
 
 
 @triton.jit
 def _scan(
-    sums, first, entering, last, element, head_index, all_chunks, low, high,
+    totals, first, entering, last, element, head_index, chunks, spans, span,
     WIDTH: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Running sums over chunks of one tile of elements; chunks outside low .. high have no sums of their own."""
+    """Adds to what enters each chunk what enters its span, for one tile of elements."""
     SIZE: tl.constexpr = (K * (K // 2 + 2) + 1) * WIDTH
     inside = element < SIZE
     weight = weights(element // WIDTH, K)
@@ -152,12 +162,15 @@ def _scan(
         carry = tl.load(first + head_index * SIZE + element, mask=inside, other=0.0)
         if REVERSE:
             carry = carry / weight
-    for step in tl.range(all_chunks):
-        n = (all_chunks - 1 - step) if REVERSE else step
-        offset = (head_index * all_chunks + n) * SIZE + element
-        tl.store(entering + offset, (carry * weight).to(entering.dtype.element_ty), mask=inside)
-        carry += tl.load(sums + offset, mask=inside & (n >= low) & (n < high), other=0.0)
+    for step in tl.range(chunks):
+        n = (chunks - 1 - step) if REVERSE else step
+        behind = (step > 0) & (step % span == 0)  # a span has ended
+        carry += tl.load(totals + (head_index * spans + step // span - 1) * SIZE + element, mask=inside & behind, other=0.0)
+        at = entering + (head_index * chunks + n) * SIZE + element
+        own = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at, (own + carry * weight).to(entering.dtype.element_ty), mask=inside)
     if LAST:
+        carry += tl.load(totals + (head_index * spans + spans - 1) * SIZE + element, mask=inside, other=0.0)
         if REVERSE:
             carry = carry * weight
         tl.store(last + head_index * SIZE + element, carry, mask=inside)
@@ -165,12 +178,12 @@ def _scan(
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
-    sums, norms, first, first_norm, entering, entering_norm, last, last_norm,
-    all_chunks: tl.int32, low: tl.int32, high: tl.int32,
+    totals, total_norms, first, first_norm, entering, entering_norm, last, last_norm,
+    chunks: tl.int32, spans: tl.int32, span: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, REVERSE: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """What enters each chunk, weighted for reading, and the sums after the last chunk (before the first, if REVERSE).
+    """Completes what enters each chunk, and makes the sums after the last chunk (before the first, if REVERSE).
 
     `first` and `last` are plain sums in time's direction and gradients of plain sums in reverse.
     Grid: (B * H * (tiles of the sums + tiles of the normaliser's sums),).
@@ -183,11 +196,11 @@ def scan_kernel(
     element = tl.arange(0, BLOCK)
     if tile < SUM_TILES:
         element += tile * BLOCK
-        _scan(sums, first, entering, last, element, head_index, all_chunks, low, high, V, K, REVERSE, FIRST, LAST)
+        _scan(totals, first, entering, last, element, head_index, chunks, spans, span, V, K, REVERSE, FIRST, LAST)
     else:
         element += (tile - SUM_TILES) * BLOCK
         _scan(
-            norms, first_norm, entering_norm, last_norm, element, head_index, all_chunks, low, high,
+            total_norms, first_norm, entering_norm, last_norm, element, head_index, chunks, spans, span,
             1, K, REVERSE, FIRST, LAST,
         )  # fmt: skip
 
