@@ -5,6 +5,7 @@ Shape legend: B batch, T time, D width, H query heads, G key heads (G divides H)
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ from bench.convert.branches import MixerBranch, SharedDenominator, WindowBranch
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
-from mixers import State
+from mixers import Mixer, State
 from mixers._feature_maps import Taylor2
 from mixers._layers import widen
 from mixers._ssd import SSDBlock
@@ -57,6 +58,7 @@ class LinearizedAttention(nn.Module):
             for name in PROJECTIONS:
                 self.add_module(name, getattr(attention, name))
             self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.copies = _copies(attention, plan, mixer) if plan.projections == "copy" else None
         null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
         size = {"window": plan.window, "sinks": plan.sinks, "null_shape": null_shape}
         self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, **size) if plan.window else None
@@ -74,7 +76,9 @@ class LinearizedAttention(nn.Module):
                 nn.init.constant_(self.gate.bias, GATE_BIAS)
 
     def take_over(self, attention: nn.Module) -> None:
-        """Starts a mixer with projections of its own from the teacher's, where it can."""
+        """Starts projections that the mixer has of its own from the teacher's, where it can."""
+        for name, own in ({} if self.copies is None else self.copies).items():
+            own.load_state_dict(getattr(attention, f"{name}_proj").state_dict())
         if self.own_projections is not None and loads_attention(self.own_projections):
             try:
                 self.own_projections.load_attention(attention_weights(attention, self.shape))
@@ -143,7 +147,7 @@ class LinearizedAttention(nn.Module):
         if isinstance(self.own_projections, SSDBlock):
             return self.own_projections.matrix(x_BTD)
         if self.mixer is not None and isinstance(self.mixer.mixer, LinearAttention):
-            q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope)
+            q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
             return self.mixer.matrix(*((q, k) if self.plan.rope == "keep" else (q_plain, k_plain)), v)
         raise UserError(
             f"attn_weights cannot be matched with {self.plan.mixer} under combine={self.plan.combine}: it needs linear_attention "
@@ -162,6 +166,8 @@ class LinearizedAttention(nn.Module):
             window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
             outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"])
         if self.mixer is not None:
+            if self.copies is not None:
+                q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
             mixer_q, mixer_k = (q, k) if self.plan.rope == "keep" else (q_plain, k_plain)
             outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"])
         return outputs
@@ -178,9 +184,12 @@ class LinearizedAttention(nn.Module):
             parts["own"] = self.own_projections.init_state(batch, LONG, device=device, dtype=wide)
         return _merge(parts)
 
-    def queries_keys_values(self, x_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def queries_keys_values(
+        self, x_BTD: Tensor, rope: Rope, copies: nn.ModuleDict | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, K], rotated keys and values [B, G, T, K], then queries and keys without rotation."""
-        q, k, v = (getattr(self, name)(x_BTD).unflatten(-1, (-1, self.head_dim)) for name in PROJECTIONS[:3])
+        maps = [getattr(self, name) for name in PROJECTIONS[:3]] if copies is None else copies.values()
+        q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in maps)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         # The kernels scale by K^-1/2; a teacher with another scale has the difference in its queries.
@@ -273,6 +282,20 @@ def _readers(plan: LayerPlan, shape: AttentionShape, mixer: nn.Module | None) ->
             "heads without a convolution, such as gated_delta_net or gla, joined by sum or gate."
         )
     return shape.n_heads // shape.n_kv_heads
+
+
+def _copies(attention: nn.Module, plan: LayerPlan, mixer: Mixer | None) -> nn.ModuleDict:
+    """Projections like the teacher's that only the mixer reads; `take_over` gives them their values.
+
+    Raises:
+        UserError: the mixer reads no heads of its own.
+    """
+    if mixer is None or not reads_heads(mixer) or (plan.window and plan.combine == "shared_denominator"):
+        raise UserError(
+            f"projections=copy cannot be had with {plan.mixer} under combine={plan.combine}: it needs a mixer that reads the "
+            "teacher's heads, such as gated_delta_net or gla, joined by sum or gate."
+        )
+    return nn.ModuleDict({name[0]: copy.deepcopy(getattr(attention, name)) for name in PROJECTIONS[:3]})
 
 
 def _positive(mixer: nn.Module, plan: LayerPlan) -> LinearAttention:

@@ -32,6 +32,9 @@ class LayerPlan(Frozen):
     groups: Literal["repeat", "share"] = "repeat"
     """Grouped-query attention: repeat keys, so that every query head has a state of its own, or share one state among the
     query heads of a group, which are then read from it one by one."""
+    projections: Literal["share", "copy"] = "share"
+    """share the teacher's projections to queries, keys and values with the window, or copy them, so that the mixer's train
+    apart from the window's."""
     window: int = Field(default=64, ge=0)
     """Keys that softmax still sees, the own one included; 0 for no window."""
     sinks: int = Field(default=0, ge=0)
@@ -148,7 +151,7 @@ class Source(Frozen):
     """Local text files, a Hugging Face data set, text of installed packages, a corpus of `bench sample`, or rendered
     recall tasks."""
     where: str = ""
-    """Path or name; empty for `packages` and `recall`."""
+    """Path or name; empty for `packages`; for `recall` one of its kinds, or empty for all in equal shares."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the training tokens, before normalisation."""
 
