@@ -6,7 +6,7 @@
 `convert_corpus` makes the corpora. `train` calls `bench convert`; a folder that exists is not made again, an interrupted one is
 continued. `judge` writes one JSON file a model, once: held-out text against the teacher, recall beyond the window item by item,
 and, if --hub names a folder shaped like the hub, lm-eval tasks. `table` prints what the files of --out say, with exact McNemar
-tests every model's recall against the untrained window of equal bytes.
+tests of every model's recall against the untrained window of equal bytes.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ GDN = ["--mixer", "gated_delta_net"]
 RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama", "align_distill")
 MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention", "mamba2")
 NARROW = ["--window", "60", "--set", "plan.groups=repeat"]
-COPY = ["--set", "plan.projections=copy"]
+COPY = ["--set", "plan.projections=copy", "--set", "stages.1.lr=1e-3"]
 OURS = ["--recipe", "align_distill"]
 
 
 def budget(first: int, second: int, batch: int, micro: int) -> list[str]:
     """Tokens of both stages of `align_distill`, of a step and of a forward pass; sequences as long as the farthest fact needs."""
     tokens = ["--set", f"stages.1.tokens={first}", "--set", f"stages.2.tokens={second}", "--set", "stages.seq_len=2048"]
-    return [*tokens, "--set", f"stages.batch_tokens={batch}", "--set", f"stages.micro_tokens={micro}"]
+    return [*tokens, "--set", f"stages.batch_tokens={batch}", "--set", f"stages.2.micro_tokens={micro}"]
 
 
-TINY = [*OURS, *budget(1_500_000, 4_500_000, 16_384, 4096), "--seconds", "210"]
+TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
 MAIN = [*OURS, *COPY, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "400"]
 EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
 EXPERIMENTS: dict[str, list[str]] = {
     "try-base": TINY,
     "try-copy": [*TINY, *COPY],
     "try-narrow": [*TINY, *COPY, *NARROW],
-    "try-faster": [*TINY, *COPY, "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
-    "try-aligned": [*OURS, *COPY, *budget(4_500_000, 1_500_000, 16_384, 4096), "--seconds", "210"],
+    "try-faster": [*TINY, *COPY, "--set", "stages.1.lr=3e-3", "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
+    "try-aligned": [*OURS, *COPY, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
     **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
     # Mamba-2 has projections of its own, which start as copies of the teacher's.
     **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(COPY if name != "mamba2" else [])] for name in MIXERS},

@@ -46,12 +46,15 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *, compiled: bool) -> list[dict[str, Any]]:
+def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
+    batch_tokens, compiled = given.batch_tokens, not given.eager
     records = []
     for index, published in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
-        stage = published.model_copy(update={"batch_tokens": batch_tokens})
+        # Layers that train on the teacher's stream hold the activations of one layer at a time; logits need those of all.
+        micro = given.micro_tokens if published.capture == "logits" else None
+        stage = published.model_copy(update={"batch_tokens": batch_tokens, "micro_tokens": micro})
         trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
         began = time.perf_counter()
         with products_like_tf32(wanted=True):
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
     parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--micro-tokens", type=int, default=16384, help="of a forward pass from end to end")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
     parser.add_argument("--out", type=Path, required=True)
@@ -147,7 +151,7 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(given.case):
         recipe, errors = checked(case, teacher)
-        records = training(recipe, teacher, data, given.batch_tokens, compiled=not given.eager)
+        records = training(recipe, teacher, data, given)
         if number == 0:
             records += decoding(recipe, copy.deepcopy(teacher), given.contexts)
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
