@@ -78,16 +78,21 @@ def _example(draw: np.random.Generator, n_pairs: int) -> str:
 
 
 def _scattered(tokenizer: Any, draw: np.random.Generator, length: int, text: Text) -> np.ndarray:
-    """Running text in which facts stand at random places, then a question for each of them."""
+    """Running text in which facts stand at random places, then a question for each of them; a list if not one fits."""
     statement, question = FORMS[draw.integers(len(FORMS))]
-    pairs = _pairs(draw, int(draw.integers(1, MAX_FACTS + 1)))
-    told = [statement.format(k=name, v=value) for name, value in pairs.items()]
-    asked = [question.format(k=name, v=pairs[name]) for name in _shuffled(draw, list(pairs))]
-    facts = tokenizer([f"\n{line}\n" for line in told], add_special_tokens=False)["input_ids"]
-    questions = tokenizer("\n" + "\n".join(asked) + "\n", add_special_tokens=False)["input_ids"]
-    room = length - len(questions) - sum(map(len, facts))
-    if room < 2 * len(facts):
-        return render_recall(tokenizer, draw, length, kind="lists")
+    n_facts = int(draw.integers(1, MAX_FACTS + 1))
+    while True:
+        pairs = _pairs(draw, n_facts)
+        told = [statement.format(k=name, v=value) for name, value in pairs.items()]
+        asked = [question.format(k=name, v=pairs[name]) for name in _shuffled(draw, list(pairs))]
+        facts = tokenizer([f"\n{line}\n" for line in told], add_special_tokens=False)["input_ids"]
+        questions = tokenizer("\n" + "\n".join(asked) + "\n", add_special_tokens=False)["input_ids"]
+        room = length - len(questions) - sum(map(len, facts))
+        if room >= length // 2:
+            break
+        if n_facts == 1:
+            return render_recall(tokenizer, draw, length, kind="lists")
+        n_facts //= 2
     places = np.sort(draw.integers(0, room, len(facts)))
     pieces = np.split(text(room), places)
     told_between = [part for piece, fact in zip(pieces, facts, strict=False) for part in (piece, fact)]

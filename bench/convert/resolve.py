@@ -113,7 +113,7 @@ def parse_source(text: str) -> Source:
 
 
 def _mixer(expression: str, plan: LayerPlan) -> dict[str, Any]:
-    """The plan's fields that change with the mixer; a joint normaliser gives way to a gate where it cannot be."""
+    """The plan's fields that change with the mixer; a joint normaliser or a rotation that it cannot have gives way."""
     name, *settings = expression.split(":")
     if name == "none":
         return {"mixer": None, "options": {}, "combine": "sum"}
@@ -130,7 +130,8 @@ def _mixer(expression: str, plan: LayerPlan) -> dict[str, Any]:
     elif name == "linear_attention":
         options = {"feature_map": "hedgehog"} | options
     joint = plan.combine == "shared_denominator" and name != "linear_attention"
-    return {"mixer": name, "options": options, "combine": "gate" if joint else plan.combine}
+    rope = "keep" if plan.rope == "after_map" and name != plan.mixer else plan.rope
+    return {"mixer": name, "options": options, "combine": "gate" if joint else plan.combine, "rope": rope}
 
 
 def _apply(fields: dict[str, Any], setting: str) -> None:

@@ -93,6 +93,7 @@ class StageTrainer:
         factor = self._lr_factor(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        self._stand_in(progress)
         tokens_BT = self._batch().to(self.device)
         totals: dict[str, float] = {}
         for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
@@ -106,6 +107,16 @@ class StageTrainer:
         self.tokens += tokens_BT.numel()
         self._watch_plateau(totals["loss"])
         return totals
+
+    def _stand_in(self, progress: float) -> None:
+        """While layers are replaced step by step, the teacher's attention speaks for those whose turn has not come."""
+        shares = self.stage.replace
+        if not shares:
+            return
+        layers = list(self.student.converted().items())
+        own = max(1, round(shares[min(int(progress * len(shares)), len(shares) - 1)] * len(layers)))
+        for turn, (index, layer) in zip(interleaved(len(layers)), layers, strict=True):
+            layer.stand_in = () if turn < own else (self.teacher.model.layers[index].self_attn,)
 
     def _batch(self) -> Tensor:
         """The tokens of this step; those of the next are drawn while the device works."""
@@ -130,6 +141,8 @@ class StageTrainer:
         """Leaves the trained weights in the student that the stage was given, adapters merged."""
         self.reader.shutdown(cancel_futures=True)
         self.restore_parts()
+        for layer in self.student.converted().values():
+            layer.stand_in = ()
         if self.student is not self.whole:
             self.whole.load_state_dict(parallel.whole(self.student.state_dict()))
         if self.tuner is not None:
@@ -186,6 +199,7 @@ class StageTrainer:
             shift_targets(tokens_BT),
             ce=stage.ce,
             kl=stage.kl,
+            z=stage.z,
             teacher_ND=None if teacher_hidden is None else teacher_hidden.to(low),
             teacher_head_VD=teacher_head,
             temperature=stage.temperature,
@@ -218,6 +232,13 @@ class StageTrainer:
             watch["bad"] += 1
         if watch["bad"] > PLATEAU_PATIENCE:
             watch["factor"], watch["bad"] = watch["factor"] * PLATEAU_FACTOR, 0
+
+
+def interleaved(count: int) -> list[int]:
+    """For each of `count` things in a row its turn, such that the first few turns are spread over the row."""
+    bits = max(1, (count - 1).bit_length())
+    order = sorted(range(count), key=lambda index: format(index, f"0{bits}b")[::-1])
+    return [order.index(index) for index in range(count)]
 
 
 def _rows(stage: Stage) -> int:

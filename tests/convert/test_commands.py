@@ -169,6 +169,7 @@ BAD = [
     (["--recipe", "swa", "--window", "0"], "needs a mixer, a window, or both"),
     (["--recipe", "lolcats", "--data", "text:missing.txt"], "There is no text file or folder missing.txt"),
     (["--recipe", "lolcats", "--data", "txt:a"], "Unknown data source"),
+    (["--recipe", "lolcats", "--data", "recall:fact"], "Did you mean 'facts'?"),
     (["--recipe", "lolcats", "--data", "recall=x"], "no valid weight"),
     (["--recipe", "lolcats", "--data", "corpus:nowhere"], "bench sample"),
     (["--recipe", "lolcats", "--set", "stages.seq_len=100000"], "give more text or a smaller"),
