@@ -55,7 +55,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "try-base": TINY,
     "try-copy": [*TINY, *COPY],
     "try-narrow": [*TINY, *COPY, *NARROW],
-    "try-faster": [*TINY, *COPY, "--set", "stages.1.lr=3e-3", "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
+    "try-gentle": [*TINY, *COPY, "--set", "stages.2.lr=5e-5", "--set", "stages.2.mixer_lr=2e-3"],
     "try-aligned": [*OURS, *COPY, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
     **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
     # Mamba-2 has projections of its own, which start as copies of the teacher's.
