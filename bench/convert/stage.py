@@ -95,14 +95,14 @@ class StageTrainer:
             group["lr"] = group["peak"] * factor
         self._stand_in(progress)
         tokens_BT = self._batch().to(self.device)
-        totals: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
             for name, value in self._backward(part, len(part) / len(tokens_BT)).items():
-                totals[name] = totals.get(name, 0.0) + value
-        totals = parallel.add_numbers(totals, self.device)
+                sums[name] = sums[name] + value if name in sums else value
         nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        totals = parallel.add_numbers(sums)
         self.step_number += 1
         self.tokens += tokens_BT.numel()
         self._watch_plateau(totals["loss"])
@@ -174,8 +174,8 @@ class StageTrainer:
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
 
-    def _backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
-        """Adds the gradient of a part of the batch, which is `share` of it."""
+    def _backward(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
+        """Adds the gradient of a part of the batch, which is `share` of it; the losses stay on the device, nothing waits for it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.stage.capture != "logits":
                 # FSDP takes the mean over processes, each of which has its share of the whole batch's mean.
@@ -184,7 +184,7 @@ class StageTrainer:
                 return {"loss": loss / parallel.size()}
             return self._distill_backward(tokens_BT, share)
 
-    def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
+    def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
         stage, student = self.stage, self.student
         hidden = student.hidden(tokens_BT)
         teacher_hidden = teacher_head = None
@@ -205,8 +205,7 @@ class StageTrainer:
             temperature=stage.temperature,
         )
         (loss * share * parallel.size()).backward()
-        kl, ce = (parts * share).tolist()
-        return {"loss": loss.item() * share, "kl": kl, "ce": ce}
+        return {"loss": loss.detach() * share, "kl": parts[0] * share, "ce": parts[1] * share}
 
     def _lr_factor(self, progress: float) -> float:
         stage = self.stage
