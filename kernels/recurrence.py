@@ -106,9 +106,7 @@ def _triton(
         log_decay = (log_decay[None] if log_decay.ndim == 1 else log_decay).float()
     wide = None if state is None else state.float()
     if beta is not None:
-        # In 16 bits the delta kernels raced on an H200 (2026-11-26); in fp32 they equal the token loop.
-        o, final = delta_op.delta_rule(q.float(), k.float(), v.float(), beta, log_decay, wide, state is not None)
-        o = o.to(v.dtype)
+        o, final = delta_op.delta_rule(q, k, v, beta, log_decay, wide, state is not None)
     else:
         o, final = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, state is not None)
     return o, None if state is None else final.to(state.dtype)
