@@ -27,7 +27,7 @@ from scipy.stats import binomtest
 from bench import pretrained, provenance
 from bench.cli import app
 from bench.convert.data import load_data
-from bench.convert.measure import agreement, cache_bytes, window_student
+from bench.convert.measure import ablated, agreement, cache_bytes, window_student
 from bench.convert.spec import Source
 from tests.benchmarks.convert_recall import recall
 
@@ -102,6 +102,9 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -
     text = np.asarray(data.corpora[0].held_out)
     result = {"model": name, "held_out": held, "state_bytes": constant, "bytes_per_token": per_token, "report": report}
     result["recall"] = recall(low, tokenizer, text, DISTANCES, given.items, given.batch_tokens)
+    if report and all(plan and plan.mixer and plan.window for plan in low.plans):
+        with ablated(low, "window"):
+            result["recall_of_its_window_alone"] = recall(low, tokenizer, text, DISTANCES, given.items, given.batch_tokens)
     if given.hub:
         result["tasks"] = tasks(low, tokenizer, given.hub)
     return result | {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
