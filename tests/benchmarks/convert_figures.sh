@@ -5,8 +5,9 @@
 #
 # CORPORA comes from tests/benchmarks/convert_corpus.py; HUB is a folder shaped like the hub with arc_easy, lambada_openai and
 # hellaswag, or empty for none. A round can be repeated: conversions that are finished stay, one that was cut off is continued,
-# and a judged model stays judged. Records go to $OUT/judged and $OUT/*.json, models to $RUNS. For a
-# rehearsal MORE="--tokens 2000" adds arguments to every bench convert and ITEMS=4 asks fewer questions.
+# and a judged model stays judged. Records go to $OUT/judged, $OUT/page (a store that `bench report --store` reads) and
+# $OUT/*.json, models to $RUNS. For a rehearsal MORE="--tokens 2000" adds arguments to every bench convert and ITEMS=4 asks fewer
+# questions.
 set -u
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
@@ -22,6 +23,13 @@ convert() { # NAMES...: as many side by side as $JOBS says
     wait
     tail -n 2 $(printf "$OUT/%s.log " "$@")
 }
+page() { # NAMES...: records for the report, one after the other, because they hold speeds
+    for name in "$@"; do
+        python3 -m bench.cli eval --model "$RUNS/$name" --tasks "$PAGE" --lengths 1024,2048 --limit "${ITEMS:-64}" --rows "${ROWS:-student}" \
+            --no-report --store "$OUT/page" >"$OUT/$name.page.log" 2>&1
+    done
+}
+PAGE=agreement,memory_and_speed,bench_needle,bench_phone_book,bench_needle_generated
 named() { python3 -c "from tests.benchmarks.convert_quality import EXPERIMENTS as e; print(*(n for n in e if n.startswith('$1-')))"; }
 mkdir -p "$OUT"
 
@@ -46,12 +54,15 @@ main) # three seeds side by side; teacher and window beside them
     judge teacher window:252 >"$OUT/referees.log" 2>&1 &
     JOBS=4
     convert $(named main)
+    ROWS=student,teacher,window,window_only,mixer_only page main-0
+    page main-1 main-2
     ;;
 judge) # the referees, and any folders of $RUNS that were not judged
     judge teacher window:252 "$RUNS"/*-*/
     ;;
 mixers | recipes) # equal tokens each
     convert $(named "${1%s}")
+    page $(named "${1%s}")
     ;;
 *)
     echo "rounds: checks speed try main judge mixers recipes" >&2

@@ -49,7 +49,7 @@ def budget(first: int, second: int, batch: int, micro: int) -> list[str]:
 
 
 TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
-MAIN = [*OURS, *COPY, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "400"]
+MAIN = [*OURS, *COPY, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
 EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
 EXPERIMENTS: dict[str, list[str]] = {
     "try-base": TINY,
