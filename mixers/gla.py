@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
+from kernels.rows import pick_rows
 from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
 from mixers._fused import conv_of, is_fused, next_state
@@ -72,12 +73,14 @@ class GLA(Mixer):
         if is_fused(self, x_BTD, state, taps=self.conv.taps):
             o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
             return o_BE[:, None], state
-        qkv, tail_BPD = self.conv(qkv_BTE, None if state is None else state["conv"])
-        q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
-        o_BTHV, s_BHKV = linear_recurrence(
-            q_BTHK, k_BTHK, v_BTHV, log_decay=self._log_decay(x_BTD), state_BHKV=None if state is None else state["s"]
-        )
+        o_BTHV, s_BHKV, tail_BPD = self._recur(qkv_BTE, x_BTD, state)
         return self._output(o_BTHV, x_BTD), None if state is None else {"s": s_BHKV, "conv": tail_BPD}
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: what follows the recurrence is left out elsewhere."""
+        o_BTHV, _, _ = self._recur(self.qkv_proj(x_BTD), x_BTD, None)
+        o_BMHV = pick_rows(o_BTHV.flatten(-2), rows_BM).unflatten(-1, (self.n_heads, self.v_dim))
+        return self.o_proj(self._output(o_BMHV, x_BMD))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
@@ -125,6 +128,15 @@ class GLA(Mixer):
             gate_BE=self.g_proj(x_BD),
         )
         return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, done.tail_BPC)
+
+    def _recur(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The recurrence's outputs [B, T, H, V], its state, and the convolution's tail."""
+        qkv, tail_BPD = self.conv(qkv_BTE, None if state is None else state["conv"])
+        q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
+        o_BTHV, s_BHKV = linear_recurrence(
+            q_BTHK, k_BTHK, v_BTHV, log_decay=self._log_decay(x_BTD), state_BHKV=None if state is None else state["s"]
+        )
+        return o_BTHV, s_BHKV, tail_BPD
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of each head, [..., H, K or V]."""

@@ -7,6 +7,8 @@ Shape legend: B batch, T time, D width, H heads, K width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,9 +50,12 @@ class Supra(Mixer):
         o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
         return self.o_proj(o_BTE), state
 
-    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        """See `Mixer.mix`."""
+    def mix(
+        self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None, *, rotate: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.mix`; `rotate` applies rotary positions to features [B, T, H, K], as the paper does."""
         q, k, v = self._split(qkv_BTE)
+        q, k = (q, k) if rotate is None else (rotate(q), rotate(k))
         if is_fused(self, x_BTD, state):
             o_BD, state = self._fused(q[:, 0], k[:, 0], v[:, 0], state)
             return o_BD[:, None], state
