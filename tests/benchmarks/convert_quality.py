@@ -40,7 +40,7 @@ GDN = ["--mixer", "gated_delta_net"]
 RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama", "align_distill")
 MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention", "mamba2")
 NARROW = ["--window", "60", "--set", "plan.groups=repeat"]
-COPY = ["--set", "plan.projections=copy", "--set", "stages.1.lr=1e-3"]
+SHARE = ["--set", "plan.projections=share"]
 OURS = ["--recipe", "align_distill"]
 
 
@@ -51,17 +51,18 @@ def budget(first: int, second: int, batch: int, micro: int) -> list[str]:
 
 
 TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
-MAIN = [*OURS, *COPY, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
+FASTER = ["--set", "stages.2.lr=3e-4", "--set", "stages.2.mixer_lr=1e-3"]
+MAIN = [*OURS, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
 EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
 EXPERIMENTS: dict[str, list[str]] = {
-    "try-base": TINY,
-    "try-copy": [*TINY, *COPY],
-    "try-narrow": [*TINY, *COPY, *NARROW],
-    "try-gentle": [*TINY, *COPY, "--set", "stages.2.lr=5e-5", "--set", "stages.2.mixer_lr=2e-3"],
-    "try-aligned": [*OURS, *COPY, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
+    "try-gentle": TINY,
+    "try-copy": [*TINY, *FASTER],
+    "try-base": [*TINY, *FASTER, *SHARE, "--set", "stages.1.lr=3e-3"],
+    "try-narrow": [*TINY, *FASTER, *NARROW],
+    "try-aligned": [*OURS, *FASTER, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
     **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
     # Mamba-2 has projections of its own, which start as copies of the teacher's.
-    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(COPY if name != "mamba2" else [])] for name in MIXERS},
+    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(SHARE if name == "mamba2" else [])] for name in MIXERS},
     **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
 }
 DISTANCES = [768, 1536, 3072]
