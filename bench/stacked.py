@@ -6,7 +6,7 @@ Shape legend: E members, P parameters of a member, B batch, T time, D width, M l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from bench.spec import RunSpec
 from synthetic_tasks import Task
 
 RECOMPILE_LIMIT = 256
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StackedModel:
@@ -100,12 +102,14 @@ class StackedModel:
         return every
 
 
-def compile_for_cells(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_for_cells(function: F) -> F:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
+    from torch._inductor import config
+
     from bench.long_sums import CutLongSums
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._inductor.config.post_grad_custom_post_pass = CutLongSums()
+    config.post_grad_custom_post_pass = CutLongSums()
     return torch.compile(function, dynamic=False)
 
 

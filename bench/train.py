@@ -110,7 +110,8 @@ class FleetTrainer:
         if states is not None:
             self._load(states)
         self.pool = graph_pool(device)
-        self._read, self._account = (compile_for_cells(f) if self.compiled else f for f in (_read_batch, _account))
+        self._read = compile_for_cells(_read_batch) if self.compiled else _read_batch
+        self._account = compile_for_cells(_account) if self.compiled else _account
         self._steps = [Repeated(partial(self._train_step, cell), device, self.pool) for cell in self.train_cells]
         sets = self.sets_E.tolist()
         self._scorer = Scorer(self.model, self.valid, sets, self.pool)
