@@ -6,7 +6,7 @@ Shape legend: E members, P parameters of a member, B batch, T time, D width, M l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def compile_for_cells(function: F) -> F:
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     config.post_grad_custom_post_pass = CutLongSums()
-    return torch.compile(function, dynamic=False)
+    return cast(F, torch.compile(function, dynamic=False))
 
 
 def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -44,7 +44,7 @@ def layer_norm(x_BTD: Tensor, norm: Affine, eps: float = 1e-5) -> Tensor:
 
 def norm_pair(
     r_BTD: Tensor, first: Affine, second: Affine, rows_BR: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """S = r + LN1(r), and LN2(s).
 
     Args:
