@@ -29,9 +29,6 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
         gated_conv(x, square, vector, torch.randn(4, MOST_TAPS + 1), vector)
 
 
-@pytest.mark.parametrize(
-    ("width", "taps", "dtype"), [("i32+", 3, "*bf16+"), ("i32", MOST_TAPS, "*bf16+"), ("i32", MOST_TAPS, "*fp32+")]
-)
 @pytest.mark.parametrize(("members", "rows"), [(1, 1), (3, 7), (2, 1024), (2, 1536), (70, 3)])
 def test_products_over_rows_add_up(members: int, rows: int):
     a, b = torch.randn(members, rows, 5, dtype=torch.float64), torch.randn(members, rows, 4, dtype=torch.float64)
@@ -41,6 +38,9 @@ def test_products_over_rows_add_up(members: int, rows: int):
     torch.testing.assert_close(narrow.double(), a.mT @ b, rtol=0.1, atol=0.02 * rows**0.5)
 
 
+@pytest.mark.parametrize(
+    ("width", "taps", "dtype"), [("i32+", 3, "*bf16+"), ("i32", MOST_TAPS, "*bf16+"), ("i32", MOST_TAPS, "*fp32+")]
+)
 def test_compiles_for_sm90_without_spills(width: str, taps: int, dtype: str):
     narrow = dict.fromkeys(("dy_ptr", "x_ptr", "projected_ptr", "dz_ptr", "dx_ptr"), dtype)
     wide = dict.fromkeys(("bias_ptr", "taps_ptr", "tap_bias_ptr", "parts_ptr"), "*fp32+")
