@@ -134,14 +134,15 @@ def state_kernel(
             x_KT = tl.trans(load_with_one(x, x_t * UNIT, t, i, length, K, DOT))
             c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
             phi_FT = tl.dot(first_FK, x_KT, input_precision=PRECISION) * tl.dot(second_FK, x_KT, input_precision=PRECISION)
+            phi_FT = phi_FT.to(WIDE)
             if NORM:
                 shift_T = (t < length).to(tl.float32)
                 if REVERSE:
-                    scale_T = tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=1.0)
-                    shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0) / scale_T
-                    phi_FT *= scale_T[None, :]
-                norms_FZ = tl.dot(phi_FT.to(WIDE), in_columns(shift_T, WIDE), norms_FZ, input_precision=PRECISION)
-            sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
+                    scale_T = tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)
+                    shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)
+                    c_TV = (c_TV.to(tl.float32) * scale_T[:, None]).to(WIDE)
+                norms_FZ = tl.dot(phi_FT, in_columns(shift_T, WIDE), norms_FZ, input_precision=PRECISION)
+            sums_FV = tl.dot(phi_FT, c_TV, sums_FV, input_precision=PRECISION)
     row = (head_index * spans + own_span) * ROWS
     tl.store(totals + row * V + by_row, sums_FV, mask=in_sums)
     if NORM:

