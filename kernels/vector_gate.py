@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
 from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
-
-SOLVER = (torch.float16, None)
 
 
 class Kept(NamedTuple):
@@ -124,12 +122,11 @@ class Call:
 
         kept = self.kept
         rows, strides, unit = _rows(*self.keys)
-        merge, solve = SOLVER if self.dtype != torch.float32 else (torch.float32, "tf32x3")
         for tree, tile in ((False, self.config.prepare), (True, self.config.rough)):
             prepare_kernel[(self.blocks,)](
                 *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-                TREE=tree, MERGE=_triton_dtype(merge), SOLVE=solve, **tile.options(),
+                TREE=tree, SOLVE=solve_precision(self.dtype), **tile.options(),
             )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:

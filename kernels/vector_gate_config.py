@@ -92,6 +92,11 @@ def tile_width(width: int, dtype: torch.dtype) -> int:
     return max(padded(width), 16 if dtype == torch.float32 else 64)
 
 
+def solve_precision(dtype: torch.dtype) -> str:
+    """Products of the couplings: TF32 has the mantissa of fp16 and the range that keys of any length need."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
 def gentle_limit(dtype: torch.dtype) -> float:
     """Exponent of 2 up to which a half of a chunk may decay and be gentle; factors in fp16 would overflow early."""
     return 0.0 if dtype == torch.float16 else 60.0
