@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import INTEGERS, check_arguments, check_axes
 from kernels.dispatch import pick
 from kernels.rows import pick_rows
 
@@ -34,7 +34,7 @@ def layer_norm(x_BTD: Tensor, norm: Affine, eps: float = 1e-5) -> Tensor:
     Raises:
         ValueError: shapes do not match.
     """
-    _check(x_BTD, norm)
+    check_arguments(x_BTD, {name: (p, x_BTD.shape[-1:]) for name, p in zip(("weight", "bias"), norm, strict=True)})
     if pick("layer_norm", x_BTD, obstacle=_too_wide(x_BTD)) == "triton":
         from kernels.norms_operator import norms_operator
 
@@ -62,8 +62,12 @@ def norm_pair(
     Raises:
         ValueError: shapes do not match.
     """
-    _check(r_BTD, first)
-    _check(r_BTD, second)
+    check_axes("r", r_BTD, "B T D")
+    batch, _, width = r_BTD.shape
+    named = {"first": first, "second": second}
+    expected = {f"{name}[{i}]": (p, (width,)) for name, norm in named.items() for i, p in enumerate(norm)}
+    rows = {} if rows_BR is None else {"rows": (rows_BR, (batch, rows_BR.shape[-1]))}
+    check_arguments(r_BTD, expected | rows, first="r", dtypes={"rows": INTEGERS})
     if pick("norm_pair", r_BTD, obstacle=_too_wide(r_BTD)) == "triton":
         from kernels.norms_operator import norms_operator
 
@@ -87,7 +91,3 @@ def normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _too_wide(x: Tensor) -> str | None:
     return f"width {x.shape[-1]} is above {MOST_WIDTH}" if x.shape[-1] > MOST_WIDTH else None
-
-
-def _check(x: Tensor, norm: Affine) -> None:
-    check_arguments(x, {name: (p, x.shape[-1:]) for name, p in zip(("weight", "bias"), norm, strict=True)})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._arguments import INTEGERS, check_arguments, check_axes
 from kernels._members import fold_members
 from kernels.dispatch import pick
 
@@ -85,7 +86,17 @@ def read_rows(
 
     Returns:
         [B, H, M, D] in the dtype of x; the values' map is still to be applied.
+
+    Raises:
+        ValueError: tensors that do not belong together.
     """
+    check_axes("q", q_BHMD, "B H M D")
+    check_axes("x", x_BTD, "B T D")
+    expected = {
+        "q": (q_BHMD, (x_BTD.shape[0], *q_BHMD.shape[1:3], x_BTD.shape[2])),
+        "rows": (rows_BM, (x_BTD.shape[0], q_BHMD.shape[2])),
+    }
+    check_arguments(x_BTD, expected, dtypes={"rows": INTEGERS})
     heads, most = q_BHMD.shape[1:3]
     place_BR = rows_BM.repeat(1, heads)
     q_BRD = q_BHMD.flatten(1, 2)

@@ -18,9 +18,13 @@ from kernels.conv import long_conv, short_conv, short_conv_step
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
+from kernels.gated_conv import gated_conv
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
+from kernels.labelled_head import labelled_head
 from kernels.layer_step import Apart, Conv, Packed, layer_step
+from kernels.norms import norm_pair
 from kernels.recurrence import linear_recurrence, normalized_recurrence
+from kernels.rows import read_rows
 from kernels.scan import scan, selective_scan
 from kernels.step import recurrent_step
 from kernels.step_form import StepForm
@@ -75,6 +79,7 @@ TAYLOR = {"state[0]": r(B, H, n_features(K), V), "state[1]": r(B, H, n_features(
 SINKS = {"start": torch.ones(B, dtype=torch.long), "sink_kv[0]": r(B, H, 1, K), "sink_kv[1]": r(B, H, 1, V)}
 MOMENTS = {name: torch.ones(B, V) for name in ("weights", "gradient", "first", "second")}
 LABELS = {"labels": torch.zeros(B, dtype=torch.long)}
+ROWS_OF_EACH = torch.tensor([[0, 4, 2]]).repeat(B, 1)
 DOORS = {
     "linear_recurrence": Door(
         linear, {**qkv(B, T, H), "log_decay": -r(B, T, H).abs(), "beta": r(B, T, H).sigmoid(), "state": r(B, H, K, V)}
@@ -110,6 +115,15 @@ DOORS = {
         decode_attention, {"q": r(B, H, K), "k": r(B, H, T, K), "v": r(B, H, T, V), "seen": torch.ones(B, H, T, dtype=torch.bool)}
     ),
     "labelled_cross_entropy": Door(labelled_cross_entropy, {"logits": r(B, V), **LABELS}),
+    "labelled_head": Door(labelled_head, {"h": r(B, K), "weight": r(V, K), **LABELS}),
+    "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
+    "norm_pair": Door(
+        lambda x, a, b, c, d, rows: norm_pair(x, (a, b), (c, d), rows),
+        {"r": r(B, T, D), **{f"{name}[{i}]": r(D) for name in ("first", "second") for i in (0, 1)}, "rows": ROWS_OF_EACH},
+    ),
+    "read_rows": Door(
+        lambda q, x, rows: read_rows(q, x, rows, weights="softmax"), {"q": r(B, H, 3, D), "x": r(B, T, D), "rows": ROWS_OF_EACH}
+    ),
     "distillation_rows": Door(partial(distillation_rows, kl=1.0, ce=1.0), {"logits": r(B, V), "teacher": r(B, V), **LABELS}),
     "adamw_step": Door(partial(adamw_step, weight_decay=0.1), MOMENTS | {"rates": torch.ones(B), "steps": torch.ones(B)}),
 }
@@ -124,6 +138,8 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 FREE = {(door, "v") for door in ("vector gates", "sparse_attention", "block_attention", "decode_attention")} | {
     ("labelled_cross_entropy", "logits"),
     ("long_conv", "filter"),
+    ("norm_pair", "rows"),
+    ("gated_conv", "taps"),
 }
 """Tensors whose last axis may have any length."""
 ROWS = [
