@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import delta_walks
 from kernels.walk import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
 
 
@@ -123,7 +124,7 @@ def forward(
         The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and what
         `backward` needs.
     """
-    from kernels import delta_triton
+    from kernels import delta_coupling_triton, delta_triton
 
     batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
@@ -139,12 +140,17 @@ def forward(
     group = heads // k.shape[2]
     shared = {"K": k_dim, "BK": padded(k_dim), "UNIT": unit, "C": config.chunk}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
-    delta_triton.coupling_kernel[(batch * heads * chunks,)](
+    delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, LEVELS=config.chunk.bit_length() - 1, GATE=_gate_kind(log_decay),
-        MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16),
-        num_warps=config.coupling.warps,
+        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=1,
     )  # fmt: skip
+    if delta_walks.fit(k_dim, q, k, v):
+        first = None if state_BHKV is None else state_BHKV.contiguous()
+        delta_walks.forward(
+            q, k, v, beta, kept, first, o, last, config.forward,
+            gated=log_decay is not None, return_state=return_state, keep=keep,
+        )  # fmt: skip
+        return o, last, kept
     tile = min(config.forward.tile, padded(v_dim))
     delta_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
         q, k, v, beta, kept.couplings, kept.decays, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
@@ -198,12 +204,19 @@ def backward(
     (q, k, do), strides, unit = _rows(q_BTGK, k_BTGK, do_BTHV)
     shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
-    delta_triton.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
-        q, k, do, beta, kept.couplings, kept.decays, do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(),
-        solved, dfirst, dstates, *strides, length, heads, heads // groups,
-        **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
-        STAGES=config.reverse.stages, num_warps=config.reverse.warps,
-    )  # fmt: skip
+    dlast = None if dfinal_BHKV is None else dfinal_BHKV.float().contiguous()
+    if delta_walks.fit(k_dim, q, k, do):
+        delta_walks.reverse(
+            q, k, do, beta, kept, dlast, solved, dfirst, dstates, config.reverse,
+            gated=log_decay is not None, first=state_BHKV is not None,
+        )  # fmt: skip
+    else:
+        delta_triton.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
+            q, k, do, beta, kept.couplings, kept.decays, do if dlast is None else dlast,
+            solved, dfirst, dstates, *strides, length, heads, heads // groups,
+            **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dlast is not None,
+            STAGES=config.reverse.stages, num_warps=config.reverse.warps,
+        )  # fmt: skip
     tile = min(config.gradients.tile, padded(k_dim))
     tiles = -(-k_dim // tile)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
