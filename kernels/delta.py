@@ -144,7 +144,7 @@ def forward(
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
         **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=1,
     )  # fmt: skip
-    if delta_walks.fit(k_dim, q, k, v):
+    if delta_walks.HOPPER and delta_walks.fit(k_dim, q, k, v):
         first = None if state_BHKV is None else state_BHKV.contiguous()
         delta_walks.forward(
             q, k, v, beta, kept, first, o, last, config.forward,
@@ -205,7 +205,19 @@ def backward(
     shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     dlast = None if dfinal_BHKV is None else dfinal_BHKV.float().contiguous()
-    if delta_walks.fit(k_dim, q, k, do):
+    if delta_walks.FUSED and delta_walks.fit(k_dim, q, k, do):
+        dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
+        dbeta = torch.empty_like(beta)
+        dgates = do_BTHV.new_empty((1, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
+        delta_walks.backward(
+            q, k, do, beta, kept, dlast, (dq_BTHK, dk_BTHK, dv, dbeta, dgates), dfirst, 8,
+            gated=log_decay is not None, gate_grad=gate_grad, first=state_BHKV is not None,
+        )  # fmt: skip
+        if groups < heads:
+            dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))
+        dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates
+        return dq_BTHK, dk_BTHK, dv, dbeta, dgate, dfirst
+    if delta_walks.HOPPER and delta_walks.fit(k_dim, q, k, do):
         delta_walks.reverse(
             q, k, do, beta, kept, dlast, solved, dfirst, dstates, config.reverse,
             gated=log_decay is not None, first=state_BHKV is not None,

@@ -12,6 +12,7 @@ from kernels.walk import _triton_dtype, padded
 if TYPE_CHECKING:
     from kernels.delta import Kept, Launch
 
+HOPPER = FUSED = True
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 ALIGNED = 8
@@ -82,4 +83,25 @@ def reverse(
         beta, kept.decays, do if dlast is None else dlast, dfirst, length, heads, heads // k.shape[2],
         K=k_dim, V=v_dim, BK=wide, BV=tile, C=CHUNK, GATED=gated, FIRST=first, DLAST=dlast is not None,
         DOT=_triton_dtype(do.dtype), num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def backward(
+    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...], dfirst: Tensor,
+    warps: int, *, gated: bool, gate_grad: bool, first: bool,
+) -> None:  # fmt: skip
+    """All gradients on Hopper in one walk; writes those of q, k, v, beta and the log decays, which `grads` holds, and dfirst."""
+    from kernels import delta_hopper_backward
+
+    batch, length, heads, v_dim = do.shape
+    k_dim = k.shape[3]
+    width = max(padded(k_dim), padded(v_dim), CHUNK)
+    of_rows = [1, CHUNK, 1, width]
+    dq, dk, dv, dbeta, dgate = grads
+    delta_hopper_backward.backward_kernel[(batch * heads,)](
+        *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
+        _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), *(_described(x, of_rows) for x in (dq, dk, dv)),
+        beta, kept.decays, do if dlast is None else dlast, dbeta, dgate, dfirst, length, heads, heads // k.shape[2],
+        K=k_dim, V=v_dim, D=width, C=CHUNK, GATED=gated, GATE_GRAD=gate_grad, FIRST=first, DLAST=dlast is not None,
+        DOT=_triton_dtype(do.dtype), num_warps=warps,
     )  # fmt: skip
