@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import _barriers, _strengths, shared_layout
+from kernels.delta_hopper import SIZES, _barriers, _strengths, shared_layout
 
 
 @gluon.constexpr_function
@@ -46,18 +46,23 @@ def _later(dg_C, C: gl.constexpr):
     return gl.sum(gl.where(cols[None, :] >= rows[:, None], dg_cols[None, :], 0.0), 1)
 
 
-@gluon.jit(do_not_specialize=["length", "heads", "group"])
+@gluon.jit(do_not_specialize=SIZES)
 def backward_kernel(
     q, k, do, errors, states, h, dq, dk, dv, beta, g, dlast, dbeta, dgate, dfirst,
-    length: tl.int32, heads: tl.int32, group: tl.int32,
+    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, C: gl.constexpr,
     GATED: gl.constexpr, GATE_GRAD: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H,). D is the width of keys and values on chip. `dgate` is [B, T, H]: the gradient of each token's log decay."""
-    head_index = gl.program_id(0)
+    """Grid: (B * H * segments,). D is the width of keys and values on chip; `dgate` is [B, T, H].
+
+    A segment is `span` chunks; `dlast` holds the gradients of the states that leave the segments, from the last to the first.
+    """
+    part = gl.program_id(0)
+    head_index, segment = part // segments, segments - 1 - part % segments
     batch, head = head_index // heads, head_index % heads
     shared_head = head // group
     n_chunks = (length + C - 1) // C
+    n_first, last = segment * span, gl.minimum(segment * span + span, n_chunks) - 1
     chunk_0 = head_index * n_chunks
     row = batch.to(gl.int64) * length * heads + head
     g += chunk_0.to(gl.int64) * C
@@ -68,7 +73,6 @@ def backward_kernel(
     i_row, i_col = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     d, e = gl.arange(0, D, gl.SliceLayout(1, wide)), gl.arange(0, D, gl.SliceLayout(0, wide))
     state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-    state_offsets += head_index.to(gl.int64) * K * V
 
     q_CK_s = gl.allocate_shared_memory(DOT, [1, C, D], shared_layout(D))
     k_CK_s = gl.allocate_shared_memory(DOT, [1, C, D], shared_layout(D))
@@ -86,8 +90,8 @@ def backward_kernel(
 
     dstate = gl.zeros([D, D], gl.float32, wide)
     if DLAST:
-        dstate = gl.load(dlast + state_offsets, mask=in_state, other=0.0)
-    last = n_chunks - 1
+        dstate = gl.load(dlast + part.to(gl.int64) * K * V + state_offsets, mask=in_state, other=0.0)
+    steps = last - n_first + 1
     q_CK = q_CK_s.index(0)
     k_CK = k_CK_s.index(0)
     do_CV = do_CV_s.index(0)
@@ -108,7 +112,7 @@ def backward_kernel(
     tma.async_copy_global_to_shared(h, [chunk_0 + last, 0, 0], rest_bar, h_CC)
     tma.async_copy_global_to_shared(errors, [batch, last * C, head, 0], rest_bar, error_CV)
     tma.async_copy_global_to_shared(states, [chunk_0 + last, 0, 0], rest_bar, state_KV)
-    for back in range(n_chunks):
+    for back in range(steps):
         n = last - back
         zero = gl.minimum(n, 0)
         q_CK = q_CK_s.index(zero)
@@ -230,8 +234,9 @@ def backward_kernel(
         tma.async_copy_global_to_shared(h, [chunk_0 + following, 0, 0], rest_bar, h_CC)
         tma.async_copy_global_to_shared(errors, [batch, following * C, head, 0], rest_bar, error_CV)
         tma.async_copy_global_to_shared(states, [chunk_0 + following, 0, 0], rest_bar, state_KV)
-    mbarrier.wait(qk_bar, n_chunks % 2)
-    mbarrier.wait(rest_bar, n_chunks % 2)
+    mbarrier.wait(qk_bar, steps % 2)
+    mbarrier.wait(rest_bar, steps % 2)
     tma.store_wait(0)
     if FIRST:
-        gl.store(dfirst + state_offsets, dstate, mask=in_state)
+        in_state = in_state & (segment == 0)
+        gl.store(dfirst + head_index.to(gl.int64) * K * V + state_offsets, dstate, mask=in_state)

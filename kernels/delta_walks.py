@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kernels.delta import Kept, Launch
 
 HOPPER = FUSED = True
+SEGMENTS = (0, 0)
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 ALIGNED = 8
@@ -41,27 +42,57 @@ def _described(x: Tensor, block: list[int]) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, shared_layout(block[-1], len(block)))
 
 
+def _split(chunks: int, segments: int) -> tuple[int, int]:
+    """Segments of a sequence, none of them empty, and the chunks of each but the last."""
+    span = -(-chunks // segments)
+    return -(-chunks // span), span
+
+
+def _carried(
+    walk: Any, operands: tuple[Any, ...], given: Tensor | None, like: Tensor, heads: int, counts: tuple[int, ...], constants: dict
+) -> Tensor:
+    """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
+    from kernels import delta_hopper_carry
+
+    batch, segments = like.shape[0], counts[3]
+    k_dim, v_dim, tile = constants["K"], constants["V"], constants["BV"]
+    tiles = -(-v_dim // tile) + -(-k_dim // tile)
+    ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * tile, dtype=torch.float32)
+    states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
+    start = ends if given is None else given
+    walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 32),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=32, FIRST=given is not None, num_warps=4
+    )
+    return states
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, launch: Launch,
     *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
     """The forward walk on Hopper; writes o, last, and what is kept."""
-    from kernels import delta_hopper
+    from kernels import delta_hopper, delta_hopper_carry
 
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
     wide, tile = max(padded(k_dim), CHUNK), min(launch.tile, max(32, padded(v_dim)))
     of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
-    out = _described(o, of_values)
+    queries, keys, values, out = _described(q, of_keys), _described(k, of_keys), _described(v, of_values), _described(o, of_values)
+    couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
     errors, states = out, out
     if keep:
         errors, states = _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])
-    delta_hopper.forward_kernel[(batch * heads * -(-v_dim // tile),)](
-        _described(q, of_keys), _described(k, of_keys), _described(v, of_values),
-        _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), out, errors, states,
-        beta, kept.decays, v if first is None else first, last, length, heads, heads // k.shape[2],
-        K=k_dim, V=v_dim, BK=wide, BV=tile, C=CHUNK, GATED=gated, FIRST=first is not None, LAST=return_state, KEEP=keep,
-        DOT=_triton_dtype(v.dtype), num_warps=launch.warps,
+    segments, span = _split(kept.couplings.shape[2], max(SEGMENTS[0], 1))
+    counts = (length, heads, heads // k.shape[2], segments, span)
+    constants = {"K": k_dim, "V": v_dim, "BK": wide, "BV": tile, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
+    if segments > 1:
+        more = constants | {"FIRST": first is not None, "num_warps": launch.warps}
+        operands = (keys, values, couplings, beta, kept.decays)
+        first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
+    delta_hopper.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
+        queries, keys, values, couplings, out, errors, states, beta, kept.decays, v if first is None else first, last, *counts,
+        **constants, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -70,13 +101,13 @@ def reverse(
     dstates: Tensor, launch: Launch, *, gated: bool, first: bool,
 ) -> None:  # fmt: skip
     """The reverse walk on Hopper; writes solved, dfirst and dstates."""
-    from kernels import delta_hopper
+    from kernels import delta_hopper_reverse
 
     batch, length, heads, v_dim = do.shape
     k_dim = k.shape[3]
     wide, tile = max(padded(k_dim), CHUNK), min(launch.tile, max(32, padded(v_dim)))
     of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
-    delta_hopper.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
+    delta_hopper_reverse.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
         _described(q, of_keys), _described(k, of_keys), _described(do, of_values),
         _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), _described(solved, of_values),
         _described(dstates.flatten(0, 2), [1, wide, tile]),
@@ -91,17 +122,27 @@ def backward(
     warps: int, *, gated: bool, gate_grad: bool, first: bool,
 ) -> None:  # fmt: skip
     """All gradients on Hopper in one walk; writes those of q, k, v, beta and the log decays, which `grads` holds, and dfirst."""
-    from kernels import delta_hopper_backward
+    from kernels import delta_hopper_backward, delta_hopper_carry
 
     batch, length, heads, v_dim = do.shape
     k_dim = k.shape[3]
     width = max(padded(k_dim), padded(v_dim), CHUNK)
     of_rows = [1, CHUNK, 1, width]
     dq, dk, dv, dbeta, dgate = grads
-    delta_hopper_backward.backward_kernel[(batch * heads,)](
+    couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
+    segments, span = _split(kept.couplings.shape[2], max(SEGMENTS[1], 1))
+    counts = (length, heads, heads // k.shape[2], segments, span)
+    constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
+    if segments > 1:
+        wide, tile = max(padded(k_dim), CHUNK), min(CHUNK, max(32, padded(v_dim)))
+        of_keys = [1, CHUNK, 1, wide]
+        operands = (_described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, tile]), couplings)
+        more = constants | {"BK": wide, "BV": tile, "DLAST": dlast is not None, "num_warps": 4}
+        operands = (*operands, beta, kept.decays)
+        dlast = _carried(delta_hopper_carry.reverse_carry_kernel, operands, dlast, do, heads, counts, more)
+    delta_hopper_backward.backward_kernel[(batch * heads * segments,)](
         *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
-        _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), *(_described(x, of_rows) for x in (dq, dk, dv)),
-        beta, kept.decays, do if dlast is None else dlast, dbeta, dgate, dfirst, length, heads, heads // k.shape[2],
-        K=k_dim, V=v_dim, D=width, C=CHUNK, GATED=gated, GATE_GRAD=gate_grad, FIRST=first, DLAST=dlast is not None,
-        DOT=_triton_dtype(do.dtype), num_warps=warps,
+        couplings, *(_described(x, of_rows) for x in (dq, dk, dv)),
+        beta, kept.decays, do if dlast is None else dlast, dbeta, dgate, dfirst, *counts,
+        **constants, D=width, GATE_GRAD=gate_grad, FIRST=first, DLAST=dlast is not None, num_warps=warps,
     )  # fmt: skip

@@ -1,0 +1,245 @@
+"""What a segment of a long sequence does to a state, for Hopper: where heads are few, segments of a sequence run at once.
+
+A segment takes the state S that enters it to R S + C, and the gradient of the state that leaves it to that of the one that
+enters in the same form. A program walks over a segment with some columns of the state: from zero for C, and from columns of
+the identity, with values (or gradients of outputs) of zero, for R. Then `combine_kernel` goes through the segments.
+
+Segments are counted in the order of the walk: the first starts with the state given, or zero, and needs no R; what the last
+leaves is left to the walk proper. `ends` is [B * H, segments - 1, K, columns of C and then of R] in fp32.
+
+Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.delta_hopper import SIZES, _barriers, _strengths, _sums, shared_layout
+
+
+@gluon.jit
+def _start(first, head_index, part, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr):
+    """The columns of a state with which a program starts: of the state given, of zero or of the identity."""
+    narrow: gl.constexpr = _sums(BV)
+    VALUES: gl.constexpr = (V + BV - 1) // BV * BV
+    d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
+    state_KV = gl.where(d[:, None] == e[None, :] - VALUES, 1.0, 0.0)
+    if GIVEN:
+        inside = (d < K)[:, None] & ((e < V) & (part == 0))[None, :]
+        state_KV += gl.load(first + head_index.to(gl.int64) * K * V + d[:, None] * V + e[None, :], mask=inside, other=0.0)
+    return state_KV
+
+
+@gluon.jit
+def _end(ends, state_KV, slot, e_start, K: gl.constexpr, WIDTH: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
+    """Stores what the columns have become."""
+    narrow: gl.constexpr = _sums(BV)
+    d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
+    offsets = slot.to(gl.int64) * K * WIDTH + d[:, None] * WIDTH + e[None, :]
+    gl.store(ends + offsets, state_KV, mask=(d < K)[:, None] & (e < WIDTH)[None, :])
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def forward_carry_kernel(
+    k, v, h, beta, g, first, ends,
+    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    GATED: gl.constexpr, FIRST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
+    TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
+    program = gl.program_id(0)
+    slot, e_start = program // TILES, (program % TILES) * BV
+    head_index, part = slot // (segments - 1), slot % (segments - 1)
+    batch, head = head_index // heads, head_index % heads
+    n_chunks = (length + C - 1) // C
+    n_first = part * span
+    chunk_0 = head_index * n_chunks
+    beta += batch.to(gl.int64) * length * heads + head
+    g += chunk_0.to(gl.int64) * C
+
+    narrow: gl.constexpr = _sums(BV)
+    i = gl.arange(0, C, gl.SliceLayout(1, narrow))
+    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
+    h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    bars = _barriers(2)
+
+    state_KV = _start(first, head_index, part, e_start, K, V, BK, BV, FIRST)
+    none_CV = gl.zeros([C, BV], gl.float32, narrow)
+    mbarrier.expect(bars.index(0), 2 * C * (BK + BV + C))
+    tma.async_copy_global_to_shared(k, [batch, n_first * C, head // group, 0], bars.index(0), k_buffers.index(0))
+    tma.async_copy_global_to_shared(v, [batch, n_first * C, head, e_start], bars.index(0), v_buffers.index(0))
+    tma.async_copy_global_to_shared(h, [chunk_0 + n_first, 0, 0], bars.index(0), h_buffers.index(0))
+    for step in range(span):
+        n, now, then = n_first + step, step % 2, (step + 1) % 2
+        following = gl.minimum(n + 1, n_chunks - 1)
+        k_CK, bar = k_buffers.index(now), bars.index(then)
+        beta_C = _strengths(beta, n * C + i, length, heads)
+        if GATED:
+            g_C, g_all = gl.load(g + n * C + i), gl.load(g + n * C + C - 1)
+        state_buffer.store(state_KV.to(DOT))
+        fence_async_shared()
+        mbarrier.wait(bars.index(now), (step // 2) % 2)
+        read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        mbarrier.expect(bar, 2 * C * (BK + BV + C))
+        tma.async_copy_global_to_shared(k, [batch, following * C, head // group, 0], bar, k_buffers.index(then))
+        tma.async_copy_global_to_shared(v, [batch, following * C, head, e_start], bar, v_buffers.index(then))
+        tma.async_copy_global_to_shared(h, [chunk_0 + following, 0, 0], bar, h_buffers.index(then))
+        read_CV = warpgroup_mma_wait(0, [read])
+        if GATED:
+            read_CV = read_CV * gl.exp2(g_C)[:, None]
+        error_CV = v_buffers.index(now).load(narrow).to(gl.float32) - read_CV
+        error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+        fence_async_shared()
+        spread = warpgroup_mma(h_buffers.index(now), error_buffer, none_CV, use_acc=False, is_async=True)
+        write_CV = (error_CV - warpgroup_mma_wait(0, [spread])) * beta_C[:, None]
+        if GATED:
+            write_CV = write_CV * gl.exp2(g_all - g_C)[:, None]
+            state_KV = state_KV * gl.exp2(g_all)
+        write_buffer.store(write_CV.to(DOT))
+        fence_async_shared()
+        state = warpgroup_mma(k_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
+        state_KV = warpgroup_mma_wait(0, [state])
+    mbarrier.wait(bars.index(span % 2), (span // 2) % 2)
+    _end(ends, state_KV, slot, e_start, K, TILES * BV, BK, BV)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def reverse_carry_kernel(
+    q, k, do, h, beta, g, dlast, ends,
+    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    GATED: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
+    TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
+    program = gl.program_id(0)
+    slot, e_start = program // TILES, (program % TILES) * BV
+    head_index, part = slot // (segments - 1), slot % (segments - 1)
+    batch, head = head_index // heads, head_index % heads
+    n_chunks = (length + C - 1) // C
+    n_first = (segments - 1 - part) * span
+    n_last = gl.minimum(n_first + span, n_chunks) - 1
+    chunk_0 = head_index * n_chunks
+    beta += batch.to(gl.int64) * length * heads + head
+    g += chunk_0.to(gl.int64) * C
+
+    narrow: gl.constexpr = _sums(BV)
+    square: gl.constexpr = _sums(C)
+    left: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    i = gl.arange(0, C, gl.SliceLayout(1, narrow))
+    seen = gl.arange(0, C, gl.SliceLayout(1, square))[:, None] <= gl.arange(0, C, gl.SliceLayout(0, square))[None, :]
+    q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
+    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
+    do_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    fade_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    qk_bars, doh_bar = _barriers(2), _barriers(1).index(0)
+
+    dstate_KV = _start(dlast, head_index, part, e_start, K, V, BK, BV, DLAST)
+    none_CV = gl.zeros([C, BV], gl.float32, narrow)
+    mbarrier.expect(qk_bars.index(0), 4 * C * BK)
+    tma.async_copy_global_to_shared(q, [batch, n_last * C, head // group, 0], qk_bars.index(0), q_buffers.index(0))
+    tma.async_copy_global_to_shared(k, [batch, n_last * C, head // group, 0], qk_bars.index(0), k_buffers.index(0))
+    mbarrier.expect(doh_bar, 2 * C * (BV + C))
+    tma.async_copy_global_to_shared(do, [batch, n_last * C, head, e_start], doh_bar, do_buffer)
+    tma.async_copy_global_to_shared(h, [chunk_0 + n_last, 0, 0], doh_bar, h_buffer)
+    steps = n_last - n_first + 1
+    for step in range(steps):
+        n, now, then = n_last - step, step % 2, (step + 1) % 2
+        following = gl.maximum(n - 1, 0)
+        q_CK, k_CK, qk_bar = q_buffers.index(now), k_buffers.index(now), qk_bars.index(then)
+        beta_C = _strengths(beta, n * C + i, length, heads)
+        state_buffer.store(dstate_KV.to(DOT))
+        if GATED:
+            g_C, g_all = gl.load(g + n * C + i), gl.load(g + n * C + C - 1)
+            g_buffer.store(g_C)
+        fence_async_shared()
+        mbarrier.wait(qk_bars.index(now), (step // 2) % 2)
+        scores = gl.zeros([C, C], gl.float32, square)
+        scores = warpgroup_mma(k_CK, q_CK.permute([1, 0]), scores, use_acc=False, is_async=True)
+        dwrite = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        mbarrier.expect(qk_bar, 4 * C * BK)
+        tma.async_copy_global_to_shared(q, [batch, following * C, head // group, 0], qk_bar, q_buffers.index(then))
+        tma.async_copy_global_to_shared(k, [batch, following * C, head // group, 0], qk_bar, k_buffers.index(then))
+        scores_CC, dwrite = warpgroup_mma_wait(1, [scores, dwrite])
+        if GATED:
+            g_row = gl.convert_layout(g_C, gl.SliceLayout(1, square))
+            g_col = g_buffer.load(gl.SliceLayout(0, square))
+            scores_CC = scores_CC * gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
+            dwrite = warpgroup_mma_wait(0, [dwrite]) * gl.exp2(g_all - g_C)[:, None]
+        else:
+            scores_CC = gl.where(seen, scores_CC, 0.0)
+        scores_CC = gl.convert_layout(scores_CC.to(DOT), left)
+        mbarrier.wait(doh_bar, step % 2)
+        dwrite_CV = warpgroup_mma_wait(0, [warpgroup_mma(scores_CC, do_buffer, dwrite, is_async=True)])
+        error_buffer.store((dwrite_CV * beta_C[:, None]).to(DOT))
+        fading = do_buffer
+        if GATED:
+            fade_buffer.store((do_buffer.load(narrow).to(gl.float32) * gl.exp2(g_C)[:, None]).to(DOT))
+            fading = fade_buffer
+            dstate_KV = dstate_KV * gl.exp2(g_all)
+        fence_async_shared()
+        spread = warpgroup_mma(h_buffer.permute([1, 0]), error_buffer, none_CV, use_acc=False, is_async=True)
+        dstate = warpgroup_mma(q_CK.permute([1, 0]), fading, dstate_KV, is_async=True)
+        spread_CV, dstate = warpgroup_mma_wait(0, [spread, dstate])
+        erased_CV = (spread_CV - dwrite_CV) * beta_C[:, None]
+        if GATED:
+            erased_CV = erased_CV * gl.exp2(g_C)[:, None]
+        error_buffer.store(erased_CV.to(DOT))
+        fence_async_shared()
+        dstate = warpgroup_mma(k_CK.permute([1, 0]), error_buffer, dstate, is_async=True)
+        mbarrier.expect(doh_bar, 2 * C * (BV + C))
+        tma.async_copy_global_to_shared(do, [batch, following * C, head, e_start], doh_bar, do_buffer)
+        tma.async_copy_global_to_shared(h, [chunk_0 + following, 0, 0], doh_bar, h_buffer)
+        dstate_KV = warpgroup_mma_wait(0, [dstate])
+    mbarrier.wait(qk_bars.index(steps % 2), (steps // 2) % 2)
+    mbarrier.wait(doh_bar, steps % 2)
+    _end(ends, dstate_KV, slot, e_start, K, TILES * BV, BK, BV)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def combine_kernel(
+    ends, first, states, segments: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * tiles of TILE columns,). Writes the state that enters each segment [B * H, segments, K, V] in fp32."""
+    VALUES: tl.constexpr = (V + BV - 1) // BV * BV
+    WIDTH: tl.constexpr = VALUES + (K + BV - 1) // BV * BV
+    TILES: tl.constexpr = (V + TILE - 1) // TILE
+    head_index = (tl.program_id(0) // TILES).to(tl.int64)
+    d, e = tl.arange(0, BK), (tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE)
+    inside = (d < K)[:, None] & (e < V)[None, :]
+    offsets = d[:, None] * V + e[None, :]
+    states += head_index * segments * K * V
+    ends += head_index * (segments - 1) * K * WIDTH
+    state_KV = tl.zeros([BK, TILE], tl.float32)
+    if FIRST:
+        state_KV = tl.load(first + head_index * K * V + offsets, mask=inside, other=0.0)
+    tl.store(states + offsets, state_KV, mask=inside)
+    state_KV = tl.load(ends + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
+    tl.store(states + K * V + offsets, state_KV, mask=inside)
+    for part in range(1, segments - 1):
+        step = ends + tl.cast(part, tl.int64) * K * WIDTH
+        among = (d < K)[:, None] & (d < K)[None, :]
+        r_KK = tl.load(step + d[:, None] * WIDTH + VALUES + d[None, :], mask=among, other=0.0)
+        c_KV = tl.load(step + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
+        state_KV = tl.dot(r_KK, state_KV, c_KV, input_precision="tf32x3")
+        tl.store(states + (tl.cast(part, tl.int64) + 1) * K * V + offsets, state_KV, mask=inside)
