@@ -61,8 +61,8 @@ def _carried(
     states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
     start = ends if given is None else given
     walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
-    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 32),)](
-        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=32, FIRST=given is not None, num_warps=4
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
     )
     return states
 
