@@ -28,7 +28,9 @@ from kernels.delta_hopper import SIZES, _barriers, _strengths, _sums, shared_lay
 
 
 @gluon.jit
-def _start(first, head_index, part, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr):
+def _start(
+    first, head_index, part, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr
+):
     """The columns of a state with which a program starts: of the state given, of zero or of the identity."""
     narrow: gl.constexpr = _sums(BV)
     VALUES: gl.constexpr = (V + BV - 1) // BV * BV
