@@ -66,9 +66,8 @@ def _decays(gate, stride, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
 
 
 @triton.jit
-def _diagonal(x_SS, xt_SS, beta_S, MERGE: tl.constexpr, PRECISION: tl.constexpr):
-    """A and H of a block on the diagonal from X and its transpose: A, H, and H transposed."""
-    i = tl.arange(0, S)
+def _diagonal(x_SS, xt_SS, beta_S, i, MERGE: tl.constexpr, PRECISION: tl.constexpr):
+    """A and H of a block on the diagonal from X and its transpose: A, H, and H transposed; `i` counts its tokens."""
     one_SS = (i[:, None] == i[None, :]).to(tl.float32)
     pair_SS = (i >> 1)[:, None] == (i >> 1)[None, :]
     l_SS, lt_SS = x_SS * -beta_S[None, :], xt_SS * -beta_S[:, None]
@@ -106,7 +105,9 @@ def coupling_kernel(
     head_index, chunk = program // chunks, program % chunks
     batch, head = head_index // heads, head_index % heads
     wide, start = batch.to(tl.int64), chunk * C
-    i = tl.arange(0, S)
+    # Known to be zero by the chip only: of operands with zeros that the compiler knows, ptxas 13.3 to 13.5 stores registers
+    # before it writes them.
+    i = tl.arange(0, S) + tl.minimum(length, 0)
     h += program.to(tl.int64) * C * C
     grams = _gram(k + (wide * k_b + (head // group) * k_h) * UNIT, k_t * UNIT, start, length, K, BK, C, DOT, PRECISION)
     betas = ()
@@ -130,7 +131,7 @@ def coupling_kernel(
             xt_SS = gram_SS * tl.exp2(tl.where(tl.trans(later), -fall_SS, float("-inf")))
         else:
             x_SS, xt_SS = tl.where(later, gram_SS, 0.0), tl.where(i[:, None] < i[None, :], gram_SS, 0.0)
-        a_SS, h_SS, ht_SS = _diagonal(x_SS, xt_SS, betas[block], MERGE, PRECISION)
+        a_SS, h_SS, ht_SS = _diagonal(x_SS, xt_SS, betas[block], i, MERGE, PRECISION)
         _store_block(h, h_SS, block, block, C)
         solved, transposed = solved + (a_SS,), transposed + (ht_SS,)  # noqa: RUF005
     for row in tl.static_range(1, BLOCKS):

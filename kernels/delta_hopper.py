@@ -1,4 +1,4 @@
-"""The walks of `kernels.delta_triton` for Hopper, in Gluon: the same sums, with the order of the work spelled out.
+"""The forward walk of `kernels.delta_triton` for Hopper, in Gluon: the same sums, with the order of the work spelled out.
 
 A walk is a chain of products that wait for each other. Plain Triton waits for each of them and for every load; here the tensor
 memory accelerator brings a chunk's rows while the one before is computed, and products that nobody waits for run behind those
@@ -23,12 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "heads", "group", "segments", "span"]
 
 
 @gluon.constexpr_function
-def _sums(width):
-    """Registers of sums that are `width` columns wide."""
+def sums_layout(width):
+    """Registers of a warp group's sums that are `width` columns wide."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
@@ -39,19 +40,61 @@ def shared_layout(width, rank=2):
 
 
 @gluon.jit
-def _strengths(beta, t_C, length, heads):
+def strengths(beta, t_C, length, heads):
     """Beta of a chunk, zero beyond the end."""
     return gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr):
+def barriers(COUNT: gl.constexpr):
     """Barriers on which copies report their bytes."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(COUNT):
         mbarrier.init(bars.index(index), count=1)
     fence_async_shared()
     return bars
+
+
+@gluon.jit
+def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
+    """Starts to copy blocks into shared memory; the barrier tells when all have arrived."""
+    mbarrier.expect(bar, BYTES)
+    for index in gl.static_range(len(sources)):
+        tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
+
+
+@gluon.jit
+def scores_beside(
+    q_CK, k_CK, state_KV, g_C, g_buffer,
+    C: gl.constexpr, BV: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Q K^T of tokens and earlier ones, decayed, as a left operand; and K S. In reverse K Q^T of tokens and later ones."""
+    square: gl.constexpr = sums_layout(C)
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    seen = rows[:, None] <= cols[None, :] if REVERSE else rows[:, None] >= cols[None, :]
+    first, second = (k_CK, q_CK) if REVERSE else (q_CK, k_CK)
+    scores = gl.zeros([C, C], gl.float32, square)
+    scores = warpgroup_mma(first, second.permute([1, 0]), scores, use_acc=False, is_async=True)
+    read = gl.zeros([C, BV], gl.float32, sums_layout(BV))
+    read = warpgroup_mma(k_CK, state_KV, read, use_acc=False, is_async=True)
+    scores_CC, read = warpgroup_mma_wait(1, [scores, read])
+    if GATED:
+        fall_CC = gl.convert_layout(g_C, gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
+        # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+        scores_CC = scores_CC * gl.exp2(gl.where(seen, -fall_CC if REVERSE else fall_CC, float("-inf")))
+    else:
+        scores_CC = gl.where(seen, scores_CC, 0.0)
+    scores_CC = gl.convert_layout(scores_CC.to(DOT), gl.DotOperandLayout(0, square, 2))
+    return scores_CC, warpgroup_mma_wait(0, [read])
+
+
+@gluon.jit
+def decays_of(g, n, i, C: gl.constexpr, GATED: gl.constexpr):
+    """Cumulated log2 decays of a chunk, and the last of them."""
+    g_C, g_all = i.to(gl.float32), 0.0
+    if GATED:
+        g_C, g_all = gl.load(g + n * C + i), gl.load(g + n * C + C - 1)
+    return g_C, g_all
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -72,18 +115,13 @@ def forward_kernel(
     batch, head = head_index // heads, head_index % heads
     n_chunks = (length + C - 1) // C
     n_first, n_last = segment * span, gl.minimum(segment * span + span, n_chunks) - 1
-    chunk_0 = head_index * n_chunks
-    beta += batch.to(gl.int64) * length * heads + head
-    g += chunk_0.to(gl.int64) * C
+    chunk_0, shared_head = head_index * n_chunks, head // group
+    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
 
-    narrow: gl.constexpr = _sums(BV)
-    square: gl.constexpr = _sums(C)
-    left: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    narrow: gl.constexpr = sums_layout(BV)
     i = gl.arange(0, C, gl.SliceLayout(1, narrow))
-    seen = gl.arange(0, C, gl.SliceLayout(1, square))[:, None] >= gl.arange(0, C, gl.SliceLayout(0, square))[None, :]
     d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
-    state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-
+    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
     q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
     k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
     v_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
@@ -92,56 +130,43 @@ def forward_kernel(
     error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    qk_bars, vh_bar = _barriers(2), _barriers(1).index(0)
+    qk_bars, vh_bar = barriers(2), barriers(1).index(0)
 
     state_KV = gl.zeros([BK, BV], gl.float32, narrow)
     if FIRST:
-        state_KV = gl.load(first + part.to(gl.int64) * K * V + state_offsets, mask=in_state, other=0.0)
-    mbarrier.expect(qk_bars.index(0), 4 * C * BK)
-    tma.async_copy_global_to_shared(q, [batch, n_first * C, head // group, 0], qk_bars.index(0), q_buffers.index(0))
-    tma.async_copy_global_to_shared(k, [batch, n_first * C, head // group, 0], qk_bars.index(0), k_buffers.index(0))
-    mbarrier.expect(vh_bar, 2 * C * (BV + C))
-    tma.async_copy_global_to_shared(v, [batch, n_first * C, head, e_start], vh_bar, v_buffer)
-    tma.async_copy_global_to_shared(h, [chunk_0 + n_first, 0, 0], vh_bar, h_buffer)
-    beta_C = _strengths(beta, n_first * C + i, length, heads)
-    g_C, g_all = beta_C, 0.0
-    if GATED:
-        g_C, g_all = gl.load(g + n_first * C + i), gl.load(g + n_first * C + C - 1)
-    for step in range(n_last - n_first + 1):
-        n = n_first + step
-        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
-        start, following = n * C, gl.minimum(n + 1, n_last)
+        state_KV = gl.load(first + part.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
+    at_qk, at_v = [batch, n_first * C, shared_head, 0], [batch, n_first * C, head, e_start]
+    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
+    fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
+    beta_C = strengths(beta, n_first * C + i, length, heads)
+    g_C, g_all = decays_of(g, n_first, i, C, GATED)
+    for n in range(n_first, n_last + 1):
+        now, then, phase = (n - n_first) % 2, (n - n_first + 1) % 2, (n - n_first) // 2 % 2
+        q_CK, k_CK = q_buffers.index(now), k_buffers.index(now)
+        following = gl.minimum(n + 1, n_last)
+        at_qk, at_v, at_o = (
+            [batch, following * C, shared_head, 0],
+            [batch, following * C, head, e_start],
+            [batch, n * C, head, e_start],
+        )
         tma.store_wait(0)
         state_buffer.store(state_KV.to(DOT))
         if GATED:
             g_buffer.store(g_C)
         fence_async_shared()
-        mbarrier.wait(qk_bars.index(step % 2), (step // 2) % 2)
-        scores = gl.zeros([C, C], gl.float32, square)
-        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), scores, use_acc=False, is_async=True)
-        none_CV = gl.zeros([C, BV], gl.float32, narrow)
-        read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-        qk_bar = qk_bars.index((step + 1) % 2)
-        mbarrier.expect(qk_bar, 4 * C * BK)
-        tma.async_copy_global_to_shared(q, [batch, following * C, head // group, 0], qk_bar, q_buffers.index((step + 1) % 2))
-        tma.async_copy_global_to_shared(k, [batch, following * C, head // group, 0], qk_bar, k_buffers.index((step + 1) % 2))
+        mbarrier.wait(qk_bars.index(now), phase)
+        scores_CC, read_CV = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, False, GATED, DOT)
+        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
         if KEEP:
             tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-        scores_CC, read = warpgroup_mma_wait(1, [scores, read])
+        since_C = gl.exp2(g_C)
         if GATED:
-            g_row = gl.convert_layout(g_C, gl.SliceLayout(1, square))
-            g_col = g_buffer.load(gl.SliceLayout(0, square))
-            scores_CC = scores_CC * gl.exp2(gl.where(seen, g_row[:, None] - g_col[None, :], float("-inf")))
-        else:
-            scores_CC = gl.where(seen, scores_CC, 0.0)
-        scores_CC = gl.convert_layout(scores_CC.to(DOT), left)
-        read_CV = warpgroup_mma_wait(0, [read])
-        if GATED:
-            read_CV = read_CV * gl.exp2(g_C)[:, None]
-        mbarrier.wait(vh_bar, step % 2)
+            read_CV = read_CV * since_C[:, None]
+        mbarrier.wait(vh_bar, now)
         error_CV = v_buffer.load(narrow).to(gl.float32) - read_CV
         error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
         fence_async_shared()
+        none_CV = gl.zeros([C, BV], gl.float32, narrow)
         spread = warpgroup_mma(h_buffer, error_buffer, none_CV, use_acc=False, is_async=True)
         asked = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
         spread_CV, asked = warpgroup_mma_wait(1, [spread, asked])
@@ -152,7 +177,7 @@ def forward_kernel(
         if KEEP:
             error_buffer.store(error_CV.to(DOT))
             fence_async_shared()
-            tma.async_copy_shared_to_global(errors, [batch, start, head, e_start], error_buffer)
+            tma.async_copy_shared_to_global(errors, at_o, error_buffer)
         if GATED:
             state_KV = state_KV * gl.exp2(g_all)
             fade_buffer, out_buffer = error_buffer, write_buffer
@@ -161,25 +186,22 @@ def forward_kernel(
             error_buffer.store((write_CV * gl.exp2(g_all - g_C)[:, None]).to(DOT))
         fence_async_shared()
         state = warpgroup_mma(k_CK.permute([1, 0]), fade_buffer, state_KV, is_async=True)
-        mbarrier.expect(vh_bar, 2 * C * (BV + C))
-        tma.async_copy_global_to_shared(v, [batch, following * C, head, e_start], vh_bar, v_buffer)
-        tma.async_copy_global_to_shared(h, [chunk_0 + following, 0, 0], vh_bar, h_buffer)
-        o_CV = asked
+        fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
         if GATED:
-            o_CV = warpgroup_mma_wait(1, [asked]) * gl.exp2(g_C)[:, None]
-            g_C, g_all = gl.load(g + following * C + i), gl.load(g + following * C + C - 1)
-        beta_C = _strengths(beta, following * C + i, length, heads)
-        written = warpgroup_mma(scores_CC, write_buffer, o_CV, is_async=True)
+            asked = warpgroup_mma_wait(1, [asked]) * since_C[:, None]
+        g_C, g_all = decays_of(g, following, i, C, GATED)
+        beta_C = strengths(beta, following * C + i, length, heads)
+        written = warpgroup_mma(scores_CC, write_buffer, asked, is_async=True)
         state_KV, o_CV = warpgroup_mma_wait(0, [state, written])
         if KEEP:
             tma.store_wait(0)
         out_buffer.store(o_CV.to(DOT))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o, [batch, start, head, e_start], out_buffer)
+        tma.async_copy_shared_to_global(o, at_o, out_buffer)
     steps = n_last - n_first + 1
-    mbarrier.wait(qk_bars.index(steps % 2), (steps // 2) % 2)
+    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
     mbarrier.wait(vh_bar, steps % 2)
     tma.store_wait(0)
     if LAST:
-        in_state = in_state & (segment == segments - 1)
-        gl.store(last + head_index.to(gl.int64) * K * V + state_offsets, state_KV, mask=in_state)
+        inside = inside & (segment == segments - 1)
+        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, _barriers, _strengths, shared_layout
+from kernels.delta_hopper import SIZES, barriers, fetch, shared_layout, strengths
 
 
 @gluon.constexpr_function
@@ -52,15 +52,10 @@ def _views(buffers, zero):
 def _fetch(sources, views, bars, batch, start, head, shared_head, chunk, C: gl.constexpr, D: gl.constexpr):
     """Starts to copy what a chunk needs: q and k, which are needed first, on the first barrier, the rest on the second."""
     q, k, do, errors, states, h = sources
-    qk_bar, rest_bar = bars
-    mbarrier.expect(qk_bar, 4 * C * D)
-    tma.async_copy_global_to_shared(q, [batch, start, shared_head, 0], qk_bar, views[0])
-    tma.async_copy_global_to_shared(k, [batch, start, shared_head, 0], qk_bar, views[1])
-    mbarrier.expect(rest_bar, 2 * (2 * C * D + D * D + C * C))
-    tma.async_copy_global_to_shared(do, [batch, start, head, 0], rest_bar, views[2])
-    tma.async_copy_global_to_shared(h, [chunk, 0, 0], rest_bar, views[5])
-    tma.async_copy_global_to_shared(errors, [batch, start, head, 0], rest_bar, views[3])
-    tma.async_copy_global_to_shared(states, [chunk, 0, 0], rest_bar, views[4])
+    row, key_row, matrix = [batch, start, head, 0], [batch, start, shared_head, 0], [chunk, 0, 0]
+    fetch(bars[0], 4 * C * D, (q, k), (key_row, key_row), (views[0], views[1]))
+    places, targets = (row, matrix, row, matrix), (views[2], views[5], views[3], views[4])
+    fetch(bars[1], 2 * (2 * C * D + D * D + C * C), (do, h, errors, states), places, targets)
 
 
 @gluon.jit
@@ -245,7 +240,7 @@ def backward_kernel(
         _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(D, D, DOT), _buffer(C, C, DOT),
         _buffer(D, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, C, DOT), _buffer(C, C, DOT),
     )  # fmt: skip
-    bars = (_barriers(1).index(0), _barriers(1).index(0))
+    bars = (barriers(1).index(0), barriers(1).index(0))
     sources = (q, k, do, errors, states, h)
 
     dstate = gl.zeros([D, D], gl.float32, wide)
@@ -257,7 +252,7 @@ def backward_kernel(
         n = n_last - back
         views = _views(buffers, gl.minimum(n, 0))
         t_C = n * C + i
-        beta_C = _strengths(beta, t_C, length, heads)
+        beta_C = strengths(beta, t_C, length, heads)
         decays = _decays(g, n * C, C, D, GATED)
         views[6].store(dstate.to(DOT))
         fence_async_shared()

@@ -19,12 +19,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, _barriers, _strengths, _sums, shared_layout
+from kernels.delta_hopper import SIZES, barriers, decays_of, fetch, scores_beside, shared_layout, strengths, sums_layout
 
 
 @gluon.jit
@@ -32,7 +31,7 @@ def _start(
     first, head_index, part, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr
 ):
     """The columns of a state with which a program starts: of the state given, of zero or of the identity."""
-    narrow: gl.constexpr = _sums(BV)
+    narrow: gl.constexpr = sums_layout(BV)
     VALUES: gl.constexpr = (V + BV - 1) // BV * BV
     d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
     state_KV = gl.where(d[:, None] == e[None, :] - VALUES, 1.0, 0.0)
@@ -45,7 +44,7 @@ def _start(
 @gluon.jit
 def _end(ends, state_KV, slot, e_start, K: gl.constexpr, WIDTH: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
     """Stores what the columns have become."""
-    narrow: gl.constexpr = _sums(BV)
+    narrow: gl.constexpr = sums_layout(BV)
     d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
     offsets = slot.to(gl.int64) * K * WIDTH + d[:, None] * WIDTH + e[None, :]
     gl.store(ends + offsets, state_KV, mask=(d < K)[:, None] & (e < WIDTH)[None, :])
@@ -70,7 +69,7 @@ def forward_carry_kernel(
     beta += batch.to(gl.int64) * length * heads + head
     g += chunk_0.to(gl.int64) * C
 
-    narrow: gl.constexpr = _sums(BV)
+    narrow: gl.constexpr = sums_layout(BV)
     i = gl.arange(0, C, gl.SliceLayout(1, narrow))
     k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
     v_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
@@ -78,29 +77,27 @@ def forward_carry_kernel(
     state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
     error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    bars = _barriers(2)
+    bars = barriers(2)
 
     state_KV = _start(first, head_index, part, e_start, K, V, BK, BV, FIRST)
     none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    mbarrier.expect(bars.index(0), 2 * C * (BK + BV + C))
-    tma.async_copy_global_to_shared(k, [batch, n_first * C, head // group, 0], bars.index(0), k_buffers.index(0))
-    tma.async_copy_global_to_shared(v, [batch, n_first * C, head, e_start], bars.index(0), v_buffers.index(0))
-    tma.async_copy_global_to_shared(h, [chunk_0 + n_first, 0, 0], bars.index(0), h_buffers.index(0))
+    at_k, at_v = [batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start]
+    BYTES: gl.constexpr = 2 * C * (BK + BV + C)
+    targets = (k_buffers.index(0), v_buffers.index(0), h_buffers.index(0))
+    fetch(bars.index(0), BYTES, (k, v, h), (at_k, at_v, [chunk_0 + n_first, 0, 0]), targets)
     for step in range(span):
         n, now, then = n_first + step, step % 2, (step + 1) % 2
         following = gl.minimum(n + 1, n_chunks - 1)
-        k_CK, bar = k_buffers.index(now), bars.index(then)
-        beta_C = _strengths(beta, n * C + i, length, heads)
-        if GATED:
-            g_C, g_all = gl.load(g + n * C + i), gl.load(g + n * C + C - 1)
+        at_k, at_v = [batch, following * C, head // group, 0], [batch, following * C, head, e_start]
+        k_CK = k_buffers.index(now)
+        beta_C = strengths(beta, n * C + i, length, heads)
+        g_C, g_all = decays_of(g, n, i, C, GATED)
         state_buffer.store(state_KV.to(DOT))
         fence_async_shared()
-        mbarrier.wait(bars.index(now), (step // 2) % 2)
+        mbarrier.wait(bars.index(now), step // 2 % 2)
         read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-        mbarrier.expect(bar, 2 * C * (BK + BV + C))
-        tma.async_copy_global_to_shared(k, [batch, following * C, head // group, 0], bar, k_buffers.index(then))
-        tma.async_copy_global_to_shared(v, [batch, following * C, head, e_start], bar, v_buffers.index(then))
-        tma.async_copy_global_to_shared(h, [chunk_0 + following, 0, 0], bar, h_buffers.index(then))
+        targets = (k_buffers.index(then), v_buffers.index(then), h_buffers.index(then))
+        fetch(bars.index(then), BYTES, (k, v, h), (at_k, at_v, [chunk_0 + following, 0, 0]), targets)
         read_CV = warpgroup_mma_wait(0, [read])
         if GATED:
             read_CV = read_CV * gl.exp2(g_C)[:, None]
@@ -116,7 +113,7 @@ def forward_carry_kernel(
         fence_async_shared()
         state = warpgroup_mma(k_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
         state_KV = warpgroup_mma_wait(0, [state])
-    mbarrier.wait(bars.index(span % 2), (span // 2) % 2)
+    mbarrier.wait(bars.index(span % 2), span // 2 % 2)
     _end(ends, state_KV, slot, e_start, K, TILES * BV, BK, BV)
 
 
@@ -140,11 +137,8 @@ def reverse_carry_kernel(
     beta += batch.to(gl.int64) * length * heads + head
     g += chunk_0.to(gl.int64) * C
 
-    narrow: gl.constexpr = _sums(BV)
-    square: gl.constexpr = _sums(C)
-    left: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    narrow: gl.constexpr = sums_layout(BV)
     i = gl.arange(0, C, gl.SliceLayout(1, narrow))
-    seen = gl.arange(0, C, gl.SliceLayout(1, square))[:, None] <= gl.arange(0, C, gl.SliceLayout(0, square))[None, :]
     q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
     k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
     do_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
@@ -153,44 +147,31 @@ def reverse_carry_kernel(
     error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     fade_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    qk_bars, doh_bar = _barriers(2), _barriers(1).index(0)
+    qk_bars, doh_bar = barriers(2), barriers(1).index(0)
 
     dstate_KV = _start(dlast, head_index, part, e_start, K, V, BK, BV, DLAST)
     none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    mbarrier.expect(qk_bars.index(0), 4 * C * BK)
-    tma.async_copy_global_to_shared(q, [batch, n_last * C, head // group, 0], qk_bars.index(0), q_buffers.index(0))
-    tma.async_copy_global_to_shared(k, [batch, n_last * C, head // group, 0], qk_bars.index(0), k_buffers.index(0))
-    mbarrier.expect(doh_bar, 2 * C * (BV + C))
-    tma.async_copy_global_to_shared(do, [batch, n_last * C, head, e_start], doh_bar, do_buffer)
-    tma.async_copy_global_to_shared(h, [chunk_0 + n_last, 0, 0], doh_bar, h_buffer)
+    at_qk, at_do = [batch, n_last * C, head // group, 0], [batch, n_last * C, head, e_start]
+    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
+    fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
     steps = n_last - n_first + 1
     for step in range(steps):
         n, now, then = n_last - step, step % 2, (step + 1) % 2
         following = gl.maximum(n - 1, 0)
-        q_CK, k_CK, qk_bar = q_buffers.index(now), k_buffers.index(now), qk_bars.index(then)
-        beta_C = _strengths(beta, n * C + i, length, heads)
+        at_qk, at_do = [batch, following * C, head // group, 0], [batch, following * C, head, e_start]
+        q_CK, k_CK = q_buffers.index(now), k_buffers.index(now)
+        beta_C = strengths(beta, n * C + i, length, heads)
+        g_C, g_all = decays_of(g, n, i, C, GATED)
         state_buffer.store(dstate_KV.to(DOT))
         if GATED:
-            g_C, g_all = gl.load(g + n * C + i), gl.load(g + n * C + C - 1)
             g_buffer.store(g_C)
         fence_async_shared()
-        mbarrier.wait(qk_bars.index(now), (step // 2) % 2)
-        scores = gl.zeros([C, C], gl.float32, square)
-        scores = warpgroup_mma(k_CK, q_CK.permute([1, 0]), scores, use_acc=False, is_async=True)
-        dwrite = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-        mbarrier.expect(qk_bar, 4 * C * BK)
-        tma.async_copy_global_to_shared(q, [batch, following * C, head // group, 0], qk_bar, q_buffers.index(then))
-        tma.async_copy_global_to_shared(k, [batch, following * C, head // group, 0], qk_bar, k_buffers.index(then))
-        scores_CC, dwrite = warpgroup_mma_wait(1, [scores, dwrite])
+        mbarrier.wait(qk_bars.index(now), step // 2 % 2)
+        scores_CC, dwrite = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, True, GATED, DOT)
+        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
         if GATED:
-            g_row = gl.convert_layout(g_C, gl.SliceLayout(1, square))
-            g_col = g_buffer.load(gl.SliceLayout(0, square))
-            scores_CC = scores_CC * gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
-            dwrite = warpgroup_mma_wait(0, [dwrite]) * gl.exp2(g_all - g_C)[:, None]
-        else:
-            scores_CC = gl.where(seen, scores_CC, 0.0)
-        scores_CC = gl.convert_layout(scores_CC.to(DOT), left)
-        mbarrier.wait(doh_bar, step % 2)
+            dwrite = dwrite * gl.exp2(g_all - g_C)[:, None]
+        mbarrier.wait(doh_bar, now)
         dwrite_CV = warpgroup_mma_wait(0, [warpgroup_mma(scores_CC, do_buffer, dwrite, is_async=True)])
         error_buffer.store((dwrite_CV * beta_C[:, None]).to(DOT))
         fading = do_buffer
@@ -208,11 +189,9 @@ def reverse_carry_kernel(
         error_buffer.store(erased_CV.to(DOT))
         fence_async_shared()
         dstate = warpgroup_mma(k_CK.permute([1, 0]), error_buffer, dstate, is_async=True)
-        mbarrier.expect(doh_bar, 2 * C * (BV + C))
-        tma.async_copy_global_to_shared(do, [batch, following * C, head, e_start], doh_bar, do_buffer)
-        tma.async_copy_global_to_shared(h, [chunk_0 + following, 0, 0], doh_bar, h_buffer)
+        fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
         dstate_KV = warpgroup_mma_wait(0, [dstate])
-    mbarrier.wait(qk_bars.index(steps % 2), (steps // 2) % 2)
+    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
     mbarrier.wait(doh_bar, steps % 2)
     _end(ends, dstate_KV, slot, e_start, K, TILES * BV, BK, BV)
 

@@ -23,7 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import _barriers, _strengths, _sums, shared_layout
+from kernels.delta_hopper import barriers as _barriers
+from kernels.delta_hopper import shared_layout
+from kernels.delta_hopper import strengths as _strengths
+from kernels.delta_hopper import sums_layout as _sums
 
 
 @gluon.jit(do_not_specialize=["length", "heads", "group"])
