@@ -19,7 +19,7 @@ class Launch(NamedTuple):
     """How one kernel is compiled.
 
     Args:
-        tile: columns that a program computes; the coupling kernel has no tiles.
+        tile: columns that a program computes.
         warps: warps of a program.
         stages: depth of the software pipeline of a walk.
     """
@@ -33,7 +33,6 @@ class Config(NamedTuple):
     """What a head width takes: `inner` is the width of the value blocks over which the gradient kernel sums."""
 
     chunk: int
-    coupling: Launch
     forward: Launch
     reverse: Launch
     gradients: Launch
@@ -42,13 +41,13 @@ class Config(NamedTuple):
 
 # By the larger of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Launch(0, 4), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
-    128: Config(64, Launch(0, 4), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4), 128),
+    64: Config(64, Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
+    128: Config(64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4), 128),
 }
 FP32 = {
-    64: Config(16, Launch(0, 4), Launch(32, 4), Launch(32, 4), Launch(32, 4), 32),
-    128: Config(16, Launch(0, 4), Launch(16, 4), Launch(16, 4), Launch(32, 4), 32),
-    256: Config(16, Launch(0, 4), Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
+    64: Config(16, Launch(32, 4), Launch(32, 4), Launch(32, 4), 32),
+    128: Config(16, Launch(16, 4), Launch(16, 4), Launch(32, 4), 32),
+    256: Config(16, Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
 }
 
 

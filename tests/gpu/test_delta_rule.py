@@ -121,10 +121,10 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_gradients_triton, delta_triton
+    from kernels import delta_coupling_triton, delta_gradients_triton, delta_triton
 
     kernels = (
-        delta_triton.coupling_kernel,
+        delta_coupling_triton.coupling_kernel,
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
         delta_gradients_triton.gradients_kernel,

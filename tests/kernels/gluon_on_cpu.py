@@ -9,9 +9,10 @@ its way to: whoever reads too early or writes too early is found by a wrong resu
 from __future__ import annotations
 
 import types
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,10 +30,6 @@ class Pointer:
 
     def __sub__(self, offset: Any) -> Pointer:
         return Pointer(self.flat, self.at - offset)
-
-
-def pointer(x: Tensor) -> Pointer:
-    return Pointer(x.view(-1))
 
 
 @dataclass
@@ -190,37 +187,38 @@ class Program:
         return values[0] if len(values) == 1 else tuple(values)
 
 
-@contextmanager
-def _patched(module: types.ModuleType, names: dict[str, Any]):
-    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    for name in before:
-        setattr(module, name, names[name])
-    yield
-    for name, value in before.items():
-        setattr(module, name, value)
+class OnCpu:
+    """A Gluon kernel that is launched like the real one; its functions are those of the modules."""
 
+    def __init__(self, kernel: Any, modules: tuple[types.ModuleType, ...]):
+        self.kernel, self.modules = kernel, modules
 
-def _plain(module: types.ModuleType) -> dict[str, Any]:
-    """A module's compiled functions as the Python functions they were made of."""
-    return {name: x.fn for name, x in vars(module).items() if hasattr(x, "fn") and callable(x.fn)}
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def run(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            named = {name: _argument(x) for name, x in zip(self.kernel.arg_names, arguments, strict=False)}
+            for index in range(grid[0]):
+                self._run(Program(index), named | constants | {"DOT": torch.float64})
 
+        return run
 
-def launch(kernel: Any, grid: int, modules: list[types.ModuleType], **arguments: Any) -> None:
-    """Runs every program of a kernel, whose functions are those of the modules."""
-    functions = {name: f for module in modules for name, f in _plain(module).items()}
-    for index in range(grid):
-        program = Program(index)
-        builtins = {
+    def _run(self, program: Program, arguments: dict[str, Any]) -> None:
+        names = {
             "gl": program.gl, "tma": program.tma, "mbarrier": program.mbarrier, "fence_async_shared": program.fence,
             "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait,
         }  # fmt: skip
-        replaced = [_patched(module, builtins | functions) for module in modules]
-        for patch in replaced:
-            patch.__enter__()
-        try:
-            kernel.fn(**arguments)
-        finally:
-            for patch in replaced:
-                patch.__exit__(None, None, None)
-        assert not program.stores
-        assert not program.products
+        compiled = [(name, x.fn) for module in self.modules for name, x in vars(module).items() if callable(getattr(x, "fn", None))]
+        with ExitStack() as patches:
+            for module in self.modules:
+                for name, x in (names | dict(compiled)).items():
+                    if hasattr(module, name):
+                        patches.enter_context(patch.object(module, name, x))
+            self.kernel.fn(**arguments)
+        assert not program.stores, "a copy that nobody waited for"
+        assert not program.products, "a product that nobody waited for"
+
+
+def _argument(x: Any) -> Any:
+    """What a kernel makes of an argument."""
+    if isinstance(x, Tensor):
+        return Pointer(x.view(-1))
+    return torch.tensor(x) if isinstance(x, int) else x

@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     """Compiles one specialisation of a kernel.
 
     Args:
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` or `gluon.jit` function.
         arguments: by parameter: a type such as "*bf16" or "i32" for run-time ones, where a "+" marks an address or a number
             that 16 divides; else the value of a constexpr.
         warps: number of warps.
@@ -39,7 +40,8 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     signature = {name: arguments[name].rstrip("+") if is_type[name] else "constexpr" for name in names}
     constants = {(i,): arguments[name] for i, name in enumerate(names) if not is_type[name]}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if is_type[name] and arguments[name].endswith("+")}
-    source = ASTSource(kernel, signature, constants, aligned)
+    source_of = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_of(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
     return Resources(*_assemble(ptx), compiled.metadata.shared, ptx)
