@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, barriers, fetch, shared_layout, strengths
+from kernels.delta_hopper import SIZES, barriers, columns_of, fetch, place, shared_layout
 
 
 @gluon.constexpr_function
@@ -223,19 +223,14 @@ def backward_kernel(
 
     A segment is `span` chunks; `dlast` holds the gradients of the states that leave the segments, from the last to the first.
     """
-    part = gl.program_id(0)
-    head_index, segment = part // segments, segments - 1 - part % segments
-    batch, head = head_index // heads, head_index % heads
-    n_chunks = (length + C - 1) // C
-    n_first, n_last = segment * span, gl.minimum(segment * span + span, n_chunks) - 1
-    chunk_0 = head_index * n_chunks
+    part, n_chunks = gl.program_id(0), (length + C - 1) // C
+    head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, True)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     row = batch.to(gl.int64) * length * heads + head
     beta, dbeta, dgate, g = beta + row, dbeta + row, dgate + row, g + chunk_0.to(gl.int64) * C
-
     wide: gl.constexpr = _sums(D)
     i = gl.arange(0, C, gl.SliceLayout(1, wide))
-    d, e = gl.arange(0, D, gl.SliceLayout(1, wide)), gl.arange(0, D, gl.SliceLayout(0, wide))
-    state_offsets, in_state = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    offsets, inside = columns_of(wide, 0, V, K, D, D)
     buffers = (
         _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(D, D, DOT), _buffer(C, C, DOT),
         _buffer(D, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, C, DOT), _buffer(C, C, DOT),
@@ -245,14 +240,14 @@ def backward_kernel(
 
     dstate = gl.zeros([D, D], gl.float32, wide)
     if DLAST:
-        dstate = gl.load(dlast + part.to(gl.int64) * K * V + state_offsets, mask=in_state, other=0.0)
+        dstate = gl.load(dlast + part.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
     _fetch(sources, _views(buffers, 0), bars, batch, n_last * C, head, head // group, chunk_0 + n_last, C, D)
     steps = n_last - n_first + 1
     for back in range(steps):
         n = n_last - back
         views = _views(buffers, gl.minimum(n, 0))
         t_C = n * C + i
-        beta_C = strengths(beta, t_C, length, heads)
+        beta_C = gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
         decays = _decays(g, n * C, C, D, GATED)
         views[6].store(dstate.to(DOT))
         fence_async_shared()
@@ -272,5 +267,5 @@ def backward_kernel(
     mbarrier.wait(bars[1], steps % 2)
     tma.store_wait(0)
     if FIRST:
-        in_state = in_state & (segment == 0)
-        gl.store(dfirst + head_index.to(gl.int64) * K * V + state_offsets, dstate, mask=in_state)
+        inside = inside & (order == segments - 1)
+        gl.store(dfirst + head_index.to(gl.int64) * K * V + offsets, dstate, mask=inside)

@@ -23,31 +23,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, barriers, decays_of, fetch, scores_beside, shared_layout, strengths, sums_layout
+from kernels.delta_hopper import (
+    SIZES,
+    barriers,
+    buffers_of,
+    columns_of,
+    factors_of,
+    fetch,
+    place,
+    scaled,
+    scores_beside,
+    shared_layout,
+    sums_layout,
+)
 
 
 @gluon.jit
 def _start(
-    first, head_index, part, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr
-):
+    first, head_index, order, e_start,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr,
+):  # fmt: skip
     """The columns of a state with which a program starts: of the state given, of zero or of the identity."""
-    narrow: gl.constexpr = sums_layout(BV)
     VALUES: gl.constexpr = (V + BV - 1) // BV * BV
-    d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
+    d, e = gl.arange(0, BK, gl.SliceLayout(1, sums_layout(BV))), e_start + gl.arange(0, BV, gl.SliceLayout(0, sums_layout(BV)))
     state_KV = gl.where(d[:, None] == e[None, :] - VALUES, 1.0, 0.0)
     if GIVEN:
-        inside = (d < K)[:, None] & ((e < V) & (part == 0))[None, :]
-        state_KV += gl.load(first + head_index.to(gl.int64) * K * V + d[:, None] * V + e[None, :], mask=inside, other=0.0)
+        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
+        state_KV += gl.load(first + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
     return state_KV
-
-
-@gluon.jit
-def _end(ends, state_KV, slot, e_start, K: gl.constexpr, WIDTH: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
-    """Stores what the columns have become."""
-    narrow: gl.constexpr = sums_layout(BV)
-    d, e = gl.arange(0, BK, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BV, gl.SliceLayout(0, narrow))
-    offsets = slot.to(gl.int64) * K * WIDTH + d[:, None] * WIDTH + e[None, :]
-    gl.store(ends + offsets, state_KV, mask=(d < K)[:, None] & (e < WIDTH)[None, :])
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -59,18 +62,12 @@ def forward_carry_kernel(
 ):  # fmt: skip
     """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
     TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
-    program = gl.program_id(0)
-    slot, e_start = program // TILES, (program % TILES) * BV
-    head_index, part = slot // (segments - 1), slot % (segments - 1)
-    batch, head = head_index // heads, head_index % heads
-    n_chunks = (length + C - 1) // C
-    n_first = part * span
-    chunk_0 = head_index * n_chunks
-    beta += batch.to(gl.int64) * length * heads + head
-    g += chunk_0.to(gl.int64) * C
-
-    narrow: gl.constexpr = sums_layout(BV)
-    i = gl.arange(0, C, gl.SliceLayout(1, narrow))
+    BYTES: gl.constexpr = 2 * C * (BK + BV + C)
+    slot, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
+    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, False)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
+    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
     k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
     v_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
     h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
@@ -79,42 +76,35 @@ def forward_carry_kernel(
     write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     bars = barriers(2)
 
-    state_KV = _start(first, head_index, part, e_start, K, V, BK, BV, FIRST)
-    none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    at_k, at_v = [batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start]
-    BYTES: gl.constexpr = 2 * C * (BK + BV + C)
-    targets = (k_buffers.index(0), v_buffers.index(0), h_buffers.index(0))
-    fetch(bars.index(0), BYTES, (k, v, h), (at_k, at_v, [chunk_0 + n_first, 0, 0]), targets)
+    state_KV = _start(first, head_index, order, e_start, K, V, BK, BV, FIRST)
+    none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV))
+    places = ([batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start], [chunk_0 + n_first, 0, 0])
+    fetch(bars.index(0), BYTES, (k, v, h), places, (k_buffers.index(0), v_buffers.index(0), h_buffers.index(0)))
     for step in range(span):
         n, now, then = n_first + step, step % 2, (step + 1) % 2
-        following = gl.minimum(n + 1, n_chunks - 1)
-        at_k, at_v = [batch, following * C, head // group, 0], [batch, following * C, head, e_start]
-        k_CK = k_buffers.index(now)
-        beta_C = strengths(beta, n * C + i, length, heads)
-        g_C, g_all = decays_of(g, n, i, C, GATED)
+        following = gl.minimum(n + 1, n_last)
+        beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
         state_buffer.store(state_KV.to(DOT))
         fence_async_shared()
         mbarrier.wait(bars.index(now), step // 2 % 2)
-        read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-        targets = (k_buffers.index(then), v_buffers.index(then), h_buffers.index(then))
-        fetch(bars.index(then), BYTES, (k, v, h), (at_k, at_v, [chunk_0 + following, 0, 0]), targets)
-        read_CV = warpgroup_mma_wait(0, [read])
-        if GATED:
-            read_CV = read_CV * gl.exp2(g_C)[:, None]
-        error_CV = v_buffers.index(now).load(narrow).to(gl.float32) - read_CV
+        read = warpgroup_mma(k_buffers.index(now), state_buffer, none_CV, use_acc=False, is_async=True)
+        places = ([batch, following * C, head // group, 0], [batch, following * C, head, e_start], [chunk_0 + following, 0, 0])
+        fetch(bars.index(then), BYTES, (k, v, h), places, (k_buffers.index(then), v_buffers.index(then), h_buffers.index(then)))
+        read_CV = scaled(warpgroup_mma_wait(0, [read]), g_C, GATED)
+        error_CV = v_buffers.index(now).load(sums_layout(BV)).to(gl.float32) - read_CV
         error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
         fence_async_shared()
         spread = warpgroup_mma(h_buffers.index(now), error_buffer, none_CV, use_acc=False, is_async=True)
-        write_CV = (error_CV - warpgroup_mma_wait(0, [spread])) * beta_C[:, None]
+        write_CV = scaled((error_CV - warpgroup_mma_wait(0, [spread])) * beta_C[:, None], g_all - g_C, GATED)
         if GATED:
-            write_CV = write_CV * gl.exp2(g_all - g_C)[:, None]
             state_KV = state_KV * gl.exp2(g_all)
         write_buffer.store(write_CV.to(DOT))
         fence_async_shared()
-        state = warpgroup_mma(k_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
+        state = warpgroup_mma(k_buffers.index(now).permute([1, 0]), write_buffer, state_KV, is_async=True)
         state_KV = warpgroup_mma_wait(0, [state])
     mbarrier.wait(bars.index(span % 2), span // 2 % 2)
-    _end(ends, state_KV, slot, e_start, K, TILES * BV, BK, BV)
+    offsets, inside = columns_of(sums_layout(BV), e_start, TILES * BV, K, BK, BV)
+    gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -126,74 +116,54 @@ def reverse_carry_kernel(
 ):  # fmt: skip
     """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
     TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
-    program = gl.program_id(0)
-    slot, e_start = program // TILES, (program % TILES) * BV
-    head_index, part = slot // (segments - 1), slot % (segments - 1)
-    batch, head = head_index // heads, head_index % heads
-    n_chunks = (length + C - 1) // C
-    n_first = (segments - 1 - part) * span
-    n_last = gl.minimum(n_first + span, n_chunks) - 1
-    chunk_0 = head_index * n_chunks
-    beta += batch.to(gl.int64) * length * heads + head
-    g += chunk_0.to(gl.int64) * C
-
-    narrow: gl.constexpr = sums_layout(BV)
-    i = gl.arange(0, C, gl.SliceLayout(1, narrow))
-    q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    do_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
-    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
-    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    fade_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
+    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, True)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
+    shared_head, steps = head // group, n_last - n_first + 1
+    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
+    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
+    do_buffer, h_buffer, state_buffer, error_buffer, fade_buffer = buffers
     qk_bars, doh_bar = barriers(2), barriers(1).index(0)
 
-    dstate_KV = _start(dlast, head_index, part, e_start, K, V, BK, BV, DLAST)
-    none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    at_qk, at_do = [batch, n_last * C, head // group, 0], [batch, n_last * C, head, e_start]
+    dstate_KV = _start(dlast, head_index, order, e_start, K, V, BK, BV, DLAST)
+    at_qk, at_do = [batch, n_last * C, shared_head, 0], [batch, n_last * C, head, e_start]
     fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
     fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
-    steps = n_last - n_first + 1
     for step in range(steps):
-        n, now, then = n_last - step, step % 2, (step + 1) % 2
-        following = gl.maximum(n - 1, 0)
-        at_qk, at_do = [batch, following * C, head // group, 0], [batch, following * C, head, e_start]
-        q_CK, k_CK = q_buffers.index(now), k_buffers.index(now)
-        beta_C = strengths(beta, n * C + i, length, heads)
-        g_C, g_all = decays_of(g, n, i, C, GATED)
+        n, then, following = n_last - step, (step + 1) % 2, gl.maximum(n_last - step - 1, 0)
+        at_qk, at_do = [batch, following * C, shared_head, 0], [batch, following * C, head, e_start]
+        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
+        beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
         state_buffer.store(dstate_KV.to(DOT))
         if GATED:
             g_buffer.store(g_C)
         fence_async_shared()
-        mbarrier.wait(qk_bars.index(now), step // 2 % 2)
+        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
         scores_CC, dwrite = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, True, GATED, DOT)
         fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
-        if GATED:
-            dwrite = dwrite * gl.exp2(g_all - g_C)[:, None]
-        mbarrier.wait(doh_bar, now)
-        dwrite_CV = warpgroup_mma_wait(0, [warpgroup_mma(scores_CC, do_buffer, dwrite, is_async=True)])
+        mbarrier.wait(doh_bar, step % 2)
+        dwrite = warpgroup_mma(scores_CC, do_buffer, scaled(dwrite, g_all - g_C, GATED), is_async=True)
+        dwrite_CV = warpgroup_mma_wait(0, [dwrite])
         error_buffer.store((dwrite_CV * beta_C[:, None]).to(DOT))
         fading = do_buffer
         if GATED:
-            fade_buffer.store((do_buffer.load(narrow).to(gl.float32) * gl.exp2(g_C)[:, None]).to(DOT))
-            fading = fade_buffer
-            dstate_KV = dstate_KV * gl.exp2(g_all)
+            fade_buffer.store(scaled(do_buffer.load(sums_layout(BV)).to(gl.float32), g_C, GATED).to(DOT))
+            fading, dstate_KV = fade_buffer, dstate_KV * gl.exp2(g_all)
         fence_async_shared()
-        spread = warpgroup_mma(h_buffer.permute([1, 0]), error_buffer, none_CV, use_acc=False, is_async=True)
+        spread = gl.zeros([C, BV], gl.float32, sums_layout(BV))
+        spread = warpgroup_mma(h_buffer.permute([1, 0]), error_buffer, spread, use_acc=False, is_async=True)
         dstate = warpgroup_mma(q_CK.permute([1, 0]), fading, dstate_KV, is_async=True)
         spread_CV, dstate = warpgroup_mma_wait(0, [spread, dstate])
-        erased_CV = (spread_CV - dwrite_CV) * beta_C[:, None]
-        if GATED:
-            erased_CV = erased_CV * gl.exp2(g_C)[:, None]
-        error_buffer.store(erased_CV.to(DOT))
+        error_buffer.store(scaled((spread_CV - dwrite_CV) * beta_C[:, None], g_C, GATED).to(DOT))
         fence_async_shared()
         dstate = warpgroup_mma(k_CK.permute([1, 0]), error_buffer, dstate, is_async=True)
         fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
         dstate_KV = warpgroup_mma_wait(0, [dstate])
     mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
     mbarrier.wait(doh_bar, steps % 2)
-    _end(ends, dstate_KV, slot, e_start, K, TILES * BV, BK, BV)
+    offsets, inside = columns_of(sums_layout(BV), e_start, TILES * BV, K, BK, BV)
+    gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, dstate_KV, mask=inside)
 
 
 @triton.jit(do_not_specialize=["segments"])
