@@ -115,6 +115,18 @@ def columns_of(rows, e_start, V: gl.constexpr, K: gl.constexpr, BK: gl.constexpr
 
 
 @gluon.jit
+def given_state(
+    given, index, rows, e_start, V: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr
+):  # fmt: skip
+    """A tile of a state's columns as a walk starts with it: of the state given, or zero."""
+    state_KV = gl.zeros([BK, BV], gl.float32, rows)
+    if GIVEN:
+        offsets, inside = columns_of(rows, e_start, V, K, BK, BV)
+        state_KV = gl.load(given + index.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
+    return state_KV
+
+
+@gluon.jit
 def buffers_of(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DOT: gl.constexpr):
     """Shared memory of a walk: two chunks' queries and keys, decays; values, H, the state, and two matrices like values."""
     q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
@@ -186,15 +198,12 @@ def forward_kernel(
     shared_head, steps = head // group, n_last - n_first + 1
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
     i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
-    offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
     q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
     v_buffer, h_buffer, state_buffer, error_buffer, write_buffer = buffers
     out_buffer = write_buffer if GATED else error_buffer
     qk_bars, vh_bar = barriers(2), barriers(1).index(0)
 
-    state_KV = gl.zeros([BK, BV], gl.float32, sums_layout(BV))
-    if FIRST:
-        state_KV = gl.load(first + part.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
+    state_KV = given_state(first, part, sums_layout(BV), e_start, V, K, BK, BV, FIRST)
     at_qk, at_v = [batch, n_first * C, shared_head, 0], [batch, n_first * C, head, e_start]
     fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
     fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
@@ -235,5 +244,5 @@ def forward_kernel(
     mbarrier.wait(vh_bar, steps % 2)
     tma.store_wait(0)
     if LAST:
-        inside = inside & (order == segments - 1)
-        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
+        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
+        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))

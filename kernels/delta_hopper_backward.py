@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, barriers, columns_of, fetch, place, shared_layout
+from kernels.delta_hopper import SIZES, barriers, columns_of, fetch, given_state, place, shared_layout
 
 
 @gluon.constexpr_function
@@ -230,7 +230,6 @@ def backward_kernel(
     beta, dbeta, dgate, g = beta + row, dbeta + row, dgate + row, g + chunk_0.to(gl.int64) * C
     wide: gl.constexpr = _sums(D)
     i = gl.arange(0, C, gl.SliceLayout(1, wide))
-    offsets, inside = columns_of(wide, 0, V, K, D, D)
     buffers = (
         _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(D, D, DOT), _buffer(C, C, DOT),
         _buffer(D, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, C, DOT), _buffer(C, C, DOT),
@@ -238,9 +237,7 @@ def backward_kernel(
     bars = (barriers(1).index(0), barriers(1).index(0))
     sources = (q, k, do, errors, states, h)
 
-    dstate = gl.zeros([D, D], gl.float32, wide)
-    if DLAST:
-        dstate = gl.load(dlast + part.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
+    dstate = given_state(dlast, part, wide, 0, V, K, D, D, DLAST)
     _fetch(sources, _views(buffers, 0), bars, batch, n_last * C, head, head // group, chunk_0 + n_last, C, D)
     steps = n_last - n_first + 1
     for back in range(steps):
@@ -267,5 +264,5 @@ def backward_kernel(
     mbarrier.wait(bars[1], steps % 2)
     tma.store_wait(0)
     if FIRST:
-        inside = inside & (order == segments - 1)
-        gl.store(dfirst + head_index.to(gl.int64) * K * V + offsets, dstate, mask=inside)
+        offsets, inside = columns_of(wide, 0, V, K, D, D)
+        gl.store(dfirst + head_index.to(gl.int64) * K * V + offsets, dstate, mask=inside & (order == segments - 1))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels import delta, delta_hopper, delta_hopper_backward, delta_hopper_carry, delta_walks
+from kernels import delta, delta_hopper, delta_hopper_backward, delta_hopper_carry, delta_hopper_launch
 from kernels.dispatch import use_backend
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_delta_rule import assert_equal
@@ -22,8 +22,8 @@ def _hopper(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, OnCpu(getattr(module, name), modules))
     monkeypatch.setattr(delta, "FP32", delta.SIXTEEN_BIT)
-    monkeypatch.setattr(delta_walks, "_described", Descriptor)
-    monkeypatch.setattr(delta_walks, "fit", lambda *_: True)
+    monkeypatch.setattr(delta_hopper_launch, "_described", Descriptor)
+    monkeypatch.setattr(delta_hopper_launch, "fit", lambda *_: True)
     with use_backend("triton"), poisoned():
         yield
 
@@ -39,5 +39,5 @@ def test_equals_the_token_loop(shape, gate):
 @pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
 def test_segments(monkeypatch, length, segments, gate, state):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
-    monkeypatch.setattr(delta_walks, "SEGMENTS", (segments, segments))
+    monkeypatch.setattr(delta_hopper_launch, "SEGMENTS", (segments, segments))
     assert_equal((1, length, 1, 1, 24, 40), gate, state=state)

@@ -4,14 +4,14 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import delta, delta_walks
+from kernels import delta, delta_hopper_launch
 from kernels.delta_hopper import forward_kernel, shared_layout
 from kernels.delta_hopper_backward import backward_kernel
 from kernels.delta_hopper_carry import combine_kernel, forward_carry_kernel, reverse_carry_kernel
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
-C = delta_walks.CHUNK
+C = delta_hopper_launch.CHUNK
 FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "KEEP": True}
 
 

@@ -1,4 +1,4 @@
-"""Which walks the delta rule takes, and their launches: those of `kernels.delta_hopper` where they fit, else plain Triton's."""
+"""Launches the Hopper kernels of the delta rule, where they fit: descriptors, segments of long sequences."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 from kernels.walk import _triton_dtype, padded
 
 if TYPE_CHECKING:
-    from kernels.delta import Kept, Launch
+    from kernels.delta import Config, Kept, Launch
 
-HOPPER = FUSED = True
 SEGMENTS = (0, 0)
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
@@ -96,39 +95,18 @@ def forward(
     )  # fmt: skip
 
 
-def reverse(
-    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, solved: Tensor, dfirst: Tensor,
-    dstates: Tensor, launch: Launch, *, gated: bool, first: bool,
-) -> None:  # fmt: skip
-    """The reverse walk on Hopper; writes solved, dfirst and dstates."""
-    from kernels import delta_hopper_reverse
-
-    batch, length, heads, v_dim = do.shape
-    k_dim = k.shape[3]
-    wide, tile = max(padded(k_dim), CHUNK), min(launch.tile, max(32, padded(v_dim)))
-    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
-    delta_hopper_reverse.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
-        _described(q, of_keys), _described(k, of_keys), _described(do, of_values),
-        _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), _described(solved, of_values),
-        _described(dstates.flatten(0, 2), [1, wide, tile]),
-        beta, kept.decays, do if dlast is None else dlast, dfirst, length, heads, heads // k.shape[2],
-        K=k_dim, V=v_dim, BK=wide, BV=tile, C=CHUNK, GATED=gated, FIRST=first, DLAST=dlast is not None,
-        DOT=_triton_dtype(do.dtype), num_warps=launch.warps,
-    )  # fmt: skip
-
-
 def backward(
-    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...], dfirst: Tensor,
-    warps: int, *, gated: bool, gate_grad: bool, first: bool,
+    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...],
+    dfirst: Tensor | None, _: Config, *, gated: bool,
 ) -> None:  # fmt: skip
-    """All gradients on Hopper in one walk; writes those of q, k, v, beta and the log decays, which `grads` holds, and dfirst."""
+    """All gradients on Hopper in one walk; writes `grads` (dq, dk, dv, dbeta, dgates) and dfirst."""
     from kernels import delta_hopper_backward, delta_hopper_carry
 
     batch, length, heads, v_dim = do.shape
     k_dim = k.shape[3]
     width = max(padded(k_dim), padded(v_dim), CHUNK)
     of_rows = [1, CHUNK, 1, width]
-    dq, dk, dv, dbeta, dgate = grads
+    dq, dk, dv, dbeta, dgates = grads
     couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
     segments, span = _split(kept.couplings.shape[2], max(SEGMENTS[1], 1))
     counts = (length, heads, heads // k.shape[2], segments, span)
@@ -143,6 +121,6 @@ def backward(
     delta_hopper_backward.backward_kernel[(batch * heads * segments,)](
         *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
         couplings, *(_described(x, of_rows) for x in (dq, dk, dv)),
-        beta, kept.decays, do if dlast is None else dlast, dbeta, dgate, dfirst, *counts,
-        **constants, D=width, GATE_GRAD=gate_grad, FIRST=first, DLAST=dlast is not None, num_warps=warps,
+        beta, kept.decays, do if dlast is None else dlast, dbeta, dgates, do if dfirst is None else dfirst, *counts,
+        **constants, D=width, GATE_GRAD=dgates.numel() > 0, FIRST=dfirst is not None, DLAST=dlast is not None, num_warps=8,
     )  # fmt: skip
