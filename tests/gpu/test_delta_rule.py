@@ -121,13 +121,16 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_gradients_triton, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper, delta_hopper_backward, delta_triton
+    from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
         delta_coupling_triton.coupling_kernel,
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
-        delta_gradients_triton.gradients_kernel,
+        gradients_kernel,
+        delta_hopper.forward_kernel,
+        delta_hopper_backward.backward_kernel,
     )
 
     def run(batch: int, length: int, heads: int) -> None:
