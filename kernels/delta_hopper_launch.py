@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,11 @@ from kernels.walk import _triton_dtype, padded
 if TYPE_CHECKING:
     from kernels.delta import Config, Kept, Launch
 
-SEGMENTS = (0, 0)
+FORWARD = {32: (32, 4), 64: (64, 8), 128: (128, 8)}
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
+SHORTEST = 8
+"""Chunks of a segment that are worth a walk of its own."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -41,9 +44,20 @@ def _described(x: Tensor, block: list[int]) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, shared_layout(block[-1], len(block)))
 
 
-def _split(chunks: int, segments: int) -> tuple[int, int]:
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segments_of(walks: int, chunks: int, device: torch.device) -> int:
+    """Segments of each sequence that fill the multiprocessors, unless they would be short."""
+    return max(1, min(_multiprocessors(device) // walks, chunks // SHORTEST))
+
+
+def _split(walks: int, kept: Kept) -> tuple[int, int]:
     """Segments of a sequence, none of them empty, and the chunks of each but the last."""
-    span = -(-chunks // segments)
+    chunks = kept.couplings.shape[2]
+    span = -(-chunks // segments_of(walks, chunks, kept.couplings.device))
     return -(-chunks // span), span
 
 
@@ -60,14 +74,14 @@ def _carried(
     states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
     start = ends if given is None else given
     walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
-    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
-        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 32),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=32, FIRST=given is not None, num_warps=8
     )
     return states
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, launch: Launch,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, _: Launch,
     *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
     """The forward walk on Hopper; writes o, last, and what is kept."""
@@ -75,23 +89,24 @@ def forward(
 
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
-    wide, tile = max(padded(k_dim), CHUNK), min(launch.tile, max(32, padded(v_dim)))
+    wide, (tile, warps) = max(padded(k_dim), CHUNK), FORWARD[max(32, padded(v_dim))]
     of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
     queries, keys, values, out = _described(q, of_keys), _described(k, of_keys), _described(v, of_values), _described(o, of_values)
     couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
     errors, states = out, out
     if keep:
         errors, states = _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])
-    segments, span = _split(kept.couplings.shape[2], max(SEGMENTS[0], 1))
+    segments, span = _split(batch * heads, kept)
     counts = (length, heads, heads // k.shape[2], segments, span)
-    constants = {"K": k_dim, "V": v_dim, "BK": wide, "BV": tile, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
+    constants = {"K": k_dim, "V": v_dim, "BK": wide, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
     if segments > 1:
-        more = constants | {"FIRST": first is not None, "num_warps": launch.warps}
-        operands = (keys, values, couplings, beta, kept.decays)
+        part = min(tile, CHUNK)
+        more = constants | {"BV": part, "FIRST": first is not None, "num_warps": 4, "maxnreg": 168}
+        operands = (keys, _described(v, [1, CHUNK, 1, part]), couplings, beta, kept.decays)
         first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
     delta_hopper.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
         queries, keys, values, couplings, out, errors, states, beta, kept.decays, v if first is None else first, last, *counts,
-        **constants, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=launch.warps,
+        **constants, BV=tile, GROUPS=warps // 4, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=warps,
     )  # fmt: skip
 
 
@@ -108,7 +123,7 @@ def backward(
     of_rows = [1, CHUNK, 1, width]
     dq, dk, dv, dbeta, dgates = grads
     couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
-    segments, span = _split(kept.couplings.shape[2], max(SEGMENTS[1], 1))
+    segments, span = _split(batch * heads, kept)
     counts = (length, heads, heads // k.shape[2], segments, span)
     constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
     if segments > 1:

@@ -194,10 +194,11 @@ class OnCpu:
         self.kernel, self.modules = kernel, modules
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def run(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def run(*arguments: Any, **constants: Any) -> None:
             named = {name: _argument(x) for name, x in zip(self.kernel.arg_names, arguments, strict=False)}
+            named |= {name: x for name, x in constants.items() if name in self.kernel.arg_names} | {"DOT": torch.float64}
             for index in range(grid[0]):
-                self._run(Program(index), named | constants | {"DOT": torch.float64})
+                self._run(Program(index), named)
 
         return run
 

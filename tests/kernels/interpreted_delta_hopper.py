@@ -24,6 +24,7 @@ def _hopper(monkeypatch):
     monkeypatch.setattr(delta, "FP32", delta.SIXTEEN_BIT)
     monkeypatch.setattr(delta_hopper_launch, "_described", Descriptor)
     monkeypatch.setattr(delta_hopper_launch, "fit", lambda *_: True)
+    monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: 1)
     with use_backend("triton"), poisoned():
         yield
 
@@ -39,5 +40,5 @@ def test_equals_the_token_loop(shape, gate):
 @pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
 def test_segments(monkeypatch, length, segments, gate, state):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
-    monkeypatch.setattr(delta_hopper_launch, "SEGMENTS", (segments, segments))
+    monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
     assert_equal((1, length, 1, 1, 24, 40), gate, state=state)

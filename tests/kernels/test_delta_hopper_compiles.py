@@ -1,10 +1,9 @@
 """What the delta rule's Hopper kernels take on sm_90, found by the compiler without a GPU."""
 
 import pytest
-import torch
 import triton.language as tl
 
-from kernels import delta, delta_hopper_launch
+from kernels import delta_hopper_launch
 from kernels.delta_hopper import forward_kernel, shared_layout
 from kernels.delta_hopper_backward import backward_kernel
 from kernels.delta_hopper_carry import combine_kernel, forward_carry_kernel, reverse_carry_kernel
@@ -21,16 +20,15 @@ def described(*block):
 
 def compile_one(kernel, width, *, gated):
     """One kernel with K = V = width, as training without a state runs it."""
-    tile = min(delta.config_of(width, width, torch.bfloat16).forward.tile, width)
-    of_values = width if kernel is backward_kernel else tile
+    tile = width if kernel in (forward_kernel, backward_kernel) else C
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     if kernel is not combine_kernel:
         runtime |= dict.fromkeys(("q", "k", "dq", "dk"), described(1, C, 1, width)) | {"h": described(1, C, C)}
-        runtime |= dict.fromkeys(("v", "o", "errors", "do", "dv"), described(1, C, 1, of_values))
-        runtime |= {"states": described(1, width, of_values)}
-    constants = {"K": width, "V": width, "BK": width, "BV": tile, "D": width, "C": C, "TILE": 16, "DOT": tl.bfloat16}
+        runtime |= dict.fromkeys(("v", "o", "errors", "do", "dv"), described(1, C, 1, tile))
+        runtime |= {"states": described(1, width, tile)}
+    constants = {"K": width, "V": width, "BK": width, "BV": tile, "GROUPS": 2, "D": width, "C": C, "TILE": 32, "DOT": tl.bfloat16}
     arguments = runtime | constants | FLAGS | {"GATED": gated, "GATE_GRAD": gated}
-    warps = 8 if kernel in (backward_kernel, combine_kernel) else 4
+    warps = 4 if kernel in (forward_carry_kernel, reverse_carry_kernel) else 8
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
 
 
