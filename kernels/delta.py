@@ -144,7 +144,8 @@ def forward(
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=1, maxnreg=COUPLING_REGISTERS,
+        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16),
+        num_warps=1, maxnreg=COUPLING_REGISTERS,
     )  # fmt: skip
     first = None if state_BHKV is None else state_BHKV.contiguous()
     launch = delta_hopper_launch.forward if delta_hopper_launch.fit(k_dim, q, k, v) else _walk
