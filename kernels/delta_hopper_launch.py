@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kernels.delta import Config, Kept, Launch
 
 FORWARD = {32: (32, 4), 64: (64, 8), 128: (128, 8)}
+"""Columns of the values that a program of the forward walk takes, and its warps, by their width on chip."""
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 SHORTEST = 8
@@ -32,16 +33,21 @@ def fit(k_dim: int, *rows: Tensor) -> bool:
     aligned = all(
         x.data_ptr() % 16 == 0 and x.stride(3) == 1 and all(s > 0 and s % ALIGNED == 0 for s in x.stride()[:3]) for x in rows
     )
-    return aligned and k_dim <= 128 and k_dim % ALIGNED == 0 and rows[-1].shape[3] % ALIGNED == 0
+    return aligned and all(width <= max(FORWARD) and width % ALIGNED == 0 for width in (k_dim, rows[-1].shape[3]))
+
+
+@cache
+def _layout(width: int, rank: int) -> Any:
+    from kernels.delta_hopper import shared_layout
+
+    return shared_layout(width, rank)
 
 
 def _described(x: Tensor, block: list[int]) -> Any:
     """What the tensor memory accelerator has to know of a tensor that it moves in blocks."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from kernels.delta_hopper import shared_layout
-
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, shared_layout(block[-1], len(block)))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(block[-1], len(block)))
 
 
 @cache

@@ -24,6 +24,8 @@ SHAPES = (
     (1, 75, 1, 1, 60, 100),
     (1, 130, 1, 1, 64, 65),
     (1, 100, 1, 1, 256, 256),
+    (1, 70, 1, 1, 64, 256),
+    (1, 1100, 1, 2, 128, 128),  # long and alone enough for segments on Hopper
 )
 GATES = ("none", "constant", "scalar", "strong", "zero")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
