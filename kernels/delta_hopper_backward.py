@@ -15,13 +15,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, barriers, columns_of, fetch, given_state, place, shared_layout, sums_layout
+from kernels.delta_hopper import SIZES, arrived, barriers, columns_of, fetch, given_state, place, shared_layout, sums_layout
 
 
 @gluon.jit
@@ -44,12 +43,12 @@ def _views(buffers, zero):
 
 @gluon.jit
 def _fetch(sources, views, bars, batch, start, head, shared_head, chunk, C: gl.constexpr, D: gl.constexpr):
-    """Starts to copy what a chunk needs: q and k, which are needed first, on the first barrier, the rest on the second."""
+    """Starts to copy what a chunk needs: q and k, which are needed first, before the rest."""
     q, k, do, errors, states, h = sources
     row, key_row, matrix = [batch, start, head, 0], [batch, start, shared_head, 0], [chunk, 0, 0]
-    fetch(bars[0], 4 * C * D, (q, k), (key_row, key_row), (views[0], views[1]))
+    fetch(bars[:2], (C * D, C * D), (q, k), (key_row, key_row), (views[0], views[1]))
     places, targets = (row, matrix, row, matrix), (views[2], views[5], views[3], views[4])
-    fetch(bars[1], 2 * (2 * C * D + D * D + C * C), (do, h, errors, states), places, targets)
+    fetch(bars[2:], (C * D, C * C, C * D, D * D), (do, h, errors, states), places, targets)
 
 
 @gluon.jit
@@ -103,12 +102,12 @@ def _solve(
     """Y, in registers and, as Y and -beta Y since the chunk began, in shared memory; and the gradient of the state before k Y^T."""
     q_CK, k_CK, do_CV, _, _, h_CC, dstate_KV, x_CD, y_CD, z_CD, p_CC, _ = views
     since_C, until_C, whole, pair_CC = decays
-    mbarrier.wait(bars[0], phase)
+    arrived(bars[:2], phase)
     scores, dwrite = _product(q_CK, k_CK.permute([1, 0]), C, C), _product(k_CK, dstate_KV, C, D)
     scores, dwrite = warpgroup_mma_wait(0, [scores, dwrite])
     p_CC.store(_masked(scores, pair_CC, GATED).to(DOT))
     fence_async_shared()
-    mbarrier.wait(bars[1], phase)
+    arrived(bars[2:], phase)
     dwrite = _add(p_CC.permute([1, 0]), do_CV, _scaled(dwrite, until_C, GATED))
     dwrite = warpgroup_mma_wait(0, [dwrite])
     tma.store_wait(0)
@@ -228,7 +227,9 @@ def backward_kernel(
         _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(D, D, DOT), _buffer(C, C, DOT),
         _buffer(D, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, C, DOT), _buffer(C, C, DOT),
     )  # fmt: skip
-    bars = (barriers(1).index(0), barriers(1).index(0))
+    bars = ()
+    for _ in gl.static_range(6):
+        bars = bars + (barriers(1).index(0),)  # noqa: RUF005
     sources = (q, k, do, errors, states, h)
 
     dstate = given_state(dlast, part, wide, 0, V, K, D, D, DLAST)
@@ -254,8 +255,7 @@ def backward_kernel(
         )  # fmt: skip
         following = gl.maximum(n - 1, 0)
         _fetch(sources, views, bars, batch, following * C, head, head // group, chunk_0 + following, C, D)
-    mbarrier.wait(bars[0], steps % 2)
-    mbarrier.wait(bars[1], steps % 2)
+    arrived(bars, steps % 2)
     tma.store_wait(0)
     if FIRST:
         offsets, inside = columns_of(wide, 0, V, K, D, D)

@@ -25,11 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.delta_hopper import (
     SIZES,
+    arrived,
     barriers,
     buffers_of,
     columns_of,
     factors_of,
     fetch,
+    in_turn,
     place,
     scaled,
     scores_beside,
@@ -75,13 +77,13 @@ def forward_carry_kernel(
     h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
     state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
     write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    k_bars, vh_bar = barriers(2), barriers(1).index(0)
+    k_bars, vh_bars = barriers(2), (barriers(1).index(0), barriers(1).index(0))
 
     state_KV = _start(first, head_index, order, e_start, K, V, BK, BV, FIRST)
     none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV, 1))
     at_k, at_v = [batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start]
-    fetch(k_bars.index(0), 2 * C * BK, (k,), (at_k,), (k_buffers.index(0),))
-    fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
+    fetch((k_bars.index(0),), (C * BK,), (k,), (at_k,), (k_buffers.index(0),))
+    fetch(vh_bars, (C * BV, C * C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
     for step in range(span):
         n, then, following = n_first + step, (step + 1) % 2, gl.minimum(n_first + step + 1, n_last)
         at_k, at_v, k_CK = (
@@ -94,9 +96,9 @@ def forward_carry_kernel(
         fence_async_shared()
         mbarrier.wait(k_bars.index(step % 2), step // 2 % 2)
         read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-        fetch(k_bars.index(then), 2 * C * BK, (k,), (at_k,), (k_buffers.index(then),))
+        fetch((k_bars.index(then),), (C * BK,), (k,), (at_k,), (k_buffers.index(then),))
         read_CV = scaled(warpgroup_mma_wait(0, [read]), g_C, GATED)
-        mbarrier.wait(vh_bar, step % 2)
+        arrived(vh_bars, step % 2)
         error_CV = v_buffer.load(sums_layout(BV, 1)).to(gl.float32) - read_CV
         write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
         fence_async_shared()
@@ -107,10 +109,10 @@ def forward_carry_kernel(
         write_buffer.store(write_CV.to(DOT))
         fence_async_shared()
         state = warpgroup_mma(k_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
-        fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
+        fetch(vh_bars, (C * BV, C * C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
         state_KV = warpgroup_mma_wait(0, [state])
     mbarrier.wait(k_bars.index(span % 2), span // 2 % 2)
-    mbarrier.wait(vh_bar, span % 2)
+    arrived(vh_bars, span % 2)
     offsets, inside = columns_of(sums_layout(BV, 1), e_start, TILES * BV, K, BK, BV)
     gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
 
@@ -130,28 +132,28 @@ def reverse_carry_kernel(
     shared_head, steps = head // group, n_last - n_first + 1
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
     i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, 1)))
-    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
+    qk_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
     do_buffer, h_buffer, state_buffer, error_buffer, fade_buffer = buffers
-    qk_bars, doh_bar = barriers(2), barriers(1).index(0)
+    qk_bars, doh_bars = (barriers(2), barriers(2)), (barriers(1).index(0), barriers(1).index(0))
 
     dstate_KV = _start(dlast, head_index, order, e_start, K, V, BK, BV, DLAST)
     at_qk, at_do = [batch, n_last * C, shared_head, 0], [batch, n_last * C, head, e_start]
-    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
-    fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
+    fetch(in_turn(qk_bars, 0), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, 0))
+    fetch(doh_bars, (C * BV, C * C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
     for step in range(steps):
-        n, then, following = n_last - step, (step + 1) % 2, gl.maximum(n_last - step - 1, 0)
+        n, following = n_last - step, gl.maximum(n_last - step - 1, 0)
         at_qk, at_do = [batch, following * C, shared_head, 0], [batch, following * C, head, e_start]
-        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
+        q_CK, k_CK = in_turn(qk_buffers, step)
         beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
         state_buffer.store(dstate_KV.to(DOT))
         if GATED:
             g_buffer.store(g_C)
         fence_async_shared()
-        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
+        arrived(in_turn(qk_bars, step), step // 2 % 2)
         scores_CC, dwrite = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, 1, True, GATED, DOT)
         scores_CC = gl.convert_layout(scores_CC, gl.DotOperandLayout(0, sums_layout(C, 1), 2))
-        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
-        mbarrier.wait(doh_bar, step % 2)
+        fetch(in_turn(qk_bars, step + 1), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, step + 1))
+        arrived(doh_bars, step % 2)
         dwrite = warpgroup_mma(scores_CC, do_buffer, scaled(dwrite, g_all - g_C, GATED), is_async=True)
         dwrite_CV = warpgroup_mma_wait(0, [dwrite])
         error_buffer.store((dwrite_CV * beta_C[:, None]).to(DOT))
@@ -167,10 +169,10 @@ def reverse_carry_kernel(
         error_buffer.store(scaled((spread_CV - dwrite_CV) * beta_C[:, None], g_C, GATED).to(DOT))
         fence_async_shared()
         dstate = warpgroup_mma(k_CK.permute([1, 0]), error_buffer, dstate, is_async=True)
-        fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
+        fetch(doh_bars, (C * BV, C * C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
         dstate_KV = warpgroup_mma_wait(0, [dstate])
-    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
-    mbarrier.wait(doh_bar, steps % 2)
+    arrived(in_turn(qk_bars, steps), steps // 2 % 2)
+    arrived(doh_bars, steps % 2)
     offsets, inside = columns_of(sums_layout(BV, 1), e_start, TILES * BV, K, BK, BV)
     gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, dstate_KV, mask=inside)
 
