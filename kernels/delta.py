@@ -50,9 +50,6 @@ FP32 = {
     256: Config(16, Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
 }
 
-COUPLING_REGISTERS = 168
-"""Registers of a thread of the coupling kernel, at most: three warps then share a scheduler."""
-
 
 def operand_dtype(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor) -> torch.dtype:
     """The dtype of the tensor cores' operands: the narrowest given, but fp32 for heads wider than 128.
@@ -144,8 +141,7 @@ def forward(
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
     delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16),
-        num_warps=1, maxnreg=COUPLING_REGISTERS,
+        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=1,
     )  # fmt: skip
     first = None if state_BHKV is None else state_BHKV.contiguous()
     launch = delta_hopper_launch.forward if delta_hopper_launch.fit(k_dim, q, k, v) else _walk

@@ -4,8 +4,8 @@ A walk is a chain of products that wait for each other. Plain Triton waits for e
 memory accelerator brings a chunk's rows while the one before is computed, and products that nobody waits for run behind those
 of the chain.
 
-Barriers are put in by the compiler, which does not know how long an asynchronous product reads: a buffer is written again only
-after a barrier that follows the wait for its last reader.
+A program is one warp group. Barriers are put in by the compiler, which does not know how long an asynchronous product reads:
+a buffer is written again only after a barrier that follows the wait for its last reader.
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
 """
@@ -28,9 +28,9 @@ SIZES = ["length", "heads", "group", "segments", "span"]
 
 
 @gluon.constexpr_function
-def sums_layout(width, groups):
-    """Registers of sums that are `width` columns wide, of which each of the warp groups has its part."""
-    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
+def sums_layout(width):
+    """Registers of a warp group's sums that are `width` columns wide."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
 @gluon.constexpr_function
@@ -58,46 +58,26 @@ def barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def fetch(bars, ELEMENTS, sources, places, targets):
-    """Starts to copy blocks of 16-bit elements into shared memory.
-
-    Each has a barrier of its own: between copies that report to the same one, the compiler puts a barrier for all threads.
-    """
+def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
+    """Starts to copy blocks into shared memory; the barrier tells when all have arrived."""
+    mbarrier.expect(bar, BYTES)
     for index in gl.static_range(len(sources)):
-        mbarrier.expect(bars[index], 2 * ELEMENTS[index])
-    for index in gl.static_range(len(sources)):
-        tma.async_copy_global_to_shared(sources[index], places[index], bars[index], targets[index])
-
-
-@gluon.jit
-def in_turn(pairs, turn):
-    """Those buffers or barriers, of two each, whose turn it is."""
-    chosen = ()
-    for index in gl.static_range(len(pairs)):
-        chosen = chosen + (pairs[index].index(turn % 2),)  # noqa: RUF005
-    return chosen
-
-
-@gluon.jit
-def arrived(bars, phase):
-    """Waits for copies."""
-    for index in gl.static_range(len(bars)):
-        mbarrier.wait(bars[index], phase)
+        tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
 
 
 @gluon.jit
 def scores_beside(
-    q_CK, k_CK, state_KV, g_C, g_buffer, C: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, REVERSE: gl.constexpr,
-    GATED: gl.constexpr, DOT: gl.constexpr,
+    q_CK, k_CK, state_KV, g_C, g_buffer,
+    C: gl.constexpr, BV: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Q K^T of tokens and earlier ones, decayed; and K S. In reverse K Q^T of tokens and later ones."""
-    square: gl.constexpr = sums_layout(C, GROUPS)
+    """Q K^T of tokens and earlier ones, decayed, as a left operand; and K S. In reverse K Q^T of tokens and later ones."""
+    square: gl.constexpr = sums_layout(C)
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     seen = rows[:, None] <= cols[None, :] if REVERSE else rows[:, None] >= cols[None, :]
     first, second = (k_CK, q_CK) if REVERSE else (q_CK, k_CK)
     scores = gl.zeros([C, C], gl.float32, square)
     scores = warpgroup_mma(first, second.permute([1, 0]), scores, use_acc=False, is_async=True)
-    read = gl.zeros([C, BV], gl.float32, sums_layout(BV, GROUPS))
+    read = gl.zeros([C, BV], gl.float32, sums_layout(BV))
     read = warpgroup_mma(k_CK, state_KV, read, use_acc=False, is_async=True)
     scores_CC, read = warpgroup_mma_wait(1, [scores, read])
     if GATED:
@@ -106,7 +86,8 @@ def scores_beside(
         scores_CC = scores_CC * gl.exp2(gl.where(seen, -fall_CC if REVERSE else fall_CC, float("-inf")))
     else:
         scores_CC = gl.where(seen, scores_CC, 0.0)
-    return scores_CC.to(DOT), warpgroup_mma_wait(0, [read])
+    scores_CC = gl.convert_layout(scores_CC.to(DOT), gl.DotOperandLayout(0, square, 2))
+    return scores_CC, warpgroup_mma_wait(0, [read])
 
 
 @gluon.jit
@@ -156,23 +137,24 @@ def buffers_of(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DOT: gl.cons
     error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return (q_buffers, k_buffers), g_buffer, (v_buffer, h_buffer, state_buffer, error_buffer, write_buffer)
+    return q_buffers, k_buffers, g_buffer, (v_buffer, h_buffer, state_buffer, error_buffer, write_buffer)
 
 
 @gluon.jit
 def _erase(
-    q_CK, buffers, read_CV, beta_C, C: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, DOT: gl.constexpr
+    q_CK, buffers, read_CV, beta_C, C: gl.constexpr, BV: gl.constexpr, DOT: gl.constexpr
 ):  # fmt: skip
-    """The errors of a chunk before its own writes are seen; starts the products H beta E, that corrects them, and Q S."""
+    """The errors E of a chunk, in registers, and the product Q S, which runs on."""
     v_buffer, h_buffer, state_buffer, error_buffer, _ = buffers
-    narrow: gl.constexpr = sums_layout(BV, GROUPS)
+    narrow: gl.constexpr = sums_layout(BV)
     error_CV = v_buffer.load(narrow).to(gl.float32) - read_CV
     error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
     fence_async_shared()
     none_CV = gl.zeros([C, BV], gl.float32, narrow)
     spread = warpgroup_mma(h_buffer, error_buffer, none_CV, use_acc=False, is_async=True)
     asked = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-    return error_CV, spread, asked
+    spread_CV, asked = warpgroup_mma_wait(1, [spread, asked])
+    return error_CV - spread_CV, asked
 
 
 @gluon.jit
@@ -198,77 +180,69 @@ def _write(
     return warpgroup_mma(k_CK.permute([1, 0]), fade_buffer, state_KV, is_async=True)
 
 
-@gluon.jit
-def _put(o, at_o, out_buffer, o_CV, KEEP: gl.constexpr, DOT: gl.constexpr):
-    """Starts to store outputs, through a buffer that may hold errors on their way out."""
-    if KEEP:
-        tma.store_wait(0)
-    out_buffer.store(o_CV.to(DOT))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o, at_o, out_buffer)
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, h, o, errors, states, beta, g, first, last,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
     GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """As `kernels.delta_triton.forward_kernel`, on descriptors of blocks of a chunk.
 
-    Grid: (B * H * segments * value tiles,), of GROUPS warp groups. A segment is `span` chunks; `first` holds the states that
-    enter them.
+    Grid: (B * H * segments * value tiles,). A segment is `span` chunks; `first` holds the state that enters each of them.
     """
     TILES: gl.constexpr = (V + BV - 1) // BV
     part, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
-    batch, head, chunk_0, steps = head_index // heads, head_index % heads, head_index * n_chunks, n_last - n_first + 1
-    beta, g, shared_head = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C, head // group
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, GROUPS)))
-    qk_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
+    shared_head, steps = head // group, n_last - n_first + 1
+    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
+    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
     v_buffer, h_buffer, state_buffer, error_buffer, write_buffer = buffers
-    scores_buffer, out_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C)), write_buffer if GATED else error_buffer
-    qk_bars, vh_bars = (barriers(2), barriers(2)), (barriers(1).index(0), barriers(1).index(0))
+    out_buffer = write_buffer if GATED else error_buffer
+    qk_bars, vh_bar = barriers(2), barriers(1).index(0)
 
-    state_KV = given_state(first, part, sums_layout(BV, GROUPS), e_start, V, K, BK, BV, FIRST)
+    state_KV = given_state(first, part, sums_layout(BV), e_start, V, K, BK, BV, FIRST)
     at_qk, at_v = [batch, n_first * C, shared_head, 0], [batch, n_first * C, head, e_start]
-    fetch(in_turn(qk_bars, 0), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, 0))
-    fetch(vh_bars, (C * BV, C * C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
+    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
+    fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
     beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
     for n in range(n_first, n_last + 1):
-        step, following = n - n_first, gl.minimum(n + 1, n_last)
+        step, then, following = n - n_first, (n - n_first + 1) % 2, gl.minimum(n + 1, n_last)
         at_qk, at_v, at_o = (
             [batch, following * C, shared_head, 0],
             [batch, following * C, head, e_start],
             [batch, n * C, head, e_start],
         )
-        q_CK, k_CK = in_turn(qk_buffers, step)
+        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
         tma.store_wait(0)
         state_buffer.store(state_KV.to(DOT))
         if GATED:
             g_buffer.store(g_C)
         fence_async_shared()
-        arrived(in_turn(qk_bars, step), step // 2 % 2)
-        scores_CC, read_CV = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, GROUPS, False, GATED, DOT)
-        scores_buffer.store(scores_CC)  # the fence before the next product is one for this, too
+        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
+        scores_CC, read_CV = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, False, GATED, DOT)
+        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
         if KEEP:
             tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-        arrived(vh_bars, step % 2)
-        error_CV, spread, asked = _erase(q_CK, buffers, scaled(read_CV, g_C, GATED), beta_C, C, BV, GROUPS, DOT)
-        fetch(in_turn(qk_bars, step + 1), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, step + 1))
-        spread_CV, asked = warpgroup_mma_wait(1, [spread, asked])
-        state = _write(errors, at_o, buffers, state_KV, k_CK, error_CV - spread_CV, beta_C, g_C, g_all, GATED, KEEP, DOT)
+        mbarrier.wait(vh_bar, step % 2)
+        error_CV, asked = _erase(q_CK, buffers, scaled(read_CV, g_C, GATED), beta_C, C, BV, DOT)
+        state = _write(errors, at_o, buffers, state_KV, k_CK, error_CV, beta_C, g_C, g_all, GATED, KEEP, DOT)
+        fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
         if GATED:
             asked = scaled(warpgroup_mma_wait(1, [asked]), g_C, GATED)
         beta_C, g_C, g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
-        written = warpgroup_mma(scores_buffer, write_buffer, asked, is_async=True)
-        fetch(vh_bars, (C * BV, C * C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
+        written = warpgroup_mma(scores_CC, write_buffer, asked, is_async=True)
         state_KV, o_CV = warpgroup_mma_wait(0, [state, written])
-        _put(o, at_o, out_buffer, o_CV, KEEP, DOT)
-    arrived(in_turn(qk_bars, steps), steps // 2 % 2)
-    arrived(vh_bars, steps % 2)
+        if KEEP:
+            tma.store_wait(0)
+        out_buffer.store(o_CV.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o, at_o, out_buffer)
+    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
+    mbarrier.wait(vh_bar, steps % 2)
     tma.store_wait(0)
     if LAST:
-        offsets, inside = columns_of(sums_layout(BV, GROUPS), e_start, V, K, BK, BV)
+        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))

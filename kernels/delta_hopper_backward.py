@@ -15,12 +15,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, arrived, barriers, columns_of, fetch, given_state, place, shared_layout, sums_layout
+from kernels.delta_hopper import SIZES, barriers, columns_of, fetch, given_state, place, shared_layout
+
+
+@gluon.constexpr_function
+def _sums(width):
+    """Registers of sums that are `width` columns wide, half of them in each warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, width // 2, 16])
 
 
 @gluon.jit
@@ -43,18 +50,18 @@ def _views(buffers, zero):
 
 @gluon.jit
 def _fetch(sources, views, bars, batch, start, head, shared_head, chunk, C: gl.constexpr, D: gl.constexpr):
-    """Starts to copy what a chunk needs: q and k, which are needed first, before the rest."""
+    """Starts to copy what a chunk needs: q and k, which are needed first, on the first barrier, the rest on the second."""
     q, k, do, errors, states, h = sources
     row, key_row, matrix = [batch, start, head, 0], [batch, start, shared_head, 0], [chunk, 0, 0]
-    fetch(bars[:2], (C * D, C * D), (q, k), (key_row, key_row), (views[0], views[1]))
+    fetch(bars[0], 4 * C * D, (q, k), (key_row, key_row), (views[0], views[1]))
     places, targets = (row, matrix, row, matrix), (views[2], views[5], views[3], views[4])
-    fetch(bars[2:], (C * D, C * C, C * D, D * D), (do, h, errors, states), places, targets)
+    fetch(bars[1], 2 * (2 * C * D + D * D + C * C), (do, h, errors, states), places, targets)
 
 
 @gluon.jit
 def _product(a, b, ROWS: gl.constexpr, COLS: gl.constexpr):
     """Starts a product of two matrices in shared memory."""
-    none = gl.zeros([ROWS, COLS], gl.float32, sums_layout(COLS, 2))
+    none = gl.zeros([ROWS, COLS], gl.float32, _sums(COLS))
     return warpgroup_mma(a, b, none, use_acc=False, is_async=True)
 
 
@@ -75,12 +82,12 @@ def _scaled(x, by_C, SCALE: gl.constexpr):
 @gluon.jit
 def _decays(g, start, C: gl.constexpr, D: gl.constexpr, GATED: gl.constexpr):
     """Decays of tokens since the chunk began and until it ends, of the whole chunk, and of pairs: zero from later to earlier."""
-    square: gl.constexpr = sums_layout(C, 2)
+    square: gl.constexpr = _sums(C)
     i_row, i_col = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     seen = i_row[:, None] >= i_col[None, :]
     decays = (1.0, 1.0, 1.0, seen)
     if GATED:
-        g_C = gl.load(g + start + gl.arange(0, C, gl.SliceLayout(1, sums_layout(D, 2))))
+        g_C = gl.load(g + start + gl.arange(0, C, gl.SliceLayout(1, _sums(D))))
         g_all = gl.load(g + start + C - 1)
         g_row, g_col = gl.convert_layout(g_C, gl.SliceLayout(1, square)), gl.convert_layout(g_C, gl.SliceLayout(0, square))
         # Only exponents that are <= 0 are used; those of earlier readers would overflow and are masked before.
@@ -102,19 +109,19 @@ def _solve(
     """Y, in registers and, as Y and -beta Y since the chunk began, in shared memory; and the gradient of the state before k Y^T."""
     q_CK, k_CK, do_CV, _, _, h_CC, dstate_KV, x_CD, y_CD, z_CD, p_CC, _ = views
     since_C, until_C, whole, pair_CC = decays
-    arrived(bars[:2], phase)
+    mbarrier.wait(bars[0], phase)
     scores, dwrite = _product(q_CK, k_CK.permute([1, 0]), C, C), _product(k_CK, dstate_KV, C, D)
     scores, dwrite = warpgroup_mma_wait(0, [scores, dwrite])
     p_CC.store(_masked(scores, pair_CC, GATED).to(DOT))
     fence_async_shared()
-    arrived(bars[2:], phase)
+    mbarrier.wait(bars[1], phase)
     dwrite = _add(p_CC.permute([1, 0]), do_CV, _scaled(dwrite, until_C, GATED))
     dwrite = warpgroup_mma_wait(0, [dwrite])
     tma.store_wait(0)
     x_CD.store((dwrite * beta_C[:, None]).to(DOT))
     faded_CV = do_CV
     if GATED:
-        z_CD.store((do_CV.load(sums_layout(D, 2)).to(gl.float32) * since_C[:, None]).to(DOT))
+        z_CD.store((do_CV.load(_sums(D)).to(gl.float32) * since_C[:, None]).to(DOT))
         faded_CV = z_CD
         dstate = dstate * whole
     fence_async_shared()
@@ -137,13 +144,13 @@ def _pairs(
 ):  # fmt: skip
     """What was read later, with q and with k, of what was written, in shared memory; and the gradient of the state."""
     _, k_CK, do_CV, error_CV, _, _, _, x_CD, y_CD, _, p_CC, m_CC = views
-    square: gl.constexpr = sums_layout(C, 2)
+    square: gl.constexpr = _sums(C)
     i_row, i_col = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     dstate = _add(k_CK.permute([1, 0]), x_CD, dstate)
     p, m = _product(do_CV, error_CV.permute([1, 0]), C, C), _product(y_CD, error_CV.permute([1, 0]), C, C)
     dstate, p, m = warpgroup_mma_wait(0, [dstate, p, m])
     same, later = i_row[:, None] == i_col[None, :], i_row[:, None] > i_col[None, :]
-    dbeta_C = gl.convert_layout(gl.sum(gl.where(same, m, 0.0), 1), gl.SliceLayout(1, sums_layout(D, 2)))
+    dbeta_C = gl.convert_layout(gl.sum(gl.where(same, m, 0.0), 1), gl.SliceLayout(1, _sums(D)))
     gl.store(dbeta + t_C.to(gl.int64) * heads, dbeta_C.to(dbeta.dtype.element_ty), mask=t_C < length)
     beta_row, beta_col = gl.convert_layout(beta_C, gl.SliceLayout(1, square)), gl.convert_layout(beta_C, gl.SliceLayout(0, square))
     p, m = _masked(p * beta_col[None, :], pair_CC, GATED), m * (-beta_row[:, None] * beta_col[None, :])
@@ -152,7 +159,7 @@ def _pairs(
         m = m * pair_CC
     if GATE_GRAD:
         # What a token reads of itself would cancel in the gradient of the decays, and drown small gradients.
-        own_C = gl.convert_layout(gl.sum(gl.where(same, p, 0.0), 1), gl.SliceLayout(1, sums_layout(D, 2)))
+        own_C = gl.convert_layout(gl.sum(gl.where(same, p, 0.0), 1), gl.SliceLayout(1, _sums(D)))
         p = gl.where(later, p, 0.0)
     p_CC.store(p.to(DOT))
     m_CC.store(gl.where(later, m, 0.0).to(DOT))
@@ -163,7 +170,7 @@ def _pairs(
 @gluon.jit
 def _later(dg_C, C: gl.constexpr):
     """Sums of each token's and all later tokens' elements."""
-    square: gl.constexpr = sums_layout(C, 2)
+    square: gl.constexpr = _sums(C)
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     dg_cols = gl.convert_layout(dg_C, gl.SliceLayout(0, square))
     return gl.sum(gl.where(cols[None, :] >= rows[:, None], dg_cols[None, :], 0.0), 1)
@@ -176,7 +183,7 @@ def _gradients(
 ):  # fmt: skip
     """Gradients of queries, keys and decays."""
     q_CK, k_CK, do_CV, error_CV, state_KV, _, dstate_KV, x_CD, y_CD, _, p_CC, m_CC = views
-    wide: gl.constexpr = sums_layout(D, 2)
+    wide: gl.constexpr = _sums(D)
     since_C, until_C, _, _ = decays
     reads, erased = _product(do_CV, state_KV.permute([1, 0]), C, D), _product(y_CD, state_KV.permute([1, 0]), C, D)
     reads, erased = warpgroup_mma_wait(0, [reads, erased])
@@ -221,15 +228,13 @@ def backward_kernel(
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     row = batch.to(gl.int64) * length * heads + head
     beta, dbeta, dgate, g = beta + row, dbeta + row, dgate + row, g + chunk_0.to(gl.int64) * C
-    wide: gl.constexpr = sums_layout(D, 2)
+    wide: gl.constexpr = _sums(D)
     i = gl.arange(0, C, gl.SliceLayout(1, wide))
     buffers = (
         _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(D, D, DOT), _buffer(C, C, DOT),
         _buffer(D, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, D, DOT), _buffer(C, C, DOT), _buffer(C, C, DOT),
     )  # fmt: skip
-    bars = ()
-    for _ in gl.static_range(6):
-        bars = bars + (barriers(1).index(0),)  # noqa: RUF005
+    bars = (barriers(1).index(0), barriers(1).index(0))
     sources = (q, k, do, errors, states, h)
 
     dstate = given_state(dlast, part, wide, 0, V, K, D, D, DLAST)
@@ -255,7 +260,8 @@ def backward_kernel(
         )  # fmt: skip
         following = gl.maximum(n - 1, 0)
         _fetch(sources, views, bars, batch, following * C, head, head // group, chunk_0 + following, C, D)
-    arrived(bars, steps % 2)
+    mbarrier.wait(bars[0], steps % 2)
+    mbarrier.wait(bars[1], steps % 2)
     tma.store_wait(0)
     if FIRST:
         offsets, inside = columns_of(wide, 0, V, K, D, D)

@@ -25,13 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.delta_hopper import (
     SIZES,
-    arrived,
     barriers,
     buffers_of,
     columns_of,
     factors_of,
     fetch,
-    in_turn,
     place,
     scaled,
     scores_beside,
@@ -47,13 +45,10 @@ def _start(
 ):  # fmt: skip
     """The columns of a state with which a program starts: of the state given, of zero or of the identity."""
     VALUES: gl.constexpr = (V + BV - 1) // BV * BV
-    d, e = (
-        gl.arange(0, BK, gl.SliceLayout(1, sums_layout(BV, 1))),
-        e_start + gl.arange(0, BV, gl.SliceLayout(0, sums_layout(BV, 1))),
-    )
+    d, e = gl.arange(0, BK, gl.SliceLayout(1, sums_layout(BV))), e_start + gl.arange(0, BV, gl.SliceLayout(0, sums_layout(BV)))
     state_KV = gl.where(d[:, None] == e[None, :] - VALUES, 1.0, 0.0)
     if GIVEN:
-        offsets, inside = columns_of(sums_layout(BV, 1), e_start, V, K, BK, BV)
+        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
         state_KV += gl.load(first + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
     return state_KV
 
@@ -67,53 +62,48 @@ def forward_carry_kernel(
 ):  # fmt: skip
     """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
     TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
+    BYTES: gl.constexpr = 2 * C * (BK + BV + C)
     slot, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
     head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, False)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, 1)))
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
     k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    v_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    v_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
+    h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
     state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    k_bars, vh_bars = barriers(2), (barriers(1).index(0), barriers(1).index(0))
+    bars = barriers(2)
 
     state_KV = _start(first, head_index, order, e_start, K, V, BK, BV, FIRST)
-    none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV, 1))
-    at_k, at_v = [batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start]
-    fetch((k_bars.index(0),), (C * BK,), (k,), (at_k,), (k_buffers.index(0),))
-    fetch(vh_bars, (C * BV, C * C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
+    none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV))
+    places = ([batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start], [chunk_0 + n_first, 0, 0])
+    fetch(bars.index(0), BYTES, (k, v, h), places, (k_buffers.index(0), v_buffers.index(0), h_buffers.index(0)))
     for step in range(span):
-        n, then, following = n_first + step, (step + 1) % 2, gl.minimum(n_first + step + 1, n_last)
-        at_k, at_v, k_CK = (
-            [batch, following * C, head // group, 0],
-            [batch, following * C, head, e_start],
-            k_buffers.index(step % 2),
-        )
+        n, now, then = n_first + step, step % 2, (step + 1) % 2
+        following = gl.minimum(n + 1, n_last)
         beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
         state_buffer.store(state_KV.to(DOT))
         fence_async_shared()
-        mbarrier.wait(k_bars.index(step % 2), step // 2 % 2)
-        read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-        fetch((k_bars.index(then),), (C * BK,), (k,), (at_k,), (k_buffers.index(then),))
+        mbarrier.wait(bars.index(now), step // 2 % 2)
+        read = warpgroup_mma(k_buffers.index(now), state_buffer, none_CV, use_acc=False, is_async=True)
+        places = ([batch, following * C, head // group, 0], [batch, following * C, head, e_start], [chunk_0 + following, 0, 0])
+        fetch(bars.index(then), BYTES, (k, v, h), places, (k_buffers.index(then), v_buffers.index(then), h_buffers.index(then)))
         read_CV = scaled(warpgroup_mma_wait(0, [read]), g_C, GATED)
-        arrived(vh_bars, step % 2)
-        error_CV = v_buffer.load(sums_layout(BV, 1)).to(gl.float32) - read_CV
-        write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+        error_CV = v_buffers.index(now).load(sums_layout(BV)).to(gl.float32) - read_CV
+        error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
         fence_async_shared()
-        spread = warpgroup_mma(h_buffer, write_buffer, none_CV, use_acc=False, is_async=True)
+        spread = warpgroup_mma(h_buffers.index(now), error_buffer, none_CV, use_acc=False, is_async=True)
         write_CV = scaled((error_CV - warpgroup_mma_wait(0, [spread])) * beta_C[:, None], g_all - g_C, GATED)
         if GATED:
             state_KV = state_KV * gl.exp2(g_all)
         write_buffer.store(write_CV.to(DOT))
         fence_async_shared()
-        state = warpgroup_mma(k_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
-        fetch(vh_bars, (C * BV, C * C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
+        state = warpgroup_mma(k_buffers.index(now).permute([1, 0]), write_buffer, state_KV, is_async=True)
         state_KV = warpgroup_mma_wait(0, [state])
-    mbarrier.wait(k_bars.index(span % 2), span // 2 % 2)
-    arrived(vh_bars, span % 2)
-    offsets, inside = columns_of(sums_layout(BV, 1), e_start, TILES * BV, K, BK, BV)
+    mbarrier.wait(bars.index(span % 2), span // 2 % 2)
+    offsets, inside = columns_of(sums_layout(BV), e_start, TILES * BV, K, BK, BV)
     gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
 
 
@@ -131,49 +121,48 @@ def reverse_carry_kernel(
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     shared_head, steps = head // group, n_last - n_first + 1
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, 1)))
-    qk_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
+    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
     do_buffer, h_buffer, state_buffer, error_buffer, fade_buffer = buffers
-    qk_bars, doh_bars = (barriers(2), barriers(2)), (barriers(1).index(0), barriers(1).index(0))
+    qk_bars, doh_bar = barriers(2), barriers(1).index(0)
 
     dstate_KV = _start(dlast, head_index, order, e_start, K, V, BK, BV, DLAST)
     at_qk, at_do = [batch, n_last * C, shared_head, 0], [batch, n_last * C, head, e_start]
-    fetch(in_turn(qk_bars, 0), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, 0))
-    fetch(doh_bars, (C * BV, C * C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
+    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
+    fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
     for step in range(steps):
-        n, following = n_last - step, gl.maximum(n_last - step - 1, 0)
+        n, then, following = n_last - step, (step + 1) % 2, gl.maximum(n_last - step - 1, 0)
         at_qk, at_do = [batch, following * C, shared_head, 0], [batch, following * C, head, e_start]
-        q_CK, k_CK = in_turn(qk_buffers, step)
+        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
         beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
         state_buffer.store(dstate_KV.to(DOT))
         if GATED:
             g_buffer.store(g_C)
         fence_async_shared()
-        arrived(in_turn(qk_bars, step), step // 2 % 2)
-        scores_CC, dwrite = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, 1, True, GATED, DOT)
-        scores_CC = gl.convert_layout(scores_CC, gl.DotOperandLayout(0, sums_layout(C, 1), 2))
-        fetch(in_turn(qk_bars, step + 1), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, step + 1))
-        arrived(doh_bars, step % 2)
+        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
+        scores_CC, dwrite = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, True, GATED, DOT)
+        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
+        mbarrier.wait(doh_bar, step % 2)
         dwrite = warpgroup_mma(scores_CC, do_buffer, scaled(dwrite, g_all - g_C, GATED), is_async=True)
         dwrite_CV = warpgroup_mma_wait(0, [dwrite])
         error_buffer.store((dwrite_CV * beta_C[:, None]).to(DOT))
         fading = do_buffer
         if GATED:
-            fade_buffer.store(scaled(do_buffer.load(sums_layout(BV, 1)).to(gl.float32), g_C, GATED).to(DOT))
+            fade_buffer.store(scaled(do_buffer.load(sums_layout(BV)).to(gl.float32), g_C, GATED).to(DOT))
             fading, dstate_KV = fade_buffer, dstate_KV * gl.exp2(g_all)
         fence_async_shared()
-        spread = gl.zeros([C, BV], gl.float32, sums_layout(BV, 1))
+        spread = gl.zeros([C, BV], gl.float32, sums_layout(BV))
         spread = warpgroup_mma(h_buffer.permute([1, 0]), error_buffer, spread, use_acc=False, is_async=True)
         dstate = warpgroup_mma(q_CK.permute([1, 0]), fading, dstate_KV, is_async=True)
         spread_CV, dstate = warpgroup_mma_wait(0, [spread, dstate])
         error_buffer.store(scaled((spread_CV - dwrite_CV) * beta_C[:, None], g_C, GATED).to(DOT))
         fence_async_shared()
         dstate = warpgroup_mma(k_CK.permute([1, 0]), error_buffer, dstate, is_async=True)
-        fetch(doh_bars, (C * BV, C * C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
+        fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
         dstate_KV = warpgroup_mma_wait(0, [dstate])
-    arrived(in_turn(qk_bars, steps), steps // 2 % 2)
-    arrived(doh_bars, steps % 2)
-    offsets, inside = columns_of(sums_layout(BV, 1), e_start, TILES * BV, K, BK, BV)
+    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
+    mbarrier.wait(doh_bar, steps % 2)
+    offsets, inside = columns_of(sums_layout(BV), e_start, TILES * BV, K, BK, BV)
     gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, dstate_KV, mask=inside)
 
 
@@ -203,6 +192,5 @@ def combine_kernel(
         among = (d < K)[:, None] & (d < K)[None, :]
         r_KK = tl.load(step + d[:, None] * WIDTH + VALUES + d[None, :], mask=among, other=0.0)
         c_KV = tl.load(step + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
-        # TF32 has more digits than the 16-bit states whose products R is made of.
-        state_KV = tl.dot(r_KK, state_KV, c_KV, input_precision="tf32")
+        state_KV = tl.dot(r_KK, state_KV, c_KV, input_precision="tf32x3")
         tl.store(states + (tl.cast(part, tl.int64) + 1) * K * V + offsets, state_KV, mask=inside)

@@ -13,10 +13,10 @@ from kernels.walk import _triton_dtype, padded
 if TYPE_CHECKING:
     from kernels.delta import Config, Kept, Launch
 
-FORWARD = {32: (32, 4), 64: (64, 8), 128: (128, 8)}
-"""Columns of the values that a program of the forward walk takes, and its warps, by their width on chip."""
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
+WIDTH = 128
+"""The widest heads that fit on chip."""
 SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
 ALIGNED = 8
@@ -33,7 +33,7 @@ def fit(k_dim: int, *rows: Tensor) -> bool:
     aligned = all(
         x.data_ptr() % 16 == 0 and x.stride(3) == 1 and all(s > 0 and s % ALIGNED == 0 for s in x.stride()[:3]) for x in rows
     )
-    return aligned and all(width <= max(FORWARD) and width % ALIGNED == 0 for width in (k_dim, rows[-1].shape[3]))
+    return aligned and all(width <= WIDTH and width % ALIGNED == 0 for width in (k_dim, rows[-1].shape[3]))
 
 
 @cache
@@ -51,19 +51,31 @@ def _described(x: Tensor, block: list[int]) -> Any:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many there are."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def segments_of(walks: int, chunks: int, device: torch.device) -> int:
     """Segments of each sequence that fill the multiprocessors, unless they would be short."""
-    return max(1, min(_multiprocessors(device) // walks, chunks // SHORTEST))
+    return max(1, min(multiprocessors(device) // walks, chunks // SHORTEST))
 
 
-def _split(walks: int, kept: Kept) -> tuple[int, int]:
+def _forward_plan(walks: int, kept: Kept, wide: bool) -> tuple[int, int]:
+    """Segments of the forward walk and columns of the values that a program takes, as measured on an H200.
+
+    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay.
+    """
+    device, chunks = kept.couplings.device, kept.couplings.shape[2]
+    free = multiprocessors(device) // walks
+    segments = segments_of(walks, chunks, device) if free >= (8 if wide else 2) else 1
+    return segments, CHUNK if segments > 1 or (wide and free < 4) else 32
+
+
+def _split(kept: Kept, segments: int) -> tuple[int, int]:
     """Segments of a sequence, none of them empty, and the chunks of each but the last."""
     chunks = kept.couplings.shape[2]
-    span = -(-chunks // segments_of(walks, chunks, kept.couplings.device))
+    span = -(-chunks // segments)
     return -(-chunks // span), span
 
 
@@ -80,8 +92,8 @@ def _carried(
     states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
     start = ends if given is None else given
     walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
-    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 32),)](
-        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=32, FIRST=given is not None, num_warps=8
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
     )
     return states
 
@@ -95,24 +107,24 @@ def forward(
 
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
-    wide, (tile, warps) = max(padded(k_dim), CHUNK), FORWARD[max(32, padded(v_dim))]
+    segments, tile = _forward_plan(batch * heads, kept, max(k_dim, v_dim) > CHUNK)
+    wide, tile = max(padded(k_dim), CHUNK), min(tile, max(32, padded(v_dim)))
     of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
     queries, keys, values, out = _described(q, of_keys), _described(k, of_keys), _described(v, of_values), _described(o, of_values)
     couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
     errors, states = out, out
     if keep:
         errors, states = _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])
-    segments, span = _split(batch * heads, kept)
+    segments, span = _split(kept, segments)
     counts = (length, heads, heads // k.shape[2], segments, span)
-    constants = {"K": k_dim, "V": v_dim, "BK": wide, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
+    constants = {"K": k_dim, "V": v_dim, "BK": wide, "BV": tile, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
     if segments > 1:
-        part = min(tile, CHUNK)
-        more = constants | {"BV": part, "FIRST": first is not None, "num_warps": 4, "maxnreg": 168}
-        operands = (keys, _described(v, [1, CHUNK, 1, part]), couplings, beta, kept.decays)
+        more = constants | {"FIRST": first is not None, "num_warps": 4}
+        operands = (keys, values, couplings, beta, kept.decays)
         first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
     delta_hopper.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
         queries, keys, values, couplings, out, errors, states, beta, kept.decays, v if first is None else first, last, *counts,
-        **constants, BV=tile, GROUPS=warps // 4, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=warps,
+        **constants, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=4,
     )  # fmt: skip
 
 
@@ -129,7 +141,7 @@ def backward(
     of_rows = [1, CHUNK, 1, width]
     dq, dk, dv, dbeta, dgates = grads
     couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
-    segments, span = _split(batch * heads, kept)
+    segments, span = _split(kept, segments_of(batch * heads, kept.couplings.shape[2], do.device))
     counts = (length, heads, heads // k.shape[2], segments, span)
     constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
     if segments > 1:

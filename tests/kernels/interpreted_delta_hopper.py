@@ -24,6 +24,7 @@ def _hopper(monkeypatch):
     monkeypatch.setattr(delta, "FP32", delta.SIXTEEN_BIT)
     monkeypatch.setattr(delta_hopper_launch, "_described", Descriptor)
     monkeypatch.setattr(delta_hopper_launch, "fit", lambda *_: True)
+    monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: 1)
     with use_backend("triton"), poisoned():
         yield
