@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, second_factor
+from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, load_with_one, polynomial, second_factor
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -21,7 +21,7 @@ def query_kernel(
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, dy_b: tl.int64, dy_t: tl.int64, dy_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -44,18 +44,24 @@ def query_kernel(
         tl.store(shift + token, shift_M, mask=m < length)
     dq_MK = tl.zeros([BM, BK], tl.float32)
     n = start // chunk
-    for first_key in tl.range(n * chunk, tl.minimum(start + BM, length), BN, num_stages=STAGES):
+    if not NORM:
+        scale_M, shift_M = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
+    for first_key in tl.range(n * chunk, start, BN, num_stages=STAGES):
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * K**-0.5
-        dp_MN = tl.dot(dy_MV, tl.trans(v_NV), input_precision=PRECISION)
-        if NORM:
-            dp_MN = dp_MN * scale_M[:, None] + shift_M[:, None]
-        ds_MN = tl.where(m[:, None] >= t[None, :], dp_MN * (1.0 + s_MN), 0.0)
+        ds_MN = _score_gradient(q_MK, k_NK, dy_MV, v_NV, scale_M, shift_M, K, NORM, PRECISION)
+        dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
+    for first_key in tl.range(start, tl.minimum(start + BM, length), BN, num_stages=1):
+        t = first_key + tl.arange(0, BN)
+        k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
+        v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
+        ds_MN = _score_gradient(q_MK, k_NK, dy_MV, v_NV, scale_M, shift_M, K, NORM, PRECISION)
+        ds_MN = tl.where(m[:, None] >= t[None, :], ds_MN, 0.0)
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_MK = dq_MK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
+    one_MK = load_with_one(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, m, tl.arange(0, BO), length, K, DOT)
     for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
@@ -64,10 +70,22 @@ def query_kernel(
         if NORM:
             norm_F = tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0)
             dphi_MF = dphi_MF * scale_M[:, None] + shift_M[:, None] * norm_F[None, :]
-        first_MF, second_MF = factors(q_MK, i, f, K, DOT, PRECISION)
+        first_MF, second_MF = factors(one_MK, tl.arange(0, BO), f, K, DOT, PRECISION)
         dq_MK = _through_features(dphi_MF, first_MF, second_MF, dq_MK, i, f, K, WIDE, PRECISION)
     in_q = (m < length)[:, None] & (i < K)[None, :]
     tl.store(dq + token[:, None] * K + i[None, :], dq_MK.to(dq.dtype.element_ty), mask=in_q)
+
+
+@triton.jit
+def _score_gradient(
+    q_MK, k_NK, dy_MV, v_NV, scale_M, shift_M, K: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Gradient of the scores of a tile that is wholly in the past."""
+    s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
+    dp_MN = tl.dot(dy_MV, tl.trans(v_NV), input_precision=PRECISION)
+    if NORM:
+        dp_MN = dp_MN * scale_M[:, None] + shift_M[:, None]
+    return dp_MN * (s_MN * K**-0.5 + 1.0)
 
 
 @triton.jit
@@ -78,13 +96,37 @@ def _through_features(dphi_MF, first_MF, second_MF, dx_MK, i, f, K: tl.constexpr
     return tl.dot(to_second_MF, second_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
 
 
+@triton.jit
+def _queries_back(
+    q, dy, scale, shift, k_NK, v_NV, dk_NK, dv_NV, m, t, i, e, q_t, dy_t, length, heads,
+    K: tl.constexpr, V: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what a tile of queries passes back to keys and values; MASKED if some keys come after some queries."""
+    q_MK = load_tile(q, q_t, m, i, length, K).to(DOT)
+    dy_MV = load_tile(dy, dy_t, m, e, length, V).to(DOT)
+    s_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION)
+    dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
+    p_NM = polynomial(s_NM, K)
+    if NORM:
+        scale_M = tl.load(scale + m.to(tl.int64) * heads, mask=m < length, other=0.0)
+        shift_M = tl.load(shift + m.to(tl.int64) * heads, mask=m < length, other=0.0)
+        p_NM = p_NM * scale_M[None, :]
+        dp_NM = dp_NM * scale_M[None, :] + shift_M[None, :]
+    ds_NM = dp_NM * (s_NM * K**-0.5 + 1.0)
+    if MASKED:
+        seen = t[:, None] <= m[None, :]
+        p_NM, ds_NM = tl.where(seen, p_NM, 0.0), tl.where(seen, ds_NM, 0.0)
+    dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
+    return tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION), dv_NV
+
+
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, dy_b: tl.int64, dy_t: tl.int64, dy_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, LAST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -106,24 +148,21 @@ def key_kernel(
     dk_NK = tl.zeros([BN, BK], tl.float32)
     dv_NV = tl.zeros([BN, BV], tl.float32)
     n = start // chunk
-    for first_query in tl.range(start, tl.minimum((n + 1) * chunk, length), BM, num_stages=STAGES):
+    for first_query in tl.range(start, tl.minimum(start + BN, length), BM, num_stages=1):
         m = first_query + tl.arange(0, BM)
-        q_MK = load_tile(q, q_t * UNIT, m, i, length, K).to(DOT)
-        dy_MV = load_tile(dy, dy_t * UNIT, m, e, length, V).to(DOT)
-        s_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * K**-0.5
-        dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
-        seen = t[:, None] <= m[None, :]
-        p_NM = tl.where(seen, (0.5 * s_NM + 1.0) * s_NM + 1.0, 0.0)
-        if NORM:
-            scale_M = tl.load(scale + scalar + m.to(tl.int64) * heads, mask=m < length, other=0.0)
-            shift_M = tl.load(shift + scalar + m.to(tl.int64) * heads, mask=m < length, other=0.0)
-            p_NM = p_NM * scale_M[None, :]
-            dp_NM = dp_NM * scale_M[None, :] + shift_M[None, :]
-        dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
-        ds_NM = tl.where(seen, dp_NM * (1.0 + s_NM), 0.0)
-        dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
+        dk_NK, dv_NV = _queries_back(
+            q, dy, scale + scalar, shift + scalar, k_NK, v_NV, dk_NK, dv_NV, m, t, i, e, q_t * UNIT, dy_t * UNIT, length, heads,
+            K, V, True, NORM, DOT, PRECISION,
+        )  # fmt: skip
+    for first_query in tl.range(start + BN, tl.minimum((n + 1) * chunk, length), BM, num_stages=STAGES):
+        m = first_query + tl.arange(0, BM)
+        dk_NK, dv_NV = _queries_back(
+            q, dy, scale + scalar, shift + scalar, k_NK, v_NV, dk_NK, dv_NV, m, t, i, e, q_t * UNIT, dy_t * UNIT, length, heads,
+            K, V, False, NORM, DOT, PRECISION,
+        )  # fmt: skip
     dk_NK = dk_NK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
+    one_NK = load_with_one(k + (batch * k_b + head * k_h) * UNIT, k_t * UNIT, t, tl.arange(0, BO), length, K, DOT)
     for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
@@ -131,7 +170,7 @@ def key_kernel(
         dphi_NF = tl.dot(v_NV.to(WIDE), tl.trans(dstate_FV), input_precision=PRECISION)
         if NORM:
             dphi_NF += tl.load(leaving_norm + row + f, mask=f < ROWS, other=0.0)[None, :]
-        first_NF, second_NF = factors(k_NK, i, f, K, DOT, PRECISION)
+        first_NF, second_NF = factors(one_NK, tl.arange(0, BO), f, K, DOT, PRECISION)
         dv_NV = tl.dot((first_NF * second_NF).to(WIDE), dstate_FV, dv_NV, input_precision=PRECISION)
         dk_NK = _through_features(dphi_NF, first_NF, second_NF, dk_NK, i, f, K, WIDE, PRECISION)
     token = scalar + t.to(tl.int64) * heads

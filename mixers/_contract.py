@@ -22,6 +22,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "causality": function.causality,
     "history": function.history_use,
     "gradients": function.gradients,
+    "rows": function.rows_equal_forward,
     "batch": function.batch_independence,
     "padding": function.padding,
     "ragged": function.ragged_lengths,

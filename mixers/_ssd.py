@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.recurrence import linear_recurrence
+from kernels.rows import pick_rows
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
 
@@ -72,18 +73,14 @@ class SSDBlock(Mixer):
             Its output, the convolved input and the gate, [B, T, E] each, and the state's part `s` and `conv`, or None.
         """
         z, xbc, dt = self._project(x_BTD)
-        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
-        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH, log_decay_BTH = self._time_step(dt)
-        y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            x_BTHP * dt_BTH[..., None],
-            log_decay=log_decay_BTH,
-            state_BHKV=None if state is None else state["s"],
-        )
-        y_BTHP = y_BTHP + self.skip[:, None] * x_BTHP
-        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), z, None if state is None else {"s": s_BHNP, "conv": tail}
+        y, x, state = self._scan(xbc, dt, state)
+        return y, x, z, state
+
+    def scan_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of `scan` from nothing and the gate at some positions only, [B, M, E] each; as for `Mixer.at_rows`."""
+        gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
+        xbc, dt = F.linear(x_BTD, rest).split((self.conv.dim, self.n_heads), dim=-1)
+        return pick_rows(self._scan(xbc, dt, None)[0], rows_BM), F.linear(x_BMD, gate)
 
     def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         """One token of `scan`, by the recurrence: [B, E] three times, and the state's part."""
@@ -119,6 +116,21 @@ class SSDBlock(Mixer):
     def project_out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm and the output projection of [..., E]."""
         return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
+
+    def _scan(self, xbc: Tensor, dt: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
+        """`scan` of a projected segment."""
+        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
+        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
+        dt_BTH, log_decay_BTH = self._time_step(dt)
+        y_BTHP, s_BHNP = linear_recurrence(
+            c_BTGN,
+            b_BTGN,
+            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
+            log_decay=log_decay_BTH,
+            state_BHKV=None if state is None else state["s"],
+        )
+        y_BTHP = (y_BTHP + self.skip[:, None] * x_BTHP).to(x_BTHP.dtype)
+        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), None if state is None else {"s": s_BHNP, "conv": tail}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""

@@ -16,6 +16,7 @@ from kernels.taylor import taylor_attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._feature_maps import Taylor2, make_feature_map
 from mixers._layers import refuse_context, widen
+from mixers._rows import attend_rows, few_rows
 
 EPS = 1e-6
 """Keeps the quotient finite where all weights are zero, as ReLU features can make them."""
@@ -76,6 +77,15 @@ class LinearAttention(Mixer):
         refuse_context(self, context_BSD)
         o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
         return self.out_proj(o_BTE), state
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: for Taylor features, whose products are a polynomial of scores, as in `Attention.at_rows`."""
+        taylor = isinstance(self.phi_k, Taylor2) and self.pattern == "causal_self"
+        if not taylor or not few_rows(x_BTD, rows_BM, self.n_heads):
+            return super().at_rows(x_BTD, rows_BM, x_BMD)
+        eps = EPS if self.normalize else None
+        y_BMD = attend_rows(x_BTD, rows_BM, x_BMD, self.qkv_proj, self.n_heads, self.k_dim, weights="taylor", eps=eps)
+        return self.out_proj(y_BMD)
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`; a pattern that sees the future takes no state."""

@@ -49,6 +49,10 @@ class Mamba2(SSDBlock):
         y, _, z, state = self.scan(x_BTD, state)
         return self.project_out(y, z), state
 
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: the gate, the norm and the output projection are left out elsewhere."""
+        return self.project_out(*self.scan_rows(x_BTD, rows_BM, x_BMD))
+
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
         y, _, z, state = self.scan_step(x_BD, state)

@@ -7,6 +7,8 @@ Shape legend: B batch, T time, D width, H heads, K width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,9 +47,12 @@ class Supra(Mixer):
         o_BTE, state = self.mix(self.qkv_proj(x_BTD), x_BTD, state)
         return self.o_proj(o_BTE), state
 
-    def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        """See `Mixer.mix`."""
+    def mix(
+        self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None, *, rotate: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, State | None]:
+        """See `Mixer.mix`; `rotate` applies rotary positions to features [B, T, H, K], as the paper does."""
         q, k, v = self._split(qkv_BTE)
+        q, k = (q, k) if rotate is None else (rotate(q), rotate(k))
         o_BTHK, s_BHKK = linear_recurrence(q, k, v, log_decay=self.log_gamma, state_BHKV=None if state is None else state["s"])
         return self._normed(o_BTHK), None if state is None else {"s": s_BHKK}
 

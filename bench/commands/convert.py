@@ -137,7 +137,9 @@ def _prepare(request: ConvertRequest, recipe: Recipe, device: str, precision: st
     if teacher.config.model_type == "linearized":
         raise UserError(f"{request.model} is a converted model already; give its teacher.")
     from bench.convert.data import load_data
+    from bench.convert.student import check_teacher
 
+    check_teacher(teacher)
     length = max((stage.seq_len for stage in recipe.stages), default=1024)
     data = load_data(
         recipe.data, tokenizer, teacher.config.vocab_size, recipe.seed, min_length=length, cap=max(4 * recipe.tokens(), 2_000_000)

@@ -70,12 +70,10 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import vector_gate_gradient, vector_gate_pairs, vector_gate_prepare, vector_gate_solve, vector_gate_walk
+    from kernels import vector_gate_gradient, vector_gate_prepare, vector_gate_walk
 
     kernels = (
         vector_gate_prepare.prepare_kernel,
-        vector_gate_solve.solve_kernel,
-        vector_gate_pairs.pairs_kernel,
         vector_gate_walk.walk_kernel,
         vector_gate_walk.reverse_kernel,
         vector_gate_gradient.gradient_kernel,
