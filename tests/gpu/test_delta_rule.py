@@ -25,7 +25,6 @@ SHAPES = (
     (1, 130, 1, 1, 64, 65),
     (1, 100, 1, 1, 256, 256),
     (1, 70, 1, 1, 64, 256),
-    (1, 1100, 1, 2, 128, 128),  # long and alone enough for segments on Hopper
 )
 GATES = ("none", "constant", "scalar", "strong", "zero")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +81,13 @@ def test_equals_the_token_loop(shape: tuple[int, ...], gate: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_negative_eigenvalues(dtype: torch.dtype) -> None:
     check(draw((2, 200, 2, 2, 64, 64), "scalar", dtype, state=True, beta=2.0), dtype, state=True)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_segments(gate: str) -> None:
+    """Long and alone enough to be cut on Hopper, whose last segment is shorter."""
+    for state in (False, True):
+        check(draw((1, 1700, 1, 2, 128, 128), gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
 
 
 def test_no_write_at_all() -> None:
