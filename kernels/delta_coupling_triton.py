@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.delta_triton import SIZES
 from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE, _load_rows
 
@@ -91,7 +92,7 @@ def _store_block(h, x_SS, row, col, C: tl.constexpr):
     tl.store(h + (row * S * C + col * S) + i[:, None] * C + i[None, :], x_SS.to(h.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def coupling_kernel(
     k, beta, gate, h, g,
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,

@@ -12,10 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, load_with_one, polynomial, second_factor
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def query_kernel(
     q, k, v, entering, entering_norm, y, dy, scale, dq, shift,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -120,7 +121,7 @@ def _queries_back(
     return tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION), dv_NV
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,

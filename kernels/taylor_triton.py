@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
+
 # Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("x", "c", "q", "k", "v", "dy") for axis in "bth")
 COUNTS = ("length", "heads", "chunk", "chunks", "spans", "span", "needed")
@@ -90,7 +92,7 @@ def weights(f, K: tl.constexpr):
     return tl.where(f < K, K**-0.5, tl.where(f < K * (K // 2 + 2), pair, 1.0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def state_kernel(
     x, c, scale, shift, entering, entering_norm, totals, total_norms,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
@@ -176,7 +178,7 @@ def _scan(
         tl.store(last + head_index * SIZE + element, carry, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def scan_kernel(
     totals, total_norms, first, first_norm, entering, entering_norm, last, last_norm,
     chunks: tl.int32, spans: tl.int32, span: tl.int32,
@@ -205,7 +207,7 @@ def scan_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, entering, entering_norm, y, scale,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,

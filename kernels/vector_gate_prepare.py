@@ -19,13 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_middle import half_sums, load_gates, reads_and_writes, store_factors
 from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows
 from kernels.vector_gate_solve import coupling
 from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, to_boundary
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def prepare_kernel(
     q, k, f, gate, beta, rough, factors, reads, writes, erases, scores, couplings,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,

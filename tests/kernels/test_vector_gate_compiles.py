@@ -56,7 +56,9 @@ def compile_one(name: str, width: int, dtype: torch.dtype, *, delta: bool) -> Re
     constants |= {"PRECISION": tl.constexpr(walk._precision(dtype)), "SOLVE": tl.constexpr(solve)}
     constants["GENTLE"] = vector_gate_config.gentle_limit(dtype)
     arguments = runtime | constants | flags
-    return compile_sm90(kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
+    return compile_sm90(
+        kernel, {n: arguments[n] for n in kernel.arg_names}, warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers
+    )
 
 
 def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool) -> Resources:
