@@ -64,9 +64,7 @@ class WindowBranch(nn.Module):
         stored = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
         sinks = None
         if self.sinks:
-            stored |= {
-                f"sink_{name}": fill_sinks(given[f"sink_{name}"], new, start_B) for name, new in (("k", k_BGTK), ("v", v_BGTK))
-            }
+            stored |= fill_sinks(given, k_BGTK, v_BGTK)
             sinks = tuple(repeat_heads(stored[name].to(q_BHTK.dtype), q_BHTK) for name in ("sink_k", "sink_v"))
         k, v = (repeat_heads(a.to(q_BHTK.dtype), q_BHTK) for a in (k, v))
         null_H = None if self.null_logits is None else widen(self.null_logits).logsumexp(-1)

@@ -116,7 +116,7 @@ def _mixer(expression: str, plan: LayerPlan) -> dict[str, Any]:
     """The plan's fields that change with the mixer; a joint normaliser or a rotation that it cannot have gives way."""
     name, *settings = expression.split(":")
     if name == "none":
-        return {"mixer": None, "options": {}, "combine": "sum"}
+        return {"mixer": None, "options": {}, "combine": "sum", "projections": "share"}
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -25,6 +25,7 @@ from bench.store import Store
 TRAINING = [
     *("--recipe", "align_distill", "--data", "packages", "--tokens", "4096"),
     *("--set", "stages.seq_len=256", "--set", "stages.batch_tokens=512", "--set", "stages.1.tokens=2048"),
+    *("--set", "plan.projections=share", "--set", "stages.1.lr=3e-3"),
     *("--set", "stages.2.tokens=2048", "--set", "stages.2.lr=3e-5", "--set", "stages.2.mixer_lr=3e-4"),
     *("--device", "cpu", "--precision", "bf16"),
 ]

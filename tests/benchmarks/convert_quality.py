@@ -28,7 +28,9 @@ from bench import pretrained, provenance
 from bench.cli import app
 from bench.convert.data import load_data
 from bench.convert.measure import ablated, agreement, cache_bytes, window_student
-from bench.convert.spec import Source
+from bench.convert.plans import layer_plans
+from bench.convert.spec import LayerPlan, Source
+from bench.convert.student import build_student
 from tests.benchmarks.convert_recall import recall
 
 TEXT = {"news": 0.2, "faq": 0.15, "docs": 0.15}
@@ -38,7 +40,7 @@ GDN = ["--mixer", "gated_delta_net"]
 RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama", "align_distill")
 MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention", "mamba2")
 NARROW = ["--window", "60", "--set", "plan.groups=repeat"]
-COPY = ["--set", "plan.projections=copy", "--set", "stages.1.lr=1e-3"]
+SHARE = ["--set", "plan.projections=share"]
 OURS = ["--recipe", "align_distill"]
 
 
@@ -49,20 +51,20 @@ def budget(first: int, second: int, batch: int, micro: int) -> list[str]:
 
 
 TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
-MAIN = [*OURS, *COPY, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
+FASTER = ["--set", "stages.2.lr=3e-4", "--set", "stages.2.mixer_lr=1e-3"]
+MAIN = [*OURS, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
 EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
 EXPERIMENTS: dict[str, list[str]] = {
-    "try-base": TINY,
-    "try-copy": [*TINY, *COPY],
-    "try-narrow": [*TINY, *COPY, *NARROW],
-    "try-gentle": [*TINY, *COPY, "--set", "stages.2.lr=5e-5", "--set", "stages.2.mixer_lr=2e-3"],
-    "try-aligned": [*OURS, *COPY, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
+    "try-gentle": TINY,
+    "try-copy": [*TINY, *FASTER],
+    "try-base": [*TINY, *FASTER, *SHARE, "--set", "stages.1.lr=3e-3"],
+    "try-narrow": [*TINY, *FASTER, *NARROW],
+    "try-aligned": [*OURS, *FASTER, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
     **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
     # Mamba-2 has projections of its own, which start as copies of the teacher's.
-    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(COPY if name != "mamba2" else [])] for name in MIXERS},
+    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(SHARE if name == "mamba2" else [])] for name in MIXERS},
     **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
 }
-HELD_ROWS = 32
 DISTANCES = [768, 1536, 3072]
 """4, 8 and 16 times the widest window of a student here."""
 
@@ -90,24 +92,33 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -
         model = teacher
     elif name.startswith("window:"):
         model = window_student(teacher, int(name.removeprefix("window:")))
+    elif name.startswith("wide:"):
+        model = wide_student(teacher, name)
     else:
         model = pretrained.load(name, dtype=torch.float32, device=str(teacher.device))[0]
         report = json.loads(Path(name, "report.json").read_text())
     corpora = [Source(kind="corpus", where=f"{given.corpora}/{text}") for text in ("news", "faq")]
     data = load_data(corpora, tokenizer, teacher.config.vocab_size, 0, min_length=1024, cap=10**9)
     bf16 = teacher.device.type == "cuda"
-    held = agreement(model, teacher, data.held_out(HELD_ROWS, 1024), bf16=bf16)
+    held = agreement(model, teacher, data.held_out(given.held, 1024), bf16=bf16)
     low = copy.deepcopy(model).to(torch.bfloat16)
     constant, per_token = cache_bytes(low)
     text = np.asarray(data.corpora[0].held_out)
     result = {"model": name, "held_out": held, "state_bytes": constant, "bytes_per_token": per_token, "report": report}
-    result["recall"] = recall(low, tokenizer, text, DISTANCES, given.items, given.batch_tokens)
+    result["recall"] = recall(low, tokenizer, text, given.distances, given.items, given.batch_tokens)
     if report and all(plan and plan.mixer and plan.window for plan in low.plans):
         with ablated(low, "window"):
-            result["recall_of_its_window_alone"] = recall(low, tokenizer, text, DISTANCES, given.items, given.batch_tokens)
+            result["recall_of_its_window_alone"] = recall(low, tokenizer, text, given.distances, given.items, given.batch_tokens)
     if given.hub:
         result["tasks"] = tasks(low, tokenizer, given.hub)
     return result | {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
+
+
+def wide_student(teacher: Any, name: str) -> Any:
+    """`wide:144:18:3400`: without training, a window of 144 keys and four sinks, and 3,400 keys in layer 18."""
+    _, window, wide, wide_window = name.split(":")
+    plan = LayerPlan(mixer=None, window=int(window), sinks=4, combine="sum", wide=wide, wide_window=int(wide_window))
+    return build_student(teacher, layer_plans(plan, len(teacher.model.layers))).eval()
 
 
 def tasks(model: Any, tokenizer: Any, hub: Path) -> dict[str, Any]:
@@ -187,6 +198,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hub", type=Path)
     parser.add_argument("--items", type=int, default=100, help="per family and distance")
+    parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
+    parser.add_argument("--held", type=int, default=32, help="held-out sequences of 1,024 tokens")
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of bench convert")
     given = parser.parse_args()
