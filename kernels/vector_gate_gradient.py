@@ -65,7 +65,8 @@ def _over_values(
 
 @triton.jit
 def _decays(
-    gate, gate_t, i_C, token_C, d_K, left, K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr
+    gate, gate_t, i_C, token_C, d_K, left,
+    K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     """Decays [K, C] of reads, writes and erasures, and the log decays."""
     gate_KC = tl.trans(load_gates(gate, gate_t, i_C, d_K, left, K, TERMS))

@@ -34,7 +34,7 @@ def prepare_kernel(
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, TREE: tl.constexpr,
-    DOT: tl.constexpr, MERGE: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements. A first launch takes gentle chunks, one with TREE those it found rough.
 
@@ -66,7 +66,7 @@ def prepare_kernel(
         tl.store(scores + block * C * C + by_pair_CC, p_CC.to(DOT))
         if DELTA:
             beta_C = load_beta(beta + (batch * length + start) * heads + head, heads, i_C, left)
-            h_CC = coupling(m_CC, beta_C, token_C, LEVELS, MERGE, SOLVE)
+            h_CC = coupling(m_CC, beta_C, token_C, LEVELS, SOLVE)
             tl.store(couplings + block * C * C + by_pair_CC, h_CC.to(DOT))
 
 
