@@ -33,9 +33,8 @@ def labelled_head(h_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> tuple[Te
     Raises:
         ValueError: shapes do not match, or labels are not integers.
     """
-    if h_RD.dim() != 2 or weight_VD.dim() != 2:
-        name, given = ("h", h_RD) if h_RD.dim() != 2 else ("weight", weight_VD)
-        raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be a matrix, [rows, width] or [classes, width]")
+    if h_RD.ndim != 2 or weight_VD.ndim != 2:
+        raise ValueError(f"h has shape {tuple(h_RD.shape)} and weight {tuple(weight_VD.shape)}; it must be [R, D] and [V, D]")
     rows, width = h_RD.shape
     expected = {"weight": (weight_VD, (weight_VD.shape[0], width)), "labels": (labels_R, (rows,))}
     check_arguments(h_RD, expected, first="h", dtypes={"labels": INTEGERS}, values=False)

@@ -104,6 +104,7 @@ DOORS = {
     "selective_scan": Door(selective_scan, SCANNED),
     "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
+    "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
     "long_conv": Door(long_conv, {"x": r(B, T, D), "filter": r(D, T)}),
     "banded_attention": Door(banded, {**qkv(B, H, T), **SINKS}),
     "sparse_attention": Door(lambda q, k, v: sparse_attention(q, k, v, pattern="strided", stride=2), qkv(B, H, T)),
@@ -115,8 +116,7 @@ DOORS = {
         decode_attention, {"q": r(B, H, K), "k": r(B, H, T, K), "v": r(B, H, T, V), "seen": torch.ones(B, H, T, dtype=torch.bool)}
     ),
     "labelled_cross_entropy": Door(labelled_cross_entropy, {"logits": r(B, V), **LABELS}),
-    "labelled_head": Door(labelled_head, {"h": r(B, K), "weight": r(V, K), **LABELS}),
-    "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
+    "labelled_head": Door(labelled_head, {"h": r(B, D), "weight": r(V, D), **LABELS}),
     "norm_pair": Door(
         lambda x, a, b, c, d, rows: norm_pair(x, (a, b), (c, d), rows),
         {"r": r(B, T, D), **{f"{name}[{i}]": r(D) for name in ("first", "second") for i in (0, 1)}, "rows": ROWS_OF_EACH},
