@@ -74,7 +74,7 @@ def _walk(
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
         scores_CC = tl.dot(a_CD, tl.trans(b_CD), input_precision=PRECISION)
         out_CE = tl.dot(a_CD, state_DE.to(DOT), input_precision=PRECISION)
-        write_CE = c_CE
+        write_DC = tl.trans(b_CD)
         if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
@@ -84,22 +84,18 @@ def _walk(
                 pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_C, g_all - g_C
             scores_CC = scores_CC * tl.exp2(tl.where(seen, pair_CC, float("-inf")))
             out_CE = out_CE * tl.exp2(read_C)[:, None]
-            write_CE = (c_CE.to(tl.float32) * tl.exp2(keep_C)[:, None]).to(DOT)
+            write_DC = (write_DC.to(tl.float32) * tl.exp2(keep_C)[None, :]).to(DOT)
             state_DE = state_DE * tl.exp2(g_all)
         else:
             scores_CC = tl.where(seen, scores_CC, 0.0)
         if PROBE:
-            # What a token adds to itself has no decay. It would cancel between q . dq and k . dk, and drown small gradients.
-            own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 1)
-            scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
+            in_probe = (t_C < length)[:, None] & (e < E)[None, :]
+            probe_CE = tl.load(probe + t_C[:, None].to(tl.int64) * probe_stride + e[None, :], mask=in_probe, other=0.0)
+            tl.store(rowsum + t_C.to(tl.int64) * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
         out_CE = tl.dot(scores_CC.to(DOT), c_CE, out_CE, input_precision=PRECISION)
-        state_DE = tl.dot(tl.trans(b_CD), write_CE, state_DE, input_precision=PRECISION)
+        state_DE = tl.dot(write_DC, c_CE, state_DE, input_precision=PRECISION)
         in_out = (t_C < length)[:, None] & (e < E)[None, :]
         t_rows = t_C.to(tl.int64)
-        if PROBE:
-            probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
-            tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
-            out_CE += own_C[:, None] * c_CE.to(tl.float32)
         tl.store(out + t_rows[:, None] * out_stride + e[None, :], out_CE.to(out.dtype.element_ty), mask=in_out)
     if LAST:
         tl.store(last + state_offsets, state_DE, mask=in_state)
