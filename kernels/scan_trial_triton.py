@@ -1,6 +1,5 @@
 """Trial kernels of the selective scan."""
 
-import torch
 import triton
 import triton.language as tl
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.walk_triton import NO_GATE, SCALAR_GATE, _log_decays, _walk
+from kernels.walk_trial_triton import NO_GATE, SCALAR_GATE, _log_decays, _walk
 
 
 @triton.jit
@@ -64,13 +64,17 @@ def _pair(
             part_C -= tl.sum(dv_CV * v_CV.to(tl.float32), 1)
             tl.store(rowsum + t_C.to(tl.int64) * rowsum_stride, part_C, mask=t_C < length)
         dv_CV = tl.dot(kq_CC, do_CV, dv_CV, input_precision=PRECISION)
-        tl.store(dv + t_C[:, None].to(tl.int64) * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=row_C1 & (vs < V)[None, :])
+        tl.store(
+            dv + t_C[:, None].to(tl.int64) * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=row_C1 & (vs < V)[None, :]
+        )
         dk_CK = tl.dot(v_CV, tl.trans(entering_KV), input_precision=PRECISION)
         if GATE != NO_GATE:
             dk_CK *= read_C[:, None]
             state_KV *= tl.exp2(g_all)
         dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
-        tl.store(dk + t_C[:, None].to(tl.int64) * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=row_C1 & (ks < K)[None, :])
+        tl.store(
+            dk + t_C[:, None].to(tl.int64) * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=row_C1 & (ks < K)[None, :]
+        )
         write_KC = tl.trans(q_CK)
         if GATE != NO_GATE:
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
@@ -182,13 +186,17 @@ def _pair_turned(
             part_C -= tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
             tl.store(rowsum + t_C.to(tl.int64) * rowsum_stride, part_C, mask=t_C < length)
         dv_VC = tl.dot(tl.trans(do_CV), qk_CC, dv_VC, input_precision=PRECISION)
-        tl.store(dv + t_C[None, :].to(tl.int64) * dv_stride + vs[:, None], dv_VC.to(dv.dtype.element_ty), mask=row_1C & (vs < V)[:, None])
+        tl.store(
+            dv + t_C[None, :].to(tl.int64) * dv_stride + vs[:, None], dv_VC.to(dv.dtype.element_ty), mask=row_1C & (vs < V)[:, None]
+        )
         dk_KC = tl.dot(entering_KV, tl.trans(v_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
             dk_KC *= read_C[None, :]
             state_KV *= tl.exp2(g_all)
         dk_KC = tl.dot(tl.trans(q_CK), ov_CC, dk_KC, input_precision=PRECISION)
-        tl.store(dk + t_C[None, :].to(tl.int64) * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=row_1C & (ks < K)[:, None])
+        tl.store(
+            dk + t_C[None, :].to(tl.int64) * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=row_1C & (ks < K)[:, None]
+        )
         write_KC = tl.trans(q_CK)
         if GATE != NO_GATE:
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)

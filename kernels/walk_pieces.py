@@ -1,0 +1,57 @@
+"""How rows of tokens are shared out to programs: whole, as packed sequences, or as segments of a long row.
+
+Shape legend: B batch, T time, H heads, P pieces, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+HEADS_AT_ONCE = 128
+"""Heads of all batches that fill a device, one for each of about as many multiprocessors; fewer are cut into segments."""
+SHORTEST_SEGMENT = 512
+"""Tokens below which the states between segments would cost more than the segments gain."""
+
+
+class Pieces(NamedTuple):
+    """How rows of tokens are shared out.
+
+    Args:
+        kind: WHOLE, SEQUENCES or SEGMENTS of `kernels.walk_triton`.
+        number: pieces of a row.
+        length: tokens of a segment.
+        starts: bounds of packed sequences, or None.
+    """
+
+    kind: int
+    number: int
+    length: int
+    starts: Tensor | None
+
+    def sequences(self, batch: int) -> int:
+        """Sequences that have states of their own."""
+        return batch if self.starts is None else batch * self.number
+
+
+def n_segments(heads: int, length: int) -> int:
+    """Segments into which each row is cut, from the heads of all batches and the length; depends on nothing else."""
+    number = max(1, min(HEADS_AT_ONCE // heads, length // SHORTEST_SEGMENT))
+    return -(-length // segment_length(number, length))
+
+
+def segment_length(number: int, length: int) -> int:
+    """Tokens of each of about so many segments; the last may be shorter."""
+    return -(-length // number)
+
+
+def share_out(v_BTHV: Tensor, starts: Tensor | None) -> Pieces:
+    """Packed sequences, segments of long rows of few heads, or whole rows."""
+    from kernels.walk_triton import SEGMENTS, SEQUENCES, WHOLE
+
+    batch, length, heads = v_BTHV.shape[:3]
+    if starts is not None:
+        return Pieces(SEQUENCES.value, starts.shape[0] - 1, length, starts.contiguous())
+    number = n_segments(batch * heads, length)
+    return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, segment_length(number, length), None)
