@@ -5,9 +5,9 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 FWD = {
-    (128, 128): [("plain", 64, 64, 4, 2), ("plain", 64, 64, 4, 1), ("plain", 64, 64, 4, 3), ("plain", 64, 32, 4, 2), ("plain", 128, 64, 8, 2), ("plain", 32, 64, 4, 3),
+    (128, 128): [("plain", 64, 64, 4, 2), ("plain", 64, 64, 4, 1), ("plain", 64, 32, 4, 2), ("plain", 64, 32, 4, 3), ("plain", 128, 64, 8, 2), ("plain", 32, 64, 4, 3), ("plain", 128, 128, 8, 1),
                  ("turned", 64, 128, 8, 2), ("turned", 64, 64, 4, 2)],
-    (64, 64): [("plain", 64, 64, 4, 3), ("plain", 64, 64, 4, 2), ("plain", 64, 64, 4, 4), ("plain", 64, 32, 4, 2), ("plain", 64, 32, 4, 3), ("plain", 128, 64, 8, 2), ("turned", 64, 64, 4, 3), ("turned", 64, 64, 4, 2)],
+    (64, 64): [("plain", 64, 64, 4, 3), ("plain", 64, 64, 4, 2), ("plain", 128, 32, 4, 2), ("plain", 64, 32, 4, 2), ("plain", 64, 32, 4, 3), ("plain", 128, 64, 8, 2), ("turned", 64, 64, 4, 3), ("turned", 64, 64, 4, 2)],
     (128, 64): [("plain", 64, 64, 4, 2), ("plain", 64, 32, 4, 2), ("plain", 64, 64, 4, 3)],
 }
 # launches: (kernel, roles, turned, chunk, tile, warps, stages), ...
@@ -52,7 +52,7 @@ def common(q, k, v, dec, do=None):
 
 def fwd(c, q, k, v, dec):
     import torch, triton.language as tl
-    from kernels import walk, walk_triton, walk_pair_triton as P_
+    from kernels import walk, walk_trial_triton as walk_triton, walk_pair_triton as P_
     kind, chunk, tile, warps, stages = c
     B, T, H, V = v.shape; K = k.shape[3]; G = k.shape[2]
     o = torch.empty_like(v)
@@ -64,7 +64,7 @@ def fwd(c, q, k, v, dec):
 
 def bwd(launches, q, k, v, dec, do):
     import torch, triton.language as tl
-    from kernels import walk, walk_triton, walk_pair_triton as P_
+    from kernels import walk, walk_trial_triton as walk_triton, walk_pair_triton as P_
     B, T, H, V = v.shape; K = k.shape[3]; G = k.shape[2]
     dq, dk = (v.new_empty(B, T, H, K) for _ in range(2)); dv = torch.empty_like(v)
     (q, k, v, do), st, unit, gate, gs, every = common(q, k, v, dec, do)
@@ -145,7 +145,42 @@ def scan_job(job, B, T, D, time_it):
 
 SCANS = [("scanfwd", 0, 0, c) for c in (("old", 0, 0, 0), ("new", 1, 16, True), ("new", 1, 16, False), ("new", 1, 8, False), ("new", 1, 8, True), ("new", 4, 16, False), ("new", 4, 8, False))] + [("scanbwd", 0, 0, c) for c in (("old", 0), ("new", 0), ("new", 1), ("new", 2))]
 
+SHIP = [("ship", (64, 64), g, (t, n)) for g in GATES for t, n in ((2048, 128), (2048, 256), (512, 128), (8192, 128), (8192, 256), (32768, 128), (32768, 256))]
+SHIP += [("ship", (128, 64), g, (2048, n)) for g in GATES for n in (128, 256, 512)]
+SHIP += [("shipfwd", (128, 128), g, (t, n)) for g in GATES for t, n in ((2048, 256), (8192, 128), (8192, 256), (32768, 128))]
+
+def whole(job):
+    T, n = job[3]
+    return n // (max(1, 16384 // T) * 16) <= 1
+
+def ship(job, time_it):
+    import torch
+    from kernels import chunked, walk, walk_pieces
+    side, (K, V), gate, (T, n) = job
+    walk.BACKWARD_16[128] = walk.Config(64, 64, 4, 2, together=True) if V == 64 else walk.Config(64, 32, 4, 2)
+    walk_pieces.HEADS_AT_ONCE, walk_pieces.SHORTEST_SEGMENT = n if time_it else 1 if whole(job) else 128, 512 if time_it else 64
+    t = time.time()
+    B, T, G, H = (max(1, 16384 // T), T, 1 if K != V else 16, 16) if time_it else (2, 300, 1 if K != V else 3, 3)
+    q, k, v, do, dec = tensors(B, T, G, H, K, V, gate)
+    try:
+        fw = lambda: walk.forward(q, k, v, dec, None, None, return_state=False)
+        o, _, entering = fw()
+        bw = lambda: walk.backward(q, k, v, dec, None, None, entering, do, None, None, gate_grad=gate > 0)
+        if time_it:
+            f = graph_ms(fw)
+            return {"fwd": round(f, 4), "ms": round(f + graph_ms(bw), 4) if side == "ship" else round(f, 4)}
+        leaves = [x.double().requires_grad_() for x in ((q, k, v) if dec is None else (q, k, v, dec))]
+        want = chunked.linear_recurrence(leaves[0], leaves[1], leaves[2], log_decay=leaves[3] if gate else None)[0]
+        grads = torch.autograd.grad(want, leaves, do.double())
+        got = (o, *bw()) if side == "ship" else (o,)
+        torch.cuda.synchronize()
+        return {"err": [float(f"{float((a.double() - b).square().mean().sqrt() / b.square().mean().sqrt()):.2g}") for a, b in zip(got, (want, *grads))], "s": round(time.time() - t, 1)}
+    except Exception as e:
+        if "CUDA error" in repr(e) and time_it: os._exit(1)
+        return {"error": repr(e)[:200]}
+
 def check(job):
+    if job[0].startswith("ship"): return ship(job, False)
     if job[0].startswith("scan"): return scan_job(job, 2, 75, 160, False)
     side, (K, V), gate, c = job
     import torch
@@ -165,6 +200,7 @@ def check(job):
     return {"err": [float(f"{e:.2g}") for e in err], "s": round(time.time() - t, 1)}
 
 def clock(job):
+    if job[0].startswith("ship"): return ship(job, True)
     if job[0].startswith("scan"): return scan_job(job, 8, 2048, 4096, True)
     side, (K, V), gate, c = job
     import torch
@@ -179,7 +215,11 @@ def clock(job):
 def run(jobs, check, clock, out, budget):
     t0 = time.time(); rows = []
     with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
-        futures = [(j, pool.submit(check, j)) for j in jobs]
+        same, futures = {}, []
+        for j in jobs:
+            key = (*j[:3], whole(j)) if j[0].startswith("ship") else j
+            if key not in same: same[key] = pool.submit(check, j)
+            futures.append((j, same[key]))
         found = []
         for j, f in futures:
             try: found.append((j, f.result(timeout=max(1, budget * 0.6 - (time.time() - t0)))))
@@ -196,11 +236,12 @@ def run(jobs, check, clock, out, budget):
                 row["error"] = "clock " + repr(e)[:80]
                 pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         rows.append(row); json.dump(rows, open(out, "w"), indent=0)
-        print(*j, {x: y for x, y in r.items()}, row.get("ms"), row.get("error", ""), flush=True)
+        print(*j, {x: y for x, y in r.items()}, row.get("fwd", ""), row.get("ms"), row.get("error", ""), flush=True)
     print("done", round(time.time() - t0, 1))
 
 if __name__ == "__main__":
-    jobs = [("fwd", s, g, c) for s, cs in FWD.items() for g in GATES for c in cs] + [("bwd", s, g, c) for s, cs in BWD.items() for g in GATES for c in cs if g == 0 or c[0][0] == 'pair'] + SCANS
+    jobs = [("bwd", s, g, c) for s, cs in BWD.items() for g in GATES for c in cs if g == 0 or c[0][0] == "pair"] + SHIP + SCANS
+    jobs += [("fwd", s, g, c) for s, cs in FWD.items() for g in GATES for c in cs]
     run(jobs, check, clock, sys.argv[1], float(sys.argv[2]))
     ranked = {}
     for r in json.load(open(sys.argv[1])):
