@@ -179,7 +179,34 @@ def ship(job, time_it):
         if "CUDA error" in repr(e) and time_it: os._exit(1)
         return {"error": repr(e)[:200]}
 
+ELEMENT = [("element", 0, 0, (t, n)) for t, n in ((2048, 1024), (2048, 2048), (512, 1024), (8192, 1024), (8192, 2048), (32768, 1024), (32768, 2048))]
+
+def element(job, time_it):
+    import torch
+    from kernels import scan_segments_triton as seg, scan_triton
+    from kernels.reference import scan_reference
+    T, n = job[3]
+    seg.PROGRAMS = n
+    try:
+        g = torch.Generator("cuda").manual_seed(0)
+        shape = (max(1, 16384 // T), T, 4096) if time_it else (2, 600, 100)
+        a, x, dh = torch.rand(shape, device="cuda", generator=g).bfloat16(), *(torch.randn(shape, device="cuda", generator=g).bfloat16() for _ in "xd")
+        fw = lambda: scan_triton.forward(a, x, None)
+        h = fw()
+        bw = lambda: scan_triton.backward(dh, a, h, None)
+        if time_it:
+            f = graph_ms(fw)
+            return {"fwd": round(f, 4), "ms": round(f + graph_ms(bw), 4)}
+        leaves = [y.double().requires_grad_() for y in (a, x)]
+        want = scan_reference(*leaves)
+        pairs = zip((h, *bw()[:2]), (want, *torch.autograd.grad(want, leaves, dh.double())))
+        return {"err": [float(f"{float((p.double() - q).square().mean().sqrt() / q.square().mean().sqrt()):.2g}") for p, q in pairs], "s": 0}
+    except Exception as e:
+        if "CUDA error" in repr(e) and time_it: os._exit(1)
+        return {"error": repr(e)[:200]}
+
 def check(job):
+    if job[0] == "element": return element(job, False)
     if job[0].startswith("ship"): return ship(job, False)
     if job[0].startswith("scan"): return scan_job(job, 2, 75, 160, False)
     side, (K, V), gate, c = job
@@ -200,6 +227,7 @@ def check(job):
     return {"err": [float(f"{e:.2g}") for e in err], "s": round(time.time() - t, 1)}
 
 def clock(job):
+    if job[0] == "element": return element(job, True)
     if job[0].startswith("ship"): return ship(job, True)
     if job[0].startswith("scan"): return scan_job(job, 8, 2048, 4096, True)
     side, (K, V), gate, c = job
@@ -240,7 +268,7 @@ def run(jobs, check, clock, out, budget):
     print("done", round(time.time() - t0, 1))
 
 if __name__ == "__main__":
-    jobs = [("bwd", s, g, c) for s, cs in BWD.items() for g in GATES for c in cs if g == 0 or c[0][0] == "pair"] + SHIP + SCANS
+    jobs = [("bwd", s, g, c) for s, cs in BWD.items() for g in GATES for c in cs if g == 0 or c[0][0] == "pair"] + SHIP + SCANS + ELEMENT
     jobs += [("fwd", s, g, c) for s, cs in FWD.items() for g in GATES for c in cs]
     run(jobs, check, clock, sys.argv[1], float(sys.argv[2]))
     ranked = {}
