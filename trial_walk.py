@@ -105,6 +105,11 @@ def scan_fwd(c, x, dt, rate, b, cc):
     kind, W, TILE, borders = c
     if kind == "old": return O.forward(x, dt, rate, b, cc, None)[0]
     B, T, D = x.shape; N = rate.shape[-1]; nt = -(-T // TILE)
+    if kind == "ahead":
+        st = x.new_empty(B, nt + 1, N, D, dtype=torch.float32); st[:, 0] = 0
+        y = torch.empty_like(x)
+        S.forward3[(B * -(-D // 32),)](x, dt, O._state_first(rate), O._time_last(b.float()), O._time_last(cc.float()), y, st, T, D, N, nt, B, TILE=16, CHANNELS=32, num_warps=1)
+        return y
     st = x.new_empty(B, nt + 1 if borders else 1, N, D, dtype=torch.float32) if borders else x.new_zeros(B * (nt + 1), N, D, dtype=torch.float32)[:1]
     if borders: st[:, 0] = 0
     else: st = x.new_zeros(B, nt + 1, N, D, dtype=torch.float32) if T < 1000 else ZERO.setdefault("z", x.new_zeros(B, nt + 1, N, D, dtype=torch.float32))
@@ -122,7 +127,7 @@ def scan_bwd(c, x, dt, rate, b, cc, dy, st):
     dx, ddt = torch.empty_like(x), torch.empty_like(dt)
     dr = x.new_zeros(B, N, D, dtype=torch.float32); ds = torch.zeros_like(dr)
     db, dc = (x.new_empty(nb, B, N, nt * 16, dtype=torch.float32) for _ in range(2))
-    S.backward2[(B * nb,)](dy, x, dt, O._state_first(rate), O._time_last(b.float()), O._time_last(cc.float()), st, dx, ddt, dr, db, dc, ds, T, D, N, nt, B, B, TILE=16, CHANNELS=32, DOTS=dots, num_warps=1)
+    (S.backward3 if kind == 'ahead' else S.backward2)[(B * nb,)](dy, x, dt, O._state_first(rate), O._time_last(b.float()), O._time_last(cc.float()), st, dx, ddt, dr, db, dc, ds, T, D, N, nt, B, B, TILE=16, CHANNELS=32, DOTS=dots, num_warps=1)
     db, dc = (p.sum(0)[..., :T].mT for p in (db, dc))
     return dx, ddt, dr.sum(0).mT[None].contiguous(), db.to(b.dtype).contiguous(), dc.to(b.dtype).contiguous()
 
@@ -143,7 +148,7 @@ def scan_job(job, B, T, D, time_it):
         return {"error": repr(e)[:200]}
     return {"err": [float(f"{float((a.float() - b_.float()).square().mean().sqrt() / b_.float().square().mean().sqrt()):.2g}") for a, b_ in zip(got, want)], "s": round(time.time() - t, 1)}
 
-SCANS = [("scanfwd", 0, 0, c) for c in (("old", 0, 0, 0), ("new", 1, 16, True), ("new", 1, 16, False), ("new", 1, 8, False), ("new", 1, 8, True), ("new", 4, 16, False), ("new", 4, 8, False))] + [("scanbwd", 0, 0, c) for c in (("old", 0), ("new", 0), ("new", 1), ("new", 2))]
+SCANS = [("scanfwd", 0, 0, c) for c in (("old", 0, 0, 0), ("ahead", 1, 16, True), ("new", 1, 16, True), ("new", 1, 16, False), ("new", 1, 8, False), ("new", 1, 8, True), ("new", 4, 16, False))] + [("scanbwd", 0, 0, c) for c in (("old", 0), ("new", 0), ("new", 1), ("new", 2), ("ahead", 0), ("ahead", 1))]
 
 SHIP = [("ship", (64, 64), g, (t, n)) for g in GATES for t, n in ((2048, 128), (2048, 256), (512, 128), (8192, 128), (8192, 256), (32768, 128), (32768, 256))]
 SHIP += [("ship", (128, 64), g, (2048, n)) for g in GATES for n in (128, 256, 512)]
