@@ -81,7 +81,9 @@ def share_out(batch: int, length: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(n_tiles, tiles), tiles
 
 
-def segment_maps(a_BTD: Tensor, x_BTD: Tensor, n_segments: int, n_tiles: int, channels: int, *, reverse: bool) -> tuple[Tensor, Tensor]:
+def segment_maps(
+    a_BTD: Tensor, x_BTD: Tensor, n_segments: int, n_tiles: int, channels: int, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Products and ends of the segments, [B, S, D] in fp32; empty without segments."""
     batch, length, width = x_BTD.shape
     if n_segments == 1:

@@ -23,6 +23,7 @@ from kernels.walk_triton import (
     SEGMENTS,
     SEQUENCES,
     STATE_PROBE,
+    UNSPECIALISED,
     _bounds,
     _entering,
     _load_rows,
@@ -30,7 +31,6 @@ from kernels.walk_triton import (
     _place,
     _state_of,
     _walk,
-    unspecialised,
 )
 
 
@@ -98,7 +98,7 @@ def _walk_keys_and_values(
     return state_KV
 
 
-@unspecialised
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums, starts, entering, sums, decays,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -194,7 +194,7 @@ def backward_kernel(
             tl.store(dfirst + state + at_KV, state_KV, mask=in_KV & is_first)
 
 
-@unspecialised
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def decay_gradient_kernel(
     rowsums, starts, ends, out, length: tl.int32, batches: tl.int32, heads: tl.int32, pieces: tl.int32, segment: tl.int32,
     PARTS: tl.constexpr, ENDS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,

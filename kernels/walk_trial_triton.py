@@ -91,7 +91,9 @@ def _walk(
         if PROBE:
             in_probe = (t_C < length)[:, None] & (e < E)[None, :]
             probe_CE = tl.load(probe + t_C[:, None].to(tl.int64) * probe_stride + e[None, :], mask=in_probe, other=0.0)
-            tl.store(rowsum + t_C.to(tl.int64) * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
+            tl.store(
+                rowsum + t_C.to(tl.int64) * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length
+            )
         out_CE = tl.dot(scores_CC.to(DOT), c_CE, out_CE, input_precision=PRECISION)
         state_DE = tl.dot(write_DC, c_CE, state_DE, input_precision=PRECISION)
         in_out = (t_C < length)[:, None] & (e < E)[None, :]

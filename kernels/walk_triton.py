@@ -20,8 +20,6 @@ Shape legend: B batch, T time, H heads, P pieces, C tokens of a chunk, D width o
 
 from __future__ import annotations
 
-import inspect
-
 import triton
 import triton.language as tl
 
@@ -29,15 +27,11 @@ NO_GATE, CONSTANT_GATE, SCALAR_GATE = tl.constexpr(0), tl.constexpr(1), tl.const
 WHOLE, SEQUENCES, SEGMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_PROBE, STATE_PROBE, FULL_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
-SIZES = ("length", "batches", "heads", "group", "gate_every", "pieces", "segment")
-STRIDES = tuple(f"{name}_{axis}" for name in ("q", "k", "v", "do", "b", "c", "gate") for axis in "bth")
-"""Neither a 1 nor a multiple of 16 among these compiles anything anew."""
-
-
-def unspecialised(kernel):
-    """`triton.jit` that keeps sizes and strides as they are."""
-    names = inspect.signature(kernel).parameters
-    return triton.jit(kernel, do_not_specialize=[name for name in SIZES + STRIDES if name in names])
+UNSPECIALISED = (
+    *("length", "batches", "heads", "group", "gate_every", "pieces", "segment"),
+    *(f"{name}_{axis}" for name in ("q", "k", "v", "do", "b", "c", "gate") for axis in "bth"),
+)
+"""Sizes and strides of which neither a 1 nor a multiple of 16 may compile anything anew."""
 
 
 @triton.jit
@@ -168,7 +162,7 @@ def _walk(
     return state_DE, total
 
 
-@unspecialised
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
     q, k, v, gate, first, o, last, starts, sums, decays, entering,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -210,7 +204,7 @@ def forward_kernel(
         tl.store(last + state + offsets, state_KV, mask=inside & ((PIECES != SEGMENTS) | (piece == pieces - 1)))
 
 
-@unspecialised
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def segment_kernel(
     b, c, gate, sums, decays,
     b_b: tl.int64, b_t: tl.int64, b_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
