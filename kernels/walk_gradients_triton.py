@@ -25,11 +25,12 @@ from kernels.walk_triton import (
     STATE_PROBE,
     UNSPECIALISED,
     _bounds,
-    _entering,
+    _initial,
     _load_rows,
     _log_decays,
     _place,
     _state_of,
+    _state_tile,
     _walk,
 )
 
@@ -134,27 +135,21 @@ def backward_kernel(
     QUERIES: tl.constexpr = STATE_PROBE if GATE_GRAD and TOGETHER else FULL
     is_first = (PIECES != SEGMENTS) | (piece == 0)
     if part < KEY_TILES:
-        d_V, e_K = tl.arange(0, BV), part * TK + tl.arange(0, TK)
-        at_VK, in_VK = d_V[:, None] + e_K[None, :] * V, (d_V < V)[:, None] & (e_K < K)[None, :]
-        state_VK = tl.zeros([BV, TK], tl.float32)
+        # The states of queries and keys are read with rows and columns exchanged.
+        at_VK, in_VK = _turned_tile(part * TK, K, V, TK, BV)
         if PIECES == SEGMENTS:
             index = (wide * pieces + piece) * heads + head
             state_VK = tl.load(entering + index * K * V + at_VK, mask=in_VK, other=0.0)
-        elif FIRST:
-            state_VK = tl.load(first + state + at_VK, mask=in_VK, other=0.0)
+        else:
+            state_VK = _initial(first, sums, decays, batch, head, piece, heads, pieces, at_VK, in_VK, K * V, FIRST, PIECES, False)
         _walk(
             do_base, do_stride, v_base, v_stride, k_base, k_stride, dq + row * K, heads * K,
             gate_base, gate_t, state_VK, q_base, q_stride, rowsum, heads, count, part * TK,
             V, K, BV, TK, C, GATE, False, True, QUERIES, 1, DOT, PRECISION, STAGES,
         )  # fmt: skip
     elif TOGETHER:
-        d_K, e_V = tl.arange(0, BK), tl.arange(0, BV)
-        at_KV, in_KV = d_K[:, None] * V + e_V[None, :], (d_K < K)[:, None] & (e_V < V)[None, :]
-        state_KV = tl.zeros([BK, BV], tl.float32)
-        if DLAST:
-            state_KV = tl.load(dlast + state + at_KV, mask=in_KV, other=0.0)
-        if PIECES == SEGMENTS:
-            state_KV = _entering(state_KV, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, True)
+        at_KV, in_KV = _state_tile(0, K, V, BK, BV)
+        state_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
         state_KV = _walk_keys_and_values(
             q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
             dv + row * V, heads * V, gate_base, gate_t, state_KV, rowsum, heads, count,
@@ -164,13 +159,8 @@ def backward_kernel(
             tl.store(dfirst + state + at_KV, state_KV, mask=in_KV & is_first)
     elif part < 2 * KEY_TILES:
         start = (part - KEY_TILES) * TK
-        d_V, e_K = tl.arange(0, BV), start + tl.arange(0, TK)
-        at_VK, in_VK = d_V[:, None] + e_K[None, :] * V, (d_V < V)[:, None] & (e_K < K)[None, :]
-        state_VK = tl.zeros([BV, TK], tl.float32)
-        if DLAST:
-            state_VK = tl.load(dlast + state + at_VK, mask=in_VK, other=0.0)
-        if PIECES == SEGMENTS:
-            state_VK = _entering(state_VK, sums, decays, batch, head, piece, heads, pieces, at_VK, in_VK, K * V, True)
+        at_VK, in_VK = _turned_tile(start, K, V, TK, BV)
+        state_VK = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_VK, in_VK, K * V, DLAST, PIECES, True)
         _walk(
             v_base, v_stride, do_base, do_stride, q_base, q_stride, dk + row * K, heads * K,
             gate_base, gate_t, state_VK, k_base, k_stride, rowsum, heads, count, start,
@@ -178,13 +168,8 @@ def backward_kernel(
         )  # fmt: skip
     else:
         start = (part - 2 * KEY_TILES) * TV
-        d_K, e_V = tl.arange(0, BK), start + tl.arange(0, TV)
-        at_KV, in_KV = d_K[:, None] * V + e_V[None, :], (d_K < K)[:, None] & (e_V < V)[None, :]
-        state_KV = tl.zeros([BK, TV], tl.float32)
-        if DLAST:
-            state_KV = tl.load(dlast + state + at_KV, mask=in_KV, other=0.0)
-        if PIECES == SEGMENTS:
-            state_KV = _entering(state_KV, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, True)
+        at_KV, in_KV = _state_tile(start, K, V, BK, TV)
+        state_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
         state_KV, _ = _walk(
             k_base, k_stride, q_base, q_stride, do_base, do_stride, dv + row * V, heads * V,
             gate_base, gate_t, state_KV, q, 0, rowsum, 0, count, start,
@@ -192,6 +177,13 @@ def backward_kernel(
         )  # fmt: skip
         if FIRST:
             tl.store(dfirst + state + at_KV, state_KV, mask=in_KV & is_first)
+
+
+@triton.jit
+def _turned_tile(start, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
+    """Offsets in a state [K, V] of the transpose of rows start .. start + TK, and which exist."""
+    k, v = start + tl.arange(0, TK), tl.arange(0, BV)
+    return v[:, None] + k[None, :] * V, (v < V)[:, None] & (k < K)[None, :]
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

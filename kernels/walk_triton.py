@@ -81,17 +81,29 @@ def _state_of(batch, head, piece, heads, pieces, SIZE: tl.constexpr, PIECES: tl.
 
 
 @triton.jit
-def _entering(
-    state_DE, sums, decays, batch, head, piece, heads, pieces, offsets, inside, SIZE: tl.constexpr, REVERSE: tl.constexpr
-):
-    """The state that enters a segment, from the one at the end of the row and the sums over the segments between."""
-    n_before = (pieces - 1 - piece) if REVERSE else piece
-    for n in range(n_before):
-        other = (pieces - 1 - n) if REVERSE else n
-        index = (batch.to(tl.int64) * pieces + other) * heads + head
-        sums_DE = tl.load(sums + index * SIZE + offsets, mask=inside, other=0.0)
-        state_DE = state_DE * tl.exp2(tl.load(decays + index)) + sums_DE
-    return state_DE
+def _state_tile(start, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets in a state [K, V] of columns start .. start + BV, and which exist."""
+    k, v = tl.arange(0, BK), start + tl.arange(0, BV)
+    return k[:, None] * V + v[None, :], (k < K)[:, None] & (v < V)[None, :]
+
+
+@triton.jit
+def _initial(
+    given, sums, decays, batch, head, piece, heads, pieces, offsets, inside,
+    SIZE: tl.constexpr, GIVEN: tl.constexpr, PIECES: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state that a piece starts from: the given one or zero, and what the segments between make of it."""
+    state = tl.zeros(offsets.shape, tl.float32)
+    if GIVEN:
+        state += tl.load(given + _state_of(batch, head, piece, heads, pieces, SIZE, PIECES) + offsets, mask=inside, other=0.0)
+    if PIECES == SEGMENTS:
+        n_before = (pieces - 1 - piece) if REVERSE else piece
+        for n in range(n_before):
+            other = (pieces - 1 - n) if REVERSE else n
+            index = (batch.to(tl.int64) * pieces + other) * heads + head
+            summed = tl.load(sums + index * SIZE + offsets, mask=inside, other=0.0)
+            state = state * tl.exp2(tl.load(decays + index)) + summed
+    return state
 
 
 @triton.jit
@@ -182,13 +194,9 @@ def forward_kernel(
     begin, count = _bounds(starts, piece, segment, length, PIECES)
     wide, shared, skipped = batch.to(tl.int64), head // group, tl.cast(begin, tl.int64)
     state = _state_of(batch, head, piece, heads, pieces, K * V, PIECES)
-    d, e = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-    state_KV = tl.zeros([BK, BV], tl.float32)
-    if FIRST:
-        state_KV = tl.load(first + state + offsets, mask=inside, other=0.0)
+    offsets, inside = _state_tile(tile * BV, K, V, BK, BV)
+    state_KV = _initial(first, sums, decays, batch, head, piece, heads, pieces, offsets, inside, K * V, FIRST, PIECES, False)
     if PIECES == SEGMENTS:
-        state_KV = _entering(state_KV, sums, decays, batch, head, piece, heads, pieces, offsets, inside, K * V, False)
         index = (wide * pieces + piece) * heads + head
         tl.store(entering + index * K * V + offsets, state_KV, mask=inside)
     state_KV, _ = _walk(
@@ -229,8 +237,7 @@ def segment_kernel(
         count, tile * BV,
         K, V, BK, BV, C, GATE, REVERSE, False, NO_PROBE, 1, DOT, PRECISION, STAGES,
     )  # fmt: skip
-    d, e = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    offsets, inside = _state_tile(tile * BV, K, V, BK, BV)
     index = (wide * pieces + piece) * heads + head
-    inside = (d < K)[:, None] & (e < V)[None, :]
-    tl.store(sums + index * K * V + d[:, None] * V + e[None, :], state_KV, mask=inside)
+    tl.store(sums + index * K * V + offsets, state_KV, mask=inside)
     tl.store(decays + index, total)
