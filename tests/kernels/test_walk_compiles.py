@@ -34,9 +34,17 @@ def compile_walk(kernel, config, widths, gate, dtype, pieces=WHOLE):
 
 if __name__ == "__main__":
     import sys
+
     for widths in ((64, 64), (128, 64), (128, 128)):
         for gate in (0, 2):
             for pieces in (0, 2):
-                for kernel, config in ((forward_kernel, walk.forward_config(widths[0], torch.bfloat16)), (segment_kernel, walk.SEGMENT_16[widths[0]]), (backward_kernel, walk.Config(64, 64, 4, 2, True) if widths != (128, 128) else walk.backward_config(*widths, torch.bfloat16))):
+                for kernel, config in (
+                    (forward_kernel, walk.forward_config(widths[0], torch.bfloat16)),
+                    (segment_kernel, walk.SEGMENT_16[widths[0]]),
+                    (
+                        backward_kernel,
+                        walk.Config(64, 64, 4, 2, True) if widths != (128, 128) else walk.backward_config(*widths, torch.bfloat16),
+                    ),
+                ):
                     u = compile_walk(kernel, config, widths, gate, torch.bfloat16, pieces)
                     print(kernel.__name__, widths, gate, pieces, config, u.registers, u.spilled, u.shared, flush=True)
