@@ -28,14 +28,16 @@ SIZES += ["length", "chunks", "batches", "heads", "group", "gate_every"]
 
 
 @triton.jit
-def _coupling(x_CC, beta_C, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
+def _coupling(x_CC, beta_C, length, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
     """H = X (I + beta X)^-1 of a strictly lower X, by merging neighbouring blocks of 1, 2, 4, ... rows; C = 2^LEVELS.
 
     Two blocks that are solved leave H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11): as stable as substitution row by row.
     A sum of powers of X would not be: with equal keys its terms grow like binomial coefficients. Only corrections to X are
     rounded to the dtype MERGE, which is fp16 for both 16-bit dtypes: H needs its digits and not the range of bf16.
     """
-    i = tl.arange(0, C)
+    # Adds a zero that the compiler does not know. With zeros known at compile time ptxas 13.3 to 13.5 stores operands from
+    # registers that nothing has written yet (docs/kernels.md, The assembler).
+    i = tl.arange(0, C) + tl.minimum(length, 0)
     h_CC = tl.zeros([C, C], tl.float32)
     for level in tl.static_range(LEVELS):
         block = i >> level
@@ -76,7 +78,7 @@ def coupling_kernel(
         x_CC = x_CC * tl.exp2(tl.where(before, g_C[:, None] - g_C[None, :], float("-inf")))
     else:
         x_CC = tl.where(before, x_CC, 0.0)
-    h_CC = _coupling(x_CC, beta_C, C, LEVELS, MERGE, PRECISION)
+    h_CC = _coupling(x_CC, beta_C, length, C, LEVELS, MERGE, PRECISION)
     tl.store(h + program.to(tl.int64) * C * C + i[:, None] * C + i[None, :], h_CC.to(h.dtype.element_ty))
 
 

@@ -7,12 +7,16 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from kernels.assembler import _installed, version_of
+from tests.kernels.sass import disassembled, unwritten
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Resources:
 
 
 def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **options: int | None) -> Resources:
-    """Compiles one specialisation of a kernel.
+    """Compiles one specialisation of a kernel, and reads what the newest assembler makes of its operands.
 
     Args:
         kernel: a `triton.jit` function.
@@ -42,7 +46,14 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
+    assert not (found := unwritten(disassembled(ptx, newest_assembler()))), found
     return Resources(*_assemble(ptx), compiled.metadata.shared, ptx)
+
+
+@cache
+def newest_assembler() -> Path:
+    """The newest ptxas of the extra `gpu` or of a CUDA toolkit."""
+    return max(_installed(), key=lambda path: version_of(path) or (0, 0))
 
 
 def _assemble(ptx: str) -> tuple[int, int]:

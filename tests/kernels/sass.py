@@ -1,0 +1,63 @@
+"""Reads the machine code of a kernel: operands that are stored or multiplied from registers which nothing has written.
+
+ptxas of CUDA 13.3 to 13.5 makes such code where a product's left operand has elements that are zero at compile time: the
+zeros are written after the operand was stored (docs/kernels.md, The assembler).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+
+INSTRUCTION = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);")
+REGISTER = re.compile(r"\bR(\d+)\b")
+WRITES_NOTHING = ("ST", "RED", "BAR", "ISETP", "FSETP", "R2UR", "R2P", "PLOP3", "LDGSTS", "WARPGROUP")
+
+
+def disassembled(ptx: str, assembler: Path) -> str:
+    """SASS for sm_90a of one kernel, in listing order."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        subprocess.run([str(assembler), "--gpu-name=sm_90a", str(source), "-o", str(binary)], check=True, capture_output=True)
+        reader = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        return subprocess.run([str(reader), "-c", str(binary)], check=True, capture_output=True, text=True).stdout
+
+
+def unwritten(listing: str) -> list[str]:
+    """Stores to shared memory and products that read registers before anything in the listing wrote them."""
+    written: set[int] = set()
+    found = []
+    for name, operands in _instructions(listing):
+        if set(_data(name, operands)) - written:
+            found.append(f"{name} {','.join(operands)}")
+        if operands and not name.startswith(WRITES_NOTHING) and (first := REGISTER.match(operands[0])):
+            written.update(range(int(first[1]), int(first[1]) + _width(name)))
+    return found
+
+
+def _instructions(listing: str) -> Iterator[tuple[str, list[str]]]:
+    for line in listing.splitlines():
+        if match := INSTRUCTION.search(line):
+            yield match["name"], [operand.strip() for operand in match["operands"].split(",")]
+
+
+def _data(name: str, operands: list[str]) -> range:
+    """Registers of what is stored to shared memory, or of a product's left operand."""
+    if name.startswith(("STS", "HGMMA")) and len(operands) > 1 and (first := REGISTER.match(operands[1])):
+        return range(int(first[1]), int(first[1]) + (4 if name.startswith("HGMMA") else _width(name)))
+    return range(0)
+
+
+def _width(name: str) -> int:
+    """Registers of an instruction's data operand."""
+    if name.startswith("HGMMA"):
+        return int(name.split("x")[1]) // 2
+    if "WIDE" in name or ".64" in name or name.startswith("CS2R") or "M88.2" in name:
+        return 2
+    return 4 if ".128" in name or "M88.4" in name else 1

@@ -1,0 +1,32 @@
+"""The reader of machine code itself, and the assembler whose code it has to watch."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels.assembler import SAFE, version_of
+from tests.kernels.offline import newest_assembler
+from tests.kernels.sass import unwritten
+
+LISTING = """
+        /*0060*/                   MOV R93, RZ ;
+        /*0070*/                   F2FP.F16.F32.PACK_AB R92, R132, R153 ;
+        /*0080*/                   F2FP.F16.F32.PACK_AB R95, R140, R151 ;
+        /*0090*/                   {}
+        /*00a0*/                   {}
+        /*00b0*/                   HGMMA.64x64x16.F32 R24, R92, gdesc[UR8].tnspB, RZ, !UPT ;
+"""
+STORE, ZERO = "STSM.16.M88.4 [R80], R92 ;", "MOV R94, RZ ;"
+
+
+@pytest.mark.parametrize(("lines", "found"), [((ZERO, STORE), []), ((STORE, ZERO), ["STSM.16.M88.4 [R80],R92"])])
+def test_a_store_before_its_zero_is_found(lines: tuple[str, str], found: list[str]) -> None:
+    assert unwritten(LISTING.format(*lines)) == found
+
+
+def test_a_product_of_an_unwritten_register_is_found() -> None:
+    assert [line.split()[0] for line in unwritten(LISTING.format("NOP ;", "NOP ;"))] == ["HGMMA.64x64x16.F32"]
+
+
+def test_compilations_are_read_with_an_assembler_that_users_get() -> None:
+    assert (version_of(newest_assembler()) or (0, 0)) >= SAFE
