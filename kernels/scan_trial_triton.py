@@ -259,3 +259,51 @@ def backward3(
         tl.store(dx_ptr + place_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(ddt_ptr + place_LC, (du_LC * x_LC - decayed_LC).to(ddt_ptr.dtype.element_ty), mask=inside_LC)
         tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=("n_tokens", "width", "n_states", "n_tiles", "sequences_per_member"))
+def forward4(
+    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, y_ptr, states_ptr,
+    n_tokens, width, n_states, n_tiles, sequences_per_member,
+    GROUP: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, BORDERS: tl.constexpr,
+):  # fmt: skip
+    """GROUP state elements at a time, whose loads are all under way before the first is used."""
+    n_blocks = tl.cdiv(width, CHANNELS)
+    sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
+    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    inside_C = channel_C < width
+    rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
+    states_ptr += sequence * (n_tiles + 1 if BORDERS else 1) * n_states * width + channel_C
+    step = n_states.to(tl.int64) * width if BORDERS else 0
+    row_L = tl.arange(0, TILE)
+    for tile in range(n_tiles):
+        token_L = tile * TILE + row_L
+        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
+        inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
+        dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        u_LC = dt_LC * tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        y_LC = tl.zeros([TILE, CHANNELS], tl.float32)
+        for first in range(0, n_states, GROUP):
+            given = ()
+            for j in tl.static_range(GROUP):
+                n = first + j
+                there_C = inside_C & (n < n_states)
+                start_C = tl.load(states_ptr + n * width, mask=there_C, other=0.0)
+                rate_C = tl.load(rate_ptr + n * width, mask=there_C, other=0.0)
+                offset_L = (sequence * n_states + n) * n_tiles * TILE + token_L
+                b_L = tl.load(b_ptr + offset_L, mask=n < n_states, other=0.0)
+                c_L = tl.load(c_ptr + offset_L, mask=n < n_states, other=0.0)
+                given += ((start_C, rate_C, b_L, c_L),)
+            ends = ()
+            for j in tl.static_range(GROUP):
+                start_C, rate_C, b_L, c_L = given[j]
+                a_LC = tl.exp2(dt_LC * (rate_C * -LOG2_E)[None, :])
+                enters_LC = tl.where(row_L[:, None] == 0, a_LC * start_C[None, :], 0.0)
+                _, h_LC = tl.associative_scan((a_LC, u_LC * b_L[:, None] + enters_LC), 0, then)
+                y_LC += h_LC * c_L[:, None]
+                ends += (tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0),)
+            for j in tl.static_range(GROUP):
+                tl.store(states_ptr + step + (first + j) * width, ends[j], mask=inside_C & (first + j < n_states))
+        tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
+        states_ptr += step
+        tl.debug_barrier()

@@ -5,7 +5,7 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,22 +36,40 @@ class Config(NamedTuple):
         tile: columns of the output that one program computes.
         warps: warps of a program.
         stages: depth of the software pipeline that loads the chunks.
-        together: whether keys and values walk together backward, all columns in one program.
     """
 
     chunk: int
     tile: int
     warps: int
     stages: int
+
+
+class Backward(NamedTuple):
+    """How the gradients are walked.
+
+    Args:
+        queries: the walk of queries.
+        keys: the walks of keys and values; None: in the launch of the queries, like them.
+        together: whether keys and values walk together, all columns in one program.
+        turned: whether that walk has transposed outputs.
+    """
+
+    queries: Config
+    keys: Config | None = None
     together: bool = False
+    turned: bool = False
 
 
-# By the width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands. Chosen so that
-# registers do not spill, which fp32 beyond 64 and gated gradients beyond 128 do all the same.
+# By the width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands.
 FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)}
-BACKWARD_16 = {64: Config(64, 64, 4, 2, together=True), 128: Config(64, 32, 4, 2), 256: Config(64, 16, 8, 1)}
+BACKWARD_16 = {
+    64: Backward(Config(64, 64, 4, 3), together=True),
+    128: Backward(Config(64, 64, 4, 2), Config(64, 128, 8, 2), together=True, turned=True),
+    256: Backward(Config(64, 16, 8, 1)),
+}
 SEGMENT_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 1)}
 FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32, 8, 1)}
+BACKWARD_32 = {width: Backward(config) for width, config in FP32.items()}
 DECAY_ROWS, DECAY_HEADS, DECAY_SEGMENTS = 512, 16, 16
 """Tokens and heads of a tile of the decays' gradient, and programs that share a long row."""
 
@@ -61,9 +79,9 @@ def forward_config(k_dim: int, dtype: torch.dtype) -> Config:
     return _by_width(FP32 if dtype == torch.float32 else FORWARD_16, k_dim)
 
 
-def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
+def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Backward:
     """The shipped configuration of the three backward walks, whose inner dimensions are V, V and K."""
-    return _by_width(FP32 if dtype == torch.float32 else BACKWARD_16, max(k_dim, v_dim))
+    return _by_width(BACKWARD_32 if dtype == torch.float32 else BACKWARD_16, max(k_dim, v_dim))
 
 
 def tile_of(config: Config, width: int, dtype: torch.dtype) -> int:
@@ -71,7 +89,7 @@ def tile_of(config: Config, width: int, dtype: torch.dtype) -> int:
     return min(config.tile, product_width(width, dtype))
 
 
-def _by_width(table: dict[int, Config], width: int) -> Config:
+def _by_width(table: dict[int, Any], width: int) -> Any:
     return next(config for limit, config in table.items() if width <= limit)
 
 
@@ -163,9 +181,9 @@ def backward(
     groups, k_dim = k_BTGK.shape[2:]
     dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
     config = backward_config(k_dim, v_dim, dot)
-    tile_k, tile_v = tile_of(config, k_dim, dot), tile_of(config, v_dim, dot)
+    tile_k, tile_v = (tile_of(config.queries, width, dot) for width in (k_dim, v_dim))
     key_tiles, value_tiles = -(-k_dim // tile_k), -(-v_dim // tile_v)
-    parts = key_tiles + 1 if config.together else 2 * key_tiles + value_tiles
+    others = 1 if config.together else key_tiles + value_tiles
     pieces = share_out(v_BTHV, starts)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
     dv = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
@@ -175,16 +193,24 @@ def backward(
     (q, k, v, do), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV, do_BTHV))
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
     sums, decays = _segments(q, do, log_decay, pieces, reverse=True)
-    walk_gradients_triton.backward_kernel[(batch * pieces.number * heads * parts,)](
-        q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), do,
-        v if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dq_BTHK, dk_BTHK, dv, dfirst, rowsums,
-        v if pieces.starts is None else pieces.starts, entering_BPHKV, sums, decays,
-        *strides, *gate_strides, length, batch, heads, heads // groups, gate_every, pieces.number, pieces.length,
-        K=k_dim, V=v_dim, BK=padded(k_dim), BV=padded(v_dim), TK=tile_k, TV=tile_v, TOGETHER=config.together, UNIT=unit,
-        C=config.chunk, GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
-        GATE_GRAD=gate_grad, PIECES=pieces.kind,
-        DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=config.stages, num_warps=config.warps,
-    )  # fmt: skip
+    launches = [(walk_gradients_triton.ALL, key_tiles + others, config.queries)]
+    if config.keys is not None:
+        launches = [
+            (walk_gradients_triton.QUERIES, key_tiles, config.queries),
+            (walk_gradients_triton.KEYS_AND_VALUES, others, config.keys),
+        ]
+    for roles, parts, own in launches:
+        walk_gradients_triton.backward_kernel[(batch * pieces.number * heads * parts,)](
+            q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), do,
+            v if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dq_BTHK, dk_BTHK, dv, dfirst, rowsums,
+            v if pieces.starts is None else pieces.starts, entering_BPHKV, sums, decays,
+            *strides, *gate_strides, length, batch, heads, heads // groups, gate_every, pieces.number, pieces.length,
+            K=k_dim, V=v_dim, BK=padded(k_dim), BV=padded(v_dim), TK=tile_k, TV=tile_v,
+            TOGETHER=config.together, TURNED=config.turned, ROLES=roles.value, UNIT=unit, C=own.chunk,
+            GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
+            GATE_GRAD=gate_grad, PIECES=pieces.kind,
+            DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=own.stages, num_warps=own.warps,
+        )  # fmt: skip
     if groups < heads:
         dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))
     dgate = _nothing(v_BTHV)

@@ -69,10 +69,11 @@ def _triton_and_poison():
 @contextmanager
 def plan(name):
     """Keys and values together, and rows in segments, at sizes that the interpreter can do."""
-    config = {width: walk.Config(16, 16, 4, 1, together=True) for width in (64, 128)}
+    config = walk.Config(16, 16, 4, 1)
+    together = walk.Backward(config, config if "turned" in name else None, together=True, turned="turned" in name)
     with ExitStack() as stack:
         if "together" in name:
-            stack.enter_context(mock.patch.object(walk, "FP32", config))
+            stack.enter_context(mock.patch.object(walk, "BACKWARD_32", {64: together}))
         if "segments" in name:
             stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
         yield
@@ -80,7 +81,14 @@ def plan(name):
 
 @pytest.mark.parametrize(
     ("name", "gate"),
-    [("together", "strong"), ("segments", "constant"), ("together in segments", "scalar"), ("together in segments", "none")],
+    [
+        ("together", "strong"),
+        ("segments", "constant"),
+        ("together in segments", "scalar"),
+        ("together in segments", "none"),
+        ("together, turned, in segments", "none"),
+        ("together, turned", "strong"),
+    ],
 )
 def test_every_plan_equals_the_token_loop(name, gate):
     with plan(name):
