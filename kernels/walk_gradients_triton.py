@@ -19,18 +19,18 @@ from kernels.walk_triton import (
     FULL_PROBE,
     NO_GATE,
     NO_PROBE,
-    SCALAR_GATE,
     SEGMENTS,
     SEQUENCES,
     STATE_PROBE,
     UNSPECIALISED,
     _bounds,
+    _cumulated,
     _initial,
     _load_rows,
-    _log_decays,
     _place,
     _state_of,
     _state_tile,
+    _steps,
     _walk,
 )
 
@@ -58,9 +58,11 @@ def _walk_keys_and_values(
     i = tl.arange(0, C)
     seen = i[:, None] <= i[None, :]
     n_chunks = tl.cdiv(length, C)
+    steps = _steps(gate, gate_stride, (n_chunks - 1) * C + i, length, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = (n_chunks - 1 - n) * C
         t_C = start + i
+        next_steps = _steps(gate, gate_stride, t_C - C, length, GATE)
         k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
@@ -69,7 +71,7 @@ def _walk_keys_and_values(
         kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
         vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _cumulated(steps, t_C, start, length, C, GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             kq_CC *= decay_CC
@@ -98,6 +100,7 @@ def _walk_keys_and_values(
         dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
         tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
+        steps = next_steps
     return state_KV
 
 
@@ -114,9 +117,11 @@ def _walk_keys_and_values_turned(
     i = tl.arange(0, C)
     seen = i[:, None] >= i[None, :]
     n_chunks = tl.cdiv(length, C)
+    steps = _steps(gate, gate_stride, (n_chunks - 1) * C + i, length, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = (n_chunks - 1 - n) * C
         t_C = start + i
+        next_steps = _steps(gate, gate_stride, t_C - C, length, GATE)
         k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
@@ -125,7 +130,7 @@ def _walk_keys_and_values_turned(
         qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
         ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _cumulated(steps, t_C, start, length, C, GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
             qk_CC *= decay_CC
@@ -155,6 +160,7 @@ def _walk_keys_and_values_turned(
         dk_KC = tl.dot(tl.trans(q_CK), ov_CC, dk_KC, input_precision=PRECISION)
         tl.store(dk + t_rows[None, :] * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=inside_1C & (ks < K)[:, None])
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
+        steps = next_steps
     return state_KV
 
 
@@ -196,7 +202,7 @@ def backward_kernel(
     FULL: tl.constexpr = FULL_PROBE if GATE_GRAD else NO_PROBE
     QUERIES_PROBE: tl.constexpr = STATE_PROBE if GATE_GRAD and TOGETHER else FULL
     is_first = (PIECES != SEGMENTS) | (piece == 0)
-    if ROLES != KEYS_AND_VALUES and part < KEY_TILES:
+    if ROLES == QUERIES or (ROLES == ALL and part < KEY_TILES):
         at_KV, in_KV = _state_tile(part * TK, V, 1, TK, BV, K, V)
         if PIECES == SEGMENTS:
             index = (wide * pieces + piece) * heads + head

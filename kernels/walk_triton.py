@@ -52,6 +52,29 @@ def _log_decays(gate, gate_stride, t_C, start, length, C: tl.constexpr, SCALAR: 
 
 
 @triton.jit
+def _steps(gate, gate_stride, t_C, length, GATE: tl.constexpr):
+    """Log2 decays of tokens t_C, zero where there are none; loaded a chunk ahead, since nothing else hides their latency."""
+    if GATE == SCALAR_GATE:
+        steps = tl.load(gate + t_C.to(tl.int64) * gate_stride, mask=(t_C >= 0) & (t_C < length), other=0.0) * LOG2_E
+    elif GATE == CONSTANT_GATE:
+        steps = tl.load(gate) * LOG2_E
+    else:
+        steps = tl.zeros([], tl.float32)
+    return steps
+
+
+@triton.jit
+def _cumulated(steps, t_C, start, length, C: tl.constexpr, GATE: tl.constexpr):
+    """What `_log_decays` gives, from `_steps`."""
+    if GATE == SCALAR_GATE:
+        g_C, g_all = tl.cumsum(steps, 0), tl.sum(steps, 0)
+    else:
+        g_C = steps * (tl.minimum(t_C + 1, length) - start).to(tl.float32)
+        g_all = steps * tl.minimum(length - start, C).to(tl.float32)
+    return g_C, g_all
+
+
+@triton.jit
 def _place(program, tiles, heads, pieces):
     """Which tile, head, piece and batch a program works on; neighbours read the same tokens."""
     rest = program // tiles
@@ -134,9 +157,14 @@ def _walk(
     seen = (i[:, None] >= i[None, :]) if REVERSE else (i[:, None] <= i[None, :])
     total = tl.zeros([], tl.float32)
     n_chunks = tl.cdiv(length, C)
+    steps = _steps(gate, gate_stride, ((n_chunks - 1) * C if REVERSE else 0) + i, length, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = ((n_chunks - 1 - n) if REVERSE else n) * C
         t_C = start + i
+        next_steps = _steps(gate, gate_stride, t_C + (-C if REVERSE else C), length, GATE)
+        t_rows, in_out = t_C.to(tl.int64), (t_C < length)[None, :] & (e < E)[:, None]
+        if PROBE != NO_PROBE:
+            probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
         if OUT:
@@ -145,7 +173,7 @@ def _walk(
             out_EC = tl.dot(state_ED.to(DOT), tl.trans(a_CD), input_precision=PRECISION)
         write_EC = tl.trans(c_CE)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _cumulated(steps, t_C, start, length, C, GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
                 pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_all - g_C, g_C
@@ -159,9 +187,7 @@ def _walk(
             total += g_all
         elif OUT:
             scores_CC = tl.where(seen, scores_CC, 0.0)
-        t_rows, in_out = t_C.to(tl.int64), (t_C < length)[None, :] & (e < E)[:, None]
         if PROBE == STATE_PROBE:
-            probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
             tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 0)
@@ -171,10 +197,10 @@ def _walk(
         state_ED = tl.dot(write_EC, b_CD, state_ED, input_precision=PRECISION)
         if OUT:
             if PROBE == FULL_PROBE:
-                probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
                 tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
                 out_EC += own_C[None, :] * tl.trans(c_CE).to(tl.float32)
             tl.store(out + t_rows[None, :] * out_stride + e[:, None], out_EC.to(out.dtype.element_ty), mask=in_out)
+        steps = next_steps
     return state_ED, total
 
 
