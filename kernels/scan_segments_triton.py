@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.scan_operator import TILE
 
-PROGRAMS = 1024
+PROGRAMS = 2048
 """Blocks of channels of all sequences that keep a device busy; with fewer, sequences are cut into segments."""
 SHORTEST_SEGMENT = 256
 """Tokens below which reading the inputs twice costs more than the segments gain."""
@@ -54,14 +54,14 @@ def segments_kernel(
     row_L = tl.arange(0, TILE)
     h_C = tl.zeros([CHANNELS], tl.float32)
     product_C = tl.full([CHANNELS], 1.0, tl.float32)
+    token_L = (TILE - 1 - row_L) if REVERSE else row_L
+    at_LC = token_L[:, None] * width + channel_C[None, :]
     for n in range(n_tiles):
-        token_L = (segment * n_tiles + n) * TILE + row_L
-        if REVERSE:
-            token_L = ((segment + 1) * n_tiles - n) * TILE - 1 - row_L
-        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-        inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + place_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        token = (segment * n_tiles + ((n_tiles - 1 - n) if REVERSE else n)) * TILE
+        skipped = (sequence * n_tokens + token) * width
+        inside_LC = (token_L[:, None] < n_tokens - token) & inside_C[None, :]
+        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
+        x_LC = tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if REVERSE:
             x_LC *= a_LC
         x_LC += tl.where(row_L[:, None] == 0, a_LC * h_C[None, :], 0.0)

@@ -42,15 +42,16 @@ def scan_forward(
     if START:
         h_C = tl.load(start_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
     h_C = entering(h_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, False)
+    at_LC = row_L[:, None] * width + channel_C[None, :]
     for tile in range(n_tiles):
-        token_L = (segment * n_tiles + tile) * TILE + row_L
-        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-        inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + place_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        token = (segment * n_tiles + tile) * TILE
+        skipped = (sequence * n_tokens + token) * width
+        inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :]
+        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
+        x_LC = tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
         enters_LC = tl.where(row_L[:, None] == 0, a_LC * h_C[None, :], 0.0)
         _, h_LC = tl.associative_scan((a_LC, x_LC + enters_LC), 0, then)
-        tl.store(h_ptr + place_LC, h_LC.to(h_ptr.dtype.element_ty), mask=inside_LC)
+        tl.store(h_ptr + skipped + at_LC, h_LC.to(h_ptr.dtype.element_ty), mask=inside_LC)
         h_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
 
 
@@ -68,21 +69,22 @@ def scan_backward(
         before_C = tl.load(start_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
     g_C = tl.zeros([CHANNELS], tl.float32)
     g_C = entering(g_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, True)
+    at_LC = row_L[:, None] * width + channel_C[None, :]
     for back in range(n_tiles):
-        token_L = ((segment + 1) * n_tiles - 1 - back) * TILE + row_L
-        token_L1 = token_L[:, None]
-        place_LC = (sequence * n_tokens + token_L1) * width + channel_C[None, :]
-        inside_LC = (token_L1 < n_tokens) & inside_C[None, :]
-        in_tile_LC = (row_L[:, None] < TILE - 1) & (token_L1 < n_tokens - 1) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + place_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        next_a_LC = tl.load(a_ptr + place_LC + width, mask=in_tile_LC, other=1.0).to(tl.float32)
-        dh_LC = tl.load(dh_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        last_h_LC = tl.load(h_ptr + place_LC - width, mask=inside_LC & (token_L1 > 0), other=0.0).to(tl.float32)
-        last_h_LC = tl.where(token_L1 == 0, before_C[None, :], last_h_LC)
+        token = ((segment + 1) * n_tiles - 1 - back) * TILE
+        skipped = (sequence * n_tokens + token) * width
+        row_L1 = row_L[:, None]
+        inside_LC = (row_L1 < n_tokens - token) & inside_C[None, :]
+        in_tile_LC = (row_L1 < tl.minimum(TILE, n_tokens - token) - 1) & inside_C[None, :]
+        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
+        next_a_LC = tl.load(a_ptr + (skipped + width) + at_LC, mask=in_tile_LC, other=1.0).to(tl.float32)
+        dh_LC = tl.load(dh_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        last_h_LC = tl.load(h_ptr + (skipped - width) + at_LC, mask=inside_LC & (row_L1 > -token), other=0.0).to(tl.float32)
+        last_h_LC = tl.where(row_L1 == -token, before_C[None, :], last_h_LC)
         leaves_LC = tl.where(row_L[:, None] == TILE - 1, g_C[None, :], 0.0)
         g_LC = tl.flip(tl.associative_scan((tl.flip(next_a_LC, 0), tl.flip(dh_LC + leaves_LC, 0)), 0, then)[1], 0)
-        tl.store(dx_ptr + place_LC, g_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
-        tl.store(da_ptr + place_LC, (g_LC * last_h_LC).to(da_ptr.dtype.element_ty), mask=inside_LC)
+        tl.store(dx_ptr + skipped + at_LC, g_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
+        tl.store(da_ptr + skipped + at_LC, (g_LC * last_h_LC).to(da_ptr.dtype.element_ty), mask=inside_LC)
         g_C = tl.sum(tl.where(row_L[:, None] == 0, a_LC * g_LC, 0.0), axis=0)
     tl.store(dstart_ptr + sequence * width + channel_C, g_C, mask=inside_C & (segment == 0))
 

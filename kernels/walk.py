@@ -72,6 +72,8 @@ FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32,
 BACKWARD_32 = {width: Backward(config) for width, config in FP32.items()}
 DECAY_ROWS, DECAY_HEADS, DECAY_SEGMENTS = 512, 16, 16
 """Tokens and heads of a tile of the decays' gradient, and programs that share a long row."""
+SUM_ROWS = 16
+"""Tokens of a tile of the sums over heads."""
 
 
 def forward_config(k_dim: int, dtype: torch.dtype) -> Config:
@@ -125,7 +127,7 @@ def forward(
     dot = _dot_dtype(q_BTGK, k_BTGK, v_BTHV)
     config = forward_config(k_dim, dot)
     tile = tile_of(config, v_dim, dot)
-    pieces = share_out(v_BTHV, starts)
+    pieces = share_out(k_BTGK, v_BTHV, starts)
     o = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     last = _state_like(v_BTHV, k_dim, pieces.sequences(batch)) if return_state else _nothing(v_BTHV)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV))
@@ -184,7 +186,7 @@ def backward(
     tile_k, tile_v = (tile_of(config.queries, width, dot) for width in (k_dim, v_dim))
     key_tiles, value_tiles = -(-k_dim // tile_k), -(-v_dim // tile_v)
     others = 1 if config.together else key_tiles + value_tiles
-    pieces = share_out(v_BTHV, starts)
+    pieces = share_out(k_BTGK, v_BTHV, starts)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
     dv = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     dfirst = _nothing(v_BTHV) if state_BHKV is None else _state_like(v_BTHV, k_dim, pieces.sequences(batch))
@@ -212,7 +214,7 @@ def backward(
             DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=own.stages, num_warps=own.warps,
         )  # fmt: skip
     if groups < heads:
-        dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))
+        dq_BTHK, dk_BTHK = _sum_heads(dq_BTHK, dk_BTHK, groups)
     dgate = _nothing(v_BTHV)
     if gate_grad:
         assert log_decay is not None
@@ -241,6 +243,19 @@ def _segments(b: Tensor, c: Tensor, log_decay: Tensor | None, pieces: Pieces, *,
         DOT=_triton_dtype(c.dtype), PRECISION=_precision(c.dtype), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return sums, decays
+
+
+def _sum_heads(dq_BTHK: Tensor, dk_BTHK: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Gradients of queries and keys that heads share, [B, T, G, K]."""
+    from kernels.walk_gradients_triton import sum_heads_kernel
+
+    batch, length, heads, k_dim = dq_BTHK.shape
+    dq, dk = (x.new_empty(batch, length, groups, k_dim) for x in (dq_BTHK, dk_BTHK))
+    rows = batch * length * groups
+    sum_heads_kernel[(2 * -(-rows // SUM_ROWS),)](
+        dq_BTHK, dk_BTHK, dq, dk, rows, heads // groups, WIDTH=k_dim, BLOCK=padded(k_dim), ROWS=SUM_ROWS, num_warps=4
+    )
+    return dq, dk
 
 
 def _decay_gradient(

@@ -283,3 +283,22 @@ def decay_gradient_kernel(
             later_RH = later_H[None, :] + tl.cumsum(own_RH, 0, reverse=True)
             tl.store(out + place_RH, later_RH, mask=inside & (token_R < begin + count)[:, None])
         later_H += tl.sum(own_RH, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "group"])
+def sum_heads_kernel(
+    dq_heads, dk_heads, dq, dk, rows: tl.int32, group: tl.int32,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums of dq and dk over the heads of each group, from [B * T * G, R, K] to [B * T * G, K]. Grid: (2 * blocks of rows,)."""
+    source, target = dq_heads, dq
+    if tl.program_id(0) % 2 == 1:
+        source, target = dk_heads, dk
+    row_R = (tl.program_id(0) // 2 * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    col_K = tl.arange(0, BLOCK)
+    inside_RK = (row_R < rows)[:, None] & (col_K < WIDTH)[None, :]
+    sum_RK = tl.zeros([ROWS, BLOCK], tl.float32)
+    for head in range(group):
+        place_RK = (row_R * group + head)[:, None] * WIDTH + col_K[None, :]
+        sum_RK += tl.load(source + place_RK, mask=inside_RK, other=0.0).to(tl.float32)
+    tl.store(target + row_R[:, None] * WIDTH + col_K[None, :], sum_RK.to(target.dtype.element_ty), mask=inside_RK)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 HEADS_AT_ONCE = 128
-"""Heads of all batches that fill a device, one for each of about as many multiprocessors; fewer are cut into segments."""
+"""Heads of all batches that fill a device, one for each of about as many multiprocessors; rows of fewer are cut into segments."""
+SEGMENTS_AT_ONCE = 256
+"""Segments of all heads that rows are cut into."""
 SHORTEST_SEGMENT = 512
 """Tokens below which the states between segments would cost more than the segments gain."""
 
@@ -35,9 +37,17 @@ class Pieces(NamedTuple):
         return batch if self.starts is None else batch * self.number
 
 
-def n_segments(heads: int, length: int) -> int:
-    """Segments into which each row is cut, from the heads of all batches and the length; depends on nothing else."""
-    number = max(1, min(HEADS_AT_ONCE // heads, length // SHORTEST_SEGMENT))
+def n_segments(heads: int, length: int, *, shared: bool) -> int:
+    """Segments into which each row is cut; depends on nothing but the shape.
+
+    Args:
+        heads: heads of all batches.
+        length: tokens.
+        shared: whether heads share keys, which makes it cheap to read them again.
+    """
+    if heads >= HEADS_AT_ONCE and not shared:
+        return 1
+    number = max(1, min(SEGMENTS_AT_ONCE // heads, length // SHORTEST_SEGMENT))
     return -(-length // segment_length(number, length))
 
 
@@ -46,12 +56,12 @@ def segment_length(number: int, length: int) -> int:
     return -(-length // number)
 
 
-def share_out(v_BTHV: Tensor, starts: Tensor | None) -> Pieces:
+def share_out(k_BTGK: Tensor, v_BTHV: Tensor, starts: Tensor | None) -> Pieces:
     """Packed sequences, segments of long rows of few heads, or whole rows."""
     from kernels.walk_triton import SEGMENTS, SEQUENCES, WHOLE
 
     batch, length, heads = v_BTHV.shape[:3]
     if starts is not None:
         return Pieces(SEQUENCES.value, starts.shape[0] - 1, length, starts.contiguous())
-    number = n_segments(batch * heads, length)
+    number = n_segments(batch * heads, length, shared=k_BTGK.shape[2] < heads)
     return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, segment_length(number, length), None)

@@ -118,7 +118,7 @@ def size_of_terms(tensors: dict[str, torch.Tensor], *, state: bool) -> float:
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (128, 128), (128, 64)])
 def test_segments_of_long_rows(k_dim: int, v_dim: int, gate: str) -> None:
     shape = (1, 1600, 1, 2, k_dim, v_dim)
-    assert n_segments(2, 1600) == 3
+    assert n_segments(2, 1600, shared=True) == 3
     tensors = draw(shape, gate, torch.bfloat16, state=True)
     exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     with use_backend("triton"):
