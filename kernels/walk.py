@@ -5,7 +5,7 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +63,15 @@ class Backward(NamedTuple):
 # By the width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands.
 FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)}
 BACKWARD_16 = {
-    64: Backward(Config(64, 64, 4, 3), together=True),
-    128: Backward(Config(64, 64, 4, 2), Config(64, 128, 8, 2), together=True, turned=True),
-    256: Backward(Config(64, 16, 8, 1)),
+    (64, 64): Backward(Config(64, 64, 4, 3), together=True),
+    (128, 64): Backward(Config(64, 128, 4, 1), together=True),
+    (128, 128): Backward(Config(64, 64, 4, 2), Config(64, 128, 8, 2), together=True, turned=True),
+    (256, 256): Backward(Config(64, 16, 8, 1)),
 }
+"""By the larger and the smaller of K and V."""
 SEGMENT_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 1)}
 FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32, 8, 1)}
-BACKWARD_32 = {width: Backward(config) for width, config in FP32.items()}
+BACKWARD_32 = {(width, width): Backward(config) for width, config in FP32.items()}
 DECAY_ROWS, DECAY_HEADS, DECAY_SEGMENTS = 512, 16, 16
 """Tokens and heads of a tile of the decays' gradient, and programs that share a long row."""
 SUM_ROWS = 16
@@ -83,7 +85,9 @@ def forward_config(k_dim: int, dtype: torch.dtype) -> Config:
 
 def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Backward:
     """The shipped configuration of the three backward walks, whose inner dimensions are V, V and K."""
-    return _by_width(BACKWARD_32 if dtype == torch.float32 else BACKWARD_16, max(k_dim, v_dim))
+    wide, narrow = max(k_dim, v_dim), min(k_dim, v_dim)
+    table = BACKWARD_32 if dtype == torch.float32 else BACKWARD_16
+    return next(config for (most, least), config in table.items() if wide <= most and narrow <= least)
 
 
 def tile_of(config: Config, width: int, dtype: torch.dtype) -> int:
@@ -91,7 +95,7 @@ def tile_of(config: Config, width: int, dtype: torch.dtype) -> int:
     return min(config.tile, product_width(width, dtype))
 
 
-def _by_width(table: dict[int, Any], width: int) -> Any:
+def _by_width(table: dict[int, Config], width: int) -> Config:
     return next(config for limit, config in table.items() if width <= limit)
 
 

@@ -73,7 +73,7 @@ def plan(name):
     together = walk.Backward(config, config if "turned" in name else None, together=True, turned="turned" in name)
     with ExitStack() as stack:
         if "together" in name:
-            stack.enter_context(mock.patch.object(walk, "BACKWARD_32", {64: together}))
+            stack.enter_context(mock.patch.object(walk, "BACKWARD_32", {(64, 64): together}))
         if "segments" in name:
             stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
         yield
