@@ -60,15 +60,17 @@ def trials() -> Iterator[Trial]:
         ),
         (128, 128): (
             Backward(c(64, 64, 4, 2), c(64, 128, 8, 2), together=True, turned=True),
-            Backward(c(64, 64, 4, 2), c(64, 128, 8, 1), together=True, turned=True),
+            Backward(c(64, 64, 4, 2), c(32, 128, 8, 3), together=True, turned=True),
             Backward(c(64, 64, 4, 2), c(64, 64, 4, 2)),
             Backward(c(64, 64, 4, 2), c(64, 64, 4, 1)),
+            Backward(c(32, 64, 4, 3), c(32, 64, 4, 3)),
         ),
         (128, 64): (
             Backward(c(64, 128, 4, 1), together=True),
             Backward(c(64, 64, 4, 2), c(64, 64, 4, 2), together=True, turned=True),
             Backward(c(64, 64, 4, 2), c(64, 64, 4, 1), together=True),
-            Backward(c(64, 128, 4, 2), c(64, 64, 4, 1), together=True),
+            Backward(c(64, 64, 4, 2), c(32, 64, 4, 3), together=True, turned=True),
+            Backward(c(32, 64, 4, 3), c(32, 64, 4, 3), together=True),
             Backward(c(64, 64, 4, 2), c(64, 64, 4, 2)),
         ),
     }
