@@ -61,9 +61,9 @@ def _(
     starts: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, length, heads), widths = v.shape[:3], (k.shape[3], v.shape[3])
+    batch, heads, widths = v.shape[0], v.shape[2], (k.shape[3], v.shape[3])
     final = (batch if starts is None else batch * (starts.shape[0] - 1), heads, *widths) if return_state else (0,)
-    segments = 1 if starts is not None else n_segments(batch * heads, length, shared=k.shape[2] < heads)
+    segments = 1 if starts is not None else n_segments(k, v)
     entering = (batch, segments, heads, *widths) if segments > 1 else (0,)
     return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), v.new_empty(entering, dtype=torch.float32)
 

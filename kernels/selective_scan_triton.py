@@ -78,15 +78,11 @@ def _then_back(a_1, e_1, g_1, p_1, a_2, e_2, g_2, p_2):
 @triton.jit
 def _over_channels(x_LC, ones, DOTS: tl.constexpr):
     """Sums over channels: by a product with ones in TF32, which is exact enough for 16 bits, or by exchanges."""
-    if DOTS:
-        total_L = tl.max(tl.dot(x_LC, ones, input_precision="tf32"), axis=1)
-    else:
-        total_L = tl.sum(x_LC, axis=1)
-    return total_L
+    return tl.max(tl.dot(x_LC, ones, input_precision="tf32"), axis=1) if DOTS else tl.sum(x_LC, axis=1)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def selective_scan_backward(
+def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstate_ptr,
     n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,

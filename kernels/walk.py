@@ -5,7 +5,7 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +36,14 @@ class Config(NamedTuple):
         tile: columns of the output that one program computes.
         warps: warps of a program.
         stages: depth of the software pipeline that loads the chunks.
+        turned: whether outputs are transposed, see `kernels.walk_turned_triton`.
     """
 
     chunk: int
     tile: int
     warps: int
     stages: int
+    turned: bool = False
 
 
 class Backward(NamedTuple):
@@ -49,23 +51,21 @@ class Backward(NamedTuple):
 
     Args:
         queries: the walk of queries.
-        keys: the walks of keys and values; None: in the launch of the queries, like them.
-        together: whether keys and values walk together, all columns in one program.
-        turned: whether that walk has transposed outputs.
+        keys: the joint walk of keys and values in a launch of its own, or None: in that of the queries, or apart.
+        together: whether keys and values walk together, all columns in one program, or apart.
     """
 
     queries: Config
     keys: Config | None = None
     together: bool = False
-    turned: bool = False
 
 
 # By the width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands.
-FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)}
+FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2, turned=True), 256: Config(64, 32, 8, 1)}
 BACKWARD_16 = {
     (64, 64): Backward(Config(64, 64, 4, 3), together=True),
     (128, 64): Backward(Config(64, 128, 4, 1), together=True),
-    (128, 128): Backward(Config(64, 64, 4, 2), Config(64, 128, 8, 2), together=True, turned=True),
+    (128, 128): Backward(Config(64, 64, 4, 2, turned=True), Config(64, 128, 8, 2, turned=True), together=True),
     (256, 256): Backward(Config(64, 16, 8, 1)),
 }
 """By the larger and the smaller of K and V."""
@@ -124,7 +124,7 @@ def forward(
         The outputs [B, T, H, V] in the dtype of v; the final states, shaped like the given ones, in fp32, or an empty tensor;
         and the states that enter the segments of long rows [B, P, H, K, V], for `backward`, or an empty tensor.
     """
-    from kernels import walk_triton
+    from kernels import walk_forward_triton
 
     batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
@@ -138,12 +138,12 @@ def forward(
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
     sums, decays = _segments(k, v, log_decay, pieces, reverse=False)
     entering = torch.empty_like(sums)
-    walk_triton.forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
+    walk_forward_triton.forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
         v if pieces.starts is None else pieces.starts, sums, decays, entering,
         *strides, *gate_strides, length, heads, heads // k.shape[2], gate_every, pieces.number, pieces.length,
         K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=config.chunk,
-        GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, LAST=return_state, PIECES=pieces.kind,
+        GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, LAST=return_state, PIECES=pieces.kind, TURNED=config.turned,
         DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return o, last, entering
@@ -182,6 +182,7 @@ def backward(
         Gradients of q, k, v, log_decay (or an empty tensor) and state (or an empty tensor).
     """
     from kernels import walk_gradients_triton
+    from kernels.walk_triton import FULL_PROBE, NO_PROBE, STATE_PROBE
 
     batch, length, heads, v_dim = v_BTHV.shape
     groups, k_dim = k_BTGK.shape[2:]
@@ -189,7 +190,6 @@ def backward(
     config = backward_config(k_dim, v_dim, dot)
     tile_k, tile_v = (tile_of(config.queries, width, dot) for width in (k_dim, v_dim))
     key_tiles, value_tiles = -(-k_dim // tile_k), -(-v_dim // tile_v)
-    others = 1 if config.together else key_tiles + value_tiles
     pieces = share_out(k_BTGK, v_BTHV, starts)
     dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
     dv = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
@@ -199,23 +199,19 @@ def backward(
     (q, k, v, do), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV, do_BTHV))
     gate, gate_strides, gate_every = _gate(log_decay, batch, v)
     sums, decays = _segments(q, do, log_decay, pieces, reverse=True)
-    launches = [(walk_gradients_triton.ALL, key_tiles + others, config.queries)]
-    if config.keys is not None:
-        launches = [
-            (walk_gradients_triton.QUERIES, key_tiles, config.queries),
-            (walk_gradients_triton.KEYS_AND_VALUES, others, config.keys),
-        ]
-    for roles, parts, own in launches:
-        walk_gradients_triton.backward_kernel[(batch * pieces.number * heads * parts,)](
+    probe = NO_PROBE if not gate_grad else STATE_PROBE if config.together else FULL_PROBE
+    for kernel, parts, own, flags in _backward_launches(config, key_tiles, value_tiles):
+        if kernel is walk_gradients_triton.backward_kernel:
+            flags["QUERY_PROBE"] = probe.value
+        kernel[(batch * pieces.number * heads * parts,)](
             q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), do,
             v if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dq_BTHK, dk_BTHK, dv, dfirst, rowsums,
             v if pieces.starts is None else pieces.starts, entering_BPHKV, sums, decays,
             *strides, *gate_strides, length, batch, heads, heads // groups, gate_every, pieces.number, pieces.length,
-            K=k_dim, V=v_dim, BK=padded(k_dim), BV=padded(v_dim), TK=tile_k, TV=tile_v,
-            TOGETHER=config.together, TURNED=config.turned, ROLES=roles.value, UNIT=unit, C=own.chunk,
+            K=k_dim, V=v_dim, BK=padded(k_dim), BV=padded(v_dim), TK=tile_k, TV=tile_v, UNIT=unit, C=own.chunk,
             GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
             GATE_GRAD=gate_grad, PIECES=pieces.kind,
-            DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=own.stages, num_warps=own.warps,
+            DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=own.stages, num_warps=own.warps, **flags,
         )  # fmt: skip
     if groups < heads:
         dq_BTHK, dk_BTHK = _sum_heads(dq_BTHK, dk_BTHK, groups)
@@ -226,9 +222,25 @@ def backward(
     return dq_BTHK, dk_BTHK, dv, dgate, dfirst
 
 
+def _backward_launches(config: Backward, key_tiles: int, value_tiles: int) -> list[tuple[Any, int, Config, dict[str, Any]]]:
+    """Kernels of the backward pass, the parts of a head in each, configurations and flags."""
+    from kernels.walk_gradients_triton import ALL, KEYS_AND_VALUES, QUERIES, apart_kernel, backward_kernel
+
+    def flags(roles: Any, own: Config) -> dict[str, Any]:
+        return {"ROLES": roles.value, "TURNED": own.turned}
+
+    queries, keys = config.queries, config.keys
+    if config.together and keys is None:
+        return [(backward_kernel, key_tiles + 1, queries, flags(ALL, queries))]
+    first = (backward_kernel, key_tiles, queries, flags(QUERIES, queries))
+    if keys is None:
+        return [first, (apart_kernel, key_tiles + value_tiles, queries, {})]
+    return [first, (backward_kernel, 1, keys, flags(KEYS_AND_VALUES, keys))]
+
+
 def _segments(b: Tensor, c: Tensor, log_decay: Tensor | None, pieces: Pieces, *, reverse: bool) -> tuple[Tensor, Tensor]:
     """What each segment adds to the state [B, P, H, K, V] and its log2 decay [B, P, H]; empty without segments."""
-    from kernels import walk_triton
+    from kernels import walk_forward_triton, walk_triton
 
     if pieces.kind != walk_triton.SEGMENTS.value:
         return _nothing(c), _nothing(c)
@@ -240,7 +252,7 @@ def _segments(b: Tensor, c: Tensor, log_decay: Tensor | None, pieces: Pieces, *,
     decays = sums.new_empty(batch, pieces.number, heads)
     _, strides, unit = _rows(b, c)
     gate, gate_strides, gate_every = _gate(log_decay, batch, c)
-    walk_triton.segment_kernel[(batch * (pieces.number - 1) * heads * -(-v_dim // tile),)](
+    walk_forward_triton.segment_kernel[(batch * (pieces.number - 1) * heads * -(-v_dim // tile),)](
         b, c, gate, sums, decays,
         *strides, *gate_strides, length, heads, heads // b.shape[2], gate_every, pieces.number, pieces.length,
         K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=config.chunk, GATE=_gate_kind(log_decay), REVERSE=reverse,

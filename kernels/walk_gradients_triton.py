@@ -15,24 +15,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.walk_forward_triton import _walk_either
 from kernels.walk_triton import (
     FULL_PROBE,
     NO_GATE,
     NO_PROBE,
+    SCALAR_GATE,
     SEGMENTS,
     SEQUENCES,
-    STATE_PROBE,
     UNSPECIALISED,
     _bounds,
-    _cumulated,
     _initial,
     _load_rows,
+    _log_decays,
     _place,
     _state_of,
     _state_tile,
-    _steps,
     _walk,
 )
+from kernels.walk_turned_triton import _walk_keys_and_values_turned
 
 ALL, QUERIES, KEYS_AND_VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -58,11 +59,9 @@ def _walk_keys_and_values(
     i = tl.arange(0, C)
     seen = i[:, None] <= i[None, :]
     n_chunks = tl.cdiv(length, C)
-    steps = _steps(gate, gate_stride, (n_chunks - 1) * C + i, length, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = (n_chunks - 1 - n) * C
         t_C = start + i
-        next_steps = _steps(gate, gate_stride, t_C - C, length, GATE)
         k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
@@ -71,7 +70,7 @@ def _walk_keys_and_values(
         kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
         vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C, g_all = _cumulated(steps, t_C, start, length, C, GATE)
+            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             kq_CC *= decay_CC
@@ -100,67 +99,6 @@ def _walk_keys_and_values(
         dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
         tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
-        steps = next_steps
-    return state_KV
-
-
-@triton.jit
-def _walk_keys_and_values_turned(
-    q, q_stride, k, k_stride, v, v_stride, do, do_stride, dk, dk_stride, dv, dv_stride,
-    gate, gate_stride, state_KV, rowsum, rowsum_stride, length,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-    PROBE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`_walk_keys_and_values` with transposed outputs, whose K and V rows are enough for 8 warps where 64 tokens are not."""
-    ks = tl.arange(0, BK)
-    vs = tl.arange(0, BV)
-    i = tl.arange(0, C)
-    seen = i[:, None] >= i[None, :]
-    n_chunks = tl.cdiv(length, C)
-    steps = _steps(gate, gate_stride, (n_chunks - 1) * C + i, length, GATE)
-    for n in tl.range(0, n_chunks, num_stages=STAGES):
-        start = (n_chunks - 1 - n) * C
-        t_C = start + i
-        next_steps = _steps(gate, gate_stride, t_C - C, length, GATE)
-        k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
-        q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
-        do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
-        v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
-        leaving_KV = state_KV.to(DOT)
-        qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
-        ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
-        if GATE != NO_GATE:
-            g_C, g_all = _cumulated(steps, t_C, start, length, C, GATE)
-            read_C = tl.exp2(g_all - g_C)
-            decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
-            qk_CC *= decay_CC
-            if PROBE:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC)
-                sum_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
-            ov_CC *= decay_CC
-        else:
-            qk_CC = tl.where(seen, qk_CC, 0.0)
-            ov_CC = tl.where(seen, ov_CC, 0.0)
-        qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
-        t_rows, inside_1C = t_C.to(tl.int64), (t_C < length)[None, :]
-        dv_VC = tl.dot(tl.trans(leaving_KV), tl.trans(k_CK), input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dv_VC *= read_C[None, :]
-        if PROBE:
-            sum_C -= tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
-            tl.store(rowsum + t_rows * rowsum_stride, sum_C, mask=t_C < length)
-        dv_VC = tl.dot(tl.trans(do_CV), qk_CC, dv_VC, input_precision=PRECISION)
-        tl.store(dv + t_rows[None, :] * dv_stride + vs[:, None], dv_VC.to(dv.dtype.element_ty), mask=inside_1C & (vs < V)[:, None])
-        dk_KC = tl.dot(leaving_KV, tl.trans(v_CV), input_precision=PRECISION)
-        write_KC = tl.trans(q_CK)
-        if GATE != NO_GATE:
-            dk_KC *= read_C[None, :]
-            state_KV *= tl.exp2(g_all)
-            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
-        dk_KC = tl.dot(tl.trans(q_CK), ov_CC, dk_KC, input_precision=PRECISION)
-        tl.store(dk + t_rows[None, :] * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=inside_1C & (ks < K)[:, None])
-        state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
-        steps = next_steps
     return state_KV
 
 
@@ -173,19 +111,18 @@ def backward_kernel(
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     pieces: tl.int32, segment: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,
-    TOGETHER: tl.constexpr, TURNED: tl.constexpr, ROLES: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, FIRST: tl.constexpr, DLAST: tl.constexpr,
-    GATE_GRAD: tl.constexpr, PIECES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROLES: tl.constexpr, TURNED: tl.constexpr, QUERY_PROBE: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    FIRST: tl.constexpr, DLAST: tl.constexpr, GATE_GRAD: tl.constexpr, PIECES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * P * H * parts,), the parts of a head being neighbours that share the L2 cache.
 
-    Parts are tiles of TK columns of dq, then dk and dv TOGETHER, or else tiles of dk and tiles of TV columns of dv.
-    `rowsums` is [parts that give them, B, T, H]; its sum over the first axis is dL/dG. `entering` are the states before the
-    segments, as `forward_kernel` left them; `sums` and `decays` are those of `segment_kernel` in reverse.
+    Parts are tiles of TK columns of dq, then all of dk and dv; ROLES tells which are launched. `rowsums` is [parts that give
+    them, B, T, H]; its sum over the first axis is dL/dG. `entering` are the states before the segments, as `forward_kernel` left
+    them; `sums` and `decays` are those of `segment_kernel` in reverse.
     """
     KEY_TILES: tl.constexpr = (K + TK - 1) // TK
-    VALUE_TILES: tl.constexpr = (V + TV - 1) // TV
-    ALL_PARTS: tl.constexpr = KEY_TILES + 1 if TOGETHER else 2 * KEY_TILES + VALUE_TILES
-    PARTS: tl.constexpr = ALL_PARTS if ROLES == ALL else KEY_TILES if ROLES == QUERIES else ALL_PARTS - KEY_TILES
+    PARTS: tl.constexpr = KEY_TILES + 1 if ROLES == ALL else KEY_TILES if ROLES == QUERIES else 1
     part, head, piece, batch = _place(tl.program_id(0), PARTS, heads, pieces)
     if ROLES == KEYS_AND_VALUES:
         part += KEY_TILES
@@ -199,58 +136,92 @@ def backward_kernel(
     do_base, do_stride = do + (wide * do_b + skipped * do_t + head * do_h) * UNIT, do_t * UNIT
     gate_base = gate + (batch // gate_every) * gate_b + skipped * gate_t + head
     rowsum = rowsums + part.to(tl.int64) * batches * length * heads + row
-    FULL: tl.constexpr = FULL_PROBE if GATE_GRAD else NO_PROBE
-    QUERIES_PROBE: tl.constexpr = STATE_PROBE if GATE_GRAD and TOGETHER else FULL
-    is_first = (PIECES != SEGMENTS) | (piece == 0)
     if ROLES == QUERIES or (ROLES == ALL and part < KEY_TILES):
-        at_KV, in_KV = _state_tile(part * TK, V, 1, TK, BV, K, V)
+        if TURNED:
+            at_q, in_q = _state_tile(part * TK, 0, V, 1, TK, BV, K, V)
+        else:
+            at_q, in_q = _state_tile(0, part * TK, 1, V, BV, TK, V, K)
         if PIECES == SEGMENTS:
             index = (wide * pieces + piece) * heads + head
-            state_KV = tl.load(entering + index * K * V + at_KV, mask=in_KV, other=0.0)
+            state_q = tl.load(entering + index * K * V + at_q, mask=in_q, other=0.0)
         else:
-            state_KV = _initial(first, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, FIRST, PIECES, False)
-        _walk(
+            state_q = _initial(first, sums, decays, batch, head, piece, heads, pieces, at_q, in_q, K * V, FIRST, PIECES, False)
+        _walk_either(
             do_base, do_stride, v_base, v_stride, k_base, k_stride, dq + row * K, heads * K,
-            gate_base, gate_t, state_KV, q_base, q_stride, rowsum, heads, count, part * TK,
-            V, K, BV, TK, C, GATE, False, True, QUERIES_PROBE, 1, DOT, PRECISION, STAGES,
+            gate_base, gate_t, state_q, q_base, q_stride, rowsum, heads, count, part * TK,
+            V, K, BV, TK, C, GATE, False, QUERY_PROBE, 1, TURNED, DOT, PRECISION, STAGES,
         )  # fmt: skip
-    elif TOGETHER:
-        at_all, in_all = _state_tile(0, V, 1, BK, BV, K, V)
-        dstate = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_all, in_all, K * V, DLAST, PIECES, True)
+    else:
+        at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
+        dstate_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
         if TURNED:
-            dstate = _walk_keys_and_values_turned(
+            dstate_KV = _walk_keys_and_values_turned(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
-                dv + row * V, heads * V, gate_base, gate_t, dstate, rowsum, heads, count,
+                dv + row * V, heads * V, gate_base, gate_t, dstate_KV, rowsum, heads, count,
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
-            dstate = _walk_keys_and_values(
+            dstate_KV = _walk_keys_and_values(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
-                dv + row * V, heads * V, gate_base, gate_t, dstate, rowsum, heads, count,
+                dv + row * V, heads * V, gate_base, gate_t, dstate_KV, rowsum, heads, count,
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         if FIRST:
-            tl.store(dfirst + state + at_all, dstate, mask=in_all & is_first)
-    elif part < 2 * KEY_TILES:
+            tl.store(dfirst + state + at_KV, dstate_KV, mask=in_KV & ((PIECES != SEGMENTS) | (piece == 0)))
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def apart_kernel(
+    q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums, starts, entering, sums, decays,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    pieces: tl.int32, segment: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,
+    UNIT: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    FIRST: tl.constexpr, DLAST: tl.constexpr, GATE_GRAD: tl.constexpr, PIECES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values by a walk each, where registers do not allow both; `rowsums` continues that of the queries.
+
+    Grid: (B * P * H * parts,); parts are tiles of TK columns of dk, then tiles of TV columns of dv.
+    """
+    KEY_TILES: tl.constexpr = (K + TK - 1) // TK
+    VALUE_TILES: tl.constexpr = (V + TV - 1) // TV
+    part, head, piece, batch = _place(tl.program_id(0), KEY_TILES + VALUE_TILES, heads, pieces)
+    part += KEY_TILES
+    begin, count = _bounds(starts, piece, segment, length, PIECES)
+    wide, shared, skipped = batch.to(tl.int64), head // group, tl.cast(begin, tl.int64)
+    row = (wide * length + skipped) * heads + head
+    state = _state_of(batch, head, piece, heads, pieces, K * V, PIECES)
+    q_base, q_stride = q + (wide * q_b + skipped * q_t + shared * q_h) * UNIT, q_t * UNIT
+    k_base, k_stride = k + (wide * k_b + skipped * k_t + shared * k_h) * UNIT, k_t * UNIT
+    v_base, v_stride = v + (wide * v_b + skipped * v_t + head * v_h) * UNIT, v_t * UNIT
+    do_base, do_stride = do + (wide * do_b + skipped * do_t + head * do_h) * UNIT, do_t * UNIT
+    gate_base = gate + (batch // gate_every) * gate_b + skipped * gate_t + head
+    rowsum = rowsums + part.to(tl.int64) * batches * length * heads + row
+    if part < 2 * KEY_TILES:
         start = (part - KEY_TILES) * TK
-        at_KV, in_KV = _state_tile(start, V, 1, TK, BV, K, V)
-        state_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
+        at_VK, in_VK = _state_tile(0, start, 1, V, BV, TK, V, K)
+        state_VK = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_VK, in_VK, K * V, DLAST, PIECES, True)
+        PROBE: tl.constexpr = FULL_PROBE if GATE_GRAD else NO_PROBE
         _walk(
             v_base, v_stride, do_base, do_stride, q_base, q_stride, dk + row * K, heads * K,
-            gate_base, gate_t, state_KV, k_base, k_stride, rowsum, heads, count, start,
-            V, K, BV, TK, C, GATE, True, True, FULL, -1, DOT, PRECISION, STAGES,
+            gate_base, gate_t, state_VK, k_base, k_stride, rowsum, heads, count, start,
+            V, K, BV, TK, C, GATE, True, True, PROBE, -1, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
         start = (part - 2 * KEY_TILES) * TV
-        at_VK, in_VK = _state_tile(start, 1, V, TV, BK, V, K)
-        state_VK = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_VK, in_VK, K * V, DLAST, PIECES, True)
-        state_VK, _ = _walk(
+        at_KV, in_KV = _state_tile(0, start, V, 1, BK, TV, K, V)
+        state_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
+        state_KV, _ = _walk(
             k_base, k_stride, q_base, q_stride, do_base, do_stride, dv + row * V, heads * V,
-            gate_base, gate_t, state_VK, q, 0, rowsum, 0, count, start,
+            gate_base, gate_t, state_KV, q, 0, rowsum, 0, count, start,
             K, V, BK, TV, C, GATE, True, True, NO_PROBE, 1, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if FIRST:
-            tl.store(dfirst + state + at_VK, state_VK, mask=in_VK & is_first)
+            tl.store(dfirst + state + at_KV, state_KV, mask=in_KV & ((PIECES != SEGMENTS) | (piece == 0)))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 HEADS_AT_ONCE = 128
 """Heads of all batches that fill a device, one for each of about as many multiprocessors; rows of fewer are cut into segments."""
-SEGMENTS_AT_ONCE = 256
-"""Segments of all heads that rows are cut into."""
+PROGRAMS = 256
+"""Programs of a walk that rows are cut for, where a program has VALUES columns."""
+VALUES = 64
 SHORTEST_SEGMENT = 512
 """Tokens below which the states between segments would cost more than the segments gain."""
 
@@ -37,17 +38,13 @@ class Pieces(NamedTuple):
         return batch if self.starts is None else batch * self.number
 
 
-def n_segments(heads: int, length: int, *, shared: bool) -> int:
-    """Segments into which each row is cut; depends on nothing but the shape.
-
-    Args:
-        heads: heads of all batches.
-        length: tokens.
-        shared: whether heads share keys, which makes it cheap to read them again.
-    """
-    if heads >= HEADS_AT_ONCE and not shared:
+def n_segments(k_BTGK: Tensor, v_BTHV: Tensor) -> int:
+    """Segments into which each row is cut; depends on nothing but the shapes. Keys that heads share are cheap to read again."""
+    batch, length, heads, v_dim = v_BTHV.shape
+    if batch * heads >= HEADS_AT_ONCE and k_BTGK.shape[2] == heads:
         return 1
-    number = max(1, min(SEGMENTS_AT_ONCE // heads, length // SHORTEST_SEGMENT))
+    programs = batch * heads * -(-v_dim // VALUES)
+    number = max(1, min(PROGRAMS // programs, length // SHORTEST_SEGMENT))
     return -(-length // segment_length(number, length))
 
 
@@ -60,8 +57,8 @@ def share_out(k_BTGK: Tensor, v_BTHV: Tensor, starts: Tensor | None) -> Pieces:
     """Packed sequences, segments of long rows of few heads, or whole rows."""
     from kernels.walk_triton import SEGMENTS, SEQUENCES, WHOLE
 
-    batch, length, heads = v_BTHV.shape[:3]
+    length = v_BTHV.shape[1]
     if starts is not None:
         return Pieces(SEQUENCES.value, starts.shape[0] - 1, length, starts.contiguous())
-    number = n_segments(batch * heads, length, shared=k_BTGK.shape[2] < heads)
+    number = n_segments(k_BTGK, v_BTHV)
     return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, segment_length(number, length), None)

@@ -69,11 +69,13 @@ def _triton_and_poison():
 @contextmanager
 def plan(name):
     """Keys and values together, and rows in segments, at sizes that the interpreter can do."""
-    config = walk.Config(16, 16, 4, 1)
-    together = walk.Backward(config, config if "turned" in name else None, together=True, turned="turned" in name)
+    turned = "turned" in name
+    config = walk.Config(16, 16, 4, 1, turned=turned)
+    together = walk.Backward(config, config if turned else None, together=True)
     with ExitStack() as stack:
         if "together" in name:
             stack.enter_context(mock.patch.object(walk, "BACKWARD_32", {(64, 64): together}))
+            stack.enter_context(mock.patch.object(walk, "FP32", {64: config}))
         if "segments" in name:
             stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
         yield
