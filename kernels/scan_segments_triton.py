@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.scan_operator import TILE
 
-PROGRAMS = 2048
-"""Blocks of channels of all sequences that keep a device busy; with fewer, sequences are cut into segments."""
+ENOUGH, PROGRAMS = 1024, 2048
+"""Blocks of channels of all sequences that keep a device busy; with fewer, sequences are cut into segments for so many programs."""
 SHORTEST_SEGMENT = 256
 """Tokens below which reading the inputs twice costs more than the segments gain."""
 
@@ -76,7 +76,9 @@ def segments_kernel(
 def share_out(batch: int, length: int, blocks: int) -> tuple[int, int]:
     """Segments of each sequence, and tiles of each, from the shape alone."""
     n_tiles = triton.cdiv(length, TILE)
-    wanted = max(1, min(PROGRAMS // max(1, batch * blocks), length // SHORTEST_SEGMENT))
+    wanted = 1
+    if 0 < batch * blocks < ENOUGH:
+        wanted = max(1, min(PROGRAMS // (batch * blocks), length // SHORTEST_SEGMENT))
     tiles = triton.cdiv(n_tiles, wanted)
     return triton.cdiv(n_tiles, tiles), tiles
 
