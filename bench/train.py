@@ -27,7 +27,7 @@ from bench.evaluate import Scores
 from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
 from bench.spec import RunSpec
-from bench.stacked import StackedModel
+from bench.stacked import StackedModel, compile_for_cells
 from bench.streamed import training_cells
 from kernels.adamw import adamw_step
 
@@ -111,6 +111,8 @@ class FleetTrainer:
         if states is not None:
             self._load(states)
         self.pool = graph_pool(device)
+        self._read = compile_for_cells(_read_batch) if self.compiled else _read_batch
+        self._account = compile_for_cells(_account) if self.compiled else _account
         self._steps = [Repeated(partial(self._train_step, cell), device, self.pool) for cell in self.train_cells]
         sets = self.sets_E.tolist()
         self._scorer = Scorer(self.model, self.valid, sets, self.pool)
@@ -206,18 +208,13 @@ class FleetTrainer:
 
     def _train_step(self, cell: StackedCell) -> None:
         """One step of every member, on the examples and learning rates in the fixed tensors."""
-        whole = cell.pick(self.sets_E, self.examples_SB[self.sets_E])
-        labelled_E = (whole.labels_EBM >= 0).sum((1, 2))
-        self.gradient_EP.zero_()
-        examples_E = (whole.labels_EBM >= 0).any(2).sum(1)
-        keys_EB = self._dropout_keys(whole.inputs.shape[1])
-        zero_error_E = cell.zero_error_S[self.sets_E]
-        for part in _split_batch(whole, keys_EB, self.micro_batches):
+        whole, keys_EB, share_E, examples_E, zero_error_E = self._read(
+            cell, self.sets_E, self.examples_SB, self.dropout_E if self.model.module.embed_dropout else None, self.steps_E
+        )
+        for index, part in enumerate(_split_batch(whole, keys_EB, self.micro_batches)):
             loss_E, score_E = self.model.loss_and_score(*part, zero_error_E)
-            mean_E = loss_E / labelled_E
-            self.model.gradient(mean_E, self.gradient_EP)
-            self.sums_E3 += torch.stack([mean_E.detach().float() * examples_E, score_E.clamp(min=0), torch.zeros_like(score_E)], 1)
-        self.sums_E3[:, 2] += examples_E
+            self.model.gradient(loss_E, share_E, self.gradient_EP, add=index > 0)
+            self._account(self.sums_E3, loss_E.detach() * share_E, score_E, examples_E, first=index == 0)
         self._optimise()
 
     def _optimise(self) -> None:
@@ -230,12 +227,6 @@ class FleetTrainer:
             self.steps_E,
             weight_decay=self.train.weight_decay,
         )
-
-    def _dropout_keys(self, batch: int) -> Tensor | None:
-        """What decides the dropout of this step, [E, B] int32; a member's keys depend on nothing but its seed and the step."""
-        if self.model.module.embed_dropout == 0:
-            return None
-        return example_keys(self.dropout_E, self.steps_E[0].to(torch.int32), batch)
 
     def _pace(self, ahead: deque[torch.cuda.Event]) -> None:
         """Keeps the host from queueing a whole epoch, so that a stop is obeyed soon."""
@@ -295,6 +286,26 @@ class FleetTrainer:
         best = max(range(len(loss)), key=lambda index: accuracy[index])
         n = max(examples[best], 1)
         return Progress(self.step, self.steps, self.epoch, loss[best] / n, accuracy[best] / n)
+
+
+def _read_batch(
+    cell: StackedCell, sets_E: Tensor, examples_SB: Tensor, dropout_E: Tensor | None, steps_E: Tensor
+) -> tuple[Picked, Tensor | None, Tensor, Tensor, Tensor]:
+    """What a step starts from: the batch, the keys of its dropout, a labelled row's share in the mean, and two numbers a member.
+
+    The keys, [E, B] int32, depend on nothing but the member's seed and the step. The numbers are those of examples with a label,
+    and `zero_error_S` of the member's seed.
+    """
+    batch = cell.pick(sets_E, examples_SB[sets_E])
+    labelled_EBM = batch.labels_EBM >= 0
+    keys_EB = None if dropout_E is None else example_keys(dropout_E, steps_E[0].to(torch.int32), batch.inputs.shape[1])
+    return batch, keys_EB, 1 / labelled_EBM.sum((1, 2)), labelled_EBM.any(2).sum(1), cell.zero_error_S[sets_E]
+
+
+def _account(sums_E3: Tensor, mean_E: Tensor, score_E: Tensor, examples_E: Tensor, *, first: bool) -> None:
+    """Adds a part of a batch to the epoch's sums; its examples count with the first one."""
+    counted_E = examples_E if first else torch.zeros_like(examples_E)
+    sums_E3 += torch.stack([mean_E.float() * examples_E, score_E.clamp(min=0), counted_E], 1)
 
 
 def _split_batch(batch: Picked, keys_EB: Tensor | None, parts: int) -> Iterator[tuple[Picked, Tensor | None]]:

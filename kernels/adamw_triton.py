@@ -5,19 +5,22 @@ Shape legend: E members, P parameters of a member.
 
 from __future__ import annotations
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
+
 BLOCK, WARPS = 512, 4
 
 
-@triton.jit(do_not_specialize=["n_parameters"])
+@entry(do_not_specialize=["n_parameters"])
 def adamw_kernel(
-    weights_ptr, gradient_ptr, first_ptr, second_ptr, rates_ptr, corrections_ptr, n_parameters,
+    weights_ptr, gradient_ptr, first_ptr, second_ptr, rates_ptr, steps_ptr, n_parameters,
     decay: tl.float32, rest1: tl.float32, rest2: tl.float32, eps: tl.float32,
-    BLOCK: tl.constexpr,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one member's parameters. `rest` is 1 - beta, which would lose four digits if it were made from fp32 here."""
     n_blocks = tl.cdiv(n_parameters, BLOCK)
@@ -25,11 +28,9 @@ def adamw_kernel(
     place = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
     inside = place < n_parameters
     place = member.to(tl.int64) * n_parameters + place
-    rate, correction1, correction2 = (
-        tl.load(rates_ptr + member),
-        tl.load(corrections_ptr + 2 * member),
-        tl.load(corrections_ptr + 2 * member + 1),
-    )
+    rate = tl.load(rates_ptr + member)
+    done = tl.load(steps_ptr + member).to(tl.float64)  # in fp32, 1 - 0.999 would lose four digits
+    correction1, correction2 = (1 - tl.exp(done * LOG_BETA1)).to(tl.float32), (1 - tl.exp(done * LOG_BETA2)).to(tl.float32)
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0)
     first = tl.load(first_ptr + place, mask=inside, other=0.0)
     second = tl.load(second_ptr + place, mask=inside, other=0.0)
@@ -59,11 +60,9 @@ def step(
 ) -> None:
     """See `kernels.adamw.adamw_step`."""
     steps_E += 1
-    done_E = steps_E.double()  # in fp32, 1 - 0.999 would lose four digits
-    corrections_E2 = torch.stack([1 - beta**done_E for beta in (beta1, beta2)], dim=1).float()
     members, n_parameters = weights_EP.shape
     grid = (members * triton.cdiv(n_parameters, BLOCK),)
     adamw_kernel[grid](
-        weights_EP, gradient_EP, first_EP, second_EP, rates_E, corrections_E2, n_parameters,
-        decay, 1 - beta1, 1 - beta2, eps, BLOCK=BLOCK, num_warps=WARPS,
+        weights_EP, gradient_EP, first_EP, second_EP, rates_E, steps_E, n_parameters,
+        decay, 1 - beta1, 1 - beta2, eps, LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.walk_triton import NO_GATE, SCALAR_GATE, _load_rows, _log_decays
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
@@ -51,7 +52,7 @@ def _coupling(x_CC, beta_C, length, C: tl.constexpr, LEVELS: tl.constexpr, MERGE
     return h_CC
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def coupling_kernel(
     k, beta, gate, h, g,
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
@@ -94,7 +95,7 @@ def _small(beta, g, h, t_C, length, heads, chunk_index, C: tl.constexpr, GATED: 
     return beta_C, h_CC, g_C, g_all
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, beta, h, g, first, o, last, errors, states,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -157,7 +158,7 @@ def forward_kernel(
         tl.store(last + head_index * K * V + state_offsets, state_KV, mask=in_state)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def reverse_kernel(
     q, k, do, beta, h, g, dlast, solved, dfirst, dstates,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,

@@ -11,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.indexed_triton import LOG2_E, SIZES, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def query_kernel(
     q, k, v, starts, words, lists, counts, y, lse, dy, dq, delta,
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
@@ -89,7 +90,7 @@ def _queries_to_visit(
     return low, tl.maximum(tl.cdiv(high, M // pack) - low, 0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, starts, words, lists, counts, lse, dy, delta, dk, dv,
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,

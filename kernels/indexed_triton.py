@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "y", "dy") for axis in "bht")
@@ -110,7 +112,7 @@ def packed_rows(tile, first_head, pack, length, M: tl.constexpr):
     return t, first_head + r % pack, t < length
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, starts, words, lists, counts, y, lse,
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
@@ -176,7 +178,7 @@ def forward_kernel(
     tl.store(lse + (wide * heads + head) * length + t, highest_M + tl.log2(safe_M), mask=inside)
 
 
-@triton.jit(do_not_specialize=FLAG_SIZES)
+@entry(do_not_specialize=FLAG_SIZES)
 def compact_kernel(
     flags, lists, counts, rows: tl.int32, n_rows_inner: tl.int32, n_flags: tl.int32,
     row_outer: tl.int64, row_inner: tl.int64, flag_stride: tl.int64, BLOCK: tl.constexpr,

@@ -11,29 +11,31 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels._arguments import check_dtype
+from kernels.values import is_checking
+
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def check_packing(operation: str, cu_seqlens: Tensor, batch: int, length: int) -> None:
+def check_packing(cu_seqlens: Tensor, v_1T: Tensor) -> None:
     """Refuses bounds that cannot be those of packed sequences; values only where looking costs no synchronisation.
 
     Raises:
         ValueError: not one row, or bounds that are no increasing integers from 0 to the number of tokens.
     """
+    batch, length = v_1T.shape[:2]
     if batch != 1:
-        raise ValueError(f"{operation}: with cu_seqlens the batch is one row of packed sequences; got {batch} rows")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{operation}: cu_seqlens has the shape {list(cu_seqlens.shape)} and the dtype {cu_seqlens.dtype}; "
-            "it must be [N + 1] in int32 or int64, with N at least 1"
-        )
-    if cu_seqlens.is_cuda or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens):
+        raise ValueError(f"v has shape {tuple(v_1T.shape)}; with cu_seqlens the batch is one row of packed sequences")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [N + 1] with N at least 1")
+    check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    if cu_seqlens.device != v_1T.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and v on {v_1T.device}; move them to one device")
+    if not is_checking() and (cu_seqlens.is_cuda or torch.compiler.is_compiling()):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(late <= early for early, late in pairwise(bounds)):
-        raise ValueError(
-            f"{operation}: cu_seqlens is {bounds}; it must rise from 0 to {length} tokens, and no sequence may be empty"
-        )
+        raise ValueError(f"cu_seqlens is {bounds}; it must rise from 0 to {length} tokens, and no sequence may be empty")
 
 
 def run_padded(recurrence: Recurrence, cu_seqlens: Tensor, q_1T: Tensor, k_1T: Tensor, v_1T: Tensor, **named: Tensor | None):

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.scan_operator import TILE
 
 ENOUGH, PROGRAMS = 1024, 2048
@@ -39,7 +40,7 @@ def entering(h_C, products, ends, sequence, segment, n_segments, width, channel_
     return h_C
 
 
-@triton.jit(do_not_specialize=["n_tokens", "width", "n_segments", "n_tiles"])
+@entry(do_not_specialize=["n_tokens", "width", "n_segments", "n_tiles"])
 def segments_kernel(
     a_ptr, x_ptr, products, ends, n_tokens, width, n_segments, n_tiles,
     REVERSE: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
@@ -75,12 +76,12 @@ def segments_kernel(
 
 def share_out(batch: int, length: int, blocks: int) -> tuple[int, int]:
     """Segments of each sequence, and tiles of each, from the shape alone."""
-    n_tiles = triton.cdiv(length, TILE)
+    n_tiles = -(-length // TILE)
     wanted = 1
     if 0 < batch * blocks < ENOUGH:
         wanted = max(1, min(PROGRAMS // (batch * blocks), length // SHORTEST_SEGMENT))
-    tiles = triton.cdiv(n_tiles, wanted)
-    return triton.cdiv(n_tiles, tiles), tiles
+    tiles = -(-n_tiles // wanted)
+    return -(-n_tiles // tiles), tiles
 
 
 def segment_maps(
@@ -91,7 +92,7 @@ def segment_maps(
     if n_segments == 1:
         return (x_BTD.new_empty(0, dtype=torch.float32),) * 2
     products, ends = (x_BTD.new_empty(batch, n_segments, width, dtype=torch.float32) for _ in range(2))
-    segments_kernel[(batch * (n_segments - 1) * triton.cdiv(width, channels),)](
+    segments_kernel[(batch * (n_segments - 1) * -(-width // channels),)](
         a_BTD, x_BTD, products, ends, length, width, n_segments, n_tiles,
         REVERSE=reverse, TILE=TILE, CHANNELS=channels, num_warps=1,
     )  # fmt: skip

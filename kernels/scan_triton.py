@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.scan_operator import TILE
 from kernels.scan_segments_triton import entering, segment_maps, share_out, then
 from kernels.selective_scan_triton import CHANNELS
@@ -29,7 +30,7 @@ def _place(width, n_segments, CHANNELS: tl.constexpr):
     return (rest // n_segments).to(tl.int64), rest % n_segments, channel_C
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def scan_forward(
     a_ptr, x_ptr, start_ptr, h_ptr, products, ends, n_tokens, width, n_segments, n_tiles,
     START: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
@@ -55,7 +56,7 @@ def scan_forward(
         h_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def scan_backward(
     dh_ptr, a_ptr, h_ptr, start_ptr, da_ptr, dx_ptr, dstart_ptr, products, ends, n_tokens, width, n_segments, n_tiles,
     START: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
@@ -93,7 +94,7 @@ def forward(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
     """States [B, T, D] in the dtype of x."""
     batch, length, width = x_BTD.shape
     h_BTD = x_BTD.new_empty(batch, length, width)
-    a_BTD, x_BTD, n_blocks = a_BTD.contiguous(), x_BTD.contiguous(), triton.cdiv(width, CHANNELS)
+    a_BTD, x_BTD, n_blocks = a_BTD.contiguous(), x_BTD.contiguous(), -(-width // CHANNELS)
     if h_BTD.numel():
         n_segments, n_tiles = share_out(batch, length, n_blocks)
         scan_forward[(batch * n_segments * n_blocks,)](
@@ -119,7 +120,7 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
     batch, length, width = h_BTD.shape
     da_BTD, dx_BTD = a_BTD.new_empty(batch, length, width), h_BTD.new_empty(batch, length, width)
     dstart_BD = h_BTD.new_empty(batch, width, dtype=torch.float32)
-    dh_BTD, a_BTD, n_blocks = dh_BTD.contiguous(), a_BTD.contiguous(), triton.cdiv(width, CHANNELS)
+    dh_BTD, a_BTD, n_blocks = dh_BTD.contiguous(), a_BTD.contiguous(), -(-width // CHANNELS)
     if h_BTD.numel():
         n_segments, n_tiles = share_out(batch, length, n_blocks)
         scan_backward[(batch * n_segments * n_blocks,)](

@@ -12,10 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, second_factor
+from kernels._entry import entry
+from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, polynomial, second_factor
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def query_kernel(
     q, k, v, entering, entering_norm, y, dy, scale, dq, shift,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -44,15 +45,20 @@ def query_kernel(
         tl.store(shift + token, shift_M, mask=m < length)
     dq_MK = tl.zeros([BM, BK], tl.float32)
     n = start // chunk
-    for first_key in tl.range(n * chunk, tl.minimum(start + BM, length), BN, num_stages=STAGES):
+    if not NORM:
+        scale_M, shift_M = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
+    for first_key in tl.range(n * chunk, start, BN, num_stages=STAGES):
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * K**-0.5
-        dp_MN = tl.dot(dy_MV, tl.trans(v_NV), input_precision=PRECISION)
-        if NORM:
-            dp_MN = dp_MN * scale_M[:, None] + shift_M[:, None]
-        ds_MN = tl.where(m[:, None] >= t[None, :], dp_MN * (1.0 + s_MN), 0.0)
+        ds_MN = _score_gradient(q_MK, k_NK, dy_MV, v_NV, scale_M, shift_M, K, NORM, PRECISION)
+        dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
+    for first_key in tl.range(start, tl.minimum(start + BM, length), BN, num_stages=1):
+        t = first_key + tl.arange(0, BN)
+        k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
+        v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
+        ds_MN = _score_gradient(q_MK, k_NK, dy_MV, v_NV, scale_M, shift_M, K, NORM, PRECISION)
+        ds_MN = tl.where(m[:, None] >= t[None, :], ds_MN, 0.0)
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_MK = dq_MK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
@@ -71,6 +77,18 @@ def query_kernel(
 
 
 @triton.jit
+def _score_gradient(
+    q_MK, k_NK, dy_MV, v_NV, scale_M, shift_M, K: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Gradient of the scores of a tile that is wholly in the past."""
+    s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
+    dp_MN = tl.dot(dy_MV, tl.trans(v_NV), input_precision=PRECISION)
+    if NORM:
+        dp_MN = dp_MN * scale_M[:, None] + shift_M[:, None]
+    return dp_MN * (s_MN * K**-0.5 + 1.0)
+
+
+@triton.jit
 def _through_features(dphi_MF, first_MF, second_MF, dx_MK, i, f, K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of x plus the one that a tile of monomials of x, with their two factors, sends back to x."""
     to_first_MF, to_second_MF = (dphi_MF * second_MF).to(WIDE), (dphi_MF * first_MF).to(WIDE)
@@ -78,7 +96,31 @@ def _through_features(dphi_MF, first_MF, second_MF, dx_MK, i, f, K: tl.constexpr
     return tl.dot(to_second_MF, second_factor(i[None, :], f[:, None], K, WIDE), dx_MK, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _queries_back(
+    q, dy, scale, shift, k_NK, v_NV, dk_NK, dv_NV, m, t, i, e, q_t, dy_t, length, heads,
+    K: tl.constexpr, V: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what a tile of queries passes back to keys and values; MASKED if some keys come after some queries."""
+    q_MK = load_tile(q, q_t, m, i, length, K).to(DOT)
+    dy_MV = load_tile(dy, dy_t, m, e, length, V).to(DOT)
+    s_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION)
+    dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
+    p_NM = polynomial(s_NM, K)
+    if NORM:
+        scale_M = tl.load(scale + m.to(tl.int64) * heads, mask=m < length, other=0.0)
+        shift_M = tl.load(shift + m.to(tl.int64) * heads, mask=m < length, other=0.0)
+        p_NM = p_NM * scale_M[None, :]
+        dp_NM = dp_NM * scale_M[None, :] + shift_M[None, :]
+    ds_NM = dp_NM * (s_NM * K**-0.5 + 1.0)
+    if MASKED:
+        seen = t[:, None] <= m[None, :]
+        p_NM, ds_NM = tl.where(seen, p_NM, 0.0), tl.where(seen, ds_NM, 0.0)
+    dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
+    return tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION), dv_NV
+
+
+@entry(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -106,22 +148,18 @@ def key_kernel(
     dk_NK = tl.zeros([BN, BK], tl.float32)
     dv_NV = tl.zeros([BN, BV], tl.float32)
     n = start // chunk
-    for first_query in tl.range(start, tl.minimum((n + 1) * chunk, length), BM, num_stages=STAGES):
+    for first_query in tl.range(start, tl.minimum(start + BN, length), BM, num_stages=1):
         m = first_query + tl.arange(0, BM)
-        q_MK = load_tile(q, q_t * UNIT, m, i, length, K).to(DOT)
-        dy_MV = load_tile(dy, dy_t * UNIT, m, e, length, V).to(DOT)
-        s_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * K**-0.5
-        dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
-        seen = t[:, None] <= m[None, :]
-        p_NM = tl.where(seen, (0.5 * s_NM + 1.0) * s_NM + 1.0, 0.0)
-        if NORM:
-            scale_M = tl.load(scale + scalar + m.to(tl.int64) * heads, mask=m < length, other=0.0)
-            shift_M = tl.load(shift + scalar + m.to(tl.int64) * heads, mask=m < length, other=0.0)
-            p_NM = p_NM * scale_M[None, :]
-            dp_NM = dp_NM * scale_M[None, :] + shift_M[None, :]
-        dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
-        ds_NM = tl.where(seen, dp_NM * (1.0 + s_NM), 0.0)
-        dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
+        dk_NK, dv_NV = _queries_back(
+            q, dy, scale + scalar, shift + scalar, k_NK, v_NV, dk_NK, dv_NV, m, t, i, e, q_t * UNIT, dy_t * UNIT, length, heads,
+            K, V, True, NORM, DOT, PRECISION,
+        )  # fmt: skip
+    for first_query in tl.range(start + BN, tl.minimum((n + 1) * chunk, length), BM, num_stages=STAGES):
+        m = first_query + tl.arange(0, BM)
+        dk_NK, dv_NV = _queries_back(
+            q, dy, scale + scalar, shift + scalar, k_NK, v_NV, dk_NK, dv_NV, m, t, i, e, q_t * UNIT, dy_t * UNIT, length, heads,
+            K, V, False, NORM, DOT, PRECISION,
+        )  # fmt: skip
     dk_NK = dk_NK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
     for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=1):

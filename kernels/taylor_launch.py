@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
+from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
@@ -93,7 +93,7 @@ class _Call(NamedTuple):
     def constants(self) -> dict[str, object]:
         """Compile-time arguments of every kernel with matrix products."""
         types = {"DOT": _triton_dtype(self.dot), "WIDE": _triton_dtype(self.wide), "PRECISION": _precision(self.dot)}
-        return {"K": self.k_dim, "V": self.v_dim, "BK": product_width(self.k_dim, self.dot), **types}
+        return {"K": self.k_dim, "V": self.v_dim, "BK": padded(self.k_dim), **types}
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:

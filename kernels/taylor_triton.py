@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
+
 # Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("x", "c", "q", "k", "v", "dy") for axis in "bth")
 COUNTS = ("length", "heads", "chunk", "chunks", "first_chunk", "some_chunks", "all_chunks", "low", "high")
@@ -65,6 +67,12 @@ def factors(x_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def polynomial(score, K: tl.constexpr):
+    """1 + s + s^2 / 2 of s = score / sqrt(K), in two multiply-adds."""
+    return (score * (0.5 / K) + K**-0.5) * score + 1.0
+
+
+@triton.jit
 def weights(f, K: tl.constexpr):
     """Weight of a row: 1 + s + s^2 / 2 = sum_f weight_f monomial_f(q) monomial_f(k)."""
     shift = f // K - 1
@@ -72,7 +80,7 @@ def weights(f, K: tl.constexpr):
     return tl.where(f < K, K**-0.5, tl.where(f < K * (K // 2 + 2), pair, 1.0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def state_kernel(
     x, c, scale, shift, sums, norms,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
@@ -148,7 +156,7 @@ def _scan(
         tl.store(last + head_index * SIZE + element, carry, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def scan_kernel(
     sums, norms, first, first_norm, entering, entering_norm, last, last_norm,
     all_chunks: tl.int32, low: tl.int32, high: tl.int32,
@@ -177,7 +185,7 @@ def scan_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, entering, entering_norm, y, scale,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -209,16 +217,15 @@ def forward_kernel(
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * K**-0.5
-        p_MN = (0.5 * s_MN + 1.0) * s_MN + 1.0
+        p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     for first_key in tl.range(start, tl.minimum(start + BM, length), BN, num_stages=1):
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * K**-0.5
-        p_MN = tl.where(m[:, None] >= t[None, :], (0.5 * s_MN + 1.0) * s_MN + 1.0, 0.0)
+        p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
+        p_MN = tl.where(m[:, None] >= t[None, :], p_MN, 0.0)
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS

@@ -1,8 +1,7 @@
-"""Launches the kernels of the recurrence with a decay per key channel on torch tensors: configurations and allocations.
+"""Launches the kernels of the recurrence with a decay per key channel on torch tensors: strides and allocations.
 
-Forward is `prepare_kernel` for all chunks, `solve_kernel` with the delta rule, and `walk_kernel` for outputs. Backward prepares
-again, walks again for the states between chunks, walks in reverse, and ends with `gradient_kernel` for all chunks, so that
-nothing but the inputs is kept.
+Forward is `prepare_kernel` for all chunks and `walk_kernel`; backward `reverse_kernel`, and `gradient_kernel` for all chunks.
+What the backward pass reads again is kept: scores and couplings, and the states and errors of the forward walk.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """
@@ -14,103 +13,61 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.walk import _dot_dtype, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
+from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 
 
-class Tile(NamedTuple):
-    """How one kernel is compiled.
-
-    Args:
-        width: channels or values that a program takes at once.
-        warps: warps of a program.
-        stages: depth of its software pipeline.
-        registers: most registers of a thread, or None for the compiler's choice.
-    """
-
-    width: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    def options(self) -> dict[str, int | None]:
-        """Launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-
-
-class Config(NamedTuple):
-    """How the kernels are compiled.
+class Kept(NamedTuple):
+    """What the backward pass reads again; errors and states are empty if it will not run, couplings without the delta rule.
 
     Args:
-        chunk: tokens of a chunk.
-        prepare: of the preparation.
-        solve: of the triangular systems.
-        walk: of both walks; the width is that of the state's columns.
-        pairs: of the gradients of scores.
-        gradient: of those of queries and keys.
+        rough: int32 [B, H, N], whether the decays of a chunk are too strong for products about its middle.
+        factors: of rows of the state [B, H, N, 2, KP], see `kernels.vector_gate_middle`.
+        reads: Q' [B, H, N, C, KP], see `kernels.vector_gate_prepare`.
+        writes: W [B, H, N, C, KP].
+        erases: K' [B, H, N, C, KP].
+        scores: P [B, H, N, C, C].
+        couplings: H [B, H, N, C, C].
+        states: S_m of each chunk [B, H, N, KP, VP].
+        errors: E [B, T, H, V].
     """
 
-    chunk: int
-    prepare: Tile
-    solve: Tile
-    walk: Tile
-    pairs: Tile
-    gradient: Tile
-
-
-# By the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
-SIXTEEN_BIT = {
-    64: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 1), Tile(64, 8, 1)),
-    128: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 1), Tile(64, 8, 1)),
-    256: Config(64, Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 4, 1), Tile(64, 8, 1)),
-}
-FP32 = {
-    64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-    128: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-    256: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-}
-
-
-def config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
-    """The shipped configuration."""
-    table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
-    return next(found for limit, found in table.items() if max(k_dim, v_dim) <= limit)
-
-
-def tile_width(width: int, dtype: torch.dtype) -> int:
-    """The width that tiles have on chip: a power of two, in 16 bit at least 64.
-
-    Narrower tiles ended in illegal memory accesses with ptxas 12.8, which Triton 3.6 ships (its issues 10486 and 11366).
-    """
-    return max(padded(width), 16 if dtype == torch.float32 else 64)
-
-
-def solve_precision(dtype: torch.dtype) -> str:
-    """Products of the triangular inverse: TF32 has the mantissa of fp16 and the range that keys of any length need."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def gentle_limit(dtype: torch.dtype) -> float:
-    """Exponent of 2 up to which the middle of a chunk serves all its tokens; factors in fp16 would overflow early."""
-    return 0.0 if dtype == torch.float16 else 60.0
-
-
-def gate_terms(dtype: torch.dtype, gate_dtype: torch.dtype) -> int:
-    """How many bf16 terms stand for a log decay in its sums: 2^-17 of it is lost with two; 0 for sums in fp32."""
-    if dtype == torch.float32:
-        return 0
-    return 1 if gate_dtype == torch.bfloat16 else 2
-
-
-class Prepared(NamedTuple):
-    """What `prepare_kernel` and `solve_kernel` write; see there."""
-
+    rough: Tensor
+    factors: Tensor
     reads: Tensor
     writes: Tensor
-    carry: Tensor
-    scores: Tensor
     erases: Tensor
-    targets: Tensor
-    inverses: Tensor
+    scores: Tensor
+    couplings: Tensor
+    states: Tensor
+    errors: Tensor
+
+
+class Segments(NamedTuple):
+    """How many segments a head has, and of how many chunks each is."""
+
+    number: int
+    chunks: int
+
+
+def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, keep: bool) -> Kept:
+    """Unwritten tensors of the sizes that `forward` returns."""
+    batch, length, heads, v_dim = v_BTHV.shape
+    dtype = _dot_dtype(q_BTHK, k_BTHK, v_BTHV)
+    chunk = config(k_BTHK.shape[3], v_dim, dtype, delta=delta).chunk
+    wide_k, wide_v = (tile_width(width, dtype) for width in (k_BTHK.shape[3], v_dim))
+    blocks = (batch, heads, -(-length // chunk))
+    return Kept(
+        v_BTHV.new_empty(blocks, dtype=torch.int32),
+        v_BTHV.new_empty(*blocks, 2, wide_k, dtype=torch.float32),
+        v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
+        v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
+        v_BTHV.new_empty((*blocks, chunk, wide_k) if delta else 0, dtype=dtype),
+        v_BTHV.new_empty(*blocks, chunk, chunk, dtype=dtype),
+        v_BTHV.new_empty((*blocks, chunk, chunk) if delta else 0, dtype=dtype),
+        v_BTHV.new_empty((*blocks, wide_k, wide_v) if keep else 0, dtype=dtype),
+        v_BTHV.new_empty(v_BTHV.shape if keep and delta else 0, dtype=dtype),
+    )
 
 
 class Call:
@@ -119,11 +76,12 @@ class Call:
     Args:
         q_BTHK: queries.
         k_BTHK: keys.
-        v_BTHV: values.
+        v_BTHV: values, or what has their shape and the dtype of the outputs.
         log_decay_BTHK: log decays.
         beta_BTH: write strengths of the delta rule, or None.
         erase_BTHK: keys of the erasure, or None for those of the writes.
         state_BHKV: S_0 in fp32, or None.
+        kept: what the kernels pass on.
     """
 
     def __init__(
@@ -135,134 +93,139 @@ class Call:
         beta_BTH: Tensor | None,
         erase_BTHK: Tensor | None,
         state_BHKV: Tensor | None,
+        kept: Kept,
     ) -> None:
-        self.q, self.k, self.gate, self.erase = q_BTHK, k_BTHK, log_decay_BTHK, erase_BTHK
+        self.q, self.k, self.gate, self.erase, self.kept = q_BTHK, k_BTHK, log_decay_BTHK, erase_BTHK, kept
         self.batch, self.length, self.heads, self.v_dim = v_BTHV.shape
-        self.k_dim = k_BTHK.shape[3]
-        self.v, self.beta = v_BTHV, v_BTHV if beta_BTH is None else beta_BTH.contiguous()
+        self.beta = v_BTHV if beta_BTH is None else beta_BTH.contiguous()
         self.first = v_BTHV if state_BHKV is None else state_BHKV.contiguous()
         self.has_first, self.delta = state_BHKV is not None, beta_BTH is not None
-        self.dtype = _dot_dtype(q_BTHK, k_BTHK, v_BTHV)
-        self.config = config(self.k_dim, self.v_dim, self.dtype)
-        self.chunks = -(-self.length // self.config.chunk)
-        self.blocks = self.batch * self.heads * self.chunks
-        self.levels = self.config.chunk.bit_length() - 1
+        self.dtype, self.k_dim = kept.scores.dtype, k_BTHK.shape[3]
+        self.config = config(self.k_dim, self.v_dim, self.dtype, delta=self.delta)
+        self.blocks = kept.rough.numel()
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
-        self.tile = min(self.config.walk.width, self.wide_v)
-        self.tiles = -(-self.v_dim // self.tile)
+        self.v = v_BTHV
+        self.keys = (*_narrow(self.dtype, q_BTHK, k_BTHK, k_BTHK if erase_BTHK is None else erase_BTHK), log_decay_BTHK)
         self.flags = {
-            "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DOT": _triton_dtype(self.dtype),
+            "K": self.k_dim, "KP": self.wide_k, "C": self.config.chunk, "DELTA": self.delta, "DOT": _triton_dtype(self.dtype),
             "PRECISION": _precision(self.dtype),
         }  # fmt: skip
-        self.tree_flags = {
-            "OWN": self.erase is not None,
-            "LEVELS": self.levels,
-            "GENTLE": gentle_limit(self.dtype),
+        self.gate_flags = {
+            "OWN": erase_BTHK is not None,
             "TERMS": gate_terms(self.dtype, log_decay_BTHK.dtype),
+            "LEVELS": self.config.chunk.bit_length() - 1,
         }
 
-    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Fresh memory in the dtype of the tensor cores, or another one."""
-        return self.v.new_empty(shape, dtype=dtype or self.dtype)
-
-    def prepare(self, *, save: bool) -> Prepared:
-        """Runs `prepare_kernel`, and with the delta rule `solve_kernel`; the inverses are written if `save`."""
+    def prepare(self) -> None:
+        """Runs `prepare_kernel`."""
         from kernels.vector_gate_prepare import prepare_kernel
 
-        chunk, wide, tile = self.config.chunk, self.wide_k, self.config.prepare
-        rows, square = (self.blocks, chunk, wide), (self.blocks, chunk, chunk)
-        reads, writes = self.scratch(*rows), self.scratch(*rows)
-        carry = self.scratch(self.blocks, wide, dtype=torch.float32)
-        scores, erases = self.scratch(*square), self.scratch(*rows if self.delta else (0,))
-        inner = self.scratch(*square if self.delta else (0,), dtype=torch.float32)
-        (q, k, f, gate), strides, unit = _rows(self.q, self.k, self.k if self.erase is None else self.erase, self.gate)
-        prepare_kernel[(self.blocks,)](
-            q, k, f, gate, reads, writes, carry, scores, erases, inner, *strides, self.length, self.heads,
-            **self.flags, **self.tree_flags, DELTA=self.delta, BK=min(tile.width, wide), UNIT=unit, **tile.options(),
-        )  # fmt: skip
-        targets, inverses = self._solve(inner, erases, save=save) if self.delta else (self.v, inner)
-        return Prepared(reads, writes, carry, scores, erases, targets, inverses)
+        kept = self.kept
+        rows, strides, unit = _rows(*self.keys)
+        for tree, tile in ((False, self.config.prepare), (True, self.config.rough)):
+            prepare_kernel[(self.blocks,)](
+                *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
+                **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
+                TREE=tree, SOLVE=solve_precision(self.dtype), **tile.options(),
+            )  # fmt: skip
 
-    def _solve(self, inner: Tensor, erases: Tensor, *, save: bool) -> tuple[Tensor, Tensor]:
-        """Runs `solve_kernel`: targets and inverses; erases change in place."""
-        from kernels.vector_gate_solve import solve_kernel
-
-        tile = self.config.solve
-        targets, inverses = self.scratch(*self.v.shape), self.scratch(*inner.shape if save else (0,))
-        (v,), strides, unit = _rows(self.v)
-        solve_kernel[(self.blocks,)](
-            inner, self.beta, v, erases, targets, inverses, *strides, self.length, self.heads, **self.flags,
-            V=self.v_dim, BK=min(tile.width, self.wide_k), BV=min(tile.width, self.wide_v), UNIT=unit, LEVELS=self.levels,
-            SAVE=save, SOLVE=solve_precision(self.dtype), **tile.options(),
-        )  # fmt: skip
-        return targets, inverses
-
-    def walk(self, made: Prepared, *, out: bool, return_state: bool) -> tuple[Tensor, ...]:
-        """Runs `walk_kernel`: outputs and the final state, or states between chunks and errors."""
+    def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
+        """Runs `walk_kernel`: outputs and the final state."""
         from kernels.vector_gate_walk import walk_kernel
 
-        (v,), strides, unit = _rows(made.targets)
-        o = torch.empty_like(self.v, memory_format=torch.contiguous_format) if out else v
+        kept, tile = self.kept, self.config.walk
+        (v,), strides, unit = _rows(*_narrow(self.dtype, self.v))
+        tiles, segments = self._tiles(tile), self._segments(tile)
+        o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
-        states = self.scratch(*(0,) if out else (self.blocks, self.wide_k, self.wide_v))
-        errors = v if out or not self.delta else self.scratch(*self.v.shape)
-        walk_kernel[(self.batch * self.heads * self.tiles,)](
-            made.reads, made.writes, made.carry, made.scores, made.erases, v, self.beta, self.first, o, last, states, errors,
-            *strides, self.length, self.heads, **self.flags,
-            DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first,
-            LAST=return_state, OUT=out, STAGES=self.config.walk.stages, **self.config.walk.options(),
-        )  # fmt: skip
-        return (o, last) if out else (states, errors)
 
-    def reverse(self, made: Prepared, errors: Tensor, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, ...]:
-        """Runs `reverse_kernel`: gradients of v, of beta in tiles, of the first state, and of the states between chunks."""
+        def launch(first: Tensor, last: Tensor, decays: Tensor, **flags: bool) -> None:
+            walk_kernel[(self.batch * self.heads * segments.number * tiles,)](
+                *kept[1:7], v, self.beta, first, o, last, kept.states, kept.errors, decays,
+                *strides, self.length, self.heads, *segments, **self.flags, **self._walking(tile), UNIT=unit, **flags,
+            )  # fmt: skip
+
+        first = self.first
+        if segments.number > 1:
+            first, decays = self._sums(segments.number)
+            launch(self.first, first, decays, FIRST=False, LAST=False, KEEP=False, OUT=False)
+            self._join(first, decays, self.first if self.has_first else None, reverse=False)
+        launch(first, last, last, FIRST=self.has_first or segments.number > 1, LAST=return_state, KEEP=keep, OUT=True)
+        return o, last
+
+    def reverse(self, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Runs `reverse_kernel`: gradients of v, of beta in tiles, of the first state, and of the states of chunks."""
         from kernels.vector_gate_walk import reverse_kernel
 
-        (do,), strides, unit = _rows(do)
+        kept, tile = self.kept, self.config.reverse
+        (do,), strides, unit = _rows(*_narrow(self.dtype, do))
+        tiles, segments = self._tiles(tile), self._segments(tile)
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        dbeta = self.scratch(*(self.tiles, *self.v.shape[:3]) if self.delta else (0,), dtype=torch.float32)
+        dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
-        dstates = self.scratch(self.blocks, self.wide_k, self.wide_v)
-        reverse_kernel[(self.batch * self.heads * self.tiles,)](
-            made.reads, made.writes, made.carry, made.scores, made.erases, made.inverses, errors, self.beta, do,
-            do if dlast is None else dlast.float().contiguous(), dv, dbeta, dfirst, dstates,
-            *strides, self.length, self.batch, self.heads, **self.flags,
-            DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BV=self.tile, UNIT=unit, FIRST=self.has_first, DLAST=dlast is not None,
-            STAGES=self.config.walk.stages, **self.config.walk.options(),
-        )  # fmt: skip
+        dstates = torch.empty_like(kept.states)
+
+        def launch(dlast: Tensor, dfirst: Tensor, decays: Tensor, **flags: bool) -> None:
+            reverse_kernel[(self.batch * self.heads * segments.number * tiles,)](
+                *kept[1:7], kept.errors, do, self.beta, dlast, dv, dbeta, dfirst, dstates, decays,
+                *strides, self.length, self.batch, self.heads, *segments, **self.flags, **self._walking(tile), UNIT=unit, **flags,
+            )  # fmt: skip
+
+        given = None if dlast is None else dlast.float().contiguous()
+        behind = do if given is None else given
+        if segments.number > 1:
+            behind, decays = self._sums(segments.number)
+            launch(do, behind, decays, FIRST=False, DLAST=False, OUT=False)
+            self._join(behind, decays, given, reverse=True)
+        launch(behind, dfirst, dfirst, FIRST=self.has_first, DLAST=given is not None or segments.number > 1, OUT=True)
         return dv, dbeta, dfirst, dstates
 
-    def gradients(self, errors: Tensor, do: Tensor, dv: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
+    def _walking(self, tile: Tile) -> dict[str, int | None]:
+        """Compile-time arguments and options of a walk."""
+        return {"V": self.v_dim, "VP": self.wide_v, "BV": min(tile.width, self.wide_v), "STAGES": tile.stages} | tile.options()
+
+    def _tiles(self, tile: Tile) -> int:
+        """Programs of a walk that share a head."""
+        return -(-self.v_dim // min(tile.width, self.wide_v))
+
+    def _segments(self, tile: Tile) -> Segments:
+        """Into how much a walk of one head is split; two or three segments would not pay for the first walk."""
+        chunks = self.blocks // (self.batch * self.heads)
+        number = min(PROGRAMS // (self.batch * self.heads * self._tiles(tile)), chunks // SEGMENT)
+        per = chunks if self.delta or number < 4 else -(-chunks // number)
+        return Segments(-(-chunks // per), per)
+
+    def _sums(self, segments: int) -> tuple[Tensor, Tensor]:
+        """Memory for what segments add to a state, and their decays."""
+        heads = (self.batch, self.heads, segments)
+        return tuple(self.v.new_empty(*heads, *more, dtype=torch.float32) for more in ((self.k_dim, self.v_dim), (self.wide_k,)))
+
+    def _join(self, sums: Tensor, decays: Tensor, first: Tensor | None, *, reverse: bool) -> None:
+        """Runs `join_kernel`."""
+        from kernels.vector_gate_walk import join_kernel
+
+        block = 1024
+        join_kernel[(self.batch * self.heads * -(-self.k_dim * self.v_dim // block),)](
+            sums, decays, sums if first is None else first, sums.shape[2],
+            K=self.k_dim, V=self.v_dim, KP=self.wide_k, BLOCK=block, FIRST=first is not None, REVERSE=reverse, num_warps=4,
+        )  # fmt: skip
+
+    def gradients(self, do: Tensor, dv: Tensor, dstates: Tensor) -> tuple[Tensor, ...]:
         """Runs `gradient_kernel`: gradients of q, k, the keys of the erasure and the log decays."""
         from kernels.vector_gate_gradient import gradient_kernel
 
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        erase = self.k if self.erase is None else self.erase
-        (q, k, u, f, gate, do), strides, unit = _rows(self.q, self.k, errors, erase, self.gate, do)
-        dscores, dinner = self._pairs(errors, do, dv)
-        tile = self.config.gradient
-        part_k, part_v = min(tile.width, self.wide_k), min(tile.width, self.wide_v)
-        gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-            q, k, u, f, gate, self.beta, do, dv, states, dstates, dscores, dinner, *found,
-            *strides, self.length, self.heads, **self.flags,
-            **self.tree_flags, DELTA=self.delta, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v, UNIT=unit, **tile.options(),
-        )  # fmt: skip
+        kept = self.kept
+        rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
+        for tree, tile in ((False, self.config.gradient), (True, self.config.rough)):
+            part_k = min(tile.width, self.wide_k)
+            gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
+                *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
+                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
+                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
+            )  # fmt: skip
         return found
-
-    def _pairs(self, errors: Tensor, do: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs `pairs_kernel`: gradients of P and M."""
-        from kernels.vector_gate_pairs import pairs_kernel
-
-        tile, square = self.config.pairs, (self.blocks, self.config.chunk, self.config.chunk)
-        dscores, dinner = self.scratch(*square), self.scratch(*square if self.delta else (0,))
-        (u, do), strides, unit = _rows(errors, do)
-        pairs_kernel[(self.blocks,)](
-            u, self.beta, do, dv, dscores, dinner, *strides, self.length, self.heads,
-            V=self.v_dim, BV=min(tile.width, self.wide_v), UNIT=unit, C=self.config.chunk, DELTA=self.delta,
-            DOT=self.flags["DOT"], PRECISION=self.flags["PRECISION"], **tile.options(),
-        )  # fmt: skip
-        return dscores, dinner
 
 
 def forward(
@@ -275,7 +238,8 @@ def forward(
     state_BHKV: Tensor | None,
     *,
     return_state: bool,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Kept]:
     """The recurrence of `kernels.reference` with a vector decay.
 
     Args:
@@ -283,18 +247,21 @@ def forward(
         k_BTHK: keys.
         v_BTHV: values.
         log_decay_BTHK: natural log of the decays, <= 0.
-        beta_BTH: write strengths of the delta rule, or None for no erasure and unit writes.
+        beta_BTH: write strengths, or None for no erasure and unit writes.
         erase_BTHK: with beta, keys f of the erasure, which then reads before the decay of its own token,
             S_t = Diag(decay_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T f_t)^T; None for the delta rule itself.
         state_BHKV: S_0 in fp32, or None for zero.
         return_state: whether the final state is wanted.
+        keep: whether `backward` will run.
 
     Returns:
-        The outputs [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in fp32, or an empty tensor.
+        The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and what
+        `backward` needs.
     """
-    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV)
-    o, last = call.walk(call.prepare(save=False), out=True, return_state=return_state)
-    return o, last
+    kept = kept_like(q_BTHK, k_BTHK, v_BTHV, delta=beta_BTH is not None, keep=keep)
+    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV, kept)
+    call.prepare()
+    return *call.walk(return_state=return_state, keep=keep), kept
 
 
 def backward(
@@ -305,6 +272,7 @@ def backward(
     beta_BTH: Tensor | None,
     erase_BTHK: Tensor | None,
     state_BHKV: Tensor | None,
+    kept: Kept,
     do_BTHV: Tensor,
     dfinal_BHKV: Tensor | None,
 ) -> tuple[Tensor, ...]:
@@ -318,15 +286,14 @@ def backward(
         beta_BTH: write strengths.
         erase_BTHK: keys of the erasure.
         state_BHKV: S_0.
+        kept: what `forward` kept.
         do_BTHV: gradient of the outputs.
         dfinal_BHKV: gradient of the final state, or None for zero.
 
     Returns:
         Gradients of q, k, v, log_decay, beta, erase and state in their dtypes, empty where those are None.
     """
-    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV)
-    made = call.prepare(save=True)
-    states, errors = call.walk(made, out=False, return_state=False)
-    dv, dbeta, dfirst, dstates = call.reverse(made, errors, do_BTHV, dfinal_BHKV)
-    dq, dk, derase, dgate = call.gradients(errors, do_BTHV, dv, states, dstates)
+    call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV, kept)
+    dv, dbeta, dfirst, dstates = call.reverse(do_BTHV, dfinal_BHKV)
+    dq, dk, derase, dgate = call.gradients(do_BTHV, dv, dstates)
     return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), derase, dfirst

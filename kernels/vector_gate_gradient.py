@@ -1,13 +1,21 @@
 """Gradients of queries, keys and log decays, for all chunks at once.
 
-With S the state that enters a chunk, dS the gradient of the one that leaves it, U the values written (V, or beta E), dV
-those of `kernels.vector_gate_walk` and dP and dM those of `kernels.vector_gate_pairs`:
+With S_m the state of a chunk and dS_m its gradient, both about the middle (`kernels.vector_gate_walk`), U the values written
+(V, or beta E) and dV those of the reverse walk, P and M pass on dP = tril(dO U^T) and dM = -tril(dV U^T, -1), and
 
-    dQ' = dO S^T,  dW = U dS^T,  dK' = -dV S^T      (K' here is K exp(G))
+    dQ' = dO S_m^T + dP W,    dK' = -dV S_m^T + dM W,    dW = U dS_m^T + dP^T Q' + dM^T K'
 
-dP and dM are passed on to q and k along the tree of `kernels.vector_gate_tree`. A log decay of token t is part of every G_i
-with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to token i less k dk of what is read from
-there. What a token reads of itself has no decay, and stays out of those differences.
+A rough chunk passes dP and dM on along the tree of `kernels.vector_gate_tree` instead. All this is computed with channels as
+rows: sums over tokens stay in a thread's row, and dP and dM are right operands, plain and transposed. As left ones they would be
+products of their own: on Hopper, Triton 3.4 to 3.7 miscompile a product whose left operand is a transposed accumulator.
+
+A log decay of token t is part of every G_i with i >= t of its chunk and of G_C, and G_i has the gradient q dq of what reads up to
+token i less k dk of what is read from there; what the state behind the chunk gets from token j passes the decays after j. With
+x = W o U dS_m^T and y = Q' o dQ' + K' o dK' - W o (dP^T Q' + dM^T K'),
+
+    dg_t = sum_{j < t} x_j + sum_{i >= t} y_i + rowsum(carry S_m o dS_m)
+
+No sum runs over the sequence.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """
@@ -17,123 +25,120 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.vector_gate_pairs import load_written
-from kernels.vector_gate_rows import load_beta, load_rows, store_rows
-from kernels.vector_gate_tree import (
-    decay_exponents,
-    gentle,
-    in_terms,
-    late_half,
-    paired,
-    past_from_middle,
-    past_to_boundary,
-    range_sums,
-    to_boundary,
-)
+from kernels._entry import entry
+from kernels.vector_gate_middle import load_factors, load_gates, reads_and_writes
+from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows, store_rows
+from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, range_sums, to_boundary
 
 
 @triton.jit
-def _through_states(
-    do, do_stride, u, u_stride, dv, states, dstates, beta_C, i_C, d_K, left,
+def _over_values(
+    do, do_t, u, u_t, dv, dv_t, states, dstates, beta_C, i_C, token_C, d_K, left,
     V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over values: dQ', dW, dK' [C, BK], and the rows of S dS [BK]."""
-    dread_CK, dwrite_CK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    dkey_CK = tl.zeros([C, BK], tl.float32)
+    """Sums over values: S_m dO^T, dS_m U^T, -S_m dV^T [BK, C], rows of S_m o dS_m [BK], dP and dM [C, C]."""
+    dread_KC, dwrite_KC, derase_KC = tl.zeros([BK, C], tl.float32), tl.zeros([BK, C], tl.float32), tl.zeros([BK, C], tl.float32)
+    dp_CC, dm_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     both_K = tl.zeros([BK], tl.float32)
-    for first in range(0, V, BV):
+    for first in tl.range(0, V, BV, num_stages=STAGES):
         cols = first + tl.arange(0, BV)
         known = (cols < V)[None, :]
-        do_CV = load_rows(do, do_stride, i_C, cols, left, V, DOT)
-        u_CV = load_written(u, u_stride, beta_C, i_C, cols, left, V, DELTA, DOT)
+        do_CV = load_rows(do, do_t, i_C, cols, left, V, DOT)
+        u_CV = load_rows(u, u_t, i_C, cols, left, V, DOT)
         state_KV = tl.load(states + (d_K[:, None] * VP + cols[None, :]), mask=known, other=0.0)
         dstate_KV = tl.load(dstates + (d_K[:, None] * VP + cols[None, :]), mask=known, other=0.0)
-        dread_CK = tl.dot(do_CV, tl.trans(state_KV), dread_CK, input_precision=PRECISION)
-        dwrite_CK = tl.dot(u_CV, tl.trans(dstate_KV), dwrite_CK, input_precision=PRECISION)
+        if DELTA:
+            u_CV = (u_CV * beta_C[:, None]).to(DOT)
+        dread_KC = tl.dot(state_KV, tl.trans(do_CV), dread_KC, input_precision=PRECISION)
+        dwrite_KC = tl.dot(dstate_KV, tl.trans(u_CV), dwrite_KC, input_precision=PRECISION)
+        dp_CC = tl.dot(do_CV, tl.trans(u_CV), dp_CC, input_precision=PRECISION)
         both_K += tl.sum(state_KV.to(tl.float32) * dstate_KV.to(tl.float32), 1)
         if DELTA:
-            dv_CV = load_rows(dv, u_stride, i_C, cols, left, V, DOT)
-            dkey_CK = tl.dot(dv_CV, tl.trans(state_KV), dkey_CK, input_precision=PRECISION)
-    return dread_CK, dwrite_CK, -dkey_CK, both_K
+            dv_CV = load_rows(dv, dv_t, i_C, cols, left, V, DOT)
+            derase_KC = tl.dot(state_KV, tl.trans(dv_CV), derase_KC, input_precision=PRECISION)
+            dm_CC = tl.dot(dv_CV, tl.trans(u_CV), dm_CC, input_precision=PRECISION)
+    dp_CC = tl.where(token_C[:, None] >= token_C[None, :], dp_CC, 0.0)
+    dm_CC = tl.where(token_C[:, None] > token_C[None, :], -dm_CC, 0.0)
+    return dread_KC, dwrite_KC, -derase_KC, both_K, dp_CC, dm_CC.to(DOT)
+
+
+@triton.jit
+def _decays(
+    gate, gate_t, i_C, token_C, d_K, left,
+    K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr,
+):  # fmt: skip
+    """Decays [K, C] of reads, writes and erasures, and the log decays."""
+    gate_KC = tl.trans(load_gates(gate, gate_t, i_C, d_K, left, K, TERMS))
+    since_KC, until_KC = reads_and_writes(gate_KC, token_C, C, TERMS, TREE, True)
+    past_KC = since_KC
+    if OWN:
+        past_KC = since_KC - gate_KC * LOG2_E
+    return tl.exp2(since_KC), tl.exp2(until_KC), tl.exp2(past_KC), gate_KC
 
 
 @triton.jit
 def _through_middle(
-    q_CK, k_CK, f_CK, to_middle_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C, C: tl.constexpr,
-    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, by_key_CK,
+    DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what P and M pass on where all decays are gentle."""
-    from_middle_CK = tl.where(late_half(i_C, LEVELS)[:, None], to_middle_CK, -to_middle_CK)
-    late_CK, early_CK = tl.exp2(from_middle_CK), tl.exp2(-from_middle_CK)
-    kd_CK, qd_CK = (k_CK * early_CK).to(DOT), (q_CK * late_CK).to(DOT)
-    below_CC = i_C[:, None] > i_C[None, :]
-    above_CC = i_C[:, None] < i_C[None, :]
-    dq_CK += tl.dot(tl.where(below_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
-    col_CK = tl.dot(tl.where(above_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
+    """Gradients of Q', W and K' of a gentle chunk; x and y, and the part of y that is from K'."""
+    qd_KC, kd_KC = tl.trans(tl.load(reads + by_key_CK)), tl.trans(tl.load(writes + by_key_CK))
+    dp_CC = dp_CC.to(DOT)
+    dread_KC = tl.dot(kd_KC, tl.trans(dp_CC), dread_KC, input_precision=PRECISION)
+    back_KC = tl.dot(qd_KC, dp_CC, input_precision=PRECISION)
+    past_y_KC = derase_KC
     if DELTA:
-        if OWN:
-            late_CK = past_from_middle(i_C, high_CK, low_CK, C, TERMS, GENTLE)
-        fd_CK = (f_CK * late_CK).to(DOT)
-        df_CK += tl.dot(tl.where(below_CC, dm_CC, 0.0), kd_CK, input_precision=PRECISION) * late_CK
-        col_CK = tl.dot(tl.where(above_CC, dm_CC, 0.0), fd_CK, col_CK, input_precision=PRECISION)
-    return dq_CK, dk_CK + col_CK * early_CK, df_CK
+        fd_KC = tl.trans(tl.load(erases + by_key_CK))
+        derase_KC = tl.dot(kd_KC, tl.trans(dm_CC), derase_KC, input_precision=PRECISION)
+        back_KC = tl.dot(fd_KC, dm_CC, back_KC, input_precision=PRECISION)
+        past_y_KC = fd_KC * derase_KC
+    x_KC, y_KC = kd_KC * dwrite_KC, qd_KC * dread_KC - kd_KC * back_KC
+    return dread_KC, dwrite_KC + back_KC, derase_KC, x_KC, y_KC, past_y_KC
 
 
 @triton.jit
 def _through_tree(
-    q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
+    q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dq_KC, df_KC, i_C,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what P and M pass on for any decays."""
+    """Adds what P and M pass on for any decays to dq and df, and returns what they pass on to k."""
+    high_KC, low_KC = in_terms(gate_KC, TERMS)
+    dk_KC = tl.zeros_like(dq_KC)
     for level in range(1, LEVELS + 1):
-        is_late = late_half(i_C, level)[:, None]
-        decay_CK = tl.exp2(to_boundary(i_C, level, high_CK, low_CK, TERMS))
+        decay_KC = tl.exp2(to_boundary(i_C, level, high_KC, low_KC, TERMS, True))
         pairs_CC = paired(i_C[:, None], i_C[None, :], level)
-        mirrored_CC = paired(i_C[None, :], i_C[:, None], level)
-        qd_CK = (q_CK * decay_CK).to(DOT)
-        # Keys as the erasure reads them in the late half, and as they are written in the early one.
-        key_decay_CK, kd_CK = decay_CK, k_CK
-        if OWN:
-            key_decay_CK = tl.where(is_late, tl.exp2(past_to_boundary(i_C, level, high_CK, low_CK, TERMS)), decay_CK)
-            kd_CK = tl.where(is_late, f_CK, k_CK)
-        kd_CK = (kd_CK * key_decay_CK).to(DOT)
-        dq_CK += tl.dot(tl.where(pairs_CC, dp_CC, 0.0), kd_CK, input_precision=PRECISION) * decay_CK
-        col_CK = tl.dot(tl.where(mirrored_CC, dp_CC, 0.0), qd_CK, input_precision=PRECISION)
+        qd_KC, kd_KC = (q_KC * decay_KC).to(DOT), (k_KC * decay_KC).to(DOT)
+        level_CC = tl.where(pairs_CC, dp_CC, 0.0).to(DOT)
+        dq_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
+        back_KC = tl.dot(qd_KC, level_CC, input_precision=PRECISION)
         if DELTA:
-            col_CK = tl.dot(tl.where(pairs_CC | mirrored_CC, dm_CC, 0.0), kd_CK, col_CK, input_precision=PRECISION)
-            col_CK *= key_decay_CK
-            df_CK += tl.where(is_late, col_CK, 0.0)
-            dk_CK += tl.where(is_late, 0.0, col_CK)
-        else:
-            dk_CK += col_CK * decay_CK
-    return dq_CK, dk_CK, df_CK
+            past_KC = decay_KC
+            if OWN:
+                past_KC = tl.exp2(past_to_boundary(i_C, level, high_KC, low_KC, TERMS, True))
+            level_CC = tl.where(pairs_CC, dm_CC, 0.0).to(DOT)
+            df_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * past_KC
+            back_KC = tl.dot((f_KC * past_KC).to(DOT), level_CC, back_KC, input_precision=PRECISION)
+        dk_KC += back_KC * decay_KC
+    return dq_KC, dk_KC, df_KC
 
 
-@triton.jit
-def _range_sums(after_C, upto_C, x_CK, i_C, TERMS: tl.constexpr):
-    """`range_sums` of an fp32 matrix."""
-    PAIR: tl.constexpr = 0 if TERMS == 0 else 2
-    high_CK, low_CK = in_terms(x_CK, PAIR)
-    return range_sums(after_C, upto_C, high_CK, low_CK, i_C, PAIR)
-
-
-@triton.jit
+@entry(do_not_specialize=SIZES)
 def gradient_kernel(
-    q, k, u, f, gate, beta, do, dv, states, dstates, dscores, dinner, dq, dk, df, dgate,
+    q, k, f, gate, u, do, beta, dv, rough, factors, reads, writes, erases, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
-    u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, f_b: tl.int64, f_t: tl.int32, f_h: tl.int64,
-    gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
-    do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, heads: tl.int32,
+    f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
+    u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, do_b: tl.int64, do_t: tl.int32, do_h: tl.int64,
+    length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    TERMS: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
-    OWN says that f holds the keys of the erasure, TERMS is for `in_terms`.
+    TREE is for the rough chunks, a launch without it takes the others. OWN says that f holds the keys of the erasure, TERMS and
+    SPLIT are for `in_terms` of log decays and of their gradients.
     """
     TILES: tl.constexpr = KP // BK
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
@@ -143,53 +148,53 @@ def gradient_kernel(
     i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
-    beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
-    dread_CK, dwrite_CK, dkey_CK, both_K = _through_states(
-        do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
-        u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, states + state, dstates + state,
-        beta_C, i_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION,
-    )  # fmt: skip
-    by_pair_CC = i_C[:, None] * C + i_C[None, :]
-    dp_CC = tl.load(dscores + block * C * C + by_pair_CC)
-    dm_CC = tl.load(dinner + block * C * C + by_pair_CC) if DELTA else dp_CC
-    q_CK = load_rows(q + (batch * q_b + head * q_h + start * q_t) * UNIT, q_t * UNIT, i_C, d_K, left, K, DOT)
-    k_CK = load_rows(k + (batch * k_b + head * k_h + start * k_t) * UNIT, k_t * UNIT, i_C, d_K, left, K, DOT)
-    gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
-    high_CK, low_CK = in_terms(load_rows(gate, gate_t * UNIT, i_C, d_K, left, K, tl.float32), TERMS)
-    none_C = tl.zeros_like(i_C) - 1
-    g_CK = decay_exponents(none_C, i_C, high_CK, low_CK, i_C, TERMS)
-    dwrite_CK *= tl.exp2(decay_exponents(i_C, none_C + C, high_CK, low_CK, i_C, TERMS))
-    dq_CK, dk_CK, df_CK = dread_CK * tl.exp2(g_CK), tl.zeros([C, BK], tl.float32), tl.zeros([1, 1], tl.float32)
-    f_CK = k_CK
-    if OWN:
-        f_CK = load_rows(f + (batch * f_b + head * f_h + start * f_t) * UNIT, f_t * UNIT, i_C, d_K, left, K, DOT)
-        g_CK = decay_exponents(none_C, i_C - 1, high_CK, low_CK, i_C, TERMS)
-    if DELTA:
-        df_CK = dkey_CK * tl.exp2(g_CK)
-    to_middle_CK = to_boundary(i_C, LEVELS, high_CK, low_CK, TERMS)
-    if gentle(to_middle_CK, GENTLE):
-        dq_CK, dk_CK, df_CK = _through_middle(
-            q_CK, k_CK, f_CK, to_middle_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-            C, LEVELS, DELTA, OWN, TERMS, GENTLE, DOT, PRECISION,
+    if (tl.load(rough + block) != 0) == TREE:
+        token_C = hidden(i_C, length)
+        beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
+        dread_KC, dwrite_KC, derase_KC, both_K, dp_CC, dm_CC = _over_values(
+            do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
+            u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V,
+            states + state, dstates + state, beta_C, i_C, token_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
         )  # fmt: skip
-    else:
-        dq_CK, dk_CK, df_CK = _through_tree(
-            q_CK, k_CK, f_CK, high_CK, low_CK, dp_CC, dm_CC, dq_CK, dk_CK, df_CK, i_C,
-            LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
-        )  # fmt: skip
-    left_CK, dg_CK, dpast_CK = k_CK * dwrite_CK, q_CK * dq_CK - k_CK * dk_CK, f_CK * df_CK
-    dgate_CK = both_K[None, :] * tl.exp2(decay_exponents(none_C, none_C + C, high_CK, low_CK, i_C, TERMS))
-    if OWN:
-        # What an erasure reads with its own keys has decayed up to the token before it.
-        dgate_CK += _range_sums(i_C, none_C + C, dpast_CK, i_C, TERMS)
-        store_rows(df + row * K, heads * K, i_C, d_K, left, df_CK, K)
-    else:
-        dg_CK += dpast_CK
-        dk_CK += df_CK
-    dgate_CK += _range_sums(none_C, i_C - 1, left_CK, i_C, TERMS) + _range_sums(i_C - 1, none_C + C, dg_CK, i_C, TERMS)
-    own_C1 = tl.sum(tl.where(i_C[:, None] == i_C[None, :], dp_CC.to(tl.float32), 0.0), 1)[:, None]
-    dq_CK += own_C1 * k_CK
-    dk_CK += dwrite_CK + own_C1 * q_CK
-    store_rows(dq + row * K, heads * K, i_C, d_K, left, dq_CK, K)
-    store_rows(dk + row * K, heads * K, i_C, d_K, left, dk_CK, K)
-    store_rows(dgate + row * K, heads * K, i_C, d_K, left, dgate_CK, K)
+        q += (batch * q_b + head * q_h + start * q_t) * UNIT
+        k += (batch * k_b + head * k_h + start * k_t) * UNIT
+        f += (batch * f_b + head * f_h + start * f_t) * UNIT
+        gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
+        if TREE:
+            since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, C, OWN, TERMS, TREE)
+            q_KC = tl.trans(load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT))
+            k_KC = tl.trans(load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT))
+            f_KC = tl.trans(load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT)) if OWN else k_KC
+            own_C = tl.sum(tl.where(token_C[:, None] == token_C[None, :], dp_CC, 0.0), 0)[None, :]
+            dwrite_KC *= until_KC
+            dq_KC, dk_KC, df_KC = _through_tree(
+                q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dread_KC * since_KC, derase_KC * past_KC, token_C,
+                LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
+            )  # fmt: skip
+            x_KC, y_KC, past_y_KC = k_KC * dwrite_KC, q_KC * dq_KC - k_KC * dk_KC, f_KC * df_KC
+            dq_KC += own_C * k_KC
+            dk_KC += dwrite_KC + own_C * q_KC
+        else:
+            dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _through_middle(
+                reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, dread_KC, dwrite_KC, derase_KC,
+                dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], DELTA, DOT, PRECISION,
+            )  # fmt: skip
+        own_KC = tl.zeros([BK, C], tl.float32)
+        if DELTA:
+            y_KC += past_y_KC
+            if OWN:
+                own_KC = past_y_KC  # what an erasure reads with its own keys has decayed up to the token before it
+        _, carry_K, _ = load_factors(factors, block, d_K, KP)
+        high_KC, low_KC = in_terms(x_KC - y_KC, SPLIT)
+        dgate_KC = range_sums(tl.zeros_like(i_C) - 1, token_C - 1, high_KC, low_KC, token_C, SPLIT, True) - own_KC
+        dgate_KC += (tl.sum(y_KC, 1) + both_K * carry_K)[:, None]
+        store_rows(dgate + row * K, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
+        if not TREE:  # last, since the gradients of the decays are done without them
+            since_KC, until_KC, past_KC, _ = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, C, OWN, TERMS, TREE)
+            dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
+        if OWN:
+            store_rows(df + row * K, heads * K, i_C, d_K, left, tl.trans(df_KC), K)
+        elif DELTA:
+            dk_KC += df_KC
+        store_rows(dq + row * K, heads * K, i_C, d_K, left, tl.trans(dq_KC), K)
+        store_rows(dk + row * K, heads * K, i_C, d_K, left, tl.trans(dk_KC), K)

@@ -8,6 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
+SIZES = [f"{tensor}_{axis}" for tensor in ("q", "k", "f", "gate", "v", "u", "do") for axis in "bth"]
+SIZES += ["length", "batches", "heads", "segments", "per"]
+
+
+@triton.jit
+def hidden(i_C, length):
+    """Tokens of a chunk for masks: where the compiler knows the zeros of an operand, ptxas 13.3 to 13.5 may use registers unset."""
+    return i_C + tl.minimum(length, 0)
+
 
 @triton.jit
 def load_rows(start, stride, i_C, cols, left, WIDTH: tl.constexpr, DOT: tl.constexpr):

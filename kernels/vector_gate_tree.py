@@ -7,11 +7,12 @@ decayed to the boundary between the halves, with G_m that of the last early toke
     exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j),    both exponents <= 0
 
 Every token is in one half, so a level costs one exponential per token and channel, and all pairs i > j are met once.
-Where no channel of a chunk decays by more than 2^-60 on either side of its middle, the same identity holds for all pairs at
-once, with exponents of both signs that cannot overflow: one product instead of one per level. Each chunk decides for itself.
+Only rough chunks need it, see `kernels.vector_gate_middle`.
 
 Every exponent is a sum of log decays over a range of tokens, and sums of many ranges are one product with a matrix of zeros
 and ones. Tensor cores do it faster than scans, which exchange data between threads, and no difference of long sums loses digits.
+
+Matrices of tokens and channels are [C, K], or [K, C] where a function says BY_KEY.
 
 Shape legend: C tokens of a chunk, a power of two; K channels.
 """
@@ -21,32 +22,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def in_terms(x_CK, TERMS: tl.constexpr):
-    """A matrix as the sum of TERMS bf16 ones, 1 or 2; itself if TERMS is 0."""
+    """A matrix as the sum of two bf16 ones if TERMS is 2; itself if TERMS is 0, or 1, which says that it is in bf16."""
     high_CK, low_CK = x_CK, x_CK
-    if TERMS > 0:  # one return: Triton 3.6 wants all of them to have one type
+    if TERMS == 2:  # one return: Triton 3.6 wants all of them to have one type
         high_CK = x_CK.to(tl.bfloat16)
         low_CK = (x_CK - high_CK.to(tl.float32)).to(tl.bfloat16)
     return high_CK, low_CK
 
 
 @triton.jit
-def range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
-    """Sums over the tokens in (after, upto], for each row of C and each channel, of a matrix from `in_terms`."""
-    wanted_CC = (i_C[None, :] > after_C[:, None]) & (i_C[None, :] <= upto_C[:, None])
-    ones_CC = tl.where(wanted_CC, 1.0, 0.0).to(high_CK.dtype)
-    sums_CK = tl.dot(ones_CC, high_CK, input_precision="tf32x3" if TERMS == 0 else None)
-    if TERMS == 2:
-        sums_CK = tl.dot(ones_CC, low_CK, sums_CK)
-    return sums_CK
+def times_terms(weight_CC, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """A matrix with a row for each result times one from `in_terms`, [C, K], or [K, C] BY_KEY."""
+    weight_CC = weight_CC.to(high.dtype)
+    precision: tl.constexpr = "tf32x3" if TERMS == 0 else None
+    if BY_KEY:
+        sums = tl.dot(high, tl.trans(weight_CC), input_precision=precision)
+        if TERMS == 2:
+            sums = tl.dot(low, tl.trans(weight_CC), sums)
+    else:
+        sums = tl.dot(weight_CC, high, input_precision=precision)
+        if TERMS == 2:
+            sums = tl.dot(weight_CC, low, sums)
+    return sums
 
 
 @triton.jit
-def decay_exponents(after_C, upto_C, high_CK, low_CK, i_C, TERMS: tl.constexpr):
-    """`range_sums` of natural log decays, as powers of 2."""
-    return range_sums(after_C, upto_C, high_CK, low_CK, i_C, TERMS) * 1.4426950408889634
+def range_sums(after_C, upto_C, high, low, i_C, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """Sums over the tokens in (after, upto], for each token and channel, of a matrix from `in_terms`."""
+    wanted_CC = (i_C[None, :] > after_C[:, None]) & (i_C[None, :] <= upto_C[:, None])
+    return times_terms(tl.where(wanted_CC, 1.0, 0.0), high, low, TERMS, BY_KEY)
 
 
 @triton.jit
@@ -69,28 +78,13 @@ def last_early(i_C, level):
 
 
 @triton.jit
-def to_boundary(i_C, level, high_CK, low_CK, TERMS: tl.constexpr):
+def to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """Log2 decay between each token and the boundary of its block, <= 0."""
     boundary_C = last_early(i_C, level)
-    return decay_exponents(tl.minimum(i_C, boundary_C), tl.maximum(i_C, boundary_C), high_CK, low_CK, i_C, TERMS)
+    return range_sums(tl.minimum(i_C, boundary_C), tl.maximum(i_C, boundary_C), high, low, i_C, TERMS, BY_KEY) * LOG2_E
 
 
 @triton.jit
-def past_to_boundary(i_C, level, high_CK, low_CK, TERMS: tl.constexpr):
+def past_to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """The same for late tokens, up to the token before."""
-    return decay_exponents(last_early(i_C, level), i_C - 1, high_CK, low_CK, i_C, TERMS)
-
-
-@triton.jit
-def past_from_middle(i_C, high_CK, low_CK, C: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr):
-    """Decay from the middle up to the token before; only the first row, which has no pairs, can exceed the limit."""
-    before_C = i_C - 1
-    middle_C = tl.zeros_like(i_C) + (C // 2 - 1)
-    sums_CK = decay_exponents(tl.minimum(before_C, middle_C), tl.maximum(before_C, middle_C), high_CK, low_CK, i_C, TERMS)
-    return tl.exp2(tl.where((i_C >= C // 2)[:, None], sums_CK, tl.minimum(-sums_CK, GENTLE)))
-
-
-@triton.jit
-def gentle(to_middle_CK, GENTLE: tl.constexpr):
-    """Whether all decays between a token and the middle of its chunk are at least 2^-GENTLE."""
-    return tl.min(tl.min(to_middle_CK, 1), 0) >= -GENTLE
+    return range_sums(last_early(i_C, level), i_C - 1, high, low, i_C, TERMS, BY_KEY) * LOG2_E

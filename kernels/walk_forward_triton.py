@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.walk_triton import (
     NO_PROBE,
     SEGMENTS,
-    UNSPECIALISED,
     _bounds,
     _initial,
     _place,
@@ -46,7 +46,7 @@ def _walk_either(
     return state
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@entry
 def forward_kernel(
     q, k, v, gate, first, o, last, starts, sums, decays, entering,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -87,7 +87,7 @@ def forward_kernel(
         tl.store(last + state + offsets, last_tile, mask=inside & ((PIECES != SEGMENTS) | (piece == pieces - 1)))
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@entry
 def segment_kernel(
     b, c, gate, sums, decays,
     b_b: tl.int64, b_t: tl.int64, b_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,

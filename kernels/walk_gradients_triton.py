@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.walk_forward_triton import _walk_either
 from kernels.walk_triton import (
     FULL_PROBE,
@@ -23,7 +24,6 @@ from kernels.walk_triton import (
     SCALAR_GATE,
     SEGMENTS,
     SEQUENCES,
-    UNSPECIALISED,
     _bounds,
     _initial,
     _load_rows,
@@ -102,7 +102,7 @@ def _walk_keys_and_values(
     return state_KV
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@entry
 def backward_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums, starts, entering, sums, decays,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -170,7 +170,7 @@ def backward_kernel(
             tl.store(dfirst + state + at_KV, dstate_KV, mask=in_KV & ((PIECES != SEGMENTS) | (piece == 0)))
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@entry
 def apart_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums, starts, entering, sums, decays,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -224,7 +224,7 @@ def apart_kernel(
             tl.store(dfirst + state + at_KV, state_KV, mask=in_KV & ((PIECES != SEGMENTS) | (piece == 0)))
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@entry
 def decay_gradient_kernel(
     rowsums, starts, ends, out, length: tl.int32, batches: tl.int32, heads: tl.int32, pieces: tl.int32, segment: tl.int32,
     PARTS: tl.constexpr, ENDS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
@@ -256,7 +256,7 @@ def decay_gradient_kernel(
         later_H += tl.sum(own_RH, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "group"])
+@entry
 def sum_heads_kernel(
     dq_heads, dk_heads, dq, dk, rows: tl.int32, group: tl.int32,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

@@ -28,11 +28,6 @@ NO_GATE, CONSTANT_GATE, SCALAR_GATE = tl.constexpr(0), tl.constexpr(1), tl.const
 WHOLE, SEQUENCES, SEGMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_PROBE, STATE_PROBE, FULL_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
-UNSPECIALISED = (
-    *("length", "batches", "heads", "group", "gate_every", "pieces", "segment"),
-    *(f"{name}_{axis}" for name in ("q", "k", "v", "do", "b", "c", "gate") for axis in "bth"),
-)
-"""Sizes and strides of which neither a 1 nor a multiple of 16 may compile anything anew."""
 
 
 @triton.jit

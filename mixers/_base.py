@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kernels.rows import pick_rows
+
 State = dict[str, Tensor]
 """What a mixer remembers between tokens: named tensors, batch first; returned by every call, never mutated."""
 
@@ -122,6 +124,18 @@ class Mixer(nn.Module, ABC):
         Returns:
             Everything that decoding the next token needs apart from weights; each tensor has `batch` as first axis.
         """
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """`forward` from nothing, at some positions only: [B, M, D].
+
+        A mixer that can leave out the work of the other positions overrides it.
+
+        Args:
+            x_BTD: input, [B, T, D].
+            rows_BM: the positions, int64; as for `kernels.rows.pick_rows`.
+            x_BMD: the input there, which callers have at hand.
+        """
+        return pick_rows(self.forward(x_BTD)[0], rows_BM)
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """`forward` without its projections, so that a pretrained attention layer can supply q, k, v and the output map.

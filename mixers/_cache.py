@@ -100,10 +100,7 @@ def attend_window(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, state: State, 
     new_state = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
     sinks = None
     if "sink_k" in state:
-        new_state |= {
-            "sink_k": fill_sinks(state["sink_k"], k_BHTK, start_B),
-            "sink_v": fill_sinks(state["sink_v"], v_BHTK, start_B),
-        }
+        new_state |= fill_sinks(state, k_BHTK, v_BHTK)
         sinks = (new_state["sink_k"].to(q_BHTK.dtype), new_state["sink_v"].to(q_BHTK.dtype))
     k, v = k.to(q_BHTK.dtype), v.to(q_BHTK.dtype)
     return banded_attention(q_BHTK, k, v, window=window, start_B=start_B, sink_kv=sinks), new_state
@@ -114,9 +111,13 @@ def repeat_heads(a_BGTK: Tensor, q_BHTK: Tensor) -> Tensor:
     return share_heads(a_BGTK, q_BHTK.shape[1])
 
 
-def fill_sinks(sink_BHPK: Tensor, new_BHTK: Tensor, start_B: Tensor) -> Tensor:
-    """The sink storage after new tokens, the first of which is at `start_B`: token j < P belongs in row j."""
-    source_BP = torch.arange(sink_BHPK.shape[2], device=sink_BHPK.device) - start_B[:, None]
-    is_new = (source_BP >= 0) & (source_BP < new_BHTK.shape[2])
-    index = source_BP.clamp(0, new_BHTK.shape[2] - 1)[:, None, :, None].expand_as(sink_BHPK)
-    return torch.where(is_new[:, None, :, None], new_BHTK.gather(2, index).to(sink_BHPK.dtype), sink_BHPK)
+def fill_sinks(state: State, k_BHTK: Tensor, v_BHTK: Tensor) -> State:
+    """The sinks of a window's storage after new tokens, the first of which is at `position`: token j < P belongs in row j."""
+    n_new, n_sinks = k_BHTK.shape[2], state["sink_k"].shape[2]
+    source_BP = torch.arange(n_sinks, device=k_BHTK.device) - state["position"][:, None]
+    inside_BP = source_BP.clamp(0, n_new - 1)
+    is_new, index = ((source_BP == inside_BP)[:, None, :, None], inside_BP[:, None, :, None])
+    return {
+        name: torch.where(is_new, new.gather(2, index.expand_as(state[name])).to(state[name].dtype), state[name])
+        for name, new in (("sink_k", k_BHTK), ("sink_v", v_BHTK))
+    }

@@ -106,6 +106,27 @@ def gradients(case: Case) -> str:
     return f"{report} to the step loop, {slope_error:.1e} to finite differences"
 
 
+def rows_equal_forward(case: Case) -> str:
+    """`at_rows` is `forward` at the rows, with its gradients, for few rows and for all of them in any order."""
+    mixer, x = case.build(), case.inputs(2, 24).requires_grad_()
+    leaves = [x, *mixer.parameters()]
+    worst, where = 0.0, ""
+    for count in (1, 5, 24):
+        order = case.inputs(2, 24, stream=3)[..., 0].argsort(1)[:, :count]
+        index = order[..., None].expand(-1, -1, mixer.d_model)
+        weight = case.inputs(2, count, stream=2)
+        outputs = (mixer.at_rows(x, order, x.gather(1, index)), forward(mixer, x).gather(1, index))
+        pairs = [("output", *outputs)]
+        found = [torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True) for y in outputs]
+        names = ["input", *(name for name, _ in mixer.named_parameters())]
+        for name, leaf, got, wanted in zip(names, leaves, *found, strict=True):
+            pairs.append((f"gradient of {name}", *(torch.zeros_like(leaf) if g is None else g for g in (got, wanted))))
+        for name, got, wanted in pairs:
+            if not error(got, wanted) <= worst:
+                worst, where = error(got, wanted), f"{name} at {count} of 24 rows against forward"
+    return require_small(worst, where, 1e-8)
+
+
 def _finite_difference(mixer: Mixer, leaves: list[Tensor], got: list[Tensor], weight: Tensor) -> float:
     """Relative error of the slope along one random direction through input and parameters."""
     generator = torch.Generator().manual_seed(3)

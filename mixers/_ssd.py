@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
+from kernels.rows import pick_rows
+from kernels.step_form import StepForm
 from mixers._base import AttentionWeights, Mixer, State
+from mixers._fused import conv_of, next_state
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
 
 
@@ -72,18 +76,14 @@ class SSDBlock(Mixer):
             Its output, the convolved input and the gate, [B, T, E] each, and the state's part `s` and `conv`, or None.
         """
         z, xbc, dt = self._project(x_BTD)
-        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
-        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH, log_decay_BTH = self._time_step(dt)
-        y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            x_BTHP * dt_BTH[..., None],
-            log_decay=log_decay_BTH,
-            state_BHKV=None if state is None else state["s"],
-        )
-        y_BTHP = y_BTHP + self.skip[:, None] * x_BTHP
-        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), z, None if state is None else {"s": s_BHNP, "conv": tail}
+        y, x, state = self._scan(xbc, dt, state)
+        return y, x, z, state
+
+    def scan_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of `scan` from nothing and the gate at some positions only, [B, M, E] each; as for `Mixer.at_rows`."""
+        gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
+        xbc, dt = F.linear(x_BTD, rest).split((self.conv.dim, self.n_heads), dim=-1)
+        return pick_rows(self._scan(xbc, dt, None)[0], rows_BM), F.linear(x_BMD, gate)
 
     def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         """One token of `scan`, by the recurrence: [B, E] three times, and the state's part."""
@@ -96,6 +96,24 @@ class SSDBlock(Mixer):
         s_BHNP = log_decay_BH.exp()[..., None, None] * state["s"] + write_BHNP
         y_BHP = (c_BHN[..., None] * s_BHNP).sum(-2) + self.skip[:, None] * x_BHP
         return y_BHP.flatten(-2), x_BHP.flatten(-2), z, {"s": s_BHNP.to(state["s"].dtype), "conv": tail}
+
+    def fused_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token of a block whose norm nothing joins, in one launch beside the projections: [B, D] and the state."""
+        z_BE, xbc_BC, dt_BH = self._project(x_BD)
+        n = self.n_groups * self.d_state
+        done = layer_step(
+            Packed(xbc_BC, (self.d_inner + n, self.d_inner, 0)),
+            state["s"],
+            StepForm(silu=True, decay="rate", stepped=True, norm="row", eps=self.norm.eps, gate="silu"),
+            conv=conv_of(self.conv, state),
+            decay=dt_BH,
+            decay_bias=self.dt_bias,
+            log_rate_H=self.log_rate,
+            skip_H=self.skip,
+            norm_weight=self.norm.weight.unflatten(0, (self.n_heads, -1)),
+            gate_BE=z_BE,
+        )
+        return self.out_proj(done.y_BE.to(x_BD.dtype)), next_state(state, done.state_BHKV, done.tail_BPC)
 
     def scan_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The scan's part of the state before the first token."""
@@ -119,6 +137,21 @@ class SSDBlock(Mixer):
     def project_out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm and the output projection of [..., E]."""
         return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
+
+    def _scan(self, xbc: Tensor, dt: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
+        """`scan` of a projected segment."""
+        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
+        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
+        dt_BTH, log_decay_BTH = self._time_step(dt)
+        y_BTHP, s_BHNP = linear_recurrence(
+            c_BTGN,
+            b_BTGN,
+            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
+            log_decay=log_decay_BTH,
+            state_BHKV=None if state is None else state["s"],
+        )
+        y_BTHP = (y_BTHP + self.skip[:, None] * x_BTHP).to(x_BTHP.dtype)
+        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), None if state is None else {"s": s_BHNP, "conv": tail}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""

@@ -15,6 +15,7 @@ from kernels.attention import attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._cache import append_kv, attend_cache, kv_cache, merge_heads, new_positions, split_heads
 from mixers._rotary import POSITIONS, check_positions, rotary
+from mixers._rows import attend_rows, few_rows
 
 
 @mixer("attention")
@@ -78,6 +79,13 @@ class Attention(Mixer):
         if self.pattern != "causal_self":
             raise ValueError(f"pattern {self.pattern!r} sees the future and so cannot continue a state; pass state=None")
         return self._continue(x_BTD, state)
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: without making keys and values, unless they are rotated or many heads make them cheaper."""
+        if self.positions != "none" or self.pattern != "causal_self" or not few_rows(x_BTD, rows_BM, self.n_heads):
+            return super().at_rows(x_BTD, rows_BM, x_BMD)
+        y_BMD = attend_rows(x_BTD, rows_BM, x_BMD, self.qkv_proj, self.n_heads, self.head_dim)
+        return self.out_proj(y_BMD)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: append the token's key and value, read all of them."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.conv import long_conv
+from kernels.gated_conv import gated_conv
 from mixers._base import Caps, Mixer, State, mixer
 from mixers._filters import ImplicitFilter, continue_conv, history, step_conv
 from mixers._layers import ShortConv
@@ -63,6 +64,8 @@ class BaseConv(Mixer):
         """See `Mixer.forward`."""
         if context_BSD is not None:
             raise ValueError("base_conv reads its own input only; context_BSD belongs to the cross patterns")
+        if state is None and not self.implicit:
+            return gated_conv(x_BTD, self.projection.weight, self.projection.bias, self.conv.weight, self.conv.bias), None
         tail = None if state is None else state["conv"]
         if not self.implicit:
             mixed, tail = self.conv(x_BTD, tail)

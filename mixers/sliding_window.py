@@ -12,6 +12,7 @@ from kernels.attention import banded_attention
 from mixers._base import Caps, Mixer, State, heads, mixer
 from mixers._cache import attend_window, merge_heads, new_positions, split_heads, window_cache
 from mixers._rotary import check_positions, rotary
+from mixers._rows import attend_rows, few_rows
 
 
 @mixer("sliding_window")
@@ -73,6 +74,13 @@ class SlidingWindow(Mixer):
             q, k, v = self._qkv(x_BTD, new_positions(state, x_BTD))
             y, state = attend_window(q, k, v, state, window=self.window)
         return self.out_proj(merge_heads(y)), state
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: as in `Attention.at_rows`."""
+        if self.positions != "none" or self.sinks or not few_rows(x_BTD, rows_BM, self.n_heads):
+            return super().at_rows(x_BTD, rows_BM, x_BMD)
+        y_BMD = attend_rows(x_BTD, rows_BM, x_BMD, self.qkv_proj, self.n_heads, self.head_dim, window=self.window)
+        return self.out_proj(y_BMD)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: attend to the stored keys and the own one, then drop the oldest."""

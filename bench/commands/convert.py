@@ -137,7 +137,9 @@ def _prepare(request: ConvertRequest, recipe: Recipe, device: str, precision: st
     if teacher.config.model_type == "linearized":
         raise UserError(f"{request.model} is a converted model already; give its teacher.")
     from bench.convert.data import load_data
+    from bench.convert.student import check_teacher
 
+    check_teacher(teacher)
     length = max((stage.seq_len for stage in recipe.stages), default=1024)
     data = load_data(
         recipe.data, tokenizer, teacher.config.vocab_size, recipe.seed, min_length=length, cap=max(4 * recipe.tokens(), 2_000_000)
@@ -165,6 +167,8 @@ def _say_plan(conversion: Any, output: Output) -> None:
     converted = sum(plan is not None for plan in student.plans)
     plan = recipe.plan
     parts = [plan.mixer or "no mixer", f"window {plan.window}" + (f" + {plan.sinks} sinks" if plan.sinks else "")]
+    if plan.wide:
+        parts.append(f"{plan.wide_window} in {plan.wide}")
     output.say(
         f"{conversion.model}: {converted} of {len(student.plans)} layers by {recipe.name} ({', '.join(parts)}, {plan.combine})."
     )

@@ -19,7 +19,7 @@ from bench.convert.spec import Stage
 from bench.convert.student import LinearizedForCausalLM
 
 
-def alignment_backward(student: LinearizedForCausalLM, teacher: Any, tokens_BT: Tensor, stage: Stage, factor: float) -> float:
+def alignment_backward(student: LinearizedForCausalLM, teacher: Any, tokens_BT: Tensor, stage: Stage, factor: float) -> Tensor:
     """Adds the gradient of the stage's layer loss, a mean over converted layers, times `factor`.
 
     Args:
@@ -30,7 +30,7 @@ def alignment_backward(student: LinearizedForCausalLM, teacher: Any, tokens_BT: 
         factor: on loss and gradient.
 
     Returns:
-        The loss times `factor`.
+        The loss times `factor`, a number on the device.
     """
     layers = student.converted()
     losses: list[Tensor] = []
@@ -47,7 +47,7 @@ def alignment_backward(student: LinearizedForCausalLM, teacher: Any, tokens_BT: 
     finally:
         for handle in handles:
             handle.remove()
-    return float(torch.stack(losses).sum())
+    return torch.stack(losses).sum()
 
 
 def _hooks(student: LinearizedForCausalLM, teacher: Any, index: int, stage: Stage, learn: Callable[[Tensor], None]) -> list[Any]:

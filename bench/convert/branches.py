@@ -7,6 +7,7 @@ new state. Shape legend: B batch, T time, D width, H query heads, G key heads (G
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,8 @@ from mixers._cache import attend_window, fill_sinks, repeat_heads, window_cache
 from mixers._layers import widen
 from mixers.linear_attention import LinearAttention
 
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary position embedding, [B or 1, T, K] each, half-split layout."""
 EPS = 1e-6
 """Keeps the quotient finite where no token is older than the window."""
 
@@ -61,9 +64,7 @@ class WindowBranch(nn.Module):
         stored = {"k": k[:, :, n_new:], "v": v[:, :, n_new:], "position": start_B + n_new}
         sinks = None
         if self.sinks:
-            stored |= {
-                f"sink_{name}": fill_sinks(given[f"sink_{name}"], new, start_B) for name, new in (("k", k_BGTK), ("v", v_BGTK))
-            }
+            stored |= fill_sinks(given, k_BGTK, v_BGTK)
             sinks = tuple(repeat_heads(stored[name].to(q_BHTK.dtype), q_BHTK) for name in ("sink_k", "sink_v"))
         k, v = (repeat_heads(a.to(q_BHTK.dtype), q_BHTK) for a in (k, v))
         null_H = None if self.null_logits is None else widen(self.null_logits).logsumexp(-1)
@@ -154,20 +155,32 @@ class MixerBranch(nn.Module):
         self.mixer, self.readers = mixer, readers
 
     def forward(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, x_BTD: Tensor, state: State | None
+        self,
+        q_BHTK: Tensor,
+        k_BGTK: Tensor,
+        v_BGTK: Tensor,
+        x_BTD: Tensor,
+        state: State | None,
+        rope: Rope | None = None,
     ) -> tuple[Tensor, State | None]:
-        """Mixes a segment: [B, H, T, K] and the new state."""
+        """Mixes a segment: [B, H, T, K] and the new state; `rope` is for a mixer that rotates its features."""
         n_heads, batch = q_BHTK.shape[1], len(x_BTD)
         if self.readers > 1:
             q_BHTK = q_BHTK.unflatten(1, (-1, self.readers)).transpose(1, 2).flatten(0, 1)
             k_BGTK, v_BGTK, x_BTD = (a.repeat_interleave(self.readers, 0) for a in (k_BGTK, v_BGTK, x_BTD))
             state = None if state is None else {name: a.repeat_interleave(self.readers, 0) for name, a in state.items()}
-        o_BTE, state = self.mixer.mix(_joined(q_BHTK, k_BGTK, v_BGTK), x_BTD, state)
+        named = {} if rope is None else {"rotate": self._rotation(rope)}
+        o_BTE, state = self.mixer.mix(_joined(q_BHTK, k_BGTK, v_BGTK), x_BTD, state, **named)
         if self.readers > 1:
             o_BTE = o_BTE.unflatten(0, (batch, self.readers)).unflatten(-1, (n_heads // self.readers, -1))
             o_BTE = o_BTE.permute(0, 2, 3, 1, 4).flatten(2)
             state = None if state is None else {name: a[:: self.readers] for name, a in state.items()}
         return o_BTE.unflatten(-1, (n_heads, -1)).transpose(1, 2), state
+
+    def _rotation(self, rope: Rope) -> Callable[[Tensor], Tensor]:
+        """Rotates features [B, T, H, K] of all readers."""
+        own = tuple(part.repeat_interleave(self.readers, 0) for part in rope)
+        return lambda a_BTHK: rotate(_tokens_first(a_BTHK), (own[0], own[1])).transpose(1, 2)
 
     def matrix(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """The causal matrix of linear attention, [B, H, T, T]."""
@@ -176,6 +189,13 @@ class MixerBranch(nn.Module):
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The mixer's state before the first token, in fp32 or better."""
         return self.mixer.init_state(batch, LONG, device=device, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding in the half-split layout (Su et al. 2021)."""
+    cos, sin = (part[:, None].to(a_BHTK.dtype) for part in rope)
+    first, second = a_BHTK.chunk(2, -1)
+    return a_BHTK * cos + torch.cat((-second, first), -1) * sin
 
 
 def _tokens_first(a_BHTK: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class TrainingData:
             texts = [corpus for corpus in self.corpora if corpus.source.kind != "recall"]
             text = texts[draw.integers(len(texts))] if texts else None
             running = None if text is None else lambda n: _cut(text.train, draw, n)
-            return render_recall(self.tokenizer, draw, length, running)
+            return render_recall(self.tokenizer, draw, length, running, corpus.source.where)
         return _cut(corpus.train, draw, length)
 
 

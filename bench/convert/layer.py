@@ -10,12 +10,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bench.convert.branches import MixerBranch, SharedDenominator, WindowBranch
+from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, rotate
+from bench.convert.combinations import check_rotation, copied_projections, positive, readers_of
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
 from mixers import State
-from mixers._feature_maps import Taylor2
 from mixers._layers import widen
 from mixers._ssd import SSDBlock
 from mixers.linear_attention import LinearAttention
@@ -25,8 +25,6 @@ Branch = Literal["both", "window", "mixer"]
 GATE_BIAS = -5.0
 """Initial logit of the gate: the layer starts as its window, with under one per cent of the untrained mixer."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary position embedding, [B or 1, T, K] each, half-split layout."""
 
 
 class LinearizedAttention(nn.Module):
@@ -50,6 +48,7 @@ class LinearizedAttention(nn.Module):
         self.plan, self.shape, self.layer_idx = plan, shape, layer_idx
         self.head_dim = shape.head_dim
         self.ablation: Branch = "both"
+        self.stand_in: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters and state_dict
         mixer = build_mixer(plan, shape, layer_idx) if plan.mixer else None
         heads = mixer is None or reads_heads(mixer)
         self.own_projections = mixer if not heads else None
@@ -57,15 +56,17 @@ class LinearizedAttention(nn.Module):
             for name in PROJECTIONS:
                 self.add_module(name, getattr(attention, name))
             self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.copies = copied_projections(attention, plan, mixer) if plan.projections == "copy" else None
         null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
         size = {"window": plan.window, "sinks": plan.sinks, "null_shape": null_shape}
         self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, **size) if plan.window else None
         self.joint = self.mixer = self.gate = None
-        readers = _readers(plan, shape, mixer)
+        readers = readers_of(plan, shape, mixer)
+        check_rotation(plan, mixer)
         if mixer is None or self.window is None:
             self.mixer = MixerBranch(mixer, readers=readers) if mixer is not None and heads else None
         elif plan.combine == "shared_denominator":
-            self.joint, self.window = SharedDenominator(_positive(mixer, plan), self.window), None
+            self.joint, self.window = SharedDenominator(positive(mixer, plan), self.window), None
         else:
             self.mixer = MixerBranch(mixer, readers=readers) if heads else None
             if plan.combine == "gate":
@@ -74,7 +75,9 @@ class LinearizedAttention(nn.Module):
                 nn.init.constant_(self.gate.bias, GATE_BIAS)
 
     def take_over(self, attention: nn.Module) -> None:
-        """Starts a mixer with projections of its own from the teacher's, where it can."""
+        """Starts projections that the mixer has of its own from the teacher's, where it can."""
+        for name, own in ({} if self.copies is None else self.copies).items():
+            own.load_state_dict(getattr(attention, f"{name}_proj").state_dict())
         if self.own_projections is not None and loads_attention(self.own_projections):
             try:
                 self.own_projections.load_attention(attention_weights(attention, self.shape))
@@ -103,6 +106,8 @@ class LinearizedAttention(nn.Module):
         Returns:
             [B, T, D], zero at padding, and None for the attention weights.
         """
+        if self.stand_in:
+            return self.stand_in[0](hidden_states, position_embeddings=position_embeddings, attention_mask=None)
         kept = None if cache is None else cache.layers[self.layer_idx]
         state = None
         if kept is not None:
@@ -143,7 +148,7 @@ class LinearizedAttention(nn.Module):
         if isinstance(self.own_projections, SSDBlock):
             return self.own_projections.matrix(x_BTD)
         if self.mixer is not None and isinstance(self.mixer.mixer, LinearAttention):
-            q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope)
+            q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
             return self.mixer.matrix(*((q, k) if self.plan.rope == "keep" else (q_plain, k_plain)), v)
         raise UserError(
             f"attn_weights cannot be matched with {self.plan.mixer} under combine={self.plan.combine}: it needs linear_attention "
@@ -162,8 +167,11 @@ class LinearizedAttention(nn.Module):
             window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
             outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"])
         if self.mixer is not None:
+            if self.copies is not None:
+                q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
             mixer_q, mixer_k = (q, k) if self.plan.rope == "keep" else (q_plain, k_plain)
-            outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"])
+            rotation = rope if self.plan.rope == "after_map" else None
+            outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"], rotation)
         return outputs
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
@@ -178,9 +186,12 @@ class LinearizedAttention(nn.Module):
             parts["own"] = self.own_projections.init_state(batch, LONG, device=device, dtype=wide)
         return _merge(parts)
 
-    def queries_keys_values(self, x_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def queries_keys_values(
+        self, x_BTD: Tensor, rope: Rope, copies: nn.ModuleDict | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, K], rotated keys and values [B, G, T, K], then queries and keys without rotation."""
-        q, k, v = (getattr(self, name)(x_BTD).unflatten(-1, (-1, self.head_dim)) for name in PROJECTIONS[:3])
+        maps = [getattr(self, name) for name in PROJECTIONS[:3]] if copies is None else copies.values()
+        q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in maps)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         # The kernels scale by K^-1/2; a teacher with another scale has the difference in its queries.
@@ -246,42 +257,6 @@ def spans(padding_BT: Tensor) -> list[tuple[list[int], int, int]]:
             raise ValueError("the attention mask has padding between real tokens; pad on one side only")
         groups.setdefault((start, stop), []).append(row)
     return [(rows, start, stop) for (start, stop), rows in groups.items()]
-
-
-def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
-    """Rotary position embedding in the half-split layout (Su et al. 2021)."""
-    cos, sin = (part[:, None].to(a_BHTK.dtype) for part in rope)
-    first, second = a_BHTK.chunk(2, -1)
-    return a_BHTK * cos + torch.cat((-second, first), -1) * sin
-
-
-def _readers(plan: LayerPlan, shape: AttentionShape, mixer: nn.Module | None) -> int:
-    """Query heads that share a state.
-
-    Raises:
-        UserError: they cannot, or need not.
-    """
-    if plan.groups == "repeat" or mixer is None:
-        return 1
-    if (
-        not reads_heads(cast(Any, mixer))
-        or plan.combine == "shared_denominator"
-        or getattr(getattr(mixer, "conv", None), "taps", 0)
-    ):
-        raise UserError(
-            f"groups=share cannot be had with {plan.mixer} under combine={plan.combine}: it needs a mixer that reads the teacher's "
-            "heads without a convolution, such as gated_delta_net or gla, joined by sum or gate."
-        )
-    return shape.n_heads // shape.n_kv_heads
-
-
-def _positive(mixer: nn.Module, plan: LayerPlan) -> LinearAttention:
-    if not isinstance(mixer, LinearAttention) or not mixer.normalize or isinstance(mixer.phi_k, Taylor2):
-        raise UserError(
-            f"combine=shared_denominator needs linear_attention with normalize=true and a map such as hedgehog, because it adds "
-            f"the mixer's own normaliser to softmax's; {plan.mixer} has none: use --set plan.combine=gate or sum."
-        )
-    return mixer
 
 
 def _flat(o: Tensor) -> Tensor:

@@ -52,12 +52,13 @@ def next_token_loss(
     *,
     ce: float,
     kl: float,
+    z: float = 0.0,
     teacher_ND: Tensor | None = None,
     teacher_head_VD: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Kl * KL(teacher || student) + ce * cross-entropy, each a mean over the tokens that have a target.
+    """Kl * KL(teacher || student) + ce * cross-entropy + z * (log of softmax's normaliser)^2, means over tokens with a target.
 
     Logits are made chunk by chunk and their gradient with them, in fp32, so memory does not grow with N x V.
 
@@ -67,6 +68,7 @@ def next_token_loss(
         targets_N: int64 next tokens; -100 masks a token out of both terms.
         ce: weight of the cross-entropy.
         kl: weight of the divergence, times temperature squared (Hinton et al. 2015).
+        z: weight of the squared logarithm of the normaliser, which keeps logits from drifting (Chowdhery et al. 2022, z-loss).
         teacher_ND: the teacher's last hidden states; None if kl is 0.
         teacher_head_VD: the teacher's output matrix.
         temperature: of both distributions in the divergence.
@@ -75,7 +77,7 @@ def next_token_loss(
     Returns:
         The loss, and [KL, cross-entropy] without their weights and without gradient.
     """
-    return _NextToken.apply(hidden_ND, head_VD, targets_N, teacher_ND, teacher_head_VD, ce, kl, temperature, chunk)
+    return _NextToken.apply(hidden_ND, head_VD, targets_N, teacher_ND, teacher_head_VD, ce, kl, z, temperature, chunk)
 
 
 class _NextToken(torch.autograd.Function):
@@ -91,6 +93,7 @@ class _NextToken(torch.autograd.Function):
         teacher_head: Tensor | None,
         ce: float,
         kl: float,
+        z: float,
         temperature: float,
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,7 @@ class _NextToken(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
-        sums = hidden.new_zeros(2, dtype=torch.float32)
+        sums, squares = hidden.new_zeros(2, dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         weight = head.to(hidden.dtype)
         teacher_weight = None if teacher is None or teacher_head is None else teacher_head.to(teacher.dtype)
         size = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * len(head)))
@@ -109,6 +112,10 @@ class _NextToken(torch.autograd.Function):
             named = {"kl": kl, "ce": ce, "temperature": temperature, "dtype": hidden.dtype}
             losses, gradient = distillation_rows(logits, wanted, targets[rows], **named)
             sums += losses.sum(0)
+            if z:
+                square, slope = _squared_normalizer(logits, targets[rows])
+                squares += square
+                gradient += z * slope.to(gradient.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = gradient @ weight
             if d_head is not None:
@@ -117,7 +124,7 @@ class _NextToken(torch.autograd.Function):
         ctx.head_dtype = head.dtype
         parts = sums * share
         ctx.mark_non_differentiable(parts)
-        return kl * parts[0] + ce * parts[1], parts
+        return kl * parts[0] + ce * parts[1] + z * squares * share, parts
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -126,8 +133,14 @@ class _NextToken(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
             None if d_head is None else (d_head * d_loss).to(ctx.head_dtype),
-            *(None,) * 7,
+            *(None,) * 8,
         )
+
+
+def _squared_normalizer(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over tokens with a target of (log sum_v e^logit)^2, and its gradient [N, V]."""
+    normalizer_N1 = logits_NV.logsumexp(-1, keepdim=True) * (targets_N != IGNORED)[:, None]
+    return normalizer_N1.square().sum(), 2 * normalizer_N1 * logits_NV.softmax(-1)
 
 
 def _fp32_product(a_ND: Tensor, b_VD: Tensor) -> Tensor:

@@ -112,12 +112,11 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def add_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Sums of the same named numbers over all processes."""
-    if size() == 1:
-        return numbers
-    total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
+def add_numbers(numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Sums of the same named numbers over all processes, read from the device at once."""
+    total = torch.stack(list(numbers.values())).double()
+    if size() > 1:
+        distributed.all_reduce(total)
     return dict(zip(numbers, total.tolist(), strict=True))
 
 

@@ -1,7 +1,7 @@
 """Recall tasks rendered as training text: what stands far back must be known again.
 
-Three kinds in equal shares. Lists of pairs and questions about them in another order; facts scattered over running text and
-asked for at its end; and passages of running text that come back later. Without running text all are lists.
+Three kinds. `lists` of pairs and questions about them in another order; `facts` scattered over running text and asked for at
+its end; and `passages` of running text that come back later. Without running text all are lists.
 
 Shape legend: T tokens.
 """
@@ -26,13 +26,14 @@ FILLER = (
     "There was little to do but wait for the evening train.",
     "A door opened somewhere and closed again.",
 )
+KINDS = ("lists", "facts", "passages")
 MAX_PAIRS = 64
-MAX_FACTS = 12
+MAX_FACTS = 24
 Text = Callable[[int], np.ndarray]
 """Gives that many consecutive tokens of running text."""
 
 
-def render_recall(tokenizer: Any, draw: np.random.Generator, length: int, text: Text | None = None) -> np.ndarray:
+def render_recall(tokenizer: Any, draw: np.random.Generator, length: int, text: Text | None = None, kind: str = "") -> np.ndarray:
     """One sequence of exactly `length` tokens.
 
     Args:
@@ -40,14 +41,15 @@ def render_recall(tokenizer: Any, draw: np.random.Generator, length: int, text: 
         draw: source of randomness.
         length: T.
         text: running text, or None.
+        kind: one of `KINDS`; empty for any.
 
     Returns:
         [T] int64.
     """
-    kind = 0 if text is None else draw.integers(3)
-    if kind == 1 and text is not None:
+    kind = kind or KINDS[draw.integers(len(KINDS))]
+    if kind == "facts" and text is not None:
         return _scattered(tokenizer, draw, length, text)
-    if kind == 2 and text is not None:
+    if kind == "passages" and text is not None:
         return _repeated(draw, length, text)
     ids: list[int] = []
     while len(ids) < length:
@@ -76,16 +78,21 @@ def _example(draw: np.random.Generator, n_pairs: int) -> str:
 
 
 def _scattered(tokenizer: Any, draw: np.random.Generator, length: int, text: Text) -> np.ndarray:
-    """Running text in which facts stand at random places, then a question for each of them."""
+    """Running text in which facts stand at random places, then a question for each of them; a list if not one fits."""
     statement, question = FORMS[draw.integers(len(FORMS))]
-    pairs = _pairs(draw, int(draw.integers(1, MAX_FACTS + 1)))
-    told = [statement.format(k=name, v=value) for name, value in pairs.items()]
-    asked = [question.format(k=name, v=pairs[name]) for name in _shuffled(draw, list(pairs))]
-    facts = tokenizer([f"\n{line}\n" for line in told], add_special_tokens=False)["input_ids"]
-    questions = tokenizer("\n" + "\n".join(asked) + "\n", add_special_tokens=False)["input_ids"]
-    room = length - len(questions) - sum(map(len, facts))
-    if room < 2 * len(facts):
-        return render_recall(tokenizer, draw, length)
+    n_facts = int(draw.integers(1, MAX_FACTS + 1))
+    while True:
+        pairs = _pairs(draw, n_facts)
+        told = [statement.format(k=name, v=value) for name, value in pairs.items()]
+        asked = [question.format(k=name, v=pairs[name]) for name in _shuffled(draw, list(pairs))]
+        facts = tokenizer([f"\n{line}\n" for line in told], add_special_tokens=False)["input_ids"]
+        questions = tokenizer("\n" + "\n".join(asked) + "\n", add_special_tokens=False)["input_ids"]
+        room = length - len(questions) - sum(map(len, facts))
+        if room >= length // 2:
+            break
+        if n_facts == 1:
+            return render_recall(tokenizer, draw, length, kind="lists")
+        n_facts //= 2
     places = np.sort(draw.integers(0, room, len(facts)))
     pieces = np.split(text(room), places)
     told_between = [part for piece, fact in zip(pieces, facts, strict=False) for part in (piece, fact)]
@@ -104,7 +111,7 @@ def _repeated(draw: np.random.Generator, length: int, text: Text) -> np.ndarray:
 
 def _pairs(draw: np.random.Generator, count: int) -> dict[str, str]:
     names = ["".join(draw.choice(SYLLABLES, 3)).capitalize() for _ in range(count)]
-    return {name: str(draw.integers(1000, 9999)) for name in names}
+    return {name: str(draw.integers(10 ** (digits := int(draw.integers(2, 6))), 10 ** (digits + 1))) for name in names}
 
 
 def _shuffled(draw: np.random.Generator, names: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bench import catalog
+from bench.convert import rendered
 from bench.convert.spec import LayerPlan, Recipe, Source, Stage
 from bench.errors import UserError, unknown
 from bench.grammar import parse_value
@@ -103,6 +104,8 @@ def parse_source(text: str) -> Source:
         raise unknown("data source", kind, KINDS, fix="Write it like text:corpus.txt=0.8 or recall=0.2.")
     if not where and kind in ("text", "dataset", "corpus"):
         raise UserError(f"--data {text!r} names no {kind}; write it like {kind}:PATH.")
+    if kind == "recall" and where and where not in rendered.KINDS:
+        raise unknown("kind of recall", where, rendered.KINDS, fix="Write it like recall:facts=0.2, or recall=0.2 for all.")
     try:
         return Source(kind=kind, where=where, weight=float(number))
     except ValueError:
@@ -110,10 +113,10 @@ def parse_source(text: str) -> Source:
 
 
 def _mixer(expression: str, plan: LayerPlan) -> dict[str, Any]:
-    """The plan's fields that change with the mixer; a joint normaliser gives way to a gate where it cannot be."""
+    """The plan's fields that change with the mixer; a joint normaliser or a rotation that it cannot have gives way."""
     name, *settings = expression.split(":")
     if name == "none":
-        return {"mixer": None, "options": {}, "combine": "sum"}
+        return {"mixer": None, "options": {}, "combine": "sum", "projections": "share"}
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -127,7 +130,8 @@ def _mixer(expression: str, plan: LayerPlan) -> dict[str, Any]:
     elif name == "linear_attention":
         options = {"feature_map": "hedgehog"} | options
     joint = plan.combine == "shared_denominator" and name != "linear_attention"
-    return {"mixer": name, "options": options, "combine": "gate" if joint else plan.combine}
+    rope = "keep" if plan.rope == "after_map" and name != plan.mixer else plan.rope
+    return {"mixer": name, "options": options, "combine": "gate" if joint else plan.combine, "rope": rope}
 
 
 def _apply(fields: dict[str, Any], setting: str) -> None:

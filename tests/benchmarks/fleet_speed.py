@@ -1,10 +1,12 @@
 """How fast do fleets train on this GPU, beside Zoology's own loop? It trains attention and BASED on the mixture of Based, figure 2.
 
-    python -m tests.benchmarks.fleet_speed OUT.json [--zoology CHECKOUT] [--widths 64 128] [--members 1 4]
+    python -m tests.benchmarks.fleet_speed OUT.json [--zoology CHECKOUT] [--mixers attention based] [--widths 128] [--members 1 4]
 
-Milliseconds of a step and of a member at every training cell, in captured and compiled form, median of repeats; examples a
-second over the mixture's own proportion of steps; time to the first step, which is mostly compilation; and the ratio to Zoology's
-training loop, timed in the same process on the same GPU. Checks first that a compiled fleet learns what single runs learn.
+Milliseconds of a step and of a member at every training cell, median of repeats; examples a second over the mixture's own
+proportion of steps; time to the first steps, which is mostly compilation; and the ratio to Zoology's training loop, timed between
+them on the same GPU. A fleet of one is a single run. Every fleet compiles in a process of its own, all at the same time; nothing
+is timed before the last one is done, and then one after the other. Each result is written at once: the same command goes on
+where it was stopped, as long as commit and GPU are the same. First comes a check that fleets learn what single runs learn.
 """
 
 from __future__ import annotations
@@ -14,24 +16,27 @@ import itertools
 import json
 import statistics
 import time
-from datetime import UTC, datetime
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import provenance
 from bench.grammar import named_layers
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
 from bench.train import FleetTrainer
 from tests.benchmarks import zoology_loop
+from tests.benchmarks.facts import facts
 
 CELLS = {"64x4": 391, "128x8": 79, "256x16": 79, "256x32": 79, "256x64": 79}
 """Training cells and their steps in an epoch."""
 MIXERS = {"attention": "attention", "based": "based:feature_dim=16"}
 LRS = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
-WARM_UP, TIMED, REPEATS = 3, 20, 5
+WARM_UP, TIMED, REPEATS = 3, 40, 5
 BATCH = 256
+HOW = f"median of {REPEATS} repeats of {TIMED} steps, wall clock; data of the seeds named, weights from the same seeds"
 
 
 def specs(mixer: str, width: int, members: int) -> list[RunSpec]:
@@ -43,76 +48,80 @@ def specs(mixer: str, width: int, members: int) -> list[RunSpec]:
         "test_cells": "64x4:256",
     }
     train = TrainSpec(batch_size=BATCH, epochs=32, weight_decay=0.1, schedule="cosine_epoch", shuffle="none")
-    model = ModelSpec(**named_layers(MIXERS[mixer]), d_model=width)
+    model = ModelSpec(**named_layers(MIXERS.get(mixer, mixer)), d_model=width)
     pairs = [(LRS[index % 4], index // 4) for index in range(members)]
     task = TaskSpec(name="mqar", options=options)
     return [RunSpec(task=task, model=model, train=train.model_copy(update={"lr": lr}), seed=seed) for lr, seed in pairs]
 
 
+def warmed(mixer: str, width: int, members: int) -> tuple[FleetTrainer, dict[str, float]]:
+    """A compiled fleet that has taken its first steps on every cell, and the seconds that those took."""
+    torch.set_float32_matmul_precision("high")
+    trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=True)
+    trainer.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
+    trainer.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.examples_SB))
+    seconds = {}
+    for index, name in enumerate(CELLS):
+        began = time.perf_counter()
+        for _ in range(WARM_UP):
+            trainer.advance(index)
+        torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - began
+    return trainer, seconds
+
+
 def timed(trainer: FleetTrainer, cell: int) -> dict[str, float]:
-    """Milliseconds of a step on one cell: median, least and most of the repeats, and seconds until the first steps were over."""
-    began = time.perf_counter()
-    for _ in range(WARM_UP):
-        trainer.advance(cell)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - began
+    """Milliseconds of a step on one cell: median, least and most of the repeats."""
     found = []
-    for _ in range(REPEATS):
+    for repeat in range(REPEATS + 1):
         began = time.perf_counter()
         for _ in range(TIMED):
             trainer.advance(cell)
         torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - began) / TIMED)
-    return {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found), "first_steps_seconds": first}
+        if repeat:  # the first one brings the clocks up
+            found.append(1e3 * (time.perf_counter() - began) / TIMED)
+    return {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found)}
 
 
-def fleet(mixer: str, width: int, members: int, *, compiled: bool) -> dict[str, Any]:
-    """Times one fleet on every cell."""
-    torch.set_float32_matmul_precision("high")
-    torch.cuda.reset_peak_memory_stats()
-    trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=compiled)
-    trainer.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
-    trainer.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.examples_SB))
-    cells = {name: timed(trainer, index) for index, name in enumerate(CELLS)}
-    epoch = sum(CELLS[name] * cell["ms"] for name, cell in cells.items()) / 1e3
-    return {
-        "mixer": mixer,
-        "width": width,
-        "members": members,
-        "execution": trainer.execution,
-        "cells": cells,
-        "ms_per_member": {name: cell["ms"] / members for name, cell in cells.items()},
-        "examples_per_second": members * BATCH * sum(CELLS.values()) / epoch,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-    }
+def fleet(mixer: str, width: int, members: int, profiled: list[str]) -> Callable[[], dict[str, Any]]:
+    """Compiles a fleet; what is returned times it on every cell."""
+    trainer, first = warmed(mixer, width, members)
+
+    def measure() -> dict[str, Any]:
+        cells = {name: timed(trainer, index) | {"first_steps_seconds": first[name]} for index, name in enumerate(CELLS)}
+        epoch = sum(CELLS[name] * cell["ms"] for name, cell in cells.items()) / 1e3
+        found = {
+            "mixer": mixer,
+            "width": width,
+            "members": members,
+            "seeds": sorted({member.spec.seed for member in trainer.members}),
+            "learning_rates": [member.spec.train.lr for member in trainer.members],
+            "execution": trainer.execution,
+            "cells": cells,
+            "ms_per_member": {name: cell["ms"] / members for name, cell in cells.items()},
+            "examples_per_second": members * BATCH * sum(CELLS.values()) / epoch,
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+        }
+        if profiled:
+            found["kernels"] = {cell: kernels_of(trainer, list(CELLS).index(cell)) for cell in profiled}
+        return found
+
+    return measure
 
 
-def kernels_of(mixer: str, width: int, members: int, cell: str) -> dict[str, float]:
+def kernels_of(trainer: FleetTrainer, cell: int) -> dict[str, float]:
     """Device microseconds of a step by kernel, the costliest first."""
-    torch.set_float32_matmul_precision("high")
-    trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=True)
-    trainer.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.examples_SB))
-    index = list(CELLS).index(cell)
-    for _ in range(WARM_UP):
-        trainer.advance(index)
-    torch.cuda.synchronize()
+    steps = 10
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(TIMED):
-            trainer.advance(index)
+        for _ in range(steps):
+            trainer.advance(cell)
         torch.cuda.synchronize()
     table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {f"{event.key[:70]} x{event.count / TIMED:g}": event.self_device_time_total / TIMED for event in table[:40]}
+    return {f"{event.key[:90]} x{event.count / steps:g}": round(event.self_device_time_total / steps, 2) for event in table[:60]}
 
 
-def peer(checkout: Path, mixer: str, width: int) -> dict[str, Any]:
-    """Zoology's loop on the same mixture; a run is one model, so its learning rates run one after another."""
-    ms = zoology_loop.milliseconds(checkout, mixer, width, {64: 4, 128: 8, 256: 32})
-    epoch = sum(steps * ms[int(cell.split("x")[0])] for cell, steps in CELLS.items()) / 1e3
-    return {"mixer": mixer, "width": width, "ms": ms, "examples_per_second": BATCH * sum(CELLS.values()) / epoch}
-
-
-def check(mixer: str) -> float:
-    """Largest difference of the training losses of a compiled fleet of two and of its members trained alone, eagerly."""
+def check(mixer: str) -> Callable[[], dict[str, Any]]:
+    """Compares a compiled fleet of two with its members trained alone, eagerly: the largest difference of their training losses."""
 
     def losses(members: list[RunSpec], *, compiled: bool) -> torch.Tensor:
         trainer = FleetTrainer(members, torch.device("cuda"), compiled=compiled)
@@ -128,60 +137,103 @@ def check(mixer: str) -> float:
     both = specs(mixer, 64, 2)
     together = losses(both, compiled=True)
     alone = torch.cat([losses([spec], compiled=False) for spec in both])
-    return float((together - alone).abs().max())
+    difference = float((together - alone).abs().max())
+    if not difference < 5e-2:  # bf16 losses near 8.3 are 0.03 apart
+        raise SystemExit(f"{mixer}: losses of a fleet are {difference} from those of single runs; nothing was timed")
+    return lambda: {"mixer": mixer, "loss_difference": difference}
+
+
+def peer(checkout: Path, mixer: str, width: int) -> dict[str, Any]:
+    """Zoology's loop on the same mixture; a run is one model, so its learning rates run one after another."""
+    ms = zoology_loop.milliseconds(checkout, mixer, width, {64: 4, 128: 8, 256: 32})
+    epoch = sum(steps * ms[int(cell.split("x")[0])] for cell, steps in CELLS.items()) / 1e3
+    return {"mixer": mixer, "width": width, "ms": ms, "examples_per_second": BATCH * sum(CELLS.values()) / epoch}
+
+
+def work(pipe: Connection, prepare: Callable[..., Callable[[], dict[str, Any]]], arguments: tuple[Any, ...]) -> None:
+    """A process of one piece: prepares, says so, waits to be told, measures."""
+    measure = prepare(*arguments)
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send(measure())
+
+
+def record_at(path: Path) -> dict[str, Any]:
+    """The record as far as it has come, or a new one if that is of another commit or GPU."""
+    command = "python -m tests.benchmarks.fleet_speed"
+    fresh = facts(command) | {"n": HOW, "batch": BATCH, "steps_an_epoch": CELLS, "checks": [], "fleets": [], "zoology": []}
+    if path.exists():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == fresh[key] for key in ("commit", "device", "n", "versions")):
+            return old
+    return fresh
 
 
 def main() -> None:
-    """Checks, times, prints a table, writes the record."""
+    """Prepares all that is missing at once, then measures piece by piece."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--zoology", type=Path)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--mixers", nargs="+", default=list(MIXERS))
+    parser.add_argument("--widths", type=int, nargs="+", default=[128])
     parser.add_argument("--members", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--profile", metavar="CELL", nargs="+", help="only show the kernels of a step on these cells")
-    parser.add_argument("--captured", action="store_true", help="time uncompiled fleets too")
+    parser.add_argument("--profile", metavar="CELL", nargs="+", default=[], help="record the kernels of a step on these cells")
     given = parser.parse_args()
-    if given.profile:
-        for mixer, cell, width, members in itertools.product(MIXERS, given.profile, given.widths, given.members):
-            print(f"{mixer} {cell} d={width} E={members}, microseconds a step")
-            print("\n".join(f"{us:10.1f}  {name}" for name, us in kernels_of(mixer, width, members, cell).items()), flush=True)
-        return
-    errors = {mixer: check(mixer) for mixer in MIXERS}
-    print("largest loss difference, fleet against single runs:", errors, flush=True)
-    if not all(error < 5e-2 for error in errors.values()):  # bf16 losses near 8.3 are 0.03 apart
-        raise SystemExit("fleets do not learn what single runs learn; nothing was timed")
-    peers, rows = [], []
-    for mixer in MIXERS:
-        for width in given.widths:
-            if given.zoology is not None:
-                peers.append(peer(given.zoology, mixer, width))
-                print(json.dumps(peers[-1]), flush=True)
-            for compiled in (True, False) if given.captured else (True,):
-                for members in given.members:
-                    rows.append(fleet(mixer, width, members, compiled=compiled))
-                    print(_line(rows[-1], peers), flush=True)
-                    torch.cuda.empty_cache()
-    commit, dirty, _ = provenance.git_state()
-    record = {
-        "what": "training steps of fleets on the mixture of Based, figure 2, beside Zoology's own loop in the same process",
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": provenance.versions(),
-        "hardware": torch.cuda.get_device_name(),
-        "repeats": REPEATS,
-        "steps_a_repeat": TIMED,
-        "check": errors,
-        "fleets": rows,
-        "zoology": peers,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = record_at(given.out)
+
+    def done(key: str, **wanted: Any) -> bool:
+        return any(all(row[name] == value for name, value in wanted.items()) for row in record[key])
+
+    pieces: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
+    pieces += [("checks", check, (mixer,)) for mixer in given.mixers if not done("checks", mixer=mixer)]
+    for mixer, width, members in itertools.product(given.mixers, given.widths, given.members):
+        if not done("fleets", mixer=mixer, width=width, members=members):
+            pieces.append(("fleets", fleet, (mixer, width, members, given.profile)))
+    context = get_context("spawn")
+    workers = []
+    for key, prepare, arguments in pieces:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, prepare, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        workers.append((key, arguments, process, ours))
+    failed = [key for key, *_, pipe in workers if not _answered(pipe)]
+
+    def add(key: str, row: dict[str, Any]) -> None:
+        record[key].append(row)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(_line(key, row, record), flush=True)
+
+    if "checks" in failed:
+        raise SystemExit("fleets do not learn what single runs learn, or could not be trained; nothing was timed")
+    for key, arguments, _, pipe in workers:
+        try:
+            pipe.send("go")
+            add(key, pipe.recv())
+        except (EOFError, BrokenPipeError):
+            print(f"{key} {arguments} failed", flush=True)
+    if given.zoology is not None:
+        for mixer, width in itertools.product(given.mixers, given.widths):
+            if mixer in MIXERS and not done("zoology", mixer=mixer, width=width):
+                add("zoology", peer(given.zoology, mixer, width))
+    for row in record["fleets"]:
+        print(_line("fleets", row, record))
 
 
-def _line(row: dict[str, Any], peers: list[dict[str, Any]]) -> str:
+def _answered(pipe: Connection) -> bool:
+    """Waits until a worker is ready; whether it got there."""
+    try:
+        return pipe.recv() == "ready"
+    except EOFError:
+        return False
+
+
+def _line(key: str, row: dict[str, Any], record: dict[str, Any]) -> str:
+    if key != "fleets":
+        return json.dumps(row)
     ms = " ".join(f"{name} {value:.3f}" for name, value in row["ms_per_member"].items())
-    beside = [p for p in peers if (p["mixer"], p["width"]) == (row["mixer"], row["width"])]
+    beside = [p for p in record["zoology"] if (p["mixer"], p["width"]) == (row["mixer"], row["width"])]
     ratio = f", {row['examples_per_second'] / beside[0]['examples_per_second']:.1f} x Zoology" if beside else ""
     name = f"{row['mixer']} d={row['width']} E={row['members']} {row['execution']}"
     return f"{name}: ms a member {ms}; {row['examples_per_second']:,.0f} examples/s{ratio}"

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from kernels import vector_gate
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
+from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import CHUNK_OF_FLOPS, ceilings, graph_ms
 
 # batch, length, heads, key and value width
@@ -36,11 +36,13 @@ SHAPES = (
 )
 GATES = {"weak": 16.0, "plain": 1.0, "strong": 0.1}
 """Log decays are logsigmoid(z) over these, z from a normal distribution."""
+SEED = 0
 
 
 def draw(shape: tuple[int, int, int, int], *, delta: bool, gate: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Leaves; the log decays in bf16 are what the floor counts, mixers pass fp32."""
     batch, length, heads, width = shape
+    torch.manual_seed(SEED)
     q, k, v, z = (torch.randn(batch, length, heads, width, device="cuda") for _ in range(4))
     leaves = {"q_BTGK": q.bfloat16(), "k_BTGK": normalize(k, dim=-1).bfloat16(), "v_BTHV": v.bfloat16()}
     leaves["log_decay"] = (logsigmoid(z) / GATES[gate]).to(dtype)
@@ -79,17 +81,16 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, float]:
     """Graph times of each kernel."""
     q, k, v, gate, beta = (None if x is None else x.detach() for x in (*leaves.values(), *[None] * (5 - len(leaves))))
     do = torch.randn_like(v)
-    call = vector_gate.Call(q, k, v, gate, beta, None, None)
-    made = call.prepare(save=True)
-    states, errors = call.walk(made, out=False, return_state=False)
-    dv, _, _, dstates = call.reverse(made, errors, do, None)
+    call = vector_gate.Call(q, k, v, gate, beta, None, None, vector_gate.kept_like(q, k, v, delta=beta is not None, keep=True))
+    call.prepare()
+    call.walk(return_state=False, keep=True)
+    dv, _, _, dstates = call.reverse(do, None)
     calls = {
-        "prepare and solve": lambda: call.prepare(save=False),
-        "prepare and solve, saving": lambda: call.prepare(save=True),
-        "walk": lambda: call.walk(made, out=True, return_state=False),
-        "walk for states": lambda: call.walk(made, out=False, return_state=False),
-        "reverse": lambda: call.reverse(made, errors, do, None),
-        "pairs and gradient": lambda: call.gradients(errors, do, dv, states, dstates),
+        "prepare": call.prepare,
+        "walk": lambda: call.walk(return_state=False, keep=False),
+        "walk, keeping": lambda: call.walk(return_state=False, keep=True),
+        "reverse": lambda: call.reverse(do, None),
+        "gradients": lambda: call.gradients(do, dv, dstates),
     }
     return {name: graph_ms(f) for name, f in calls.items()}
 
@@ -115,9 +116,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rates = ceilings()
     record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **facts("python -m tests.benchmarks.vector_gate"),
+        "seed": SEED,
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
         "rows": [],

@@ -98,6 +98,11 @@ class CutsTheGradient(Sound):
         return super().integrate(u_BTD.detach() + 0.5 * (u_BTD - u_BTD.detach()), s_BD)
 
 
+class ForgetsThePastAtRows(Sound):
+    def at_rows(self, x_BTD, rows_BM, x_BMD):
+        return self.out_proj(self.in_proj(x_BMD))
+
+
 class MixesTheBatch(Sound):
     def forward(self, x_BTD, state=None, *, context_BSD=None):
         y, state = super().forward(x_BTD, state, context_BSD=context_BSD)
@@ -252,6 +257,7 @@ FAULTS = {
     LosesThePrefill: "prefill split",
     IgnoresHistory: "history patterns",
     CutsTheGradient: "gradients",
+    ForgetsThePastAtRows: "rows",
     MixesTheBatch: "batch ragged",
     ScalesByLength: "padding step split prefill gradients",
     OneClockForTheBatch: "ragged",

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from typer.testing import CliRunner
 
 from bench import catalog, pretrained
@@ -20,6 +28,7 @@ from bench.cli import app
 from bench.convert.resolve import load_recipe, parse_source, resolve_recipe
 from bench.convert.run import scaled
 from bench.errors import UserError
+from tests.convert.conftest import tiny
 
 SMALL = ["--set", "stages.seq_len=32", "--set", "stages.batch_tokens=64"]
 
@@ -169,6 +178,7 @@ BAD = [
     (["--recipe", "swa", "--window", "0"], "needs a mixer, a window, or both"),
     (["--recipe", "lolcats", "--data", "text:missing.txt"], "There is no text file or folder missing.txt"),
     (["--recipe", "lolcats", "--data", "txt:a"], "Unknown data source"),
+    (["--recipe", "lolcats", "--data", "recall:fact"], "Did you mean 'facts'?"),
     (["--recipe", "lolcats", "--data", "recall=x"], "no valid weight"),
     (["--recipe", "lolcats", "--data", "corpus:nowhere"], "bench sample"),
     (["--recipe", "lolcats", "--set", "stages.seq_len=100000"], "give more text or a smaller"),
@@ -294,9 +304,32 @@ def test_an_encoder_is_not_a_decoder(work: Path):
         pretrained.load(str(work / "bert"))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(work: Path, tokenizer):
-    from tests.convert.conftest import tiny
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=280, n_embd=8, n_layer=1, n_head=2)), "GPT2LMHeadModel has no model.layers"),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=280, hidden_size=8, num_hidden_layers=1)),
+            "MambaForCausalLM has no",
+        ),
+        (lambda: tiny("Gemma2"), r"Layer 0 (Gemma2Attention) cannot be converted: its softmax has attn_logit_softcapping"),
+    ],
+)
+def test_a_decoder_of_another_kind_is_one_sentence(made, sentence: str, tokenizer, text: Path, work: Path):
+    made().save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    code, _, err = convert(work / "other", text, "--recipe", "swa", "--out", "made")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert sentence in err
 
+
+def test_a_model_without_a_tokenizer_is_one_sentence(teacher_folder: Path, work: Path):
+    shutil.copytree(teacher_folder, "copy", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match="copy has no tokenizer that can be loaded"):
+        pretrained.load(str(work / "copy"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(work: Path, tokenizer):
     tiny(vocab_size=64).save_pretrained("small")
     tokenizer.save_pretrained("small")
     with pytest.raises(UserError, match="has 280 tokens but the model embeds only 64"):

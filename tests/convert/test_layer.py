@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import mixers
-from bench.convert.branches import SharedDenominator, WindowBranch
+from bench.convert.branches import SharedDenominator, WindowBranch, rotate
 from bench.convert.cache import LinearizedCache
 from bench.convert.decode import Decoder
 from bench.convert.fit import attention_shape
 from bench.convert.gate import check_model
 from bench.convert.layer import GATE_BIAS, spans
+from bench.convert.parameters import parameter_group
+from bench.convert.plans import layer_plans
 from bench.convert.run import check_transplant
 from bench.convert.spec import LayerPlan
 from bench.convert.student import LinearizedForCausalLM, build_student
@@ -295,3 +297,74 @@ def test_a_recorded_step_serves_several_caches_in_turn(teacher, monkeypatch):
     caches[1].reorder_cache(torch.tensor([1, 1]))
     found = student(other[:1, :1].expand(2, 1), cache=caches[1], use_cache=True).logits
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("plan", [{"mixer": "supra", "rope": "after_map"}, {"mixer": "gla", "projections": "copy"}])
+@pytest.mark.parametrize("groups", ["repeat", "share"])
+def test_rotated_features_and_copied_projections_are_one_function(plan: dict, groups: str, teacher):
+    student = build_student(teacher, [LayerPlan(**plan, groups=groups, window=7, sinks=2, combine="gate")] * 2).eval()
+    result = check_model(student, tokens())
+    assert result.passed, result.sentence()
+
+
+def test_features_are_rotated_after_the_map(teacher):
+    """Against the definition: positive features, turned by their position, decayed by their distance."""
+    plan = LayerPlan(mixer="supra", rope="after_map", window=0, combine="sum")
+    layer = build_student(teacher, [plan] * 2).converted()[0]
+    x, position = torch.randn(1, 9, teacher.config.hidden_size), torch.arange(9)[None]
+    rope = teacher.model.rotary_emb(x, position)
+    _, _, v, q, k = layer.queries_keys_values(x, rope)
+    supra, size = layer.mixer.mixer, layer.head_dim
+    k, v = (a.repeat_interleave(q.shape[1] // a.shape[1], 1) for a in (k, v))
+    q, k = (supra.feature_proj(a.transpose(1, 2).flatten(2)).relu().unflatten(-1, (-1, size)).transpose(1, 2) for a in (q, k))
+    scores = rotate(q, rope) @ rotate(k, rope).mT * size**-0.5
+    distance = (torch.arange(9)[:, None] - torch.arange(9)).clamp_min(0)
+    decayed = scores * (supra.log_gamma[:, None, None] * distance).exp() * torch.ones(9, 9).tril()
+    wanted = torch.nn.functional.layer_norm((decayed @ v).transpose(1, 2), (size,)).flatten(2)
+    torch.testing.assert_close(layer.heads_output(x, rope), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_copied_projections_start_equal_and_train_apart(teacher):
+    plan = LayerPlan(mixer="gated_delta_net", window=7, combine="gate")
+    shared = build_student(teacher, [plan] * 2).eval()
+    copied = build_student(teacher, [plan.model_copy(update={"projections": "copy"})] * 2).eval()
+    copied.load_state_dict(shared.state_dict(), strict=False)
+    torch.testing.assert_close(copied(tokens()).logits, shared(tokens()).logits)
+    known = {name for name, _ in teacher.named_parameters()}
+    groups = {name: parameter_group(name, known) for name, _ in copied.named_parameters() if ".copies." in name}
+    assert len(groups) == 6
+    assert set(groups.values()) == {"mixer"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ({"mixer": "mamba2", "combine": "gate", "projections": "copy"}, "projections=copy cannot be had with mamba2"),
+        ({"options": HEDGEHOG, "projections": "copy"}, "under combine=shared_denominator"),
+        ({"mixer": "gla", "combine": "gate", "rope": "after_map"}, "only supra rotates its features"),
+    ],
+)
+def test_combinations_that_cannot_be_had_say_why(plan: dict, sentence: str, teacher):
+    with pytest.raises(UserError, match=sentence):
+        build_student(teacher, [LayerPlan(**plan)] * 2)
+
+
+def test_a_wide_layer_has_its_own_window(teacher, tmp_path: Path):
+    """One layer that sees everything is that layer of the teacher; the folder remembers it, and the gate passes."""
+    plan = LayerPlan(mixer=None, window=7, sinks=2, combine="sum", wide="1", wide_window=100)
+    student = build_student(teacher, layer_plans(plan, 2)).eval()
+    assert [layer.window.window for layer in student.converted().values()] == [7, 100]
+    kept = build_student(teacher, layer_plans(plan.model_copy(update={"wide": "", "wide_window": 0, "layers": "0"}), 2)).eval()
+    torch.testing.assert_close(student(tokens()).logits, kept(tokens()).logits, atol=1e-4, rtol=1e-4)
+    student.save_pretrained(tmp_path)
+    result = check_model(student, tokens(), folder=tmp_path)
+    assert result.passed, result.sentence()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"wide": "7", "wide_window": 9}, r"plan.wide='7' does not select among 2 layers"), ({"wide": "1"}, "set both")],
+)
+def test_wide_layers_that_are_not_there(changes: dict, sentence: str):
+    with pytest.raises((UserError, ValueError), match=sentence):
+        layer_plans(LayerPlan(mixer=None, combine="sum", **changes), 2)

@@ -1,5 +1,6 @@
 """Losses by their definition, layers aligned at once as alone, and a killed conversion that ends like an undisturbed one."""
 
+import itertools
 import json
 import os
 import signal
@@ -19,25 +20,25 @@ from bench.convert.losses import IGNORED, layer_loss, next_token_loss, weights_l
 from bench.convert.measure import agreement, cache_bytes, window_of_equal_bytes
 from bench.convert.parameters import choose_parameters
 from bench.convert.rendered import _repeated, _scattered, render_recall
-from bench.convert.resolve import load_recipe
+from bench.convert.resolve import load_recipe, parse_source
 from bench.convert.run import Conversion
 from bench.convert.spec import LayerPlan, Lora, Recipe, Source, Stage
-from bench.convert.stage import StageTrainer
+from bench.convert.stage import StageTrainer, interleaved
 from bench.convert.student import build_student
 from bench.errors import UserError
+from tests.convert.conftest import SENTENCES
 from tests.convert.test_layer import HEDGEHOG, tokens
 
 
-@pytest.mark.parametrize(("kl", "ce", "temperature"), [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.7, 0.3, 2.0)])
-def test_next_token_loss_and_gradient_by_their_definition(kl: float, ce: float, temperature: float):
+@pytest.mark.parametrize(("kl", "ce", "z", "temperature"), [(1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.2, 1.0), (0.7, 0.3, 0.1, 2.0)])
+def test_next_token_loss_and_gradient_by_their_definition(kl: float, ce: float, z: float, temperature: float):
     torch.manual_seed(0)
     hidden, head = torch.randn(13, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     teacher, teacher_head = torch.randn(13, 5), torch.randn(11, 5)
     targets = torch.randint(0, 11, (13,))
     targets[[2, 12]] = IGNORED
-    loss, parts = next_token_loss(
-        hidden, head, targets, ce=ce, kl=kl, teacher_ND=teacher, teacher_head_VD=teacher_head, temperature=temperature, chunk=4
-    )
+    named = {"teacher_ND": teacher, "teacher_head_VD": teacher_head, "temperature": temperature, "chunk": 4}
+    loss, parts = next_token_loss(hidden, head, targets, ce=ce, kl=kl, z=z, **named)
     found = torch.autograd.grad(loss, (hidden, head))
     known = targets != IGNORED
     logits, wanted = (hidden @ head.t())[known], (teacher @ teacher_head.t())[known]
@@ -45,7 +46,7 @@ def test_next_token_loss_and_gradient_by_their_definition(kl: float, ce: float, 
     log_s, log_t = ((a / temperature).log_softmax(-1) for a in (logits, wanted))
     divergence = temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
     torch.testing.assert_close(parts, torch.stack([divergence, cross]).detach())
-    expected = kl * divergence + ce * cross
+    expected = kl * divergence + ce * cross + z * logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(loss, expected)
     for gradient, exact in zip(found, torch.autograd.grad(expected, (hidden, head)), strict=True):
         torch.testing.assert_close(gradient, exact)
@@ -134,11 +135,11 @@ def test_held_out_text_is_not_trained_on():
 
 
 def numbers_in(text: str) -> list[str]:
-    return [word.strip(".:") for word in text.split() if word.strip(".:").isdigit() and len(word.strip(".:")) == 4]
+    return [word.strip(".:") for word in text.split() if word.strip(".:").isdigit() and len(word.strip(".:")) >= 3]
 
 
 def test_rendered_lists_ask_for_what_they_told(tokenizer):
-    row = tokenizer.decode(render_recall(tokenizer, np.random.default_rng(0), 700))
+    row = tokenizer.decode(render_recall(tokenizer, np.random.default_rng(1), 700, kind="lists"))
     numbers = numbers_in(row.split("\n\n")[0])
     assert len(numbers) >= 4
     told, asked = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
@@ -160,6 +161,15 @@ def test_repeated_passages_come_from_the_first_half():
     assert len(again) >= 400 // 16
     assert again.max() < 200
     assert (np.diff(again) == 1).all()
+
+
+@pytest.mark.parametrize(("kind", "told"), [("lists", False), ("facts", True), ("passages", True)])
+def test_a_kind_of_recall_is_a_source(kind: str, told: bool, text: Path, tokenizer):
+    """Only lists hold nothing of the running text, of which every line here has a number and a full stop."""
+    texts = load_data([Source(kind="text", where=str(text))], tokenizer, 280, 0, min_length=48, cap=10**6).corpora
+    drawn = TrainingData([*texts, Corpus(parse_source(f"recall:{kind}=1e6"), np.zeros(0, np.int32))], tokenizer, 0)
+    rows = [tokenizer.decode(row) for row in drawn.batch(0, 0, 5, 300)]
+    assert [any(sentence[:20] in row for sentence in SENTENCES) for row in rows] == [told] * 5
 
 
 def test_recall_without_and_with_text_has_the_length(text: Path, tokenizer):
@@ -318,3 +328,34 @@ def test_every_published_recipe_is_there():
     for name in published:
         assert load_recipe(name).name == name
         assert "arXiv" in load_recipe(name).summary or name == "swa"
+
+
+def test_layers_are_replaced_step_by_step(teacher, text: Path, tokenizer):
+    """In the first half of the stage the teacher's attention stands in for one of two layers, which then must not learn."""
+    student = build_student(teacher, [LayerPlan(mixer="gated_delta_net", window=0, combine="sum")] * 2)
+    stage = Stage(capture="logits", loss="kl_ce", kl=1.0, train=("mixer",), replace=(0.5, 1.0), seq_len=16, batch_tokens=64)
+    trainer = StageTrainer(student, teacher, stage, 0, data_of(text, tokenizer), "fp32")
+
+    def moved(progress: float) -> list[bool]:
+        before = [layer.mixer.mixer.gate_proj.weight.clone() for layer in student.converted().values()]
+        trainer.step(progress)
+        after = [layer.mixer.mixer.gate_proj.weight for layer in student.converted().values()]
+        return [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+
+    assert moved(0.1) == [True, False]
+    assert moved(0.5) == [True, True]
+    trainer.step(0.1)
+    trainer.finish()
+    assert not any(layer.stand_in for layer in student.converted().values())
+
+
+def test_turns_are_spread_over_the_layers():
+    assert interleaved(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert sorted(interleaved(30)) == list(range(30))
+    first = sorted(index for index, turn in enumerate(interleaved(30)) if turn < 8)
+    assert max(b - a for a, b in itertools.pairwise(first)) <= 4
+
+
+def test_replacing_belongs_to_logits():
+    with pytest.raises(ValueError, match="replace belongs to a stage that captures logits"):
+        Stage(capture="mixer_out", replace=(0.5, 1.0))

@@ -12,7 +12,16 @@ from kernels.attention import attention, attention_reference, band_mask, banded_
 from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.scan import scan, selective_scan
-from tests.kernels import cases_adamw, cases_cross_entropy, cases_scan, cases_selective_scan, cases_short_conv
+from tests.kernels import (
+    cases_adamw,
+    cases_cross_entropy,
+    cases_gated_conv,
+    cases_norms,
+    cases_rows,
+    cases_scan,
+    cases_selective_scan,
+    cases_short_conv,
+)
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, require_close
 
 pytestmark = pytest.mark.gpu
@@ -194,3 +203,45 @@ def test_scan_of_members_and_in_a_graph() -> None:
 @pytest.mark.parametrize(("members", "parameters"), [*cases_adamw.SHAPES, (12, 1_300_007)])
 def test_adamw(members: int, parameters: int) -> None:
     cases_adamw.check_steps(members, parameters, "cuda", "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*cases_norms.SHAPES, (4, 200, 256), (2, 300, 1000)])
+def test_norms(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    cases_norms.check_layer_norm(shape, "cuda", dtype, "triton")
+    for at_rows in (False, True):
+        cases_norms.check_pair(shape, "cuda", dtype, "triton", at_rows=at_rows)
+
+
+def test_norms_of_members() -> None:
+    cases_norms.check_members("cuda", "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("taps", cases_gated_conv.TAPS)
+@pytest.mark.parametrize("shape", [*cases_gated_conv.SHAPES, (4, 256, 128)])
+def test_gated_conv(shape: tuple[int, int, int], taps: int, dtype: torch.dtype) -> None:
+    cases_gated_conv.check(shape, taps, "cuda", dtype, "triton")
+
+
+def test_gated_conv_of_members() -> None:
+    cases_gated_conv.check_members("cuda", "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "window"), [*((kind, None) for kind in cases_rows.WEIGHTS), (cases_rows.WEIGHTS[0], 70)])
+@pytest.mark.parametrize("shape", [*cases_rows.SHAPES, (3, 2, 37, 200, 128), (2, 1, 5, 130, 256)])
+def test_read_rows(
+    shape: tuple[int, int, int, int, int], kind: tuple[str, float | None], window: int | None, dtype: torch.dtype
+) -> None:
+    cases_rows.check(shape, kind, window, "cuda", dtype)
+
+
+def test_read_rows_of_members() -> None:
+    cases_rows.check_members("cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), cases_cross_entropy.SHAPES)
+def test_labelled_head(rows: int, classes: int, dtype: torch.dtype) -> None:
+    cases_cross_entropy.check_head(rows, classes, "cuda", dtype)

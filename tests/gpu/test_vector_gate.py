@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import vector_gate
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -48,6 +49,14 @@ def test_split_equals_whole(delta: bool, dtype: torch.dtype) -> None:
     cases.check_split((0, 1, 64, 83, 150), "cuda", dtype, delta=delta)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_few_heads_are_walked_in_segments(gate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_gate, "SEGMENT", 1)
+    for state in (False, True):
+        cases.check((1, 300, 2, 128, 128), gate, "cuda", dtype, delta=False, state=state)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_members(delta: bool) -> None:
     cases.check_members("cuda", delta=delta)
@@ -70,12 +79,10 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import vector_gate_gradient, vector_gate_pairs, vector_gate_prepare, vector_gate_solve, vector_gate_walk
+    from kernels import vector_gate_gradient, vector_gate_prepare, vector_gate_walk
 
     kernels = (
         vector_gate_prepare.prepare_kernel,
-        vector_gate_solve.solve_kernel,
-        vector_gate_pairs.pairs_kernel,
         vector_gate_walk.walk_kernel,
         vector_gate_walk.reverse_kernel,
         vector_gate_gradient.gradient_kernel,

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from kernels.cross_entropy import IGNORED, labelled_cross_entropy
 from kernels.dispatch import use_backend
+from kernels.labelled_head import labelled_head
+from kernels.values import checked_values
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
 
 SHAPES = ((1, 1), (3, 2), (5, 7), (4, 257), (2, 8192), (3, 20_001), (0, 5))
@@ -41,6 +43,36 @@ def check_rows(rows: int, classes: int, device: str, dtype: torch.dtype) -> None
             require_close({"gradient": gradient}, {"gradient": true_gradient}, SIXTEEN_BIT)
 
 
+def check_head(rows: int, classes: int, device: str, dtype: torch.dtype) -> None:
+    """Losses, predictions and both gradients of the head that owns its logits, against fp64, with an ignored row."""
+    width = 6
+    h, weight = torch.randn(rows, width).to(dtype), torch.randn(classes, width).to(dtype)
+    labels = torch.randint(classes, (rows,))
+    if rows > 1:
+        labels[1] = IGNORED
+    scale = torch.rand(rows) + 0.5
+
+    def run(leaves: list[torch.Tensor], call) -> dict[str, torch.Tensor]:
+        loss = call(*leaves)
+        gradients = torch.autograd.grad(loss, leaves, scale.to(loss))
+        return dict(zip(("loss", "dh", "dweight"), (loss, *gradients), strict=True))
+
+    leaves = [tensor.to(device).requires_grad_() for tensor in (h, weight)]
+    with use_backend("triton"), poisoned():
+        got = run(leaves, lambda h, w: labelled_head(h, w, labels.to(device))[0])
+        predicted = labelled_head(*leaves, labels.to(device))[1]
+    logits = h.double() @ weight.double().T
+    true = run(
+        [tensor.double().requires_grad_() for tensor in (h, weight)],
+        lambda h, w: F.cross_entropy(h @ w.T, labels, ignore_index=IGNORED, reduction="none"),
+    )
+    assert (got["loss"].dtype, got["dh"].dtype, got["dweight"].dtype) == (torch.float32, dtype, dtype)
+    if dtype == torch.float32:
+        assert torch.equal(predicted.cpu(), logits.argmax(-1))
+    if rows and classes > 1:
+        require_close(got, true, SINGLE if dtype == torch.float32 else 2 * SIXTEEN_BIT)
+
+
 def check_members(device: str) -> None:
     """One call for all members, whichever argument they share; a scalar's expanded gradient comes back right."""
     logits, labels = torch.randn(3, 5, 11, device=device, requires_grad=True), torch.randint(11, (3, 5), device=device)
@@ -63,7 +95,7 @@ def check_faults(device: str) -> None:
     logits[0, 7] = logits[3, 0] = float("nan")
     labels = torch.tensor([1, 300, 2, IGNORED], device=device)
     leaf = logits.requires_grad_()
-    with use_backend("triton"), poisoned():
+    with use_backend("triton"), poisoned(), checked_values(False):
         loss, _ = labelled_cross_entropy(leaf, labels)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     assert loss.isnan().tolist() == [True, True, False, False]

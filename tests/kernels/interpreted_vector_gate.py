@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import vector_gate
+from kernels import vector_gate, vector_gate_config
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from tests.kernels import cases_vector_gate as cases
@@ -28,8 +28,15 @@ def test_diagonal_plus_rank_one(gate: str):
 
 @pytest.mark.parametrize("delta", [False, True])
 def test_the_chunks_of_sixteen_bit(delta: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vector_gate, "FP32", vector_gate.SIXTEEN_BIT)
+    monkeypatch.setattr(vector_gate_config, "FP32", vector_gate_config.SIXTEEN_BIT)
     cases.check((1, 70, 1, 24, 16), "strong", "cpu", torch.float32, delta=delta, state=True)
+
+
+def test_split_over_programs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vector_gate, "SEGMENT", 1)
+    for gate in ("weak", "strong"):
+        cases.check((1, 100, 2, 20, 33), gate, "cpu", torch.float32, delta=False, state=True)
+        cases.check((2, 70, 1, 16, 16), gate, "cpu", torch.float32, delta=False, state=False)
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -84,6 +91,7 @@ def test_torch_accepts_the_operator(delta: bool):
         None,
         tensors["state_BHKV"],
         True,
+        False,
     )
     torch.library.opcheck(torch.ops.mixer_bench.vector_gate_recurrence.default, arguments)
 

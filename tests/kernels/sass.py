@@ -58,6 +58,6 @@ def _width(name: str) -> int:
     """Registers of an instruction's data operand."""
     if name.startswith("HGMMA"):
         return int(name.split("x")[1]) // 2
-    if "WIDE" in name or ".64" in name or name.startswith("CS2R") or name.endswith("88.2"):
+    if "WIDE" in name or ".64" in name or name.startswith("CS2R") or "88.2" in name:
         return 2
-    return 4 if ".128" in name or name.endswith("88.4") else 1  # LDSM and STSM, as M88 or transposed MT88
+    return 4 if ".128" in name or "88.4" in name else 1

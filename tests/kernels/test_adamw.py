@@ -23,8 +23,9 @@ def test_bad_input_is_one_sentence():
 
 
 def test_compiles_for_sm90_without_spills():
-    pointers = ("weights_ptr", "gradient_ptr", "first_ptr", "second_ptr", "rates_ptr", "corrections_ptr")
+    pointers = ("weights_ptr", "gradient_ptr", "first_ptr", "second_ptr", "rates_ptr", "steps_ptr")
     numbers = {"n_parameters": "i32", "decay": "fp32", "rest1": "fp32", "rest2": "fp32", "eps": "fp32", "BLOCK": BLOCK}
+    numbers |= {"LOG_BETA1": -0.105, "LOG_BETA2": -0.001}
     used = compile_sm90(adamw_kernel, dict.fromkeys(pointers, "*fp32+") | numbers, warps=WARPS)
     assert used.spilled == 0
     assert used.registers <= 64, "fewer than eight programs of 128 threads fit an SM"

@@ -5,7 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from kernels.cross_entropy import IGNORED, labelled_cross_entropy
-from kernels.cross_entropy_triton import block_and_warps, cross_entropy_backward, cross_entropy_forward
+from kernels.cross_entropy_triton import (
+    IN_PLACE_BLOCK,
+    block_and_warps,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    cross_entropy_in_place,
+)
+from kernels.labelled_head import labelled_head
 from tests.kernels.offline import compile_sm90
 
 
@@ -42,7 +49,7 @@ def test_bad_input_is_one_sentence():
         labelled_cross_entropy(torch.randn(3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="labels is on meta and logits on cpu; move them to one device"):
         labelled_cross_entropy(torch.randn(2, 3), torch.zeros(2, dtype=torch.long, device="meta"))
-    with pytest.raises(ValueError, match="labels have dtype"):
+    with pytest.raises(ValueError, match="labels has dtype"):
         labelled_cross_entropy(torch.randn(2, 3), torch.zeros(2))
 
 
@@ -59,3 +66,23 @@ def test_compiles_for_sm90_without_spills(classes: int, dtype: str):
         assert used.spilled == 0
         assert used.registers <= 80, "fewer than three programs of 256 threads fit an SM"
         assert used.shared <= 1024
+
+
+@pytest.mark.parametrize("dtype", ["*bf16+", "*fp32+"])
+def test_the_form_in_place_compiles_for_sm90_without_spills(dtype: str):
+    arguments = {"logits_ptr": dtype, "labels_ptr": "*i64+", "loss_ptr": "*fp32+", "predicted_ptr": "*i64+"}
+    numbers = {"n_classes": "i32+", "ignored": "i32", "BLOCK": IN_PLACE_BLOCK}
+    used = compile_sm90(cross_entropy_in_place, arguments | numbers, warps=4)
+    assert used.spilled == 0
+    assert used.registers <= 128, "fewer than four programs of 128 threads fit an SM"
+
+
+def test_the_torch_form_of_the_head():
+    h, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    labels = torch.tensor([0, 3, IGNORED, 8, 1, 1])
+    loss, predicted = labelled_head(h, weight, labels)
+    want, want_predicted = labelled_cross_entropy(h @ weight.T, labels)
+    torch.testing.assert_close(loss, want)
+    assert torch.equal(predicted, want_predicted)
+    with pytest.raises(ValueError, match=r"weight has shape \(9, 4\); with h of shape \(6, 3\) it is \(9, 3\)"):
+        labelled_head(h[:, :3], weight, labels)

@@ -7,7 +7,7 @@ import triton.language as tl
 from kernels import taylor_launch as launch
 from kernels.taylor_grad_triton import key_kernel, query_kernel
 from kernels.taylor_triton import forward_kernel, scan_kernel, state_kernel
-from kernels.walk import _precision, product_width
+from kernels.walk import _precision, padded, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "x", "c", "y", "dy", "dq", "dk", "dv")
@@ -25,7 +25,7 @@ def compile_kernel(name, k_dim, v_dim, dtype, config=None, **flags):
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | dict.fromkeys(("entering", "leaving"), DTYPES[wide][0])
     tile = min(launch.VALUE_TILE, product_width(v_dim, dtype)) if name in ("forward", "state") else product_width(v_dim, dtype)
-    constants = {"K": k_dim, "V": v_dim, "BK": product_width(k_dim, dtype), "BV": tile, "BF": config.rows, "UNIT": 8}
+    constants = {"K": k_dim, "V": v_dim, "BK": padded(k_dim), "BV": tile, "BF": config.rows, "UNIT": 8}
     constants |= {"BM": config.queries, "BN": config.keys, "BT": config.keys, "NORM": True, "WEIGHTED": True}
     constants |= {"FIRST": False, "LAST": False, "DOT": dot, "WIDE": DTYPES[wide][1], "STAGES": config.stages}
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
