@@ -5,11 +5,14 @@ Shape legend: B batch, T time, H heads of v and of the state, G heads of q and k
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
 from kernels._arguments import check_arguments, check_axes, check_same
+from kernels.packing import check_packing, run_padded
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
@@ -25,6 +28,7 @@ def linear_recurrence(
     log_decay: Tensor | None = None,
     beta_BTH: Tensor | None = None,
     state_BHKV: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = decay_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t; see `kernels.reference`.
@@ -36,6 +40,9 @@ def linear_recurrence(
         log_decay: natural log of the decay, <= 0 and finite: None, [H], [B, T, H] or [B, T, H, K].
         beta_BTH: write strength of the delta rule, or None for no erasure and unit writes.
         state_BHKV: S_0; None means "from zero, and return no state", as for `Mixer.forward`.
+        cu_seqlens: where each of N sequences that are packed into one row starts, and the end of the last, [N + 1] in int32 or
+            int64; B is 1 then, and states are [N, H, K, V]. The kernels without the delta rule and with at most a scalar decay
+            start anew at each bound; all other forms run the sequences as a padded batch (`kernels.packing`).
         chunk: longest chunk of the torch form, a power of two; the Triton form has its own.
 
     Returns:
@@ -44,19 +51,40 @@ def linear_recurrence(
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
+    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens)
+    if cu_seqlens is not None:
+        return _packed(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens, chunk)
     if is_step(v_BTHV.shape[1], state_BHKV, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH):
         return _step(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV), tensor_cores=True)
     if backend == "triton" and log_decay is not None and log_decay.ndim == 4:
         return _vector_gate(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     if backend == "triton":
-        return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
+        return _triton(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, None)
     named = {"log_decay": log_decay, "beta_BTH": beta_BTH, "state_BHKV": state_BHKV}
     if backend == "chunked":
         return chunked.linear_recurrence(q_BTGK, k_BTGK, v_BTHV, chunk=chunk, **named)
     o, final = reference.linear_recurrence_reference(q_BTGK, k_BTGK, v_BTHV, **named)
     return o, None if state_BHKV is None else final
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Packed sequences: by kernels that know them, else as a padded batch."""
+    if beta is None and (log_decay is None or log_decay.ndim != 4):
+        backend = dispatch.pick(OPERATION, v, obstacle=_obstacle(k, v), tensor_cores=True)
+        if backend == "triton":
+            return _triton(q, k, v, log_decay, None, state, cu_seqlens)
+    named = {"log_decay": log_decay, "beta_BTH": beta, "state_BHKV": state}
+    return run_padded(partial(linear_recurrence, chunk=chunk), cu_seqlens, q, k, v, **named)
 
 
 def normalized_recurrence(
@@ -108,7 +136,13 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tenso
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The operators' fp32 decays, with an axis of rows for a constant one, and fp32 states."""
     if log_decay is not None:
@@ -117,7 +151,7 @@ def _triton(
     if beta is not None:
         o, final = delta_op.delta_rule(q, k, v, beta, log_decay, wide, state is not None)
     else:
-        o, final = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, state is not None)
+        o, final, _ = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, cu_seqlens, state is not None)
     return o, None if state is None else final.to(state.dtype)
 
 
@@ -137,7 +171,15 @@ def _obstacle(k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "B T heads width")
@@ -146,13 +188,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tens
     groups, k_dim = k.shape[2:]
     if heads % groups:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; the heads of v must be a multiple of those of k")
+    sequences = batch
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, v)
+        sequences = cu_seqlens.shape[0] - 1
     decays = {1: (heads,), 3: (batch, length, heads)}.get(0 if log_decay is None else log_decay.ndim, (batch, length, heads, k_dim))
     expected = {
         "k": (k, (batch, length, groups, k_dim)),
         "q": (q, (batch, length, groups, k_dim)),
         "log_decay": (log_decay, decays),
         "beta": (beta, (batch, length, heads)),
-        "state": (state, (batch, heads, k_dim, v_dim)),
+        "state": (state, (sequences, heads, k_dim, v_dim)),
     }
     check_arguments(v, expected, first="v")
     if log_decay is not None and log_decay.ndim == 4 and groups != heads:

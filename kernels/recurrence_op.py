@@ -14,34 +14,58 @@ from torch.autograd.function import _SingleLevelFunction
 
 from kernels import walk
 from kernels._members import fold_members
+from kernels.walk_pieces import n_segments
 
+STARTS = 5
+"""Where the bounds of packed sequences are among the arguments of both operators."""
 Folded = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
 
 FORWARD, BACKWARD = "mixer_bench::linear_recurrence", "mixer_bench::linear_recurrence_backward"
 
 torch.library.define(
-    FORWARD, "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, bool return_state) -> (Tensor, Tensor)"
+    FORWARD,
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, Tensor? starts, bool return_state)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     BACKWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, Tensor do, Tensor? final, Tensor? dfinal, bool gate_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, Tensor? starts, Tensor entering, Tensor do, Tensor? final,"
+    " Tensor? dfinal, bool gate_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 linear_recurrence = torch.ops.mixer_bench.linear_recurrence.default
 linear_recurrence_backward = torch.ops.mixer_bench.linear_recurrence_backward.default
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        return walk.forward(q, k, v, log_decay, state, return_state=return_state)
+        return walk.forward(q, k, v, log_decay, state, starts, return_state=return_state)
 
 
 @torch.library.register_fake(FORWARD)
-def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
-    final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, widths = v.shape[0], v.shape[2], (k.shape[3], v.shape[3])
+    final = (batch if starts is None else batch * (starts.shape[0] - 1), heads, *widths) if return_state else (0,)
+    segments = 1 if starts is not None else n_segments(k, v)
+    entering = (batch, segments, heads, *widths) if segments > 1 else (0,)
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), v.new_empty(entering, dtype=torch.float32)
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
@@ -51,13 +75,15 @@ def _(
     v: Tensor,
     log_decay: Tensor | None,
     state: Tensor | None,
+    starts: Tensor | None,
+    entering: Tensor,
     do: Tensor,
     final: Tensor | None,
     dfinal: Tensor | None,
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(v):
-        return walk.backward(q, k, v, log_decay, state, do, final, dfinal, gate_grad=gate_grad)
+        return walk.backward(q, k, v, log_decay, state, starts, entering, do, final, dfinal, gate_grad=gate_grad)
 
 
 @torch.library.register_fake(BACKWARD)
@@ -67,6 +93,8 @@ def _(
     v: Tensor,
     log_decay: Tensor | None,
     state: Tensor | None,
+    starts: Tensor | None,
+    entering: Tensor,
     do: Tensor,
     final: Tensor | None,
     dfinal: Tensor | None,
@@ -85,42 +113,58 @@ class LinearRecurrence(_SingleLevelFunction):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool
-    ) -> tuple[Tensor, Tensor]:
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        state: Tensor | None,
+        starts: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `kernels.walk.forward`."""
         with torch._C._AutoDispatchBelowAutograd():
-            return linear_recurrence(q, k, v, log_decay, state, return_state)
+            return linear_recurrence(q, k, v, log_decay, state, starts, return_state)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keeps the inputs, from which the backward walks recompute everything."""
-        q, k, v, log_decay, state, return_state = inputs
-        ctx.save_for_backward(q, k, v, log_decay, state, output[1] if return_state else None)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keeps the inputs, from which the backward walks recompute everything but the states between segments."""
+        q, k, v, log_decay, state, starts, return_state = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(q, k, v, log_decay, state, starts, output[2], output[1] if return_state else None)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor, _entering: None) -> tuple[Tensor | None, ...]:
         """See `kernels.walk.backward`."""
-        q, k, v, log_decay, state, final = ctx.saved_tensors
-        gate_grad = log_decay is not None and ctx.needs_input_grad[3]
+        *inputs, final = ctx.saved_tensors
+        gate_grad = inputs[3] is not None and ctx.needs_input_grad[3]
         more = (None, None) if final is None else (final, dfinal)
-        dq, dk, dv, dgate, dstate = linear_recurrence_backward(q, k, v, log_decay, state, do, *more, gate_grad)
-        return dq, dk, dv, dgate if gate_grad else None, None if state is None else dstate, None
+        dq, dk, dv, dgate, dstate = linear_recurrence_backward(*inputs, do, *more, gate_grad)
+        return dq, dk, dv, dgate if gate_grad else None, None if inputs[4] is None else dstate, None, None
 
 
 @torch.library.impl(FORWARD, "Autograd")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     with enable_single_level_autograd_function():
         return LinearRecurrence.apply(*args)
 
 
 @torch.library.register_vmap(FORWARD)
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
-    return _unfolded(linear_recurrence(*_folded(info.batch_size, in_dims, args)), info.batch_size)
+    return _unfolded(linear_recurrence(*_packed(info.batch_size, in_dims, args)), info.batch_size)
 
 
 @torch.library.register_vmap(BACKWARD)
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
-    return _unfolded(linear_recurrence_backward(*_folded(info.batch_size, in_dims, args)), info.batch_size)
+    return _unfolded(linear_recurrence_backward(*_packed(info.batch_size, in_dims, args)), info.batch_size)
+
+
+def _packed(members: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
+    """`_folded`, but for the bounds of packed sequences, which all rows share."""
+    if in_dims[STARTS] is not None:
+        raise ValueError("linear_recurrence: cu_seqlens is mapped by vmap; all members must be packed alike")
+    folded = _folded(members, in_dims, args)
+    folded[STARTS] = args[STARTS]
+    return folded
 
 
 def _folded(members: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:

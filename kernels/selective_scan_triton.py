@@ -8,7 +8,7 @@ Backward recomputes a tile's states from its border and runs the gradient's recu
 A warp spans 32 channels and a thread keeps a whole tile of time, so scans need no exchange between threads. This takes
 loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would make them wider.
 
-Exponentials bound it: B T D N of them forward and twice as many backward, at 16 a clock and SM.
+Exponentials bound it: B T D N of them in each pass, at 16 a clock and SM.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), L tile, C channels of a program.
 """
@@ -22,16 +22,11 @@ from torch import Tensor
 
 from kernels._entry import entry
 from kernels.scan_operator import TILE
+from kernels.scan_segments_triton import then
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHANNELS = 32
 SIZES = ("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
-
-
-@triton.jit
-def then(a_1, x_1, a_2, x_2):
-    """One map h -> a_1 h + x_1, then h -> a_2 h + x_2."""
-    return a_1 * a_2, a_2 * x_1 + x_2
 
 
 @entry(do_not_specialize=SIZES)
@@ -75,17 +70,30 @@ def selective_scan_forward(
         tl.debug_barrier()
 
 
+@triton.jit
+def _then_back(a_1, e_1, g_1, p_1, a_2, e_2, g_2, p_2):
+    """One map e -> a_1 (x_1 + e), then the next; beside it g, the sum x + e that enters the last of the maps."""
+    return a_1 * a_2, e_2 + a_2 * e_1, g_2 + p_2 * e_1, a_1 * p_2
+
+
+@triton.jit
+def _over_channels(x_LC, ones, DOTS: tl.constexpr):
+    """Sums over channels: by a product with ones in TF32, which is exact enough for 16 bits, or by exchanges."""
+    return tl.max(tl.dot(x_LC, ones, input_precision="tf32"), axis=1) if DOTS else tl.sum(x_LC, axis=1)
+
+
 @entry(do_not_specialize=SIZES)
-def selective_scan_backward(
+def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstate_ptr,
     n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end.
 
     `dstate` holds the gradient of the state after the tile at hand: the final state's at first, the initial one's at last.
-    `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels.
+    `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels. What the next
+    state element needs is loaded before this one is computed.
     """
     n_blocks = tl.cdiv(width, CHANNELS)
     sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
@@ -99,44 +107,54 @@ def selective_scan_backward(
     read_ptr = sequence * n_states * n_tiles * TILE
     part_ptr = (block * n_sequences + sequence) * n_states * n_tiles * TILE
     row_L = tl.arange(0, TILE)
+    ones = tl.full([CHANNELS, 16], 1.0, tl.float32)
     for back in range(n_tiles):
         states_ptr -= n_states.to(tl.int64) * width
         token_L = (n_tiles - 1 - back) * TILE + row_L
         place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
         inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
-        has_next_LC = (token_L[:, None] < n_tokens - 1) & inside_C[None, :]
         dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        next_dt_LC = tl.load(dt_ptr + place_LC + width, mask=has_next_LC, other=0.0).to(tl.float32)
         x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         u_LC = dt_LC * x_LC
         du_LC = tl.zeros([TILE, CHANNELS], tl.float32)
         decayed_LC = tl.zeros([TILE, CHANNELS], tl.float32)
+        start_C = tl.load(states_ptr, mask=inside_C, other=0.0)
+        after_C = tl.load(dstate_ptr, mask=inside_C, other=0.0)
+        rate_C = tl.load(rate_ptr, mask=inside_C, other=0.0)
+        sum_C = tl.load(drate_ptr, mask=inside_C, other=0.0)
+        b_L = tl.load(b_ptr + read_ptr + token_L)
+        c_L = tl.load(c_ptr + read_ptr + token_L)
         for n in range(n_states):
-            start_C = tl.load(states_ptr + n * width, mask=inside_C, other=0.0)
-            after_C = tl.load(dstate_ptr + n * width, mask=inside_C, other=0.0)
-            rate_C = tl.load(rate_ptr + n * width, mask=inside_C, other=0.0)
-            offset_L = n * n_tiles * TILE + token_L
-            b_L = tl.load(b_ptr + read_ptr + offset_L).to(tl.float32)
-            c_L = tl.load(c_ptr + read_ptr + offset_L).to(tl.float32)
+            more = tl.minimum(n + 1, n_states - 1)
+            next_start_C = tl.load(states_ptr + more * width, mask=inside_C, other=0.0)
+            next_after_C = tl.load(dstate_ptr + more * width, mask=inside_C, other=0.0)
+            next_rate_C = tl.load(rate_ptr + more * width, mask=inside_C, other=0.0)
+            next_sum_C = tl.load(drate_ptr + more * width, mask=inside_C, other=0.0)
+            next_b_L = tl.load(b_ptr + read_ptr + more * n_tiles * TILE + token_L)
+            next_c_L = tl.load(c_ptr + read_ptr + more * n_tiles * TILE + token_L)
+            b_L1, c_L1 = b_L.to(tl.float32)[:, None], c_L.to(tl.float32)[:, None]
             a_LC = tl.exp2(dt_LC * (rate_C * -LOG2_E)[None, :])
-            next_a_LC = tl.exp2(next_dt_LC * (rate_C * -LOG2_E)[None, :])
-            written_LC = u_LC * b_L[:, None]
+            written_LC = u_LC * b_L1
             enters_LC = tl.where(row_L[:, None] == 0, a_LC * start_C[None, :], 0.0)
             _, h_LC = tl.associative_scan((a_LC, written_LC + enters_LC), 0, then)
+            # e_t = a_t dh_t is what reaches h_{t-1}: it needs the same exponentials as the states, where a recurrence of dh_t
+            # would need those of the next token. Flips inside of a thread cost nothing, unlike a scan with reverse=True.
             leaves_LC = tl.where(row_L[:, None] == TILE - 1, after_C[None, :], 0.0)
-            # flips inside of a thread cost nothing, whereas a scan with reverse=True exchanges values between threads
-            later_LC = tl.flip(dy_LC * c_L[:, None] + leaves_LC, 0)
-            dh_LC = tl.flip(tl.associative_scan((tl.flip(next_a_LC, 0), later_LC), 0, then)[1], 0)
+            read_LC, late_a_LC = tl.flip(dy_LC * c_L1 + leaves_LC, 0), tl.flip(a_LC, 0)
+            _, e_LC, late_dh_LC, _ = tl.associative_scan(
+                (late_a_LC, late_a_LC * read_LC, read_LC, tl.full([TILE, CHANNELS], 1.0, tl.float32)), 0, _then_back
+            )
+            dh_LC = tl.flip(late_dh_LC, 0)
             # the gradient of log a_t is dh_t a_t h_{t-1}, and a_t h_{t-1} is what was not written at t
             dlog_LC = dh_LC * (h_LC - written_LC)
-            du_LC += dh_LC * b_L[:, None]
+            du_LC += dh_LC * b_L1
             decayed_LC += dlog_LC * rate_C[None, :]
-            drate_C = tl.load(drate_ptr + n * width, mask=inside_C, other=0.0) - tl.sum(dlog_LC * dt_LC, axis=0)
-            tl.store(drate_ptr + n * width, drate_C, mask=inside_C)
-            tl.store(dstate_ptr + n * width, tl.sum(tl.where(row_L[:, None] == 0, a_LC * dh_LC, 0.0), axis=0), mask=inside_C)
-            tl.store(db_ptr + part_ptr + offset_L, tl.sum(dh_LC * u_LC, axis=1))
-            tl.store(dc_ptr + part_ptr + offset_L, tl.sum(h_LC * dy_LC, axis=1))
+            tl.store(drate_ptr + n * width, sum_C - tl.sum(dlog_LC * dt_LC, axis=0), mask=inside_C)
+            tl.store(dstate_ptr + n * width, tl.sum(tl.where(row_L[:, None] == TILE - 1, e_LC, 0.0), axis=0), mask=inside_C)
+            tl.store(db_ptr + part_ptr + n * n_tiles * TILE + token_L, _over_channels(dh_LC * u_LC, ones, DOTS))
+            tl.store(dc_ptr + part_ptr + n * n_tiles * TILE + token_L, _over_channels(h_LC * dy_LC, ones, DOTS))
+            start_C, after_C, rate_C, sum_C, b_L, c_L = next_start_C, next_after_C, next_rate_C, next_sum_C, next_b_L, next_c_L
         tl.store(dx_ptr + place_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(ddt_ptr + place_LC, (du_LC * x_LC - decayed_LC).to(ddt_ptr.dtype.element_ty), mask=inside_LC)
         # the next tile reads what other threads may have stored
@@ -214,6 +232,7 @@ def backward(
         batch // members,
         TILE=TILE,
         CHANNELS=CHANNELS,
+        DOTS=b_BTN.dtype != torch.float32,
         num_warps=1,
     )
     drate_MDN = drate_BND.unflatten(0, (members, -1)).sum(1).mT

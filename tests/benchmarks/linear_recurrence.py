@@ -1,8 +1,8 @@
-"""Times the Triton walks on a CUDA device: python -m tests.benchmarks.linear_recurrence OUT.json [--sweep].
+"""Times the Triton walks on a CUDA device: python -m tests.benchmarks.linear_recurrence OUT.json.
 
 Each row is the median over replays of a CUDA graph with a flushed L2 cache, beside the time that the bytes and the
 floating-point operations of the definition would take at the copy and matrix-product rates measured in the same run.
---sweep times many configurations instead of the shipped ones.
+Each shape and gate is compared with the torch form in fp64 before it is timed, on the same inputs at a quarter of the length.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import triton
 from triton.testing import do_bench
 
-from kernels import walk
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
+from tests.benchmarks.facts import facts
+from tests.kernels.oracle import rms_error
 
 # batch, length, groups, heads, key width, value width
 SHAPES = (
@@ -31,8 +30,13 @@ SHAPES = (
     (32, 512, 16, 16, 128, 128),
     (2, 8192, 16, 16, 64, 64),
     (2, 8192, 16, 16, 128, 128),
+    (1, 32768, 16, 16, 64, 64),
+    (1, 32768, 16, 16, 128, 128),
     (64, 256, 2, 2, 64, 64),
     (8, 2048, 1, 16, 128, 64),
+    (32, 512, 1, 16, 128, 64),
+    (2, 8192, 1, 16, 128, 64),
+    (1, 32768, 1, 16, 128, 64),
 )
 GATES = ("none", "constant", "scalar")
 CHUNK_OF_FLOPS = 64
@@ -76,96 +80,79 @@ def floors_ms(shape: tuple[int, ...], rates: tuple[float, float]) -> tuple[float
     return first * 1e3, both * 1e3
 
 
-def row(shape: tuple[int, ...], gate: str) -> dict[str, float]:
-    """Graph times of one shape and gate."""
-    batch, length, groups, heads, k_dim, v_dim = shape
+class Problem(NamedTuple):
+    """Inputs of one row, the leaves of its gradients, and the gradient of its output."""
+
+    inputs: dict[str, torch.Tensor]
+    leaves: list[torch.Tensor]
+    do: torch.Tensor
+
+
+def draw(shape: tuple[int, ...], gate: str, length: int) -> Problem:
+    """Random inputs; a scalar decay gets a gradient, a constant one does not."""
+    batch, _, groups, heads, k_dim, v_dim = shape
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
-    q, k, v = (
-        normal(batch, length, groups, k_dim),
-        normal(batch, length, groups, k_dim) * k_dim**-0.5,
-        normal(batch, length, heads, v_dim),
-    )
-    decay = {
-        "none": None,
-        "constant": -torch.rand(heads, device="cuda"),
-        "scalar": -torch.rand(batch, length, heads, device="cuda"),
-    }[gate]
-    leaves = [x.requires_grad_() for x in (q, k, v, *([decay] if gate == "scalar" else []))]
-    do = normal(*v.shape)
+    inputs = {
+        "q_BTGK": normal(batch, length, groups, k_dim),
+        "k_BTGK": normal(batch, length, groups, k_dim) * k_dim**-0.5,
+        "v_BTHV": normal(batch, length, heads, v_dim),
+    }
+    if gate != "none":
+        inputs["log_decay"] = -torch.rand(*((heads,) if gate == "constant" else (batch, length, heads)), device="cuda")
+    leaves = [x.requires_grad_() for name, x in inputs.items() if name != "log_decay" or gate == "scalar"]
+    return Problem(inputs, leaves, normal(batch, length, heads, v_dim))
 
-    def both() -> None:
-        torch.autograd.grad(linear_recurrence(q, k, v, log_decay=decay)[0], leaves, do)
 
+def errors(problem: Problem) -> dict[str, float]:
+    """Relative errors of the output and the gradients against the torch form in fp64."""
+    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in problem.inputs.items()}
+    names = ["o", *(name for name, x in exact.items() if x.requires_grad)]
+    sides = []
+    for inputs, backend in ((problem.inputs, "triton"), (exact, "chunked")):
+        with use_backend(backend):
+            o, _ = linear_recurrence(**inputs)
+        leaves = [x for x in inputs.values() if x.requires_grad]
+        sides.append([o, *torch.autograd.grad(o, leaves, problem.do.to(o))])
+    return {name: rms_error(got, want) for name, got, want in zip(names, *sides, strict=True)}
+
+
+def row(shape: tuple[int, ...], gate: str) -> dict[str, object]:
+    """Errors, and graph times if they are small enough."""
+    found = errors(draw(shape, gate, max(64, shape[1] // 4)))
+    if any(error > (2e-2 if name == "log_decay" else 5e-3) for name, error in found.items()):
+        return {"errors": found, "refused": "an error is too large"}
+    problem = draw(shape, gate, shape[1])
     with use_backend("triton"):
         with torch.no_grad():
-            forward = graph_ms(lambda: linear_recurrence(q, k, v, log_decay=decay))
-        return {"forward_ms": forward, "both_ms": graph_ms(both)}
-
-
-def shipped(rates: tuple[float, float]) -> list[dict]:
-    """Every shape and gate with the shipped configurations."""
-    rows = []
-    for shape, gate in itertools.product(SHAPES, GATES):
-        times, floor = row(shape, gate), floors_ms(shape, rates)
-        ratios = {"forward_x": times["forward_ms"] / floor[0], "both_x": times["both_ms"] / floor[1]}
-        rows.append({"shape": shape, "gate": gate, **times, **ratios})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
-
-
-def candidates() -> list[tuple[walk.Config, int, str]]:
-    """Configurations, widths and gates of a sweep."""
-    shapes = [(64, 4), (64, 8), (128, 8)]
-    options = [walk.Config(chunk, tile, warps, stages) for (chunk, warps) in shapes for tile in (32, 64) for stages in (1, 2, 3)]
-    return list(itertools.product(options, (64, 128), ("none", "scalar")))
-
-
-def try_one(candidate: tuple[walk.Config, int, str], batch: int, length: int, heads: int) -> dict:
-    """Times one configuration, or says that it does not fit the chip."""
-    config, width, gate = candidate
-    walk.FORWARD_16[width] = walk.BACKWARD_16[width] = config
-    record = {"config": config, "width": width, "gate": gate}
-    try:
-        return record | row((batch, length, heads, heads, width, width), gate)
-    except triton.runtime.errors.OutOfResources as error:
-        return record | {"error": str(error)}
-
-
-def compile_one(candidate: tuple[walk.Config, int, str]) -> None:
-    """Leaves the compiled kernels in Triton's cache on disk."""
-    try_one(candidate, 1, 64, 1)
-
-
-def sweep() -> list[dict]:
-    """The main shape with every candidate, compiled by several processes beforehand."""
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, candidates()))
-    rows = []
-    for candidate in candidates():
-        rows.append(try_one(candidate, 8, 2048, 16))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+            forward = graph_ms(lambda: linear_recurrence(**problem.inputs))
+        both = graph_ms(lambda: torch.autograd.grad(linear_recurrence(**problem.inputs)[0], problem.leaves, problem.do))
+    return {"errors": found, "forward_ms": forward, "both_ms": both}
 
 
 def main() -> None:
-    """Writes the rows with the versions and the ceilings they were measured beside."""
+    """Writes the rows, one by one, with the versions and the ceilings they were measured beside."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     rates = ceilings()
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+    record = facts("python -m tests.benchmarks.linear_recurrence") | {
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
-        "rows": sweep() if arguments.sweep else shipped(rates),
+        "rows": [],
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    for shape, gate in itertools.product(SHAPES, GATES):
+        found, floor = row(shape, gate), floors_ms(shape, rates)
+        ratios = {
+            f"{part}_x": found[f"{part}_ms"] / least
+            for part, least in zip(("forward", "both"), floor, strict=True)
+            if f"{part}_ms" in found
+        }
+        record["rows"].append({"shape": shape, "gate": gate, **found, **ratios})
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(record["rows"][-1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """The Triton walks in fp32 against the token loop in fp64: outputs, states, gradients; then vmap, compile, bad input."""
 
 import itertools
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from torch.func import vmap
 
+from kernels import walk, walk_pieces
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
+from tests.kernels.cases_packing import check_packed
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 # batch, length, groups, heads, key width, value width
@@ -62,10 +66,45 @@ def _triton_and_poison():
         yield
 
 
+@contextmanager
+def plan(name):
+    """Keys and values together, and rows in segments, at sizes that the interpreter can do."""
+    turned = "turned" in name
+    config = walk.Config(16, 16, 4, 1, turned=turned)
+    together = walk.Backward(config, config if turned else None, together=True)
+    with ExitStack() as stack:
+        if "together" in name:
+            stack.enter_context(mock.patch.object(walk, "BACKWARD_32", {(64, 64): together}))
+            stack.enter_context(mock.patch.object(walk, "FP32", {64: config}))
+        if "segments" in name:
+            stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        ("together", "strong"),
+        ("segments", "constant"),
+        ("together in segments", "scalar"),
+        ("together in segments", "none"),
+        ("together, turned, in segments", "none"),
+        ("together, turned", "strong"),
+    ],
+)
+def test_every_plan_equals_the_token_loop(name, gate):
+    with plan(name):
+        check(((2, 45, 1, 2, 20, 33),), gate, state=gate != "none")
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("state", [False, True])
 def test_equals_the_token_loop(gate, state):
-    for shape in SHAPES:
+    check(SHAPES, gate, state=state)
+
+
+def check(shapes, gate, *, state):
+    for shape in shapes:
         exact = draw(shape, gate, state=state)
         single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
         got, want = run(linear_recurrence, single), run(linear_recurrence_reference, exact)
@@ -75,6 +114,19 @@ def test_equals_the_token_loop(gate, state):
         for name, a, b in zip(["o", *(["final"] if state else []), *exact], got, want, strict=True):
             # Gradients of strong decays are small differences of large sums.
             assert rms_error(a, b) <= (1e-3 if name == "log_decay" else SINGLE), (shape, name)
+
+
+@pytest.mark.parametrize("name", ["whole", "together"])
+@pytest.mark.parametrize(("gate", "state"), [("none", False), ("constant", True), ("strong", True)])
+def test_packed_sequences_are_separate_ones(name, gate, state):
+    with plan(name):
+        check_packed(linear_recurrence, gate, state=state, bounds=(0, 1, 18, 58, 74))
+
+
+def test_torch_accepts_packed_sequences():
+    tensors = draw((1, 20, 1, 2, 16, 16), "scalar", state=False, dtype=torch.float32)
+    bounds, states = torch.tensor([0, 7, 20]), torch.randn(2, 2, 16, 16)
+    torch.library.opcheck(torch.ops.mixer_bench.linear_recurrence.default, (*tensors.values(), states, bounds, True))
 
 
 def test_split_equals_whole():
@@ -145,7 +197,7 @@ def test_compiles_without_graph_breaks():
 
 def test_torch_accepts_the_operator():
     tensors = draw((2, 20, 1, 2, 16, 16), "scalar", state=True, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.mixer_bench.linear_recurrence.default, (*tensors.values(), True))
+    torch.library.opcheck(torch.ops.mixer_bench.linear_recurrence.default, (*tensors.values(), None, True))
 
 
 def test_what_the_kernels_lack_is_said():

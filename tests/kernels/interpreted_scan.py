@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import scan_triton
+from kernels import scan_segments_triton, scan_triton
 from kernels.dispatch import use_backend
 from kernels.scan import scan
 from tests.kernels import cases_scan as cases
@@ -19,6 +19,13 @@ def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5, 3), (1, 16, 4), (2, 33, 5), (2, 7, 2, 3)])
 def test_shapes(shape: tuple[int, ...], with_state: bool):
     cases.check(shape, "cpu", torch.float32, with_state=with_state)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_segments(monkeypatch: pytest.MonkeyPatch, with_state: bool):
+    monkeypatch.setattr(scan_segments_triton, "SHORTEST_SEGMENT", 16)
+    assert scan_segments_triton.share_out(1, 40, 1) == (2, 2)
+    cases.check((1, 40, 3), "cpu", torch.float32, with_state=with_state)
 
 
 def test_members():

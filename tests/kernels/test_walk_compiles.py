@@ -5,48 +5,86 @@ import torch
 import triton.language as tl
 
 from kernels import walk
-from kernels.walk_triton import backward_kernel, forward_kernel
+from kernels.walk_forward_triton import forward_kernel, segment_kernel
+from kernels.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
+from kernels.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
 from tests.kernels.offline import compile_sm90
 
-POINTERS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+POINTERS = ("q", "k", "v", "b", "c", "o", "do", "dq", "dk", "dv")
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
 SMEM = 227 * 1024
 
 
-def compile_walk(kernel, config, width, gate, dtype):
-    """One kernel with K = V = width; gate is 0, 1 or 2."""
+def compile_walk(kernel, config, widths, gate, dtype, *, pieces=WHOLE, flags=None):
+    """One kernel; gate is 0, 1 or 2."""
     pointer, dot = DTYPES[dtype]
+    (k_dim, v_dim), gate_grad = widths, gate == 2
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
-    tile, inner = walk.tile_of(config, width, dtype), walk.padded(width)
-    is_forward = kernel is forward_kernel
-    constants = {"K": width, "V": width, "BK": inner, "BV": tile if is_forward else inner, "TK": tile, "TV": tile, "UNIT": 8}
-    constants |= {"C": config.chunk, "GATE": gate, "FIRST": False, "LAST": False, "DLAST": False, "GATE_GRAD": gate == 2}
+    tiles = {name: walk.tile_of(config, width, dtype) for name, width in (("TK", k_dim), ("TV", v_dim))}
+    value_block = tiles["TV"] if kernel in (forward_kernel, segment_kernel) else walk.padded(v_dim)
+    constants = {"K": k_dim, "V": v_dim, "BK": walk.padded(k_dim), "BV": value_block, "UNIT": 8, "PIECES": pieces.value, **tiles}
+    constants |= {"C": config.chunk, "GATE": gate, "FIRST": False, "LAST": False, "DLAST": False, "GATE_GRAD": gate_grad}
     constants |= {"DOT": dot, "PRECISION": tl.constexpr(walk._precision(dtype)), "STAGES": config.stages}
-    arguments = runtime | dict.fromkeys(POINTERS, pointer) | constants
+    constants |= {"TURNED": config.turned, "REVERSE": True, **(flags or {})}
+    starts = {"starts": "*i64"} if pieces is SEQUENCES else {}
+    arguments = runtime | dict.fromkeys(POINTERS, pointer) | constants | starts
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps)
 
 
-def check(width, gate, dtype, forward_spill, backward_spill):
-    configs = (walk.forward_config(width, dtype), walk.backward_config(width, width, dtype))
-    limits = (forward_spill, backward_spill)
-    for kernel, config, limit in zip((forward_kernel, backward_kernel), configs, limits, strict=True):
-        used = compile_walk(kernel, config, width, gate, dtype)
-        assert used.spilled <= limit, (kernel.__name__, used.spilled)
+def compiled(widths, gate, dtype, *, pieces=WHOLE):
+    """Every kernel of a forward and a backward pass, with its name."""
+    yield forward_kernel, compile_walk(forward_kernel, walk.forward_config(widths[0], dtype), widths, gate, dtype, pieces=pieces)
+    config = walk.backward_config(*widths, dtype)
+    probe = NO_PROBE if gate != 2 else STATE_PROBE if config.together else FULL_PROBE
+    for kernel, _, own, flags in walk._backward_launches(config, 1, 1):
+        flags |= {"QUERY_PROBE": probe.value}
+        yield kernel, compile_walk(kernel, own, widths, gate, dtype, pieces=pieces, flags=flags)
+
+
+def check(widths, gate, dtype, spill, *, pieces=WHOLE):
+    for kernel, used in compiled(widths, gate, dtype, pieces=pieces):
+        assert used.spilled <= spill, (kernel.__name__, used.spilled)
         assert used.shared <= SMEM
         if dtype != torch.float32:
             assert "wgmma.mma_async" in used.ptx
             assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
-@pytest.mark.parametrize("gate", [0, 2])
-@pytest.mark.parametrize(("width", "backward_spill"), [(64, 0), (128, 100), (256, 300)])
-def test_sixteen_bit(width, backward_spill, gate):
-    check(width, gate, torch.bfloat16, 40 if gate else 0, backward_spill if gate else 0)
+@pytest.mark.parametrize(
+    ("widths", "gate", "spill"),
+    [
+        ((64, 64), 2, 240),
+        ((128, 128), 0, 0),
+        pytest.param((64, 64), 0, 0, marks=pytest.mark.slow),
+        pytest.param((128, 128), 2, 360, marks=pytest.mark.slow),
+        pytest.param((128, 64), 0, 320, marks=pytest.mark.slow),
+        pytest.param((256, 256), 0, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_sixteen_bit(widths, gate, spill):
+    check(widths, gate, torch.bfloat16, spill)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [SEQUENCES, SEGMENTS])
+def test_pieces(pieces):
+    check((64, 64), 2, torch.bfloat16, 260, pieces=pieces)
+
+
+def test_what_runs_beside_the_walks():
+    """Sums of segments, of decays and of heads."""
+    assert compile_walk(segment_kernel, walk.SEGMENT_16[128], (128, 128), 2, torch.bfloat16).spilled == 0
+    constants = {"PARTS": 2, "ENDS": False, "PIECES": SEGMENTS.value, "ROWS": walk.DECAY_ROWS, "HEADS": walk.DECAY_HEADS}
+    constants |= {"WIDTH": 128, "BLOCK": 128}
+    for kernel, warps, rows in ((decay_gradient_kernel, 8, walk.DECAY_ROWS), (sum_heads_kernel, 4, walk.SUM_ROWS)):
+        runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
+        arguments = runtime | constants | {"ROWS": rows}
+        assert compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps).spilled <= 80
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("gate", [0, 1, 2])
-@pytest.mark.parametrize("width", [16, 60, 64, 128, 256])
-def test_every_configuration_compiles(width, gate, dtype):
-    check(width, gate, dtype, 8000, 8000)
+@pytest.mark.parametrize("widths", [(16, 16), (60, 60), (64, 64), (128, 64), (128, 128), (256, 256)], ids=str)
+def test_every_configuration_compiles(widths, gate, dtype):
+    check(widths, gate, dtype, 8000)
