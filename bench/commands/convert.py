@@ -167,8 +167,6 @@ def _say_plan(conversion: Any, output: Output) -> None:
     converted = sum(plan is not None for plan in student.plans)
     plan = recipe.plan
     parts = [plan.mixer or "no mixer", f"window {plan.window}" + (f" + {plan.sinks} sinks" if plan.sinks else "")]
-    if plan.wide:
-        parts.append(f"{plan.wide_window} in {plan.wide}")
     output.say(
         f"{conversion.model}: {converted} of {len(student.plans)} layers by {recipe.name} ({', '.join(parts)}, {plan.combine})."
     )

@@ -24,7 +24,14 @@ def converted_layers(plan: LayerPlan, n_layers: int) -> list[bool]:
         if not number.isdigit() or not 1 < int(number) <= n_layers:
             raise _malformed(text, n_layers)
         return [(index + 1) % int(number) != 0 for index in range(n_layers)]
-    chosen = _listed(text, n_layers)
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise _malformed(text, n_layers)
+        chosen |= set(range(int(first), int(last or first) + 1))
+    if not chosen or max(chosen) >= n_layers:
+        raise _malformed(text, n_layers)
     return [index in chosen for index in range(n_layers)]
 
 
@@ -39,41 +46,11 @@ def kl_kept(plan: LayerPlan, n_layers: int) -> int:
 
 
 def layer_plans(plan: LayerPlan, n_layers: int) -> list[LayerPlan | None]:
-    """One plan a layer, None where softmax stays; layers of `wide` have their own window.
-
-    Raises:
-        UserError: a malformed or impossible selection.
-    """
-    wide = _listed(plan.wide, n_layers, what="plan.wide") if plan.wide else set()
-    own = plan.model_copy(update={"wide": "", "wide_window": 0})
-    broad = own.model_copy(update={"window": plan.wide_window})
-    plans = [broad if index in wide else own for index in range(n_layers)]
-    return [plan if converted else None for plan, converted in zip(plans, converted_layers(plan, n_layers), strict=True)]
+    """One plan a layer, None where softmax stays."""
+    return [plan if converted else None for converted in converted_layers(plan, n_layers)]
 
 
-def _listed(text: str, n_layers: int, *, what: str = "--layers") -> set[int]:
-    """The layers of a list such as 0,2,5-9.
-
-    Raises:
-        UserError: it is none, or names a layer that is not there.
-    """
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise _malformed(text, n_layers, what)
-        chosen |= set(range(int(first), int(last or first) + 1))
-    if not chosen or max(chosen) >= n_layers:
-        raise _malformed(text, n_layers, what)
-    return chosen
-
-
-def _malformed(text: str, n_layers: int, what: str = "--layers") -> UserError:
-    if what != "--layers":
-        last = n_layers - 1
-        return UserError(
-            f"{what}={text!r} does not select among {n_layers} layers; write a list such as 0,2,5-9, from 0 to {last}."
-        )
+def _malformed(text: str, n_layers: int) -> UserError:
     return UserError(
         f"--layers {text!r} does not select among {n_layers} layers; write all, none, every:4 (keep every 4th softmax), a list of "
         f"layers to convert such as 0,2,5-9 (counted from 0 to {n_layers - 1}), or kl:n (keep the n that matter most)."

@@ -194,8 +194,7 @@ class Conversion:
         """The student again with softmax in the kept layers, its other layers as they are."""
         if kept == [layer for layer, plan in enumerate(self.student.plans) if plan is None]:
             return
-        every = layer_plans(self.recipe.plan, len(self.student.plans))
-        plans = [None if layer in kept else plan for layer, plan in enumerate(every)]
+        plans: list[LayerPlan | None] = [None if layer in kept else self.recipe.plan for layer in range(len(self.student.plans))]
         trained = self.student.state_dict()
         again = build_student(self.teacher, plans).eval()
         restored = {f"layers.{layer}.self_attn." for layer in kept}

@@ -37,11 +37,6 @@ class LayerPlan(Frozen):
     apart from the window's."""
     window: int = Field(default=64, ge=0)
     """Keys that softmax still sees, the own one included; 0 for no window."""
-    wide: str = ""
-    """Layers, as a list such as 18 or 8,17-18, whose window holds `wide_window` keys: recall over long distances may live in
-    one layer."""
-    wide_window: int = Field(default=0, ge=0)
-    """Keys that softmax sees in the layers of `wide`."""
     sinks: int = Field(default=0, ge=0)
     """First tokens that softmax sees at any distance."""
     sink_logits: int = Field(default=0, ge=0)
@@ -61,17 +56,10 @@ class LayerPlan(Frozen):
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
-    @field_validator("wide", mode="before")
-    @classmethod
-    def _one_layer(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) else value
-
     @model_validator(mode="after")
     def _something(self) -> LayerPlan:
         if self.mixer is None and self.window == 0:
             raise ValueError("a converted layer needs a mixer, a window, or both")
-        if bool(self.wide) != bool(self.wide_window) or (self.wide and not self.window):
-            raise ValueError("wide names layers of a windowed plan and wide_window their window; set both, and window too")
         if self.sinks and not self.window:
             raise ValueError("sinks belong to a window; set window too")
         if self.sink_logits and (not self.window or (self.mixer and self.combine == "shared_denominator")):

@@ -28,9 +28,7 @@ from bench import pretrained, provenance
 from bench.cli import app
 from bench.convert.data import load_data
 from bench.convert.measure import ablated, agreement, cache_bytes, window_student
-from bench.convert.plans import layer_plans
-from bench.convert.spec import LayerPlan, Source
-from bench.convert.student import build_student
+from bench.convert.spec import Source
 from tests.benchmarks.convert_recall import recall
 
 TEXT = {"news": 0.2, "faq": 0.15, "docs": 0.15}
@@ -92,8 +90,6 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -
         model = teacher
     elif name.startswith("window:"):
         model = window_student(teacher, int(name.removeprefix("window:")))
-    elif name.startswith("wide:"):
-        model = wide_student(teacher, name)
     else:
         model = pretrained.load(name, dtype=torch.float32, device=str(teacher.device))[0]
         report = json.loads(Path(name, "report.json").read_text())
@@ -112,13 +108,6 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -
     if given.hub:
         result["tasks"] = tasks(low, tokenizer, given.hub)
     return result | {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
-
-
-def wide_student(teacher: Any, name: str) -> Any:
-    """`wide:144:18:3400`: without training, a window of 144 keys and four sinks, and 3,400 keys in layer 18."""
-    _, window, wide, wide_window = name.split(":")
-    plan = LayerPlan(mixer=None, window=int(window), sinks=4, combine="sum", wide=wide, wide_window=int(wide_window))
-    return build_student(teacher, layer_plans(plan, len(teacher.model.layers))).eval()
 
 
 def tasks(model: Any, tokenizer: Any, hub: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from bench.convert.fit import attention_shape
 from bench.convert.gate import check_model
 from bench.convert.layer import GATE_BIAS, spans
 from bench.convert.parameters import parameter_group
-from bench.convert.plans import layer_plans
 from bench.convert.run import check_transplant
 from bench.convert.spec import LayerPlan
 from bench.convert.student import LinearizedForCausalLM, build_student
@@ -347,24 +346,3 @@ def test_copied_projections_start_equal_and_train_apart(teacher):
 def test_combinations_that_cannot_be_had_say_why(plan: dict, sentence: str, teacher):
     with pytest.raises(UserError, match=sentence):
         build_student(teacher, [LayerPlan(**plan)] * 2)
-
-
-def test_a_wide_layer_has_its_own_window(teacher, tmp_path: Path):
-    """One layer that sees everything is that layer of the teacher; the folder remembers it, and the gate passes."""
-    plan = LayerPlan(mixer=None, window=7, sinks=2, combine="sum", wide="1", wide_window=100)
-    student = build_student(teacher, layer_plans(plan, 2)).eval()
-    assert [layer.window.window for layer in student.converted().values()] == [7, 100]
-    kept = build_student(teacher, layer_plans(plan.model_copy(update={"wide": "", "wide_window": 0, "layers": "0"}), 2)).eval()
-    torch.testing.assert_close(student(tokens()).logits, kept(tokens()).logits, atol=1e-4, rtol=1e-4)
-    student.save_pretrained(tmp_path)
-    result = check_model(student, tokens(), folder=tmp_path)
-    assert result.passed, result.sentence()
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [({"wide": "7", "wide_window": 9}, r"plan.wide='7' does not select among 2 layers"), ({"wide": "1"}, "set both")],
-)
-def test_wide_layers_that_are_not_there(changes: dict, sentence: str):
-    with pytest.raises((UserError, ValueError), match=sentence):
-        layer_plans(LayerPlan(mixer=None, combine="sum", **changes), 2)

@@ -18,7 +18,9 @@ from kernels.conv import long_conv, short_conv, short_conv_step
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
+from kernels.gated_conv import gated_conv
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
+from kernels.labelled_head import labelled_head
 from kernels.layer_step import Apart, Conv, Packed, layer_step
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.scan import scan, selective_scan
@@ -99,6 +101,7 @@ DOORS = {
     "selective_scan": Door(selective_scan, SCANNED),
     "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
+    "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
     "long_conv": Door(long_conv, {"x": r(B, T, D), "filter": r(D, T)}),
     "banded_attention": Door(banded, {**qkv(B, H, T), **SINKS}),
     "sparse_attention": Door(lambda q, k, v: sparse_attention(q, k, v, pattern="strided", stride=2), qkv(B, H, T)),
@@ -110,6 +113,7 @@ DOORS = {
         decode_attention, {"q": r(B, H, K), "k": r(B, H, T, K), "v": r(B, H, T, V), "seen": torch.ones(B, H, T, dtype=torch.bool)}
     ),
     "labelled_cross_entropy": Door(labelled_cross_entropy, {"logits": r(B, V), **LABELS}),
+    "labelled_head": Door(labelled_head, {"h": r(B, D), "weight": r(V, D), **LABELS}),
     "distillation_rows": Door(partial(distillation_rows, kl=1.0, ce=1.0), {"logits": r(B, V), "teacher": r(B, V), **LABELS}),
     "adamw_step": Door(partial(adamw_step, weight_decay=0.1), MOMENTS | {"rates": torch.ones(B), "steps": torch.ones(B)}),
 }
@@ -124,6 +128,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 FREE = {(door, "v") for door in ("vector gates", "sparse_attention", "block_attention", "decode_attention")} | {
     ("labelled_cross_entropy", "logits"),
     ("long_conv", "filter"),
+    ("gated_conv", "taps"),
 }
 """Tensors whose last axis may have any length."""
 ROWS = [
