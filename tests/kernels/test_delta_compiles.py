@@ -51,7 +51,8 @@ def check(kernel, width, gate, dtype, spill):
         assert "mma.sync" in used.ptx
     elif dtype != torch.float32:
         assert "wgmma.mma_async" in used.ptx
-        assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+        # A state of fewer than 64 keys has too few rows for a warp group.
+        assert width < 64 or "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
 KERNELS = (coupling_kernel, forward_kernel, reverse_kernel, gradients_kernel)
