@@ -5,8 +5,8 @@ Shape legend: E members, P parameters of a member, B batch, T time, D width, M l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from bench.spec import RunSpec
 from synthetic_tasks import Task
 
 RECOMPILE_LIMIT = 256
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StackedModel:
@@ -39,7 +41,7 @@ class StackedModel:
         self.device, self.precision = device, precision
         self.shapes = {name: p.shape for name, p in self.module.named_parameters()}
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
-        self.flat_EP.requires_grad_()
+        self.leaves = dict(self._views(self.flat_EP, leaf=True))
         self.buffers, self.own_buffers = _stack_buffers(models)
         self._loss = compile_for_cells(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
         self._outputs = self._mapped(_member_outputs)
@@ -48,27 +50,35 @@ class StackedModel:
         """Number of members."""
         return len(self.flat_EP)
 
-    def _views(self, flat_EP: Tensor) -> dict[str, Tensor]:
-        """Every parameter of all members, [E, ...]; the gradient of a split is one concatenation, which a compiler writes into."""
-        parts = flat_EP.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+    def _views(self, flat_EP: Tensor, *, leaf: bool = False) -> Iterator[tuple[str, Tensor]]:
+        start = 0
+        for name, shape in self.shapes.items():
+            view = flat_EP[:, start : start + shape.numel()].view(-1, *shape)
+            yield name, view.detach().requires_grad_() if leaf else view
+            start += shape.numel()
 
     def loss_and_score(self, batch: Picked, keys_EB: Tensor | None, zero_error_E: Tensor) -> tuple[Tensor, Tensor]:
         """Each member's loss, summed over labelled rows, with its graph; and its score, summed over examples; both [E]."""
-        return self._loss(self.flat_EP, self.buffers, (*batch, keys_EB, zero_error_E))
+        return self._loss(self.leaves, self.buffers, (*batch, keys_EB, zero_error_E))
 
-    def gradient(self, loss_E: Tensor, factor_E: Tensor) -> Tensor:
-        """The gradient of each member's loss times its factor, [E, P]."""
-        return torch.autograd.grad(loss_E, self.flat_EP, factor_E.to(loss_E.dtype))[0]
+    def gradient(self, loss_E: Tensor, factor_E: Tensor, out_EP: Tensor, *, add: bool) -> None:
+        """Writes the gradient of each member's loss times its factor to `out_EP`, or adds it."""
+        found = torch.autograd.grad(loss_E, list(self.leaves.values()), factor_E.to(loss_E.dtype), allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.leaves.values(), strict=True)]
+        flat = [part.reshape(len(self), -1) for part in parts]
+        if add:
+            out_EP += torch.cat(flat, dim=1)
+        else:
+            torch.cat(flat, dim=1, out=out_EP)
 
     @torch.no_grad()
     def outputs(self, batch: Picked) -> Tensor:
         """Outputs at the labelled rows, without dropout, [E, B, M, X]."""
-        return self._outputs(self.flat_EP, self.buffers, (batch.inputs, batch.rows_EBM))
+        return self._outputs(self.leaves, self.buffers, (batch.inputs, batch.rows_EBM))
 
     def member(self, index: int) -> LanguageModel:
         """One member as a module; valid until the next call."""
-        weights = {name: view[index] for name, view in self._views(self.flat_EP.detach()).items()}
+        weights = {name: view[index] for name, view in self._views(self.flat_EP)}
         own = {name: self.buffers[name][index] for name in self.own_buffers}
         self.module.load_state_dict(weights | own, strict=False)
         return self.module.eval()
@@ -84,10 +94,9 @@ class StackedModel:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
                 return function(self.module, {**parameters, **buffers}, *tensors)
 
-        def every(flat_EP: Tensor, buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
-            parameters = self._views(flat_EP)
+        def every(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
             axes = tuple(None if t is None else 0 for t in tensors)
-            if flat_EP.shape[0] > 1:
+            if next(iter(parameters.values())).shape[0] > 1:
                 where = {name: 0 if name in own else None for name in buffers}
                 return torch.vmap(one, in_dims=(0, where or None, axes))(parameters, buffers, tensors)
             first = one(
@@ -100,13 +109,10 @@ class StackedModel:
         return every
 
 
-def compile_for_cells(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_for_cells(function: F) -> F:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
-    from bench.long_sums import CutLongSums
-
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._inductor.config.post_grad_custom_post_pass = CutLongSums()
-    return torch.compile(function, dynamic=False)
+    return cast(F, torch.compile(function, dynamic=False))
 
 
 def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:

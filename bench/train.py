@@ -102,15 +102,17 @@ class FleetTrainer:
         self.sets_E = torch.tensor([self.seeds.index(spec.seed) for spec in specs], device=device)
         keys = [torch_seed(spec.seed, "dropout") % 2**31 for spec in specs]
         self.dropout_E = torch.tensor(keys, dtype=torch.int32, device=device)
+        self.gradient_EP = torch.zeros_like(self.model.flat_EP)
         self.sums_E3 = torch.zeros(len(specs), 3, device=device)
         self.rates_E = torch.zeros(len(specs), device=device)
         self.examples_SB = torch.full((len(self.seeds), self.train.batch_size), -1, device=device)
-        self.first_EP, self.second_EP = (torch.zeros_like(self.model.flat_EP, requires_grad=False) for _ in range(2))
+        self.first_EP, self.second_EP = (torch.zeros_like(self.model.flat_EP) for _ in range(2))
         self.steps_E = torch.full((len(specs),), float(self.step), device=device)
         if states is not None:
             self._load(states)
         self.pool = graph_pool(device)
-        self._read, self._account = (compile_for_cells(f) if self.compiled else f for f in (_read_batch, _account))
+        self._read = compile_for_cells(_read_batch) if self.compiled else _read_batch
+        self._account = compile_for_cells(_account) if self.compiled else _account
         self._steps = [Repeated(partial(self._train_step, cell), device, self.pool) for cell in self.train_cells]
         sets = self.sets_E.tolist()
         self._scorer = Scorer(self.model, self.valid, sets, self.pool)
@@ -126,7 +128,7 @@ class FleetTrainer:
 
     def states(self) -> list[MemberState]:
         """The numbers of every member, as views."""
-        rows = zip(self.model.flat_EP.detach(), self.first_EP, self.second_EP, self.sums_E3, strict=True)
+        rows = zip(self.model.flat_EP, self.first_EP, self.second_EP, self.sums_E3, strict=True)
         return [MemberState(*row) for row in rows]
 
     def checkpoints(self) -> list[dict[str, Any]]:
@@ -206,22 +208,25 @@ class FleetTrainer:
 
     def _train_step(self, cell: StackedCell) -> None:
         """One step of every member, on the examples and learning rates in the fixed tensors."""
-        tensors = (self.model.flat_EP, self._gradient(cell), self.first_EP, self.second_EP, self.rates_E, self.steps_E)
-        adamw_step(*tensors, weight_decay=self.train.weight_decay)
-
-    def _gradient(self, cell: StackedCell) -> Tensor:
-        """The gradient of every member's mean loss on the examples in the fixed tensors, [E, P]; adds them to the epoch's sums."""
-        seeds_E = self.dropout_E if self.model.module.embed_dropout else None
-        read = self._read(cell, self.sets_E, self.examples_SB, seeds_E, self.steps_E)
-        whole, keys_EB, share_E, examples_E, zero_error_E = read
-        total_EP: Tensor | None = None
-        for part in _split_batch(whole, keys_EB, self.micro_batches):
+        whole, keys_EB, share_E, examples_E, zero_error_E = self._read(
+            cell, self.sets_E, self.examples_SB, self.dropout_E if self.model.module.embed_dropout else None, self.steps_E
+        )
+        for index, part in enumerate(_split_batch(whole, keys_EB, self.micro_batches)):
             loss_E, score_E = self.model.loss_and_score(*part, zero_error_E)
-            gradient_EP = self.model.gradient(loss_E, share_E)
-            self._account(self.sums_E3, loss_E.detach() * share_E, score_E, examples_E, first=total_EP is None)
-            total_EP = gradient_EP if total_EP is None else total_EP + gradient_EP
-        assert total_EP is not None
-        return total_EP
+            self.model.gradient(loss_E, share_E, self.gradient_EP, add=index > 0)
+            self._account(self.sums_E3, loss_E.detach() * share_E, score_E, examples_E, first=index == 0)
+        self._optimise()
+
+    def _optimise(self) -> None:
+        adamw_step(
+            self.model.flat_EP,
+            self.gradient_EP,
+            self.first_EP,
+            self.second_EP,
+            self.rates_E,
+            self.steps_E,
+            weight_decay=self.train.weight_decay,
+        )
 
     def _pace(self, ahead: deque[torch.cuda.Event]) -> None:
         """Keeps the host from queueing a whole epoch, so that a stop is obeyed soon."""

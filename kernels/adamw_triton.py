@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
+
 BLOCK, WARPS = 512, 4
 
 
-@triton.jit(do_not_specialize=["n_parameters"])
+@entry(do_not_specialize=["n_parameters"])
 def adamw_kernel(
     weights_ptr, gradient_ptr, first_ptr, second_ptr, rates_ptr, steps_ptr, n_parameters,
     decay: tl.float32, rest1: tl.float32, rest2: tl.float32, eps: tl.float32,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
+from kernels._arguments import INTEGERS, check_arguments, check_axes
 from kernels._members import fold_members, stack_members
 from kernels.walk import MAX_WIDTH
 
@@ -129,8 +130,9 @@ def banded_attention(
         [B, H, T, V].
 
     Raises:
-        ValueError: a forced backend that cannot run them.
+        ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
+    _check_band(q_BHTK, k_BGSK, v_BGSV, window, start_B, sink_kv)
     n_tokens, n_heads = q_BHTK.shape[-2], q_BHTK.shape[1]
     whole = start_B is None and k_BGSK.shape[-2] == n_tokens
     if whole and window >= n_tokens:
@@ -147,6 +149,32 @@ def banded_attention(
     if backend == "reference":
         return _banded_at_once(attention_reference, q_BHTK, k, v, window, start_B, sinks)
     return _banded_in_blocks(q_BHTK, k, v, window, start_B, sinks)
+
+
+def _check_band(q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | None, sinks: tuple[Tensor, Tensor] | None) -> None:
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_axes(name, x, "B heads T width")
+    batch, heads, n_tokens, k_dim = q.shape
+    kv_heads, n_keys = k.shape[1:3]
+    expected = {
+        "k": (k, (batch, kv_heads, n_keys, k_dim)),
+        "v": (v, (batch, kv_heads, n_keys, v.shape[3])),
+        "start": (start, (batch,)),
+    }
+    if sinks is not None:
+        n_sinks = sinks[0].shape[-2]
+        expected |= {
+            f"sink_kv[{i}]": (x, (batch, kv_heads, n_sinks, of.shape[3]))
+            for i, (x, of) in enumerate(zip(sinks, (k, v), strict=True))
+        }
+    check_arguments(q, expected, first="q", dtypes={"start": INTEGERS})
+    if heads % kv_heads:
+        raise ValueError(f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}; k's heads divide q's")
+    if window < 1 or n_keys < n_tokens:
+        raise ValueError(
+            f"window is {window} and k has {n_keys} keys for {n_tokens} queries; it takes at least 1, and a key a query"
+        )
 
 
 def share_heads(a_BGSK: Tensor, n_heads: int) -> Tensor:

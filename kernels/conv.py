@@ -1,4 +1,4 @@
-"""Causal convolutions along time: a short depthwise one with a carried tail, and a long one by FFT.
+"""Causal convolutions along time: a short depthwise one with a carried tail, and a long one.
 
 Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, L filter length.
 """
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes
 from kernels.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.dispatch import pick
+from kernels.long_conv_operator import long_conv_operator
 
 MOST_TAPS = 4
 """Of the Triton form, whose backward makes K^2 products for every element."""
+LONGEST_TOEPLITZ = 2048
+"""Tokens up to which T^2 multiply-adds on tensor cores take less time than an FFT's trips to memory."""
 
 
 def short_conv(
@@ -41,8 +44,9 @@ def short_conv(
         The output [B, T, D], and the tail after the segment if one was given, else None.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
     """
+    check_axes("x", x_BTD, "B T D")
     _check(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
     if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
@@ -66,7 +70,8 @@ def _too_many(weight_DK: Tensor) -> str | None:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
-    width, taps = x.shape[-1], weight.shape[-1]
+    check_axes("weight", weight, "D K")
+    width, taps = x.shape[-1], weight.shape[1]
     tail_shape = (x.shape[0], taps - 1, width)
     check_arguments(x, {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, tail_shape)})
 
@@ -118,8 +123,9 @@ def short_conv_step(
         The output [B, D] and the new tail [B, K-1, D].
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
     """
+    check_axes("x", x_BD, "B D")
     _check(x_BD, weight_DK, bias_D, tail_BPD)
     if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
         return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
@@ -131,16 +137,27 @@ def short_conv_step(
 
 
 def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
-    """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s, by FFT.
+    """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s.
+
+    The torch form is an FFT in fp32 or better. The Triton form multiplies 16-bit inputs with Toeplitz matrices, see
+    `kernels.long_conv_triton`; the filter is rounded to 16 bit there, sums are in fp32.
 
     Args:
-        x_BTD: input, [B, T, D]; below fp32 it is transformed in fp32.
+        x_BTD: input, [B, T, D].
         filter_DL: taps, newest first, [D, L]; taps beyond T are not read.
 
     Returns:
         The output, [B, T, D], in the dtype of `x_BTD`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
     """
+    check_axes("x", x_BTD, "B T D")
+    check_axes("filter", filter_DL, "D L")
+    check_arguments(x_BTD, {"filter": (filter_DL, (x_BTD.shape[2], filter_DL.shape[1]))})
     length = x_BTD.shape[1]
+    if pick("long_conv", x_BTD, obstacle=_wants_fft(x_BTD), tensor_cores=True) == "triton":
+        return long_conv_operator(x_BTD, filter_DL[None])
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
     with torch.autocast(x_BTD.device.type, enabled=False):
@@ -148,3 +165,10 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
         filter_FD = torch.fft.rfft(filter_DL[:, :length].to(dtype).t(), n=size, dim=0)
         y_BTD = torch.fft.irfft(x_BFD * filter_FD, n=size, dim=1)[:, :length]
     return y_BTD.to(x_BTD.dtype)
+
+
+def _wants_fft(x_BTD: Tensor) -> str | None:
+    """What keeps a long convolution from its Triton form."""
+    if x_BTD.shape[1] > LONGEST_TOEPLITZ:
+        return f"{x_BTD.shape[1]} tokens are more than {LONGEST_TOEPLITZ}"
+    return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kernels._members import fold_members
+from kernels._operator import operator
 
 
-@torch.library.custom_op("mixer_bench::short_conv", mutates_args=())
+@operator("mixer_bench::short_conv")
 def short_conv_operator(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> Tensor:
     """`kernels.conv.short_conv` from zeros, for M members with taps of their own, their sequences one after the other.
 
@@ -24,7 +25,7 @@ def short_conv_operator(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | Non
         return forward(x_BTD, weight_MDK, bias_MD, silu)
 
 
-@torch.library.custom_op("mixer_bench::short_conv_backward", mutates_args=())
+@operator("mixer_bench::short_conv_backward")
 def _backward_operator(
     dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +72,7 @@ def _(
     return short_conv_operator(x, weight, bias, silu).unflatten(0, (members, -1)), 0
 
 
-@torch.library.custom_op("mixer_bench::short_conv_step", mutates_args=())
+@operator("mixer_bench::short_conv_step")
 def short_conv_step_operator(
     x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:

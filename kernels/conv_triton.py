@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILE = 16
 CHANNELS = 64
@@ -39,7 +41,7 @@ def _convolve(x_ptr, x_stride, weight_ptr, bias_ptr, token_L, channel_C, n_token
     return z_LC
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def short_conv_forward(
     x_ptr, x_stride, weight_ptr, bias_ptr, y_ptr,
     n_tokens, width, sequences_per_member,
@@ -62,7 +64,7 @@ def short_conv_forward(
     tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def short_conv_backward(
     dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
     n_tokens, width, sequences_per_member,
@@ -103,7 +105,7 @@ def short_conv_backward(
     tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
 
 
-@triton.jit(do_not_specialize=["sequences_per_member"])
+@entry(do_not_specialize=["sequences_per_member"])
 def short_conv_update(
     x_ptr, tail_ptr, weight_ptr, bias_ptr, y_ptr, new_tail_ptr,
     width, sequences_per_member,
@@ -139,7 +141,7 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
     batch, length, width = x_BTD.shape
     y_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, taps_MKD = _rows(x_BTD), _taps_first(weight_MDK)
-    n_programs = batch * triton.cdiv(length, TILE) * triton.cdiv(width, CHANNELS)
+    n_programs = batch * -(-length // TILE) * -(-width // CHANNELS)
     if n_programs:
         short_conv_forward[(n_programs,)](
             x_BTD,
@@ -167,10 +169,10 @@ def backward(
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, taps_MKD = _rows(x_BTD), _taps_first(weight_MDK)
-    n_tiles = batch * triton.cdiv(length, TILE)
+    n_tiles = batch * -(-length // TILE)
     parts = x_BTD.new_empty(n_tiles, taps + 1, width, dtype=torch.float32)
     if parts.numel():
-        short_conv_backward[(n_tiles * triton.cdiv(width, CHANNELS),)](
+        short_conv_backward[(n_tiles * -(-width // CHANNELS),)](
             dy_BTD.contiguous(),
             x_BTD,
             x_BTD.stride(1),
@@ -196,7 +198,7 @@ def step(x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | N
     batch, width = x_BD.shape
     y_BD, new_tail_BPD = x_BD.new_empty(batch, width), tail_BPD.new_empty(tail_BPD.shape)
     taps_MKD = _taps_first(weight_MDK)
-    n_programs = batch * triton.cdiv(width, STEP_CHANNELS)
+    n_programs = batch * -(-width // STEP_CHANNELS)
     if n_programs:
         short_conv_update[(n_programs,)](
             x_BD.contiguous(),

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
+from kernels._operator import operator
 from kernels.dispatch import pick
+from kernels.values import check_labels, is_checking
 
 IGNORED = -100
 """The label of a row that has none: its loss and its gradient are zero."""
@@ -36,9 +38,11 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     """
     if logits_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits_RV.shape)}; cross entropy takes [rows, classes]")
-    check_arguments(logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits")
-    if labels_R.is_floating_point():
-        raise ValueError(f"labels have dtype {labels_R.dtype}; they are class indices, e.g. torch.int64")
+    check_arguments(
+        logits_RV, {"labels": (labels_R, logits_RV.shape[:1])}, first="logits", dtypes={"labels": INTEGERS}, values=False
+    )
+    if is_checking():
+        check_labels("labels", labels_R, logits_RV.shape[1], IGNORED)
     if pick("labelled_cross_entropy", logits_RV) == "triton":
         loss_R, predicted_R, _ = _rows(logits_RV, labels_R)
         return loss_R, predicted_R
@@ -47,7 +51,7 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     return loss_R, logits_RV.detach().argmax(-1)
 
 
-@torch.library.custom_op("mixer_bench::cross_entropy", mutates_args=())
+@operator("mixer_bench::cross_entropy")
 def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, predictions and logs of the sum of exponentials."""
     from kernels.cross_entropy_triton import forward
@@ -56,7 +60,7 @@ def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
 
 
-@torch.library.custom_op("mixer_bench::cross_entropy_backward", mutates_args=())
+@operator("mixer_bench::cross_entropy_backward")
 def _rows_backward(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsumexp_R: Tensor) -> Tensor:
     """The gradient of the logits, in their dtype."""
     from kernels.cross_entropy_triton import backward

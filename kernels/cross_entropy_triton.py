@@ -138,7 +138,7 @@ def backward(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsumexp_R: 
     dlogits_RV = logits_RV.new_empty(rows, classes)
     block, warps = block_and_warps(classes)
     if rows:
-        cross_entropy_backward[(rows, triton.cdiv(classes, block))](
+        cross_entropy_backward[(rows, -(-classes // block))](
             dloss_R,
             dloss_R.stride(0),
             logits_RV,

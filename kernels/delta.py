@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import delta_hopper_launch
 from kernels.walk import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
 
 
@@ -18,7 +19,7 @@ class Launch(NamedTuple):
     """How one kernel is compiled.
 
     Args:
-        tile: columns that a program computes; the coupling kernel has no tiles.
+        tile: columns that a program computes.
         warps: warps of a program.
         stages: depth of the software pipeline of a walk.
     """
@@ -32,7 +33,6 @@ class Config(NamedTuple):
     """What a head width takes: `inner` is the width of the value blocks over which the gradient kernel sums."""
 
     chunk: int
-    coupling: Launch
     forward: Launch
     reverse: Launch
     gradients: Launch
@@ -41,13 +41,13 @@ class Config(NamedTuple):
 
 # By the larger of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Config(64, Launch(0, 4), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
-    128: Config(64, Launch(0, 4), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4), 128),
+    64: Config(64, Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4), 64),
+    128: Config(64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4), 128),
 }
 FP32 = {
-    64: Config(16, Launch(0, 4), Launch(32, 4), Launch(32, 4), Launch(32, 4), 32),
-    128: Config(16, Launch(0, 4), Launch(16, 4), Launch(16, 4), Launch(32, 4), 32),
-    256: Config(16, Launch(0, 4), Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
+    64: Config(16, Launch(32, 4), Launch(32, 4), Launch(32, 4), 32),
+    128: Config(16, Launch(16, 4), Launch(16, 4), Launch(32, 4), 32),
+    256: Config(16, Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
 }
 
 
@@ -123,7 +123,7 @@ def forward(
         The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and what
         `backward` needs.
     """
-    from kernels import delta_triton
+    from kernels import delta_coupling_triton
 
     batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
@@ -139,20 +139,35 @@ def forward(
     group = heads // k.shape[2]
     shared = {"K": k_dim, "BK": padded(k_dim), "UNIT": unit, "C": config.chunk}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
-    delta_triton.coupling_kernel[(batch * heads * chunks,)](
+    delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
         k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, LEVELS=config.chunk.bit_length() - 1, GATE=_gate_kind(log_decay),
-        MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16),
-        num_warps=config.coupling.warps,
+        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=1,
     )  # fmt: skip
-    tile = min(config.forward.tile, padded(v_dim))
-    delta_triton.forward_kernel[(batch * heads * -(-v_dim // tile),)](
-        q, k, v, beta, kept.couplings, kept.decays, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
-        kept.errors, kept.states, *strides, length, heads, group,
-        **shared, V=v_dim, BV=tile, GATED=log_decay is not None, FIRST=state_BHKV is not None, LAST=return_state, KEEP=keep,
-        STAGES=config.forward.stages, num_warps=config.forward.warps,
+    first = None if state_BHKV is None else state_BHKV.contiguous()
+    launch = delta_hopper_launch.forward if delta_hopper_launch.fit(k_dim, q, k, v) else _walk
+    launch(
+        q, k, v, beta, kept, first, o, last, config.forward, gated=log_decay is not None, return_state=return_state, keep=keep
     )  # fmt: skip
     return o, last, kept
+
+
+def _walk(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, launch: Launch,
+    *, gated: bool, return_state: bool, keep: bool,
+) -> None:  # fmt: skip
+    """The forward walk in plain Triton; writes o, last, and what is kept."""
+    from kernels import delta_triton
+
+    (_, length, heads, v_dim), k_dim, dot = v.shape, k.shape[3], kept.couplings.dtype
+    tile = min(launch.tile, padded(v_dim))
+    _, strides, unit = _rows(q, k, v)
+    delta_triton.forward_kernel[(len(v) * heads * -(-v_dim // tile),)](
+        q, k, v, beta, kept.couplings, kept.decays, v if first is None else first, o, last, kept.errors, kept.states,
+        *strides, length, heads, heads // k.shape[2],
+        K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=kept.couplings.shape[3],
+        GATED=gated, FIRST=first is not None, LAST=return_state, KEEP=keep,
+        DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
 
 
 def backward(
@@ -183,42 +198,55 @@ def backward(
     Returns:
         Gradients of q, k, v, beta, log_decay (or an empty tensor) and state (or an empty tensor).
     """
-    from kernels import delta_gradients_triton, delta_triton
-
     batch, length, heads, v_dim = do_BTHV.shape
     groups, k_dim = k_BTGK.shape[2:]
-    dot = kept.couplings.dtype
-    config = config_of(k_dim, v_dim, dot)
-    chunks = kept.couplings.shape[2]
-    tile = min(config.reverse.tile, padded(v_dim))
-    solved, dv = (torch.empty_like(do_BTHV, memory_format=torch.contiguous_format) for _ in range(2))
-    dfirst = _nothing(do_BTHV) if state_BHKV is None else _state_like(do_BTHV, k_dim)
+    dlast = None if dfinal_BHKV is None else dfinal_BHKV.float().contiguous()
+    dfirst = None if state_BHKV is None else _state_like(do_BTHV, k_dim)
+    dq, dk = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
+    dv, beta = torch.empty_like(do_BTHV, memory_format=torch.contiguous_format), beta_BTH.contiguous()
+    dbeta = torch.empty_like(beta)
+    (q, k, do), _, _ = _rows(q_BTGK, k_BTGK, do_BTHV)
+    config = config_of(k_dim, v_dim, kept.couplings.dtype)
+    on_hopper = delta_hopper_launch.fit(k_dim, q, k, do)
+    parts = 1 if on_hopper else -(-k_dim // min(config.gradients.tile, padded(k_dim)))
+    dgates = do_BTHV.new_empty((parts, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
+    launch = delta_hopper_launch.backward if on_hopper else _walk_back
+    launch(q, k, do, beta, kept, dlast, (dq, dk, dv, dbeta, dgates), dfirst, config, gated=log_decay is not None)
+    if groups < heads:
+        dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
+    dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates
+    return dq, dk, dv, dbeta, dgate, _nothing(do_BTHV) if dfirst is None else dfirst
+
+
+def _walk_back(
+    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...],
+    dfirst: Tensor | None, config: Config, *, gated: bool,
+) -> None:  # fmt: skip
+    """The gradients in plain Triton: a walk, then all chunks at once; writes `grads` (dq, dk, dv, dbeta, dgates) and dfirst."""
+    from kernels import delta_gradients_triton, delta_triton
+
+    batch, length, heads, v_dim = do.shape
+    k_dim, dot, chunks = k.shape[3], kept.couplings.dtype, kept.couplings.shape[2]
+    solved = torch.empty_like(do, memory_format=torch.contiguous_format)
     dstates = torch.empty_like(kept.states)
-    beta = beta_BTH.contiguous()
-    (q, k, do), strides, unit = _rows(q_BTGK, k_BTGK, do_BTHV)
-    shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": log_decay is not None}
+    _, strides, unit = _rows(q, k, do)
+    shared = {"K": k_dim, "V": v_dim, "UNIT": unit, "C": config.chunk, "GATED": gated}
     shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
+    tile = min(config.reverse.tile, padded(v_dim))
     delta_triton.reverse_kernel[(batch * heads * -(-v_dim // tile),)](
-        q, k, do, beta, kept.couplings, kept.decays, do if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(),
-        solved, dfirst, dstates, *strides, length, heads, heads // groups,
-        **shared, BK=padded(k_dim), BV=tile, FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
+        q, k, do, beta, kept.couplings, kept.decays, do if dlast is None else dlast,
+        solved, do if dfirst is None else dfirst, dstates, *strides, length, heads, heads // k.shape[2],
+        **shared, BK=padded(k_dim), BV=tile, FIRST=dfirst is not None, DLAST=dlast is not None,
         STAGES=config.reverse.stages, num_warps=config.reverse.warps,
     )  # fmt: skip
     tile = min(config.gradients.tile, padded(k_dim))
     tiles = -(-k_dim // tile)
-    dq_BTHK, dk_BTHK = (x.new_empty(batch, length, heads, k_dim) for x in (q_BTGK, k_BTGK))
-    dbeta = torch.empty_like(beta)
-    dgates = do_BTHV.new_empty((tiles, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
     delta_gradients_triton.gradients_kernel[(batch * heads * chunks * tiles,)](
-        q, k, do, beta, kept.decays, kept.errors, solved, kept.states, dstates, dq_BTHK, dk_BTHK, dv, dbeta, dgates,
-        *strides, length, chunks, batch, heads, heads // groups,
-        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), TV=padded(-(-v_dim // tiles)), GATE_GRAD=gate_grad,
+        q, k, do, beta, kept.decays, kept.errors, solved, kept.states, dstates, *grads,
+        *strides, length, chunks, batch, heads, heads // k.shape[2],
+        **shared, TK=tile, BV=min(config.inner, padded(v_dim)), TV=padded(-(-v_dim // tiles)), GATE_GRAD=grads[4].numel() > 0,
         num_warps=config.gradients.warps,
     )  # fmt: skip
-    if groups < heads:
-        dq_BTHK, dk_BTHK = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq_BTHK, dk_BTHK))
-    dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates
-    return dq_BTHK, dk_BTHK, dv, dbeta, dgate, dfirst
 
 
 def _summed(dgates: Tensor, log_decay: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.delta_triton import SIZES
 from kernels.walk_triton import _load_rows
 
@@ -78,7 +79,7 @@ def _decays(g, weight_R, beta_C, C: tl.constexpr, GATED: tl.constexpr):
     return since_R, until_C, whole, pair_RC
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def gradients_kernel(
     q, k, do, beta, g, errors, solved, states, dstates, dq, dk, dv, dbeta, dgate,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,

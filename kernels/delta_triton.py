@@ -8,9 +8,9 @@ I - H beta with H = X (I + beta X)^-1, and the transposed solve of the gradients
     Y = dU - H^T (beta dU)           dS = exp(g) dS' + Q^T exp(G) do - K^T exp(G) beta Y
     dU = exp(g - G) K dS' + (Q K^T o Gamma)^T do
 
-H depends on keys, beta and decays only, so all chunks' H are made in parallel beforehand, in fp32, and stored in the
-dtype of the tensor cores. Beta may be zero: nothing divides by it. Sources: Yang et al. 2024 (DeltaNet), eq. 10; Gated
-DeltaNet 2025, eq. 8; the form with errors in place of writes is ours.
+H depends on keys, beta and decays only, so `kernels.delta_coupling_triton` makes that of all chunks in parallel beforehand.
+Beta may be zero: nothing divides by it. Sources: Yang et al. 2024 (DeltaNet), eq. 10; Gated DeltaNet 2025, eq. 8; the form
+with errors in place of writes is ours.
 
 Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, K key, V value width.
 """
@@ -20,66 +20,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.walk_triton import NO_GATE, SCALAR_GATE, _load_rows, _log_decays
+from kernels._entry import entry
+from kernels.walk_triton import _load_rows
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "gate") for axis in "bth"]
 SIZES += ["length", "chunks", "batches", "heads", "group", "gate_every"]
-
-
-@triton.jit
-def _coupling(x_CC, beta_C, length, C: tl.constexpr, LEVELS: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
-    """H = X (I + beta X)^-1 of a strictly lower X, by merging neighbouring blocks of 1, 2, 4, ... rows; C = 2^LEVELS.
-
-    Two blocks that are solved leave H_21 = (I - H_22 beta_2) X_21 (I - beta_1 H_11): as stable as substitution row by row.
-    A sum of powers of X would not be: with equal keys its terms grow like binomial coefficients. Only corrections to X are
-    rounded to the dtype MERGE, which is fp16 for both 16-bit dtypes: H needs its digits and not the range of bf16.
-    """
-    # Adds a zero that the compiler does not know. With zeros known at compile time ptxas 13.3 to 13.5 stores operands from
-    # registers that nothing has written yet (docs/kernels.md, The assembler).
-    i = tl.arange(0, C) + tl.minimum(length, 0)
-    h_CC = tl.zeros([C, C], tl.float32)
-    for level in tl.static_range(LEVELS):
-        block = i >> level
-        lower = (block[:, None] > block[None, :]) & ((block >> 1)[:, None] == (block >> 1)[None, :])
-        x_lower = tl.where(lower, x_CC, 0.0)
-        if level > 0:
-            solved_CC = h_CC.to(MERGE)
-            x_lower -= tl.dot(solved_CC, (beta_C[:, None] * x_lower).to(MERGE), input_precision=PRECISION)
-            x_lower -= tl.dot((x_lower * beta_C[None, :]).to(MERGE), solved_CC, input_precision=PRECISION)
-        h_CC += x_lower
-    return h_CC
-
-
-@triton.jit(do_not_specialize=SIZES)
-def coupling_kernel(
-    k, beta, gate, h, g,
-    k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
-    length: tl.int32, chunks: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
-    K: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
-    DOT: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid: (B * H * N,). Writes H [B, H, N, C, C] of every chunk, and its cumulated log2 decays [B, H, N, C]."""
-    program = tl.program_id(0)
-    head_index, chunk = program // chunks, program % chunks
-    batch, head = head_index // heads, head_index % heads
-    wide, start = batch.to(tl.int64), chunk * C
-    i = tl.arange(0, C)
-    t_C = start + i
-    k_base = k + (wide * k_b + (head // group) * k_h) * UNIT
-    k_CK = _load_rows(k_base, k_t * UNIT, t_C, tl.arange(0, BK), length, K, DOT)
-    beta_C = tl.load(beta + (wide * length + t_C) * heads + head, mask=t_C < length, other=0.0).to(tl.float32)
-    x_CC = tl.dot(k_CK, tl.trans(k_CK), input_precision=PRECISION)
-    before = i[:, None] > i[None, :]
-    if GATE != NO_GATE:
-        gate_base = gate + (batch // gate_every) * gate_b + head
-        g_C, _ = _log_decays(gate_base, gate_t, t_C, start, length, C, GATE == SCALAR_GATE)
-        tl.store(g + program.to(tl.int64) * C + i, g_C)
-        x_CC = x_CC * tl.exp2(tl.where(before, g_C[:, None] - g_C[None, :], float("-inf")))
-    else:
-        x_CC = tl.where(before, x_CC, 0.0)
-    h_CC = _coupling(x_CC, beta_C, length, C, LEVELS, MERGE, PRECISION)
-    tl.store(h + program.to(tl.int64) * C * C + i[:, None] * C + i[None, :], h_CC.to(h.dtype.element_ty))
 
 
 @triton.jit
@@ -94,7 +40,7 @@ def _small(beta, g, h, t_C, length, heads, chunk_index, C: tl.constexpr, GATED: 
     return beta_C, h_CC, g_C, g_all
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, beta, h, g, first, o, last, errors, states,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -157,7 +103,7 @@ def forward_kernel(
         tl.store(last + head_index * K * V + state_offsets, state_KV, mask=in_state)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def reverse_kernel(
     q, k, do, beta, h, g, dlast, solved, dfirst, dstates,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,

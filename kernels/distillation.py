@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._arguments import check_arguments
+from kernels._arguments import INTEGERS, check_arguments
 from kernels.dispatch import pick
+from kernels.values import check_labels, is_checking
 
 IGNORED = -100
 """The label of a row that has none: its losses and its gradient are zero."""
@@ -49,7 +50,10 @@ def distillation_rows(
     if student_RV.dim() != 2:
         raise ValueError(f"logits have shape {tuple(student_RV.shape)}; distillation takes [rows, classes]")
     shape = tuple(student_RV.shape)
-    check_arguments(student_RV, {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}, first="logits")
+    expected = {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}
+    check_arguments(student_RV, expected, first="logits", dtypes={"labels": INTEGERS}, values=False)
+    if is_checking():
+        check_labels("labels", labels_R, shape[1], IGNORED)
     dtype = student_RV.dtype if dtype is None else dtype
     with torch.no_grad():
         if pick("distillation_rows", student_RV) == "triton":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, dispatch, reference, vector_gate_op
+from kernels._arguments import check_arguments, check_axes, check_same
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
@@ -89,18 +90,10 @@ def _triton(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
-    if v.ndim != 4 or q.ndim != 4:
-        raise ValueError(f"{OPERATION}: q {tuple(q.shape)} and v {tuple(v.shape)} must be [B, T, H, width]")
-    if 0 in v.shape or 0 in q.shape:
-        raise ValueError(f"{OPERATION}: q {tuple(q.shape)} or v {tuple(v.shape)} is empty; every length must be at least 1")
+    check_axes("v", v, "B T H V")
+    check_axes("q", q, "B T H K")
+    check_same("k", k, "q", q)
     rows = (*v.shape[:3], q.shape[3])
-    named = [(name, x, rows) for name, x in (("q", q), ("k", k), ("a", a), ("b", b), ("log_decay", log_decay))]
-    if state is not None:
-        named.append(("state", state, (v.shape[0], *rows[2:], v.shape[3])))
-    for name, x, shape in named:
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{OPERATION}: {name} has the shape {list(x.shape)}; with v {list(v.shape)} it must be {list(shape)}")
-        if x.device != v.device:
-            raise ValueError(f"{OPERATION}: {name} is on {x.device} and v on {v.device}; move them to one device")
-        if not x.is_floating_point():
-            raise ValueError(f"{OPERATION}: {name} has the dtype {x.dtype}; it must be a floating-point one")
+    named = (("q", q), ("k", k), ("a", a), ("b", b), ("log_decay", log_decay))
+    expected = {name: (x, rows) for name, x in named} | {"state": (state, (v.shape[0], *rows[2:], v.shape[3]))}
+    check_arguments(v, expected, first="v")

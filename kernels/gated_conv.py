@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes
 from kernels.conv import MOST_TAPS, short_conv
 from kernels.dispatch import pick
 
@@ -30,9 +30,11 @@ def gated_conv(x_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, taps_DK: Tensor
         [B, T, D], in the dtype of x in the Triton form; else as torch promotes.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
     """
-    width, taps = x_BTD.shape[-1], taps_DK.shape[-1]
+    check_axes("x", x_BTD, "B T D")
+    check_axes("taps", taps_DK, "D K")
+    width, taps = x_BTD.shape[2], taps_DK.shape[1]
     vectors = {"bias": (bias_D, (width,)), "tap_bias": (tap_bias_D, (width,))}
     check_arguments(x_BTD, {"weight": (weight_DD, (width, width)), "taps": (taps_DK, (width, taps)), **vectors})
     obstacle = f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.products import product_over_rows
 
 TILE, CHANNELS, TOKENS, WARPS = 8, 64, 64, 4
@@ -29,7 +30,7 @@ def _store_sum(parts_ptr, place: tl.constexpr, sum_LC, width, inside_C):
         tl.store(parts_ptr + place * width, tl.sum(sum_LC, axis=0), mask=inside_C)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def gated_conv_backward(
     dy_ptr, x_ptr, projected_ptr, bias_ptr, taps_ptr, tap_bias_ptr, dz_ptr, dx_ptr, parts_ptr,
     n_tokens, width, sequences_per_member,

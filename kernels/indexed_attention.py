@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels._arguments import BOOLS, check_arguments, check_axes
 from kernels.attention import attention, attention_reference, share_heads
 from kernels.indexed_launch import list_tile
 from kernels.sparse_index import option_names, packed
 from kernels.sparse_masks import MASKS
+from kernels.values import check_seen, check_values, is_checking
 from kernels.walk import MAX_WIDTH
 
 
@@ -36,7 +38,7 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check("sparse_attention", q_BHTK, k_BGTK, v_BGTV)
+    _check(q_BHTK, k_BGTK, v_BGTV)
     if pattern not in MASKS:
         raise ValueError(f"sparse_attention: there is no pattern {pattern!r}; there are {', '.join(MASKS)}")
     if set(options) != set(option_names(pattern)):
@@ -68,13 +70,12 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check("block_attention", q_BHTK, k_BGTK, v_BGTV)
+    _check(q_BHTK, k_BGTK, v_BGTV)
     length = q_BHTK.shape[2]
     wanted = (*k_BGTK.shape[:2], length, -(-length // block))
     if tuple(chosen_BGTN.shape) != wanted:
-        raise ValueError(
-            f"block_attention: chosen has the shape {list(chosen_BGTN.shape)}; with block={block} it must be {list(wanted)}"
-        )
+        raise ValueError(f"chosen has the shape {list(chosen_BGTN.shape)}; with block={block} it must be {list(wanted)}")
+    check_arguments(q_BHTK, {"chosen": (chosen_BGTN, wanted)}, first="q", dtypes={"chosen": BOOLS})
     tile = list_tile(q_BHTK, k_BGTK, v_BGTV)
     obstacle = _width_obstacle(k_BGTK, v_BGTV)
     if block % tile[1] and tile[1] % block:
@@ -126,12 +127,15 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check("decode_attention", q_BHK[:, :, None], k_BGSK, v_BGSV)
+    _check(q_BHK[:, :, None], k_BGSK, v_BGSV, values=False)
     batch, kv_heads, n_keys = k_BGSK.shape[:3]
-    if tuple(seen_BGS.shape) not in ((batch, 1, n_keys), (batch, kv_heads, n_keys)):
-        raise ValueError(
-            f"decode_attention: seen has the shape {list(seen_BGS.shape)}; it must be [{batch}, 1 or {kv_heads}, {n_keys}]"
-        )
+    rows = 1 if seen_BGS.shape[1:2] == (1,) else kv_heads
+    check_arguments(k_BGSK, {"seen": (seen_BGS, (batch, rows, n_keys))}, first="k", dtypes={"seen": BOOLS}, values=False)
+    if is_checking():
+        check_seen("seen", seen_BGS)
+        unseen = ~seen_BGS[..., None]  # storage that nobody has filled yet may hold anything
+        for name, x in (("q", q_BHK), ("k", k_BGSK.masked_fill(unseen, 0)), ("v", v_BGSV.masked_fill(unseen, 0))):
+            check_values(name, x)
     obstacle = _width_obstacle(k_BGSK, v_BGSV)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHK, k_BGSK, v_BGSV)):
         obstacle = "the kernel for one token has no gradient"
@@ -156,15 +160,14 @@ def _masked(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tens
     return attention_reference(q, k, v, mask) if backend == "reference" else attention(q, k, v, mask_TS=mask)
 
 
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, *, values: bool = True) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
-    for label, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name}: {label} has the shape {tuple(x.shape)}; it must be [B, heads, T, width], none of them 0")
-        if x.device != q.device:
-            raise ValueError(f"{name}: {label} is on {x.device} and q on {q.device}; move them to one device")
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: {label} has the dtype {x.dtype}; it must be a floating-point one")
-    if k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or k.shape[0] != q.shape[0] or q.shape[1] % k.shape[1]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"{name}: the shapes are {shapes}; batches must agree, k's heads divide q's, and k be as wide as q")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_axes(name, x, "B heads T width")
+    batch, heads, _, k_dim = q.shape
+    kv_heads, n_keys = k.shape[1:3]
+    check_arguments(
+        q, {"k": (k, (batch, kv_heads, n_keys, k_dim)), "v": (v, (batch, kv_heads, n_keys, v.shape[3]))}, first="q", values=values
+    )
+    if heads % kv_heads:
+        raise ValueError(f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}; k's heads divide q's")

@@ -8,9 +8,9 @@ tile, N keys of a tile.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.indexed_triton import LOG2_E, load_rows
 
 # Run-time integers: with these unspecialised, a new batch, cache or head count compiles nothing.
@@ -18,7 +18,7 @@ STRIDES = ("q_b", "q_h", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "seen_b", "se
 SIZES = (*STRIDES, "n_keys", "kv_heads", "group", "parts")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def part_kernel(
     q, k, v, seen, outputs, highest, totals,
     q_b: tl.int64, q_h: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64, v_h: tl.int64, v_s: tl.int64,
@@ -67,7 +67,7 @@ def part_kernel(
     tl.store(outputs + row[:, None] * V + e[None, :], o_MV, mask=inside[:, None] & (e < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["parts"])
+@entry(do_not_specialize=["parts"])
 def join_kernel(
     outputs, highest, totals, y, parts: tl.int32, V: tl.constexpr, BV: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import check_arguments
+from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
 from kernels.cross_entropy import IGNORED, labelled_cross_entropy
 from kernels.dispatch import pick
+from kernels.values import check_labels, is_checking
 
 
 def labelled_head(h_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,9 +33,14 @@ def labelled_head(h_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> tuple[Te
     Raises:
         ValueError: shapes do not match, or labels are not integers.
     """
+    if h_RD.ndim != 2 or weight_VD.ndim != 2:
+        raise ValueError(f"h has shape {tuple(h_RD.shape)} and weight {tuple(weight_VD.shape)}; it must be [R, D] and [V, D]")
     rows, width = h_RD.shape
-    check_arguments(h_RD, {"weight": (weight_VD, (weight_VD.shape[0], width)), "labels": (labels_R, (rows,))}, first="h")
-    if pick("labelled_head", h_RD) == "triton" and not labels_R.is_floating_point():
+    expected = {"weight": (weight_VD, (weight_VD.shape[0], width)), "labels": (labels_R, (rows,))}
+    check_arguments(h_RD, expected, first="h", dtypes={"labels": INTEGERS}, values=False)
+    if is_checking():
+        check_labels("labels", labels_R, weight_VD.shape[0], IGNORED)
+    if pick("labelled_head", h_RD) == "triton":
         loss_MR, predicted_MR, _ = _head(h_RD[None], weight_VD.to(h_RD.dtype)[None], labels_R[None])
         return loss_MR[0], predicted_MR[0]
     return labelled_cross_entropy(F.linear(h_RD, weight_VD.to(h_RD.dtype)), labels_R)

@@ -1,7 +1,7 @@
 """Layer norms between the layers of a model, alone and two in a row: r + LN1(r), and LN2 of that.
 
 Forward is plain torch, which a compiler fuses with what comes before; backward is one Triton pass that makes the gradients of the
-input and of all parameters together (`kernels.norms_triton`) and recomputes everything but the input and two numbers a row.
+input and of all parameters together and recomputes everything but the input (`kernels.norms_triton`).
 
 Shape legend: B batch, T time, D width, M members (each N rows: its B T tokens), R chosen positions of a sequence.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels._arguments import check_arguments
 from kernels.dispatch import pick
@@ -44,7 +45,7 @@ def layer_norm(x_BTD: Tensor, norm: Affine, eps: float = 1e-5) -> Tensor:
 
 def norm_pair(
     r_BTD: Tensor, first: Affine, second: Affine, rows_BR: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """S = r + LN1(r), and LN2(s).
 
     Args:
@@ -69,9 +70,9 @@ def norm_pair(
         weights = [p[None] for p in (*first, *second)]
         flat_1ND = r_BTD.flatten(0, -2)[None]
         if rows_BR is None:
-            s, y, *_ = norms_operator(flat_1ND, *weights, None, eps)
+            s, y, _ = norms_operator(flat_1ND, *weights, None, eps)
             return s.view(r_BTD.shape), y.view(r_BTD.shape), None
-        s, y, picked, *_ = norms_operator(flat_1ND, *weights, rows_BR[None], eps)
+        s, y, picked = norms_operator(flat_1ND, *weights, rows_BR[None], eps)
         return s.view(*rows_BR.shape, -1), y.view(r_BTD.shape), picked.view(*rows_BR.shape, -1)
     s_BTD = r_BTD + normalized(r_BTD, *first, eps)
     y_BTD = normalized(s_BTD, *second, eps)
@@ -80,14 +81,8 @@ def norm_pair(
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The definition; parameters broadcast against x."""
-    return with_statistics(x, weight, bias, eps)[0]
-
-
-def with_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`normalized`, the means, and one over the standard deviations, [..., 1] each."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y, mean, scale = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
-    return (y * weight + bias).to(x.dtype), mean, scale
+    return (F.layer_norm(wide, x.shape[-1:], eps=eps) * weight + bias).to(x.dtype)
 
 
 def _too_wide(x: Tensor) -> str | None:

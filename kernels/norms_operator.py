@@ -21,31 +21,30 @@ def norms_operator(
     bias2_MD: Tensor | None,
     rows_MBR: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`norm_pair` for M members; without second parameters `layer_norm`, in the second place.
 
     Returns:
-        s at the chosen positions [M, B R, D] or at all [M, N, D]; the last norm [M, N, D]; that at the chosen positions; mean and
-        one over the standard deviation of r, and those of s, [M, N, 1] each. What there is not is empty.
+        s at the chosen positions [M, B R, D] or at all [M, N, D]; the last norm [M, N, D]; that at the chosen positions. What
+        there is not is empty.
     """
-    from kernels.norms import with_statistics
+    from kernels.norms import normalized
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return with_statistics(x, weight[:, None], bias[:, None], eps)
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return normalized(x, weight[:, None], bias[:, None], eps)
 
-    y_MND, *first = norm(r_MND, weight1_MD, bias1_MD)
     if weight2_MD is None or bias2_MD is None:
-        return r_MND.new_empty(0), y_MND, r_MND.new_empty(0), *first, r_MND.new_empty(0), r_MND.new_empty(0)
-    s_MND = r_MND + y_MND
-    y_MND, *second = norm(s_MND, weight2_MD, bias2_MD)
+        return r_MND.new_empty(0), norm(r_MND, weight1_MD, bias1_MD), r_MND.new_empty(0)
+    s_MND = r_MND + norm(r_MND, weight1_MD, bias1_MD)
+    y_MND = norm(s_MND, weight2_MD, bias2_MD)
     if rows_MBR is None:
-        return s_MND, y_MND, r_MND.new_empty(0), *first, *second
+        return s_MND, y_MND, r_MND.new_empty(0)
     # made again at the chosen positions, so that s is not stored at the others
     start_B1 = torch.arange(rows_MBR.shape[1], device=r_MND.device)[:, None] * (r_MND.shape[1] // rows_MBR.shape[1])
     place_MS1 = (rows_MBR + start_B1).flatten(1)[..., None]
     picked_MSD = r_MND.gather(1, place_MS1.expand(-1, -1, r_MND.shape[-1]))
-    picked_MSD = picked_MSD + norm(picked_MSD, weight1_MD, bias1_MD)[0]
-    return picked_MSD, y_MND, norm(picked_MSD, weight2_MD, bias2_MD)[0], *first, *second
+    picked_MSD = picked_MSD + norm(picked_MSD, weight1_MD, bias1_MD)
+    return picked_MSD, y_MND, norm(picked_MSD, weight2_MD, bias2_MD)
 
 
 @torch.library.custom_op("mixer_bench::norms_backward", mutates_args=())
@@ -57,11 +56,9 @@ def _backward_operator(
     weight1_MD: Tensor,
     bias1_MD: Tensor,
     weight2_MD: Tensor | None,
+    bias2_MD: Tensor | None,
     place_MBT: Tensor | None,
-    mean1: Tensor,
-    scale1: Tensor,
-    mean2: Tensor,
-    scale2: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of r, and those of the parameters, [M, 2 or 4, D] in fp32.
 
@@ -70,28 +67,27 @@ def _backward_operator(
     from kernels.norms_triton import backward
 
     with torch.cuda.device_of(dy_MND):  # Triton launches on the current device
-        statistics = (mean1, scale1, mean2, scale2)
-        return backward(ds, dy_MND, dpicked, r_MND, weight1_MD, bias1_MD, weight2_MD, place_MBT, statistics)
+        return backward(ds, dy_MND, dpicked, r_MND, weight1_MD, bias1_MD, weight2_MD, bias2_MD, place_MBT, eps)
 
 
 @_backward_operator.register_fake
-def _(ds, dy_MND, dpicked, r_MND, weight1_MD, bias1_MD, weight2_MD, *rest) -> tuple[Tensor, Tensor]:
+def _(ds, dy_MND, dpicked, r_MND, weight1_MD, bias1_MD, weight2_MD, bias2_MD, place_MBT, eps) -> tuple[Tensor, Tensor]:
     members, _, width = r_MND.shape
     n_parameters = 2 if weight2_MD is None else 4
     return r_MND.new_empty(r_MND.shape), r_MND.new_empty(members, n_parameters, width, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, _ = inputs
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(*tensors, *output[3:])
+    r_MND, weight1_MD, bias1_MD, weight2_MD, bias2_MD, rows_MBR, ctx.eps = inputs
+    ctx.save_for_backward(r_MND, weight1_MD, bias1_MD, weight2_MD, bias2_MD, rows_MBR)
 
 
-def _differentiate(ctx, ds: Tensor, dy_MND: Tensor, dpicked: Tensor, *_) -> tuple[Tensor | None, ...]:
-    r_MND, *given, rows_MBR, mean1, scale1, mean2, scale2 = ctx.saved_tensors
+def _differentiate(ctx, ds: Tensor, dy_MND: Tensor, dpicked: Tensor) -> tuple[Tensor | None, ...]:
+    r_MND, weight1_MD, bias1_MD, weight2_MD, bias2_MD, rows_MBR = ctx.saved_tensors
     place_MBT = None if rows_MBR is None else places(rows_MBR, r_MND.shape[1] // rows_MBR.shape[1])
-    gradients, statistics = (ds, dy_MND, dpicked), (mean1, scale1, mean2, scale2)
-    dr_MND, found = _backward_operator(*gradients, r_MND, *given[:3], place_MBT, *statistics)
+    gradients = (ds, dy_MND, dpicked)
+    dr_MND, found = _backward_operator(*gradients, r_MND, weight1_MD, bias1_MD, weight2_MD, bias2_MD, place_MBT, ctx.eps)
+    given = (weight1_MD, bias1_MD, weight2_MD, bias2_MD)
     return dr_MND, *(None if p is None else found[:, i].to(p.dtype) for i, p in enumerate(given)), None, None
 
 

@@ -1,7 +1,7 @@
 """Backward of one layer norm, or of two in a row around a residual, in Triton: one launch, and a sum over its parts.
 
 A program walks over tiles of whole rows of one member and adds up the parameters' gradients in registers, so that nothing is read
-twice. With x1 = (r - mean) / std from the forward pass, s = r + x1 w1 + b1 and x2 that of s, the gradients are
+twice. With x1 = (r - mean) / std, s = r + x1 w1 + b1 and x2 that of s, the gradients are
     ds' = ds + N(dy w2, x2) / std_s,    dr = ds' + N(ds' w1, x1) / std_r,    N(g, x) = g - mean(g) - x mean(g x),
 and the sums over rows of dy x2, dy, ds' x1 and ds'.
 
@@ -17,12 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
+
 TILE_ELEMENTS = 1024
 """Of a tile; a thread of the four warps holds eight of each."""
 ROWS = 128
 """Rows of a program."""
 WARPS = 4
 SIZES = ("n_rows", "n_tokens", "n_places")
+
+
+@triton.jit
+def _normalize(x_LD, inside_D, width, eps):
+    """Rows of zero mean and unit variance, and one over their standard deviations."""
+    mean_L = tl.sum(x_LD, axis=1) / width
+    x_LD = tl.where(inside_D[None, :], x_LD - mean_L[:, None], 0.0)
+    scale_L = tl.rsqrt(tl.sum(x_LD * x_LD, axis=1) / width + eps)
+    return x_LD * scale_L[:, None], scale_L
 
 
 @triton.jit
@@ -33,10 +44,10 @@ def _through(g_LD, x_LD, scale_L, width):
     return (g_LD - mean_L[:, None] - x_LD * along_L[:, None]) * scale_L[:, None]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def norms_backward(
     ds_ptr, dpicked_ptr, place_ptr, dy_ptr, r_ptr, weight1_ptr, bias1_ptr, weight2_ptr, dr_ptr, parts_ptr,
-    mean1_ptr, scale1_ptr, mean2_ptr, scale2_ptr, n_rows, n_tokens, n_places, width,
+    n_rows, n_tokens, n_places, width, eps,
     PAIR: tl.constexpr, PLACED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one member."""
@@ -46,32 +57,29 @@ def norms_backward(
     column_D = tl.arange(0, BLOCK)
     inside_D = column_D < width
     own = member * width + column_D
-    weight1_D, bias1_D, weight2_D = (
-        tl.load(weight1_ptr + own, mask=inside_D, other=0.0).to(tl.float32),
-        tl.load(bias1_ptr + own, mask=inside_D, other=0.0).to(tl.float32),
-        tl.load(weight2_ptr + own, mask=inside_D, other=0.0).to(tl.float32),
-    )
+    weight1_D = tl.load(weight1_ptr + own, mask=inside_D, other=0.0).to(tl.float32)
+    if PAIR:
+        bias1_D = tl.load(bias1_ptr + own, mask=inside_D, other=0.0).to(tl.float32)
+        weight2_D = tl.load(weight2_ptr + own, mask=inside_D, other=0.0).to(tl.float32)
     none_LD = tl.zeros([TILE, BLOCK], tl.float32)
     dweight1_LD, dbias1_LD, dweight2_LD, dbias2_LD = none_LD, none_LD, none_LD, none_LD
     for start in range(0, ROWS, TILE):
         row_L = part * ROWS + start + tl.arange(0, TILE)
         inside_L = row_L < n_rows
         inside_LD = inside_L[:, None] & inside_D[None, :]
-        own_L = member * n_rows + row_L
-        place_LD = own_L[:, None] * width + column_D[None, :]
+        place_LD = (member * n_rows + row_L)[:, None] * width + column_D[None, :]
         r_LD = tl.load(r_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
         g_LD = tl.load(dy_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
-        scale1_L = tl.load(scale1_ptr + own_L, mask=inside_L, other=0.0)
-        x1_LD = (r_LD - tl.load(mean1_ptr + own_L, mask=inside_L, other=0.0)[:, None]) * scale1_L[:, None]
+        x1_LD, scale1_L = _normalize(r_LD, inside_D, width, eps)
         if PLACED:
-            found_L = tl.load(place_ptr + own_L, mask=inside_L, other=n_places)
-            source_LD = (own_L // n_tokens * n_places + found_L)[:, None] * width + column_D[None, :]
+            found_L = tl.load(place_ptr + member * n_rows + row_L, mask=inside_L, other=n_places)
+            sequence_L = (member * n_rows + row_L) // n_tokens
+            source_LD = (sequence_L * n_places + found_L)[:, None] * width + column_D[None, :]
             found_LD = inside_LD & (found_L < n_places)[:, None]
             g_LD += tl.load(dpicked_ptr + source_LD, mask=found_LD, other=0.0).to(tl.float32)
         if PAIR:
-            s_LD = r_LD + x1_LD * weight1_D[None, :] + bias1_D[None, :]
-            scale2_L = tl.load(scale2_ptr + own_L, mask=inside_L, other=0.0)
-            x2_LD = (s_LD - tl.load(mean2_ptr + own_L, mask=inside_L, other=0.0)[:, None]) * scale2_L[:, None]
+            s_LD = tl.where(inside_D[None, :], r_LD + x1_LD * weight1_D[None, :] + bias1_D[None, :], 0.0)
+            x2_LD, scale2_L = _normalize(s_LD, inside_D, width, eps)
             dweight2_LD += g_LD * x2_LD
             dbias2_LD += g_LD
             g_LD = _through(g_LD * weight2_D[None, :], x2_LD, scale2_L, width)
@@ -103,8 +111,9 @@ def backward(
     weight1_MD: Tensor,
     bias1_MD: Tensor,
     weight2_MD: Tensor | None,
+    bias2_MD: Tensor | None,
     place_MBT: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.norms_operator`."""
     members, n_rows, width = r_MND.shape
@@ -118,7 +127,7 @@ def backward(
             ds.contiguous(), dpicked.contiguous(), dpicked if place_MBT is None else place_MBT.contiguous(),
             dy_MND.contiguous(), r_MND.contiguous(),
             weight1_MD.contiguous(), bias1_MD.contiguous(), weight1_MD if weight2_MD is None else weight2_MD.contiguous(),
-            dr_MND, parts, *statistics, n_rows, n_tokens, n_places, width,
+            dr_MND, parts, n_rows, n_tokens, n_places, width, eps,
             PAIR=weight2_MD is not None, PLACED=place_MBT is not None, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block,
             num_warps=WARPS,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
+from kernels._arguments import check_arguments, check_axes, check_same
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
@@ -77,7 +78,15 @@ def normalized_recurrence(
 
     Returns:
         [B, T, H, V], [B, T, H, 1], and the sums after the last token in the dtype of those given, or None.
+
+    Raises:
+        ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
+    _check(q_BTHK, k_BTHK, v_BTHV, log_decay, None, None)
+    if state is not None:
+        (batch, _, heads, v_dim), k_dim = v_BTHV.shape, k_BTHK.shape[3]
+        shapes = ((batch, heads, k_dim, v_dim), (batch, heads, k_dim))
+        check_arguments(v_BTHV, {f"state[{i}]": (x, shapes[i]) for i, x in enumerate(state)}, first="v")
     ones_BTH1 = torch.ones_like(v_BTHV[..., :1])
     if state is not None and is_step(v_BTHV.shape[1], state[0], state[1], q_BTHK, k_BTHK, v_BTHV, log_decay):
         # Joined, a single token would copy the whole state twice.
@@ -131,33 +140,22 @@ def _obstacle(k: Tensor, v: Tensor) -> str | None:
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{OPERATION}: {name} has the shape {tuple(x.shape)}; it must be [B, T, heads, width]")
-    if k.shape != q.shape:
-        raise ValueError(f"{OPERATION}: k has the shape {tuple(k.shape)}, q {tuple(q.shape)}; they must agree")
-    if v.shape[:2] != k.shape[:2] or v.shape[2] % k.shape[2]:
-        raise ValueError(f"{OPERATION}: v has the shape {tuple(v.shape)}; with k {tuple(k.shape)} it must be [B, T, n * G, V]")
-    if 0 in v.shape or 0 in k.shape:
-        raise ValueError(f"{OPERATION}: q {tuple(q.shape)} or v {tuple(v.shape)} is empty; every length must be at least 1")
-    batch, length, heads = v.shape[:3]
-    k_dim = k.shape[3]
-    decays = ((heads,), (batch, length, heads), (batch, length, heads, k_dim))
-    _check_shape("log_decay", log_decay, *decays)
-    if log_decay is not None and log_decay.ndim == 4 and k.shape[2] != heads:
+        check_axes(name, x, "B T heads width")
+    check_same("k", k, "q", q)
+    batch, length, heads, v_dim = v.shape
+    groups, k_dim = k.shape[2:]
+    if heads % groups:
+        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; the heads of v must be a multiple of those of k")
+    decays = {1: (heads,), 3: (batch, length, heads)}.get(0 if log_decay is None else log_decay.ndim, (batch, length, heads, k_dim))
+    expected = {
+        "k": (k, (batch, length, groups, k_dim)),
+        "q": (q, (batch, length, groups, k_dim)),
+        "log_decay": (log_decay, decays),
+        "beta": (beta, (batch, length, heads)),
+        "state": (state, (batch, heads, k_dim, v_dim)),
+    }
+    check_arguments(v, expected, first="v")
+    if log_decay is not None and log_decay.ndim == 4 and groups != heads:
         raise ValueError(
-            f"{OPERATION}: q and k have {k.shape[2]} heads and v {heads}; under a decay per key channel they must agree, "
-            "so repeat q and k"
+            f"q and k have {groups} heads and v {heads}; under a decay per key channel they must agree, so repeat q and k"
         )
-    _check_shape("beta", beta, (batch, length, heads))
-    _check_shape("state", state, (batch, heads, k_dim, v.shape[3]))
-    for name, x in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta), ("state", state)):
-        if x is not None and x.device != v.device:
-            raise ValueError(f"{OPERATION}: {name} is on {x.device} and v on {v.device}; move them to one device")
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{OPERATION}: {name} has the dtype {x.dtype}; it must be a floating-point one")
-
-
-def _check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]) -> None:
-    if x is not None and tuple(x.shape) not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
-        raise ValueError(f"{OPERATION}: {name} has the shape {list(x.shape)}; it must be {shapes}")

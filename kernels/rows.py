@@ -33,9 +33,9 @@ def pick_rows(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
 def places(rows_BM: Tensor, length: int) -> Tensor:
     """Where each of `length` positions stands among the rows, the first time: [B, T] int32, M for nowhere."""
     most = rows_BM.shape[-1]
-    order_M, position_T = (torch.arange(count, device=rows_BM.device, dtype=torch.int32) for count in (most, length))
-    here_BTM = rows_BM[..., None, :] == position_T[:, None]
-    return torch.where(here_BTM, order_M, most).amin(-1).to(torch.int32)
+    order_BM = torch.arange(most, device=rows_BM.device, dtype=torch.int32).expand(rows_BM.shape)
+    nowhere_BT = torch.full((*rows_BM.shape[:-1], length), most, device=rows_BM.device, dtype=torch.int32)
+    return nowhere_BT.scatter_reduce(-1, rows_BM, order_BM, "amin")
 
 
 # An operator that a compiler sees through, forward and backward: a plain function would get the gradient of `gather`.

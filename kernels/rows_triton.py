@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_ROWS, MOST_ROWS, TOKENS, NARROW, WARPS = 16, 64, 64, 128, 4
 LENGTHS = ("n_rows", "n_tokens", "window")
@@ -54,7 +56,7 @@ def _weights(scores_LS, seen_LS, scale_L, TAYLOR: tl.constexpr):
     return weights_LS, slopes_LS
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def read_rows_forward(
     q_ptr, x_ptr, place_ptr, y_ptr, scale_ptr, n_rows, n_tokens, window, width, eps,
     TAYLOR: tl.constexpr, DIVIDED: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
@@ -119,7 +121,7 @@ def _delta(dy_LD, y_ptr, row_L, inside_L, width, DIVIDED: tl.constexpr, ROWS: tl
         return tl.zeros([ROWS], tl.float32)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def read_rows_dq(
     dy_ptr, q_ptr, x_ptr, place_ptr, y_ptr, scale_ptr, dq_ptr, n_rows, n_tokens, window, width,
     TAYLOR: tl.constexpr, DIVIDED: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
@@ -149,7 +151,7 @@ def read_rows_dq(
     tl.store(dq_ptr + row_L[:, None] * width + column_D[None, :], dq_LD.to(dq_ptr.dtype.element_ty), mask=mask_LD)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=LENGTHS)
 def read_rows_dx(
     dy_ptr, q_ptr, x_ptr, place_ptr, y_ptr, scale_ptr, dx_ptr, n_rows, n_tokens, window, width,
     TAYLOR: tl.constexpr, DIVIDED: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,

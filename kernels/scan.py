@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
 from kernels.scan_operator import scan_operator, selective_scan_operator
 
@@ -30,8 +30,8 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes do not match, or the sequence is empty.
     """
-    check_arguments(x, {"a": (a, x.shape), "state": (state, (x.shape[0], *x.shape[2:]))})
     _refuse_empty(x)
+    check_arguments(x, {"a": (a, x.shape), "state": (state, (x.shape[0], *x.shape[2:]))})
     if pick("scan", x) == "triton":
         rows = x.shape[:2]
         start_BD = None if state is None else state.reshape(rows[0], -1)
@@ -40,8 +40,8 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
 
 
 def _refuse_empty(x: Tensor) -> None:
-    if x.shape[1] == 0:
-        raise ValueError("x has no tokens; a scan needs at least one")
+    if x.ndim < 2 or x.shape[1] == 0:
+        raise ValueError(f"x has no tokens in its shape {tuple(x.shape)}; a scan needs [B, T, ...] with at least one")
 
 
 def _states_from(a: Tensor, x: Tensor, state: Tensor | None) -> Tensor:
@@ -86,12 +86,14 @@ def selective_scan(
     Raises:
         ValueError: shapes do not match, or the sequence is empty.
     """
+    _refuse_empty(x_BTD)
+    check_axes("x", x_BTD, "B T D")
+    check_axes("rate", rate_DN, "D N")
     batch, length, width = x_BTD.shape
-    n_states = rate_DN.shape[-1]
+    n_states = rate_DN.shape[1]
     read = (batch, length, n_states)
     expected = {"dt": (dt_BTD, x_BTD.shape), "rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
     check_arguments(x_BTD, expected | {"state": (state_BDN, (batch, width, n_states))})
-    _refuse_empty(x_BTD)
     if pick("selective_scan", x_BTD) == "triton":
         y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)

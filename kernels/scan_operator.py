@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from kernels._members import fold_members
+from kernels._operator import operator
 
 TILE = 16
 """Tokens between two stored states."""
 
 
-@torch.library.custom_op("mixer_bench::selective_scan", mutates_args=())
+@operator("mixer_bench::selective_scan")
 def selective_scan_operator(
     x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +31,7 @@ def selective_scan_operator(
         return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
 
 
-@torch.library.custom_op("mixer_bench::selective_scan_backward", mutates_args=())
+@operator("mixer_bench::selective_scan_backward")
 def _backward_operator(
     dy_BTD: Tensor,
     dfinal_BDN: Tensor | None,
@@ -97,7 +98,7 @@ def _(info, in_dims: tuple[int | None, ...], *arguments: Tensor | None) -> tuple
     return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs), (0, 0, 0)
 
 
-@torch.library.custom_op("mixer_bench::scan", mutates_args=())
+@operator("mixer_bench::scan")
 def scan_operator(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
     """`kernels.scan.scan` with one axis of channels; the states [B, T, D] in the dtype of x, computed in fp32."""
     from kernels.scan_triton import forward
@@ -106,7 +107,7 @@ def scan_operator(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tens
         return forward(a_BTD, x_BTD, start_BD)
 
 
-@torch.library.custom_op("mixer_bench::scan_backward", mutates_args=())
+@operator("mixer_bench::scan_backward")
 def _scan_backward_operator(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state."""
     from kernels.scan_triton import backward

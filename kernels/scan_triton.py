@@ -8,15 +8,15 @@ Shape legend: B batch, T time, D channels, L tokens and C channels of a tile.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.scan_operator import TILE
 from kernels.selective_scan_triton import CHANNELS, then
 
 
-@triton.jit(do_not_specialize=["n_tokens", "width"])
+@entry(do_not_specialize=["n_tokens", "width"])
 def scan_forward(
     a_ptr, x_ptr, start_ptr, h_ptr, n_tokens, width, START: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def scan_forward(
         h_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "width"])
+@entry(do_not_specialize=["n_tokens", "width"])
 def scan_backward(
     dh_ptr, a_ptr, h_ptr, start_ptr, da_ptr, dx_ptr, dstart_ptr,
     n_tokens, width, START: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
@@ -80,7 +80,7 @@ def forward(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
     """States [B, T, D] in the dtype of x."""
     batch, length, width = x_BTD.shape
     h_BTD = x_BTD.new_empty(batch, length, width)
-    n_programs = batch * triton.cdiv(width, CHANNELS)
+    n_programs = batch * -(-width // CHANNELS)
     if n_programs:
         scan_forward[(n_programs,)](
             a_BTD.contiguous(),
@@ -102,7 +102,7 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
     batch, length, width = h_BTD.shape
     da_BTD, dx_BTD = a_BTD.new_empty(batch, length, width), h_BTD.new_empty(batch, length, width)
     dstart_BD = h_BTD.new_empty(batch, width, dtype=torch.float32)
-    n_programs = batch * triton.cdiv(width, CHANNELS)
+    n_programs = batch * -(-width // CHANNELS)
     if n_programs:
         scan_backward[(n_programs,)](
             dh_BTD.contiguous(),

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._entry import entry
 from kernels.scan_operator import TILE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -33,7 +34,7 @@ def then(a_1, x_1, a_2, x_2):
     return a_1 * a_2, a_2 * x_1 + x_2
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def selective_scan_forward(
     x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, y_ptr, states_ptr,
     n_tokens, width, n_states, n_tiles, sequences_per_member,
@@ -74,7 +75,7 @@ def selective_scan_forward(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def selective_scan_backward(
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstate_ptr,
@@ -147,11 +148,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs in the dtype of x; the final state [B, D, N]; the states at the borders of tiles [B, tiles + 1, N, D]; fp32."""
     batch, length, width = x_BTD.shape
-    n_states, n_tiles = rate_MDN.shape[-1], triton.cdiv(length, TILE)
+    n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1, n_states, width, dtype=torch.float32)
     states_BSND[:, 0] = 0.0 if start_BDN is None else start_BDN.mT
     y_BTD = x_BTD.new_empty(batch, length, width)
-    selective_scan_forward[(batch * triton.cdiv(width, CHANNELS),)](
+    selective_scan_forward[(batch * -(-width // CHANNELS),)](
         x_BTD.contiguous(),
         dt_BTD.contiguous(),
         _state_first(rate_MDN),
@@ -184,7 +185,7 @@ def backward(
     """Gradients of x, dt, rate, b, c and the initial state; each in the dtype of its tensor, the last one in fp32."""
     batch, length, width = x_BTD.shape
     members, _, n_states = rate_MDN.shape
-    n_tiles, n_blocks = triton.cdiv(length, TILE), triton.cdiv(width, CHANNELS)
+    n_tiles, n_blocks = -(-length // TILE), -(-width // CHANNELS)
     dx_BTD, ddt_BTD = x_BTD.new_empty(batch, length, width), dt_BTD.new_empty(batch, length, width)
     drate_BND = x_BTD.new_zeros(batch, n_states, width, dtype=torch.float32)
     dstate_BND = torch.zeros_like(drate_BND)
@@ -235,6 +236,6 @@ def _state_first(rate_MDN: Tensor) -> Tensor:
 def _time_last(b_BTN: Tensor) -> Tensor:
     """[B, N, T], zeros up to a whole number of tiles: a thread reads one state element's tile of time."""
     batch, length, n_states = b_BTN.shape
-    padded_BNT = b_BTN.new_zeros(batch, n_states, triton.cdiv(length, TILE) * TILE)
+    padded_BNT = b_BTN.new_zeros(batch, n_states, -(-length // TILE) * TILE)
     padded_BNT[..., :length] = b_BTN.mT
     return padded_BNT

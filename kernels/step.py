@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_axes, check_same
 from kernels.step_operator import MAX_KEYS, STATE_DTYPES, step_in_place, step_operator
 
 OPERATION = "recurrent_step"
@@ -80,8 +80,8 @@ def recurrent_step(
     _check(*inputs, state_BHKV)
     if log_decay is not None and log_decay.ndim == 1:
         inputs = (*inputs[:3], log_decay.expand(v_BHV.shape[:2]), *inputs[4:])
-    if dispatch.pick(OPERATION, v_BHV, obstacle=_obstacle(state_BHKV)) != "triton":
-        o_BHV, new_BHKV = _by_definition(*inputs, state_BHKV)
+    if dispatch.pick(OPERATION, v_BHV, obstacle=step_obstacle(state_BHKV)) != "triton":
+        o_BHV, new_BHKV = recurrent_step_reference(*inputs, state_BHKV)
         return o_BHV, state_BHKV.copy_(new_BHKV) if may_write() else new_BHKV
     if may_write() and state_BHKV.is_contiguous():
         return step_in_place(*inputs, state_BHKV), state_BHKV
@@ -99,9 +99,12 @@ def _check(
     state: Tensor,
 ) -> None:
     """Refuses shapes and devices that do not belong together, naming the argument."""
+    check_axes("v", v, "B H V")
+    check_axes("k", k, "B G K")
+    check_same("k", k, "q", q)
     batch, heads, v_dim = v.shape
-    groups, k_dim = k.shape[-2:]
-    if groups == 0 or heads % groups:
+    groups, k_dim = k.shape[1:]
+    if heads % groups:
         raise ValueError(f"k has {groups} heads and v {heads}; the heads of v must be a multiple of those of k")
     gate = {1: (heads,), 2: (batch, heads)}.get(0 if log_decay is None else log_decay.ndim, (batch, heads, k_dim))
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -116,14 +119,14 @@ def _check(
     check_arguments(v, expected, first="v")
 
 
-def _obstacle(state_BHKV: Tensor) -> str | None:
+def step_obstacle(state_BHKV: Tensor) -> str | None:
     """What keeps a step from its Triton kernel."""
     if (k_dim := state_BHKV.shape[2]) > MAX_KEYS:
         return f"key width {k_dim} is above {MAX_KEYS}"
     return None if state_BHKV.dtype in STATE_DTYPES else f"the state's dtype {state_BHKV.dtype} is not float32, bfloat16 or float16"
 
 
-def _by_definition(
+def recurrent_step_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -28,7 +28,7 @@ def step_operator(
     state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.step.recurrent_step`, its decays [B, H] or [B, H, K]: the output and a new state."""
-    from kernels.step_triton import step
+    from kernels.step_launch import step
 
     new_BHKV = state_BHKV.new_empty(state_BHKV.shape)
     with torch.cuda.device_of(v_BHV):  # Triton launches on the current device
@@ -61,7 +61,7 @@ def step_in_place(
     state_BHKV: Tensor,
 ) -> Tensor:
     """The same on a contiguous state that is written over; returns the output."""
-    from kernels.step_triton import step
+    from kernels.step_launch import step
 
     with torch.cuda.device_of(v_BHV):
         return step(q_BGK, k_BGK, v_BHV, log_decay, beta_BH, a_BHK, b_BHK, state_BHKV, state_BHKV)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, dispatch
+from kernels._arguments import check_arguments, check_axes, check_same
 from kernels.chunk_decay import Lift
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -145,22 +146,14 @@ def _obstacle(k: Tensor, v: Tensor) -> str | None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, state: Sums | None, eps: float | None) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{OPERATION}: {name} has the shape {tuple(x.shape)}; it must be [B, T, H, width], none of them 0")
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"{OPERATION}: the shapes are {shapes}; batch, length and heads must agree, and the widths of q and k")
-    sums = {} if state is None else {"state[0]": state[0], "state[1]": state[1]}
-    batch, _, heads, v_dim = v.shape
-    shapes = {"state[0]": (batch, heads, n_features(k.shape[3]), v_dim), "state[1]": (batch, heads, n_features(k.shape[3]))}
-    for name, x in sums.items():
-        if x is None and (name == "state[0]" or eps is not None):
-            raise ValueError(f"{OPERATION}: {name} is missing; it must be {list(shapes[name])}")
-        if x is not None and tuple(x.shape) != shapes[name]:
-            raise ValueError(f"{OPERATION}: {name} has the shape {list(x.shape)}; it must be {list(shapes[name])}")
-    for name, x in {"q": q, "k": k, **sums}.items():
-        if x is not None and x.device != v.device:
-            raise ValueError(f"{OPERATION}: {name} is on {x.device} and v on {v.device}; move them to one device")
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{OPERATION}: {name} has the dtype {x.dtype}; it must be a floating-point one")
+    check_axes("v", v, "B T H V")
+    check_axes("q", q, "B T H K")
+    check_same("k", k, "q", q)
+    batch, length, heads, v_dim = v.shape
+    rows, sums = (batch, length, heads, q.shape[3]), (batch, heads, n_features(q.shape[3]))
+    first, norm = (None, None) if state is None else state
+    for name, x, shape in (("state[0]", first, (*sums, v_dim)), ("state[1]", norm if eps is not None else first, sums)):
+        if state is not None and x is None:
+            raise ValueError(f"{name} is missing; with v of shape {tuple(v.shape)} it is {shape}")
+    expected = {"q": (q, rows), "k": (k, rows), "state[0]": (first, (*sums, v_dim)), "state[1]": (norm, sums)}
+    check_arguments(v, expected, first="v")

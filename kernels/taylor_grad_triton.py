@@ -12,16 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, load_with_one, polynomial, second_factor
+from kernels._entry import entry
+from kernels.taylor_triton import SIZES, factors, first_factor, load_tile, polynomial, second_factor
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def query_kernel(
     q, k, v, entering, entering_norm, y, dy, scale, dq, shift,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, dy_b: tl.int64, dy_t: tl.int64, dy_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +62,6 @@ def query_kernel(
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_MK = dq_MK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    one_MK = load_with_one(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, m, tl.arange(0, BO), length, K, DOT)
     for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
@@ -70,7 +70,7 @@ def query_kernel(
         if NORM:
             norm_F = tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0)
             dphi_MF = dphi_MF * scale_M[:, None] + shift_M[:, None] * norm_F[None, :]
-        first_MF, second_MF = factors(one_MK, tl.arange(0, BO), f, K, DOT, PRECISION)
+        first_MF, second_MF = factors(q_MK, i, f, K, DOT, PRECISION)
         dq_MK = _through_features(dphi_MF, first_MF, second_MF, dq_MK, i, f, K, WIDE, PRECISION)
     in_q = (m < length)[:, None] & (i < K)[None, :]
     tl.store(dq + token[:, None] * K + i[None, :], dq_MK.to(dq.dtype.element_ty), mask=in_q)
@@ -120,13 +120,13 @@ def _queries_back(
     return tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION), dv_NV
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def key_kernel(
     q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, dy_b: tl.int64, dy_t: tl.int64, dy_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, LAST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,6 @@ def key_kernel(
         )  # fmt: skip
     dk_NK = dk_NK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    one_NK = load_with_one(k + (batch * k_b + head * k_h) * UNIT, k_t * UNIT, t, tl.arange(0, BO), length, K, DOT)
     for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
@@ -170,7 +169,7 @@ def key_kernel(
         dphi_NF = tl.dot(v_NV.to(WIDE), tl.trans(dstate_FV), input_precision=PRECISION)
         if NORM:
             dphi_NF += tl.load(leaving_norm + row + f, mask=f < ROWS, other=0.0)[None, :]
-        first_NF, second_NF = factors(one_NK, tl.arange(0, BO), f, K, DOT, PRECISION)
+        first_NF, second_NF = factors(k_NK, i, f, K, DOT, PRECISION)
         dv_NV = tl.dot((first_NF * second_NF).to(WIDE), dstate_FV, dv_NV, input_precision=PRECISION)
         dk_NK = _through_features(dphi_NF, first_NF, second_NF, dk_NK, i, f, K, WIDE, PRECISION)
     token = scalar + t.to(tl.int64) * heads

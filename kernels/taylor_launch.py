@@ -14,7 +14,6 @@ from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, 
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
-PROGRAMS = 256
 
 
 class Config(NamedTuple):
@@ -94,7 +93,7 @@ class _Call(NamedTuple):
     def constants(self) -> dict[str, object]:
         """Compile-time arguments of every kernel with matrix products."""
         types = {"DOT": _triton_dtype(self.dot), "WIDE": _triton_dtype(self.wide), "PRECISION": _precision(self.dot)}
-        return {"K": self.k_dim, "V": self.v_dim, "BK": padded(self.k_dim), "BO": padded(self.k_dim + 1), **types}
+        return {"K": self.k_dim, "V": self.v_dim, "BK": padded(self.k_dim), **types}
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
@@ -202,37 +201,33 @@ def _entering(
     """
     from kernels import taylor_triton
 
+    # The last chunk is read by none, the first in reverse, unless the sum of everything is wanted.
+    reverse = rescale is not None
+    low, high = (0 if last else 1, call.chunks) if reverse else (0, call.chunks if last else call.chunks - 1)
     if call.chunks == 1 and first is None and not last:
         return c.new_empty(0, dtype=call.wide), *(_fresh(c, 0) for _ in range(3))
-    rows, reverse = n_rows(call.k_dim), rescale is not None
-    config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, product_width(call.v_dim, call.dot))
-    tiles = -(-rows // config.rows) * -(-call.v_dim // tile)
-    # A span is as long as leaves enough programs to fill the chip.
-    span = -(-call.chunks // min(call.chunks, -(-PROGRAMS // (call.batch * call.heads * tiles))))
-    spans = -(-call.chunks // span)
-    heads = (call.batch, call.heads)
-    entering = c.new_empty(*heads, call.chunks, rows, call.v_dim, dtype=call.wide)
-    entering_norm = _fresh(c, *(*heads, call.chunks, rows) if norm else (0,))
-    totals, total_norms = _fresh(c, *heads, spans, rows, call.v_dim), _fresh(c, *(*heads, spans, rows) if norm else (0,))
-    end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*heads, rows, call.v_dim), (*heads, rows)))
+    rows = n_rows(call.k_dim)
+    shape = (call.batch, call.heads, call.chunks, rows)
+    sums, norms = _fresh(c, *shape, call.v_dim), _fresh(c, *shape if norm else (0,))
+    entering, entering_norm = torch.empty_like(sums, dtype=call.wide), torch.empty_like(norms)
+    end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*shape[:2], rows, call.v_dim), (*shape[:2], rows)))
     end_norm = end_norm if norm else _fresh(c, 0)
-    (x, c), strides, unit = _rows(*_narrow(call.dot, x, c))
-    scale, shift = rescale if rescale is not None else (totals, totals)
-    # The sums of a walk's last chunk are read by none, unless the sum of everything is wanted.
-    taylor_triton.state_kernel[(call.batch * call.heads * spans * tiles,)](
-        x, c, scale, shift, entering, entering_norm, totals, total_norms, *strides, call.length, call.heads, call.chunk,
-        call.chunks, spans, span, call.chunks if last else call.chunks - 1,
-        **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, REVERSE=reverse,
-        STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
-    )  # fmt: skip
-    if spans > 1 or first is not None or last:
-        tiles = -(-rows * call.v_dim // SCAN_BLOCK) + (-(-rows // SCAN_BLOCK) if norm else 0)
-        taylor_triton.scan_kernel[(call.batch * call.heads * tiles,)](
-            totals, total_norms, totals if first is None else first.contiguous(),
-            total_norms if first_norm is None else first_norm.contiguous(),
-            entering, entering_norm, end, end_norm, call.chunks, spans, span, K=call.k_dim, V=call.v_dim, BLOCK=SCAN_BLOCK,
-            NORM=norm, REVERSE=reverse, FIRST=first is not None, LAST=last, num_warps=4,
+    if high > low:
+        (x, c), strides, unit = _rows(*_narrow(call.dot, x, c))
+        config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, product_width(call.v_dim, call.dot))
+        tiles = -(-rows // config.rows) * -(-call.v_dim // tile)
+        scale, shift = rescale if rescale is not None else (sums, sums)
+        taylor_triton.state_kernel[(call.batch * call.heads * (high - low) * tiles,)](
+            x, c, scale, shift, sums, norms, *strides, call.length, call.heads, call.chunk, low, high - low, call.chunks,
+            **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse,
+            STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
+    tiles = -(-rows * call.v_dim // SCAN_BLOCK) + (-(-rows // SCAN_BLOCK) if norm else 0)
+    taylor_triton.scan_kernel[(call.batch * call.heads * tiles,)](
+        sums, norms, sums if first is None else first.contiguous(), norms if first_norm is None else first_norm.contiguous(),
+        entering, entering_norm, end, end_norm, call.chunks, low, high, K=call.k_dim, V=call.v_dim, BLOCK=SCAN_BLOCK,
+        NORM=norm, REVERSE=reverse, FIRST=first is not None, LAST=last, num_warps=4,
+    )  # fmt: skip
     return entering, entering_norm, end, end_norm
 
 

@@ -1,9 +1,9 @@
 """Taylor linear attention, forward: scores 1 + s + s^2 / 2 inside a chunk, features only between chunks.
 
 With s = q . k / sqrt(K) a weight is phi(q) . phi(k), phi being all monomials of degree at most two. Inside a chunk a weight
-is a polynomial of the score, so no feature is built. The sums over earlier chunks need features: `state_kernel` walks over a
-span of chunks and leaves what enters each, `scan_kernel` adds what enters the span where a sequence has several, and
-`forward_kernel` reads what enters its chunk.
+is a polynomial of the score, so no feature is built. The sums over earlier chunks need features: for each chunk on its
+own `state_kernel` sums phi(k) v^T, `scan_kernel` adds the sums up along time, and `forward_kernel` reads what enters its
+chunk. All three are parallel over chunks.
 
 A monomial x_a x_b is the product of two columns of (x E1) and (x E2), where E1 and E2 hold one 1 in each column: the tensor
 cores select columns exactly, and their accumulators have the layout that the next product wants. Rows of the sums are
@@ -19,9 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
+
 # Run-time integers: with these unspecialised, a new batch, length or head count compiles nothing.
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("x", "c", "q", "k", "v", "dy") for axis in "bth")
-COUNTS = ("length", "heads", "chunk", "chunks", "spans", "span", "needed")
+COUNTS = ("length", "heads", "chunk", "chunks", "first_chunk", "some_chunks", "all_chunks", "low", "high")
 SIZES = (*STRIDES, *COUNTS)
 
 
@@ -33,47 +35,35 @@ def load_tile(base, stride, t_M, cols, length, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_with_one(base, stride, t_M, i, length, K: tl.constexpr, DOT: tl.constexpr):
-    """Rows t_M of x and, in column K, a one: the factor of the monomials of lower degree."""
-    return tl.where((i == K)[None, :], 1.0, load_tile(base, stride, t_M, i, length, K).to(tl.float32)).to(DOT)
-
-
-@triton.jit
 def first_factor(i, f, K: tl.constexpr, DOT: tl.constexpr):
-    """E1 at rows i and columns f, which broadcast against each other; row K selects the one of `load_with_one`."""
-    LAST: tl.constexpr = K * (K // 2 + 2)
-    return tl.where(f < LAST, i == f % K, (i == K) & (f == LAST)).to(DOT)
+    """E1 at rows i and columns f, which broadcast against each other."""
+    return ((i == f % K) & (f < K * (K // 2 + 2))).to(DOT)
 
 
 @triton.jit
 def second_factor(i, f, K: tl.constexpr, DOT: tl.constexpr):
-    """E2 likewise."""
-    LAST: tl.constexpr = K * (K // 2 + 2)
-    return tl.where((f >= K) & (f < LAST), i == (f + f // K - 1) % K, (i == K) & (f <= LAST)).to(DOT)
+    """E2 at rows i and columns f, which broadcast against each other."""
+    return ((i == (f + f // K - 1) % K) & (f >= K) & (f < K * (K // 2 + 2))).to(DOT)
+
+
+@triton.jit
+def first_one(f, K: tl.constexpr):
+    """1 for the constant row, whose first factor is no column of x."""
+    return (f == K * (K // 2 + 2)).to(tl.float32)
+
+
+@triton.jit
+def second_one(f, K: tl.constexpr):
+    """1 for the rows whose second factor is no column of x."""
+    return ((f < K) | (f == K * (K // 2 + 2))).to(tl.float32)
 
 
 @triton.jit
 def factors(x_MK, i, f, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The two factors of each monomial of x, from `load_with_one`, in rows f, [M, F] in fp32."""
+    """The two factors of each monomial of x in rows f, [M, F] in fp32."""
     first_MF = tl.dot(x_MK, first_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-    return first_MF, tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
-
-
-@triton.jit
-def in_columns(x_N, WIDE: tl.constexpr):
-    """A column as a right operand of 16: eight times its value in WIDE and eight times what that leaves out.
-
-    Sums of rows cost an addition for each element; tensor cores have the elements as operands anyway, and are idle meanwhile.
-    """
-    high_N = x_N.to(WIDE)
-    low_N = (x_N - high_N.to(tl.float32)).to(WIDE)
-    return tl.where((tl.arange(0, 16) < 8)[None, :], high_N[:, None], low_N[:, None])
-
-
-@triton.jit
-def from_columns(x_MZ):
-    """What a product with `in_columns` stands for."""
-    return tl.sum(x_MZ, 1) * 0.125
+    second_MF = tl.dot(x_MK, second_factor(i[:, None], f[None, :], K, DOT), input_precision=PRECISION)
+    return first_MF + first_one(f, K)[None, :], second_MF + second_one(f, K)[None, :]
 
 
 @triton.jit
@@ -90,70 +80,63 @@ def weights(f, K: tl.constexpr):
     return tl.where(f < K, K**-0.5, tl.where(f < K * (K // 2 + 2), pair, 1.0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def state_kernel(
-    x, c, scale, shift, entering, entering_norm, totals, total_norms,
+    x, c, scale, shift, sums, norms,
     x_b: tl.int64, x_t: tl.int64, x_h: tl.int64, c_b: tl.int64, c_t: tl.int64, c_h: tl.int64,
-    length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32, spans: tl.int32, span: tl.int32, needed: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
-    BT: tl.constexpr, NORM: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
+    length: tl.int32, heads: tl.int32, chunk: tl.int32, first_chunk: tl.int32, some_chunks: tl.int32, all_chunks: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    BT: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Running sums over the chunks of a span: sum_t monomial(x_t) scale_t c_t^T, and sum_t monomial(x_t) shift_t.
+    """Sums of a chunk: sum_t monomial(x_t) scale_t c_t^T, and sum_t monomial(x_t) shift_t; scale = shift = 1 if not WEIGHTED.
 
-    What enters each chunk goes to entering, weighted for reading, and the sums of the span to totals. REVERSE walks from the last
-    chunk back; without it scale = shift = 1. Only the first `needed` chunks of a walk are summed.
-    Grid: (B * H * spans * tiles of rows * tiles of V,). Strides of x and c count UNIT elements.
+    Grid: (B * H * some_chunks * tiles of rows * tiles of V,). Strides of x and c count UNIT elements.
     """
     ROWS: tl.constexpr = K * (K // 2 + 2) + 1
     ROW_TILES: tl.constexpr = (ROWS + BF - 1) // BF
     TILES: tl.constexpr = ROW_TILES * ((V + BV - 1) // BV)
     program = tl.program_id(0)
     tile, outer = program % TILES, program // TILES
-    head_index, own_span = (outer // spans).to(tl.int64), outer % spans
-    batch, head = head_index // heads, head_index % heads
+    head_index, n = outer // some_chunks, first_chunk + outer % some_chunks
+    batch, head = (head_index // heads).to(tl.int64), head_index % heads
     f = tile % ROW_TILES * BF + tl.arange(0, BF)
     e = tile // ROW_TILES * BV + tl.arange(0, BV)
-    i = tl.arange(0, BO)
+    i = tl.arange(0, BK)
     x += (batch * x_b + head * x_h) * UNIT
     c += (batch * c_b + head * c_h) * UNIT
     scalar = batch * length * heads + head
     first_FK, second_FK = first_factor(i[None, :], f[:, None], K, DOT), second_factor(i[None, :], f[:, None], K, DOT)
-    weight_F, in_rows, first_tile = weights(f, K), f < ROWS, tile // ROW_TILES == 0
-    in_sums, by_row = in_rows[:, None] & (e < V)[None, :], f[:, None] * V + e[None, :]
-    sums_FV, norms_FZ = tl.zeros([BF, BV], tl.float32), tl.zeros([BF, 16], tl.float32)
-    for step in tl.range(own_span * span, tl.minimum(own_span * span + span, chunks)):
-        n = (chunks - 1 - step) if REVERSE else step
-        row = (head_index * chunks + n) * ROWS
-        tl.store(entering + row * V + by_row, (sums_FV * weight_F[:, None]).to(WIDE), mask=in_sums)
+    first_F, second_F = first_one(f, K), second_one(f, K)
+    sums_FV = tl.zeros([BF, BV], tl.float32)
+    norms_F = tl.zeros([BF], tl.float32)
+    for start in tl.range(n * chunk, tl.minimum((n + 1) * chunk, length), BT, num_stages=STAGES):
+        t = start + tl.arange(0, BT)
+        x_KT = tl.trans(load_tile(x, x_t * UNIT, t, i, length, K).to(DOT))
+        c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
+        phi_FT = (tl.dot(first_FK, x_KT, input_precision=PRECISION) + first_F[:, None]) * (
+            tl.dot(second_FK, x_KT, input_precision=PRECISION) + second_F[:, None]
+        )
         if NORM:
-            tl.store(entering_norm + row + f, from_columns(norms_FZ) * weight_F, mask=in_rows & first_tile)
-        stop = tl.where(step < needed, tl.minimum((n + 1) * chunk, length), n * chunk)
-        for start in tl.range(n * chunk, stop, BT, num_stages=STAGES):
-            t = start + tl.arange(0, BT)
-            x_KT = tl.trans(load_with_one(x, x_t * UNIT, t, i, length, K, DOT))
-            c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
-            phi_FT = tl.dot(first_FK, x_KT, input_precision=PRECISION) * tl.dot(second_FK, x_KT, input_precision=PRECISION)
-            if NORM:
-                shift_T = (t < length).to(tl.float32)
-                if REVERSE:
-                    scale_T = tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=1.0)
-                    shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0) / scale_T
-                    phi_FT *= scale_T[None, :]
-                norms_FZ = tl.dot(phi_FT.to(WIDE), in_columns(shift_T, WIDE), norms_FZ, input_precision=PRECISION)
-            sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
-    row = (head_index * spans + own_span) * ROWS
-    tl.store(totals + row * V + by_row, sums_FV, mask=in_sums)
-    if NORM:
-        tl.store(total_norms + row + f, from_columns(norms_FZ), mask=in_rows & first_tile)
+            shift_T = (t < length).to(tl.float32)
+            if WEIGHTED:
+                shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)
+            norms_F += tl.sum(phi_FT * shift_T[None, :], 1)
+            if WEIGHTED:
+                phi_FT *= tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)[None, :]
+        sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
+    row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
+    tl.store(sums + row[:, None] * V + e[None, :], sums_FV, mask=(f < ROWS)[:, None] & (e < V)[None, :])
+    if NORM and tile // ROW_TILES == 0:
+        tl.store(norms + row, norms_F, mask=f < ROWS)
 
 
 @triton.jit
 def _scan(
-    totals, first, entering, last, element, head_index, chunks, spans, span,
+    sums, first, entering, last, element, head_index, all_chunks, low, high,
     WIDTH: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds to what enters each chunk what enters its span, for one tile of elements."""
+    """Running sums over chunks of one tile of elements; chunks outside low .. high have no sums of their own."""
     SIZE: tl.constexpr = (K * (K // 2 + 2) + 1) * WIDTH
     inside = element < SIZE
     weight = weights(element // WIDTH, K)
@@ -162,28 +145,25 @@ def _scan(
         carry = tl.load(first + head_index * SIZE + element, mask=inside, other=0.0)
         if REVERSE:
             carry = carry / weight
-    for step in tl.range(chunks):
-        n = (chunks - 1 - step) if REVERSE else step
-        behind = (step > 0) & (step % span == 0)  # a span has ended
-        carry += tl.load(totals + (head_index * spans + step // span - 1) * SIZE + element, mask=inside & behind, other=0.0)
-        at = entering + (head_index * chunks + n) * SIZE + element
-        own = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at, (own + carry * weight).to(entering.dtype.element_ty), mask=inside)
+    for step in tl.range(all_chunks):
+        n = (all_chunks - 1 - step) if REVERSE else step
+        offset = (head_index * all_chunks + n) * SIZE + element
+        tl.store(entering + offset, (carry * weight).to(entering.dtype.element_ty), mask=inside)
+        carry += tl.load(sums + offset, mask=inside & (n >= low) & (n < high), other=0.0)
     if LAST:
-        carry += tl.load(totals + (head_index * spans + spans - 1) * SIZE + element, mask=inside, other=0.0)
         if REVERSE:
             carry = carry * weight
         tl.store(last + head_index * SIZE + element, carry, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def scan_kernel(
-    totals, total_norms, first, first_norm, entering, entering_norm, last, last_norm,
-    chunks: tl.int32, spans: tl.int32, span: tl.int32,
+    sums, norms, first, first_norm, entering, entering_norm, last, last_norm,
+    all_chunks: tl.int32, low: tl.int32, high: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, REVERSE: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Completes what enters each chunk, and makes the sums after the last chunk (before the first, if REVERSE).
+    """What enters each chunk, weighted for reading, and the sums after the last chunk (before the first, if REVERSE).
 
     `first` and `last` are plain sums in time's direction and gradients of plain sums in reverse.
     Grid: (B * H * (tiles of the sums + tiles of the normaliser's sums),).
@@ -196,22 +176,22 @@ def scan_kernel(
     element = tl.arange(0, BLOCK)
     if tile < SUM_TILES:
         element += tile * BLOCK
-        _scan(totals, first, entering, last, element, head_index, chunks, spans, span, V, K, REVERSE, FIRST, LAST)
+        _scan(sums, first, entering, last, element, head_index, all_chunks, low, high, V, K, REVERSE, FIRST, LAST)
     else:
         element += (tile - SUM_TILES) * BLOCK
         _scan(
-            total_norms, first_norm, entering_norm, last_norm, element, head_index, chunks, spans, span,
+            norms, first_norm, entering_norm, last_norm, element, head_index, all_chunks, low, high,
             1, K, REVERSE, FIRST, LAST,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, entering, entering_norm, y, scale,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32, eps: tl.float32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -231,14 +211,14 @@ def forward_kernel(
     v += (batch * v_b + head * v_h) * UNIT
     q_MK = load_tile(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, m, i, length, K).to(DOT)
     o_MV = tl.zeros([BM, BV], tl.float32)
-    z_MZ, half_NZ = tl.zeros([BM, 16], tl.float32), tl.full([BN, 16], 0.5, DOT)
+    z_M = tl.zeros([BM], tl.float32)
     n = start // chunk
     for first_key in tl.range(n * chunk, start, BN, num_stages=STAGES):
         t = first_key + tl.arange(0, BN)
         k_NK = load_tile(k, k_t * UNIT, t, i, length, K).to(DOT)
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
         p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
-        z_MZ = tl.dot(p_MN.to(DOT), half_NZ, z_MZ, input_precision=PRECISION)
+        z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     for first_key in tl.range(start, tl.minimum(start + BM, length), BN, num_stages=1):
         t = first_key + tl.arange(0, BN)
@@ -246,23 +226,21 @@ def forward_kernel(
         v_NV = load_tile(v, v_t * UNIT, t, e, length, V).to(DOT)
         p_MN = polynomial(tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION), K)
         p_MN = tl.where(m[:, None] >= t[None, :], p_MN, 0.0)
-        z_MZ = tl.dot(p_MN.to(DOT), half_NZ, z_MZ, input_precision=PRECISION)
+        z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    one_MK = load_with_one(q + (batch * q_b + head * q_h) * UNIT, q_t * UNIT, m, tl.arange(0, BO), length, K, DOT)
     for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)
-        first_MF, second_MF = factors(one_MK, tl.arange(0, BO), f, K, DOT, PRECISION)
-        phi_MF = (first_MF * second_MF).to(WIDE)
+        first_MF, second_MF = factors(q_MK, i, f, K, DOT, PRECISION)
+        phi_MF = first_MF * second_MF
         if NORM:
-            norm_FZ = in_columns(tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0), WIDE)
-            z_MZ = tl.dot(phi_MF, norm_FZ, z_MZ, input_precision=PRECISION)
-        o_MV = tl.dot(phi_MF, state_FV, o_MV, input_precision=PRECISION)
+            z_M += tl.sum(phi_MF * tl.load(entering_norm + row + f, mask=f < ROWS, other=0.0)[None, :], 1)
+        o_MV = tl.dot(phi_MF.to(WIDE), state_FV, o_MV, input_precision=PRECISION)
     token = batch * length * heads + m.to(tl.int64) * heads + head
     if NORM:
-        scale_M = 1.0 / (from_columns(z_MZ) + eps)
+        scale_M = 1.0 / (z_M + eps)
         o_MV = o_MV * scale_M[:, None]
         if value_tile == 0:
             tl.store(scale + token, scale_M, mask=m < length)

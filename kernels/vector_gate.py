@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
 from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
-
-SOLVER = (torch.float16, None)
 
 
 class Kept(NamedTuple):
@@ -122,14 +120,13 @@ class Call:
         """Runs `prepare_kernel`."""
         from kernels.vector_gate_prepare import prepare_kernel
 
-        tile, kept = self.config.prepare, self.kept
+        kept = self.kept
         rows, strides, unit = _rows(*self.keys)
-        merge, solve = SOLVER if self.dtype != torch.float32 else (torch.float32, "tf32x3")
-        for tree in (False, True):
+        for tree, tile in ((False, self.config.prepare), (True, self.config.rough)):
             prepare_kernel[(self.blocks,)](
                 *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-                TREE=tree, MERGE=_triton_dtype(merge), SOLVE=solve, **tile.options(),
+                TREE=tree, SOLVE=solve_precision(self.dtype), **tile.options(),
             )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -219,10 +216,10 @@ class Call:
 
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        kept, tile = self.kept, self.config.gradient
+        kept = self.kept
         rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
-        part_k = min(tile.width, self.wide_k)
-        for tree in (False, True):
+        for tree, tile in ((False, self.config.gradient), (True, self.config.rough)):
+            part_k = min(tile.width, self.wide_k)
             gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
                 *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),

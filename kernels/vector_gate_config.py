@@ -41,6 +41,7 @@ class Config(NamedTuple):
         walk: of the forward walk; the width is that of the state's columns.
         reverse: of the walk back, likewise.
         gradient: of the gradients of queries and keys.
+        rough: of both preparation and gradients of rough chunks.
     """
 
     chunk: int
@@ -48,26 +49,28 @@ class Config(NamedTuple):
     walk: Tile
     reverse: Tile
     gradient: Tile
+    rough: Tile
 
 
 # Without and with the delta rule, by the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
+ROUGH = Tile(64, 4, 1)
 SIXTEEN_BIT = (
     {
-        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
-        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168)),
-        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), ROUGH),
+        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168), ROUGH),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), ROUGH),
     },
     {
-        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
-        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2)),
-        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), ROUGH),
+        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2), ROUGH),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), ROUGH),
     },
 )
 FP32 = (
     {
-        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
-        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
+        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
     },
 ) * 2
 
@@ -87,6 +90,11 @@ def tile_width(width: int, dtype: torch.dtype) -> int:
     Narrower tiles ended in illegal memory accesses with ptxas 12.8, which Triton 3.6 ships (its issues 10486 and 11366).
     """
     return max(padded(width), 16 if dtype == torch.float32 else 64)
+
+
+def solve_precision(dtype: torch.dtype) -> str:
+    """Products of the couplings: TF32 has the mantissa of fp16 and the range that keys of any length need."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def gentle_limit(dtype: torch.dtype) -> float:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_middle import load_factors, load_gates, reads_and_writes
 from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows, store_rows
 from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, range_sums, to_boundary
@@ -64,7 +65,8 @@ def _over_values(
 
 @triton.jit
 def _decays(
-    gate, gate_t, i_C, token_C, d_K, left, K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr
+    gate, gate_t, i_C, token_C, d_K, left,
+    K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     """Decays [K, C] of reads, writes and erasures, and the log decays."""
     gate_KC = tl.trans(load_gates(gate, gate_t, i_C, d_K, left, K, TERMS))
@@ -122,7 +124,7 @@ def _through_tree(
     return dq_KC, dk_KC, df_KC
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def gradient_kernel(
     q, k, f, gate, u, do, beta, dv, rough, factors, reads, writes, erases, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,

@@ -19,13 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_middle import half_sums, load_gates, reads_and_writes, store_factors
 from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows
 from kernels.vector_gate_solve import coupling
 from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, to_boundary
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def prepare_kernel(
     q, k, f, gate, beta, rough, factors, reads, writes, erases, scores, couplings,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
@@ -33,7 +34,7 @@ def prepare_kernel(
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, TREE: tl.constexpr,
-    DOT: tl.constexpr, MERGE: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N,). Strides count UNIT elements. A first launch takes gentle chunks, one with TREE those it found rough.
 
@@ -65,7 +66,7 @@ def prepare_kernel(
         tl.store(scores + block * C * C + by_pair_CC, p_CC.to(DOT))
         if DELTA:
             beta_C = load_beta(beta + (batch * length + start) * heads + head, heads, i_C, left)
-            h_CC = coupling(m_CC, beta_C, token_C, LEVELS, MERGE, SOLVE)
+            h_CC = coupling(m_CC, beta_C, token_C, LEVELS, SOLVE)
             tl.store(couplings + block * C * C + by_pair_CC, h_CC.to(DOT))
 
 

@@ -21,11 +21,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
 from kernels.vector_gate_middle import load_factors
 from kernels.vector_gate_rows import SIZES, load_beta, load_rows, store_rows
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def walk_kernel(
     factors, reads, writes, erases, scores, couplings, v, beta, first, o, last, states, errors, decays,
     v_b: tl.int64, v_t: tl.int32, v_h: tl.int64, length: tl.int32, heads: tl.int32, segments: tl.int32, per: tl.int32,
@@ -104,7 +105,7 @@ def _through_erasure(
     return du_CV, tl.dot(tl.trans(erase_CK), (-du_CV).to(DOT), grad_KV, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def reverse_kernel(
     factors, reads, writes, erases, scores, couplings, errors, do, beta, dlast, dv, dbeta, dfirst, dstates, decays,
     do_b: tl.int64, do_t: tl.int32, do_h: tl.int64, length: tl.int32, batches: tl.int32, heads: tl.int32, segments: tl.int32,
@@ -170,7 +171,7 @@ def reverse_kernel(
         tl.store(dfirst + head_index * K * V + by_state, grad_KV, mask=in_state & (segment == 0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES)
 def join_kernel(
     sums, decays, first, segments: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,

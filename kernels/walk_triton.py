@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels._entry import entry
+
 NO_GATE, CONSTANT_GATE, SCALAR_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -105,7 +107,7 @@ def _walk(
         tl.store(last + state_offsets, state_DE, mask=in_state)
 
 
-@triton.jit
+@entry
 def forward_kernel(
     q, k, v, gate, first, o, last,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
@@ -131,7 +133,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@entry
 def backward_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kernels.values import checked_values
 from mixers import _checks_form as form
 from mixers import _checks_function as function
 from mixers._base import Mixer
@@ -52,7 +53,7 @@ class CheckResult:
 
 
 def check_contract(factory: Factory, *, names: Iterable[str] | None = None, seed: int = 0) -> list[CheckResult]:
-    """Runs the checks on one mixer with one set of options.
+    """Runs the checks on one mixer with one set of options; kernels look at the values that the mixer hands them.
 
     Args:
         factory: builds the mixer at a small width, e.g. `functools.partial(GLA, 16, n_heads=2)`; see `Factory`.
@@ -70,7 +71,8 @@ def check_contract(factory: Factory, *, names: Iterable[str] | None = None, seed
     if unknown:
         raise ValueError(f"no contract check is called {', '.join(unknown)}; they are {', '.join(CHECKS)}")
     case = Case(factory, seed)
-    return [_run(name, case) for name in names]
+    with checked_values():
+        return [_run(name, case) for name in names]
 
 
 def _run(name: str, case: Case) -> CheckResult:

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
 from kernels.rows import pick_rows
+from kernels.step_form import StepForm
 from mixers._base import AttentionWeights, Mixer, State
+from mixers._fused import conv_of, next_state
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
 
 
@@ -93,6 +96,24 @@ class SSDBlock(Mixer):
         s_BHNP = log_decay_BH.exp()[..., None, None] * state["s"] + write_BHNP
         y_BHP = (c_BHN[..., None] * s_BHNP).sum(-2) + self.skip[:, None] * x_BHP
         return y_BHP.flatten(-2), x_BHP.flatten(-2), z, {"s": s_BHNP.to(state["s"].dtype), "conv": tail}
+
+    def fused_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token of a block whose norm nothing joins, in one launch beside the projections: [B, D] and the state."""
+        z_BE, xbc_BC, dt_BH = self._project(x_BD)
+        n = self.n_groups * self.d_state
+        done = layer_step(
+            Packed(xbc_BC, (self.d_inner + n, self.d_inner, 0)),
+            state["s"],
+            StepForm(silu=True, decay="rate", stepped=True, norm="row", eps=self.norm.eps, gate="silu"),
+            conv=conv_of(self.conv, state),
+            decay=dt_BH,
+            decay_bias=self.dt_bias,
+            log_rate_H=self.log_rate,
+            skip_H=self.skip,
+            norm_weight=self.norm.weight.unflatten(0, (self.n_heads, -1)),
+            gate_BE=z_BE,
+        )
+        return self.out_proj(done.y_BE.to(x_BD.dtype)), next_state(state, done.state_BHKV, done.tail_BPC)
 
     def scan_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The scan's part of the state before the first token."""

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
 from kernels.rows import pick_rows
+from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
+from mixers._fused import conv_of, is_fused, next_state
 from mixers._layers import RMSNorm, ShortConv, l2_normalize, log_rates, refuse_context, time_step_bias, widen
 
 
@@ -74,6 +77,9 @@ class GatedDeltaNet(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`."""
+        if is_fused(self, x_BTD, state, taps=self.conv.taps):
+            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
+            return o_BE[:, None], state
         o_BTHV, s_BHKV, tail_BPD = self._recur(qkv_BTE, x_BTD, state)
         return self._output(o_BTHV, x_BTD), None if state is None else {"s": s_BHKV, "conv": tail_BPD}
 
@@ -85,6 +91,9 @@ class GatedDeltaNet(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
+        if is_fused(self, x_BD, state, taps=self.conv.taps):
+            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
+            return self.o_proj(o_BE), state
         qkv, tail_BPD = self.conv.step(self.qkv_proj(x_BD), state["conv"])
         q_BHK, k_BHK, v_BHV = self._split(qkv)
         log_alpha_BH, beta_BH = self._gates(x_BD)
@@ -106,6 +115,34 @@ class GatedDeltaNet(Mixer):
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: Zoology's plots count the matrix state, without convolution tails."""
         return self.n_heads * self.k_dim * self.v_dim
+
+    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token in one launch, without the projections: the heads' outputs and the state."""
+        d_key = self.n_heads * self.k_dim
+        decay_BH, write_BH = self.gate_proj(x_BD).chunk(2, dim=-1)
+        done = layer_step(
+            Packed(qkv_BE, (0, d_key, 2 * d_key)),
+            state["s"],
+            StepForm(
+                silu=self.conv.silu,
+                unit=True,
+                scale=self.k_dim**-0.5,
+                decay="rate",
+                open_beta=True,
+                max_beta=self.max_beta,
+                norm="rms",
+                eps=self.norm.eps,
+                gate="none" if self.g_proj is None else "silu",
+            ),
+            conv=conv_of(self.conv, state),
+            decay=decay_BH,
+            decay_bias=self.gate_bias,
+            log_rate_H=self.log_rate,
+            beta_BH=write_BH,
+            norm_weight=self.norm.weight,
+            gate_BE=None if self.g_proj is None else self.g_proj(x_BD),
+        )
+        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, done.tail_BPC)
 
     def _recur(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The recurrence's outputs [B, T, H, V], its state, and the convolution's tail."""

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
+from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
+from mixers._fused import conv_of, is_fused, next_state
 from mixers._layers import LowRank, RMSNorm, ShortConv, l2_normalize, log_rates, refuse_context, time_step_bias, widen
 
 
@@ -70,6 +73,9 @@ class KDA(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`."""
+        if is_fused(self, x_BTD, state, taps=self.conv.taps):
+            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
+            return o_BE[:, None], state
         qkv, tail_BPD = self.conv(qkv_BTE, None if state is None else state["conv"])
         q_BTHK, k_BTHK, v_BTHV = self._split(qkv)
         log_alpha_BTHK, beta_BTH = self._gates(x_BTD)
@@ -79,6 +85,9 @@ class KDA(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
+        if is_fused(self, x_BD, state, taps=self.conv.taps):
+            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
+            return self.o_proj(o_BE), state
         qkv, tail_BPD = self.conv.step(self.qkv_proj(x_BD), state["conv"])
         q_BHK, k_BHK, v_BHV = self._split(qkv)
         log_alpha_BHK, beta_BH = self._gates(x_BD)
@@ -96,6 +105,32 @@ class KDA(Mixer):
             "s": torch.zeros(batch, self.n_heads, self.k_dim, self.v_dim, device=device, dtype=dtype),
             "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
         }
+
+    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token in one launch, without the projections: the heads' outputs and the state."""
+        per_head = (self.n_heads, self.k_dim)
+        done = layer_step(
+            Packed(qkv_BE, (0, self.d_model, 2 * self.d_model)),
+            state["s"],
+            StepForm(
+                silu=self.conv.silu,
+                unit=True,
+                scale=self.k_dim**-0.5,
+                decay="rate",
+                open_beta=True,
+                norm="rms",
+                eps=self.norm.eps,
+                gate="sigmoid",
+            ),
+            conv=conv_of(self.conv, state),
+            decay=self.decay_gate(x_BD).unflatten(-1, per_head),
+            decay_bias=self.decay_bias.unflatten(-1, per_head),
+            log_rate_H=self.log_rate,
+            beta_BH=self.beta_proj(x_BD),
+            norm_weight=self.norm.weight,
+            gate_BE=self.output_gate(x_BD),
+        )
+        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, done.tail_BPC)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of each head, [..., H, K or V]; queries and keys have unit length."""

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Apart, layer_step
 from kernels.recurrence import linear_recurrence, normalized_recurrence
+from kernels.step_form import StepForm
 from kernels.taylor import taylor_attention
 from mixers._base import PATTERNS, Caps, Mixer, State, heads, mixer
 from mixers._feature_maps import Taylor2, make_feature_map
+from mixers._fused import is_fused, next_state
 from mixers._layers import refuse_context, widen
 from mixers._rows import attend_rows, few_rows
 
@@ -89,6 +92,9 @@ class LinearAttention(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`; a pattern that sees the future takes no state."""
+        if self._is_fused(x_BTD, state):
+            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
+            return o_BE[:, None], state
         q, k, v = self._split(qkv_BTE)
         if self.pattern == "causal_self":
             causal = self._taylor if isinstance(self.phi_k, Taylor2) else self._causal
@@ -105,6 +111,9 @@ class LinearAttention(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`; a cross pattern reads the sums over its context, which stay as they are."""
+        if self._is_fused(x_BD, state):
+            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
+            return self.out_proj(o_BE), state
         q_BHK, k_BHK, v_BHV = self._split(self.qkv_proj(x_BD))
         q_BHF = widen(self.phi_q(q_BHK))
         state = dict(state)
@@ -125,6 +134,17 @@ class LinearAttention(Mixer):
         shape = (batch, self.n_heads, self.phi_k.features)
         state = {"s": torch.zeros(*shape, self.v_dim, device=device, dtype=dtype)}
         return state | {"z": torch.zeros(shape, device=device, dtype=dtype)} if self.normalize else state
+
+    def _is_fused(self, x: Tensor, state: State | None) -> bool:
+        return self.pattern == "causal_self" and is_fused(self, x, state)
+
+    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token's recurrence, sums and quotient in one launch, after the features."""
+        q_BHK, k_BHK, v_BHV = self._split(qkv_BE)
+        form = StepForm(norm="sums", eps=EPS) if self.normalize else StepForm()
+        qkv = Apart(widen(self.phi_q(q_BHK)), widen(self.phi_k(k_BHK)), v_BHV)
+        done = layer_step(qkv, state["s"], form, sums_BHK=state.get("z"))
+        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, None, done.sums_BHK)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, dtype: torch.dtype) -> tuple[Tensor, State | None]:
         q, k, v = self.phi_q(q), self.phi_k(k), widen(v)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixers._base import State, mixer
+from mixers._fused import is_fused
 from mixers._layers import refuse_context
 from mixers._ssd import SSDBlock
 
@@ -46,6 +47,9 @@ class Mamba2(SSDBlock):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
+        if is_fused(self, x_BTD, state, taps=self.conv.taps):
+            y_BD, state = self.fused_step(x_BTD[:, 0], state)
+            return y_BD[:, None], state
         y, _, z, state = self.scan(x_BTD, state)
         return self.project_out(y, z), state
 
@@ -55,6 +59,8 @@ class Mamba2(SSDBlock):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
+        if is_fused(self, x_BD, state, taps=self.conv.taps):
+            return self.fused_step(x_BD, state)
         y, _, z, state = self.scan_step(x_BD, state)
         return self.project_out(y, z), state
 

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Apart, layer_step
 from kernels.recurrence import normalized_recurrence
+from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
 from mixers._feature_maps import make_feature_map
+from mixers._fused import is_fused, next_state
 from mixers._layers import ShortConv, refuse_context, widen
 
 EPS = 1e-6
@@ -73,6 +76,9 @@ class NormalizedGLA(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`."""
+        if is_fused(self, x_BTD, state):
+            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
+            return o_BE[:, None], state
         qk, v = self._parts(qkv_BTE)
         qk, tail_BPD = self.conv(qk, None if state is None else state["conv"])
         q_BTHF, k_BTHF = self._features(qk)
@@ -83,6 +89,9 @@ class NormalizedGLA(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
+        if is_fused(self, x_BD, state):
+            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
+            return self.o_proj(o_BE), state
         qk, v_BHV = self._parts(self.qkv_proj(x_BD))
         qk, tail_BPD = self.conv.step(qk, state["conv"])
         q_BHF, k_BHF = self._features(qk)
@@ -103,6 +112,15 @@ class NormalizedGLA(Mixer):
             "z": torch.zeros(shape, device=device, dtype=dtype),
             "conv": self.conv.init_tail(batch, device=device, dtype=dtype),
         }
+
+    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token's recurrence, sums and quotient in one launch, after the convolution and the features."""
+        qk_BE, v_BHV = self._parts(qkv_BE)
+        qk_BE, tail_BPD = self.conv.step(qk_BE, state["conv"])
+        q_BHF, k_BHF = self._features(qk_BE)
+        form = StepForm(decay="sigmoid", norm="sums", eps=EPS)
+        done = layer_step(Apart(q_BHF, k_BHF, v_BHV), state["s"], form, decay=self.gate_proj(x_BD), sums_BHK=state["z"])
+        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, tail_BPD, done.sums_BHK)
 
     def _parts(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys together [..., 2 H K], and values [..., H, V]."""

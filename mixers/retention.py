@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
+from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
+from mixers._fused import is_fused, next_state
 from mixers._layers import HeadNorm, refuse_context
 
 
@@ -61,6 +64,9 @@ class Retention(Mixer):
 
     def mix(self, qkv_BTE: Tensor, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """See `Mixer.mix`."""
+        if is_fused(self, x_BTD, state):
+            o_BE, state = self._fused(qkv_BTE[:, 0], x_BTD[:, 0], state)
+            return o_BE[:, None], state
         q_BTHK, k_BTHK, v_BTHV = self._split(qkv_BTE)
         s_BHKV = None if state is None else state["s"]
         o_BTHV, s_BHKV = linear_recurrence(q_BTHK, k_BTHK, v_BTHV, log_decay=self.log_gamma, state_BHKV=s_BHKV)
@@ -68,6 +74,9 @@ class Retention(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
+        if is_fused(self, x_BD, state):
+            o_BE, state = self._fused(self.qkv_proj(x_BD), x_BD, state)
+            return self.o_proj(o_BE), state
         q_BHK, k_BHK, v_BHV = self._split(self.qkv_proj(x_BD))
         gamma_H11 = self.log_gamma.exp()[:, None, None]
         s_BHKV = gamma_H11 * state["s"] + k_BHK[..., None] * v_BHV[..., None, :]
@@ -79,6 +88,19 @@ class Retention(Mixer):
     ) -> State:
         """See `Mixer.init_state`."""
         return {"s": torch.zeros(batch, self.n_heads, self.k_dim, self.v_dim, device=device, dtype=dtype)}
+
+    def _fused(self, qkv_BE: Tensor, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token in one launch, without the projections: the heads' outputs and the state."""
+        done = layer_step(
+            Packed(qkv_BE, (0, self.d_model, 2 * self.d_model)),
+            state["s"],
+            StepForm(key_scale=self.k_dim**-0.5, norm="layer", eps=self.norm.eps, gate="silu"),
+            decay=self.log_gamma,
+            norm_weight=self.norm.weight,
+            norm_bias_HV=self.norm.bias,
+            gate_BE=self.g_proj(x_BD),
+        )
+        return done.y_BE.to(x_BD.dtype), next_state(state, done.state_BHKV, None)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys [..., H, K], values [..., H, V]."""

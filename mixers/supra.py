@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.layer_step import Apart, layer_step
 from kernels.recurrence import linear_recurrence
+from kernels.step_form import StepForm
 from mixers._base import Mixer, State, heads, mixer
+from mixers._fused import is_fused, next_state
 from mixers._layers import refuse_context, widen
 
 
@@ -53,12 +56,18 @@ class Supra(Mixer):
         """See `Mixer.mix`; `rotate` applies rotary positions to features [B, T, H, K], as the paper does."""
         q, k, v = self._split(qkv_BTE)
         q, k = (q, k) if rotate is None else (rotate(q), rotate(k))
+        if is_fused(self, x_BTD, state):
+            o_BD, state = self._fused(q[:, 0], k[:, 0], v[:, 0], state)
+            return o_BD[:, None], state
         o_BTHK, s_BHKK = linear_recurrence(q, k, v, log_decay=self.log_gamma, state_BHKV=None if state is None else state["s"])
         return self._normed(o_BTHK), None if state is None else {"s": s_BHKK}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
         q, k, v = self._split(self.qkv_proj(x_BD))
+        if is_fused(self, x_BD, state):
+            o_BD, state = self._fused(q, k, v, state)
+            return self.o_proj(o_BD), state
         s_BHKK = self.log_gamma.exp()[:, None, None] * state["s"] + k[..., None] * v[..., None, :]
         o_BHK = (q[..., None] * s_BHKK).sum(-2).to(x_BD.dtype)
         return self.o_proj(self._normed(o_BHK)), {"s": s_BHKK.to(state["s"].dtype)}
@@ -68,6 +77,12 @@ class Supra(Mixer):
     ) -> State:
         """See `Mixer.init_state`."""
         return {"s": torch.zeros(batch, self.n_heads, self.head_dim, self.head_dim, device=device, dtype=dtype)}
+
+    def _fused(self, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token's recurrence and norm in one launch, after the features: [B, D] and the state."""
+        form = StepForm(norm="layer" if self.normalize else "none")
+        done = layer_step(Apart(q_BHK, k_BHK, v_BHK), state["s"], form, decay=self.log_gamma)
+        return done.y_BE, next_state(state, done.state_BHKV, None)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of queries and keys, and values: [..., H, K] each; keys are scaled as attention scales."""

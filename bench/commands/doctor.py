@@ -15,6 +15,9 @@ from bench.errors import UserError
 from bench.provenance import cpu_name, versions
 from bench.store import Store
 
+AGREEMENT = 1e-4
+"""Largest relative error of a recurrence in fp32."""
+
 Finding = tuple[str, str, str]
 """What was looked at, "ok", "note" or "FAIL", and what was found."""
 
@@ -30,6 +33,7 @@ def run(root: Path, output: Output) -> int:
         ("cpu", "ok", cpu_name()),
         _gpu(),
         _triton(),
+        _kernels(),
         *(_extra(name) for name in ("eval", "gpu", "ray", "slurm", "dev")),
         kernels_clash(),
         _store(root),
@@ -65,6 +69,41 @@ def _triton() -> Finding:
     if (obstacle := tensor_core_obstacle()) is not None:
         return "triton", "note", f"triton {version('triton')}: {obstacle}; until then recurrences and sparse attention run in torch"
     return "triton", "ok", f"triton {version('triton')} can compile for this GPU"
+
+
+def _kernels() -> Finding:
+    """Every kind of recurrence on a small problem against its definition, while kernels look at the values they are given."""
+    import torch
+
+    from kernels.dispatch import watched
+    from kernels.recurrence import linear_recurrence
+    from kernels.reference import linear_recurrence_reference
+    from kernels.values import checked_values
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, gate = torch.randn(4, 1, 70, 2, 32, device=device, generator=generator).unbind(0)
+    k, decay = torch.nn.functional.normalize(k, dim=-1), torch.nn.functional.logsigmoid(gate)
+    errors: list[float] = []
+    with watched() as seen, checked_values():
+        for log_decay in (None, decay[..., 0], decay):
+            for beta in (None, gate[..., 0].sigmoid()):
+                o, _ = linear_recurrence(q, k, v, log_decay=log_decay, beta_BTH=beta)
+                decay_64, beta_64 = (None if x is None else x.double() for x in (log_decay, beta))
+                true, _ = linear_recurrence_reference(q.double(), k.double(), v.double(), log_decay=decay_64, beta_BTH=beta_64)
+                errors.append(float((o - true).norm() / true.norm()))
+        try:
+            linear_recurrence(q, k, v, log_decay=-decay[..., 0])
+        except ValueError:
+            refused = True
+        else:
+            refused = False
+    what = f"the {seen['linear_recurrence']} recurrences on {device}"
+    if not all(error <= AGREEMENT for error in errors):  # NaN is no agreement
+        return "kernels", "FAIL", f"{what} differ from their definition, by " + ", ".join(f"{error:.0e}" for error in errors)
+    if not refused:
+        return "kernels", "FAIL", f"{what} accept a gate that grows, although values are looked at"
+    return "kernels", "ok", f"{what} are their definition to {max(errors):.0e} in fp32"
 
 
 def _extra(name: str) -> Finding:

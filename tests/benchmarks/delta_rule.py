@@ -103,14 +103,10 @@ def shipped(rates: tuple[float, float]) -> list[dict]:
 
 
 def candidates() -> list[tuple[Config, int, str]]:
-    """Configurations, widths and gates of a sweep; the kernels are independent, so each list is walked in step."""
-    coupling = [Launch(0, 4), Launch(0, 8)]
-    walks = [Launch(32, 4, 2), Launch(64, 4, 2), Launch(32, 4, 3), Launch(64, 4, 3)]
-    gradients = [Launch(64, 4), Launch(64, 8), Launch(128, 8), Launch(32, 4)]
-    steps = range(len(walks))
+    """Configurations, widths and gates of a sweep."""
     return [
-        (Config(64, coupling[n % 2], walks[n], walks[n], gradients[n], width), width, gate)
-        for width, gate, n in itertools.product((64, 128), GATES, steps)
+        (delta.SIXTEEN_BIT[width]._replace(forward=Launch(tile, 4)), width, gate)
+        for width, gate, tile in itertools.product((64, 128), GATES, (32, 64))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Times the small fused kernels on a CUDA device: python -m tests.benchmarks.small_kernels OUT.json [--sweep].
+"""Times the small fused kernels on a CUDA device: python -m tests.benchmarks.small_kernels OUT.json [--sweep] [--kernel NAME ...].
 
 A row is the median over replays of a CUDA graph with a flushed L2 cache: forward, and forward with backward, of the Triton
 form and of the torch form, beside the time that the bytes of the definition take at the copy rate measured in the same
@@ -24,12 +24,13 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels import conv_triton, cross_entropy_triton, scan_operator, scan_triton, selective_scan_triton
+from kernels import conv_triton, cross_entropy_triton, long_conv_triton, scan_operator, scan_triton, selective_scan_triton
 from kernels.attention import attention, attention_reference, band_mask, banded_attention
-from kernels.conv import short_conv
+from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.dispatch import use_backend
 from kernels.scan import scan, selective_scan
+from tests.benchmarks.facts import facts
 
 
 class Case(NamedTuple):
@@ -74,6 +75,13 @@ def short_conv_case(members: int, batch: int, length: int, width: int, taps: int
     return Case(torch.vmap(lambda *own: short_conv(*own, silu=True)[0]), [x, weight, bias], 2 * size, 3 * size)
 
 
+def long_conv_case(members: int, batch: int, length: int, width: int) -> Case:
+    """Hyena and H3: a filter as long as the sequence, in fp32; the torch form is an FFT."""
+    x, taps = normal(members, batch, length, width), normal(members, width, length, dtype=torch.float32)
+    size = 2 * x.numel()
+    return Case(torch.vmap(long_conv), [x, taps], 2 * size, 3 * size)
+
+
 def scan_case(members: int, batch: int, length: int, width: int) -> Case:
     """HGRN and RG-LRU: everything in bf16."""
     a = torch.rand(members, batch, length, width, device="cuda").bfloat16().requires_grad_()
@@ -109,6 +117,10 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     ),
     "selective_scan": (selective_scan_case, ((4, 256, 64, 256, 16), (4, 256, 256, 256, 16), (1, 8, 2048, 4096, 16))),
     "short_conv": (short_conv_case, ((4, 256, 64, 256, 4), (12, 256, 256, 128, 3), (1, 8, 2048, 4096, 4))),
+    "long_conv": (
+        long_conv_case,
+        ((1, 64, 64, 128), (1, 64, 256, 128), (4, 64, 256, 128), (1, 32, 512, 256), (1, 16, 1024, 512), (1, 8, 2048, 1024)),
+    ),
     "scan": (scan_case, ((4, 256, 256, 256), (1, 8, 2048, 4096))),
 }
 
@@ -116,6 +128,10 @@ SWEEPS: dict[str, list[tuple[tuple[ModuleType, ...], dict[str, int]]]] = {
     "cross_entropy": [((cross_entropy_triton,), {"LARGEST_BLOCK": block}) for block in (1024, 2048, 4096, 16_384)],
     "short_conv": [
         ((conv_triton,), {"TILE": tile, "CHANNELS": channels}) for tile, channels in ((8, 64), (8, 128), (32, 64), (16, 128))
+    ],
+    "long_conv": [
+        ((long_conv_triton,), {"COLUMNS": columns, "WARPS": warps, "GRADIENT_COLUMNS": turned})
+        for columns, warps, turned in ((64, 4, 64), (128, 4, 64), (128, 8, 64), (256, 8, 128))
     ],
     "selective_scan": [((selective_scan_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
     "scan": [((scan_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
@@ -185,16 +201,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--kernel", nargs="*", choices=list(CASES), default=list(CASES))
     arguments = parser.parse_args()
     rate = copy_rate()
     rows = []
-    for kernel, (_, shapes) in CASES.items():
+    for kernel, (_, shapes) in ((name, CASES[name]) for name in arguments.kernel):
         rows += [row(kernel, shape, rate, torch_form=not arguments.sweep) for shape in shapes]
         for (modules, values), shape in itertools.product(SWEEPS[kernel] if arguments.sweep and kernel in SWEEPS else [], shapes):
             with patched(modules, values):
                 rows.append(row(kernel, shape, rate, torch_form=False) | {"changed": values})
     print("\n".join(json.dumps(found) for found in rows))
-    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    versions = {
+        **facts("python -m tests.benchmarks.small_kernels " + " ".join(arguments.kernel)),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     arguments.out.write_text(json.dumps({**versions, "copy_bytes_per_s": rate, "rows": rows}, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ SHAPES = (
     (1, 75, 1, 1, 60, 100),
     (1, 130, 1, 1, 64, 65),
     (1, 100, 1, 1, 256, 256),
+    (1, 70, 1, 1, 64, 256),
 )
 GATES = ("none", "constant", "scalar", "strong", "zero")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +83,13 @@ def test_negative_eigenvalues(dtype: torch.dtype) -> None:
     check(draw((2, 200, 2, 2, 64, 64), "scalar", dtype, state=True, beta=2.0), dtype, state=True)
 
 
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_segments(gate: str) -> None:
+    """Long and alone enough to be cut on Hopper, whose last segment is shorter."""
+    for state in (False, True):
+        check(draw((1, 1700, 1, 2, 128, 128), gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
+
+
 def test_no_write_at_all() -> None:
     tensors = draw((1, 100, 1, 2, 64, 64), "scalar", torch.float32, state=True, beta=0.0)
     check(tensors, torch.float32, state=True)
@@ -121,13 +129,16 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_gradients_triton, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper, delta_hopper_backward, delta_triton
+    from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
-        delta_triton.coupling_kernel,
+        delta_coupling_triton.coupling_kernel,
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
-        delta_gradients_triton.gradients_kernel,
+        gradients_kernel,
+        delta_hopper.forward_kernel,
+        delta_hopper_backward.backward_kernel,
     )
 
     def run(batch: int, length: int, heads: int) -> None:

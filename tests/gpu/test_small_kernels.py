@@ -229,8 +229,7 @@ def test_gated_conv_of_members() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 3, 70])
-@pytest.mark.parametrize("kind", cases_rows.WEIGHTS)
+@pytest.mark.parametrize(("kind", "window"), [*((kind, None) for kind in cases_rows.WEIGHTS), (cases_rows.WEIGHTS[0], 70)])
 @pytest.mark.parametrize("shape", [*cases_rows.SHAPES, (3, 2, 37, 200, 128), (2, 1, 5, 130, 256)])
 def test_read_rows(
     shape: tuple[int, int, int, int, int], kind: tuple[str, float | None], window: int | None, dtype: torch.dtype

@@ -113,7 +113,8 @@ def check_split(cuts: tuple[int, ...], device: str, dtype: torch.dtype, *, delta
             part = {name: x[:, start:stop] for name, x in tensors.items()}
             piece, state = call(linear_recurrence, part | {"state_BHKV": state})
             pieces.append(piece)
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    # both are rounded: neither is the truth, from which each may be SIXTEEN_BIT["o"] away
+    tolerance = 1e-5 if dtype == torch.float32 else 2**0.5 * SIXTEEN_BIT["o"]
     assert rms_error(torch.cat(pieces, 1), whole) <= tolerance
     assert rms_error(state, final) <= tolerance
 

@@ -34,7 +34,7 @@ def test_members(option: tuple[str, bool]):
     gate = "vector" if option[0] == "rank one" else option[0]
     drawn = cases.draw((2, 1, 2, 16, 8), gate, delta=option[1], device="cpu", dtype=torch.float32, state=torch.float32)
     members = [cases.with_rank_one(drawn) if option[0] == "rank one" else drawn] * 3
-    members = [{name: torch.randn_like(x).abs().neg() for name, x in member.items()} for member in members]
+    members = [{name: torch.rand_like(x) * (-1 if name == "log_decay" else 1) for name, x in member.items()} for member in members]
     names = list(members[0])
     stacked = [torch.stack([member[name] for member in members]) for name in names]
     with use_backend("triton"), poisoned():

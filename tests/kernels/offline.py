@@ -14,6 +14,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kernels.assembler import _installed, version_of
 from tests.kernels.sass import disassembled, unwritten
@@ -33,7 +34,7 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     """Compiles one specialisation of a kernel, and reads what the newest assembler makes of its operands.
 
     Args:
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` or `gluon.jit` function.
         arguments: by parameter: a type such as "*bf16" or "i32" for run-time ones, where a "+" marks an address or a number
             that 16 divides; else the value of a constexpr.
         warps: number of warps.
@@ -43,7 +44,8 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     signature = {name: arguments[name].rstrip("+") if is_type[name] else "constexpr" for name in names}
     constants = {(i,): arguments[name] for i, name in enumerate(names) if not is_type[name]}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if is_type[name] and arguments[name].endswith("+")}
-    source = ASTSource(kernel, signature, constants, aligned)
+    source_of = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_of(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
     assert not (found := unwritten(disassembled(ptx, newest_assembler()))), found

@@ -49,7 +49,7 @@ def test_bad_input_is_one_sentence():
         labelled_cross_entropy(torch.randn(3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="labels is on meta and logits on cpu; move them to one device"):
         labelled_cross_entropy(torch.randn(2, 3), torch.zeros(2, dtype=torch.long, device="meta"))
-    with pytest.raises(ValueError, match="labels have dtype"):
+    with pytest.raises(ValueError, match="labels has dtype"):
         labelled_cross_entropy(torch.randn(2, 3), torch.zeros(2))
 
 

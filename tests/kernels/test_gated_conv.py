@@ -7,6 +7,7 @@ from kernels.conv import MOST_TAPS
 from kernels.dispatch import use_backend
 from kernels.gated_conv import gated_conv
 from kernels.gated_conv_triton import CHANNELS, TILE, TOKENS, WARPS, gated_conv_backward
+from kernels.products import product_over_rows
 from tests.kernels import cases_gated_conv as cases
 from tests.kernels.offline import compile_sm90
 
@@ -26,6 +27,15 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kernels.dispatch._interpreted", True)
     with use_backend("triton"), pytest.raises(ValueError, match=f"{MOST_TAPS + 1} taps are more than {MOST_TAPS}"):
         gated_conv(x, square, vector, torch.randn(4, MOST_TAPS + 1), vector)
+
+
+@pytest.mark.parametrize(("members", "rows"), [(1, 1), (3, 7), (2, 1024), (2, 1536), (70, 3)])
+def test_products_over_rows_add_up(members: int, rows: int):
+    a, b = torch.randn(members, rows, 5, dtype=torch.float64), torch.randn(members, rows, 4, dtype=torch.float64)
+    torch.testing.assert_close(product_over_rows(a, b), a.mT @ b)
+    narrow = product_over_rows(a.bfloat16(), b.bfloat16())
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), a.mT @ b, rtol=0.1, atol=0.02 * rows**0.5)
 
 
 @pytest.mark.parametrize(

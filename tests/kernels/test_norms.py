@@ -38,10 +38,8 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
 def test_compiles_for_sm90_without_spills(width: int, dtype: str, pair: bool):
     block = max(16, 1 << (width - 1).bit_length())
     narrow = dict.fromkeys(("ds_ptr", "dpicked_ptr", "dy_ptr", "r_ptr", "dr_ptr"), dtype)
-    wide = dict.fromkeys(
-        ("weight1_ptr", "bias1_ptr", "weight2_ptr", "parts_ptr", "mean1_ptr", "scale1_ptr", "mean2_ptr", "scale2_ptr"), "*fp32+"
-    )
-    sizes = {"place_ptr": "*i32+", "n_rows": "i32", "n_tokens": "i32", "n_places": "i32", "width": "i32+"}
+    wide = dict.fromkeys(("weight1_ptr", "bias1_ptr", "weight2_ptr", "parts_ptr"), "*fp32+")
+    sizes = {"place_ptr": "*i32+", "n_rows": "i32", "n_tokens": "i32", "n_places": "i32", "width": "i32+", "eps": "fp32"}
     flags = {"PAIR": pair, "PLACED": pair, "ROWS": ROWS, "TILE": max(1, TILE_ELEMENTS // block), "BLOCK": block}
     used = compile_sm90(norms_backward, narrow | wide | sizes | flags, warps=WARPS)
     assert used.spilled == 0

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from kernels.step_triton import CONFIG, step_kernel, tile_widths
+from kernels.step_form import StepForm
+from kernels.step_launch import NOTHING_AROUND, config_of, constants, tile_widths, together
+from kernels.step_triton import step_kernel
+from tests.kernels.cases_layer_step import CONVOLVED, DECAYS, FORMS
 from tests.kernels.offline import Resources, compile_sm90
 
+WIDE = (
+    "decay_bias", "log_rate", "taps", "conv_bias", "tail", "new_tail", "sums", "new_sums", "skip", "norm_weight", "norm_bias",
+    "raw",
+)  # fmt: skip
 STATES = {"fp32": "*fp32+", "bf16": "*bf16+", "fp16": "*fp16+"}
 
 
-def compile_step(k_dim: int, v_dim: int, gate: int, *, delta: bool, state: str, rank_one: bool = False) -> Resources:
-    """One specialisation, with 16-bit inputs."""
-    keys, values = tile_widths(k_dim, v_dim)
+def compile_kernel(
+    form: StepForm, flags: dict[str, Any], k_dim: int, v_dim: int, *, state: str = "fp32", group: int = 1
+) -> Resources:
+    """One specialisation, with 16-bit inputs and fp32 weights."""
+    config = config_of(form, k_dim, v_dim)
+    keys, values = tile_widths(k_dim, v_dim, config)
+    flags = constants(form, NOTHING_AROUND, 0, None, None) | flags
+    wait = together(form, -(-v_dim // values), group, taps=flags["TAPS"] > 1)
     runtime = {p.name: p.annotation_type or "*bf16+" for p in step_kernel.params if not p.is_constexpr}
-    runtime |= {"gate": "*fp32+", "beta": "*fp32+", "old": STATES[state], "new": STATES[state]}
-    constants = {"K": k_dim, "V": v_dim, "BK": keys, "BV": values, "GATE": gate, "DELTA": delta, "RANK_ONE": rank_one}
-    arguments = runtime | constants
-    return compile_sm90(step_kernel, {name: arguments[name] for name in step_kernel.arg_names}, warps=CONFIG.warps)
+    runtime |= dict.fromkeys(WIDE, "*fp32+") | {"old": STATES[state], "new": STATES[state], "arrived": "*i32+"}
+    arguments = runtime | flags | {"K": k_dim, "V": v_dim, "BK": keys, "BV": values, "TOGETHER": wait}
+    options = {} if config.registers is None else {"maxnreg": config.registers}
+    return compile_sm90(step_kernel, {name: arguments[name] for name in step_kernel.arg_names}, warps=config.warps, **options)
+
+
+def compile_step(k_dim: int, v_dim: int, gate: int, *, delta: bool, state: str, rank_one: bool = False) -> Resources:
+    """The bare recurrence."""
+    return compile_kernel(StepForm(), {"GATE": gate, "DELTA": delta, "RANK_ONE": rank_one}, k_dim, v_dim, state=state)
+
+
+def compile_form(name: str, k_dim: int, v_dim: int) -> Resources:
+    """A layer's step, with all that the layer has around it."""
+    form, ssd = FORMS[name], name == "mamba2"
+    flags = {
+        "GATE": {None: 0, 1: 1, 2: 1, 3: 2}[DECAYS.get(name)],
+        "DELTA": form.open_beta,
+        "TAPS": 4 if name in CONVOLVED and name != "bare" else 0,
+        "CONV_BIAS": ssd,
+        "SKIP": ssd,
+        "NORM_WEIGHT": form.norm in ("rms", "layer", "row"),
+        "NORM_BIAS": name == "retention",
+    }
+    return compile_kernel(form, flags, k_dim, v_dim, group=16 if ssd else 1)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "kda", "mamba2", "retention"])
+def test_a_layer_fits(name: str):
+    assert compile_form(name, 64, 64).spilled == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [(16, 16), (60, 100), (128, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("name", list(FORMS))
+def test_every_layer_compiles(name: str, widths: tuple[int, int]):
+    used = compile_form(name, *widths)
+    assert used.spilled <= (256 if config_of(FORMS[name], *widths).registers else 0)  # fewer registers for a second program
 
 
 @pytest.mark.parametrize(("gate", "delta"), [(0, False), (1, True), (2, True)])

@@ -25,9 +25,8 @@ def compile_kernel(name, k_dim, v_dim, dtype, config=None, **flags):
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | dict.fromkeys(("entering", "leaving"), DTYPES[wide][0])
     tile = min(launch.VALUE_TILE, product_width(v_dim, dtype)) if name in ("forward", "state") else product_width(v_dim, dtype)
-    constants = {"K": k_dim, "V": v_dim, "BK": padded(k_dim), "BO": padded(k_dim + 1), "BV": tile}
-    constants |= {"BF": config.rows, "UNIT": 8}
-    constants |= {"BM": config.queries, "BN": config.keys, "BT": config.keys, "NORM": True, "REVERSE": True}
+    constants = {"K": k_dim, "V": v_dim, "BK": padded(k_dim), "BV": tile, "BF": config.rows, "UNIT": 8}
+    constants |= {"BM": config.queries, "BN": config.keys, "BT": config.keys, "NORM": True, "WEIGHTED": True}
     constants |= {"FIRST": False, "LAST": False, "DOT": dot, "WIDE": DTYPES[wide][1], "STAGES": config.stages}
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps, maxnreg=config.registers)

@@ -1,0 +1,159 @@
+"""Launches the Hopper kernels of the delta rule, where they fit: descriptors, segments of long sequences."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kernels.walk import _triton_dtype, padded
+
+if TYPE_CHECKING:
+    from kernels.delta import Config, Kept, Launch
+
+CHUNK = 64
+"""Tokens of a chunk, which are the rows of one product of a warp group."""
+WIDTH = 128
+"""The widest heads that fit on chip."""
+SHORTEST = 8
+"""Chunks of a segment that are worth a walk of its own."""
+ALIGNED = 8
+"""16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
+
+
+def fit(k_dim: int, *rows: Tensor) -> bool:
+    """Whether the Hopper walks take these rows of queries, keys and values (or gradients of outputs)."""
+    first = rows[0]
+    if not first.is_cuda or torch.cuda.get_device_capability(first.device)[0] != 9:
+        return False
+    if first.dtype not in (torch.float16, torch.bfloat16) or any(x.dtype != first.dtype for x in rows):
+        return False
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(3) == 1 and all(s > 0 and s % ALIGNED == 0 for s in x.stride()[:3]) for x in rows
+    )
+    return aligned and all(width <= WIDTH and width % ALIGNED == 0 for width in (k_dim, rows[-1].shape[3]))
+
+
+@cache
+def _layout(width: int, rank: int) -> Any:
+    from kernels.delta_hopper import shared_layout
+
+    return shared_layout(width, rank)
+
+
+def _described(x: Tensor, block: list[int]) -> Any:
+    """What the tensor memory accelerator has to know of a tensor that it moves in blocks."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(block[-1], len(block)))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segments_of(walks: int, chunks: int, device: torch.device) -> int:
+    """Segments of each sequence that fill the multiprocessors, unless they would be short."""
+    return max(1, min(multiprocessors(device) // walks, chunks // SHORTEST))
+
+
+def _forward_plan(walks: int, kept: Kept, wide: bool) -> tuple[int, int]:
+    """Segments of the forward walk and columns of the values that a program takes, as measured on an H200.
+
+    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay.
+    """
+    device, chunks = kept.couplings.device, kept.couplings.shape[2]
+    free = multiprocessors(device) // walks
+    segments = segments_of(walks, chunks, device) if free >= (8 if wide else 2) else 1
+    return segments, CHUNK if segments > 1 or (wide and free < 4) else 32
+
+
+def _split(kept: Kept, segments: int) -> tuple[int, int]:
+    """Segments of a sequence, none of them empty, and the chunks of each but the last."""
+    chunks = kept.couplings.shape[2]
+    span = -(-chunks // segments)
+    return -(-chunks // span), span
+
+
+def _carried(
+    walk: Any, operands: tuple[Any, ...], given: Tensor | None, like: Tensor, heads: int, counts: tuple[int, ...], constants: dict
+) -> Tensor:
+    """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
+    from kernels import delta_hopper_carry
+
+    batch, segments = like.shape[0], counts[3]
+    k_dim, v_dim, tile = constants["K"], constants["V"], constants["BV"]
+    tiles = -(-v_dim // tile) + -(-k_dim // tile)
+    ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * tile, dtype=torch.float32)
+    states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
+    start = ends if given is None else given
+    walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
+    )
+    return states
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, _: Launch,
+    *, gated: bool, return_state: bool, keep: bool,
+) -> None:  # fmt: skip
+    """The forward walk on Hopper; writes o, last, and what is kept."""
+    from kernels import delta_hopper, delta_hopper_carry
+
+    batch, length, heads, v_dim = v.shape
+    k_dim = k.shape[3]
+    segments, tile = _forward_plan(batch * heads, kept, max(k_dim, v_dim) > CHUNK)
+    wide, tile = max(padded(k_dim), CHUNK), min(tile, max(32, padded(v_dim)))
+    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
+    queries, keys, values, out = _described(q, of_keys), _described(k, of_keys), _described(v, of_values), _described(o, of_values)
+    couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
+    errors, states = out, out
+    if keep:
+        errors, states = _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])
+    segments, span = _split(kept, segments)
+    counts = (length, heads, heads // k.shape[2], segments, span)
+    constants = {"K": k_dim, "V": v_dim, "BK": wide, "BV": tile, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
+    if segments > 1:
+        more = constants | {"FIRST": first is not None, "num_warps": 4}
+        operands = (keys, values, couplings, beta, kept.decays)
+        first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
+    delta_hopper.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
+        queries, keys, values, couplings, out, errors, states, beta, kept.decays, v if first is None else first, last, *counts,
+        **constants, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(
+    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...],
+    dfirst: Tensor | None, _: Config, *, gated: bool,
+) -> None:  # fmt: skip
+    """All gradients on Hopper in one walk; writes `grads` (dq, dk, dv, dbeta, dgates) and dfirst."""
+    from kernels import delta_hopper_backward, delta_hopper_carry
+
+    batch, length, heads, v_dim = do.shape
+    k_dim = k.shape[3]
+    width = max(padded(k_dim), padded(v_dim), CHUNK)
+    of_rows = [1, CHUNK, 1, width]
+    dq, dk, dv, dbeta, dgates = grads
+    couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
+    segments, span = _split(kept, segments_of(batch * heads, kept.couplings.shape[2], do.device))
+    counts = (length, heads, heads // k.shape[2], segments, span)
+    constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
+    if segments > 1:
+        wide, tile = max(padded(k_dim), CHUNK), min(CHUNK, max(32, padded(v_dim)))
+        of_keys = [1, CHUNK, 1, wide]
+        operands = (_described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, tile]), couplings)
+        more = constants | {"BK": wide, "BV": tile, "DLAST": dlast is not None, "num_warps": 4}
+        operands = (*operands, beta, kept.decays)
+        dlast = _carried(delta_hopper_carry.reverse_carry_kernel, operands, dlast, do, heads, counts, more)
+    delta_hopper_backward.backward_kernel[(batch * heads * segments,)](
+        *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
+        couplings, *(_described(x, of_rows) for x in (dq, dk, dv)),
+        beta, kept.decays, do if dlast is None else dlast, dbeta, dgates, do if dfirst is None else dfirst, *counts,
+        **constants, D=width, GATE_GRAD=dgates.numel() > 0, FIRST=dfirst is not None, DLAST=dlast is not None, num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""Runs Gluon kernels for Hopper as Python on torch tensors, for Triton's interpreter knows no Gluon.
+
+A program is followed by one thread, so barriers between threads are beyond it. What it does follow is time: a copy into
+shared memory arrives when its barrier is waited for, a copy out of it and a product read when they are waited for, and what
+is written by threads is seen by neither before a fence. Shared memory starts as NaN, and so does a buffer that a copy is on
+its way to: whoever reads too early or writes too early is found by a wrong result.
+"""
+
+from __future__ import annotations
+
+import types
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+
+class Pointer:
+    """An address in a flat tensor, or a tensor of addresses."""
+
+    def __init__(self, flat: Tensor, at: Any = 0):
+        self.flat, self.at = flat, at
+        self.dtype = types.SimpleNamespace(element_ty=flat.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.flat, self.at + offset)
+
+    def __sub__(self, offset: Any) -> Pointer:
+        return Pointer(self.flat, self.at - offset)
+
+
+@dataclass
+class Descriptor:
+    """What `tma` moves blocks of."""
+
+    base: Tensor
+    block: list[int]
+
+    def inside(self, coordinates: list[Any], block: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of the tensor that a block covers, and that part of the block."""
+        starts = [int(c) for c in coordinates]
+        assert all(start >= 0 for start in starts), coordinates
+        limits = zip(starts, self.block, self.base.shape, strict=True)
+        stops = [max(start, min(start + size, limit)) for start, size, limit in limits]
+        spans = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        part = block.view(self.block)[tuple(slice(0, stop - start) for start, stop in zip(starts, stops, strict=True))]
+        return self.base[tuple(spans)], part
+
+
+class Shared:
+    """A view of shared memory; `unfenced` is common to all views of an allocation."""
+
+    def __init__(self, x: Tensor, unfenced: set[int]):
+        self.x, self.unfenced = x, unfenced
+
+    def index(self, i: Any) -> Shared:
+        return Shared(self.x[int(i)], self.unfenced)
+
+    def permute(self, order: list[int]) -> Shared:
+        return Shared(self.x.permute(order), self.unfenced)
+
+    def load(self, _: Any) -> Tensor:
+        return self.x.clone()
+
+    def store(self, x: Tensor) -> None:
+        self.x.copy_(x)
+        self.unfenced.add(self.x.untyped_storage().data_ptr())
+
+    def of_accelerators(self) -> Tensor:
+        """The memory as tensor cores and copies see it."""
+        assert self.x.untyped_storage().data_ptr() not in self.unfenced, "read by an accelerator before a fence"
+        return self.x
+
+
+@dataclass
+class Barrier:
+    """Counts bytes; copies wait in it for the thread that waits."""
+
+    expected: int = 0
+    phase: int = 0
+    copies: list[Any] = field(default_factory=list)
+
+
+class Program:
+    """The built-in functions of one program, as modules `gl`, `tma`, `mbarrier` and the functions beside them."""
+
+    def __init__(self, index: int):
+        self.unfenced: set[int] = set()
+        self.products: list[dict[str, Any]] = []
+        self.stores: list[Any] = []
+        numbers = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32}
+        self.gl = types.SimpleNamespace(
+            **numbers,
+            constexpr=None,
+            program_id=lambda _: torch.tensor(index),
+            arange=lambda start, stop, _=None: torch.arange(start, stop),
+            zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=torch.float64),
+            where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
+            minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+            maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+            exp2=torch.exp2,
+            sum=lambda x, axis: x.sum(axis),
+            convert_layout=lambda x, _: x,
+            static_range=range,
+            load=self.load,
+            store=self.store,
+            allocate_shared_memory=self.allocate,
+            **dict.fromkeys(
+                ("SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SwizzledSharedLayout"),
+                lambda *_, **__: None,
+            ),
+        )
+        self.tma = types.SimpleNamespace(
+            async_copy_global_to_shared=self.copy_in, async_copy_shared_to_global=self.copy_out, store_wait=self.store_wait
+        )
+        self.mbarrier = types.SimpleNamespace(
+            init=lambda bar, count: None, expect=self.expect, wait=self.wait, MBarrierLayout=lambda: "barrier"
+        )
+
+    @staticmethod
+    def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
+        at = torch.as_tensor(where.at)
+        mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
+        return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
+
+    @staticmethod
+    def store(where: Pointer, x: Tensor, mask: Tensor) -> None:
+        at, mask, x = torch.broadcast_tensors(where.at, mask, x)
+        where.flat[at[mask]] = x[mask].to(where.flat.dtype)
+
+    def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:
+        if layout == "barrier":
+            bars = [Barrier() for _ in range(shape[0])]
+            return types.SimpleNamespace(index=bars.__getitem__)
+        return Shared(torch.full(shape, float("nan"), dtype=torch.float64), self.unfenced)
+
+    def fence(self) -> None:
+        self.unfenced.clear()
+
+    @staticmethod
+    def expect(bar: Barrier, size: int) -> None:
+        assert not bar.expected, "two phases at once"
+        bar.expected = size
+
+    @staticmethod
+    def copy_in(source: Descriptor, at: list[Any], bar: Barrier, target: Shared) -> None:
+        target.x.fill_(float("nan"))
+        bar.copies.append((source, at, target))
+
+    @staticmethod
+    def wait(bar: Barrier, phase: Any) -> None:
+        assert int(phase) == bar.phase % 2, "waits for another phase"
+        assert bar.expected == sum(2 * target.x.numel() for *_, target in bar.copies), "bytes"
+        for source, at, target in bar.copies:
+            target.x.zero_()
+            part, block = source.inside(at, target.x)
+            block.copy_(part)
+        bar.copies, bar.expected, bar.phase = [], 0, bar.phase + 1
+
+    def copy_out(self, target: Descriptor, at: list[Any], source: Shared) -> None:
+        self.stores.append((target, at, source.of_accelerators()))
+
+    def store_wait(self, pending: int) -> None:
+        assert pending == 0
+        for target, at, source in self.stores:
+            part, block = target.inside(at, source)
+            part.copy_(block)
+        self.stores = []
+
+    def product(self, a: Any, b: Shared, sums: Any, *, use_acc: bool = True, is_async: bool = False) -> dict[str, Any]:
+        assert is_async
+        operands = [x.of_accelerators() if isinstance(x, Shared) else x for x in (a, b)]
+        self.products.append({"operands": operands, "sums": sums if use_acc else None, "done": None})
+        return self.products[-1]
+
+    def products_wait(self, pending: int, results: list[Any]) -> Any:
+        while len(self.products) > pending:
+            one = self.products.pop(0)
+            sums = one["sums"]
+            sums = sums["done"] if isinstance(sums, dict) else sums
+            made = one["operands"][0] @ one["operands"][1]
+            one["done"] = made if sums is None else made + sums
+        values = [x["done"] if isinstance(x, dict) and x["done"] is not None else x for x in results]
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+class OnCpu:
+    """A Gluon kernel that is launched like the real one; its functions are those of the modules."""
+
+    def __init__(self, kernel: Any, modules: tuple[types.ModuleType, ...]):
+        self.kernel, self.modules = kernel, modules
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def run(*arguments: Any, **constants: Any) -> None:
+            named = {name: _argument(x) for name, x in zip(self.kernel.arg_names, arguments, strict=False)}
+            named |= {name: x for name, x in constants.items() if name in self.kernel.arg_names} | {"DOT": torch.float64}
+            for index in range(grid[0]):
+                self._run(Program(index), named)
+
+        return run
+
+    def _run(self, program: Program, arguments: dict[str, Any]) -> None:
+        names = {
+            "gl": program.gl, "tma": program.tma, "mbarrier": program.mbarrier, "fence_async_shared": program.fence,
+            "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait,
+        }  # fmt: skip
+        compiled = [(name, x.fn) for module in self.modules for name, x in vars(module).items() if callable(getattr(x, "fn", None))]
+        with ExitStack() as patches:
+            for module in self.modules:
+                for name, x in (names | dict(compiled)).items():
+                    if hasattr(module, name):
+                        patches.enter_context(patch.object(module, name, x))
+            self.kernel.fn(**arguments)
+        assert not program.stores, "a copy that nobody waited for"
+        assert not program.products, "a product that nobody waited for"
+
+
+def _argument(x: Any) -> Any:
+    """What a kernel makes of an argument."""
+    if isinstance(x, Tensor):
+        return Pointer(x.view(-1))
+    return torch.tensor(x) if isinstance(x, int) else x

@@ -1,0 +1,45 @@
+"""The delta rule's Hopper kernels, followed on the CPU, against the token loop in fp64: outputs, states and gradients."""
+
+import pytest
+
+from kernels import delta, delta_hopper, delta_hopper_backward, delta_hopper_carry, delta_hopper_launch
+from kernels.dispatch import use_backend
+from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from tests.kernels.interpreted_delta_rule import assert_equal
+from tests.kernels.oracle import poisoned
+
+KERNELS = (
+    (delta_hopper, ("forward_kernel",)),
+    (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
+    (delta_hopper_backward, ("backward_kernel",)),
+)
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch):
+    modules = tuple(module for module, _ in KERNELS)
+    for module, names in KERNELS:
+        for name in names:
+            monkeypatch.setattr(module, name, OnCpu(getattr(module, name), modules))
+    monkeypatch.setattr(delta, "FP32", delta.SIXTEEN_BIT)
+    monkeypatch.setattr(delta_hopper_launch, "_described", Descriptor)
+    monkeypatch.setattr(delta_hopper_launch, "fit", lambda *_: True)
+    monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: 1)
+    with use_backend("triton"), poisoned():
+        yield
+
+
+# batch, length, groups, heads, key width, value width
+@pytest.mark.parametrize("shape", [(1, 66, 1, 2, 16, 40), (1, 130, 1, 1, 72, 96)], ids=str)
+@pytest.mark.parametrize("gate", ["none", "constant", "strong"])
+def test_equals_the_token_loop(shape, gate):
+    assert_equal(shape, gate, state=gate != "constant")
+
+
+@pytest.mark.parametrize(("length", "segments"), [(130, 2), (200, 4)])
+@pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
+def test_segments(monkeypatch, length, segments, gate, state):
+    """The last segment is shorter; with more than two, states are carried over whole ones."""
+    monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
+    assert_equal((1, length, 1, 1, 24, 40), gate, state=state)

@@ -1,0 +1,181 @@
+"""Every door of the kernels refuses what it cannot take, naming the argument, before a form is picked: one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.adamw import adamw_step
+from kernels.attention import banded_attention
+from kernels.conv import long_conv, short_conv, short_conv_step
+from kernels.cross_entropy import labelled_cross_entropy
+from kernels.distillation import distillation_rows
+from kernels.dplr import dplr_recurrence
+from kernels.gated_conv import gated_conv
+from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
+from kernels.labelled_head import labelled_head
+from kernels.layer_step import Apart, Conv, Packed, layer_step
+from kernels.recurrence import linear_recurrence, normalized_recurrence
+from kernels.scan import scan, selective_scan
+from kernels.step import recurrent_step
+from kernels.step_form import StepForm
+from kernels.taylor import n_features, taylor_attention
+
+B, T, H, K, V, D, N, J = 2, 5, 2, 4, 3, 6, 4, 3
+
+
+class Door(NamedTuple):
+    """A function of tensors, and those by the names that messages use."""
+
+    call: Callable[..., Any]
+    tensors: dict[str, Tensor]
+
+
+def r(*size: int) -> Tensor:
+    return torch.randn(size)
+
+
+def qkv(*axes: int) -> dict[str, Tensor]:
+    return {"q": r(*axes, K), "k": r(*axes, K), "v": r(*axes, V)}
+
+
+def packed_step(*given: Tensor) -> object:
+    state, x, taps, bias, tail, decay, decay_bias, log_rate, beta, norm_weight, gate, skip = given
+    named = {"beta_BH": beta, "norm_weight": norm_weight, "gate_BE": gate, "skip_H": skip}
+    rate = {"decay": decay, "decay_bias": decay_bias, "log_rate_H": log_rate}
+    form = StepForm(decay="rate", open_beta=True, norm="rms")
+    return layer_step(Packed(x, (0, H * K, 2 * H * K)), state, form, conv=Conv(taps, bias, tail), **named, **rate)
+
+
+def linear(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, state: Tensor | None = None) -> object:
+    return linear_recurrence(q, k, v, log_decay=log_decay, beta_BTH=beta, state_BHKV=state)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor, beta: Tensor, a: Tensor, b: Tensor) -> object:
+    return recurrent_step(q, k, v, state, log_decay=log_decay, beta_BH=beta, rank_one=(a, b))
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, start: Tensor, sink_k: Tensor, sink_v: Tensor) -> object:
+    return banded_attention(q, k, v, window=3, start_B=start, sink_kv=(sink_k, sink_v))
+
+
+C = 2 * H * K + H * V
+SCANNED = {"x": r(B, T, D), "dt": r(B, T, D).abs(), "rate": r(D, N).abs(), "b": r(B, T, N), "c": r(B, T, N), "state": r(B, D, N)}
+AROUND = {
+    "state": r(B, H, K, V), "x": r(B, C), "taps": r(C, J), "bias": r(C), "tail": r(B, J - 1, C), "decay": r(B, H),
+    "decay_bias": r(H), "log_rate": r(H), "beta": r(B, H), "norm_weight": r(V), "gate": r(B, H * V), "skip": r(H),
+}  # fmt: skip
+STEP = {"state": r(B, H, K, V), "log_decay": -r(B, H).abs(), "beta": r(B, H).sigmoid(), "a": r(B, H, K), "b": r(B, H, K)}
+TAYLOR = {"state[0]": r(B, H, n_features(K), V), "state[1]": r(B, H, n_features(K))}
+SINKS = {"start": torch.ones(B, dtype=torch.long), "sink_kv[0]": r(B, H, 1, K), "sink_kv[1]": r(B, H, 1, V)}
+MOMENTS = {name: torch.ones(B, V) for name in ("weights", "gradient", "first", "second")}
+LABELS = {"labels": torch.zeros(B, dtype=torch.long)}
+DOORS = {
+    "linear_recurrence": Door(
+        linear, {**qkv(B, T, H), "log_decay": -r(B, T, H).abs(), "beta": r(B, T, H).sigmoid(), "state": r(B, H, K, V)}
+    ),
+    "vector gates": Door(linear, {**qkv(B, T, H), "log_decay": -r(B, T, H, K).abs()}),
+    "normalized_recurrence": Door(
+        lambda q, k, v, *sums: normalized_recurrence(q, k, v, state=sums),
+        {**qkv(B, T, H), "state[0]": r(B, H, K, V), "state[1]": r(B, H, K)},
+    ),
+    "dplr_recurrence": Door(
+        lambda q, k, v, a, b, log_decay, state: dplr_recurrence(q, k, v, a, b, log_decay_BTHK=log_decay, state_BHKV=state),
+        {**qkv(B, T, H), "a": r(B, T, H, K), "b": r(B, T, H, K), "log_decay": -r(B, T, H, K).abs(), "state": r(B, H, K, V)},
+    ),
+    "taylor_attention": Door(lambda q, k, v, *sums: taylor_attention(q, k, v, eps=1e-6, state=sums), {**qkv(B, T, H), **TAYLOR}),
+    "recurrent_step": Door(step, {**qkv(B, H), **STEP}),
+    "layer_step": Door(packed_step, AROUND),
+    "layer_step apart": Door(
+        lambda state, q, k, v, sums: layer_step(Apart(q, k, v), state, StepForm(norm="sums"), sums_BHK=sums),
+        {"state": r(B, H, K, V), **qkv(B, H), "sums": r(B, H, K)},
+    ),
+    "scan": Door(scan, {"a": r(B, T, D), "x": r(B, T, D), "state": r(B, D)}),
+    "selective_scan": Door(selective_scan, SCANNED),
+    "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
+    "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
+    "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
+    "long_conv": Door(long_conv, {"x": r(B, T, D), "filter": r(D, T)}),
+    "banded_attention": Door(banded, {**qkv(B, H, T), **SINKS}),
+    "sparse_attention": Door(lambda q, k, v: sparse_attention(q, k, v, pattern="strided", stride=2), qkv(B, H, T)),
+    "block_attention": Door(
+        lambda q, k, v, chosen: block_attention(q, k, v, chosen, block=2),
+        {**qkv(B, H, T), "chosen": torch.ones(B, H, T, 3, dtype=torch.bool)},
+    ),
+    "decode_attention": Door(
+        decode_attention, {"q": r(B, H, K), "k": r(B, H, T, K), "v": r(B, H, T, V), "seen": torch.ones(B, H, T, dtype=torch.bool)}
+    ),
+    "labelled_cross_entropy": Door(labelled_cross_entropy, {"logits": r(B, V), **LABELS}),
+    "labelled_head": Door(labelled_head, {"h": r(B, D), "weight": r(V, D), **LABELS}),
+    "distillation_rows": Door(partial(distillation_rows, kl=1.0, ce=1.0), {"logits": r(B, V), "teacher": r(B, V), **LABELS}),
+    "adamw_step": Door(partial(adamw_step, weight_decay=0.1), MOMENTS | {"rates": torch.ones(B), "steps": torch.ones(B)}),
+}
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dtype": lambda x: x.float() if not x.is_floating_point() else x.long(),
+    "complex": lambda x: x.to(torch.complex64),
+    "shape": lambda x: torch.cat((x, x), -1),
+    "axes": lambda x: x[None],
+    "transposed": lambda x: x.mT if x.ndim > 1 and x.shape[-1] != x.shape[-2] else x[None],
+    "device": lambda x: x.to("meta"),
+}
+FREE = {(door, "v") for door in ("vector gates", "sparse_attention", "block_attention", "decode_attention")} | {
+    ("labelled_cross_entropy", "logits"),
+    ("long_conv", "filter"),
+    ("gated_conv", "taps"),
+}
+"""Tensors whose last axis may have any length."""
+ROWS = [
+    (door, argument, fault)
+    for door in DOORS
+    for argument in DOORS[door].tensors
+    for fault in FAULTS
+    if fault != "shape" or (door, argument) not in FREE
+]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_good_call_passes(door: str):
+    DOORS[door].call(*(x.clone() for x in DOORS[door].tensors.values()))
+
+
+@pytest.mark.parametrize(("door", "argument", "fault"), ROWS)
+def test_fault_is_named(door: str, argument: str, fault: str):
+    """One sentence that names the argument or what it has to fit, and nothing is picked or launched."""
+    tensors = dict(DOORS[door].tensors)
+    tensors[argument] = FAULTS[fault](tensors[argument])
+    untouched = mock.patch.object(dispatch, "_obstacle", side_effect=AssertionError("a form was picked"))
+    with untouched, pytest.raises(ValueError) as refused:
+        DOORS[door].call(*tensors.values())
+    said = str(refused.value)
+    others = [name for name in DOORS[door].tensors if said.startswith((f"{name} ha", f"{name} is"))]
+    # a wrong last axis may show in a tensor that has to fit
+    assert others and (fault == "shape" or argument in others or f"{argument} " in said), said
+    assert any(words in said for words in ("it is", "it must be", "must be", "move them", "needs", "takes", "it has", "divide")), (
+        said
+    )
+
+
+EMPTY = (
+    "linear_recurrence",
+    "vector gates",
+    "dplr_recurrence",
+    "taylor_attention",
+    "selective_scan",
+    "short_conv",
+    "long_conv",
+    "scan",
+)
+
+
+@pytest.mark.parametrize("door", EMPTY)
+def test_no_tokens(door: str):
+    tensors = {name: x[:, :0] if x.ndim > 2 and x.shape[:2] == (B, T) else x for name, x in DOORS[door].tensors.items()}
+    with pytest.raises(ValueError, match=r"has shape \(2, 0, .*none of them 0|has no tokens"):
+        DOORS[door].call(*tensors.values())
