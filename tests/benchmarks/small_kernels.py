@@ -24,7 +24,15 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels import conv_triton, cross_entropy_triton, long_conv_triton, scan_operator, scan_triton, selective_scan_triton
+from kernels import (
+    conv_triton,
+    cross_entropy_triton,
+    long_conv_triton,
+    scan_operator,
+    scan_segments_triton,
+    scan_triton,
+    selective_scan_triton,
+)
 from kernels.attention import attention, attention_reference, band_mask, banded_attention
 from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
@@ -134,7 +142,7 @@ SWEEPS: dict[str, list[tuple[tuple[ModuleType, ...], dict[str, int]]]] = {
         for columns, warps, turned in ((64, 4, 64), (128, 4, 64), (128, 8, 64), (256, 8, 128))
     ],
     "selective_scan": [((selective_scan_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
-    "scan": [((scan_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
+    "scan": [((scan_triton, scan_segments_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
 }
 
 

@@ -118,7 +118,7 @@ def size_of_terms(tensors: dict[str, torch.Tensor], *, state: bool) -> float:
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (128, 128), (128, 64)])
 def test_segments_of_long_rows(k_dim: int, v_dim: int, gate: str) -> None:
     shape = (1, 1600, 1, 2, k_dim, v_dim)
-    assert n_segments(2, 1600, shared=True) == 3
+    assert n_segments(torch.empty(1, 1600, 1, k_dim), torch.empty(1, 1600, 2, v_dim)) == 3
     tensors = draw(shape, gate, torch.bfloat16, state=True)
     exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     with use_backend("triton"):
@@ -190,9 +190,10 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import walk_gradients_triton, walk_triton
+    from kernels import walk_forward_triton, walk_gradients_triton
 
-    kernels = (walk_triton.forward_kernel, walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
+    gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
+    kernels = (walk_forward_triton.forward_kernel, *gradients)
 
     def run(batch: int, length: int, heads: int) -> None:
         q, k, v = (torch.randn(batch, length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -202,7 +203,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         o.float().sum().backward()
 
     def compiled() -> int:
-        return sum(len(cache[0]) for kernel in kernels for cache in [kernel.device_caches[0]])
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
 
     run(2, 64, 2)
     before = compiled()
