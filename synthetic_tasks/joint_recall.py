@@ -2,7 +2,8 @@
 
 Against the published task (`joint_recall_hax`): answers are hidden; queries are drawn with replacement; tables are balanced,
 so that every value occurs once for each context and once for each key and bags of values tell nothing; symbols are random
-subsets of larger alphabets; contexts may have several levels.
+subsets of larger alphabets; contexts may have several levels. Training tables are not balanced: in a balanced one neither context
+nor key alone says anything about the value, so nothing pulls a model towards binding them (docs/task_figures.md).
 Shape legend: N examples, T length, n symbols of each level and values, d levels (contexts, then the key), Q queries.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from math import comb, lgamma, log, log2
 from typing import Literal
 
@@ -23,6 +25,8 @@ from synthetic_tasks._latin import latin_tables, log2_squares
 from synthetic_tasks._metrics import accuracy, binding_gain, measured
 
 BOS, SEP, MASK, FIRST = 1, 2, 3, 4
+TRAINED = "trained"
+"""Axis of the training split's cells, whose tables may be of another kind."""
 
 
 @task("joint_recall", suite="recall")
@@ -39,7 +43,9 @@ class JointRecall(Task):
         valid_cells: the same for the validation split, which otherwise has the cells of the test split.
         test_cells: the same for the test split.
         levels: order d of the binding: 1 is a plain dictionary, 2 context and key, 3 two contexts and key.
-        tables: "latin" is balanced; "iid" draws entries independently, which leaves the marginal solver far above chance.
+        tables: of validation and test: "latin" is balanced; "iid" draws entries independently, which leaves the marginal solver
+            far above chance.
+        train_tables: the same for the training split.
         alphabet: symbols of each level to choose from.
         value_alphabet: values to choose from.
     """
@@ -52,6 +58,7 @@ class JointRecall(Task):
         test_cells: str = "2x8:500+4x16:500+6x16:500+8x16:500",
         levels: int = 2,
         tables: Literal["latin", "iid"] = "latin",
+        train_tables: Literal["latin", "iid"] = "iid",
         alphabet: int = 32,
         value_alphabet: int = 16,
     ) -> None:
@@ -60,6 +67,8 @@ class JointRecall(Task):
         if not 1 <= levels <= 3:
             raise ValueError(f"levels={levels} is not supported; use 1 (a dictionary), 2 (context and key) or 3 (two contexts)")
         self._cells = parse_splits(("size", "queries"), train=train_cells, valid=valid_cells, test=test_cells, length=self._length)
+        self._cells["train"] = tuple(replace(cell, axes={**cell.axes, TRAINED: 1}) for cell in self._cells["train"])
+        self.train_tables = train_tables
         for cell in itertools.chain(*self._cells.values()):
             if cell.axes["size"] > min(alphabet, value_alphabet):
                 raise ValueError(
@@ -87,7 +96,7 @@ class JointRecall(Task):
         """See `Task.sample`."""
         size, queries = int(cell.axes["size"]), int(cell.axes["queries"])
         shape = (examples, *[size] * self.levels)
-        table = latin_tables(rng, examples, size, self.levels) if self.tables == "latin" else rng.integers(0, size, shape)
+        table = latin_tables(rng, examples, size, self.levels) if self._balanced(cell) else rng.integers(0, size, shape)
         values = FIRST + distinct(rng, examples, size, self.value_alphabet)
         symbols = np.stack([distinct(rng, examples, size, self.alphabet) + self._first(d) for d in range(self.levels)], axis=1)
         asked = rng.integers(0, size, size=(examples, queries, self.levels))
@@ -110,6 +119,9 @@ class JointRecall(Task):
         targets[mask] = np.take_along_axis(values, answers, axis=1).ravel()
         batch = Batch(inputs, targets, mask)
         return Batch(inputs, targets, mask, {"conflict": mask & (self.shortcuts(batch)["marginals"] != targets)})
+
+    def _balanced(self, cell: Cell) -> bool:
+        return (self.train_tables if TRAINED in cell.axes else self.tables) == "latin"
 
     def _first(self, level: int) -> int:
         """First token id of a level's alphabet."""
@@ -193,7 +205,7 @@ class JointRecall(Task):
         n = int(cell.axes["size"])
         subsets = self.levels * log2(comb(self.alphabet, n)) + log2(comb(self.value_alphabet, n))
         factorial = lgamma(n + 1) / log(2)
-        if self.tables == "iid":
+        if not self._balanced(cell):
             return subsets + n**self.levels * log2(n)
         return subsets + (factorial if self.levels == 1 else (self.levels - 1) * log2_squares(n) - (self.levels - 2) * factorial)
 
