@@ -15,7 +15,8 @@ instead of bf16 weights. The repaired task has the same sizes, 16 hidden-answer 
 
 Published accuracy, one seed: base 36.6, window 70.6, key selection 60.1, HAX 74.3, twice the width 59.2; full attention is not
 reported. Expect some seeds of each row to solve the published task and others not to, since at this budget a mean counts
-transitions, and all rows to stay at the in-context guess on the repaired one. A solver that does not bind context with key
+transitions; on the repaired one all rows stayed at the in-context guess when its training tables were balanced, and the rows
+have not been trained on independent ones, the default since. A solver that does not bind context with key
 scores 77 to 94 on these tables (81 on the published grid), so below that an accuracy proves no binding, and the "conflict"
 labels and the repaired task decide. Measured: docs/task_figures.md.
 """
