@@ -74,3 +74,10 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 @pytest.fixture
 def teacher():
     return tiny().requires_grad_(False)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
