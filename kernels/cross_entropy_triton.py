@@ -26,10 +26,8 @@ def block_and_warps(n_classes: int) -> tuple[int, int]:
 
 
 @triton.jit
-def cross_entropy_forward(logits_ptr, labels_ptr, loss_ptr, predicted_ptr, logsumexp_ptr, n_classes, ignored, BLOCK: tl.constexpr):
-    """Walks one row, carrying its maximum, the class that has it, and the sum of exponentials below it."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * n_classes
+def _walk_row(row_ptr, n_classes, BLOCK: tl.constexpr):
+    """A row's maximum, the class that has it, and the sum of exponentials below it."""
     peak = float("-inf")
     predicted = 0
     total = 0.0
@@ -43,6 +41,15 @@ def cross_entropy_forward(logits_ptr, labels_ptr, loss_ptr, predicted_ptr, logsu
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2((peak - shift) * LOG2_E) + tl.sum(tl.exp2((x_V - shift) * LOG2_E), axis=0)
         peak = higher
+    return peak, predicted, total
+
+
+@triton.jit
+def cross_entropy_forward(logits_ptr, labels_ptr, loss_ptr, predicted_ptr, logsumexp_ptr, n_classes, ignored, BLOCK: tl.constexpr):
+    """Loss, prediction and the log of the sum of exponentials of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * n_classes
+    peak, predicted, total = _walk_row(row_ptr, n_classes, BLOCK)
     above_peak = tl.log(total)
     label = tl.load(labels_ptr + row)
     exists = (label >= 0) & (label < n_classes)
@@ -79,18 +86,7 @@ def cross_entropy_in_place(logits_ptr, labels_ptr, loss_ptr, predicted_ptr, n_cl
     label = tl.load(labels_ptr + row)
     exists = (label >= 0) & (label < n_classes)
     own = tl.load(row_ptr + label, mask=exists, other=float("nan")).to(tl.float32)
-    peak = float("-inf")
-    predicted = 0
-    total = 0.0
-    for start in range(0, n_classes, BLOCK):
-        column_V = start + tl.arange(0, BLOCK)
-        x_V = tl.load(row_ptr + column_V, mask=column_V < n_classes, other=float("-inf")).to(tl.float32)
-        block_peak, place = tl.max(x_V, axis=0, return_indices=True)
-        predicted = tl.where(block_peak > peak, start + place, predicted)
-        higher = tl.maximum(peak, block_peak)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2((peak - shift) * LOG2_E) + tl.sum(tl.exp2((x_V - shift) * LOG2_E), axis=0)
-        peak = higher
+    peak, predicted, total = _walk_row(row_ptr, n_classes, BLOCK)
     logsumexp = peak + tl.log(total)
     labelled = label != ignored
     tl.store(loss_ptr + row, tl.where(labelled, logsumexp - own, 0.0))
