@@ -7,11 +7,12 @@ new state. Shape legend: B batch, T time, D width, H query heads, G key heads (G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench.convert.fit import LONG
 from kernels.attention import banded_attention
@@ -144,7 +145,8 @@ class MixerBranch(nn.Module):
     Args:
         mixer: one that offers `mix`.
         readers: query heads that read one state. The state depends on keys, values and the layer's input alone, so it is the
-            same for all of them: each reads it as a row of a larger batch, and one of the equal states is kept.
+            same for all of them: each reads it as a row of a larger batch, and one of the equal states is kept. What the
+            mixer makes of the layer's input it makes once; only the result, a few numbers a head, is repeated.
     """
 
     def __init__(self, mixer: Mixer, *, readers: int = 1) -> None:
@@ -153,6 +155,9 @@ class MixerBranch(nn.Module):
             if hasattr(mixer, name):
                 delattr(mixer, name)
         self.mixer, self.readers = mixer, readers
+        for name in mixer.input_maps if readers > 1 else ():
+            if (part := getattr(mixer, name)) is not None:
+                part.register_forward_hook(lambda _, args, output: output.repeat_interleave(readers, 0))
 
     def forward(
         self,
@@ -167,7 +172,7 @@ class MixerBranch(nn.Module):
         n_heads, batch = q_BHTK.shape[1], len(x_BTD)
         if self.readers > 1:
             q_BHTK = q_BHTK.unflatten(1, (-1, self.readers)).transpose(1, 2).flatten(0, 1)
-            k_BGTK, v_BGTK, x_BTD = (a.repeat_interleave(self.readers, 0) for a in (k_BGTK, v_BGTK, x_BTD))
+            k_BGTK, v_BGTK = (a.repeat_interleave(self.readers, 0) for a in (k_BGTK, v_BGTK))
             state = None if state is None else {name: a.repeat_interleave(self.readers, 0) for name, a in state.items()}
         named = {} if rope is None else {"rotate": self._rotation(rope)}
         o_BTE, state = self.mixer.mix(_joined(q_BHTK, k_BGTK, v_BGTK), x_BTD, state, **named)
@@ -196,6 +201,22 @@ def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
     cos, sin = (part[:, None].to(a_BHTK.dtype) for part in rope)
     first, second = a_BHTK.chunk(2, -1)
     return a_BHTK * cos + torch.cat((-second, first), -1) * sin
+
+
+def projected(x_BTD: Tensor, maps: Iterable[nn.Module]) -> tuple[Tensor, ...]:
+    """What each map makes of the same input. In training plain maps are one product: their input is read once, and so is its
+    gradient written; elsewhere joining the weights would cost more than it saves.
+    """
+    given = list(maps)
+    if not (torch.is_grad_enabled() and all(type(one) is nn.Linear for one in given)):
+        return tuple(one(x_BTD) for one in given)
+    linear = cast(list[nn.Linear], given)
+    biases = [one.bias for one in linear]
+    bias = torch.cat([b for b in biases if b is not None]) if all(b is not None for b in biases) else None
+    if bias is None and any(b is not None for b in biases):
+        return tuple(one(x_BTD) for one in given)
+    y = F.linear(x_BTD, torch.cat([one.weight for one in linear]), bias)
+    return y.split([one.out_features for one in linear], -1)
 
 
 def _tokens_first(a_BHTK: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, rotate
+from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, projected, rotate
 from bench.convert.combinations import check_rotation, copied_projections, positive, readers_of
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
 from bench.convert.spec import LayerPlan
@@ -191,7 +191,7 @@ class LinearizedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, K], rotated keys and values [B, G, T, K], then queries and keys without rotation."""
         maps = [getattr(self, name) for name in PROJECTIONS[:3]] if copies is None else copies.values()
-        q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in maps)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected(x_BTD, maps))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         # The kernels scale by K^-1/2; a teacher with another scale has the difference in its queries.

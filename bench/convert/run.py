@@ -22,8 +22,8 @@ from bench.convert.loop import Progress, StageLoop
 from bench.convert.measure import agreement, cache_bytes, referee_rows
 from bench.convert.parameters import choose_parameters
 from bench.convert.plans import kl_kept, layer_plans
-from bench.convert.spec import LayerPlan, Recipe, Stage
 from bench.convert.softmax import training_softmax
+from bench.convert.spec import LayerPlan, Recipe, Stage
 from bench.convert.stage import StageTrainer, products_like_tf32
 from bench.convert.student import build_student
 from bench.errors import UserError
