@@ -204,8 +204,10 @@ def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
 
 
 def projected(x_BTD: Tensor, maps: Iterable[nn.Module]) -> tuple[Tensor, ...]:
-    """What each map makes of the same input. In training plain maps are one product: their input is read once, and so is its
-    gradient written; elsewhere joining the weights would cost more than it saves.
+    """What each map makes of the same input, [B, T, E] each.
+
+    In training plain maps are one product: their input is read once, and its gradient written once. Elsewhere joining the
+    weights would cost more than it saves.
     """
     given = list(maps)
     if not (torch.is_grad_enabled() and all(type(one) is nn.Linear for one in given)):
