@@ -16,6 +16,8 @@ from kernels.sparse_index import Listed
 from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_PACK = 16
+WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
+"""Compile-time arguments of a walk over a band among the keys themselves."""
 
 
 class Config(NamedTuple):
@@ -145,12 +147,34 @@ def backward(
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     config = chosen.key
-    indexed_grad_triton.key_kernel[(k.shape[0] * k.shape[1] * -(-k.shape[2] // config.keys),)](
-        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, dk, dv, *strides[:9], *strides[12:], *sizes,
-        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
-        SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1,
+    constants = _constants(q, k, v, index, start_B, unit, config)
+    compiled = {"num_warps": config.warps, "maxnreg": config.registers}
+    n_index, parts = k.shape[0] * k.shape[1], far_parts(index, config, *sizes[:5:4])
+    far_dk = far_dv = delta
+    if parts:
+        far_dk, far_dv = (delta.new_empty(parts, n_index, index.sinks, width) for width in (k.shape[3], v.shape[3]))
+        indexed_grad_triton.far_kernel[(n_index * -(-index.sinks // config.keys) * parts,)](
+            q, k, v, lse_BHT, dy, delta, far_dk, far_dv, *strides[:9], *strides[12:], *sizes[:7], n_index, parts,
+            **{name: constants[name] for name in WALK}, **compiled,
+        )  # fmt: skip
+    indexed_grad_triton.key_kernel[(n_index * -(-k.shape[2] // config.keys),)](
+        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, far_dk, far_dv, dk, dv,
+        *strides[:9], *strides[12:], *sizes, n_index, parts, **constants, **compiled,
+        SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1, FAR=parts > 0,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def far_parts(index: Band | Listed, config: Config, length: int, pack: int) -> int:
+    """Into how many parts the queries are cut that see sinks from beyond their window.
+
+    A part is no longer than the walk of another tile of keys; 0 without sinks among the keys, or if all queries are no more.
+    """
+    if not isinstance(index, Band) or not index.sinks or index.front or index.past:
+        return 0
+    tokens = config.queries // pack
+    tiles, others = -(-length // tokens), -(-(config.keys + index.window - 1) // tokens) + 1
+    return -(-tiles // others) if tiles > others else 0
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor, index: Band | Listed) -> Configs:
