@@ -148,21 +148,33 @@ def backward(
     )  # fmt: skip
     config = chosen.key
     constants = _constants(q, k, v, index, start_B, unit, config)
-    compiled = {"num_warps": config.warps, "maxnreg": config.registers}
-    n_index, parts = k.shape[0] * k.shape[1], far_parts(index, config, *sizes[:5:4])
-    far_dk = far_dv = delta
-    if parts:
-        far_dk, far_dv = (delta.new_empty(parts, n_index, index.sinks, width) for width in (k.shape[3], v.shape[3]))
-        indexed_grad_triton.far_kernel[(n_index * -(-index.sinks // config.keys) * parts,)](
-            q, k, v, lse_BHT, dy, delta, far_dk, far_dv, *strides[:9], *strides[12:], *sizes[:7], n_index, parts,
-            **{name: constants[name] for name in WALK}, **compiled,
-        )  # fmt: skip
+    walked = (q, k, v, lse_BHT, dy, delta)
+    n_index, parts, *far = _far_gradients(walked, index, (*strides[:9], *strides[12:]), sizes, constants, config)
     indexed_grad_triton.key_kernel[(n_index * -(-k.shape[2] // config.keys),)](
-        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, far_dk, far_dv, dk, dv,
-        *strides[:9], *strides[12:], *sizes, n_index, parts, **constants, **compiled,
+        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, *far, dk, dv,
+        *strides[:9], *strides[12:], *sizes, n_index, parts, **constants, num_warps=config.warps, maxnreg=config.registers,
         SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1, FAR=parts > 0,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _far_gradients(
+    walked: tuple[Tensor, ...], index: Band | Listed, strides: tuple[int, ...], sizes: tuple[int, ...],
+    constants: dict[str, object], config: Config,
+) -> tuple[int, int, Tensor, Tensor]:  # fmt: skip
+    """B G, the number of parts, and the gradients of sinks from queries beyond their window, [parts, B G, sinks, K or V]."""
+    from kernels import indexed_grad_triton
+
+    _, k, v, _, _, delta = walked
+    n_index, parts = k.shape[0] * k.shape[1], far_parts(index, config, sizes[0], sizes[4])
+    if not isinstance(index, Band) or not parts:
+        return n_index, 0, delta, delta
+    dk, dv = (delta.new_empty(parts, n_index, index.sinks, x.shape[3]) for x in (k, v))
+    indexed_grad_triton.far_kernel[(n_index * -(-index.sinks // config.keys) * parts,)](
+        *walked, dk, dv, *strides, *sizes[:7], n_index, parts, **{name: constants[name] for name in WALK},
+        num_warps=config.warps, maxnreg=config.registers,
+    )  # fmt: skip
+    return n_index, parts, dk, dv
 
 
 def far_parts(index: Band | Listed, config: Config, length: int, pack: int) -> int:
