@@ -7,7 +7,7 @@ new state. Shape legend: B batch, T time, D width, H query heads, G key heads (G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ from mixers.linear_attention import LinearAttention
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary position embedding, [B or 1, T, K] each, half-split layout."""
+ALIGNED = 8
+"""Width of a product of 16-bit numbers whose rows all begin where tensor cores can load them."""
 EPS = 1e-6
 """Keeps the quotient finite where no token is older than the window."""
 
@@ -203,22 +205,20 @@ def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
     return a_BHTK * cos + torch.cat((-second, first), -1) * sin
 
 
-def projected(x_BTD: Tensor, maps: Iterable[nn.Module]) -> tuple[Tensor, ...]:
+def projected(x_BTD: Tensor, maps: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """What each map makes of the same input, [B, T, E] each.
 
     In training plain maps are one product: their input is read once, and its gradient written once. Elsewhere joining the
     weights would cost more than it saves.
     """
-    given = list(maps)
-    if not (torch.is_grad_enabled() and all(type(one) is nn.Linear for one in given)):
-        return tuple(one(x_BTD) for one in given)
-    linear = cast(list[nn.Linear], given)
-    biases = [one.bias for one in linear]
-    bias = torch.cat([b for b in biases if b is not None]) if all(b is not None for b in biases) else None
-    if bias is None and any(b is not None for b in biases):
-        return tuple(one(x_BTD) for one in given)
-    y = F.linear(x_BTD, torch.cat([one.weight for one in linear]), bias)
-    return y.split([one.out_features for one in linear], -1)
+    if not torch.is_grad_enabled() or any(type(each) is not nn.Linear for each in maps):
+        return tuple(each(x_BTD) for each in maps)
+    linear = cast("Sequence[nn.Linear]", maps)
+    widths = [each.out_features for each in linear]
+    spare = linear[0].weight.new_zeros(-sum(widths) % ALIGNED, linear[0].in_features)
+    y_BTE = F.linear(x_BTD, torch.cat([*(each.weight for each in linear), spare]))
+    parts = y_BTE.split([*widths, len(spare)], -1)
+    return tuple(y if each.bias is None else y + each.bias.to(y.dtype) for y, each in zip(parts, linear, strict=False))
 
 
 def _tokens_first(a_BHTK: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mixers
-from bench.convert.branches import SharedDenominator, WindowBranch, rotate
+from bench.convert.branches import SharedDenominator, WindowBranch, projected, rotate
 from bench.convert.cache import LinearizedCache
 from bench.convert.decode import Decoder
 from bench.convert.fit import attention_shape
@@ -312,8 +312,8 @@ def test_features_are_rotated_after_the_map(teacher):
     layer = build_student(teacher, [plan] * 2).converted()[0]
     x, position = torch.randn(1, 9, teacher.config.hidden_size), torch.arange(9)[None]
     rope = teacher.model.rotary_emb(x, position)
-    _, _, v, q, k = layer.queries_keys_values(x, rope)
     supra, size = layer.mixer.mixer, layer.head_dim
+    q, k, v = (getattr(layer, name)(x).unflatten(-1, (-1, size)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
     k, v = (a.repeat_interleave(q.shape[1] // a.shape[1], 1) for a in (k, v))
     q, k = (supra.feature_proj(a.transpose(1, 2).flatten(2)).relu().unflatten(-1, (-1, size)).transpose(1, 2) for a in (q, k))
     scores = rotate(q, rope) @ rotate(k, rope).mT * size**-0.5
@@ -321,6 +321,17 @@ def test_features_are_rotated_after_the_map(teacher):
     decayed = scores * (supra.log_gamma[:, None, None] * distance).exp() * torch.ones(9, 9).tril()
     wanted = torch.nn.functional.layer_norm((decayed @ v).transpose(1, 2), (size,)).flatten(2)
     torch.testing.assert_close(layer.heads_output(x, rope), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_maps_of_one_input_are_one_product_in_training():
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    maps = [torch.nn.Linear(16, width, bias=bias) for width, bias in ((8, False), (3, True), (4, True))]
+    tensors = [x, *(parameter for each in maps for parameter in each.parameters())]
+    runs = [projected(x, maps), [each(x) for each in maps]]
+    gradients = [torch.autograd.grad(sum(y.sin().sum() for y in run), tensors) for run in runs]
+    for found, wanted in zip((*runs[0], *gradients[0]), (*runs[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert len({y.untyped_storage().data_ptr() for y in projected(x, [each for each in maps if each.bias is None] * 2)}) == 1
 
 
 def test_copied_projections_start_equal_and_train_apart(teacher):
