@@ -150,8 +150,7 @@ class LinearizedAttention(nn.Module):
             return self.own_projections.matrix(x_BTD)
         if self.mixer is not None and isinstance(self.mixer.mixer, LinearAttention):
             maps = self._maps() if self.copies is None else list(self.copies.values())
-            q, k, v, q_plain, k_plain = self._rotated(projected(x_BTD, maps), rope)
-            return self.mixer.matrix(*((q, k) if self.plan.rope == "keep" else (q_plain, k_plain)), v)
+            return self.mixer.matrix(*self._read(projected(x_BTD, maps), rope if self.plan.rope == "keep" else None))
         raise UserError(
             f"attn_weights cannot be matched with {self.plan.mixer} under combine={self.plan.combine}: it needs linear_attention "
             "without a shared denominator, or mamba2; use a recipe that matches attn_out or mixer_out."
@@ -169,18 +168,18 @@ class LinearizedAttention(nn.Module):
         made = projected(x_BTD, maps if self.gate is None else [*maps, self.gate])
         if self.gate is not None:
             outputs["gate"] = made[-1]
-        q, k, v, q_plain, k_plain = self._rotated(made[:3], rope)
         if self.joint is not None:
-            outputs["joint"], parts["joint"] = self.joint(q, k, v, parts["joint"], self.ablation)
+            outputs["joint"], parts["joint"] = self.joint(*self._read(made[:3], rope), parts["joint"], self.ablation)
+        read: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
         if self.window is not None:
-            window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
-            outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"])
+            turned = self.plan.window_rope == "keep"
+            read[0, turned] = self._read(made[:3], rope if turned else None)
+            outputs["window"], parts["window"] = self.window(*read[0, turned], parts["window"])
         if self.mixer is not None:
-            if self.copies is not None:
-                q, k, v, q_plain, k_plain = self._rotated(made[3:6], rope)
-            mixer_q, mixer_k = (q, k) if self.plan.rope == "keep" else (q_plain, k_plain)
+            turned, first = self.plan.rope == "keep", 0 if self.copies is None else 3
+            q, k, v = read.get((first, turned)) or self._read(made[first : first + 3], rope if turned else None)
             rotation = rope if self.plan.rope == "after_map" else None
-            outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"], rotation)
+            outputs["mixer"], parts["mixer"] = self.mixer(q, k, v, x_BTD, parts["mixer"], rotation)
         return outputs
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
@@ -199,15 +198,15 @@ class LinearizedAttention(nn.Module):
         """The teacher's projections to queries, keys and values."""
         return [getattr(self, name) for name in PROJECTIONS[:3]]
 
-    def _rotated(self, qkv: Sequence[Tensor], rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Rotated queries [B, H, T, K], rotated keys and values [B, G, T, K], then queries and keys without rotation."""
+    def _read(self, qkv: Sequence[Tensor], rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K], keys and values [B, G, T, K] of projections [B, T, .], rotated unless `rope` is None."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         # The kernels scale by K^-1/2; a teacher with another scale has the difference in its queries.
         factor = self.shape.scale * self.head_dim**0.5
         q, k, v = (a.transpose(1, 2) for a in (q if abs(factor - 1) < 1e-6 else q * factor, k, v))
-        return rotate(q, rope), rotate(k, rope), v, q, k
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
     def _join(self, outputs: dict[str, Tensor]) -> Tensor:
         """The branches' outputs as the layer's, [B, T, D]."""
