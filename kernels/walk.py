@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kernels.operands import (
     _dot_dtype,
-    _gate,
     _gate_kind,
     _narrow,
     _nothing,
@@ -72,8 +71,10 @@ BACKWARD_16 = {
 SEGMENT_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 1)}
 FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32, 8, 1)}
 BACKWARD_32 = {(width, width): Backward(config) for width, config in FP32.items()}
-DECAY_ROWS, DECAY_HEADS, DECAY_SEGMENTS = 512, 16, 16
-"""Tokens and heads of a tile of the decays' gradient, and programs that share a long row."""
+GATE_ROWS, GATE_HEADS = 128, 16
+"""Tokens and heads of a tile of the decays that are summed over chunks."""
+DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
+"""Tokens of a tile of the decays' gradient, and programs that share a long row."""
 SUM_ROWS = 16
 """Tokens of a tile of the sums over heads."""
 
@@ -135,13 +136,13 @@ def forward(
     o = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     last = _state_like(v_BTHV, k_dim, pieces.sequences(batch)) if return_state else _nothing(v_BTHV)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV))
-    gate, gate_strides, gate_every = _gate(log_decay, batch, v)
-    sums, decays = _segments(k, v, log_decay, pieces, reverse=False)
+    gate = _cumulated(log_decay, v, pieces, config.chunk)
+    sums, decays = _segments(k, v, gate, _gate_kind(log_decay), pieces, config.chunk, reverse=False)
     entering = torch.empty_like(sums)
     walk_forward_triton.forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), o, last,
         v if pieces.starts is None else pieces.starts, sums, decays, entering,
-        *strides, *gate_strides, length, heads, heads // k.shape[2], gate_every, pieces.number, pieces.length,
+        *strides, length, heads, heads // k.shape[2], _gate_every(log_decay, batch), pieces.number, pieces.length,
         K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=config.chunk,
         GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, LAST=return_state, PIECES=pieces.kind, TURNED=config.turned,
         DOT=_triton_dtype(dot), PRECISION=_precision(dot), STAGES=config.stages, num_warps=config.warps,
@@ -195,10 +196,10 @@ def backward(
     dv = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     dfirst = _nothing(v_BTHV) if state_BHKV is None else _state_like(v_BTHV, k_dim, pieces.sequences(batch))
     with_rowsums = key_tiles + 1 if config.together else 2 * key_tiles
-    rowsums = v_BTHV.new_empty((with_rowsums, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
+    rowsums = v_BTHV.new_empty((with_rowsums, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
     (q, k, v, do), strides, unit = _rows(*_narrow(dot, q_BTGK, k_BTGK, v_BTHV, do_BTHV))
-    gate, gate_strides, gate_every = _gate(log_decay, batch, v)
-    sums, decays = _segments(q, do, log_decay, pieces, reverse=True)
+    gate = _cumulated(log_decay, v, pieces, config.queries.chunk)
+    sums, decays = _segments(q, do, gate, _gate_kind(log_decay), pieces, config.queries.chunk, reverse=True)
     probe = NO_PROBE if not gate_grad else STATE_PROBE if config.together else FULL_PROBE
     for kernel, parts, own, flags in _backward_launches(config, key_tiles, value_tiles):
         if kernel is walk_gradients_triton.backward_kernel:
@@ -207,7 +208,7 @@ def backward(
             q, k, v, gate, v if state_BHKV is None else state_BHKV.contiguous(), do,
             v if dfinal_BHKV is None else dfinal_BHKV.float().contiguous(), dq_BTHK, dk_BTHK, dv, dfirst, rowsums,
             v if pieces.starts is None else pieces.starts, entering_BPHKV, sums, decays,
-            *strides, *gate_strides, length, batch, heads, heads // groups, gate_every, pieces.number, pieces.length,
+            *strides, length, batch, heads, heads // groups, _gate_every(log_decay, batch), pieces.number, pieces.length,
             K=k_dim, V=v_dim, BK=padded(k_dim), BV=padded(v_dim), TK=tile_k, TV=tile_v, UNIT=unit, C=own.chunk,
             GATE=_gate_kind(log_decay), FIRST=state_BHKV is not None, DLAST=dfinal_BHKV is not None,
             GATE_GRAD=gate_grad, PIECES=pieces.kind,
@@ -238,7 +239,34 @@ def _backward_launches(config: Backward, key_tiles: int, value_tiles: int) -> li
     return [first, (backward_kernel, 1, keys, flags(KEYS_AND_VALUES, keys))]
 
 
-def _segments(b: Tensor, c: Tensor, log_decay: Tensor | None, pieces: Pieces, *, reverse: bool) -> tuple[Tensor, Tensor]:
+def _gate_every(log_decay: Tensor | None, batch: int) -> int:
+    """How many batches share a row of a constant decay."""
+    return 1 if log_decay is None or log_decay.ndim == 3 else batch // log_decay.shape[0]
+
+
+def _cumulated(log_decay: Tensor | None, spare: Tensor, pieces: Pieces, chunk: int) -> Tensor:
+    """Decays as the walks read them: [M, H] as given, those of each token as log2 sums from the start of its chunk, [B, H, T]."""
+    from kernels.walk_forward_triton import cumulate_kernel
+    from kernels.walk_triton import SEQUENCES
+
+    if log_decay is None:
+        return spare
+    gate = log_decay.contiguous()
+    if gate.ndim == 2:
+        return gate
+    batch, length, heads = gate.shape
+    sums = gate.new_empty(batch, heads, length)
+    blocks = 1 if pieces.kind == SEQUENCES.value else -(-pieces.length // GATE_ROWS)
+    cumulate_kernel[(batch * pieces.number * -(-heads // GATE_HEADS) * blocks,)](
+        gate, gate if pieces.starts is None else pieces.starts, sums, length, heads, pieces.number, pieces.length, blocks,
+        PIECES=pieces.kind, C=chunk, ROWS=GATE_ROWS, HEADS=GATE_HEADS, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+def _segments(
+    b: Tensor, c: Tensor, gate: Tensor, gate_kind: int, pieces: Pieces, chunk: int, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """What each segment adds to the state [B, P, H, K, V] and its log2 decay [B, P, H]; empty without segments."""
     from kernels import walk_forward_triton, walk_triton
 
@@ -251,11 +279,11 @@ def _segments(b: Tensor, c: Tensor, log_decay: Tensor | None, pieces: Pieces, *,
     sums = c.new_empty(batch, pieces.number, heads, k_dim, v_dim, dtype=torch.float32)
     decays = sums.new_empty(batch, pieces.number, heads)
     _, strides, unit = _rows(b, c)
-    gate, gate_strides, gate_every = _gate(log_decay, batch, c)
+    gate_every = batch // gate.shape[0] if gate_kind == walk_triton.CONSTANT_GATE.value else 1
     walk_forward_triton.segment_kernel[(batch * (pieces.number - 1) * heads * -(-v_dim // tile),)](
         b, c, gate, sums, decays,
-        *strides, *gate_strides, length, heads, heads // b.shape[2], gate_every, pieces.number, pieces.length,
-        K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=config.chunk, GATE=_gate_kind(log_decay), REVERSE=reverse,
+        *strides, length, heads, heads // b.shape[2], gate_every, pieces.number, pieces.length,
+        K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, UNIT=unit, C=chunk, GATE=gate_kind, REVERSE=reverse,
         DOT=_triton_dtype(c.dtype), PRECISION=_precision(c.dtype), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return sums, decays
@@ -281,7 +309,7 @@ def _decay_gradient(
     from kernels.walk_gradients_triton import decay_gradient_kernel
     from kernels.walk_triton import SEGMENTS, SEQUENCES
 
-    parts, batch, length, heads = rowsums.shape
+    parts, batch, heads, length = rowsums.shape
     ends = None
     if dfinal_BHKV is not None:
         assert final_BHKV is not None
@@ -289,11 +317,11 @@ def _decay_gradient(
     tokens = max(DECAY_ROWS, -(-length // DECAY_SEGMENTS))
     pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
     later_BTH = rowsums.new_empty(batch, length, heads)
-    decay_gradient_kernel[(batch * pieces * -(-heads // DECAY_HEADS),)](
+    decay_gradient_kernel[(batch * pieces * heads,)](
         rowsums, rowsums if starts is None else starts, rowsums if ends is None else ends, later_BTH,
         length, batch, heads, pieces, tokens,
         PARTS=parts, ENDS=ends is not None, PIECES=(SEGMENTS if starts is None else SEQUENCES).value,
-        ROWS=DECAY_ROWS, HEADS=DECAY_HEADS, num_warps=8,
+        ROWS=DECAY_ROWS, num_warps=8,
     )  # fmt: skip
     if log_decay.ndim == 3:
         return later_BTH
