@@ -113,7 +113,14 @@ class Program:
             store=self.store,
             allocate_shared_memory=self.allocate,
             **dict.fromkeys(
-                ("SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SwizzledSharedLayout"),
+                (
+                    "SliceLayout",
+                    "BlockedLayout",
+                    "DotOperandLayout",
+                    "NVMMADistributedLayout",
+                    "NVMMASharedLayout",
+                    "SwizzledSharedLayout",
+                ),
                 lambda *_, **__: None,
             ),
         )
