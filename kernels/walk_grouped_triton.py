@@ -196,27 +196,26 @@ def keys_kernel(
         do_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
         dstate_KV = tl.load(dkept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
         dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION)
-        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
         write_CV = v_CV
+        g_C = tl.zeros([C], tl.float32)
+        later_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
             own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
             g_C, g_all = _log_decays(own, t_C, start, length, C, GATE == SCALAR_GATE)
             keep_C1 = tl.exp2(g_all - g_C)[:, None]
             dv_CV *= keep_C1
-            decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
-            kq_CC = scores_CC * decay_CC
-            if GATE_GRAD:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
-                sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - tl.sum(dv_CV * v_CV.to(tl.float32), 1)
-                tl.store(rowsums + (wide * heads + head) * length + t_C, sum_C, mask=t_C < length)
-            vo_CC *= decay_CC
             write_CV = (v_CV.to(tl.float32) * keep_C1).to(DOT)
-        else:
-            kq_CC = tl.where(seen, scores_CC, 0.0)
-            vo_CC = tl.where(seen, vo_CC, 0.0)
+        if GATE_GRAD:
+            later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+        kq_CC = _decay_pairs(scores_CC, -g_C, -g_C, seen, GATE)
         dv_CV = tl.dot(kq_CC.to(DOT), do_CV, dv_CV, input_precision=PRECISION)
         at_CV = ((wide * length + t_C)[:, None] * heads + head) * V + vs[None, :]
         tl.store(dv + at_CV, dv_CV.to(dv.dtype.element_ty), mask=inside_CV)
+        vo_CC = _decay_pairs(tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION), -g_C, -g_C, seen, GATE)
+        if GATE_GRAD:
+            pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC * vo_CC)
+            at_C = (wide * heads + head) * length + t_C
+            tl.store(rowsums + at_C, tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - later_C, mask=t_C < length)
         dk_CK = tl.dot(vo_CC.to(DOT), q_CK, dk_CK, input_precision=PRECISION)
         dk_CK = tl.dot(write_CV, tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
