@@ -144,7 +144,7 @@ def backward(
     dgate = _nothing(v)
     if gate_grad:
         assert log_decay is not None
-        dgate = decay_gradient(rowsums, log_decay, starts, final, dfinal)
+        dgate = decay_gradient(rowsums, log_decay, starts, final, dfinal, dot)
     heads_of = dq.shape[2] // k.shape[2]
     if heads_of > 1:
         dq, dk = _sum_heads(dq, dk, k.shape[2])

@@ -5,12 +5,15 @@ Shape legend: B batch, T time, H heads, M rows of a constant decay.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.walk_pieces import Pieces
 
 GATE_ROWS, GATE_HEADS = 128, 16
 """Tokens and heads of a tile of the decays that are summed over chunks."""
+GATE_SHARES = 8
+"""Programs that share a packed sequence, whose length the host does not know."""
 DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
 """Tokens of a tile of the decays' gradient, and programs that share a long row."""
 
@@ -32,7 +35,9 @@ def cumulated(log_decay: Tensor | None, spare: Tensor, pieces: Pieces, chunk: in
         return gate
     batch, length, heads = gate.shape
     sums = gate.new_empty(batch, heads, length)
-    blocks = 1 if pieces.kind == SEQUENCES.value else -(-pieces.length // GATE_ROWS)
+    blocks = -(-pieces.length // GATE_ROWS)
+    if pieces.kind == SEQUENCES.value:
+        blocks = min(blocks, GATE_SHARES)
     cumulate_kernel[(batch * pieces.number * -(-heads // GATE_HEADS) * blocks,)](
         gate, gate if pieces.starts is None else pieces.starts, sums, length, heads, pieces.number, pieces.length, blocks,
         PIECES=pieces.kind, C=chunk, ROWS=GATE_ROWS, HEADS=GATE_HEADS, num_warps=4,
@@ -41,9 +46,18 @@ def cumulated(log_decay: Tensor | None, spare: Tensor, pieces: Pieces, chunk: in
 
 
 def decay_gradient(
-    rowsums: Tensor, log_decay: Tensor, starts: Tensor | None, final_BHKV: Tensor | None, dfinal_BHKV: Tensor | None
+    rowsums: Tensor,
+    log_decay: Tensor,
+    starts: Tensor | None,
+    final_BHKV: Tensor | None,
+    dfinal_BHKV: Tensor | None,
+    dot: torch.dtype,
 ) -> Tensor:
-    """Gradient of the log decays: each is part of the cumulated decay of its own and all later tokens of its sequence."""
+    """Gradient of the log decays: each is part of the cumulated decay of its own and all later tokens of its sequence.
+
+    What the final state adds nearly cancels with what the last tokens wrote of it, so its gradient is rounded to the dtype of the
+    products here as well.
+    """
     from kernels.walk_gradients_triton import decay_gradient_kernel
     from kernels.walk_triton import SEGMENTS, SEQUENCES
 
@@ -51,7 +65,7 @@ def decay_gradient(
     ends = None
     if dfinal_BHKV is not None:
         assert final_BHKV is not None
-        ends = (final_BHKV * dfinal_BHKV).sum((-2, -1))
+        ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))
     tokens = max(DECAY_ROWS, -(-length // DECAY_SEGMENTS))
     pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
     later_BTH = rowsums.new_empty(batch, length, heads)
