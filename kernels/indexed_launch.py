@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 from kernels.sparse_index import Listed
-from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_PACK = 16
 WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
