@@ -150,7 +150,6 @@ PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
     ),
     "gla": (_fla("gla", "chunk_gla", "g=log_decay"), _fla("gla", "fused_recurrent_gla", "gk=log_decay")),
     "kda": (
-        _fla("kda", "chunk_kda", "g=log_decay", "beta=beta"),
         _fla("kda", "chunk_kda", "g=log_decay", "beta=beta", safe_gate=True),
         _fla("kda", "fused_recurrent_kda", "g=log_decay", "beta=beta"),
     ),

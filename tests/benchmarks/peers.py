@@ -3,8 +3,8 @@
     python -m tests.benchmarks.peers compile [--kernels delta,gla] [--widths 64] [--lengths 2048] [--modes train]
     python -m tests.benchmarks.peers measure STORE [the same]
 
-Both take the rows of `bench throughput --preset kernels`; at 16 heads peers stand beside ours. `compile` lets sixteen
-processes fill Triton's cache, each with its share of every autotuner's configurations, and throws timings away. `measure`
+Both take the rows of `bench throughput --preset kernels`; at 16 heads peers stand beside ours. `compile` lets many
+processes fill Triton's cache, each with a share of every autotuner's configurations, and launches none of them. `measure`
 then tunes at the timed shape, the main length first, by 3 ms of warm-up and 12 ms for each configuration, and keeps what
 was chosen in Triton's cache too, so that a later run starts with it. Where that is known already, `compile` compiles no more than
 that.
@@ -30,8 +30,11 @@ from bench.store import Store
 from bench.throughput.plan import Row, SpeedRequest, plan
 
 MAIN_LENGTH, PEER_HEADS = 2048, 16
-LONGEST = ("gla", "kda", "ssd")
-PROCESSES, PARTS = 16, 6
+WIDTHS = ("K", "V", "hdim", "dstate")
+"""Arguments that belong to every autotuner's key; where it lacks them, the first width seen decides for all."""
+WITHOUT = (("gla", 64), ("kda", 64))
+"""Rows without a goal, whose peers would take a minute more to tune."""
+PARTS = 6
 TUNERS: list[Any] = []
 """Every autotuner of this process."""
 
@@ -45,6 +48,11 @@ def rows_of(given: argparse.Namespace) -> list[Row]:
     return sorted(kept, key=lambda row: row.length != MAIN_LENGTH)
 
 
+def has_peers(row: Row) -> bool:
+    """Whether peers are timed beside a row."""
+    return row.heads == PEER_HEADS and (row.name, row.width) not in WITHOUT
+
+
 def share_choices(*, bench: Callable[..., Any] | None = None) -> None:
     """Lets every Triton autotuner made from now on keep its choice on disk, and takes 15 ms for a configuration, or `bench`."""
     os.environ["FLA_CACHE_RESULTS"] = "1"
@@ -55,6 +63,7 @@ def share_choices(*, bench: Callable[..., Any] | None = None) -> None:
 
     def changed(self: Any, *args: Any, **named: Any) -> None:
         real(self, *args, **named | {"do_bench": bench or partial(do_bench, warmup=3, rep=12), "cache_results": True})
+        self.keys = [*self.keys, *(name for name in WIDTHS if name not in self.keys)]
         TUNERS.append(self)
 
     Autotuner.__init__ = changed  # type: ignore[method-assign]
@@ -70,16 +79,16 @@ class Share:
     part = 0
 
     def bench(self, call: Callable[[], object], **_: object) -> list[float]:
-        """A configuration that runs is as good as any other."""
+        """A configuration that compiles is as good as any other."""
         call()
         return [0.0] * 3
 
     def take(self) -> None:
-        """Lets autotuners run a share of their configurations once and choose any, unless a choice is on disk."""
+        """Lets autotuners compile a share of their configurations and launch nothing, unless a choice is on disk."""
         share_choices(bench=self.bench)
         from triton.runtime.autotuner import Autotuner
 
-        look_up, run_one = Autotuner.check_disk_cache, Autotuner._bench
+        look_up, run_one, run = Autotuner.check_disk_cache, Autotuner._bench, Autotuner.run
 
         def choose(tuner: Any, key: Any, configs: Any, bench: Callable[[], None]) -> bool:
             def missing() -> None:
@@ -96,6 +105,10 @@ class Share:
                 return [float("inf")] * 3
             return run_one(tuner, *args, config=config, **meta)
 
+        def dry(tuner: Any, *args: Any, **named: Any) -> Any:
+            return run(tuner, *args, **named | {"warmup": True})
+
+        Autotuner.run = dry  # type: ignore[method-assign]
         Autotuner.check_disk_cache = choose  # type: ignore[method-assign]
         Autotuner._bench = mine  # type: ignore[method-assign]
         open_peers()
@@ -123,6 +136,8 @@ def open_peers() -> None:
         sys.modules["mamba_ssm"] = package
     if peers.installed(peers.FLA) is None:
         return
+    for models in ("fla.layers", "fla.models"):  # if installed, fla imports them, and they a model library
+        sys.modules[models] = None  # type: ignore[assignment]
     from fla.ops.common import chunk_o
 
     if not chunk_o.TRITON_ABOVE_3_7_1:
@@ -146,7 +161,7 @@ def compile_row(row: Row, part: int) -> float:
     began = time.monotonic()
     draw = Draw(torch.device("cuda"), measure.DTYPES[row.dtype], torch.Generator("cuda"))
     problem = OPERATIONS[row.name].problem(measure.KERNELS[row.name].shape(**_sizes(row)), row.mode, draw)  # type: ignore[index]
-    theirs = peers.peers_of(row.name, row.mode) if row.heads == PEER_HEADS else []  # type: ignore[arg-type]
+    theirs = peers.peers_of(row.name, row.mode) if has_peers(row) else []  # type: ignore[arg-type]
     for function in [*([problem.call] if part == 0 else []), *(peer.function for peer in theirs)]:
         try:
             measure.timed_call(problem, gradients=row.mode == "train", function=function)()
@@ -160,18 +175,17 @@ def _sizes(row: Row) -> dict[str, int]:
     return {"batch": row.batch, "length": row.length, "heads": row.heads, "width": row.width}
 
 
-def compile_all(rows: list[Row]) -> None:
+def compile_all(rows: list[Row], jobs: int) -> None:
     """Every row that compiles something of its own; backward passes contain the forward ones."""
     from bench.throughput import peers
 
     def parts(row: Row) -> int:
         tuned = any(peer.package != "torch" for peer in peers.peers_of(row.name, row.mode))  # type: ignore[arg-type]
-        return PARTS if tuned and row.heads == PEER_HEADS else 1
+        return PARTS if tuned and has_peers(row) else 1
 
     began = time.monotonic()
     tasks = [(row, part) for row in rows if row.mode != "forward" for part in range(parts(row))]
-    tasks.sort(key=lambda task: task[0].name not in LONGEST)
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn"), initializer=start_worker) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         found = {pool.submit(compile_row, *task): task for task in tasks}
         for done in as_completed(found):
             row, part = found[done]
@@ -189,7 +203,7 @@ def measure_all(rows: list[Row], store: Store) -> None:
     open_peers()
     session = Session(torch.device("cuda"), with_peers=True)
     for row in rows:
-        session.with_peers = row.heads == PEER_HEADS
+        session.with_peers = has_peers(row)
         began = time.monotonic()
         record = session.measure(row)
         store.write_speed(record)
@@ -210,10 +224,11 @@ def main() -> None:
     parser.add_argument("--widths")
     parser.add_argument("--lengths")
     parser.add_argument("--modes", default="train,decode")
+    parser.add_argument("--jobs", type=int, default=12, help="compiling processes")
     given = parser.parse_args()
     rows = rows_of(given)
     if given.step == "compile":
-        compile_all(rows)
+        compile_all(rows, given.jobs)
     else:
         measure_all(rows, Store(given.store))
 
