@@ -74,18 +74,16 @@ def _fla(module: str, name: str, *gates: str, **options: Any) -> PublicPeer:
 
 
 def _blocks(own: Tensors) -> Tensors:
-    from fla.ops.nsa import parallel_nsa
-
+    operation: Callable[..., Any] = importlib.import_module("fla.ops.nsa").parallel_nsa
     q, k, v = (own[name].transpose(1, 2) for name in ("q", "k", "v"))
-    return {"o": parallel_nsa(q, k, v, block_indices=own["blocks"], block_size=64).transpose(1, 2)}
+    return {"o": operation(q, k, v, block_indices=own["blocks"], block_size=64).transpose(1, 2)}
 
 
 def _ssd(own: Tensors) -> Tensors:
     """Mamba-2's scan with a rate of -1, so that its time steps are our log decays."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    operation: Callable[..., Any] = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     rate = own["log_decay"].new_full(own["log_decay"].shape[-1:], -1.0)
-    return {"o": mamba_chunk_scan_combined(own["v"], -own["log_decay"], rate, own["k"], own["q"], chunk_size=256)}
+    return {"o": operation(own["v"], -own["log_decay"], rate, own["k"], own["q"], chunk_size=256)}
 
 
 def _with_time_steps(definition: Function, own: Tensors) -> Tensors:

@@ -13,6 +13,7 @@ that.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -138,8 +139,7 @@ def open_peers() -> None:
         return
     for models in ("fla.layers", "fla.models"):  # if installed, fla imports them, and they a model library
         sys.modules[models] = None  # type: ignore[assignment]
-    from fla.ops.common import chunk_o
-
+    chunk_o = importlib.import_module("fla.ops.common.chunk_o")
     if not chunk_o.TRITON_ABOVE_3_7_1:
         chunk_o.TRITON_ABOVE_3_7_1 = True
         for kernel in ("scalar_decay", "gated_delta"):
