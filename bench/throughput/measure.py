@@ -24,6 +24,7 @@ from bench.throughput.kernels import OPERATIONS
 from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
 from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
+from bench.throughput.tuning import tune_by_width
 from kernels.dispatch import watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,6 +45,8 @@ class Session:
 
     def __init__(self, device: torch.device, *, with_peers: bool) -> None:
         self.device, self.with_peers = device, with_peers
+        if with_peers and device.type == "cuda":
+            tune_by_width()
         self.ceilings = clock.ceilings(device)
         self.hardware = hardware(device)
         self.generator = torch.Generator(device)

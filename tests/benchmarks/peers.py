@@ -29,10 +29,9 @@ from typing import Any
 
 from bench.store import Store
 from bench.throughput.plan import Row, SpeedRequest, plan
+from bench.throughput.tuning import tune_by_width
 
 MAIN_LENGTH, PEER_HEADS = 2048, 16
-WIDTHS = ("K", "V", "hdim", "dstate")
-"""Arguments that belong to every autotuner's key; where it lacks them, the first width seen decides for all."""
 WITHOUT = (("gla", 64), ("kda", 64))
 """Rows without a goal, whose peers would take a minute more to tune."""
 PARTS = 6
@@ -57,6 +56,7 @@ def has_peers(row: Row) -> bool:
 def share_choices(*, bench: Callable[..., Any] | None = None) -> None:
     """Lets every Triton autotuner made from now on keep its choice on disk, and takes 15 ms for a configuration, or `bench`."""
     os.environ["FLA_CACHE_RESULTS"] = "1"
+    tune_by_width()
     from triton.runtime.autotuner import Autotuner
     from triton.testing import do_bench
 
@@ -64,7 +64,6 @@ def share_choices(*, bench: Callable[..., Any] | None = None) -> None:
 
     def changed(self: Any, *args: Any, **named: Any) -> None:
         real(self, *args, **named | {"do_bench": bench or partial(do_bench, warmup=3, rep=12), "cache_results": True})
-        self.keys = [*self.keys, *(name for name in WIDTHS if name not in self.keys)]
         TUNERS.append(self)
 
     Autotuner.__init__ = changed  # type: ignore[method-assign]

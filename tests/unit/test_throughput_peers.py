@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.speed_records import Peer, SpeedRecord, Timing
-from bench.throughput import peers
+from bench.throughput import peers, tuning
 from bench.throughput.bounds import Shape
 from bench.throughput.draws import Draw
 from bench.throughput.kernels import OPERATIONS, Recurrence
@@ -41,8 +41,8 @@ def test_chosen_blocks_as_numbers_are_the_same_choice(length):
 
 def test_mamba_2_is_our_recurrence_with_values_times_time_steps():
     problem = Recurrence("scalar").problem(Shape(2, 20, 2, 1, 8, 4), "train", CPU)
-    state_space = peers.PEERS["ssd"][0]
-    assert state_space.equals is not None
+    equals = peers.PEERS["ssd"][0].equals
+    assert equals is not None
 
     def stepped(own):
         step = -own["log_decay"][..., None]
@@ -50,7 +50,7 @@ def test_mamba_2_is_our_recurrence_with_values_times_time_steps():
 
     assert not check(problem, gradients=True, against="", function=stepped).passed
     definition = problem.definition
-    same = replace(problem, definition=lambda own: state_space.equals(definition, own))
+    same = replace(problem, definition=lambda own: equals(definition, own))
     assert check(same, gradients=True, against="", function=stepped).passed
 
 
@@ -67,6 +67,19 @@ def test_a_peer_is_checked_once_and_with_the_heads_of_its_row(monkeypatch):
         record = session.measure(Row("kernel", "linear", "forward", 1, length, 3, 8, "fp32"))
         assert [(one.name, one.reason, one.eager is not None) for one in record.peers] == [("theirs", "", True)]
     assert seen.count((2, 37, 3, 8)) == 1
+
+
+def test_autotuners_choose_for_each_width(monkeypatch):
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    monkeypatch.setattr(autotuner.Autotuner, "__init__", autotuner.Autotuner.__init__)
+    tuning.tune_by_width.__wrapped__()
+
+    def kernel(x, H, K, B):
+        pass
+
+    configs = [autotuner.Config({"B": size}) for size in (16, 32)]
+    tuner = autotuner.Autotuner(kernel, ["x", "H", "K", "B"], configs, ["H"], None, None)
+    assert tuner.keys == ["H", "K", "V", "hdim", "dstate"]
 
 
 def timed(name: str, mode: str, microseconds: float, *, bound: float, peer: float | None = None, length: int = 2048) -> SpeedRecord:
