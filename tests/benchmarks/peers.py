@@ -179,6 +179,8 @@ def compile_all(rows: list[Row], jobs: int) -> None:
     from bench.throughput import peers
 
     def parts(row: Row) -> int:
+        if row.length != MAIN_LENGTH or row.mode != "train":  # few autotuners start anew for those
+            return 1
         tuned = any(peer.package != "torch" for peer in peers.peers_of(row.name, row.mode))  # type: ignore[arg-type]
         return PARTS if tuned and has_peers(row) else 1
 
