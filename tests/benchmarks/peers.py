@@ -22,6 +22,7 @@ import types
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -151,23 +152,35 @@ def compile_row(row: Row, part: int) -> float:
     SHARE.part = part
     for tuner in TUNERS:
         tuner.cache.clear()
+    from bench.throughput import peers
+
+    began = time.monotonic()
+    theirs = peers.peers_of(row.name, row.mode) if has_peers(row) else []  # type: ignore[arg-type]
+    run_once(row, _sizes(row), [None, *(peer.function for peer in theirs)] if part == 0 else [peer.function for peer in theirs])
+    if row.name == "window" and row.mode == "train":  # torch.compile asks for every shape, and whether there are gradients
+        gate = {**_sizes(row), "batch": 2, "length": 300}
+        for sizes in (gate, _sizes(row)):
+            for mode in ("forward", "train"):
+                run_once(replace(row, mode=mode), sizes, [peer.function for peer in theirs])
+    return time.monotonic() - began
+
+
+def run_once(row: Row, sizes: dict[str, int], functions: list[Any]) -> None:
+    """Runs functions, None being our own, on a problem of these sizes."""
     import torch
 
-    from bench.throughput import measure, peers
+    from bench.throughput import measure
     from bench.throughput.draws import Draw
     from bench.throughput.kernels import OPERATIONS
 
-    began = time.monotonic()
     draw = Draw(torch.device("cuda"), measure.DTYPES[row.dtype], torch.Generator("cuda"))
-    problem = OPERATIONS[row.name].problem(measure.KERNELS[row.name].shape(**_sizes(row)), row.mode, draw)  # type: ignore[index]
-    theirs = peers.peers_of(row.name, row.mode) if has_peers(row) else []  # type: ignore[arg-type]
-    for function in [*([problem.call] if part == 0 else []), *(peer.function for peer in theirs)]:
+    problem = OPERATIONS[row.name].problem(measure.KERNELS[row.name].shape(**sizes), row.mode, draw)  # type: ignore[index]
+    for function in functions:
         try:
             measure.timed_call(problem, gradients=row.mode == "train", function=function)()
             torch.cuda.synchronize()
         except Exception as error:  # what does not run has its reason in the record later
             print(f"{row.text()}: {measure.one_line(error)}", flush=True)
-    return time.monotonic() - began
 
 
 def _sizes(row: Row) -> dict[str, int]:
