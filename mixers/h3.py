@@ -61,16 +61,16 @@ class H3(Mixer):
         else:
             shifted, past = continue_conv(k, self.shift_taps, state["shift"])
             new_state = {"shift": past}
-        q, k, v = (self._split(a) for a in (q, torch.addcmul(shifted, k, self.shift_skip), v))
+        q, k, v = (self._split(a) for a in (q, torch.addcmul(shifted, k, self.shift_skip.to(k.dtype)), v))
         kv_BIJTH = k[:, :, None] * v[:, None]
-        step_HM, gain_HM = self._modes()
-        length = x_BTD.shape[1]
-        lag_T = torch.arange(length, device=x_BTD.device)
-        power_HMT = torch.exp(step_HM[..., None] * lag_T)
-        kernel_HT = 2 * torch.einsum("hm,hmt->ht", gain_HM, power_HMT).real
+        step_HM2, gain_HM2 = self._modes()
+        lag_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+        kernel_HT = _impulse_response(step_HM2, gain_HM2, lag_T)
         y = long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH) + kv_BIJTH * self.skip.to(x_BTD.dtype)
         if state is not None:
-            before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
+            step_HM, gain_HM = torch.view_as_complex(step_HM2), torch.view_as_complex(gain_HM2)
+            before = torch.view_as_complex(state["modes"].to(step_HM2.dtype))
+            power_HMT = torch.exp(step_HM[..., None] * lag_T)
             next_power = power_HMT * torch.exp(step_HM)[..., None]
             recalled = 2 * torch.einsum("hm,hmt,bijhm->bijth", gain_HM, next_power, before).real
             y = y + recalled.to(y.dtype)
@@ -83,9 +83,9 @@ class H3(Mixer):
         """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
         q, k, v = self.qkv_proj(x_BD).chunk(3, -1)
         shifted, past = step_conv(k, self.shift_taps, state["shift"])
-        q, k, v = (self._split(a[:, None])[:, :, 0] for a in (q, torch.addcmul(shifted, k, self.shift_skip), v))
+        q, k, v = (self._split(a[:, None])[:, :, 0] for a in (q, torch.addcmul(shifted, k, self.shift_skip.to(k.dtype)), v))
         kv_BIJH = k[:, :, None] * v[:, None]
-        step_HM, gain_HM = self._modes()
+        step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
         before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
         modes = before * torch.exp(step_HM) + kv_BIJH[..., None].to(step_HM.dtype)
         y = 2 * (modes * gain_HM).sum(-1).real.to(x_BD.dtype) + kv_BIJH * self.skip.to(x_BD.dtype)
@@ -107,11 +107,21 @@ class H3(Mixer):
         return self.d_model * self.d_state
 
     def _modes(self) -> tuple[Tensor, Tensor]:
-        """Per head and mode, complex and at least fp32: log of the transition dt A, and C times the held input gain."""
+        """Log of the transition, dt A, and C times the held input gain, C (exp(dt A) - 1) / A.
+
+        Pairs (real, imaginary) [H, M, 2] and at least fp32: compilers for GPUs leave out complex numbers.
+        """
         wide = torch.promote_types(self.log_dt.dtype, torch.float32)
-        rate = torch.complex(-self.log_decay.to(wide).exp(), self.frequency.to(wide))
-        step_HM = rate * self.log_dt.to(wide).exp()[:, None]
-        return step_HM, torch.view_as_complex(self.readout.to(wide)) * torch.expm1(step_HM) / rate
+        decay_HM, frequency_HM = self.log_decay.to(wide).exp(), self.frequency.to(wide)
+        dt_H1 = self.log_dt.to(wide).exp()[:, None]
+        step_HM2 = torch.stack((-decay_HM * dt_H1, frequency_HM * dt_H1), -1)
+        size_HM, angle_HM = step_HM2[..., 0].exp(), step_HM2[..., 1]
+        # exp(a + ib) - 1, without the difference of two numbers close to one
+        grown_HM2 = torch.stack(
+            (torch.expm1(step_HM2[..., 0]) - 2 * size_HM * (angle_HM / 2).sin().square(), size_HM * angle_HM.sin()), -1
+        )
+        conjugate_HM2 = torch.stack((-decay_HM, -frequency_HM), -1) / (decay_HM.square() + frequency_HM.square())[..., None]
+        return step_HM2, _times(_times(self.readout.to(wide), grown_HM2), conjugate_HM2)
 
     def _split(self, a_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
@@ -119,3 +129,15 @@ class H3(Mixer):
 
     def _merge(self, y_BJTH: Tensor) -> Tensor:
         return self.out_proj(y_BJTH.transpose(1, 2).flatten(-2))
+
+
+def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, lag_T: Tensor) -> Tensor:
+    """2 Re sum_m gain_m exp(step_m lag), [H, T]."""
+    step_HTM2, gain_HTM2, lag_T1 = step_HM2[:, None], gain_HM2[:, None], lag_T[:, None]
+    size_HTM, angle_HTM = (step_HTM2[..., 0] * lag_T1).exp(), step_HTM2[..., 1] * lag_T1
+    return 2 * (size_HTM * (gain_HTM2[..., 0] * angle_HTM.cos() - gain_HTM2[..., 1] * angle_HTM.sin())).sum(-1)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Complex product on the last axis (real, imaginary)."""
+    return torch.stack((a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1], a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]), -1)
