@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 from kernels.sparse_index import Listed
-from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_PACK = 16
 WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
 """Compile-time arguments of a walk over a band among the keys themselves."""
+FLAGS_AT_ONCE = 256
+"""Tiles that a program lists at a time, the same at every length, so that a new one compiles nothing."""
 
 
 class Config(NamedTuple):
@@ -239,8 +241,7 @@ def _lists(index: Band | Listed, spare: Tensor, *, by_key: bool) -> tuple[Tensor
     n_index, inner, n_flags = flags.shape
     lists = flags.new_empty(n_index, inner, n_flags, dtype=torch.int32)
     counts = flags.new_empty(n_index, inner, dtype=torch.int32)
-    block = min(1024, padded(n_flags))
     indexed_triton.compact_kernel[(n_index * inner,)](
-        flags, lists, counts, n_index * inner, inner, n_flags, *flags.stride(), BLOCK=block, num_warps=1
+        flags, lists, counts, n_index * inner, inner, n_flags, *flags.stride(), BLOCK=FLAGS_AT_ONCE, num_warps=1
     )
     return index.words.contiguous(), lists, counts

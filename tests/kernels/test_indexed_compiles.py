@@ -9,7 +9,7 @@ from kernels import indexed_launch as launch
 from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
 from kernels.indexed_triton import compact_kernel, forward_kernel
-from kernels.walk import _precision, product_width
+from kernels.operands import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
