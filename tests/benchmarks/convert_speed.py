@@ -26,6 +26,7 @@ from bench.convert.gate import check_model
 from bench.convert.loop import step
 from bench.convert.plans import layer_plans
 from bench.convert.resolve import resolve_recipe
+from bench.convert.softmax import training_softmax
 from bench.convert.spec import Source
 from bench.convert.stage import StageTrainer, products_like_tf32
 from bench.convert.student import build_student
@@ -33,6 +34,8 @@ from bench.judge.decoding import decoder
 
 WARM_UP, TIMED = 3, 10
 DECODE_BATCH, DECODE_STEPS = 32, 32
+LISTED, NAME = 40, 120
+"""Operations of a profile that are recorded, and letters of their names."""
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -46,6 +49,18 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
+def device_time(profile: Any) -> dict[str, Any]:
+    """Of one step: how often and how long the device was at work, and on what."""
+    on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in on_device if not event.key.startswith("Optimizer.")]  # a span around kernels
+    table = sorted(events, key=lambda event: -event.self_device_time_total)
+    return {
+        "device_seconds": sum(event.self_device_time_total for event in events) / 1e6,
+        "launches": sum(event.count for event in events),
+        "device_ms_and_launches": {event.key[:NAME]: [event.self_device_time_total / 1e3, event.count] for event in table[:LISTED]},
+    }
+
+
 def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
     batch_tokens, compiled = given.batch_tokens, not given.eager
@@ -57,16 +72,15 @@ def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Name
         stage = published.model_copy(update={"batch_tokens": batch_tokens, "micro_tokens": micro})
         trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
         began = time.perf_counter()
-        with products_like_tf32(wanted=True):
+        with products_like_tf32(wanted=True), training_softmax(stage, teacher, trainer.student):
             for _ in range(WARM_UP):
                 step(trainer, 0.5)
             started = time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
             spent = seconds(lambda trainer=trainer: step(trainer, 0.5), TIMED)
-        with products_like_tf32(wanted=True), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step(trainer, 0.5)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                step(trainer, 0.5)
         trainer.finish()
-        table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
         records.append(
             {
                 "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
@@ -78,7 +92,7 @@ def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Name
                 "micro_tokens": trainer.micro_rows * stage.seq_len,
                 "seq_len": stage.seq_len,
                 "peak_bytes": torch.cuda.max_memory_allocated(),
-                "device_ms_by_operation": {event.key: event.self_device_time_total / 1e3 for event in table},
+                **device_time(profile),
             }
         )
         print(
@@ -134,7 +148,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
     parser.add_argument("--batch-tokens", type=int, default=65536)
-    parser.add_argument("--micro-tokens", type=int, default=16384, help="of a forward pass from end to end")
+    parser.add_argument("--micro-tokens", type=int, help="of a forward pass from end to end, if the batch does not fit")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
     parser.add_argument("--out", type=Path, required=True)
