@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from bench.judge.decoding import decoder
 
 WARM_UP, TIMED = 3, 10
 DECODE_BATCH, DECODE_STEPS = 32, 32
+SHOWN = ("what", "tokens_per_second", "step_seconds", "first_steps_seconds", "device_seconds", "context", "ms_per_step")
 LISTED, NAME = 40, 120
 """Operations of a profile that are recorded, and letters of their names."""
 
@@ -61,10 +63,9 @@ def device_time(profile: Any) -> dict[str, Any]:
     }
 
 
-def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> list[dict[str, Any]]:
+def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
     batch_tokens, compiled = given.batch_tokens, not given.eager
-    records = []
     for index, published in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
         # Layers that train on the teacher's stream hold the activations of one layer at a time; logits need those of all.
@@ -81,31 +82,23 @@ def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Name
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 step(trainer, 0.5)
         trainer.finish()
-        records.append(
-            {
-                "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
-                "tokens_per_second": batch_tokens / spent,
-                "step_seconds": spent,
-                "compiled": compiled,
-                "first_steps_seconds": started,
-                "batch_tokens": batch_tokens,
-                "micro_tokens": trainer.micro_rows * stage.seq_len,
-                "seq_len": stage.seq_len,
-                "peak_bytes": torch.cuda.max_memory_allocated(),
-                **device_time(profile),
-            }
-        )
-        print(
-            json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds", "first_steps_seconds")}),
-            flush=True,
-        )
-    return records
+        yield {
+            "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
+            "tokens_per_second": batch_tokens / spent,
+            "step_seconds": spent,
+            "compiled": compiled,
+            "first_steps_seconds": started,
+            "batch_tokens": batch_tokens,
+            "micro_tokens": trainer.micro_rows * stage.seq_len,
+            "seq_len": stage.seq_len,
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            **device_time(profile),
+        }
 
 
 @torch.no_grad()
-def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, Any]]:
+def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> Iterator[dict[str, Any]]:
     """Milliseconds a decoding step of student and teacher after prefills of several lengths, each as one CUDA graph."""
-    records = []
     teacher = teacher.to(torch.bfloat16)
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).to(torch.bfloat16).eval()
     token = torch.ones(DECODE_BATCH, dtype=torch.long, device="cuda")
@@ -119,11 +112,9 @@ def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, A
             spent = seconds(lambda made=made: made.step(token), DECODE_STEPS)
             how = "CUDA graph" if made.graph is not None else "eager"
             found = {"context": context, "batch": DECODE_BATCH, "ms_per_step": 1e3 * spent, "how": how}
-            records.append({"what": f"decode {name}", **found})
-            print(json.dumps(records[-1]), flush=True)
+            yield {"what": f"decode {name}", **found}
             del cache, made
             torch.cuda.empty_cache()
-    return records
 
 
 def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
@@ -143,7 +134,7 @@ def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
 
 
 def main() -> None:
-    """Checks, times, writes after every case."""
+    """Checks, times, writes after every figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
@@ -165,11 +156,13 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(given.case):
         recipe, errors = checked(case, teacher)
-        records = training(recipe, teacher, data, given)
-        if number == 0:
-            records += decoding(recipe, copy.deepcopy(teacher), given.contexts)
+        records: list[dict[str, Any]] = []
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
-        given.out.write_text(json.dumps(content, indent=1))
+        decoded = decoding(recipe, copy.deepcopy(teacher), given.contexts) if number == 0 else ()
+        for record in itertools.chain(training(recipe, teacher, data, given), decoded):
+            records.append(record)
+            given.out.write_text(json.dumps(content, indent=1))
+            print(json.dumps({key: value for key, value in record.items() if key in SHOWN}), flush=True)
 
 
 if __name__ == "__main__":
