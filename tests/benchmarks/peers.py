@@ -39,6 +39,8 @@ WITHOUT = (("gla", 64), ("kda", 64))
 SLOWER = {64: ("chunk_retention", "chunk_simple_gla guard off"), 128: ("fused_chunk_linear_attn", "fused_chunk_simple_gla")}
 """Peers that an earlier measurement found slower than another one at a width, and which are not tuned again."""
 PARTS = 6
+LENGTH_MATTERS, ENOUGH = ("ssd", "window", "chosen_blocks"), 512
+"""Rows whose peers compile anew for some lengths, and a length that does for the peers of the others."""
 TUNERS: list[Any] = []
 """Every autotuner of this process."""
 
@@ -159,18 +161,23 @@ def open_peers() -> None:
 
 
 def compile_row(row: Row, part: int) -> float:
-    """Runs a row's peers, and in the first part ours, once."""
+    """Runs a row's peers once, in the first part ours too."""
     SHARE.part = part
     for tuner in TUNERS:
         tuner.cache.clear()
+    from bench.throughput import measure
+
     began = time.monotonic()
-    theirs = peers_of(row)
-    run_once(row, _sizes(row), [None, *(peer.function for peer in theirs)] if part == 0 else [peer.function for peer in theirs])
+    theirs = [peer.function for peer in peers_of(row)]
+    if part == 0:
+        run_once(row, _sizes(row), [None])
+    length = row.length if row.name in LENGTH_MATTERS else min(row.length, ENOUGH)
+    run_once(row, {**_sizes(row), "length": length}, theirs)
     if row.name == "window" and row.mode == "train":  # torch.compile asks for every shape, and whether there are gradients
-        gate = {**_sizes(row), "batch": 2, "length": 300}
+        gate = {**_sizes(row), "batch": min(row.batch, measure.PEER_GATE_BATCH), "length": measure.ATTENTION_LENGTH}
         for sizes in (gate, _sizes(row)):
             for mode in ("forward", "train"):
-                run_once(replace(row, mode=mode), sizes, [peer.function for peer in theirs])
+                run_once(replace(row, mode=mode), sizes, theirs)
     return time.monotonic() - began
 
 
