@@ -58,8 +58,8 @@ def warmed(mixer: str, width: int, members: int) -> tuple[FleetTrainer, dict[str
     """A compiled fleet that has taken its first steps on every cell, and the seconds that those took."""
     torch.set_float32_matmul_precision("high")
     trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=True)
-    trainer.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
-    trainer.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.examples_SB))
+    trainer.fleet.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
+    trainer.fleet.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.fleet.examples_SB))
     seconds = {}
     for index, name in enumerate(CELLS):
         began = time.perf_counter()
@@ -125,13 +125,13 @@ def check(mixer: str) -> Callable[[], dict[str, Any]]:
 
     def losses(members: list[RunSpec], *, compiled: bool) -> torch.Tensor:
         trainer = FleetTrainer(members, torch.device("cuda"), compiled=compiled)
-        trainer.rates_E.fill_(1e-3)
+        trainer.fleet.rates_E.fill_(1e-3)
         found = []
         for step in range(12):
-            trainer.examples_SB.copy_(torch.arange(step * 64, step * 64 + BATCH).expand_as(trainer.examples_SB))
-            trainer.sums_E3.zero_()
+            trainer.fleet.examples_SB.copy_(torch.arange(step * 64, step * 64 + BATCH).expand_as(trainer.fleet.examples_SB))
+            trainer.fleet.sums_E3.zero_()
             trainer.advance(0)
-            found.append(trainer.sums_E3[:, 0] / trainer.sums_E3[:, 2])
+            found.append(trainer.fleet.sums_E3[:, 0] / trainer.fleet.sums_E3[:, 2])
         return torch.stack(found, 1)
 
     both = specs(mixer, 64, 2)

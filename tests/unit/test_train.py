@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bench import runner, streamed
 from bench.build import build_model, build_task
 from bench.data import device_split, epoch_plan
+from bench.fleet import Fleet
 from bench.grammar import named_layers
 from bench.launch.local import LocalWorkers
 from bench.member import learning_rate
@@ -42,7 +43,7 @@ def spec(mixer: str = "attention", *, seed: int = 0, model: dict | None = None, 
 
 
 def weights(trainer: FleetTrainer, index: int = 0) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in trainer.model.member(index).state_dict().items()}
+    return {key: value.clone() for key, value in trainer.fleet.model.member(index).state_dict().items()}
 
 
 def finish(trainer: FleetTrainer) -> list[tuple[dict[str, torch.Tensor], list[dict]]]:
@@ -103,11 +104,12 @@ def test_micro_batches_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatc
     found = []
     for parts in (1, 3):
         trainer = FleetTrainer([spec(), spec(seed=1)], CPU, micro_batches=parts)
-        monkeypatch.setattr(trainer, "_optimise", lambda: None)
-        trainer.examples_SB[:] = torch.arange(16)
-        trainer.examples_SB[1, 11:] = -1
-        trainer._train_step(trainer.train_cells[1])
-        found.append((trainer.gradient_EP, trainer.sums_E3))
+        fleet = trainer.fleet
+        monkeypatch.setattr(fleet, "_optimise", lambda: None)
+        fleet.examples_SB[:] = torch.arange(16)
+        fleet.examples_SB[1, 11:] = -1
+        fleet.step_on(trainer.train_cells[1])
+        found.append((fleet.gradient_EP, fleet.sums_E3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
     assert found[0][1][:, 2].tolist() == [16, 11]
 
@@ -232,15 +234,15 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: float, status: str, sizes: set[int], parts: int
 ) -> None:
     """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
-    original = FleetTrainer._train_step
+    original = Fleet.step_on
 
-    def limited(self: FleetTrainer, *arguments: object) -> None:
+    def limited(self: Fleet, *arguments: object) -> None:
         limit = 2 if fits == 0.5 else fits
-        if len(self.members) / self.micro_batches > limit:
+        if len(self.model) / self.micro_batches > limit:
             raise torch.OutOfMemoryError("out of memory")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(FleetTrainer, "_train_step", limited)
+    monkeypatch.setattr(Fleet, "step_on", limited)
     records = execute(tmp_path, *(spec(seed=seed) for seed in range(3)))
     assert {record.status for record in records} == {status}
     assert {record.fleet_size for record in records} == sizes
@@ -307,7 +309,7 @@ def test_a_streamed_split_gives_the_examples_of_the_whole(monkeypatch: pytest.Mo
     turns: list[list[int]] = [[], []]
     for cell, first, examples_SB in zip(cells, firsts, plan_PSB, strict=True):
         trainer.streams[cell].hold(first)
-        picked, expected = (found[cell].pick(trainer.sets_E, examples_SB) for found in (trainer.train_cells, resident))
+        picked, expected = (found[cell].pick(trainer.fleet.sets_E, examples_SB) for found in (trainer.train_cells, resident))
         real, rows = examples_SB >= 0, expected.rows_EBM.shape[2]
         assert torch.equal(picked.inputs[real], expected.inputs[real])
         assert torch.equal(picked.labels_EBM[:, :, :rows], expected.labels_EBM) and (picked.labels_EBM[:, :, rows:] == -100).all()
