@@ -5,6 +5,7 @@ Shape legend: B batch, T time, D width, H query heads, G key heads (G divides H)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, rotate
 from bench.convert.combinations import check_rotation, copied_projections, positive, readers_of
+from bench.convert.far import UnevenWindow
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
@@ -38,12 +40,15 @@ class LinearizedAttention(nn.Module):
         plan: what the layer becomes.
         shape: the teacher's sizes.
         layer_idx: index of the layer, counted from 0.
+        far: its key heads with the long window.
 
     Raises:
         UserError: mixer, window and combination rule do not fit each other or the teacher.
     """
 
-    def __init__(self, attention: nn.Module, plan: LayerPlan, shape: AttentionShape, layer_idx: int) -> None:
+    def __init__(
+        self, attention: nn.Module, plan: LayerPlan, shape: AttentionShape, layer_idx: int, far: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.plan, self.shape, self.layer_idx = plan, shape, layer_idx
         self.head_dim = shape.head_dim
@@ -57,16 +62,14 @@ class LinearizedAttention(nn.Module):
                 self.add_module(name, getattr(attention, name))
             self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.copies = copied_projections(attention, plan, mixer) if plan.projections == "copy" else None
-        null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
-        size = {"window": plan.window, "sinks": plan.sinks, "null_shape": null_shape}
-        self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, **size) if plan.window else None
+        self.window = _window(plan, shape, list(far)) if plan.window else None
         self.joint = self.mixer = self.gate = None
         readers = readers_of(plan, shape, mixer)
         check_rotation(plan, mixer)
         if mixer is None or self.window is None:
             self.mixer = MixerBranch(mixer, readers=readers) if mixer is not None and heads else None
         elif plan.combine == "shared_denominator":
-            self.joint, self.window = SharedDenominator(positive(mixer, plan), self.window), None
+            self.joint, self.window = SharedDenominator(positive(mixer, plan), cast(WindowBranch, self.window)), None
         else:
             self.mixer = MixerBranch(mixer, readers=readers) if heads else None
             if plan.combine == "gate":
@@ -257,6 +260,15 @@ def spans(padding_BT: Tensor) -> list[tuple[list[int], int, int]]:
             raise ValueError("the attention mask has padding between real tokens; pad on one side only")
         groups.setdefault((start, stop), []).append(row)
     return [(rows, start, stop) for (start, stop), rows in groups.items()]
+
+
+def _window(plan: LayerPlan, shape: AttentionShape, far: list[int]) -> WindowBranch | UnevenWindow:
+    """The softmax branch, whose far heads look farther than the others."""
+    sizes = (shape.n_kv_heads, shape.head_dim)
+    if far:
+        return UnevenWindow(far, *sizes, window=plan.window, far_window=plan.far_window, sinks=plan.sinks)
+    null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
+    return WindowBranch(*sizes, window=plan.window, sinks=plan.sinks, null_shape=null_shape)
 
 
 def _flat(o: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class LayerPlan(Frozen):
     """Keys that softmax still sees, the own one included; 0 for no window."""
     sinks: int = Field(default=0, ge=0)
     """First tokens that softmax sees at any distance."""
+    far_heads: str = ""
+    """Key heads whose window holds `far_window` keys: a list such as 8.0,18.2 (layer and head, counted from 0; 18 for the
+    whole layer), or auto:n, the n that recall is measured to need most."""
+    far_window: int = Field(default=0, ge=0)
+    """Keys that far heads see."""
     sink_logits: int = Field(default=0, ge=0)
     """Learned scores that every query of the window sees and that have no value, so they only weaken it (Lizard)."""
     window_rope: Literal["keep", "drop"] = "keep"
@@ -56,12 +61,22 @@ class LayerPlan(Frozen):
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
+    @field_validator("far_heads", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) else value
+
     @model_validator(mode="after")
     def _something(self) -> LayerPlan:
         if self.mixer is None and self.window == 0:
             raise ValueError("a converted layer needs a mixer, a window, or both")
         if self.sinks and not self.window:
             raise ValueError("sinks belong to a window; set window too")
+        if bool(self.far_heads) != bool(self.far_window):
+            raise ValueError("far_heads names heads and far_window their window; set both")
+        joint = self.mixer is not None and self.combine == "shared_denominator"
+        if self.far_heads and (joint or self.sink_logits or not 0 < self.window <= self.far_window):
+            raise ValueError("far heads need a window of at most far_window keys, joined by sum or gate and without sink_logits")
         if self.sink_logits and (not self.window or (self.mixer and self.combine == "shared_denominator")):
             raise ValueError("sink_logits belong to a window that is joined by sum or gate")
         return self
