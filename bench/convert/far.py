@@ -9,6 +9,7 @@ Shape legend: B batch, T time, H query heads, G key heads (G divides H), K head 
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,10 @@ class UnevenWindow(nn.Module):
     def __init__(self, far: list[int], n_kv_heads: int, head_dim: int, *, window: int, far_window: int, sinks: int) -> None:
         super().__init__()
         near = [head for head in range(n_kv_heads) if head not in far]
-        self.heads = {"near": near, "far": far} if near else {"far": far}
+        self.heads = {name: heads for name, heads in (("near", near), ("far", far)) if heads}
         lengths = {"near": window, "far": far_window}
-        self.parts = nn.ModuleDict(
-            {name: WindowBranch(len(heads), head_dim, window=lengths[name], sinks=sinks) for name, heads in self.heads.items()}
-        )
+        for name, heads in self.heads.items():
+            self.add_module(name, WindowBranch(len(heads), head_dim, window=lengths[name], sinks=sinks))
 
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None) -> tuple[Tensor, State | None]:
         """Mixes a segment: [B, H, T, K] and the new state."""
@@ -79,14 +79,17 @@ class UnevenWindow(nn.Module):
         stored: State = {}
         for name, heads in self.heads.items():
             own = None if state is None else {key.partition(".")[2]: a for key, a in state.items() if key.startswith(f"{name}.")}
-            o, own = self.parts[name](_pick(q_BHTK, heads, readers), _pick(k_BGTK, heads), _pick(v_BGTK, heads), own)
+            o, own = self._part(name)(_pick(q_BHTK, heads, readers), _pick(k_BGTK, heads), _pick(v_BGTK, heads), own)
             outputs |= dict(zip(heads, o.split(readers, dim=1), strict=True))
             stored |= {f"{name}.{key}": a for key, a in (own or {}).items()}
         return torch.cat([outputs[head] for head in sorted(outputs)], 1), None if state is None else stored
 
+    def _part(self, name: str) -> WindowBranch:
+        return cast(WindowBranch, self.get_submodule(name))
+
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The storage before the first token, of near and far heads each as long as they see."""
-        states = {name: self.parts[name].init_state(batch, device=device, dtype=dtype) for name in self.heads}
+        states = {name: self._part(name).init_state(batch, device=device, dtype=dtype) for name in self.heads}
         return {f"{name}.{key}": a for name, state in states.items() for key, a in state.items()}
 
 

@@ -17,11 +17,13 @@ from bench.convert import parallel, saving
 from bench.convert.align import alignment_backward
 from bench.convert.compiled import WORTH_COMPILING
 from bench.convert.data import TrainingData
+from bench.convert.far import automatic
 from bench.convert.gate import STEPS, GateResult, check_model
 from bench.convert.loop import Progress, StageLoop
 from bench.convert.measure import agreement, cache_bytes, referee_rows
 from bench.convert.parameters import choose_parameters
 from bench.convert.plans import kl_kept, layer_plans
+from bench.convert.retrieval import ASKED, find_far_heads
 from bench.convert.spec import LayerPlan, Recipe, Stage
 from bench.convert.stage import StageTrainer, eager_attention, products_like_tf32
 from bench.convert.student import build_student
@@ -30,6 +32,8 @@ from bench.spec import digest
 
 GATE_ROWS = 3
 CHECKPOINT_SECONDS = 120.0
+FACTS_ON_CPU = 6
+"""Facts on which the far heads of an auto:n plan are found where there is no GPU; some minutes for a model of 135M."""
 LAYER_SCORE_ROWS = 2
 """Held-out sequences on which the layers of a kl:n plan are ranked."""
 
@@ -68,6 +72,7 @@ class Conversion:
         self.device: torch.device = self.teacher.device
         self.stages = [stage for stage in self.recipe.stages if self._applies(stage)]
         self.held = self.data.held_out(self.held_rows, self._length())
+        self._find_far_heads()
         torch.manual_seed(self.recipe.seed)
         self.student = build_student(self.teacher, layer_plans(self.recipe.plan, len(self.teacher.model.layers))).eval()
         self._rehearse()
@@ -111,6 +116,16 @@ class Conversion:
         gate = self._finish(say) if parallel.rank() == 0 else None
         parallel.wait()
         return gate
+
+    def _find_far_heads(self) -> None:
+        """Names the heads of an auto:n plan, so that everything after, the saved recipe too, knows them by name."""
+        plan, count = self.recipe.plan, automatic(self.recipe.plan)
+        if count:
+            asked = FACTS_ON_CPU if self.device.type == "cpu" else ASKED
+            measure = partial(find_far_heads, bf16=self.precision == "bf16", asked=asked)
+            named, cost = measure(self.teacher, self.tokenizer, self.data, plan, count)
+            self.recipe = self.recipe.model_copy(update={"plan": plan.model_copy(update={"far_heads": named})})
+            self.rows["nats an answer loses when a head is cut"] = cost
 
     def _rehearse(self) -> None:
         """Stages on the teacher's stream see a few tokens, so that a mixer that does not fit says it before anything is written."""

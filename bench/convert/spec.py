@@ -61,11 +61,6 @@ class LayerPlan(Frozen):
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
-    @field_validator("far_heads", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
-
     @model_validator(mode="after")
     def _something(self) -> LayerPlan:
         if self.mixer is None and self.window == 0:

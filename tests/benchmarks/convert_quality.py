@@ -52,12 +52,15 @@ TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
 FASTER = ["--set", "stages.2.lr=3e-4", "--set", "stages.2.mixer_lr=1e-3"]
 MAIN = [*OURS, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
 EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
+FAR = ["--recipe", "far_heads", "--set", "plan.far_heads=7.2,18.2,19.1,23.0", "--set", "stages.tokens=2400000", "--seconds", "70"]
 EXPERIMENTS: dict[str, list[str]] = {
     "try-gentle": TINY,
     "try-copy": [*TINY, *FASTER],
     "try-base": [*TINY, *FASTER, *SHARE, "--set", "stages.1.lr=3e-3"],
     "try-narrow": [*TINY, *FASTER, *NARROW],
     "try-aligned": [*OURS, *FASTER, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
+    "far-slow": [*FAR, "--set", "stages.lr=1e-4"],
+    "far-fast": [*FAR, "--set", "stages.lr=3e-4"],
     **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
     # Mamba-2 has projections of its own, which start as copies of the teacher's.
     **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(SHARE if name == "mamba2" else [])] for name in MIXERS},
