@@ -29,8 +29,6 @@ ASKED = 48
 """Facts that are asked for; the half that the teacher answers best is used, because what it cannot recall ranks nothing."""
 ROWS = 16
 """Texts of a forward pass."""
-LOST = -25.0
-"""Log-probability of an answer below which a head has nothing more to lose."""
 
 
 def find_far_heads(
@@ -97,7 +95,7 @@ class Facts:
     sizes_N: Tensor
 
     def answers(self, model: Any) -> Tensor:
-        """The log-probability [N] that a model gives every answer, cut off where it is lost."""
+        """The log-probability [N] that a model gives every answer."""
         longest = int(self.sizes_N.max())
         found = []
         for tokens_NT, sizes_N in zip(self.tokens_NT.split(ROWS), self.sizes_N.split(ROWS), strict=True):
@@ -106,7 +104,7 @@ class Facts:
             log_p_NT = logits_NTV.float().log_softmax(-1).gather(2, last_NT[..., None])[..., 0]
             is_answer_NT = torch.arange(longest, 0, -1, device=last_NT.device) <= sizes_N[:, None]
             found.append((log_p_NT * is_answer_NT).sum(1))
-        return torch.cat(found).clamp(min=LOST)
+        return torch.cat(found)
 
 
 def _hidden_facts(tokenizer: Any, data: TrainingData, length: int, asked: int, device: torch.device) -> Facts:
