@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.convert.branches import WindowBranch
+from bench.convert.kept import KeptKeys
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
 from mixers import State
@@ -62,34 +63,53 @@ class UnevenWindow(nn.Module):
         window: keys that the other heads see.
         far_window: keys that far heads see.
         sinks: first tokens that all heads see.
+        scored_from: None for the newest keys in far heads; the width D of the layer's input, from which a score says which keys
+            stay beyond the newest `window`.
     """
 
-    def __init__(self, far: list[int], n_kv_heads: int, head_dim: int, *, window: int, far_window: int, sinks: int) -> None:
+    def __init__(
+        self,
+        far: list[int],
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        window: int,
+        far_window: int,
+        sinks: int,
+        scored_from: int | None = None,
+    ) -> None:
         super().__init__()
         near = [head for head in range(n_kv_heads) if head not in far]
         self.heads = {name: heads for name, heads in (("near", near), ("far", far)) if heads}
-        lengths = {"near": window, "far": far_window}
-        for name, heads in self.heads.items():
-            self.add_module(name, WindowBranch(len(heads), head_dim, window=lengths[name], sinks=sinks))
+        self.near = WindowBranch(len(near), head_dim, window=window, sinks=sinks) if near else None
+        if scored_from is None:
+            self.far = WindowBranch(len(far), head_dim, window=far_window, sinks=sinks) if far else None
+        else:
+            self.far = KeptKeys(len(far), head_dim, scored_from, window=window, kept=far_window - window, sinks=sinks)
 
-    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None) -> tuple[Tensor, State | None]:
-        """Mixes a segment: [B, H, T, K] and the new state."""
+    def forward(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None, x_BTD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Mixes a segment: [B, H, T, K] and the new state; `x_BTD`, the layer's input, is for scores of keys."""
         readers = q_BHTK.shape[1] // k_BGTK.shape[1]
         outputs: dict[int, Tensor] = {}
         stored: State = {}
         for name, heads in self.heads.items():
             own = None if state is None else {key.partition(".")[2]: a for key, a in state.items() if key.startswith(f"{name}.")}
-            o, own = self._part(name)(_pick(q_BHTK, heads, readers), _pick(k_BGTK, heads), _pick(v_BGTK, heads), own)
+            given = (_pick(q_BHTK, heads, readers), _pick(k_BGTK, heads), _pick(v_BGTK, heads), own, x_BTD)
+            o, own = self.get_submodule(name)(*given)
             outputs |= dict(zip(heads, o.split(readers, dim=1), strict=True))
             stored |= {f"{name}.{key}": a for key, a in (own or {}).items()}
         return torch.cat([outputs[head] for head in sorted(outputs)], 1), None if state is None else stored
 
-    def _part(self, name: str) -> WindowBranch:
-        return cast(WindowBranch, self.get_submodule(name))
+    def score_loss(self, q_BHTK: Tensor, k_BGTK: Tensor, x_BTD: Tensor) -> Tensor:
+        """The loss of the scores of far heads' keys; see `KeptKeys.loss`."""
+        heads, readers = self.heads["far"], q_BHTK.shape[1] // k_BGTK.shape[1]
+        return cast(KeptKeys, self.far).loss(_pick(q_BHTK, heads, readers), _pick(k_BGTK, heads), x_BTD)
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The storage before the first token, of near and far heads each as long as they see."""
-        states = {name: self._part(name).init_state(batch, device=device, dtype=dtype) for name in self.heads}
+        states = {name: getattr(self, name).init_state(batch, device=device, dtype=dtype) for name in self.heads}
         return {f"{name}.{key}": a for name, state in states.items() for key, a in state.items()}
 
 

@@ -15,6 +15,7 @@ from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowB
 from bench.convert.combinations import check_rotation, copied_projections, positive, readers_of
 from bench.convert.far import UnevenWindow
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
+from bench.convert.kept import KeptKeys
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
 from mixers import State
@@ -142,6 +143,17 @@ class LinearizedAttention(nn.Module):
             raise UserError(f"{self.plan.mixer} has no heads before an output projection; use a recipe that matches mixer_out.")
         return self._joined_heads(self._heads(x_BTD, rope, _split(None)), x_BTD)
 
+    @property
+    def scores_keys(self) -> bool:
+        """Whether far heads choose their keys by a learned score."""
+        return isinstance(self.window, UnevenWindow) and isinstance(self.window.far, KeptKeys)
+
+    def score_loss(self, x_BTD: Tensor, rope: Rope) -> Tensor:
+        """What the scores of far heads' keys miss of the attention that they draw from afar; needs `scores_keys`."""
+        q, k, _, q_plain, k_plain = self.queries_keys_values(x_BTD, rope)
+        window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
+        return cast(UnevenWindow, self.window).score_loss(window_q, window_k, x_BTD)
+
     def matrix(self, x_BTD: Tensor, rope: Rope) -> Tensor:
         """What Hedgehog and MOHAWK match first: the mixer's own causal matrix, [B, H, T, T].
 
@@ -168,7 +180,7 @@ class LinearizedAttention(nn.Module):
             outputs["joint"], parts["joint"] = self.joint(q, k, v, parts["joint"], self.ablation)
         if self.window is not None:
             window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
-            outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"])
+            outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"], x_BTD)
         if self.mixer is not None:
             if self.copies is not None:
                 q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
@@ -266,7 +278,8 @@ def _window(plan: LayerPlan, shape: AttentionShape, far: list[int]) -> WindowBra
     """The softmax branch, whose far heads look farther than the others."""
     sizes = (shape.n_kv_heads, shape.head_dim)
     if far:
-        return UnevenWindow(far, *sizes, window=plan.window, far_window=plan.far_window, sinks=plan.sinks)
+        named = {"window": plan.window, "far_window": plan.far_window, "sinks": plan.sinks}
+        return UnevenWindow(far, *sizes, **named, scored_from=shape.d_model if plan.far_keys == "best" else None)
     null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
     return WindowBranch(*sizes, window=plan.window, sinks=plan.sinks, null_shape=null_shape)
 

@@ -23,7 +23,7 @@ from bench.convert.loop import Progress, StageLoop
 from bench.convert.measure import agreement, cache_bytes, referee_rows
 from bench.convert.parameters import choose_parameters
 from bench.convert.plans import kl_kept, layer_plans
-from bench.convert.retrieval import ASKED, find_far_heads
+from bench.convert.retrieval import SHORT, Search, find_far_heads
 from bench.convert.spec import LayerPlan, Recipe, Stage
 from bench.convert.stage import StageTrainer, eager_attention, products_like_tf32
 from bench.convert.student import build_student
@@ -32,8 +32,6 @@ from bench.spec import digest
 
 GATE_ROWS = 3
 CHECKPOINT_SECONDS = 120.0
-FACTS_ON_CPU = 6
-"""Facts on which the far heads of an auto:n plan are found where there is no GPU; some minutes for a model of 135M."""
 LAYER_SCORE_ROWS = 2
 """Held-out sequences on which the layers of a kl:n plan are ranked."""
 
@@ -120,12 +118,12 @@ class Conversion:
     def _find_far_heads(self) -> None:
         """Names the heads of an auto:n plan, so that everything after, the saved recipe too, knows them by name."""
         plan, count = self.recipe.plan, automatic(self.recipe.plan)
-        if count:
-            asked = FACTS_ON_CPU if self.device.type == "cpu" else ASKED
-            measure = partial(find_far_heads, bf16=self.precision == "bf16", asked=asked)
-            named, cost = measure(self.teacher, self.tokenizer, self.data, plan, count)
+        if count and plan.layers.strip() != "none":
+            search = SHORT if self.device.type == "cpu" else Search()
+            measure = partial(find_far_heads, bf16=self.precision == "bf16", search=search)
+            named, gates = measure(self.teacher, self.tokenizer, self.data, plan, count)
             self.recipe = self.recipe.model_copy(update={"plan": plan.model_copy(update={"far_heads": named})})
-            self.rows["nats an answer loses when a head is cut"] = cost
+            self.rows["gates of key heads between window and whole attention"] = gates
 
     def _rehearse(self) -> None:
         """Stages on the teacher's stream see a few tokens, so that a mixer that does not fit says it before anything is written."""

@@ -44,6 +44,9 @@ class LayerPlan(Frozen):
     whole layer), or auto:n, the n that recall is measured to need most."""
     far_window: int = Field(default=0, ge=0)
     """Keys that far heads see."""
+    far_keys: Literal["newest", "best"] = "newest"
+    """Which keys those are: the newest, or the newest `window` and of all others the best by a learned score, which a stage
+    that captures far_attention trains."""
     sink_logits: int = Field(default=0, ge=0)
     """Learned scores that every query of the window sees and that have no value, so they only weaken it (Lizard)."""
     window_rope: Literal["keep", "drop"] = "keep"
@@ -93,9 +96,9 @@ class Stage(Frozen):
     independently; `logits` runs the student from end to end.
     """
 
-    capture: Literal["attn_weights", "attn_out", "mixer_out", "block_out", "logits"]
-    """What is compared: attention matrices, heads before the output projection, the attention block, the whole layer, or
-    the distribution over the next token."""
+    capture: Literal["attn_weights", "attn_out", "mixer_out", "block_out", "far_attention", "logits"]
+    """What is compared: attention matrices, heads before the output projection, the attention block, the whole layer, the
+    score of far heads' keys with the attention that they draw from beyond the window, or the distribution over the next token."""
     loss: Literal["mse", "l2", "frobenius", "cross_entropy", "kl_ce"] = "mse"
     """mse per element, l2 norm per token, Frobenius norm or cross-entropy of attention rows; `kl_ce` for logits."""
     scale: float = Field(default=1.0, gt=0)
@@ -148,6 +151,7 @@ class Stage(Frozen):
             "attn_out": ("mse", "l2"),
             "mixer_out": ("mse", "l2"),
             "block_out": ("mse", "l2"),
+            "far_attention": ("mse",),
             "logits": ("kl_ce",),
         }[self.capture]
         if self.loss not in allowed:

@@ -12,7 +12,7 @@ from bench.convert.gate import check_model
 from bench.convert.measure import cache_bytes
 from bench.convert.rendered import single_fact
 from bench.convert.resolve import resolve_recipe
-from bench.convert.retrieval import Facts, find_far_heads
+from bench.convert.retrieval import GatedReach, Search, answer_divergence, find_far_heads
 from bench.convert.spec import LayerPlan, Source
 from bench.convert.student import build_student
 from bench.errors import UserError
@@ -81,7 +81,7 @@ def test_heads_that_are_not_there(heads: str, teacher):
     ("settings", "sentence"),
     [
         (["plan.far_window=0"], "set both"),
-        (["plan.far_window=60"], "need a window of at most far_window keys"),
+        (["plan.far_window=160"], "need a window of at most far_window keys"),
         (["plan.sink_logits=1"], "without sink_logits"),
     ],
 )
@@ -105,21 +105,36 @@ def test_a_fact_stands_early_and_is_asked_for_at_the_end(tokenizer):
 
 
 def test_only_the_answer_counts(teacher):
-    rows = tokens()
-    log_p = teacher(rows).logits.log_softmax(-1)
-    expected = [sum(float(log_p[row, t - 1, rows[row, t]]) for t in range(60 - size, 60)) for row, size in enumerate((3, 1, 2))]
-    found = Facts(rows, torch.tensor([3, 1, 2])).answers(teacher)
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    """The divergence is the mean over answer tokens of KL, text by text."""
+    rows, sizes = tokens(), (3, 1, 2)
+    other = tiny(initializer_range=0.1)
+    log_q, log_p = (model(rows).logits.log_softmax(-1) for model in (teacher, other))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    expected = sum(kl[row, 59 - size : 59].sum() for row, size in enumerate(sizes)) / sum(sizes)
+    torch.testing.assert_close(answer_divergence(other, teacher, rows, torch.tensor(sizes)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_only_a_head_that_reads_costs(tokenizer, text: Path):
-    """Where one head alone writes into the stream, cutting it is what moves answers, and the costliest heads are named."""
-    reading = tiny(max_position_embeddings=128, initializer_range=0.05)
+@pytest.mark.parametrize(("gate", "plan"), [(0.0, NEAR), (1.0, far("0,1", 100))])
+def test_gates_lie_between_window_and_everything(gate: float, plan: LayerPlan, teacher):
+    wanted = build_student(teacher, [plan] * 2).eval()
+    gated = build_student(teacher, [NEAR] * 2).eval()
+    for layer in gated.converted().values():
+        reach = GatedReach(layer.shape, NEAR, 60)
+        reach.gate_G.data.fill_(gate)
+        layer.add_module("window", reach)
+    torch.testing.assert_close(gated(tokens(), use_cache=False).logits, wanted(tokens()).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_head_that_reads_keeps_its_gate(tokenizer, text: Path):
+    """Where one key head alone writes into the stream, the others' gates close at the price of being open."""
+    reading = tiny(max_position_embeddings=128, initializer_range=0.5)
     for index, layer in enumerate(reading.model.layers):
         layer.self_attn.o_proj.weight.data[:, (0 if index == 0 else 32) :] = 0  # query heads 0 and 1 read key head 0
+    reading.requires_grad_(False)
     data = load_data([Source(kind="text", where=str(text))], tokenizer, 280, 0, min_length=64, cap=10**6)
-    heads, cost = find_far_heads(reading.requires_grad_(False), tokenizer, data, far("auto:1"), 1, bf16=False, asked=4)
-    assert [name for name, value in cost.items() if value != 0] == ["1.0"]
-    assert cost[heads] == max(cost.values())
-    with pytest.raises(UserError, match="asks for more key heads than the 4 that there are"):
-        find_far_heads(reading, tokenizer, data, far("auto:5"), 5, bf16=False, asked=2)
+    search = Search(steps=22, rows=2, length=96)
+    heads, gates = find_far_heads(reading, tokenizer, data, far("auto:1"), 1, bf16=False, search=search)
+    assert heads == "1.0"
+    assert gates["1.0"] > 2 * max(value for name, value in gates.items() if name != "1.0")
+    with pytest.raises(UserError, match="asks for more key heads than this model has"):
+        find_far_heads(reading, tokenizer, data, far("auto:5"), 5, bf16=False, search=search)
