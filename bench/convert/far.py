@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.convert.branches import WindowBranch
+from bench.convert.fit import AttentionShape
 from bench.convert.kept import KeptKeys
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
@@ -111,6 +112,16 @@ class UnevenWindow(nn.Module):
         """The storage before the first token, of near and far heads each as long as they see."""
         states = {name: getattr(self, name).init_state(batch, device=device, dtype=dtype) for name in self.heads}
         return {f"{name}.{key}": a for name, state in states.items() for key, a in state.items()}
+
+
+def window_branch(plan: LayerPlan, shape: AttentionShape, far: list[int]) -> WindowBranch | UnevenWindow:
+    """The softmax branch, whose far heads look farther than the others."""
+    sizes = (shape.n_kv_heads, shape.head_dim)
+    if far:
+        named = {"window": plan.window, "far_window": plan.far_window, "sinks": plan.sinks}
+        return UnevenWindow(far, *sizes, **named, scored_from=shape.d_model if plan.far_keys == "best" else None)
+    null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
+    return WindowBranch(*sizes, window=plan.window, sinks=plan.sinks, null_shape=null_shape)
 
 
 def _pick(a_BHTK: Tensor, heads: list[int], each: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 
@@ -58,6 +59,9 @@ class Shared:
 
     def index(self, i: Any) -> Shared:
         return Shared(self.x[int(i)], self.unfenced)
+
+    def slice(self, start: int, length: int, axis: int) -> Shared:
+        return Shared(self.x.narrow(axis, start, length), self.unfenced)
 
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.x.permute(order), self.unfenced)
@@ -109,7 +113,14 @@ class Program:
             store=self.store,
             allocate_shared_memory=self.allocate,
             **dict.fromkeys(
-                ("SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SwizzledSharedLayout"),
+                (
+                    "SliceLayout",
+                    "BlockedLayout",
+                    "DotOperandLayout",
+                    "NVMMADistributedLayout",
+                    "NVMMASharedLayout",
+                    "SwizzledSharedLayout",
+                ),
                 lambda *_, **__: None,
             ),
         )
@@ -196,7 +207,8 @@ class OnCpu:
     def __getitem__(self, grid: tuple[int]) -> Any:
         def run(*arguments: Any, **constants: Any) -> None:
             named = {name: _argument(x) for name, x in zip(self.kernel.arg_names, arguments, strict=False)}
-            named |= {name: x for name, x in constants.items() if name in self.kernel.arg_names} | {"DOT": torch.float64}
+            wide = {"DOT": torch.float64}
+            named |= {name: x for name, x in (constants | wide).items() if name in self.kernel.arg_names}
             for index in range(grid[0]):
                 self._run(Program(index), named)
 
@@ -208,9 +220,10 @@ class OnCpu:
             "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait,
         }  # fmt: skip
         compiled = [(name, x.fn) for module in self.modules for name, x in vars(module).items() if callable(getattr(x, "fn", None))]
+        numbers = [(name, x.value) for module in self.modules for name, x in vars(module).items() if isinstance(x, tl.constexpr)]
         with ExitStack() as patches:
             for module in self.modules:
-                for name, x in (names | dict(compiled)).items():
+                for name, x in (names | dict(compiled) | dict(numbers)).items():
                     if hasattr(module, name):
                         patches.enter_context(patch.object(module, name, x))
             self.kernel.fn(**arguments)
