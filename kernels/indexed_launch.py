@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
+from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
 from kernels.sparse_index import Listed
 
 MAX_PACK = 16
