@@ -17,12 +17,14 @@ SIZES = dict.fromkeys(
     ("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member", "n_segments", "gate_stride"), "i32"
 )
 
+NARROW = {"x", "dx", "y", "dy", "b", "c", "dt", "ddt", "gate", "dgate"}
 
-def compiled(kernel, dtype: str):
-    """x, y, b and c in `dtype`; what the mixer keeps in fp32 in fp32."""
-    narrow = {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
-    wide = {f"{name}_ptr": "*fp32+" for name in ("dt", "ddt", "rate", "drate", "db", "dc", "states", "dstate")}
-    every = SIZES | narrow | wide | {"TILE": TILE, "CHANNELS": CHANNELS, "DOTS": dtype != "*fp32+"}
+
+def compiled(kernel, dtype: str, *, gated: bool = False):
+    """What the mixer keeps in fp32 in fp32, the rest in `dtype`; time steps are made of narrow ones where there is a gate."""
+    wide = {"rate", "drate", "db", "dc", "states", "dstate", "bias", "skip", "parts", *(() if gated else ("dt", "ddt"))}
+    pointers = {f"{name}_ptr": "*fp32+" if name in wide else dtype for name in wide | NARROW}
+    every = SIZES | pointers | {"TILE": TILE, "CHANNELS": CHANNELS, "DOTS": dtype != "*fp32+", "GATED": gated}
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=1)
 
 
@@ -32,12 +34,17 @@ def test_forward_keeps_time_inside_of_threads(dtype: str):
     assert used.spilled == used.shared == 0
     assert used.registers <= 144, "fewer than 14 warps fit an SM"
     assert "shfl" not in used.ptx
+    gated = compiled(selective_scan_forward, dtype, gated=True)
+    assert gated.spilled == gated.shared == 0
+    assert gated.registers <= 200, "fewer than 10 warps fit an SM"
+    assert "shfl" not in gated.ptx
 
 
 @pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
 def test_backward_exchanges_values_only_to_sum_over_channels(dtype: str):
     used = compiled(selective_scan_backward, dtype)
     assert used.spilled <= 100
+    assert compiled(selective_scan_backward, dtype, gated=True).spilled <= 300
     exchanges = len(re.findall(r"shfl", used.ptx))
     if dtype == "*fp32+":
         assert exchanges == 2 * TILE * 5  # db and dc of every token of a tile, in five steps
