@@ -1,18 +1,18 @@
-"""Mamba's selective scan in Triton: time in tiles, one state element after the other.
+"""Mamba's selective scan: the gradient's kernel in Triton, and the launches of both passes.
 
-A program owns one sequence and a block of channels. It walks the sequence in tiles of `TILE` tokens; within a tile it loops
-over the N state elements, and for each of them scans the tile's tokens. So a tile of x, dt and y stays in registers while N
+The forward kernel is `kernels.selective_scan_gluon`. Backward, a program owns one sequence and a block of channels. It goes
+through the sequence in tiles of `TILE` tokens from the end; within a tile it loops over the N state elements, recomputes each
+from the tile's border and runs the gradient's recurrence back through it. So a tile of x, dt and dy stays in registers while N
 recurrences pass over it, and what lives in memory is the state at the tiles' borders, N / TILE of a [B, T, D, N] tensor.
-Backward recomputes a tile's states from its border and runs the gradient's recurrence through it in reverse.
 
-A warp spans 32 channels and a thread keeps a whole tile of time, so scans need no exchange between threads. This takes
-loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would make them wider.
-
-Exponentials bound it: B T D N of them in each pass, at 16 a clock and SM.
+A warp spans 32 channels and a thread keeps a whole tile of time, whose rows are taken apart (`_unstack`): a recurrence is then
+one multiply-add a token. This takes loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would
+make them wider.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), L tile, C channels of a program.
 """
 
+# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
 from __future__ import annotations
 
 import torch
@@ -20,70 +20,113 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import selective_scan_gluon
 from kernels._entry import entry
 from kernels.scan_operator import TILE
-from kernels.scan_segments_triton import then
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHANNELS = 32
+WARPS = 4
+"""Warps of a forward program, of 32 channels each, unless there are fewer channels."""
 SIZES = ("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
 
 
-@entry(do_not_specialize=SIZES)
-def selective_scan_forward(
-    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, y_ptr, states_ptr,
-    n_tokens, width, n_states, n_tiles, sequences_per_member,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Outputs, and the state after every tile; the caller has put the initial one before the first."""
-    n_blocks = tl.cdiv(width, CHANNELS)
-    sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
-    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
-    inside_C = channel_C < width
-    rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
-    states_ptr += sequence * (n_tiles + 1) * n_states * width + channel_C
-    read_ptr = sequence * n_states * n_tiles * TILE
-    row_L = tl.arange(0, TILE)
-    for tile in range(n_tiles):
-        token_L = tile * TILE + row_L
-        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-        inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
-        # past the end dt is 0: a factor of 1 and no input carry the state on
-        dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        u_LC = dt_LC * tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        y_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        for n in range(n_states):
-            start_C = tl.load(states_ptr + n * width, mask=inside_C, other=0.0)
-            rate_C = tl.load(rate_ptr + n * width, mask=inside_C, other=0.0)
-            offset_L = read_ptr + n * n_tiles * TILE + token_L
-            b_L = tl.load(b_ptr + offset_L).to(tl.float32)
-            c_L = tl.load(c_ptr + offset_L).to(tl.float32)
-            a_LC = tl.exp2(dt_LC * (rate_C * -LOG2_E)[None, :])
-            enters_LC = tl.where(row_L[:, None] == 0, a_LC * start_C[None, :], 0.0)
-            _, h_LC = tl.associative_scan((a_LC, u_LC * b_L[:, None] + enters_LC), 0, then)
-            y_LC += h_LC * c_L[:, None]
-            end_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
-            tl.store(states_ptr + (n_states + n) * width, end_C, mask=inside_C)
-        tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
-        states_ptr += n_states.to(tl.int64) * width
-        # the next tile reads what other threads may have stored
-        tl.debug_barrier()
+@triton.jit
+def _unstack(x, L: tl.constexpr, C: tl.constexpr):
+    """The rows of [L, C], L being a power of two, as a tuple; where a thread holds all rows, only names for its registers."""
+    if L == 1:
+        rows = (tl.reshape(x, [C]),)
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, [L // 2, 2, C]), (0, 2, 1)))
+        evens, odds = _unstack(even, L // 2, C), _unstack(odd, L // 2, C)
+        rows = (evens[0], odds[0])
+        for n in tl.static_range(1, L // 2):
+            rows = rows + (evens[n], odds[n])
+    return rows
 
 
 @triton.jit
-def _then_back(a_1, e_1, g_1, p_1, a_2, e_2, g_2, p_2):
-    """One map e -> a_1 (x_1 + e), then the next; beside it g, the sum x + e that enters the last of the maps."""
-    return a_1 * a_2, e_2 + a_2 * e_1, g_2 + p_2 * e_1, a_1 * p_2
+def _stack(rows, L: tl.constexpr, C: tl.constexpr):
+    """[L, C] of L rows [C]."""
+    if L == 1:
+        x = tl.reshape(rows[0], [1, C])
+    else:
+        evens, odds = (rows[0],), (rows[1],)
+        for n in tl.static_range(1, L // 2):
+            evens, odds = evens + (rows[2 * n],), odds + (rows[2 * n + 1],)
+        both = tl.join(_stack(evens, L // 2, C), _stack(odds, L // 2, C))
+        x = tl.reshape(tl.permute(both, (0, 2, 1)), [L, C])
+    return x
 
 
 @triton.jit
-def _over_channels(x_LC, ones, DOTS: tl.constexpr):
-    """Sums over channels: by a product with ones in TF32, which is exact enough for 16 bits, or by exchanges."""
-    return tl.max(tl.dot(x_LC, ones, input_precision="tf32"), axis=1) if DOTS else tl.sum(x_LC, axis=1)
+def _spread(x_L, L: tl.constexpr, C: tl.constexpr):
+    """A number for each token, as rows for all channels."""
+    return _unstack(tl.broadcast_to(x_L.to(tl.float32)[:, None], [L, C]), L, C)
+
+
+@triton.jit
+def _over_channels(x_LC, L: tl.constexpr, C: tl.constexpr, DOTS: tl.constexpr):
+    """Sums over channels, in 16 bit by a product whose right operand is what threads hold already.
+
+    Tensor cores want rows of that operand in four neighbouring lanes and, there, in pairs of registers: with lanes and pairs of
+    tokens as its rows nothing has to move. The left operand picks out the rows of a token.
+    """
+    if DOTS:
+        k = tl.arange(0, 4 * L)
+        pick_LK = (tl.arange(0, L)[:, None] == (k // 8 * 2 + k % 2)[None, :]).to(x_LC.dtype)
+        x_KQ = tl.reshape(tl.permute(tl.reshape(x_LC, [L // 2, 2, C // 4, 4]), (0, 3, 1, 2)), [4 * L, C // 4])
+        sums_L = tl.sum(tl.dot(pick_LK, x_KQ), axis=1)
+    else:
+        sums_L = tl.sum(x_LC, axis=1)
+    return sums_L
+
+
+@triton.jit
+def _replay(h_C, slope_C, dt, u, b, L: tl.constexpr):
+    """Factors of a tile's tokens; the state before each of them and after the last."""
+    factors = (tl.exp2(dt[0] * slope_C),)
+    states = (h_C, factors[0] * h_C + u[0] * b[0])
+    for t in tl.static_range(1, L):
+        factors = factors + (tl.exp2(dt[t] * slope_C),)
+        states = states + (factors[t] * states[t] + u[t] * b[t],)
+    return factors, states
+
+
+@triton.jit
+def _reverse(e_C, factors, states, dt, dy, c, L: tl.constexpr):
+    """Gradients of the states and of the log factors, from the last token to the first; what reaches the state before the tile.
+
+    e_t = a_t dh_t is what reaches h_{t-1}, and e_t h_{t-1} is the gradient of log a_t. Last comes that of the rate.
+    """
+    dh_C = dy[L - 1] * c[L - 1] + e_C
+    e_C = factors[L - 1] * dh_C
+    dhs, dlogs = (dh_C,), (e_C * states[L - 1],)
+    drate_C = dlogs[0] * dt[L - 1]
+    for back in tl.static_range(1, L):
+        dh_C = dy[L - 1 - back] * c[L - 1 - back] + e_C
+        e_C = factors[L - 1 - back] * dh_C
+        dlog_C = e_C * states[L - 1 - back]
+        drate_C += dlog_C * dt[L - 1 - back]
+        dhs, dlogs = (dh_C,) + dhs, (dlog_C,) + dlogs
+    return dhs, dlogs, e_C, drate_C
+
+
+@triton.jit
+def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C):
+    """What a tile needs of a state element: its start, the gradient behind the tile, rate, gradient of the rate so far, b and c."""
+    return (
+        tl.load(states_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(dstate_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(rate_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(drate_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(b_ptr + n * row + token_L),
+        tl.load(c_ptr + n * row + token_L),
+    )
 
 
 @entry(do_not_specialize=SIZES)
-def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in registers
+def selective_scan_backward(
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstate_ptr,
     n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
@@ -93,68 +136,56 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
 
     `dstate` holds the gradient of the state after the tile at hand: the final state's at first, the initial one's at last.
     `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels. What the next
-    state element needs is loaded before this one is computed.
+    state element needs is loaded before this one is computed, and sums over channels are made one element later.
     """
     n_blocks = tl.cdiv(width, CHANNELS)
-    sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
-    block = tl.program_id(0) % n_blocks
+    sequence, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
     channel_C = block * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel_C < width
     rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
     drate_ptr += sequence * n_states * width + channel_C
     dstate_ptr += sequence * n_states * width + channel_C
     states_ptr += (sequence * (n_tiles + 1) + n_tiles) * n_states * width + channel_C
-    read_ptr = sequence * n_states * n_tiles * TILE
-    part_ptr = (block * n_sequences + sequence) * n_states * n_tiles * TILE
-    row_L = tl.arange(0, TILE)
-    ones = tl.full([CHANNELS, 16], 1.0, tl.float32)
+    row = n_tiles * TILE
+    b_ptr += sequence * n_states * row
+    c_ptr += sequence * n_states * row
+    db_ptr += (block * n_sequences + sequence) * n_states * row
+    dc_ptr += (block * n_sequences + sequence) * n_states * row
+    SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
     for back in range(n_tiles):
         states_ptr -= n_states.to(tl.int64) * width
-        token_L = (n_tiles - 1 - back) * TILE + row_L
+        token_L = (n_tiles - 1 - back) * TILE + tl.arange(0, TILE)
         place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
         inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
         dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        u_LC = dt_LC * x_LC
-        du_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        decayed_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        start_C = tl.load(states_ptr, mask=inside_C, other=0.0)
-        after_C = tl.load(dstate_ptr, mask=inside_C, other=0.0)
-        rate_C = tl.load(rate_ptr, mask=inside_C, other=0.0)
-        sum_C = tl.load(drate_ptr, mask=inside_C, other=0.0)
-        b_L = tl.load(b_ptr + read_ptr + token_L)
-        c_L = tl.load(c_ptr + read_ptr + token_L)
+        u_LC, du_LC, decayed_LC = dt_LC * x_LC, tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
+        dt, u, dy = _unstack(dt_LC, TILE, CHANNELS), _unstack(u_LC, TILE, CHANNELS), _unstack(dy_LC, TILE, CHANNELS)
+        wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
+        start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
+            states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, 0, width, row, token_L, inside_C
+        )
         for n in range(n_states):
+            db_L, dc_L = _over_channels(wrote_LC, TILE, CHANNELS, DOTS), _over_channels(read_LC, TILE, CHANNELS, DOTS)
             more = tl.minimum(n + 1, n_states - 1)
-            next_start_C = tl.load(states_ptr + more * width, mask=inside_C, other=0.0)
-            next_after_C = tl.load(dstate_ptr + more * width, mask=inside_C, other=0.0)
-            next_rate_C = tl.load(rate_ptr + more * width, mask=inside_C, other=0.0)
-            next_sum_C = tl.load(drate_ptr + more * width, mask=inside_C, other=0.0)
-            next_b_L = tl.load(b_ptr + read_ptr + more * n_tiles * TILE + token_L)
-            next_c_L = tl.load(c_ptr + read_ptr + more * n_tiles * TILE + token_L)
-            b_L1, c_L1 = b_L.to(tl.float32)[:, None], c_L.to(tl.float32)[:, None]
-            a_LC = tl.exp2(dt_LC * (rate_C * -LOG2_E)[None, :])
-            written_LC = u_LC * b_L1
-            enters_LC = tl.where(row_L[:, None] == 0, a_LC * start_C[None, :], 0.0)
-            _, h_LC = tl.associative_scan((a_LC, written_LC + enters_LC), 0, then)
-            # e_t = a_t dh_t is what reaches h_{t-1}: it needs the same exponentials as the states, where a recurrence of dh_t
-            # would need those of the next token. Flips inside of a thread cost nothing, unlike a scan with reverse=True.
-            leaves_LC = tl.where(row_L[:, None] == TILE - 1, after_C[None, :], 0.0)
-            read_LC, late_a_LC = tl.flip(dy_LC * c_L1 + leaves_LC, 0), tl.flip(a_LC, 0)
-            _, e_LC, late_dh_LC, _ = tl.associative_scan(
-                (late_a_LC, late_a_LC * read_LC, read_LC, tl.full([TILE, CHANNELS], 1.0, tl.float32)), 0, _then_back
-            )
-            dh_LC = tl.flip(late_dh_LC, 0)
-            # the gradient of log a_t is dh_t a_t h_{t-1}, and a_t h_{t-1} is what was not written at t
-            dlog_LC = dh_LC * (h_LC - written_LC)
-            du_LC += dh_LC * b_L1
-            decayed_LC += dlog_LC * rate_C[None, :]
-            tl.store(drate_ptr + n * width, sum_C - tl.sum(dlog_LC * dt_LC, axis=0), mask=inside_C)
-            tl.store(dstate_ptr + n * width, tl.sum(tl.where(row_L[:, None] == TILE - 1, e_LC, 0.0), axis=0), mask=inside_C)
-            tl.store(db_ptr + part_ptr + n * n_tiles * TILE + token_L, _over_channels(dh_LC * u_LC, ones, DOTS))
-            tl.store(dc_ptr + part_ptr + n * n_tiles * TILE + token_L, _over_channels(h_LC * dy_LC, ones, DOTS))
-            start_C, after_C, rate_C, sum_C, b_L, c_L = next_start_C, next_after_C, next_rate_C, next_sum_C, next_b_L, next_c_L
+            following = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, more, width, row, token_L, inside_C)
+            factors, states = _replay(start_C, rate_C * -LOG2_E, dt, u, _spread(b_L, TILE, CHANNELS), TILE)
+            dhs, dlogs, e_C, drate_C = _reverse(after_C, factors, states, dt, dy, _spread(c_L, TILE, CHANNELS), TILE)
+            dh_LC = _stack(dhs, TILE, CHANNELS)
+            du_LC += dh_LC * b_L.to(tl.float32)[:, None]
+            decayed_LC += _stack(dlogs, TILE, CHANNELS) * rate_C[None, :]
+            tl.store(drate_ptr + n * width, sum_C - drate_C, mask=inside_C)
+            tl.store(dstate_ptr + n * width, e_C, mask=inside_C)
+            summed = (token_L >= 0) & (n > 0)
+            tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
+            tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
+            wrote_LC = (dh_LC * u_LC).to(SUMMED)
+            read_LC = (_stack(states[1:], TILE, CHANNELS) * dy_LC).to(SUMMED)
+            start_C, after_C, rate_C, sum_C, b_L, c_L = following
+        last = (n_states - 1) * row
+        tl.store(db_ptr + last + token_L, _over_channels(wrote_LC, TILE, CHANNELS, DOTS))
+        tl.store(dc_ptr + last + token_L, _over_channels(read_LC, TILE, CHANNELS, DOTS))
         tl.store(dx_ptr + place_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(ddt_ptr + place_LC, (du_LC * x_LC - decayed_LC).to(ddt_ptr.dtype.element_ty), mask=inside_LC)
         # the next tile reads what other threads may have stored
@@ -170,12 +201,14 @@ def forward(
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1, n_states, width, dtype=torch.float32)
     states_BSND[:, 0] = 0.0 if start_BDN is None else start_BDN.mT
     y_BTD = x_BTD.new_empty(batch, length, width)
-    selective_scan_forward[(batch * -(-width // CHANNELS),)](
+    padded, warps = triton.next_power_of_2(n_states), min(WARPS, triton.next_power_of_2(-(-width // CHANNELS)))
+    channels = warps * selective_scan_gluon.channels_of_a_warp(padded)
+    selective_scan_gluon.selective_scan_forward[(batch * -(-width // channels),)](
         x_BTD.contiguous(),
         dt_BTD.contiguous(),
         _state_first(rate_MDN),
-        _time_last(b_BTN),
-        _time_last(c_BTN),
+        b_BTN.contiguous(),
+        c_BTN.contiguous(),
         y_BTD,
         states_BSND,
         length,
@@ -183,9 +216,11 @@ def forward(
         n_states,
         n_tiles,
         batch // rate_MDN.shape[0],
-        TILE=TILE,
-        CHANNELS=CHANNELS,
-        num_warps=1,
+        N=padded,
+        C=channels,
+        L=TILE,
+        WARPS=warps,
+        num_warps=warps,
     )
     return y_BTD, states_BSND[:, -1].mT.clone(memory_format=torch.contiguous_format), states_BSND
 
