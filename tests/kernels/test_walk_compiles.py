@@ -35,7 +35,7 @@ def compiled(widths, gate, dtype, *, pieces=WHOLE):
     """Every kernel of a forward and a backward pass, with its name."""
     yield (
         forward_kernel,
-        compile_walk(forward_kernel, walk_config.forward_config(widths[0], dtype), widths, gate, dtype, pieces=pieces),
+        compile_walk(forward_kernel, walk_config.forward_config(*widths, dtype), widths, gate, dtype, pieces=pieces),
     )
     config = walk_config.backward_config(*widths, dtype)
     probe = NO_PROBE if gate != 2 else STATE_PROBE if config.together else FULL_PROBE
