@@ -165,7 +165,6 @@ def queries_kernel(
         v_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
         do_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
         state_KV = tl.load(kept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
-        pairs_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         g_C = tl.zeros([C], tl.float32)
         read_CV = do_CV
         if GATE != NO_GATE:
@@ -177,9 +176,10 @@ def queries_kernel(
                 earlier_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
                 at_C = (wide * heads + head) * length + t_C
                 tl.store(rowsums + at_C, tl.sum(earlier_CV * scaled_CV, 1), mask=t_C < length)
+        dq_CK = tl.dot(read_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
+        pairs_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         pairs_CC = _decay_pairs(pairs_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
         dq_CK = tl.dot(pairs_CC.to(DOT), k_CK, dq_CK, input_precision=PRECISION)
-        dq_CK = tl.dot(read_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
         g_all = g_next
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
     tl.store(dq + at_CK, dq_CK.to(dq.dtype.element_ty), mask=(t_C < length)[:, None] & (ks < K)[None, :])
@@ -230,6 +230,7 @@ def keys_kernel(
             keep_C1 = tl.exp2(g_all - g_C)[:, None]
             dv_CV *= keep_C1
             write_CV = (v_CV.to(tl.float32) * keep_C1).to(DOT)
+        dk_CK = tl.dot(write_CV, tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
         if GATE_GRAD:
             later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
         kq_CC = _decay_pairs(scores_CC, -g_C, -g_C, seen, GATE)
@@ -242,7 +243,6 @@ def keys_kernel(
             at_C = (wide * heads + head) * length + t_C
             tl.store(rowsums + at_C, tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - later_C, mask=t_C < length)
         dk_CK = tl.dot(vo_CC.to(DOT), q_CK, dk_CK, input_precision=PRECISION)
-        dk_CK = tl.dot(write_CV, tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
         g_all = g_next
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
     tl.store(dk + at_CK, dk_CK.to(dk.dtype.element_ty), mask=(t_C < length)[:, None] & (ks < K)[None, :])
