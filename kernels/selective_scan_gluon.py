@@ -38,13 +38,25 @@ def rows_layout(columns, warps):
 
 
 @gluon.jit
-def fetch(ptr, sequence, tile, n_tokens, width, start, L: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """A tile of tokens in fp32; beyond the end zeros, with which a state goes on unchanged."""
-    token_L = tile * L + gl.arange(0, L, gl.SliceLayout(1, layout))
+def fetch(ptr, first, stride, n_tokens, columns, start, L: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """The tile of tokens that starts with `first`, in fp32; beyond the end zeros, with which a state goes on unchanged."""
+    token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))
     column = start + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    inside = (token_L < n_tokens)[:, None] & (column < width)[None, :]
-    place = (sequence * n_tokens + token_L)[:, None] * width + column[None, :]
-    return gl.load(ptr + place, mask=inside, other=0.0).to(gl.float32)
+    inside = (token_L < n_tokens)[:, None] & (column < columns)[None, :]
+    return gl.load(ptr + (token_L.to(gl.int64)[:, None] * stride + column[None, :]), mask=inside, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
+    """softplus(raw dt + bias), and 0 beyond the end."""
+    raw_LC += bias_C[None, :]
+    grown_LC = gl.exp2(raw_LC * LOG2_E)
+    one_LC = 1.0 + grown_LC
+    # log(1 + e), exact for small e too (Higham 2002, section 1.14.1)
+    dt_LC = gl.where(one_LC == 1.0, grown_LC, gl.log(one_LC) * (grown_LC / (one_LC - 1.0)))
+    dt_LC = gl.where(raw_LC > 20.0, raw_LC, dt_LC)
+    token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))
+    return gl.where((token_L < n_tokens)[:, None], dt_LC, 0.0)
 
 
 @gluon.jit
@@ -56,11 +68,11 @@ def token_step(h_NC, rate_NC, dt, u, b, c, t: gl.constexpr, layout: gl.constexpr
     return h_NC, gl.sum(h_NC * c_N1, 0)
 
 
-@gluon.jit(do_not_specialize=["n_tokens", "n_tiles", "sequences_per_member"])
-def selective_scan_forward(
-    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, y_ptr, states_ptr,
-    n_tokens, width, n_states, n_tiles, sequences_per_member,
-    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+@gluon.jit(do_not_specialize=["gate_stride", "n_tokens", "n_tiles", "sequences_per_member"])
+def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in registers
+    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, y_ptr, states_ptr,
+    gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,
+    GATED: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Outputs, and the state after every tile; the caller has put the initial one before the first."""
     NC: gl.constexpr = states_layout(N, WARPS)
@@ -69,43 +81,57 @@ def selective_scan_forward(
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     n_blocks = (width + C - 1) // C
     sequence, start = (gl.program_id(0) // n_blocks).to(gl.int64), gl.program_id(0) % n_blocks * C
-    dt_buffers, u_buffers = (
-        gl.allocate_shared_memory(gl.float32, [2, L, C], shared),
-        gl.allocate_shared_memory(gl.float32, [2, L, C], shared),
+    member = sequence // sequences_per_member
+    x_ptr, dt_ptr, y_ptr = (
+        x_ptr + sequence * n_tokens * width,
+        dt_ptr + sequence * n_tokens * width,
+        y_ptr + sequence * n_tokens * width,
     )
-    b_buffers, c_buffers = (
-        gl.allocate_shared_memory(gl.float32, [2, L, N], shared),
-        gl.allocate_shared_memory(gl.float32, [2, L, N], shared),
-    )
+    b_ptr, c_ptr = b_ptr + sequence * n_tokens * n_states, c_ptr + sequence * n_tokens * n_states
+    gate_ptr += sequence * n_tokens * gate_stride
+    states_ptr += sequence * (n_tiles + 1) * n_states * width
+    dt_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+    u_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+    b_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
+    c_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
     n_N, channel_C = gl.arange(0, N, gl.SliceLayout(1, NC)), start + gl.arange(0, C, gl.SliceLayout(0, NC))
     at_NC, inside_C = n_N[:, None] * width + channel_C[None, :], channel_C < width
     inside_NC = (n_N < n_states)[:, None] & inside_C[None, :]
-    rate_ptr += sequence // sequences_per_member * n_states * width
-    rate_NC = gl.load(rate_ptr + at_NC, mask=inside_NC, other=0.0) * -LOG2_E
-    states_ptr += sequence * (n_tiles + 1) * n_states * width
+    rate_NC = gl.load(rate_ptr + member * n_states * width + at_NC, mask=inside_NC, other=0.0) * -LOG2_E
     h_NC = gl.load(states_ptr + at_NC, mask=inside_NC, other=0.0)
-    y_ptr += sequence * n_tokens * width
-    dt_LC = fetch(dt_ptr, sequence, 0, n_tokens, width, start, L, C, LC)
-    x_LC = fetch(x_ptr, sequence, 0, n_tokens, width, start, L, C, LC)
-    b_LN = fetch(b_ptr, sequence, 0, n_tokens, n_states, 0, L, N, LN)
-    c_LN = fetch(c_ptr, sequence, 0, n_tokens, n_states, 0, L, N, LN)
+    column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
+    bias_C, skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
+    if GATED:
+        skipped_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+        open_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+        bias_C = gl.load(bias_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+        skip_C = gl.load(skip_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+        z_LC = fetch(gate_ptr, 0, gate_stride, n_tokens, width, start, L, C, LC)
+    dt_LC = fetch(dt_ptr, 0, width, n_tokens, width, start, L, C, LC)
+    x_LC = fetch(x_ptr, 0, width, n_tokens, width, start, L, C, LC)
+    b_LN = fetch(b_ptr, 0, n_states, n_tokens, n_states, 0, L, N, LN)
+    c_LN = fetch(c_ptr, 0, n_states, n_tokens, n_states, 0, L, N, LN)
     for tile in range(n_tiles):
-        dt, u, b, c = (
-            dt_buffers.index(tile % 2),
-            u_buffers.index(tile % 2),
-            b_buffers.index(tile % 2),
-            c_buffers.index(tile % 2),
-        )
+        now, following = tile % 2, (tile + 1) * L
+        if GATED:
+            dt_LC = time_steps(dt_LC, bias_C, tile * L, n_tokens, L, LC)
+            skipped_buffers.index(now).store(skip_C[None, :] * x_LC)
+            open_buffers.index(now).store(z_LC / (1.0 + gl.exp2(z_LC * -LOG2_E)))
+            z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
+        dt, u, b, c = dt_buffers.index(now), u_buffers.index(now), b_buffers.index(now), c_buffers.index(now)
         dt.store(dt_LC)
         u.store(dt_LC * x_LC)
         b.store(b_LN)
         c.store(c_LN)
-        dt_LC = fetch(dt_ptr, sequence, tile + 1, n_tokens, width, start, L, C, LC)
-        x_LC = fetch(x_ptr, sequence, tile + 1, n_tokens, width, start, L, C, LC)
-        b_LN = fetch(b_ptr, sequence, tile + 1, n_tokens, n_states, 0, L, N, LN)
-        c_LN = fetch(c_ptr, sequence, tile + 1, n_tokens, n_states, 0, L, N, LN)
+        dt_LC = fetch(dt_ptr, following, width, n_tokens, width, start, L, C, LC)
+        x_LC = fetch(x_ptr, following, width, n_tokens, width, start, L, C, LC)
+        b_LN = fetch(b_ptr, following, n_states, n_tokens, n_states, 0, L, N, LN)
+        c_LN = fetch(c_ptr, following, n_states, n_tokens, n_states, 0, L, N, LN)
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
+            if GATED:
+                y_C += gl.sum(skipped_buffers.index(now).slice(t, 1, 0).load(NC), 0)
+                y_C *= gl.sum(open_buffers.index(now).slice(t, 1, 0).load(NC), 0)
             inside = inside_C & (tile * L + t < n_tokens)
             gl.store(y_ptr + (t * width + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside)
         y_ptr += L * width

@@ -2,18 +2,19 @@
 
 The forward kernel is `kernels.selective_scan_gluon`. Backward, a program owns one sequence and a block of channels. It goes
 through the sequence in tiles of `TILE` tokens from the end; within a tile it loops over the N state elements, recomputes each
-from the tile's border and runs the gradient's recurrence back through it. So a tile of x, dt and dy stays in registers while N
-recurrences pass over it, and what lives in memory is the state at the tiles' borders, N / TILE of a [B, T, D, N] tensor.
+from the tile's border and runs the gradient's recurrence back through it (`kernels.selective_scan_rows`). So a tile of dt, u and
+dy stays in registers while N recurrences pass over it, and what lives in memory is the state at the tiles' borders, N / TILE of a
+[B, T, D, N] tensor.
 
-A warp spans 32 channels and a thread keeps a whole tile of time, whose rows are taken apart (`_unstack`): a recurrence is then
-one multiply-add a token. This takes loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would
-make them wider.
+A warp spans 32 channels and a thread keeps a whole tile of time, so recurrences need no exchange between threads. This takes
+loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would make them wider.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), L tile, C channels of a program.
 """
 
-# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,94 +23,29 @@ from torch import Tensor
 
 from kernels import selective_scan_gluon
 from kernels._entry import entry
+from kernels._members import even_rows
 from kernels.scan_operator import TILE
+from kernels.selective_scan_rows import over_channels, replay, reverse, spread, stack, unstack
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHANNELS = 32
 WARPS = 4
 """Warps of a forward program, of 32 channels each, unless there are fewer channels."""
-SIZES = ("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
+SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
 
 
 @triton.jit
-def _unstack(x, L: tl.constexpr, C: tl.constexpr):
-    """The rows of [L, C], L being a power of two, as a tuple; where a thread holds all rows, only names for its registers."""
-    if L == 1:
-        rows = (tl.reshape(x, [C]),)
-    else:
-        even, odd = tl.split(tl.permute(tl.reshape(x, [L // 2, 2, C]), (0, 2, 1)))
-        evens, odds = _unstack(even, L // 2, C), _unstack(odd, L // 2, C)
-        rows = (evens[0], odds[0])
-        for n in tl.static_range(1, L // 2):
-            rows = rows + (evens[n], odds[n])
-    return rows
-
-
-@triton.jit
-def _stack(rows, L: tl.constexpr, C: tl.constexpr):
-    """[L, C] of L rows [C]."""
-    if L == 1:
-        x = tl.reshape(rows[0], [1, C])
-    else:
-        evens, odds = (rows[0],), (rows[1],)
-        for n in tl.static_range(1, L // 2):
-            evens, odds = evens + (rows[2 * n],), odds + (rows[2 * n + 1],)
-        both = tl.join(_stack(evens, L // 2, C), _stack(odds, L // 2, C))
-        x = tl.reshape(tl.permute(both, (0, 2, 1)), [L, C])
-    return x
-
-
-@triton.jit
-def _spread(x_L, L: tl.constexpr, C: tl.constexpr):
-    """A number for each token, as rows for all channels."""
-    return _unstack(tl.broadcast_to(x_L.to(tl.float32)[:, None], [L, C]), L, C)
-
-
-@triton.jit
-def _over_channels(x_LC, L: tl.constexpr, C: tl.constexpr, DOTS: tl.constexpr):
-    """Sums over channels, in 16 bit by a product whose right operand is what threads hold already.
-
-    Tensor cores want rows of that operand in four neighbouring lanes and, there, in pairs of registers: with lanes and pairs of
-    tokens as its rows nothing has to move. The left operand picks out the rows of a token.
-    """
-    if DOTS:
-        k = tl.arange(0, 4 * L)
-        pick_LK = (tl.arange(0, L)[:, None] == (k // 8 * 2 + k % 2)[None, :]).to(x_LC.dtype)
-        x_KQ = tl.reshape(tl.permute(tl.reshape(x_LC, [L // 2, 2, C // 4, 4]), (0, 3, 1, 2)), [4 * L, C // 4])
-        sums_L = tl.sum(tl.dot(pick_LK, x_KQ), axis=1)
-    else:
-        sums_L = tl.sum(x_LC, axis=1)
-    return sums_L
-
-
-@triton.jit
-def _replay(h_C, slope_C, dt, u, b, L: tl.constexpr):
-    """Factors of a tile's tokens; the state before each of them and after the last."""
-    factors = (tl.exp2(dt[0] * slope_C),)
-    states = (h_C, factors[0] * h_C + u[0] * b[0])
-    for t in tl.static_range(1, L):
-        factors = factors + (tl.exp2(dt[t] * slope_C),)
-        states = states + (factors[t] * states[t] + u[t] * b[t],)
-    return factors, states
-
-
-@triton.jit
-def _reverse(e_C, factors, states, dt, dy, c, L: tl.constexpr):
-    """Gradients of the states and of the log factors, from the last token to the first; what reaches the state before the tile.
-
-    e_t = a_t dh_t is what reaches h_{t-1}, and e_t h_{t-1} is the gradient of log a_t. Last comes that of the rate.
-    """
-    dh_C = dy[L - 1] * c[L - 1] + e_C
-    e_C = factors[L - 1] * dh_C
-    dhs, dlogs = (dh_C,), (e_C * states[L - 1],)
-    drate_C = dlogs[0] * dt[L - 1]
-    for back in tl.static_range(1, L):
-        dh_C = dy[L - 1 - back] * c[L - 1 - back] + e_C
-        e_C = factors[L - 1 - back] * dh_C
-        dlog_C = e_C * states[L - 1 - back]
-        drate_C += dlog_C * dt[L - 1 - back]
-        dhs, dlogs = (dh_C,) + dhs, (dlog_C,) + dlogs
-    return dhs, dlogs, e_C, drate_C
+def _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr_C, inside_C, GATED: tl.constexpr):
+    """A tile of dt, which of a gated scan is softplus(dt + bias); past the end 0: a factor of 1 and no input carry the state on."""
+    dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+    if GATED:
+        raw_LC = dt_LC + tl.load(bias_ptr_C, mask=inside_C, other=0.0).to(tl.float32)[None, :]
+        grown_LC = tl.exp2(raw_LC * LOG2_E)
+        one_LC = 1.0 + grown_LC
+        # log(1 + e), exact for small e too (Higham 2002, section 1.14.1)
+        dt_LC = tl.where(one_LC == 1.0, grown_LC, tl.log(one_LC) * (grown_LC / (one_LC - 1.0)))
+        dt_LC = tl.where(inside_LC, tl.where(raw_LC > 20.0, raw_LC, dt_LC), 0.0)
+    return dt_LC
 
 
 @triton.jit
@@ -125,12 +61,20 @@ def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, widt
     )
 
 
+@triton.jit
+def _opened(gate_ptr, place_LC, inside_LC):
+    """What the outputs are multiplied with, SiLU(z), and its derivative."""
+    z_LC = tl.load(gate_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+    open_LC = tl.sigmoid(z_LC)
+    return z_LC * open_LC, open_LC * (1.0 + z_LC * (1.0 - open_LC))
+
+
 @entry(do_not_specialize=SIZES)
-def selective_scan_backward(
-    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr,
-    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstate_ptr,
-    n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr,
+def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in registers
+    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, states_ptr,
+    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dgate_ptr, parts_ptr, dstate_ptr,
+    gate_stride, n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
+    GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end.
 
@@ -142,58 +86,102 @@ def selective_scan_backward(
     sequence, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
     channel_C = block * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel_C < width
+    own_C = sequence // sequences_per_member * width + channel_C
     rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
     drate_ptr += sequence * n_states * width + channel_C
     dstate_ptr += sequence * n_states * width + channel_C
     states_ptr += (sequence * (n_tiles + 1) + n_tiles) * n_states * width + channel_C
     row = n_tiles * TILE
-    b_ptr += sequence * n_states * row
-    c_ptr += sequence * n_states * row
+    b_ptr, c_ptr = b_ptr + sequence * n_states * row, c_ptr + sequence * n_states * row
     db_ptr += (block * n_sequences + sequence) * n_states * row
     dc_ptr += (block * n_sequences + sequence) * n_states * row
+    first = sequence * n_tokens * width
+    x_ptr, dt_ptr, dy_ptr = x_ptr + first, dt_ptr + first, dy_ptr + first
+    dx_ptr, ddt_ptr, dgate_ptr = dx_ptr + first, ddt_ptr + first, dgate_ptr + first
+    gate_ptr += sequence * n_tokens * gate_stride
+    dbias_C, dskip_C = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
     for back in range(n_tiles):
         states_ptr -= n_states.to(tl.int64) * width
         token_L = (n_tiles - 1 - back) * TILE + tl.arange(0, TILE)
-        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
+        place_LC, gate_LC = token_L[:, None] * width + channel_C[None, :], token_L[:, None] * gate_stride + channel_C[None, :]
         inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
-        dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        dt_LC = _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr + own_C, inside_C, GATED)
+        u_LC = dt_LC * tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        u_LC, du_LC, decayed_LC = dt_LC * x_LC, tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
-        dt, u, dy = _unstack(dt_LC, TILE, CHANNELS), _unstack(u_LC, TILE, CHANNELS), _unstack(dy_LC, TILE, CHANNELS)
+        if GATED:
+            dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
+        du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
+        dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
         wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
         start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
             states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, 0, width, row, token_L, inside_C
         )
         for n in range(n_states):
-            db_L, dc_L = _over_channels(wrote_LC, TILE, CHANNELS, DOTS), _over_channels(read_LC, TILE, CHANNELS, DOTS)
+            db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
             more = tl.minimum(n + 1, n_states - 1)
             following = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, more, width, row, token_L, inside_C)
-            factors, states = _replay(start_C, rate_C * -LOG2_E, dt, u, _spread(b_L, TILE, CHANNELS), TILE)
-            dhs, dlogs, e_C, drate_C = _reverse(after_C, factors, states, dt, dy, _spread(c_L, TILE, CHANNELS), TILE)
-            dh_LC = _stack(dhs, TILE, CHANNELS)
+            factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
+            dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
+            h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)
+            if GATED:
+                y_LC += h_LC * c_L.to(tl.float32)[:, None]
             du_LC += dh_LC * b_L.to(tl.float32)[:, None]
-            decayed_LC += _stack(dlogs, TILE, CHANNELS) * rate_C[None, :]
+            decayed_LC += stack(dlogs, TILE, CHANNELS) * rate_C[None, :]
             tl.store(drate_ptr + n * width, sum_C - drate_C, mask=inside_C)
             tl.store(dstate_ptr + n * width, e_C, mask=inside_C)
             summed = (token_L >= 0) & (n > 0)
             tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
             tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
-            wrote_LC = (dh_LC * u_LC).to(SUMMED)
-            read_LC = (_stack(states[1:], TILE, CHANNELS) * dy_LC).to(SUMMED)
+            wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
             start_C, after_C, rate_C, sum_C, b_L, c_L = following
         last = (n_states - 1) * row
-        tl.store(db_ptr + last + token_L, _over_channels(wrote_LC, TILE, CHANNELS, DOTS))
-        tl.store(dc_ptr + last + token_L, _over_channels(read_LC, TILE, CHANNELS, DOTS))
-        tl.store(dx_ptr + place_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty), mask=inside_LC)
-        tl.store(ddt_ptr + place_LC, (du_LC * x_LC - decayed_LC).to(ddt_ptr.dtype.element_ty), mask=inside_LC)
+        tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
+        tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
+        x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)  # again: registers are what is short
+        dx_LC, ddt_LC = du_LC * dt_LC, du_LC * x_LC - decayed_LC
+        if GATED:
+            skip_C = tl.load(skip_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
+            dx_LC += skip_C[None, :] * dy_LC
+            y_LC += skip_C[None, :] * x_LC
+            dskip_C += tl.sum(dy_LC * x_LC, axis=0)
+            raw_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+            bias_C = tl.load(bias_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
+            ddt_LC = tl.where(inside_LC, ddt_LC * tl.sigmoid(raw_LC + bias_C[None, :]), 0.0)
+            dbias_C += tl.sum(ddt_LC, axis=0)
+            dgate_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32) * y_LC
+            dgate_LC *= _opened(gate_ptr, gate_LC, inside_LC)[1]
+            tl.store(dgate_ptr + place_LC, dgate_LC.to(dgate_ptr.dtype.element_ty), mask=inside_LC)
+        tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
+        tl.store(ddt_ptr + place_LC, ddt_LC.to(ddt_ptr.dtype.element_ty), mask=inside_LC)
         # the next tile reads what other threads may have stored
         tl.debug_barrier()
+    if GATED:
+        tl.store(parts_ptr + sequence * 2 * width + channel_C, dbias_C, mask=inside_C)
+        tl.store(parts_ptr + (sequence * 2 + 1) * width + channel_C, dskip_C, mask=inside_C)
+
+
+class Gate(NamedTuple):
+    """What surrounds a scan in Mamba's block, for members with parameters of their own.
+
+    Args:
+        bias_MD: of the time steps, before their softplus.
+        skip_MD: the inputs' share in the outputs.
+        gate_BTD: its SiLU multiplies the outputs.
+    """
+
+    bias_MD: Tensor
+    skip_MD: Tensor
+    gate_BTD: Tensor
+
+
+def gate_of(bias_MD: Tensor | None, skip_MD: Tensor | None, gate_BTD: Tensor | None) -> Gate | None:
+    """All three or nothing."""
+    return None if bias_MD is None or skip_MD is None or gate_BTD is None else Gate(bias_MD, skip_MD, gate_BTD)
 
 
 def forward(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None
+    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None, gate: Gate | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs in the dtype of x; the final state [B, D, N]; the states at the borders of tiles [B, tiles + 1, N, D]; fp32."""
     batch, length, width = x_BTD.shape
@@ -201,27 +189,15 @@ def forward(
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1, n_states, width, dtype=torch.float32)
     states_BSND[:, 0] = 0.0 if start_BDN is None else start_BDN.mT
     y_BTD = x_BTD.new_empty(batch, length, width)
+    x_BTD = x_BTD.contiguous()
+    around, stride = _around(gate, x_BTD)
     padded, warps = triton.next_power_of_2(n_states), min(WARPS, triton.next_power_of_2(-(-width // CHANNELS)))
     channels = warps * selective_scan_gluon.channels_of_a_warp(padded)
     selective_scan_gluon.selective_scan_forward[(batch * -(-width // channels),)](
-        x_BTD.contiguous(),
-        dt_BTD.contiguous(),
-        _state_first(rate_MDN),
-        b_BTN.contiguous(),
-        c_BTN.contiguous(),
-        y_BTD,
-        states_BSND,
-        length,
-        width,
-        n_states,
-        n_tiles,
-        batch // rate_MDN.shape[0],
-        N=padded,
-        C=channels,
-        L=TILE,
-        WARPS=warps,
-        num_warps=warps,
-    )
+        x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), b_BTN.contiguous(), c_BTN.contiguous(), *around,
+        y_BTD, states_BSND, stride, length, width, n_states, n_tiles, batch // rate_MDN.shape[0],
+        GATED=gate is not None, N=padded, C=channels, L=TILE, WARPS=warps, num_warps=warps,
+    )  # fmt: skip
     return y_BTD, states_BSND[:, -1].mT.clone(memory_format=torch.contiguous_format), states_BSND
 
 
@@ -234,8 +210,9 @@ def backward(
     b_BTN: Tensor,
     c_BTN: Tensor,
     states_BSND: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, rate, b, c and the initial state; each in the dtype of its tensor, the last one in fp32."""
+    gate: Gate | None,
+) -> tuple[Tensor, ...]:
+    """See `kernels.scan_operator`; each gradient in the dtype of its tensor, that of the initial state in fp32."""
     batch, length, width = x_BTD.shape
     members, _, n_states = rate_MDN.shape
     n_tiles, n_blocks = -(-length // TILE), -(-width // CHANNELS)
@@ -245,34 +222,19 @@ def backward(
     if dfinal_BDN is not None:
         dstate_BND.copy_(dfinal_BDN.mT)
     db_PBNT, dc_PBNT = (x_BTD.new_empty(n_blocks, batch, n_states, n_tiles * TILE, dtype=torch.float32) for _ in range(2))
+    dgate_BTD = dx_BTD if gate is None else gate.gate_BTD.new_empty(batch, length, width)
+    parts_B2D = drate_BND if gate is None else x_BTD.new_empty(batch, 2, width, dtype=torch.float32)
+    x_BTD = x_BTD.contiguous()
+    around, stride = _around(gate, x_BTD)
     selective_scan_backward[(batch * n_blocks,)](
-        dy_BTD.contiguous(),
-        x_BTD.contiguous(),
-        dt_BTD.contiguous(),
-        _state_first(rate_MDN),
-        _time_last(b_BTN),
-        _time_last(c_BTN),
-        states_BSND.contiguous(),
-        dx_BTD,
-        ddt_BTD,
-        drate_BND,
-        db_PBNT,
-        dc_PBNT,
-        dstate_BND,
-        length,
-        width,
-        n_states,
-        n_tiles,
-        batch,
-        batch // members,
-        TILE=TILE,
-        CHANNELS=CHANNELS,
-        DOTS=b_BTN.dtype != torch.float32,
-        num_warps=1,
-    )
+        dy_BTD.contiguous(), x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), _time_last(b_BTN), _time_last(c_BTN), *around,
+        states_BSND.contiguous(), dx_BTD, ddt_BTD, drate_BND, db_PBNT, dc_PBNT, dgate_BTD, parts_B2D, dstate_BND,
+        stride, length, width, n_states, n_tiles, batch, batch // members,
+        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, DOTS=b_BTN.dtype != torch.float32, num_warps=1,
+    )  # fmt: skip
     drate_MDN = drate_BND.unflatten(0, (members, -1)).sum(1).mT
     db_BTN, dc_BTN = (part.sum(0)[..., :length].mT for part in (db_PBNT, dc_PBNT))
-    return (
+    found = (
         dx_BTD,
         ddt_BTD,
         drate_MDN.to(rate_MDN.dtype).contiguous(),
@@ -280,6 +242,18 @@ def backward(
         dc_BTN.to(c_BTN.dtype).contiguous(),
         dstate_BND.mT.contiguous(),
     )
+    if gate is None:
+        return *found, *(x_BTD.new_empty(0) for _ in range(3))
+    dbias_MD, dskip_MD = parts_B2D.unflatten(0, (members, -1)).sum(1).unbind(1)
+    return *found, dbias_MD.to(gate.bias_MD.dtype, copy=True), dskip_MD.to(gate.skip_MD.dtype, copy=True), dgate_BTD
+
+
+def _around(gate: Gate | None, x_BTD: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """The kernels' tensors of a gate, and the distance of its tokens; x in their places if there is none."""
+    if gate is None:
+        return (x_BTD, x_BTD, x_BTD), 0
+    gate_BTD = even_rows(gate.gate_BTD)
+    return (gate.bias_MD.contiguous(), gate.skip_MD.contiguous(), gate_BTD), gate_BTD.stride(1)
 
 
 def _state_first(rate_MDN: Tensor) -> Tensor:

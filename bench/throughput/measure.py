@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,10 +24,13 @@ from bench.throughput.kernels import OPERATIONS
 from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
 from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
+from bench.throughput.tuning import tune_by_width
 from kernels.dispatch import watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATE_BATCH, GATE_HEADS, GATE_CHANNELS = 2, 2, 48
+PEER_GATE_BATCH = 8
+"""At most, as the token loops of a definition in double precision need memory."""
 GATE_LENGTHS = {"cuda": 193, "cpu": 37}
 """Of what is run token by token; attention is compared at a length that several blocks of its window fit in."""
 ATTENTION_LENGTH = 300
@@ -42,6 +47,8 @@ class Session:
 
     def __init__(self, device: torch.device, *, with_peers: bool) -> None:
         self.device, self.with_peers = device, with_peers
+        if with_peers and device.type == "cuda":
+            tune_by_width()
         self.ceilings = clock.ceilings(device)
         self.hardware = hardware(device)
         self.generator = torch.Generator(device)
@@ -133,7 +140,9 @@ class Session:
         """Everything that is measured with clocks, and whether the outputs at the timed shape are finite."""
         with clock.peak_memory(self.device) as peak:
             outputs = call()
-        if not all(torch.isfinite(x).all() for x in outputs.values()):
+        is_finite = all(torch.isfinite(x).all() for x in outputs.values())
+        del outputs  # with their graph, whose ends belong to this stream and would break the capture on another
+        if not is_finite:
             return {"status": "wrong", "reason": "The results at the timed shape are not finite.", "first_call_seconds": None}
         found: dict[str, Any] = {
             "peak_memory_bytes": peak[0] if peak else None,
@@ -144,11 +153,11 @@ class Session:
         clocked = found.get("graph") or found["eager"]
         tokens = row.batch * (1 if row.mode == "decode" else row.length)
         found["tokens_per_second"] = tokens / clocked.median_us * 1e6
-        if self.with_peers and row.kind == "kernel":
+        if self.with_peers and isinstance(subject, _Kernel):
             found["peers"] = [self._peer(row, subject, problem, peer) for peer in peers.peers_of(cast(Any, row.name), row.mode)]
         return found
 
-    def _peer(self, row: Row, subject: _Kernel | _Mixer, problem: Problem, peer: peers.PublicPeer) -> Peer:
+    def _peer(self, row: Row, subject: _Kernel, problem: Problem, peer: peers.PublicPeer) -> Peer:
         """Times a peer on the same inputs, then checks it on the small problem."""
         gradients = row.mode == "train"
         record = Peer(name=peer.name, version=peers.installed(peer.package) or "")
@@ -161,13 +170,22 @@ class Session:
             times: dict[str, Any] = {"first_call_seconds": first, "eager": clock.eager(call, self.device)}
             if self.device.type == "cuda":
                 times["graph"] = clock.replays(call)
-            small, against = subject.small()
-            result = check(small, gradients=gradients, against=against, function=peer.function)
+            result = self._peer_gate(row, subject, peer)
         except Exception as error:
             return record.model_copy(update={"reason": one_line(error)})
         if not result.passed:
             return record.model_copy(update={"error": result.error, "reason": wrong_text(result)})
         return record.model_copy(update=times | {"error": result.error})
+
+    def _peer_gate(self, row: Row, subject: _Kernel, peer: peers.PublicPeer) -> GateResult:
+        """The gate of a peer, with the row's heads and at best its batch, since public kernels compile and tune anew for others."""
+        key = (peer.name, row.name, row.mode, row.heads, row.width, row.dtype)
+        if key not in self.gates:
+            small, against = subject.small(min(row.batch, PEER_GATE_BATCH), row.heads)
+            if peer.equals is not None:
+                small = replace(small, definition=partial(peer.equals, small.definition))
+            self.gates[key] = check(small, gradients=row.mode == "train", against=against, function=peer.function)
+        return self.gates[key]
 
 
 class _Kernel:
@@ -188,15 +206,15 @@ class _Kernel:
         cost = self.operation.cost(self.shape, self.row.mode, item)
         return {"bound": self.session.bound(cost), "state_bytes": self.operation.state_bytes(self.shape, item)}
 
-    def small(self) -> tuple[Problem, str]:
+    def small(self, batch: int = GATE_BATCH, heads: int = GATE_HEADS) -> tuple[Problem, str]:
         """The problem of the gate, and its definition in words."""
         length = GATE_LENGTHS[self.session.device.type]
         if self.row.name in ("attention", "window", "chosen_blocks"):
             length = ATTENTION_LENGTH
         if self.kernel.layout in ("channels", "states"):
-            shape = Shape(GATE_BATCH, length, GATE_CHANNELS, key=self.shape.key)
+            shape = Shape(batch, length, GATE_CHANNELS, key=self.shape.key)
         else:
-            shape = self.kernel.shape(GATE_BATCH, length, GATE_HEADS, self.row.width)
+            shape = self.kernel.shape(batch, length, heads, self.row.width)
         return self.operation.problem(shape, self.row.mode, self.draw), f"definition at {_sizes_text(shape.sizes())}"
 
     def full(self) -> Problem:
