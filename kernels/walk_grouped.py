@@ -61,7 +61,8 @@ class _Call(NamedTuple):
         pieces = Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None)
         sizes = length, n_chunks(length), heads, heads // k.shape[2], gate_every(log_decay, batch)
         constants = {
-            "K": k_dim, "V": v_dim, "BK": product_width(k_dim, v.dtype), "BV": product_width(v_dim, v.dtype), "UNIT": unit, "C": CHUNK,
+            "K": k_dim, "V": v_dim, "BK": product_width(k_dim, v.dtype), "BV": product_width(v_dim, v.dtype),
+            "UNIT": unit, "C": CHUNK,
             "GATE": _gate_kind(log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
         }  # fmt: skip
         return cls(sizes, constants, cumulated(log_decay, v, pieces, CHUNK), _gate_kind(log_decay), pieces)
