@@ -1,0 +1,226 @@
+"""Variants of the delta rule on Hopper: python -m trial.run warm | time OUT.json."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from kernels import delta, delta_coupling_triton
+from kernels.dispatch import use_backend
+from kernels.recurrence import linear_recurrence
+from kernels.reference import linear_recurrence_reference
+from tests.benchmarks.delta_rule import SEED, calls, floors_ms
+from tests.benchmarks.linear_recurrence import ceilings, graph_ms
+from trial import launch
+
+START = time.time()
+WARMED = Path(os.environ.get("TRITON_CACHE_DIR", "/tmp"), "delta_trial.json")
+LIMIT = float(os.environ.get("TRIAL_SECONDS", "92"))
+WIDTHS, GATES = (128, 64), ("none", "scalar")
+COUPLINGS = (("ship", None), ("next", None), ("next", 168), ("ship", 168))
+FORWARDS = {
+    128: (("ship", 64, 4), ("next", 64, 4), ("next", 128, 8)),
+    64: (("ship", 32, 4), ("next", 32, 4), ("next", 64, 4), ("next", 64, 8)),
+}
+SHIP = {"coupling": ("ship", None), "forward": ("ship", 0, 4), "carry": ("ship", None), "backward": "ship", "plan": "ship"}
+
+
+def whole(width):
+    """Combinations for the operator as a whole over length."""
+    wide = ("next", width, 8)
+    yield "shipped", SHIP
+    yield "next", SHIP | {"coupling": ("next", 168), "forward": wide, "backward": "next"}
+    yield "next, cut", SHIP | {"coupling": ("next", 168), "forward": wide, "backward": "next", "carry": ("next", 168), "plan": "all"}
+    yield "next, cut, shipped carry", SHIP | {"coupling": ("next", 168), "forward": wide, "plan": "all"}
+
+
+def combinations():
+    """Everything that has to be compiled and checked: width, gate, choice."""
+    for width, gate in itertools.product(WIDTHS, GATES):
+        for coupling in COUPLINGS:
+            yield width, gate, SHIP | {"coupling": coupling}
+        for forward in FORWARDS[width]:
+            yield width, gate, SHIP | {"forward": forward}
+        yield width, gate, SHIP | {"backward": "next"}
+        for name, choice in whole(width):
+            if "cut" in name or name == "shipped":
+                yield width, gate, choice
+
+
+def operands(batch, length, heads, width, gate, seed=SEED):
+    g = torch.Generator("cuda").manual_seed(seed)
+    q, k, v, do = (torch.randn(batch, length, heads, width, device="cuda", dtype=torch.bfloat16, generator=g) for _ in range(4))
+    leaves = {"q": torch.nn.functional.normalize(q, dim=-1), "k": torch.nn.functional.normalize(k, dim=-1), "v": v}
+    leaves["beta_BTH"] = torch.rand(batch, length, heads, device="cuda", generator=g)
+    if gate == "scalar":
+        leaves["log_decay"] = -torch.rand(batch, length, heads, device="cuda", generator=g) / 8
+    return leaves, do
+
+
+def results(function, leaves, do, dtype=None):
+    leaves = {n: (x if dtype is None else x.to(dtype)).clone().requires_grad_() for n, x in leaves.items()}
+    q, k, v = (leaves.pop(n) for n in "qkv")
+    o = function(q, k, v, **leaves)[0]
+    grads = torch.autograd.grad(o, [q, k, v, *leaves.values()], do.to(o.dtype))
+    return dict(zip(["o", "q", "k", "v", *leaves], [o.detach(), *grads], strict=True))
+
+
+def error(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+LIMITS = {"o": 5e-3, "q": 8e-3, "k": 8e-3, "v": 8e-3, "beta_BTH": 2e-2, "log_decay": 2e-2}
+
+
+def check(width, gate, choice, want, case):
+    """Worst error relative to its limit."""
+    launch.choose(**choice)
+    leaves, do = case
+    with torch.no_grad():
+        o = linear_recurrence(leaves["q"], leaves["k"], leaves["v"], **{n: x for n, x in leaves.items() if n not in "qkv"})[0]
+    got = results(linear_recurrence, leaves, do) | {"forward only": o}
+    want = want | {"forward only": want["o"]}
+    return {n: error(x, want[n]) for n, x in got.items()}
+
+
+def fine(errors):
+    return all(e < LIMITS.get(n, 5e-3) for n, e in errors.items())
+
+
+def warm_one(item):
+    width, gate, choice = item
+    try:
+        for length in (130, 1100):  # one segment, and more
+            leaves, do = operands(1, length, 1, width, gate)
+            with use_backend("triton"):
+                launch.choose(**choice)
+                results(linear_recurrence, leaves, do)
+                with torch.no_grad():
+                    linear_recurrence(leaves["q"], leaves["k"], leaves["v"], **{n: x for n, x in leaves.items() if n not in "qkv"})
+        torch.cuda.synchronize()
+        return "fine"
+    except Exception:
+        return traceback.format_exc()[-400:]
+
+
+def warm():
+    items = list(combinations())
+    failed = []
+    with ProcessPoolExecutor(14, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for item, said in zip(items, pool.map(warm_one, items), strict=True):
+            if said != "fine":
+                failed.append(json.dumps(item))
+                print(item, said, flush=True)
+    WARMED.write_text(json.dumps(failed))
+    print("warmed", len(items), time.time() - START, flush=True)
+
+
+def main(out):
+    rows, bad = [], set()
+    record = {"commit": os.environ.get("BENCH_COMMIT"), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+              "triton": __import__("triton").__version__, "seed": SEED, "rows": rows}
+
+    def note(**row):
+        rows.append(row)
+        Path(out).write_text(json.dumps(record, indent=0) + "\n")
+        print(json.dumps(row), flush=True)
+
+    def attempt(what, function):
+        if time.time() - START > LIMIT:
+            return print("no time for", what)
+        try:
+            return function()
+        except Exception:
+            return print(what, traceback.format_exc()[-600:], flush=True)
+
+    cases = {}
+    for width, gate in itertools.product(WIDTHS, GATES):
+        case = operands(1, 2150, 2, width, gate)
+        cases[width, gate] = case, results(linear_recurrence_reference, *case, dtype=torch.float64)
+    failed = json.loads(WARMED.read_text()) if WARMED.exists() else []
+    for width, gate, choice in combinations():
+        if json.dumps([width, gate, choice]) in failed:
+            print("failed before", width, gate, choice)
+            continue
+        case, want = cases[width, gate]
+
+        def one():
+            errors = check(width, gate, choice, want, case)
+            if not fine(errors):
+                bad.add(json.dumps([width, gate, choice]))
+            note(check=[width, gate, choice], fine=fine(errors), errors={n: float(f"{e:.2e}") for n, e in errors.items()})
+
+        attempt("check", one)
+    record["copy_bytes_per_s"], record["product_flop_per_s"] = ceilings()
+
+    def parts(width, gate):
+        leaves, do = operands(8, 2048, 16, width, gate)
+        q, k, v, beta, log_decay = (leaves.get(n) for n in ("q", "k", "v", "beta_BTH", "log_decay"))
+        for coupling in COUPLINGS:
+            launch.choose(**SHIP | {"coupling": coupling})
+            ms = graph_ms(lambda: only_coupling(q, k, v, beta, log_decay))
+            note(part="coupling", width=width, gate=gate, variant=coupling, us=round(1e3 * ms, 1))
+        for forward in FORWARDS[width]:
+            launch.choose(**SHIP | {"forward": forward})
+            _, _, kept = delta.forward(q, k, v, beta, log_decay, None, return_state=False, keep=True)
+            for keep in (False, True):
+                o, last = torch.empty_like(v), v.new_empty(0)
+                ms = graph_ms(lambda: launch.run_forward(q, k, v, beta, kept, None, o, last, None, gated=gate != "none",
+                                                         return_state=False, keep=keep))
+                note(part="forward", width=width, gate=gate, variant=forward, keep=keep, us=round(1e3 * ms, 1))
+        for backward in ("ship", "next"):
+            launch.choose(**SHIP | {"backward": backward})
+            ms = graph_ms(lambda: delta.backward(q, k, beta, log_decay, None, kept, do, None, gate_grad=log_decay is not None))
+            note(part="backward", width=width, gate=gate, variant=backward, us=round(1e3 * ms, 1))
+
+    for width, gate in itertools.product(WIDTHS, GATES):
+        attempt((width, gate), lambda: parts(width, gate))
+
+    def over_length(width, gate, batch, length):
+        rates = record["copy_bytes_per_s"], record["product_flop_per_s"]
+        floor = floors_ms((batch, length, 16, width), gate, rates)
+        for name, choice in whole(width):
+            if length <= 2048 and "cut" in name:
+                continue
+            launch.choose(**choice)
+            forward, both = calls((batch, length, 16, width), gate)
+            times = attempt(name, lambda: (graph_ms(forward), graph_ms(both)))
+            if times:
+                note(whole=name, shape=[batch, length, 16, width], gate=gate, ms=[round(x, 4) for x in times],
+                     x=[round(a / b, 2) for a, b in zip(times, floor, strict=True)])
+
+    for (batch, length), gate, width in itertools.product(((8, 2048), (2, 8192), (1, 32768), (32, 512)), GATES, WIDTHS):
+        attempt((length, gate, width), lambda: over_length(width, gate, batch, length))
+    print("\n".join(json.dumps(r) for r in rows if "part" in r or "whole" in r))
+    print("red:", len(bad), *bad, sep="\n")
+
+
+def only_coupling(q, k, v, beta, log_decay):
+    """The coupling kernel as `delta.forward` launches it."""
+    from kernels.walk import _gate, _gate_kind, _precision, _rows, _triton_dtype, padded
+
+    batch, length, heads, v_dim = v.shape
+    dot = torch.bfloat16
+    kept = delta.kept_like(q, k, v, log_decay, keep=False)
+    chunks = kept.couplings.shape[2]
+    _, strides, unit = _rows(q, k, v)
+    gate, gate_strides, every = _gate(log_decay, batch, v)
+    delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
+        k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, 1, every,
+        K=k.shape[3], BK=padded(k.shape[3]), UNIT=unit, C=64, DOT=_triton_dtype(dot), PRECISION=_precision(dot),
+        GATE=_gate_kind(log_decay), MERGE=_triton_dtype(torch.float16), num_warps=1,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    with use_backend("triton"):
+        warm() if sys.argv[1] == "warm" else main(sys.argv[2])
