@@ -7,10 +7,11 @@ from kernels.dispatch import use_backend
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_delta_rule import assert_equal
 from tests.kernels.oracle import poisoned
-from trial import backward, carry, hopper, launch
+from trial import backward, carry, hopper, launch, lean
 
 KERNELS = (
     (hopper, ("forward_kernel",)),
+    (lean, ("forward_kernel", "fused_kernel", "couple_kernel")),
     (carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (backward, ("backward_kernel",)),
 )
@@ -36,16 +37,24 @@ def _hopper(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("forward", [("next", 128, 8), ("next", 64, 4)], ids=str)
+@pytest.mark.parametrize("forward", [("next", 128, 8), ("next", 64, 4), ("lean", 128, 8), ("fused", 128, 8)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 66, 1, 2, 16, 40), (1, 130, 1, 1, 72, 96)], ids=str)
 @pytest.mark.parametrize("gate", ["none", "strong"])
 def test_walks(shape, gate, forward):
-    launch.choose(("next", 168), forward, ("next", None), "next")
+    launch.choose(("gluon" if forward[0] == "lean" else "next", 168), forward, ("next", None), "next")
     assert_equal(shape, gate, state=True)
 
 
+@pytest.mark.parametrize("forward", [("next", 128, 8), ("lean", 128, 8)], ids=str)
 @pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
-def test_segments(monkeypatch, gate, state):
+def test_segments(monkeypatch, gate, state, forward):
     monkeypatch.setattr(launch, "segments_of", lambda *_: 4)
-    launch.choose(("next", 168), ("next", 128, 8), ("next", None), "next", "all")
+    launch.choose(("next", 168), forward, ("next", None), "next", "all")
     assert_equal((1, 200, 1, 1, 24, 40), gate, state=state)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_many_rounds(gate):
+    """More rounds of four chunks than there is room for."""
+    launch.choose(("next", 168), ("fused", 128, 8), ("next", None), "next")
+    assert_equal((1, 64 * 13 + 5, 1, 1, 24, 40), gate, state=True)

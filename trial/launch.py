@@ -5,11 +5,12 @@ from types import SimpleNamespace
 from kernels import delta_coupling_triton, delta_hopper, delta_hopper_backward, delta_hopper_carry
 from kernels import delta_hopper_launch as shipped
 from kernels.delta_hopper_launch import CHUNK, _described, _forward_plan, _split, segments_of
-from kernels.walk import _triton_dtype, padded
+from kernels.operands import _gate, _rows, _triton_dtype, padded
 from trial import backward as next_backward
 from trial import carry as next_carry
 from trial import coupling as next_coupling
 from trial import hopper as next_hopper
+from trial import lean
 
 SHIPPED_COUPLING = delta_coupling_triton.coupling_kernel
 V = SimpleNamespace()
@@ -19,9 +20,39 @@ def choose(coupling=("ship", None), forward=("ship", 0, 4), carry=("ship", None)
     """Sets the variant that the door takes from now on."""
     V.coupling, V.forward, V.carry, V.backward, V.plan = coupling, forward, carry, backward, plan
     name, registers = coupling
+    V.gate = None
     kernel = SHIPPED_COUPLING if name == "ship" else next_coupling.coupling_kernel
-    delta_coupling_triton.coupling_kernel = kernel if registers is None else _Capped(kernel, registers)
+    kernel = kernel if registers is None else _Capped(kernel, registers)
+    kernel = InGluon(registers) if name == "gluon" else kernel
+    delta_coupling_triton.coupling_kernel = Skipped() if forward[0] == "fused" else kernel
     shipped.forward, shipped.backward = run_forward, run_backward
+
+
+class Skipped:
+    """In place of the couplings' kernel: notes the log decay as `delta.forward` gives it."""
+
+    def __getitem__(self, grid):
+        def note(k, beta, gate, *rest, **constants):
+            V.gate = None if constants["GATE"] == 0 else gate
+
+        return note
+
+
+class InGluon:
+    """`trial.lean.couple_kernel`, called like the couplings' kernel."""
+
+    def __init__(self, registers):
+        self.more = {} if registers is None else {"maxnreg": registers}
+
+    def __getitem__(self, grid):
+        def run(k, beta, gate, h, g, *rest, **c):
+            chunks = rest[6]
+            lean.couple_kernel[(grid[0] // chunks * -(-chunks // 4),)](
+                _described(h.flatten(0, 2), [1, CHUNK, CHUNK]), k, beta, gate, g, *rest, K=c["K"], BK=max(32, c["BK"]), C=CHUNK,
+                UNIT=c["UNIT"], GATED=c["GATE"] > 0, DOT=c["DOT"], MERGE=c["MERGE"], num_warps=4, **self.more,
+            )  # fmt: skip
+
+        return run
 
 
 class _Capped:
@@ -61,9 +92,12 @@ def run_forward(q, k, v, beta, kept, first, o, last, _, *, gated, return_state, 
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
     wide = max(padded(k_dim), CHUNK)
-    name, tile, warps = V.forward
+    name, tile, warps, *worker = V.forward
+    V.worker = worker[0] if worker else 168
     segments, planned = _forward_plan(batch * heads, kept, max(k_dim, v_dim) > CHUNK)
     tile = min(tile or planned, max(32, padded(v_dim)))
+    if V.plan == "none":
+        segments = 1
     if V.plan == "all":
         segments = segments_of(batch * heads, kept.couplings.shape[2], v.device)
     of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
@@ -82,11 +116,37 @@ def run_forward(q, k, v, beta, kept, first, o, last, _, *, gated, return_state, 
         first = carried("forward_carry_kernel", operands, first, v, heads, counts, more)
     if name != "ship":
         constants |= {"GROUPS": warps // 4}
-    module = delta_hopper if name == "ship" else next_hopper
+    if name == "fused":
+        return run_fused(
+            (queries, keys, values, couplings, out, errors, states), k, beta, kept, first, last, v, counts, segments, constants,
+            tile, return_state=return_state, keep=keep,
+        )
+    module = {"ship": delta_hopper, "next": next_hopper, "lean": lean}[name]
     module.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
         queries, keys, values, couplings, out, errors, states, beta, kept.decays, v if first is None else first, last, *counts,
         **constants, BV=tile, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=warps,
     )  # fmt: skip
+
+
+def run_fused(
+    descriptors, k, beta, kept, first, last, v, counts, segments, constants, tile, *, return_state, keep
+):
+    """`V.gate` is the log decay, which the door gives to the couplings' kernel."""
+    batch, heads = len(k), counts[1]
+    rows, strides, unit = _rows(k)
+    gate, gate_strides, gate_every = _gate(V.gate, batch, v)
+    assert tile >= v.shape[3]
+    lean.fused_kernel[(batch * heads * segments,)](
+        *descriptors, rows[0], beta, gate, kept.decays, v if first is None else first, last, *strides, *gate_strides, gate_every,
+        *counts, **constants, BV=tile, UNIT=unit, FIRST=first is not None, LAST=return_state, KEEP=keep,
+        REGISTERS=V.worker, MERGE=_merge(), num_warps=8,
+    )
+
+
+def _merge():
+    import triton.language as tl
+
+    return tl.float16
 
 
 def run_backward(q, k, do, beta, kept, dlast, grads, dfirst, _, *, gated):

@@ -26,21 +26,25 @@ START = time.time()
 WARMED = Path(os.environ.get("TRITON_CACHE_DIR", "/tmp"), "delta_trial.json")
 LIMIT = float(os.environ.get("TRIAL_SECONDS", "92"))
 WIDTHS, GATES = (128, 64), ("none", "scalar")
-COUPLINGS = (("ship", None), ("next", None), ("next", 168), ("ship", 168))
+COUPLINGS = (("ship", None), ("next", None), ("next", 168), ("gluon", None), ("gluon", 168), ("gluon", 128))
 FORWARDS = {
-    128: (("ship", 64, 4), ("next", 64, 4), ("next", 128, 8)),
-    64: (("ship", 32, 4), ("next", 32, 4), ("next", 64, 4), ("next", 64, 8)),
-}
+    128: (("ship", 64, 4), ("next", 128, 8), ("lean", 64, 4), ("lean", 128, 8),
+          ("fused", 128, 8, 128), ("fused", 128, 8, 144), ("fused", 128, 8, 160)),
+    64: (("ship", 32, 4), ("next", 64, 8), ("lean", 32, 4), ("lean", 64, 4), ("lean", 64, 8), ("fused", 64, 8, 168),
+         ("fused", 64, 8, 144), ("fused", 64, 4, 168)),
+}  # fmt: skip
 SHIP = {"coupling": ("ship", None), "forward": ("ship", 0, 4), "carry": ("ship", None), "backward": "ship", "plan": "ship"}
 
 
 def whole(width):
     """Combinations for the operator as a whole over length."""
-    wide = ("next", width, 8)
+    couple, wide = {"coupling": ("gluon", 168)}, {"forward": ("lean", width, 8)}
     yield "shipped", SHIP
-    yield "next", SHIP | {"coupling": ("next", 168), "forward": wide, "backward": "next"}
-    yield "next, cut", SHIP | {"coupling": ("next", 168), "forward": wide, "backward": "next", "carry": ("next", 168), "plan": "all"}
-    yield "next, cut, shipped carry", SHIP | {"coupling": ("next", 168), "forward": wide, "plan": "all"}
+    yield "fused", SHIP | {"forward": ("fused", width, 8, 144), "plan": "none"}
+    yield "next", SHIP | {"coupling": ("next", 168), "forward": ("next", width, 8), "backward": "next"}
+    yield "lean", SHIP | couple | wide
+    yield "lean, cut", SHIP | couple | wide | {"carry": ("next", 168), "plan": "all"}
+    yield "lean, narrow", SHIP | couple | {"forward": ("lean", 32, 4), "plan": "none"}
 
 
 def combinations():
@@ -52,8 +56,22 @@ def combinations():
             yield width, gate, SHIP | {"forward": forward}
         yield width, gate, SHIP | {"backward": "next"}
         for name, choice in whole(width):
-            if "cut" in name or name == "shipped":
+            if "," in name or name == "shipped":
                 yield width, gate, choice
+
+
+def quick_ms(call):
+    """As `graph_ms`, with fewer replays."""
+    from triton.testing import do_bench
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return do_bench(graph.replay, warmup=10, rep=40, return_mode="median")
 
 
 def operands(batch, length, heads, width, gate, seed=SEED):
@@ -167,19 +185,20 @@ def main(out):
         q, k, v, beta, log_decay = (leaves.get(n) for n in ("q", "k", "v", "beta_BTH", "log_decay"))
         for coupling in COUPLINGS:
             launch.choose(**SHIP | {"coupling": coupling})
-            ms = graph_ms(lambda: only_coupling(q, k, v, beta, log_decay))
+            ms = quick_ms(lambda: only_coupling(q, k, v, beta, log_decay))
             note(part="coupling", width=width, gate=gate, variant=coupling, us=round(1e3 * ms, 1))
         for forward in FORWARDS[width]:
             launch.choose(**SHIP | {"forward": forward})
             _, _, kept = delta.forward(q, k, v, beta, log_decay, None, return_state=False, keep=True)
+            launch.V.gate = log_decay
             for keep in (False, True):
                 o, last = torch.empty_like(v), v.new_empty(0)
-                ms = graph_ms(lambda: launch.run_forward(q, k, v, beta, kept, None, o, last, None, gated=gate != "none",
+                ms = quick_ms(lambda: launch.run_forward(q, k, v, beta, kept, None, o, last, None, gated=gate != "none",
                                                          return_state=False, keep=keep))
                 note(part="forward", width=width, gate=gate, variant=forward, keep=keep, us=round(1e3 * ms, 1))
         for backward in ("ship", "next"):
             launch.choose(**SHIP | {"backward": backward})
-            ms = graph_ms(lambda: delta.backward(q, k, beta, log_decay, None, kept, do, None, gate_grad=log_decay is not None))
+            ms = quick_ms(lambda: delta.backward(q, k, beta, log_decay, None, kept, do, None, gate_grad=log_decay is not None))
             note(part="backward", width=width, gate=gate, variant=backward, us=round(1e3 * ms, 1))
 
     for width, gate in itertools.product(WIDTHS, GATES):
@@ -189,11 +208,11 @@ def main(out):
         rates = record["copy_bytes_per_s"], record["product_flop_per_s"]
         floor = floors_ms((batch, length, 16, width), gate, rates)
         for name, choice in whole(width):
-            if length <= 2048 and "cut" in name:
+            if length <= 2048 and "," in name:
                 continue
             launch.choose(**choice)
             forward, both = calls((batch, length, 16, width), gate)
-            times = attempt(name, lambda: (graph_ms(forward), graph_ms(both)))
+            times = attempt(name, lambda: (quick_ms(forward), quick_ms(both)))
             if times:
                 note(whole=name, shape=[batch, length, 16, width], gate=gate, ms=[round(x, 4) for x in times],
                      x=[round(a / b, 2) for a, b in zip(times, floor, strict=True)])
