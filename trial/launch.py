@@ -96,9 +96,9 @@ def run_forward(q, k, v, beta, kept, first, o, last, _, *, gated, return_state, 
     V.worker = worker[0] if worker else 168
     segments, planned = _forward_plan(batch * heads, kept, max(k_dim, v_dim) > CHUNK)
     tile = min(tile or planned, max(32, padded(v_dim)))
-    if V.plan == "none":
+    if V.plan == "none" or name == "fused":
         segments = 1
-    if V.plan == "all":
+    elif V.plan == "all":
         segments = segments_of(batch * heads, kept.couplings.shape[2], v.device)
     of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
     queries, keys, values, out = _described(q, of_keys), _described(k, of_keys), _described(v, of_values), _described(o, of_values)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -48,16 +48,19 @@ def whole(width):
 
 
 def combinations():
-    """Everything that has to be compiled and checked: width, gate, choice."""
+    """Everything that has to be compiled and checked: width, gate, choice. What may hang comes last."""
+    every = []
     for width, gate in itertools.product(WIDTHS, GATES):
-        for coupling in COUPLINGS:
-            yield width, gate, SHIP | {"coupling": coupling}
-        for forward in FORWARDS[width]:
-            yield width, gate, SHIP | {"forward": forward}
-        yield width, gate, SHIP | {"backward": "next"}
         for name, choice in whole(width):
-            if "," in name or name == "shipped":
-                yield width, gate, choice
+            if name in ("lean, cut", "shipped"):
+                every.append((width, gate, choice))
+        for coupling in COUPLINGS:
+            every.append((width, gate, SHIP | {"coupling": coupling, "plan": "none"}))
+        for forward in FORWARDS[width]:
+            every.append((width, gate, SHIP | {"forward": forward, "plan": "none"}))
+        every.append((width, gate, SHIP | {"backward": "next"}))
+    every.sort(key=lambda item: item[2]["forward"][0] == "fused")
+    return every
 
 
 def quick_ms(call):
@@ -117,29 +120,37 @@ def fine(errors):
 def warm_one(item):
     width, gate, choice = item
     try:
-        for length in (130, 1100):  # one segment, and more
+        for length in (130,) if choice["plan"] == "none" else (130, 1100):  # one segment, and more
             leaves, do = operands(1, length, 1, width, gate)
             with use_backend("triton"):
                 launch.choose(**choice)
                 results(linear_recurrence, leaves, do)
                 with torch.no_grad():
                     linear_recurrence(leaves["q"], leaves["k"], leaves["v"], **{n: x for n, x in leaves.items() if n not in "qkv"})
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
         return "fine"
     except Exception:
         return traceback.format_exc()[-400:]
 
 
 def warm():
-    items = list(combinations())
-    failed = []
-    with ProcessPoolExecutor(14, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for item, said in zip(items, pool.map(warm_one, items), strict=True):
-            if said != "fine":
-                failed.append(json.dumps(item))
-                print(item, said, flush=True)
+    items, failed = combinations(), []
+    pool = ProcessPoolExecutor(15, mp_context=get_context("spawn"), max_tasks_per_child=5)
+    futures = {pool.submit(warm_one, item): item for item in items}
+    try:
+        for future in as_completed(futures, timeout=88):
+            if future.exception() or future.result() != "fine":
+                failed.append(json.dumps(futures[future]))
+                print(futures[future], future.exception() or future.result(), flush=True)
+    except TimeoutError:
+        late = [item for future, item in futures.items() if not future.done()]
+        print("late", len(late), late, flush=True)
+        failed += [json.dumps(item) for item in late if item[2]["forward"][0] == "fused"]
     WARMED.write_text(json.dumps(failed))
     print("warmed", len(items), time.time() - START, flush=True)
+    for process in list(pool._processes.values()):
+        process.kill()
+    os._exit(0)
 
 
 def main(out):
@@ -187,8 +198,11 @@ def main(out):
             launch.choose(**SHIP | {"coupling": coupling})
             ms = quick_ms(lambda: only_coupling(q, k, v, beta, log_decay))
             note(part="coupling", width=width, gate=gate, variant=coupling, us=round(1e3 * ms, 1))
-        for forward in FORWARDS[width]:
-            launch.choose(**SHIP | {"forward": forward})
+        for forward in sorted(FORWARDS[width], key=lambda f: f[0] == "fused"):
+            choice = SHIP | {"forward": forward, "plan": "none"}
+            if json.dumps([width, gate, choice]) in [*failed, *bad]:
+                continue
+            launch.choose(**choice)
             _, _, kept = delta.forward(q, k, v, beta, log_decay, None, return_state=False, keep=True)
             launch.V.gate = log_decay
             for keep in (False, True):
@@ -198,6 +212,7 @@ def main(out):
                 note(part="forward", width=width, gate=gate, variant=forward, keep=keep, us=round(1e3 * ms, 1))
         for backward in ("ship", "next"):
             launch.choose(**SHIP | {"backward": backward})
+            _, _, kept = delta.forward(q, k, v, beta, log_decay, None, return_state=False, keep=True)
             ms = quick_ms(lambda: delta.backward(q, k, beta, log_decay, None, kept, do, None, gate_grad=log_decay is not None))
             note(part="backward", width=width, gate=gate, variant=backward, us=round(1e3 * ms, 1))
 
@@ -209,6 +224,8 @@ def main(out):
         floor = floors_ms((batch, length, 16, width), gate, rates)
         for name, choice in whole(width):
             if length <= 2048 and "," in name:
+                continue
+            if name == "fused" and json.dumps([width, gate, choice]) in [*failed, *bad]:
                 continue
             launch.choose(**choice)
             forward, both = calls((batch, length, 16, width), gate)
