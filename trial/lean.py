@@ -272,7 +272,7 @@ def _couple(
     zero = gl.minimum(length, 0)
     i, j = gl.arange(0, S, gl.SliceLayout(0, of_rows)) + zero, gl.arange(0, S, gl.SliceLayout(0, of_cols)) + zero
     i_row, i_col = i[None, :, None], j[None, None, :]
-    w_row, w_col = gl.arange(0, W, gl.SliceLayout(1, of_rows)), gl.arange(0, W, gl.SliceLayout(1, of_cols))
+    w_row = gl.arange(0, W, gl.SliceLayout(1, of_rows))
     none = gl.zeros([W, S, S], gl.float32, layout)
     grams = _grams(k, k_t, n_C, length, K, BK, C, UNIT, layout)
     decays = ()
