@@ -26,12 +26,10 @@ START = time.time()
 WARMED = Path(os.environ.get("TRITON_CACHE_DIR", "/tmp"), "delta_trial.json")
 LIMIT = float(os.environ.get("TRIAL_SECONDS", "92"))
 WIDTHS, GATES = (128, 64), ("none", "scalar")
-COUPLINGS = (("ship", None), ("next", None), ("next", 168), ("gluon", None), ("gluon", 168), ("gluon", 128))
+COUPLINGS = (("ship", None), ("next", 168), ("gluon", None), ("gluon", 168))
 FORWARDS = {
-    128: (("ship", 64, 4), ("next", 128, 8), ("lean", 64, 4), ("lean", 128, 8),
-          ("fused", 128, 8, 128), ("fused", 128, 8, 144), ("fused", 128, 8, 160)),
-    64: (("ship", 32, 4), ("next", 64, 8), ("lean", 32, 4), ("lean", 64, 4), ("lean", 64, 8), ("fused", 64, 8, 168),
-         ("fused", 64, 8, 144), ("fused", 64, 4, 168)),
+    128: (("ship", 64, 4), ("fused", 128, 8, 144), ("fused", 128, 8, 160), ("lean", 128, 8), ("next", 128, 8), ("lean", 32, 4)),
+    64: (("ship", 32, 4), ("fused", 64, 8, 168), ("fused", 64, 4, 168), ("lean", 64, 8), ("next", 64, 8), ("lean", 32, 4)),
 }  # fmt: skip
 SHIP = {"coupling": ("ship", None), "forward": ("ship", 0, 4), "carry": ("ship", None), "backward": "ship", "plan": "ship"}
 
@@ -40,27 +38,21 @@ def whole(width):
     """Combinations for the operator as a whole over length."""
     couple, wide = {"coupling": ("gluon", 168)}, {"forward": ("lean", width, 8)}
     yield "shipped", SHIP
-    yield "fused", SHIP | {"forward": ("fused", width, 8, 144), "plan": "none"}
-    yield "next", SHIP | {"coupling": ("next", 168), "forward": ("next", width, 8), "backward": "next"}
+    yield "fused", SHIP | {"forward": FORWARDS[width][1], "plan": "none"}
     yield "lean", SHIP | couple | wide
     yield "lean, cut", SHIP | couple | wide | {"carry": ("next", 168), "plan": "all"}
     yield "lean, narrow", SHIP | couple | {"forward": ("lean", 32, 4), "plan": "none"}
 
 
 def combinations():
-    """Everything that has to be compiled and checked: width, gate, choice. What may hang comes last."""
+    """Everything that has to be compiled and checked, the most important first: width, gate, choice."""
     every = []
     for width, gate in itertools.product(WIDTHS, GATES):
-        for name, choice in whole(width):
-            if name in ("lean, cut", "shipped"):
-                every.append((width, gate, choice))
-        for coupling in COUPLINGS:
-            every.append((width, gate, SHIP | {"coupling": coupling, "plan": "none"}))
-        for forward in FORWARDS[width]:
-            every.append((width, gate, SHIP | {"forward": forward, "plan": "none"}))
-        every.append((width, gate, SHIP | {"backward": "next"}))
-    every.sort(key=lambda item: item[2]["forward"][0] == "fused")
-    return every
+        choices = [SHIP, *(SHIP | {"forward": forward, "plan": "none"} for forward in FORWARDS[width])]
+        choices += [SHIP | {"coupling": coupling, "plan": "none"} for coupling in COUPLINGS[1:]]
+        choices += [dict(whole(width))["lean, cut"], SHIP | {"backward": "next"}]
+        every += [(place, width, gate, choice) for place, choice in enumerate(choices)]
+    return [item[1:] for item in sorted(every, key=lambda item: item[0])]
 
 
 def quick_ms(call):
@@ -120,7 +112,9 @@ def fine(errors):
 def warm_one(item):
     width, gate, choice = item
     try:
-        for length in (130,) if choice["plan"] == "none" and choice["forward"][0] != "fused" else (130, 1100):  # one segment, and more
+        for length in (
+            (130,) if choice["plan"] == "none" and choice["forward"][0] != "fused" else (130, 1100)
+        ):  # one segment, and more
             leaves, do = operands(1, length, 2, width, gate)
             with use_backend("triton"):
                 launch.choose(**choice)
@@ -135,10 +129,10 @@ def warm_one(item):
 
 def warm():
     items, failed = combinations(), []
-    pool = ProcessPoolExecutor(15, mp_context=get_context("spawn"), max_tasks_per_child=5)
+    pool = ProcessPoolExecutor(14, mp_context=get_context("spawn"), max_tasks_per_child=4)
     futures = {pool.submit(warm_one, item): item for item in items}
     try:
-        for future in as_completed(futures, timeout=88):
+        for future in as_completed(futures, timeout=int(os.environ.get("TRIAL_SECONDS", 84))):
             if future.exception() or future.result() != "fine":
                 failed.append(json.dumps(futures[future]))
                 print(futures[future], future.exception() or future.result(), flush=True)
@@ -155,8 +149,14 @@ def warm():
 
 def main(out):
     rows, bad = [], set()
-    record = {"commit": os.environ.get("BENCH_COMMIT"), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-              "triton": __import__("triton").__version__, "seed": SEED, "rows": rows}
+    record = {
+        "commit": os.environ.get("BENCH_COMMIT"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__,
+        "seed": SEED,
+        "rows": rows,
+    }
 
     def note(**row):
         rows.append(row)
@@ -180,7 +180,7 @@ def main(out):
     failed = json.loads(WARMED.read_text()) if WARMED.exists() else []
     if os.environ.get("TRIAL_NO_FUSED"):
         failed += [json.dumps(item) for item in combinations() if item[2]["forward"][0] == "fused"]
-    for width, gate, choice in combinations():
+    for width, gate, choice in sorted(combinations(), key=lambda item: item[2]["forward"][0] == "fused"):
         if json.dumps([width, gate, choice]) in failed:
             print("failed before", width, gate, choice)
             continue
@@ -211,8 +211,11 @@ def main(out):
             launch.V.gate = log_decay
             for keep in (False, True):
                 o, last = torch.empty_like(v), v.new_empty(0)
-                ms = quick_ms(lambda: launch.run_forward(q, k, v, beta, kept, None, o, last, None, gated=gate != "none",
-                                                         return_state=False, keep=keep))
+                ms = quick_ms(
+                    lambda: launch.run_forward(
+                        q, k, v, beta, kept, None, o, last, None, gated=gate != "none", return_state=False, keep=keep
+                    )
+                )
                 note(part="forward", width=width, gate=gate, variant=forward, keep=keep, us=round(1e3 * ms, 1))
         for backward in ("ship", "next"):
             launch.choose(**SHIP | {"backward": backward})
@@ -235,8 +238,13 @@ def main(out):
             forward, both = calls((batch, length, 16, width), gate)
             times = attempt(name, lambda: (quick_ms(forward), quick_ms(both)))
             if times:
-                note(whole=name, shape=[batch, length, 16, width], gate=gate, ms=[round(x, 4) for x in times],
-                     x=[round(a / b, 2) for a, b in zip(times, floor, strict=True)])
+                note(
+                    whole=name,
+                    shape=[batch, length, 16, width],
+                    gate=gate,
+                    ms=[round(x, 4) for x in times],
+                    x=[round(a / b, 2) for a, b in zip(times, floor, strict=True)],
+                )
 
     for (batch, length), gate, width in itertools.product(((8, 2048), (2, 8192), (1, 32768), (32, 512)), GATES, WIDTHS):
         attempt((length, gate, width), lambda: over_length(width, gate, batch, length))
