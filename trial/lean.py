@@ -371,7 +371,7 @@ def _walk_beside(
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & order_last)
 
 
-@gluon.jit(do_not_specialize=[*SIZES, "gate_every"])
+@gluon.jit(do_not_specialize=[*SIZES, "gate_every", "k_b", "k_t", "k_h", "gate_b", "gate_t"])
 def fused_kernel(
     q, k, v, h, o, errors, states, k_rows, beta, gate, g, first, last,
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32,
