@@ -210,7 +210,7 @@ def main(out):
             _, _, kept = delta.forward(q, k, v, beta, log_decay, None, return_state=False, keep=True)
             launch.V.gate = log_decay
             for keep in (False, True):
-                o, last = torch.empty_like(v), v.new_empty(0)
+                o, last = torch.empty_like(v), v.new_empty(0, dtype=torch.float32)
                 ms = quick_ms(
                     lambda: launch.run_forward(
                         q, k, v, beta, kept, None, o, last, None, gated=gate != "none", return_state=False, keep=keep
