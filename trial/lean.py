@@ -78,11 +78,6 @@ def _chunk(
     square: gl.constexpr = sums_layout(C, GROUPS)
     narrow: gl.constexpr = sums_layout(BV, GROUPS)
     none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    tma.store_wait(0)
-    state_buffer.store(state_KV.to(DOT))
-    if GATED:
-        g_buffer.store(g_C)
-    fence_async_shared()
     arrived(qk_bars, phase // 2 % 2)
     read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
     scores = gl.zeros([C, C], gl.float32, square)
@@ -93,6 +88,7 @@ def _chunk(
     value_CV = v_buffer.load(narrow).to(gl.float32)
     read_CV, scores = warpgroup_mma_wait(1, [read, scores])
     error_CV = value_CV - scaled(read_CV, g_C, GATED)
+    tma.store_wait(0)
     error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
     scores_CC = warpgroup_mma_wait(0, [scores])
     scores_buffer.store(_masked(scores_CC, g_C, g_buffer, C, GROUPS, GATED).to(DOT))
@@ -139,6 +135,10 @@ def _walk(
     else:
         fetch(in_turn((h_bars,), 0), (C * C,), (h,), ([chunk_0 + n_first, 0, 0],), in_turn((h_buffers,), 0))
     beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
+    buffers[1].store(state_KV.to(DOT))
+    if GATED:
+        g_buffer.store(g_C)
+    fence_async_shared()
     for n in range(n_first, n_last + 1):
         step, following = n - n_first, gl.minimum(n + 1, n_last)
         at_qk, at_v, at_o = (
@@ -167,7 +167,13 @@ def _walk(
         if KEEP:
             tma.store_wait(0)
         fetch(v_bars, (C * BV,), (v,), (at_v,), (v_buffer,))
-        state_KV, o_CV = warpgroup_mma_wait(0, [state, written])
+        # The next state is stored while the last product runs, once all warps have read the old one.
+        state_KV, written = warpgroup_mma_wait(1, [state, written])
+        gl.thread_barrier()
+        buffers[1].store(state_KV.to(DOT))
+        o_CV = warpgroup_mma_wait(0, [written])
+        if GATED:
+            g_buffer.store(g_C)
         out_buffer.store(o_CV.to(DOT))
         fence_async_shared()
         tma.async_copy_shared_to_global(o, at_o, out_buffer)
