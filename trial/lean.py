@@ -125,7 +125,7 @@ def _walk(
     q, k, v, h, o, errors, states = descriptors
     beta, g = pointers
     i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, GROUPS)))
-    v_buffer, out_buffer = buffers[0], buffers[3] if GATED else buffers[2]
+    v_buffer, out_buffer = buffers[0], buffers[2]
     steps = n_last - n_first + 1
     at_qk, at_v = [batch, n_first * C, shared_head, 0], [batch, n_first * C, head, e_start]
     fetch(in_turn(qk_bars, 0), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, 0))
