@@ -37,7 +37,7 @@ def _hopper(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("forward", [("next", 128, 8), ("next", 64, 4), ("lean", 128, 8), ("fused", 128, 8)], ids=str)
+@pytest.mark.parametrize("forward", [("next", 128, 8), ("next", 64, 4), ("lean", 128, 8), ("fused", 128, 8), ("fused", 128, 4, 168, 8)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 66, 1, 2, 16, 40), (1, 130, 1, 1, 72, 96)], ids=str)
 @pytest.mark.parametrize("gate", ["none", "strong"])
 def test_walks(shape, gate, forward):

@@ -49,7 +49,7 @@ class InGluon:
             chunks = rest[6]
             lean.couple_kernel[(grid[0] // chunks * -(-chunks // 4),)](
                 _described(h.flatten(0, 2), [1, CHUNK, CHUNK]), k, beta, gate, g, *rest, K=c["K"], BK=max(32, c["BK"]), C=CHUNK,
-                UNIT=c["UNIT"], GATED=c["GATE"] > 0, DOT=c["DOT"], MERGE=c["MERGE"], num_warps=4, **self.more,
+                UNIT=c["UNIT"], GATED=c["GATE"] > 0, DOT=c["DOT"], MERGE=c["MERGE"], W=4, num_warps=4, **self.more,
             )  # fmt: skip
 
         return run
@@ -93,7 +93,7 @@ def run_forward(q, k, v, beta, kept, first, o, last, _, *, gated, return_state, 
     k_dim = k.shape[3]
     wide = max(padded(k_dim), CHUNK)
     name, tile, warps, *worker = V.forward
-    V.worker = worker[0] if worker else 168
+    V.worker, V.warps = (*worker, 4)[:2] if worker else (168, 4)
     segments, planned = _forward_plan(batch * heads, kept, max(k_dim, v_dim) > CHUNK)
     tile = min(tile or planned, max(32, padded(v_dim)))
     if V.plan == "none" or name == "fused":
@@ -139,7 +139,7 @@ def run_fused(
     lean.fused_kernel[(batch * heads * segments,)](
         *descriptors, rows[0], beta, gate, kept.decays, v if first is None else first, last, *strides, *gate_strides, gate_every,
         *counts, **constants, BV=tile, UNIT=unit, FIRST=first is not None, LAST=return_state, KEEP=keep,
-        REGISTERS=V.worker, MERGE=_merge(), num_warps=8,
+        REGISTERS=V.worker, W=V.warps, MERGE=_merge(), num_warps=4 * constants["GROUPS"],
     )
 
 

@@ -1,6 +1,6 @@
 """A forward walk with fewer registers and a shorter chain; H from memory, or made by a further warp group beside the walk.
 
-Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width, W = 4 chunks at a time,
+Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width, W chunks at a time,
 S = 16 tokens of a block.
 """
 
@@ -35,7 +35,6 @@ from trial.hopper import (
 )
 
 S = tl.constexpr(16)
-W = tl.constexpr(4)
 
 
 @gluon.jit
@@ -117,9 +116,9 @@ def _chunk(
 @gluon.jit
 def _walk(
     descriptors, pointers, state_KV, h_buffers, h_bars, ready_bars, free_bars, buffers, g_buffer, qk_buffers, qk_bars, v_bars,
-    batch, head, shared_head, chunk_0, n_first, n_last, e_start, length, heads, slots,
+    batch, head, shared_head, chunk_0, n_first, n_last, e_start, length, heads,
     BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    GATED: gl.constexpr, KEEP: gl.constexpr, FUSED: gl.constexpr, DOT: gl.constexpr,
+    GATED: gl.constexpr, KEEP: gl.constexpr, FUSED: gl.constexpr, W: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Walks over the chunks of a segment; the state that leaves it."""
     q, k, v, h, o, errors, states = descriptors
@@ -149,7 +148,7 @@ def _walk(
         q_CK, k_CK = in_turn(qk_buffers, step)
         fetch(in_turn(qk_bars, step + 1), (C * BK, C * BK), (q, k), (at_qk, at_qk), in_turn(qk_buffers, step + 1))
         if FUSED:
-            h_CC = h_buffers.index(step % slots)
+            h_CC = h_buffers.index(step % (2 * W))
         else:
             h_CC = h_buffers.index(step % 2)
             fetch(in_turn((h_bars,), step + 1), (C * C,), (h,), ([chunk_0 + following, 0, 0],), in_turn((h_buffers,), step + 1))
@@ -198,9 +197,12 @@ def _turned(x):
 
 
 @gluon.jit
-def _grams(k, stride, n_C, length, K: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, UNIT: gl.constexpr, LAYOUT: gl.constexpr):
+def _grams(
+    k, stride, n_C, length, K: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, UNIT: gl.constexpr, W: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
     """Products K_J K_I^T of blocks of rows, J <= I, of W chunks, in the order (0, 0), (1, 0), (1, 1), (2, 0), ..."""
-    rows_of: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [4, 1, 1], [2, 1, 0])
+    rows_of: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [W, 1, 1], [2, 1, 0])
     w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, rows_of)))
     i = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, rows_of)))
     d = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, rows_of)))
@@ -226,7 +228,7 @@ def _grams(k, stride, n_C, length, K: gl.constexpr, BK: gl.constexpr, C: gl.cons
 
 
 @gluon.jit
-def _decays(gate, stride, n_C, length, C: gl.constexpr, LAYOUT: gl.constexpr, zero):
+def _decays(gate, stride, n_C, length, C: gl.constexpr, W: gl.constexpr, LAYOUT: gl.constexpr, zero):
     """Log2 decays of each block's tokens, cumulated from the start of the chunk; padding does not decay."""
     w = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(1, LAYOUT)))
     i = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
@@ -245,7 +247,7 @@ def _decays(gate, stride, n_C, length, C: gl.constexpr, LAYOUT: gl.constexpr, ze
 
 
 @gluon.jit
-def _diagonal(x, xt, beta_rows, beta_cols, i_row, i_col, MERGE: gl.constexpr, LAYOUT: gl.constexpr):
+def _diagonal(x, xt, beta_rows, beta_cols, i_row, i_col, MERGE: gl.constexpr, W: gl.constexpr, LAYOUT: gl.constexpr):
     """A and H of a block on the diagonal from X and its transpose: A, H, and H transposed, as `kernels.delta_coupling_triton`."""
     none = gl.zeros([W, S, S], gl.float32, LAYOUT)
     one = gl.where(i_row == i_col, 1.0, 0.0)
@@ -267,10 +269,10 @@ def _diagonal(x, xt, beta_rows, beta_cols, i_row, i_col, MERGE: gl.constexpr, LA
 def _couple(
     h_buffer, k, beta, gate, g, k_t, gate_t, n_C, n_last, length, heads,
     K: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, UNIT: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
-    MERGE: gl.constexpr,
+    MERGE: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """H of the chunks n_C + w, w < W, into shared memory [W, C, C], their cumulated decays into memory."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     of_rows: gl.constexpr = gl.SliceLayout(2, layout)
     of_cols: gl.constexpr = gl.SliceLayout(1, layout)
     BLOCKS: gl.constexpr = C // S
@@ -280,10 +282,10 @@ def _couple(
     i_row, i_col = i[None, :, None], j[None, None, :]
     w_row = gl.arange(0, W, gl.SliceLayout(1, of_rows))
     none = gl.zeros([W, S, S], gl.float32, layout)
-    grams = _grams(k, k_t, n_C, length, K, BK, C, UNIT, layout)
+    grams = _grams(k, k_t, n_C, length, K, BK, C, UNIT, W, layout)
     decays = ()
     if GATED:
-        decays = _decays(gate, gate_t, n_C, length, C, layout, zero)
+        decays = _decays(gate, gate_t, n_C, length, C, W, layout, zero)
         for block in gl.static_range(BLOCKS):
             n_row = (n_C + w_row)[:, None]
             inside = (n_row <= n_last) & (i >= 0)[None, :]
@@ -310,7 +312,7 @@ def _couple(
             xt = gram * gl.exp2(gl.where(i_row < i_col, -fall, float("-inf")))
         else:
             x, xt = gl.where(i_row > i_col, gram, 0.0), gl.where(i_row < i_col, gram, 0.0)
-        a, h, ht = _diagonal(x, xt, beta_rows, beta_cols, i_row, i_col, MERGE, layout)
+        a, h, ht = _diagonal(x, xt, beta_rows, beta_cols, i_row, i_col, MERGE, W, layout)
         h_buffer.slice(block * S, S, 1).slice(block * S, S, 2).store(h.to(DOT))
         solved, transposed, betas = solved + (a,), transposed + (ht,), betas + (beta_cols,)  # noqa: RUF005
     for row in gl.static_range(1, BLOCKS):
@@ -331,7 +333,7 @@ def _couple(
 def _couplings(
     h_buffers, ready_bars, free_bars, h, k, beta, gate, g, k_t, gate_t, chunk_0, n_first, n_last, length, heads,
     K: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, UNIT: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr,
-    DOT: gl.constexpr, MERGE: gl.constexpr,
+    DOT: gl.constexpr, MERGE: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Makes H of W chunks at a time, of up to two times W ahead of the walk."""
     rounds = (n_last - n_first + W) // W
@@ -341,7 +343,7 @@ def _couplings(
             tma.store_wait(0)
         _couple(
             h_buffers.index(r % 2).reshape([W, C, C]), k, beta, gate, g, k_t, gate_t, n_first + r * W, n_last, length, heads,
-            K, BK, C, UNIT, GATED, DOT, MERGE,
+            K, BK, C, UNIT, GATED, DOT, MERGE, W,
         )  # fmt: skip
         fence_async_shared()
         gl.thread_barrier()
@@ -360,7 +362,7 @@ def _walk_beside(
     descriptors, pointers, state_last, h_walk, ready_bars, free_bars, buffers, g_buffer, qk_buffers, qk_bars, v_bars,
     places, e_start, length, heads, order_last,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, W: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """The walk as the partition of all warps but those that make H."""
     first, last, part, head_index = state_last
@@ -369,8 +371,8 @@ def _walk_beside(
     state_KV = given_state(first, part, layout, e_start, V, K, BK, BV, FIRST)
     state_KV = _walk(
         descriptors, pointers, state_KV, h_walk, h_walk, ready_bars, free_bars, buffers, g_buffer, qk_buffers, qk_bars, v_bars,
-        batch, head, shared_head, chunk_0, n_first, n_last, e_start, length, heads, 2 * W,
-        BK, BV, GROUPS, C, GATED, KEEP, True, DOT,
+        batch, head, shared_head, chunk_0, n_first, n_last, e_start, length, heads,
+        BK, BV, GROUPS, C, GATED, KEEP, True, W, DOT,
     )  # fmt: skip
     if LAST:
         offsets, inside = columns_of(layout, e_start, V, K, BK, BV)
@@ -384,7 +386,7 @@ def fused_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     UNIT: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr,
-    REGISTERS: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+    REGISTERS: gl.constexpr, W: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The forward walk beside a warp group that makes H of the chunks ahead. Grid: (B * H * segments,); BV covers V."""
     part, e_start, n_chunks = gl.program_id(0), 0, (length + C - 1) // C
@@ -403,14 +405,14 @@ def fused_kernel(
             (_walk_beside, (
                 (q, k, v, h, o, errors, states), (beta, g), (first, last, part, head_index), h_walk, ready_bars, free_bars,
                 buffers, g_buffer, qk_buffers, qk_bars, v_bars, (batch, head, shared_head, chunk_0, n_first, n_last), e_start,
-                length, heads, order == segments - 1, K, V, BK, BV, GROUPS, C, GATED, FIRST, LAST, KEEP, DOT,
+                length, heads, order == segments - 1, K, V, BK, BV, GROUPS, C, GATED, FIRST, LAST, KEEP, W, DOT,
             )),
             (_couplings, (
                 h_buffers, ready_bars, free_bars, h, k_rows, beta, gate, g, k_t, gate_t, chunk_0, n_first, n_last, length,
-                heads, K, BK, C, UNIT, GATED, KEEP, DOT, MERGE,
+                heads, K, BK, C, UNIT, GATED, KEEP, DOT, MERGE, W,
             )),
         ],
-        [4],
+        [W],
         [REGISTERS],
     )  # fmt: skip
 
@@ -435,8 +437,8 @@ def forward_kernel(
     state_KV = given_state(first, part, layout, e_start, V, K, BK, BV, FIRST)
     state_KV = _walk(
         (q, k, v, h, o, errors, states), (beta, g), state_KV, h_buffers, h_bars, h_bars, h_bars, buffers, g_buffer, qk_buffers,
-        qk_bars, v_bars, batch, head, shared_head, chunk_0, n_first, n_last, e_start, length, heads, 2,
-        BK, BV, GROUPS, C, GATED, KEEP, False, DOT,
+        qk_bars, v_bars, batch, head, shared_head, chunk_0, n_first, n_last, e_start, length, heads,
+        BK, BV, GROUPS, C, GATED, KEEP, False, 1, DOT,
     )  # fmt: skip
     if LAST:
         offsets, inside = columns_of(layout, e_start, V, K, BK, BV)
@@ -449,7 +451,7 @@ def couple_kernel(
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
     length: tl.int32, chunks: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, UNIT: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
-    MERGE: gl.constexpr,
+    MERGE: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """H and cumulated decays of W chunks a program. Grid: (B * H * ceil(N / W),)."""
     rounds = (chunks + W - 1) // W
@@ -461,7 +463,7 @@ def couple_kernel(
     h_buffer = gl.allocate_shared_memory(DOT, [W * C, C], shared_layout(C))
     _couple(
         h_buffer.reshape([W, C, C]), k, beta, gate, g, k_t, gate_t, n_first, chunks - 1, length, heads,
-        K, BK, C, UNIT, GATED, DOT, MERGE,
+        K, BK, C, UNIT, GATED, DOT, MERGE, W,
     )  # fmt: skip
     fence_async_shared()
     for w in gl.static_range(W):

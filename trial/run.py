@@ -29,7 +29,8 @@ WIDTHS, GATES = (128, 64), ("none", "scalar")
 COUPLINGS = (("ship", None), ("next", 168), ("gluon", None), ("gluon", 168))
 FORWARDS = {
     128: (("ship", 64, 4), ("fused", 128, 8, 144), ("fused", 128, 8, 160), ("lean", 128, 8), ("next", 128, 8), ("lean", 32, 4)),
-    64: (("ship", 32, 4), ("fused", 64, 8, 168), ("fused", 64, 4, 168), ("lean", 64, 8), ("next", 64, 8), ("lean", 32, 4)),
+    64: (("ship", 32, 4), ("fused", 64, 8, 144, 8), ("fused", 64, 8, 168), ("lean", 64, 8), ("fused", 64, 4, 168, 8), ("lean", 32, 4),
+         ("next", 64, 8)),
 }  # fmt: skip
 SHIP = {"coupling": ("ship", None), "forward": ("ship", 0, 4), "carry": ("ship", None), "backward": "ship", "plan": "ship"}
 
