@@ -212,10 +212,9 @@ class Program:
             self.turn.notify_all()
 
     def wait(self, bar: Barrier, phase: Any) -> None:
-        if not bar.copies and (self.alive > 1 or self.failed or threading.current_thread() is not threading.main_thread()):
-            while int(phase) == bar.phase % 2:
-                assert self.alive > 1, "waits for a partition that has ended"
-                assert self.turn.wait(timeout=20), "partitions wait for each other"
+        while not bar.copies and int(phase) == bar.phase % 2:
+            assert self.alive > 1 and self.turn.wait(timeout=20), "waits for what nobody brings"
+        if not bar.copies:
             return
         assert int(phase) == bar.phase % 2, "waits for another phase"
         assert bar.expected == sum(2 * target.x.numel() for *_, target in bar.copies), "bytes"
