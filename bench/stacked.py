@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from bench import evaluate
@@ -42,6 +42,7 @@ class StackedModel:
         self.shapes = {name: p.shape for name, p in self.module.named_parameters()}
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
         self.leaves = dict(self._views(self.flat_EP, leaf=True))
+        self.biases = _linear_biases(self.module) if precision == "bf16" else frozenset()
         self.buffers, self.own_buffers = _stack_buffers(models)
         self._loss = compile_for_cells(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
         self._outputs = self._mapped(_member_outputs)
@@ -91,6 +92,7 @@ class StackedModel:
         own = self.own_buffers
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
+            parameters = {name: p.bfloat16() if name in self.biases else p for name, p in parameters.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
                 return function(self.module, {**parameters, **buffers}, *tensors)
 
@@ -113,6 +115,12 @@ def compile_for_cells(function: F) -> F:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return cast(F, torch.compile(function, dynamic=False))
+
+
+def _linear_biases(module: nn.Module) -> frozenset[str]:
+    """The biases of linear maps: autocast rounds them, but vmap takes a map apart first and would add them in fp32."""
+    linear = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+    return frozenset(f"{name}.bias" for name, layer in linear if layer.bias is not None)
 
 
 def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -155,6 +155,9 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
     check_axes("x", x_BTD, "B T D")
     check_axes("filter", filter_DL, "D L")
     check_arguments(x_BTD, {"filter": (filter_DL, (x_BTD.shape[2], filter_DL.shape[1]))})
+    if torch.is_autocast_enabled(x_BTD.device.type):
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return long_conv(x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type)), filter_DL).to(x_BTD.dtype)
     length = x_BTD.shape[1]
     if pick("long_conv", x_BTD, obstacle=_wants_fft(x_BTD), tensor_cores=True) == "triton":
         return long_conv_operator(x_BTD, filter_DL[None])

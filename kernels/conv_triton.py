@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._entry import entry
+from kernels._members import even_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILE = 16
@@ -140,7 +141,7 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
     """Outputs [B, T, D] in the dtype of x."""
     batch, length, width = x_BTD.shape
     y_BTD = x_BTD.new_empty(batch, length, width)
-    x_BTD, taps_MKD = _rows(x_BTD), _taps_first(weight_MDK)
+    x_BTD, taps_MKD = even_rows(x_BTD), _taps_first(weight_MDK)
     n_programs = batch * -(-length // TILE) * -(-width // CHANNELS)
     if n_programs:
         short_conv_forward[(n_programs,)](
@@ -168,7 +169,7 @@ def backward(
     batch, length, width = x_BTD.shape
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width)
-    x_BTD, taps_MKD = _rows(x_BTD), _taps_first(weight_MDK)
+    x_BTD, taps_MKD = even_rows(x_BTD), _taps_first(weight_MDK)
     n_tiles = batch * -(-length // TILE)
     parts = x_BTD.new_empty(n_tiles, taps + 1, width, dtype=torch.float32)
     if parts.numel():
@@ -215,13 +216,6 @@ def step(x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | N
             CHANNELS=STEP_CHANNELS,
         )
     return y_BD, new_tail_BPD
-
-
-def _rows(x_BTD: Tensor) -> Tensor:
-    """The same tensor if its tokens lie at equal distances and its channels side by side, as in a slice of a projection."""
-    batch_stride, token_stride, channel_stride = x_BTD.stride()
-    regular = channel_stride == 1 and batch_stride == x_BTD.shape[1] * token_stride
-    return x_BTD if regular else x_BTD.contiguous()
 
 
 def _taps_first(weight_MDK: Tensor) -> Tensor:

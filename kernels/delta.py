@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import delta_hopper_launch
-from kernels.walk import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
+from kernels.operands import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
 
 
 class Launch(NamedTuple):

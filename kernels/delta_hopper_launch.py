@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernels.walk import _triton_dtype, padded
+from kernels.operands import _triton_dtype, padded
 
 if TYPE_CHECKING:
     from kernels.delta import Config, Kept, Launch

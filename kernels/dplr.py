@@ -71,12 +71,17 @@ def dplr_recurrence(
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Erasures and writes as tokens of their own, in the operator's arguments."""
+    """Erasures and writes as tokens of their own, in the operator's arguments.
+
+    The operator would round keys that are wider than the values, so they are rounded before they are twice as many.
+    """
+    dtype = v.dtype if v.dtype.itemsize < k.dtype.itemsize else k.dtype
+    k, a, b = (x.to(dtype) for x in (k, a, b))
     queries, keys, values, decays, erase = (
         torch.stack(pair, 2).flatten(1, 2)
         for pair in (
             (torch.zeros_like(q), q),
-            (a.to(k.dtype), k),
+            (a, k),
             (torch.zeros_like(v), v),
             (log_decay, torch.zeros_like(log_decay)),
             (-b, torch.zeros_like(b)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels._members import fold_members
-from kernels.walk import _dot_dtype, _precision, _rows, _triton_dtype, padded
+from kernels.operands import _dot_dtype, _precision, _rows, _triton_dtype, padded
 
 MAX_PARTS = 32
 PROGRAMS = 264

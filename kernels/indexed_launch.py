@@ -12,10 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 from kernels.sparse_index import Listed
-from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_PACK = 16
+WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
+"""Compile-time arguments of a walk over a band among the keys themselves."""
+FLAGS_AT_ONCE = 256
+"""Tiles that a program lists at a time, the same at every length, so that a new one compiles nothing."""
 
 
 class Config(NamedTuple):
@@ -145,12 +149,46 @@ def backward(
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     config = chosen.key
-    indexed_grad_triton.key_kernel[(k.shape[0] * k.shape[1] * -(-k.shape[2] // config.keys),)](
-        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, dk, dv, *strides[:9], *strides[12:], *sizes,
-        **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
-        SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1,
+    constants = _constants(q, k, v, index, start_B, unit, config)
+    walked = (q, k, v, lse_BHT, dy, delta)
+    n_index, parts, *far = _far_gradients(walked, index, (*strides[:9], *strides[12:]), sizes, constants, config)
+    indexed_grad_triton.key_kernel[(n_index * -(-k.shape[2] // config.keys),)](
+        q, k, v, starts, *_lists(index, k, by_key=True), lse_BHT, dy, delta, *far, dk, dv,
+        *strides[:9], *strides[12:], *sizes, n_index, parts, **constants, num_warps=config.warps, maxnreg=config.registers,
+        SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1, FAR=parts > 0,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _far_gradients(
+    walked: tuple[Tensor, ...], index: Band | Listed, strides: tuple[int, ...], sizes: tuple[int, ...],
+    constants: dict[str, object], config: Config,
+) -> tuple[int, int, Tensor, Tensor]:  # fmt: skip
+    """B G, the number of parts, and the gradients of sinks from queries beyond their window, [parts, B G, sinks, K or V]."""
+    from kernels import indexed_grad_triton
+
+    _, k, v, _, _, delta = walked
+    n_index, parts = k.shape[0] * k.shape[1], far_parts(index, config, sizes[0], sizes[4])
+    if not isinstance(index, Band) or not parts:
+        return n_index, 0, delta, delta
+    dk, dv = (delta.new_empty(parts, n_index, index.sinks, x.shape[3]) for x in (k, v))
+    indexed_grad_triton.far_kernel[(n_index * -(-index.sinks // config.keys) * parts,)](
+        *walked, dk, dv, *strides, *sizes[:7], n_index, parts, **{name: constants[name] for name in WALK},
+        num_warps=config.warps, maxnreg=config.registers,
+    )  # fmt: skip
+    return n_index, parts, dk, dv
+
+
+def far_parts(index: Band | Listed, config: Config, length: int, pack: int) -> int:
+    """Into how many parts the queries are cut that see sinks from beyond their window.
+
+    A part is no longer than the walk of another tile of keys; 0 without sinks among the keys, or if all queries are no more.
+    """
+    if not isinstance(index, Band) or not index.sinks or index.front or index.past:
+        return 0
+    tokens = config.queries // pack
+    tiles, others = -(-length // tokens), -(-(config.keys + index.window - 1) // tokens) + 1
+    return -(-tiles // others) if tiles > others else 0
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor, index: Band | Listed) -> Configs:
@@ -203,8 +241,7 @@ def _lists(index: Band | Listed, spare: Tensor, *, by_key: bool) -> tuple[Tensor
     n_index, inner, n_flags = flags.shape
     lists = flags.new_empty(n_index, inner, n_flags, dtype=torch.int32)
     counts = flags.new_empty(n_index, inner, dtype=torch.int32)
-    block = min(1024, padded(n_flags))
     indexed_triton.compact_kernel[(n_index * inner,)](
-        flags, lists, counts, n_index * inner, inner, n_flags, *flags.stride(), BLOCK=block, num_warps=1
+        flags, lists, counts, n_index * inner, inner, n_flags, *flags.stride(), BLOCK=FLAGS_AT_ONCE, num_warps=1
     )
     return index.words.contiguous(), lists, counts

@@ -14,7 +14,6 @@ from torch.autograd.function import _SingleLevelFunction
 
 from kernels import walk
 from kernels._members import fold_members
-from kernels.walk_pieces import n_segments
 
 STARTS = 5
 """Where the bounds of packed sequences are among the arguments of both operators."""
@@ -38,71 +37,41 @@ linear_recurrence_backward = torch.ops.mixer_bench.linear_recurrence_backward.de
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    starts: Tensor | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(v):  # Triton launches on the current device
-        return walk.forward(q, k, v, log_decay, state, starts, return_state=return_state)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, return_state = args
+    inputs = walk.Inputs(*tensors)
+    with torch.cuda.device_of(inputs.v):  # Triton launches on the current device
+        return walk.forward(inputs, return_state=return_state)
 
 
 @torch.library.register_fake(FORWARD)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    starts: Tensor | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, return_state = args
+    _, k, v, _, _, starts = inputs = walk.Inputs(*tensors)
     batch, heads, widths = v.shape[0], v.shape[2], (k.shape[3], v.shape[3])
     final = (batch if starts is None else batch * (starts.shape[0] - 1), heads, *widths) if return_state else (0,)
-    segments = 1 if starts is not None else n_segments(k, v)
-    entering = (batch, segments, heads, *widths) if segments > 1 else (0,)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), v.new_empty(entering, dtype=torch.float32)
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), walk.entering_like(inputs)
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    starts: Tensor | None,
-    entering: Tensor,
-    do: Tensor,
-    final: Tensor | None,
-    dfinal: Tensor | None,
-    gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(v):
-        return walk.backward(q, k, v, log_decay, state, starts, entering, do, final, dfinal, gate_grad=gate_grad)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs, entering, gradients, gate_grad = _backward_arguments(*args)
+    with torch.cuda.device_of(inputs.v):
+        return walk.backward(inputs, entering, gradients, gate_grad=gate_grad)
 
 
 @torch.library.register_fake(BACKWARD)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    starts: Tensor | None,
-    entering: Tensor,
-    do: Tensor,
-    final: Tensor | None,
-    dfinal: Tensor | None,
-    gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (q, k, v, log_decay, state, _), _, _, gate_grad = _backward_arguments(*args)
     dgate = log_decay if gate_grad else None
     more = (v.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (dgate, state))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *more
+
+
+def _backward_arguments(*args: Any) -> tuple[walk.Inputs, Tensor, walk.Gradients, bool]:
+    """The arguments of the operator's schema as `kernels.walk` takes them."""
+    *tensors, entering, do, final, dfinal, gate_grad = args
+    return walk.Inputs(*tensors), entering, walk.Gradients(do, final, dfinal), gate_grad
 
 
 class LinearRecurrence(_SingleLevelFunction):
@@ -112,18 +81,10 @@ class LinearRecurrence(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor | None,
-        starts: Tensor | None,
-        return_state: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """See `kernels.walk.forward`."""
         with torch._C._AutoDispatchBelowAutograd():
-            return linear_recurrence(q, k, v, log_decay, state, starts, return_state)
+            return linear_recurrence(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
@@ -88,14 +89,10 @@ def selective_scan(
     """
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
-    check_axes("rate", rate_DN, "D N")
-    batch, length, width = x_BTD.shape
-    n_states = rate_DN.shape[1]
-    read = (batch, length, n_states)
-    expected = {"dt": (dt_BTD, x_BTD.shape), "rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
-    check_arguments(x_BTD, expected | {"state": (state_BDN, (batch, width, n_states))})
+    check_arguments(x_BTD, {"dt": (dt_BTD, x_BTD.shape)})
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
     if pick("selective_scan", x_BTD) == "triton":
-        y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
+        y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, None, None, None)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
@@ -103,6 +100,64 @@ def selective_scan(
         tensors = (t.to(wide) for t in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, start_BDN))
         y_BTD, final_BDN = _SelectiveScan.apply(*tensors)
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
+
+
+def _check_scan(x_BTD: Tensor, rate_DN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BDN: Tensor | None) -> None:
+    check_axes("rate", rate_DN, "D N")
+    batch, length, width = x_BTD.shape
+    n_states = rate_DN.shape[1]
+    read = (batch, length, n_states)
+    expected = {"rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
+    check_arguments(x_BTD, expected | {"state": (state_BDN, (batch, width, n_states))})
+
+
+def gated_selective_scan(
+    x_BTD: Tensor,
+    raw_dt_BTD: Tensor,
+    rate_DN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    state_BDN: Tensor | None = None,
+    *,
+    dt_bias_D: Tensor,
+    skip_D: Tensor,
+    gate_BTD: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """What lies between the projections of Mamba's block: (S6(x, softplus(raw dt + bias)) + skip x) silu(gate).
+
+    The Triton form makes time steps, outputs and gate where the scan has them in registers, so none is written in fp32.
+
+    Args:
+        x_BTD: input.
+        raw_dt_BTD: time steps before their bias and softplus.
+        rate_DN: decay rates, >= 0.
+        b_BTN: write vectors.
+        c_BTN: read vectors.
+        state_BDN: as for `selective_scan`.
+        dt_bias_D: bias of the time steps.
+        skip_D: the input's share in the output.
+        gate_BTD: gate before its SiLU.
+
+    Returns:
+        As `selective_scan`.
+
+    Raises:
+        ValueError: shapes do not match, or the sequence is empty.
+    """
+    _refuse_empty(x_BTD)
+    check_axes("x", x_BTD, "B T D")
+    width = x_BTD.shape[2:]
+    expected = {"raw_dt": (raw_dt_BTD, x_BTD.shape), "dt_bias": (dt_bias_D, width), "skip": (skip_D, width)}
+    check_arguments(x_BTD, expected | {"gate": (gate_BTD, x_BTD.shape)})
+    if pick("selective_scan", x_BTD) == "triton":
+        _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
+        tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
+        y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD)
+        return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    dt_BTD = F.softplus(raw_dt_BTD.to(wide) + dt_bias_D)
+    y_BTD, final_BDN = selective_scan(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
+    return ((y_BTD + skip_D * x_BTD) * F.silu(gate_BTD)).to(x_BTD.dtype), final_BDN
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -17,18 +17,27 @@ TILE = 16
 
 @operator("mixer_bench::selective_scan")
 def selective_scan_operator(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    rate_MDN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    start_BDN: Tensor | None,
+    bias_MD: Tensor | None,
+    skip_MD: Tensor | None,
+    gate_BTD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.scan.selective_scan` for M members with rates of their own, their sequences one after the other.
+    """`kernels.scan.selective_scan`, or with the last three `gated_selective_scan`, for M members with parameters of their own,
+    their sequences one after the other.
 
     Returns:
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and the states at the borders of tiles
         [B, S, N, D], which backward starts from.
     """
-    from kernels.selective_scan_triton import forward
+    from kernels.selective_scan_triton import forward, gate_of
 
     with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
-        return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
+        return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD))
 
 
 @operator("mixer_bench::selective_scan_backward")
@@ -40,19 +49,21 @@ def _backward_operator(
     rate_MDN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
+    bias_MD: Tensor | None,
+    skip_MD: Tensor | None,
+    gate_BTD: Tensor | None,
     states_BSND: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, rate, b, c and the initial state."""
-    from kernels.selective_scan_triton import backward
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, rate, b, c, the initial state, and of bias, skip and gate, which are empty where there are none."""
+    from kernels.selective_scan_triton import backward, gate_of
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
-        return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND)
+        gate = gate_of(bias_MD, skip_MD, gate_BTD)
+        return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND, gate)
 
 
 @selective_scan_operator.register_fake
-def _(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x_BTD.shape
     n_states, n_borders = rate_MDN.shape[-1], (length + TILE - 1) // TILE + 1
     final_BDN = x_BTD.new_empty(batch, width, n_states, dtype=torch.float32)
@@ -60,33 +71,31 @@ def _(
 
 
 @_backward_operator.register_fake
-def _(
-    dy_BTD: Tensor,
-    dfinal_BDN: Tensor | None,
-    x_BTD: Tensor,
-    dt_BTD: Tensor,
-    rate_MDN: Tensor,
-    b_BTN: Tensor,
-    c_BTN: Tensor,
-    states_BSND: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, bias_MD, skip_MD, gate_BTD, states_BSND) -> tuple[Tensor, ...]:
     dx, ddt, drate, db, dc = (tensor.new_empty(tensor.shape) for tensor in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
-    return dx, ddt, drate, db, dc, states_BSND.new_empty(x_BTD.shape[0], *rate_MDN.shape[1:])
+    around = (x_BTD.new_empty(0 if tensor is None else tensor.shape) for tensor in (bias_MD, skip_MD, gate_BTD))
+    dbias, dskip, dgate = (
+        found if tensor is None else found.to(tensor.dtype)
+        for found, tensor in zip(around, (bias_MD, skip_MD, gate_BTD), strict=True)
+    )
+    return dx, ddt, drate, db, dc, states_BSND.new_empty(x_BTD.shape[0], *rate_MDN.shape[1:]), dbias, dskip, dgate
 
 
 def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    *tensors, start_BDN = inputs
+    *scanned, start_BDN, bias_MD, skip_MD, gate_BTD = inputs
     ctx.start_dtype = None if start_BDN is None else start_BDN.dtype
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*scanned, bias_MD, skip_MD, gate_BTD, output[2])
 
 
 def _differentiate(ctx, dy_BTD: Tensor | None, dfinal_BDN: Tensor | None, _dstates: None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dy_BTD = torch.zeros_like(tensors[0]) if dy_BTD is None else dy_BTD
-    *gradients, dstart_BDN = _backward_operator(dy_BTD, dfinal_BDN, *tensors)
-    return *gradients, None if ctx.start_dtype is None else dstart_BDN.to(ctx.start_dtype)
+    *scanned, dstart_BDN, dbias_MD, dskip_MD, dgate_BTD = _backward_operator(dy_BTD, dfinal_BDN, *tensors)
+    dstart = None if ctx.start_dtype is None else dstart_BDN.to(ctx.start_dtype)
+    around = (None, None, None) if tensors[-2] is None else (dbias_MD, dskip_MD, dgate_BTD)
+    return *scanned, dstart, *around
 
 
 selective_scan_operator.register_autograd(_differentiate, setup_context=_save)

@@ -132,14 +132,7 @@ def step(
         The output [B, H, V].
     """
     batch, heads, k_dim, v_dim = old.shape
-    if k is None or v is None:
-        groups = (q.shape[1] - heads * v_dim) // (2 * k_dim)
-        q = k = v = _rows(q)
-        steps = [q.stride(0), k_dim, q.stride(0), k_dim, q.stride(0), v_dim]
-    else:
-        groups = q.shape[1]
-        q, k, v = (_rows(x) for x in (q, k, v))
-        steps = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    (q, k, v), steps, groups = _heads(q, k, v, old)
     config = config_of(form, k_dim, v_dim)
     block_k, block_v = tile_widths(k_dim, v_dim, config)
     tiles = -(-v_dim // block_v)
@@ -149,24 +142,43 @@ def step(
     a, b = (v if x is None else _rows(x) for x in (a_BHK, b_BHK))
     steps += [stride for x in (gate, beta, a, b) for stride in x.stride()[:2]]
     kind = kernel.NO_GATE if decay is None else kernel.SCALAR_GATE if decay.ndim == 2 else kernel.VECTOR_GATE
-    taps = 0 if around.taps is None else around.taps.shape[1]
+    channels, taps = (0, 0) if around.taps is None else around.taps.shape
     wait = together(form, tiles, heads // groups, taps=taps > 1)
-    waits_for_norm = form.norm == "row" or (wait == kernel.PER_HEAD.value and form.norm in ("rms", "layer"))
-    raw = torch.empty_like(o_BHV, dtype=torch.float32) if waits_for_norm else o_BHV
-    arrived = o_BHV if wait == kernel.ALONE.value else torch.zeros(batch * heads, dtype=torch.int32, device=o_BHV.device)
+    raw, arrived = _meeting_place(o_BHV, form, wait)
     dense = {name: v if x is None else x.contiguous() for name, x in around._asdict().items()}
     out_gate = v if around.gate is None else _rows(around.gate)
     kernel.step_kernel[(batch * heads * tiles,)](
         q, k, v, gate, dense["decay_bias"], dense["log_rate"], beta, a, b, old, new,
         dense["taps"], dense["conv_bias"], dense["tail"], v if new_tail is None else new_tail,
         dense["sums"], v if new_sums is None else new_sums, dense["skip"], dense["norm_weight"], dense["norm_bias"],
-        out_gate, raw, arrived, o_BHV,
-        *steps, out_gate.stride(0), *places, 0 if around.taps is None else around.taps.shape[0], heads, heads // groups,
+        out_gate, raw, arrived, o_BHV, *steps, out_gate.stride(0), *places, channels, heads, heads // groups,
         form.scale, form.key_scale, 1 / form.temperature, form.max_beta, form.eps,
         K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, **constants(form, around, kind.value, beta_BH, a_BHK),
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return o_BHV
+
+
+def _heads(
+    q: Tensor, k: Tensor | None, v: Tensor | None, state: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], int]:  # fmt: skip
+    """q, k and v with dense rows, their strides over rows and heads, and the heads of q and k."""
+    _, heads, k_dim, v_dim = state.shape
+    if k is None or v is None:
+        x = _rows(q)
+        groups = (x.shape[1] - heads * v_dim) // (2 * k_dim)
+        return (x, x, x), [x.stride(0), k_dim, x.stride(0), k_dim, x.stride(0), v_dim], groups
+    q, k, v = (_rows(x) for x in (q, k, v))
+    return (q, k, v), [stride for x in (q, k, v) for stride in x.stride()[:2]], q.shape[1]
+
+
+def _meeting_place(o_BHV: Tensor, form: StepForm, wait: int) -> tuple[Tensor, Tensor]:
+    """Where programs that wait for each other leave outputs that are not normed yet, and count who has arrived."""
+    if wait == kernel.ALONE.value:
+        return o_BHV, o_BHV
+    normed = form.norm == "row" or (wait == kernel.PER_HEAD.value and form.norm in ("rms", "layer"))
+    raw = torch.empty_like(o_BHV, dtype=torch.float32) if normed else o_BHV
+    return raw, torch.zeros(o_BHV.shape[0] * o_BHV.shape[1], dtype=torch.int32, device=o_BHV.device)
 
 
 def constants(form: StepForm, around: Around, gate: int, beta: object | None, a: object | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.walk import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
+from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024

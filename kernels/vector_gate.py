@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.operands import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
-from kernels.walk import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 
 
 class Kept(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.walk import padded
+from kernels.operands import padded
 
 
 class Tile(NamedTuple):

@@ -25,6 +25,7 @@ from kernels.walk_triton import (
     SEGMENTS,
     SEQUENCES,
     _bounds,
+    _gate_of,
     _initial,
     _load_rows,
     _log_decays,
@@ -41,7 +42,7 @@ ALL, QUERIES, KEYS_AND_VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 @triton.jit
 def _walk_keys_and_values(
     q, q_stride, k, k_stride, v, v_stride, do, do_stride, dk, dk_stride, dv, dv_stride,
-    gate, gate_stride, state_KV, rowsum, rowsum_stride, length,
+    gate, state_KV, rowsum, length,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     PROBE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -67,37 +68,40 @@ def _walk_keys_and_values(
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
         v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
         leaving_KV = state_KV.to(DOT)
+        t_rows, inside_C1 = t_C.to(tl.int64), (t_C < length)[:, None]
+        # values first, so that fewer tiles are alive at once
         kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
-        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
+        dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             kq_CC *= decay_CC
-            if PROBE:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
-                sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1)
-            vo_CC *= decay_CC
+            dv_CV *= read_C[:, None]
         else:
             kq_CC = tl.where(seen, kq_CC, 0.0)
-            vo_CC = tl.where(seen, vo_CC, 0.0)
-        kq_CC, vo_CC = kq_CC.to(DOT), vo_CC.to(DOT)
-        t_rows, inside_C1 = t_C.to(tl.int64), (t_C < length)[:, None]
-        dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dv_CV *= read_C[:, None]
         if PROBE:
-            tl.store(rowsum + t_rows * rowsum_stride, sum_C - tl.sum(dv_CV * v_CV.to(tl.float32), 1), mask=t_C < length)
-        dv_CV = tl.dot(kq_CC, do_CV, dv_CV, input_precision=PRECISION)
+            later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+        dv_CV = tl.dot(kq_CC.to(DOT), do_CV, dv_CV, input_precision=PRECISION)
         tl.store(dv + t_rows[:, None] * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=inside_C1 & (vs < V)[None, :])
+        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
+        if PROBE:
+            pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
+            tl.store(rowsum + t_rows, tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - later_C, mask=t_C < length)
+        if GATE != NO_GATE:
+            vo_CC *= decay_CC
+        else:
+            vo_CC = tl.where(seen, vo_CC, 0.0)
+        vo_CC = vo_CC.to(DOT)
         dk_CK = tl.dot(v_CV, tl.trans(leaving_KV), input_precision=PRECISION)
-        write_KC = tl.trans(q_CK)
         if GATE != NO_GATE:
             dk_CK *= read_C[:, None]
-            state_KV *= tl.exp2(g_all)
-            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
         tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
+        write_KC = tl.trans(q_CK)
+        if GATE != NO_GATE:
+            state_KV *= tl.exp2(g_all)
+            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
     return state_KV
 
@@ -107,7 +111,7 @@ def backward_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums, starts, entering, sums, decays,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
-    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
+    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     pieces: tl.int32, segment: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,
@@ -118,7 +122,7 @@ def backward_kernel(
     """Grid: (B * P * H * parts,), the parts of a head being neighbours that share the L2 cache.
 
     Parts are tiles of TK columns of dq, then all of dk and dv; ROLES tells which are launched. `rowsums` is [parts that give
-    them, B, T, H]; its sum over the first axis is dL/dG. `entering` are the states before the segments, as `forward_kernel` left
+    them, B, H, T]; its sum over the first axis is dL/dG. `entering` are the states before the segments, as `forward_kernel` left
     them; `sums` and `decays` are those of `segment_kernel` in reverse.
     """
     KEY_TILES: tl.constexpr = (K + TK - 1) // TK
@@ -134,8 +138,8 @@ def backward_kernel(
     k_base, k_stride = k + (wide * k_b + skipped * k_t + shared * k_h) * UNIT, k_t * UNIT
     v_base, v_stride = v + (wide * v_b + skipped * v_t + head * v_h) * UNIT, v_t * UNIT
     do_base, do_stride = do + (wide * do_b + skipped * do_t + head * do_h) * UNIT, do_t * UNIT
-    gate_base = gate + (batch // gate_every) * gate_b + skipped * gate_t + head
-    rowsum = rowsums + part.to(tl.int64) * batches * length * heads + row
+    gate_base = _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE)
+    rowsum = rowsums + ((part.to(tl.int64) * batches + batch) * heads + head) * length + begin
     if ROLES == QUERIES or (ROLES == ALL and part < KEY_TILES):
         if TURNED:
             at_q, in_q = _state_tile(part * TK, 0, V, 1, TK, BV, K, V)
@@ -148,7 +152,7 @@ def backward_kernel(
             state_q = _initial(first, sums, decays, batch, head, piece, heads, pieces, at_q, in_q, K * V, FIRST, PIECES, False)
         _walk_either(
             do_base, do_stride, v_base, v_stride, k_base, k_stride, dq + row * K, heads * K,
-            gate_base, gate_t, state_q, q_base, q_stride, rowsum, heads, count, part * TK,
+            gate_base, state_q, q_base, q_stride, rowsum, count, part * TK,
             V, K, BV, TK, C, GATE, False, QUERY_PROBE, 1, TURNED, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
@@ -157,13 +161,13 @@ def backward_kernel(
         if TURNED:
             dstate_KV = _walk_keys_and_values_turned(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
-                dv + row * V, heads * V, gate_base, gate_t, dstate_KV, rowsum, heads, count,
+                dv + row * V, heads * V, gate_base, dstate_KV, rowsum, count,
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             dstate_KV = _walk_keys_and_values(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
-                dv + row * V, heads * V, gate_base, gate_t, dstate_KV, rowsum, heads, count,
+                dv + row * V, heads * V, gate_base, dstate_KV, rowsum, count,
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         if FIRST:
@@ -175,7 +179,7 @@ def apart_kernel(
     q, k, v, gate, first, do, dlast, dq, dk, dv, dfirst, rowsums, starts, entering, sums, decays,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
-    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,
+    do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     pieces: tl.int32, segment: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,
@@ -199,8 +203,8 @@ def apart_kernel(
     k_base, k_stride = k + (wide * k_b + skipped * k_t + shared * k_h) * UNIT, k_t * UNIT
     v_base, v_stride = v + (wide * v_b + skipped * v_t + head * v_h) * UNIT, v_t * UNIT
     do_base, do_stride = do + (wide * do_b + skipped * do_t + head * do_h) * UNIT, do_t * UNIT
-    gate_base = gate + (batch // gate_every) * gate_b + skipped * gate_t + head
-    rowsum = rowsums + part.to(tl.int64) * batches * length * heads + row
+    gate_base = _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE)
+    rowsum = rowsums + ((part.to(tl.int64) * batches + batch) * heads + head) * length + begin
     if part < 2 * KEY_TILES:
         start = (part - KEY_TILES) * TK
         at_VK, in_VK = _state_tile(0, start, 1, V, BV, TK, V, K)
@@ -208,7 +212,7 @@ def apart_kernel(
         PROBE: tl.constexpr = FULL_PROBE if GATE_GRAD else NO_PROBE
         _walk(
             v_base, v_stride, do_base, do_stride, q_base, q_stride, dk + row * K, heads * K,
-            gate_base, gate_t, state_VK, k_base, k_stride, rowsum, heads, count, start,
+            gate_base, state_VK, k_base, k_stride, rowsum, count, start,
             V, K, BV, TK, C, GATE, True, True, PROBE, -1, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
@@ -217,7 +221,7 @@ def apart_kernel(
         state_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
         state_KV, _ = _walk(
             k_base, k_stride, q_base, q_stride, do_base, do_stride, dv + row * V, heads * V,
-            gate_base, gate_t, state_KV, q, 0, rowsum, 0, count, start,
+            gate_base, state_KV, q, 0, rowsum, count, start,
             K, V, BK, TV, C, GATE, True, True, NO_PROBE, 1, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if FIRST:
@@ -227,33 +231,33 @@ def apart_kernel(
 @entry
 def decay_gradient_kernel(
     rowsums, starts, ends, out, length: tl.int32, batches: tl.int32, heads: tl.int32, pieces: tl.int32, segment: tl.int32,
-    PARTS: tl.constexpr, ENDS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, ENDS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dL/dlog_decay_t = sum of dL/dG_i over i >= t of the sequence, and `ends`, what comes from its final state [.., H].
 
-    Grid: (B * P * blocks of HEADS heads,). A segment sums what is behind it first.
+    Grid: (B * P * H,). A segment sums what is behind it first. `rowsums` is [parts, B, H, T], `out` [B, T, H].
     """
-    block, _, piece, batch = _place(tl.program_id(0), tl.cdiv(heads, HEADS), 1, pieces)
+    _, head, piece, batch = _place(tl.program_id(0), 1, heads, pieces)
     begin, count = _bounds(starts, piece, segment, length, PIECES)
-    head_H, row_R = block * HEADS + tl.arange(0, HEADS), tl.arange(0, ROWS)
     behind = begin + count if PIECES == SEQUENCES else length
-    wide = batch.to(tl.int64) * length
-    later_H = tl.zeros([HEADS], tl.float32)
+    part_size = batches.to(tl.int64) * heads * length
+    rowsums += (batch.to(tl.int64) * heads + head) * length
+    out += batch.to(tl.int64) * length * heads + head
+    row_R = tl.arange(0, ROWS)
+    later = tl.zeros([], tl.float32)
     if ENDS:
         owner = batch * pieces + piece if PIECES == SEQUENCES else batch
-        later_H = tl.load(ends + owner * heads + head_H, mask=head_H < heads, other=0.0)
+        later += tl.load(ends + owner * heads + head)
     n_blocks = tl.cdiv(behind - begin, ROWS)
     for n in range(n_blocks):
-        token_R = begin + (n_blocks - 1 - n) * ROWS + row_R
-        inside = (token_R < behind)[:, None] & (head_H < heads)[None, :]
-        place_RH = (wide + token_R)[:, None] * heads + head_H[None, :]
-        own_RH = tl.zeros([ROWS, HEADS], tl.float32)
+        first = begin + (n_blocks - 1 - n) * ROWS
+        token_R = first + row_R
+        own_R = tl.zeros([ROWS], tl.float32)
         for part in tl.static_range(PARTS):
-            own_RH += tl.load(rowsums + part * batches.to(tl.int64) * length * heads + place_RH, mask=inside, other=0.0)
-        if (n_blocks - 1 - n) * ROWS < count:
-            later_RH = later_H[None, :] + tl.cumsum(own_RH, 0, reverse=True)
-            tl.store(out + place_RH, later_RH, mask=inside & (token_R < begin + count)[:, None])
-        later_H += tl.sum(own_RH, 0)
+            own_R += tl.load(rowsums + part * part_size + token_R, mask=token_R < behind, other=0.0)
+        if first < begin + count:
+            tl.store(out + token_R.to(tl.int64) * heads, later + tl.cumsum(own_R, 0, reverse=True), mask=token_R < begin + count)
+        later += tl.sum(own_R, 0)
 
 
 @entry

@@ -38,11 +38,19 @@ def _load_rows(base, stride, t_C, cols, length, WIDTH: tl.constexpr, DOT: tl.con
 
 
 @triton.jit
-def _log_decays(gate, gate_stride, t_C, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
+def _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE: tl.constexpr):
+    """Where the decays of a head start: one number, or those that `cumulate_kernel` has summed over each chunk."""
+    if GATE == SCALAR_GATE:
+        return gate + (batch.to(tl.int64) * heads + head) * length + begin
+    return gate + batch // gate_every * heads + head
+
+
+@triton.jit
+def _log_decays(gate, t_C, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
     """Log2 decays of a chunk: cumulated up to and with each token, and of the whole chunk; padding does not decay."""
     if SCALAR:
-        step_C = tl.load(gate + t_C.to(tl.int64) * gate_stride, mask=t_C < length, other=0.0) * LOG2_E
-        return tl.cumsum(step_C, 0), tl.sum(step_C, 0)
+        g_all = tl.load(gate + (tl.minimum(start + C, length) - 1))
+        return tl.load(gate + t_C, mask=t_C < length, other=g_all), g_all
     step = tl.load(gate) * LOG2_E
     return step * (tl.minimum(t_C + 1, length) - start).to(tl.float32), step * tl.minimum(length - start, C).to(tl.float32)
 
@@ -108,8 +116,7 @@ def _initial(
 @triton.jit
 def _walk(
     a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-    gate, gate_stride, state_DE, probe, probe_stride, rowsum, rowsum_stride,
-    length, e_start,
+    gate, state_DE, probe, probe_stride, rowsum, length, e_start,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, OUT: tl.constexpr, PROBE: tl.constexpr, SIGN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -140,7 +147,7 @@ def _walk(
             out_CE = tl.dot(a_CD, state_DE.to(DOT), input_precision=PRECISION)
         write_DC = tl.trans(b_CD)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
                 pair_CC, read_C, keep_C = g_C[None, :] - g_C[:, None], g_all - g_C, g_C
@@ -157,7 +164,7 @@ def _walk(
         t_rows, in_out = t_C.to(tl.int64), (t_C < length)[:, None] & (e < E)[None, :]
         if PROBE == STATE_PROBE:
             probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
-            tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
+            tl.store(rowsum + t_rows, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 1)
             scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
@@ -167,7 +174,7 @@ def _walk(
         if OUT:
             if PROBE == FULL_PROBE:
                 probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
-                tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
+                tl.store(rowsum + t_rows, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
                 out_CE += own_C[:, None] * c_CE.to(tl.float32)
             tl.store(out + t_rows[:, None] * out_stride + e[None, :], out_CE.to(out.dtype.element_ty), mask=in_out)
     return state_DE, total

@@ -17,8 +17,7 @@ from kernels.walk_triton import FULL_PROBE, NO_GATE, SCALAR_GATE, STATE_PROBE, _
 @triton.jit
 def _walk_turned(
     a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-    gate, gate_stride, state_ED, probe, probe_stride, rowsum, rowsum_stride,
-    length, e_start,
+    gate, state_ED, probe, probe_stride, rowsum, length, e_start,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, PROBE: tl.constexpr, SIGN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -40,7 +39,7 @@ def _walk_turned(
         out_EC = tl.dot(state_ED.to(DOT), tl.trans(a_CD), input_precision=PRECISION)
         write_EC = tl.trans(c_CE)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
                 pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_all - g_C, g_C
@@ -55,7 +54,7 @@ def _walk_turned(
         t_rows, in_out = t_C.to(tl.int64), (t_C < length)[None, :] & (e < E)[:, None]
         if PROBE == STATE_PROBE:
             probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
-            tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
+            tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 0)
             scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
@@ -63,7 +62,7 @@ def _walk_turned(
         state_ED = tl.dot(write_EC, b_CD, state_ED, input_precision=PRECISION)
         if PROBE == FULL_PROBE:
             probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
-            tl.store(rowsum + t_rows * rowsum_stride, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
+            tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
             out_EC += own_C[None, :] * tl.trans(c_CE).to(tl.float32)
         tl.store(out + t_rows[None, :] * out_stride + e[:, None], out_EC.to(out.dtype.element_ty), mask=in_out)
     return state_ED
@@ -72,7 +71,7 @@ def _walk_turned(
 @triton.jit
 def _walk_keys_and_values_turned(
     q, q_stride, k, k_stride, v, v_stride, do, do_stride, dk, dk_stride, dv, dv_stride,
-    gate, gate_stride, state_KV, rowsum, rowsum_stride, length,
+    gate, state_KV, rowsum, length,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     PROBE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +92,7 @@ def _walk_keys_and_values_turned(
         qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
         ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
             qk_CC *= decay_CC
@@ -111,7 +110,7 @@ def _walk_keys_and_values_turned(
             dv_VC *= read_C[None, :]
         if PROBE:
             sum_C -= tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
-            tl.store(rowsum + t_rows * rowsum_stride, sum_C, mask=t_C < length)
+            tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
         dv_VC = tl.dot(tl.trans(do_CV), qk_CC, dv_VC, input_precision=PRECISION)
         tl.store(dv + t_rows[None, :] * dv_stride + vs[:, None], dv_VC.to(dv.dtype.element_ty), mask=inside_1C & (vs < V)[:, None])
         dk_KC = tl.dot(leaving_KV, tl.trans(v_CV), input_precision=PRECISION)

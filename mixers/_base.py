@@ -78,6 +78,9 @@ class Mixer(nn.Module, ABC):
     caps: ClassVar[Caps] = Caps()
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Option sets that the contract is checked with, small enough for d_model=16."""
+    input_maps: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the maps, if any, through which alone `mix` reads its x_BTD, whose rows may then be fewer than those of
+    qkv_BTE: a caller whose rows share an input repeats what these maps return."""
 
     def __init__(self, d_model: int, *, pattern: str = "causal_self") -> None:
         super().__init__()

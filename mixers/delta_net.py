@@ -33,6 +33,7 @@ class DeltaNet(Mixer):
     """
 
     variants = ({}, {"conv": 0, "n_heads": 1}, {"negative_eigenvalues": True, "expand_k": 0.5, "expand_v": 2.0})
+    input_maps = ("beta_proj",)
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class GatedDeltaNet(Mixer):
     """
 
     variants = ({}, {"conv": 0, "n_heads": 1, "expand_v": 1.0}, {"output_gate": True, "negative_eigenvalues": True})
+    input_maps = ("gate_proj", "g_proj")
 
     def __init__(
         self,

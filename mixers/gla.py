@@ -34,6 +34,7 @@ class GLA(Mixer):
     """
 
     variants = ({}, {"conv": 4, "expand_k": 1.0, "n_heads": 1}, {"gate_temperature": 0.1})
+    input_maps = ("decay_gate", "g_proj")
 
     def __init__(
         self,

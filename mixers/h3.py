@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.conv import long_conv
+from kernels.rows import pick_rows
 from mixers._base import Caps, Mixer, State, mixer
 from mixers._filters import continue_conv, history, step_conv
 
@@ -57,40 +58,42 @@ class H3(Mixer):
             raise ValueError("h3 reads its own input only; context_BSD belongs to the cross patterns")
         q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
         if state is None:
-            shifted, new_state = long_conv(k, self.shift_taps), None
-        else:
-            shifted, past = continue_conv(k, self.shift_taps, state["shift"])
-            new_state = {"shift": past}
-        q, k, v = (self._split(a) for a in (q, torch.addcmul(shifted, k, self.shift_skip), v))
-        kv_BIJTH = k[:, :, None] * v[:, None]
-        step_HM, gain_HM = self._modes()
-        length = x_BTD.shape[1]
-        lag_T = torch.arange(length, device=x_BTD.device)
-        power_HMT = torch.exp(step_HM[..., None] * lag_T)
-        kernel_HT = 2 * torch.einsum("hm,hmt->ht", gain_HM, power_HMT).real
-        y = long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH) + kv_BIJTH * self.skip.to(x_BTD.dtype)
-        if state is not None:
-            before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
-            next_power = power_HMT * torch.exp(step_HM)[..., None]
-            recalled = 2 * torch.einsum("hm,hmt,bijhm->bijth", gain_HM, next_power, before).real
-            y = y + recalled.to(y.dtype)
-            written = torch.einsum("hmt,bijth->bijhm", power_HMT.flip(-1), kv_BIJTH.to(power_HMT.dtype))
-            after = before * next_power[..., -1] + written
-            new_state["modes"] = torch.view_as_real(after).to(state["modes"].dtype)
-        return self._merge((q[:, :, None] * y).sum(1)), new_state
+            _, y_BIJTH = self._recall(k, v, long_conv(k, self.shift_taps))
+            return self._read(q, y_BIJTH), None
+        shifted, past = continue_conv(k, self.shift_taps, state["shift"])
+        kv_BIJTH, y_BIJTH = self._recall(k, v, shifted)
+        step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
+        before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
+        power_HMT = torch.exp(step_HM[..., None] * torch.arange(x_BTD.shape[1], device=x_BTD.device))
+        next_power = power_HMT * torch.exp(step_HM)[..., None]
+        recalled = 2 * torch.einsum("hm,hmt,bijhm->bijth", gain_HM, next_power, before).real
+        written = torch.einsum("hmt,bijth->bijhm", power_HMT.flip(-1), kv_BIJTH.to(power_HMT.dtype))
+        after = torch.view_as_real(before * next_power[..., -1] + written)
+        new_state = {"shift": past, "modes": after.to(state["modes"].dtype)}
+        return self._read(q, y_BIJTH + recalled.to(y_BIJTH.dtype)), new_state
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: what follows the long convolution is left out elsewhere."""
+        q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
+        _, y_BIJTH = self._recall(k, v, long_conv(k, self.shift_taps))
+        rows = rows_BM[:, None, None].expand(-1, self.head_dim, self.head_dim, -1)
+        y_BIJMH = pick_rows(y_BIJTH.flatten(0, 2), rows.flatten(0, 2)).unflatten(0, rows.shape[:3])
+        return self._read(pick_rows(q, rows_BM), y_BIJMH)
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
-        q, k, v = self.qkv_proj(x_BD).chunk(3, -1)
+        q_BD, k, v = self.qkv_proj(x_BD).chunk(3, -1)
         shifted, past = step_conv(k, self.shift_taps, state["shift"])
-        q, k, v = (self._split(a[:, None])[:, :, 0] for a in (q, torch.addcmul(shifted, k, self.shift_skip), v))
+        k, v = (self._split(a[:, None])[:, :, 0] for a in (torch.addcmul(shifted, k, self.shift_skip.to(k.dtype)), v))
         kv_BIJH = k[:, :, None] * v[:, None]
-        step_HM, gain_HM = self._modes()
+        step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
         before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
         modes = before * torch.exp(step_HM) + kv_BIJH[..., None].to(step_HM.dtype)
-        y = 2 * (modes * gain_HM).sum(-1).real.to(x_BD.dtype) + kv_BIJH * self.skip.to(x_BD.dtype)
-        y_BD = self._merge((q[:, :, None] * y).sum(1)[:, :, None])[:, 0]
-        return y_BD, {"shift": past, "modes": torch.view_as_real(modes).to(state["modes"].dtype)}
+        y_BIJH = 2 * (modes * gain_HM).sum(-1).real.to(x_BD.dtype) + kv_BIJH * self.skip.to(x_BD.dtype)
+        return self._read(q_BD[:, None], y_BIJH[:, :, :, None])[:, 0], {
+            "shift": past,
+            "modes": torch.view_as_real(modes).to(state["modes"].dtype),
+        }
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -107,15 +110,47 @@ class H3(Mixer):
         return self.d_model * self.d_state
 
     def _modes(self) -> tuple[Tensor, Tensor]:
-        """Per head and mode, complex and at least fp32: log of the transition dt A, and C times the held input gain."""
+        """Log of the transition, dt A, and C times the held input gain, C (exp(dt A) - 1) / A.
+
+        Pairs (real, imaginary) [H, M, 2] and at least fp32: compilers for GPUs leave out complex numbers.
+        """
         wide = torch.promote_types(self.log_dt.dtype, torch.float32)
-        rate = torch.complex(-self.log_decay.to(wide).exp(), self.frequency.to(wide))
-        step_HM = rate * self.log_dt.to(wide).exp()[:, None]
-        return step_HM, torch.view_as_complex(self.readout.to(wide)) * torch.expm1(step_HM) / rate
+        decay_HM, frequency_HM = self.log_decay.to(wide).exp(), self.frequency.to(wide)
+        dt_H1 = self.log_dt.to(wide).exp()[:, None]
+        step_HM2 = torch.stack((-decay_HM * dt_H1, frequency_HM * dt_H1), -1)
+        size_HM, angle_HM = step_HM2[..., 0].exp(), step_HM2[..., 1]
+        # exp(a + ib) - 1, without the difference of two numbers close to one
+        grown_HM2 = torch.stack(
+            (torch.expm1(step_HM2[..., 0]) - 2 * size_HM * (angle_HM / 2).sin().square(), size_HM * angle_HM.sin()), -1
+        )
+        conjugate_HM2 = torch.stack((-decay_HM, -frequency_HM), -1) / (decay_HM.square() + frequency_HM.square())[..., None]
+        return step_HM2, _times(_times(self.readout.to(wide), grown_HM2), conjugate_HM2)
 
     def _split(self, a_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
         return a_BTD.unflatten(-1, (self.head_dim, self.n_heads)).transpose(1, 2)
 
-    def _merge(self, y_BJTH: Tensor) -> Tensor:
+    def _recall(self, k: Tensor, v: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
+        """The products k v^T of shifted keys and values, and what the diagonal SSM makes of them from nothing: [B, I, J, T, H]."""
+        k, v = self._split(torch.addcmul(shifted, k, self.shift_skip.to(k.dtype))), self._split(v)
+        kv_BIJTH = k[:, :, None] * v[:, None]
+        kernel_HT = _impulse_response(*self._modes(), torch.arange(k.shape[2], device=k.device))
+        y_BIJTH = long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH)
+        return kv_BIJTH, y_BIJTH + kv_BIJTH * self.skip.to(kv_BIJTH.dtype)
+
+    def _read(self, q_BTD: Tensor, y_BIJTH: Tensor) -> Tensor:
+        """The output of queries."""
+        y_BJTH = (self._split(q_BTD)[:, :, None] * y_BIJTH).sum(1)
         return self.out_proj(y_BJTH.transpose(1, 2).flatten(-2))
+
+
+def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, lag_T: Tensor) -> Tensor:
+    """2 Re sum_m gain_m exp(step_m lag), [H, T]."""
+    step_HTM2, gain_HTM2, lag_T1 = step_HM2[:, None], gain_HM2[:, None], lag_T[:, None]
+    size_HTM, angle_HTM = (step_HTM2[..., 0] * lag_T1).exp(), step_HTM2[..., 1] * lag_T1
+    return 2 * (size_HTM * (gain_HTM2[..., 0] * angle_HTM.cos() - gain_HTM2[..., 1] * angle_HTM.sin())).sum(-1)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Complex product on the last axis (real, imaginary)."""
+    return torch.stack((a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1], a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]), -1)

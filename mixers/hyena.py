@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.conv import long_conv
+from kernels.rows import pick_rows
 from mixers._base import Caps, Mixer, State, mixer
 from mixers._filters import ImplicitFilter, continue_conv, history, step_conv
 from mixers._layers import ShortConv
@@ -59,15 +60,17 @@ class Hyena(Mixer):
         """See `Mixer.forward`."""
         if context_BSD is not None:
             raise ValueError("hyena reads its own input only; context_BSD belongs to the cross patterns")
-        mixed, tail = self.conv(self.in_proj(x_BTD), None if state is None else state["conv"])
-        gate_in, gate_out, v = mixed.chunk(3, -1)
-        v = v * gate_in
+        v, gate_out, tail = self._gated(x_BTD, None if state is None else state["conv"])
         if state is None:
-            y, new_state = long_conv(v, self.filter(v.shape[1])), None
-        else:
-            y, past = continue_conv(v, self.filter(self.max_len), state["history"])
-            new_state = {"conv": tail, "history": past}
-        return self.out_proj(torch.addcmul(y, v, self.skip) * gate_out), new_state
+            return self._output(long_conv(v, self.filter(v.shape[1])), v, gate_out), None
+        y, past = continue_conv(v, self.filter(self.max_len), state["history"])
+        return self._output(y, v, gate_out), {"conv": tail, "history": past}
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: what follows the long convolution is left out elsewhere."""
+        v, gate_out, _ = self._gated(x_BTD, None)
+        y = long_conv(v, self.filter(v.shape[1]))
+        return self._output(*(pick_rows(part, rows_BM) for part in (y, v, gate_out)))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: the convolution's sum for one output, over all stored inputs."""
@@ -75,7 +78,7 @@ class Hyena(Mixer):
         gate_in, gate_out, v = mixed.chunk(3, -1)
         v = v * gate_in
         y, past = step_conv(v, self.filter(self.max_len), state["history"])
-        return self.out_proj(torch.addcmul(y, v, self.skip) * gate_out), {"conv": tail, "history": past}
+        return self._output(y, v, gate_out), {"conv": tail, "history": past}
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -89,3 +92,12 @@ class Hyena(Mixer):
     def published_elements(self, seq_len: int) -> int:
         """See `Mixer.published_elements`: d L, without the short convolution's tail (Zoology)."""
         return self.d_model * seq_len
+
+    def _gated(self, x_BTD: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gated values and the gate of the output, [B, T, D] each, and the short convolution's tail."""
+        mixed, tail = self.conv(self.in_proj(x_BTD), tail)
+        gate_in, gate_out, v = mixed.chunk(3, -1)
+        return v * gate_in, gate_out, tail
+
+    def _output(self, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return self.out_proj(torch.addcmul(y, v, self.skip.to(v.dtype)) * gate)

@@ -34,6 +34,7 @@ class KDA(Mixer):
     """
 
     variants = ({}, {"conv": 0, "n_heads": 1, "gate_rank": 4}, {"expand_v": 2.0})
+    input_maps = ("beta_proj", "decay_gate", "output_gate")
 
     def __init__(
         self,

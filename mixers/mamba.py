@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.scan import selective_scan
+from kernels.rows import pick_rows
+from kernels.scan import gated_selective_scan
 from mixers._base import Mixer, State, mixer
 from mixers._layers import ShortConv, refuse_context, time_step_bias, widen
 
@@ -61,23 +62,24 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
-        x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
-        x_BTE, tail_BPE = self.conv(x_BTE, None if state is None else state["conv"])
-        dt_BTE, b_BTN, c_BTN = self._select(x_BTE)
-        h_BEN = None if state is None else state["h"]
-        y_BTE, h_BEN = selective_scan(x_BTE, dt_BTE, self.log_rate.exp(), b_BTN, c_BTN, h_BEN)
-        y_BTD = self._output(y_BTE, x_BTE, z_BTE)
-        return y_BTD, None if state is None else {"h": h_BEN, "conv": tail_BPE}
+        y_BTE, state = self._scan(x_BTD, state)
+        return self.out_proj(y_BTE), state
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: the output projection is left out elsewhere."""
+        return self.out_proj(pick_rows(self._scan(x_BTD, None)[0], rows_BM))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
         x_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
         x_BE, tail_BPE = self.conv.step(x_BE, state["conv"])
         dt_BE, b_BN, c_BN = self._select(x_BE)
+        dt_BE = F.softplus(widen(dt_BE) + self.dt_bias)
         decay_BEN = torch.exp(-self.log_rate.exp() * dt_BE[..., None])
         h_BEN = decay_BEN * state["h"] + (dt_BE * x_BE)[..., None] * b_BN[:, None]
         y_BE = (h_BEN * c_BN[:, None]).sum(-1)
-        return self._output(y_BE, x_BE, z_BE), {"h": h_BEN.to(state["h"].dtype), "conv": tail_BPE}
+        y_BE = ((y_BE + self.skip * x_BE) * F.silu(z_BE)).to(z_BE.dtype)
+        return self.out_proj(y_BE), {"h": h_BEN.to(state["h"].dtype), "conv": tail_BPE}
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -92,10 +94,18 @@ class Mamba(Mixer):
         """See `Mixer.published_elements`: Zoology's plots count the SSM state, without the convolution tail."""
         return self.d_inner * self.d_state
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The time step [..., E], and the vectors B and C [..., N] that write and read the state."""
-        dt, b, c = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        return F.softplus(widen(self.dt_proj(dt)) + self.dt_bias), b, c
+    def _scan(self, x_BTD: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+        """The block without its output projection: [B, T, E] and the state after it."""
+        x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
+        x_BTE, tail_BPE = self.conv(x_BTE, None if state is None else state["conv"])
+        dt_BTE, b_BTN, c_BTN = self._select(x_BTE)
+        h_BEN = None if state is None else state["h"]
+        y_BTE, h_BEN = gated_selective_scan(
+            x_BTE, dt_BTE, self.log_rate.exp(), b_BTN, c_BTN, h_BEN, dt_bias_D=self.dt_bias, skip_D=self.skip, gate_BTD=z_BTE
+        )
+        return y_BTE, None if state is None else {"h": h_BEN, "conv": tail_BPE}
 
-    def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(((y + self.skip * x) * F.silu(z)).to(z.dtype))
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The time step before bias and softplus [..., E], and the vectors B and C [..., N] that write and read the state."""
+        dt, b, c = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        return self.dt_proj(dt), b, c

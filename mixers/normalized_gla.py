@@ -38,6 +38,7 @@ class NormalizedGLA(Mixer):
     """
 
     variants = ({}, {"conv": 4, "n_heads": 1}, {"feature_map": "elu", "head_dim": 3})
+    input_maps = ("gate_proj",)
 
     def __init__(
         self,

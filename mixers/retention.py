@@ -32,6 +32,7 @@ class Retention(Mixer):
     """
 
     variants = ({}, {"decay": "lightning", "n_layers": 4}, {"n_heads": 4, "expand_v": 2.0})
+    input_maps = ("g_proj",)
 
     def __init__(
         self,

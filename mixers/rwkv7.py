@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dplr import dplr_recurrence
+from kernels.rows import pick_rows
 from mixers._base import AttentionWeights, Mixer, State, mixer
 from mixers._layers import HeadNorm, LowRank, head_count, l2_normalize, refuse_context, widen
 
@@ -68,18 +69,22 @@ class RWKV7(Mixer):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         refuse_context(self, context_BSD)
-        first_B1D = torch.zeros_like(x_BTD[:, :1]) if state is None else state["x"].to(x_BTD.dtype)[:, None]
-        before_BTD = torch.cat((first_B1D, x_BTD[:, :-1]), dim=1)
-        r, log_w, k, v, a, kappa, g = self._project(x_BTD, before_BTD)
-        o_BTHK, s_BHKK = dplr_recurrence(
-            r, k, v, -a * kappa, kappa, log_decay_BTHK=log_w, state_BHKV=None if state is None else state["s"]
-        )
-        y_BTD = self._output(o_BTHK, r, k, v, g)
+        before_BTD = self._before(x_BTD, state)
+        read, s_BHKK = self._recur(x_BTD, before_BTD, None if state is None else state["s"])
+        y_BTD = self._output(*read, self._gate(x_BTD, before_BTD))
         return y_BTD, None if state is None else {"s": s_BHKK, "x": x_BTD[:, -1].to(state["x"].dtype)}
+
+    def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
+        """See `Mixer.at_rows`: what follows the recurrence is left out elsewhere."""
+        before_BTD = self._before(x_BTD, None)
+        read, _ = self._recur(x_BTD, before_BTD, None)
+        picked = (self._heads(pick_rows(part.flatten(-2), rows_BM)) for part in read)
+        return self._output(*picked, self._gate(x_BMD, pick_rows(before_BTD, rows_BM)))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
-        r, log_w, k, v, a, kappa, g = self._project(x_BD, state["x"].to(x_BD.dtype))
+        before_BD = state["x"].to(x_BD.dtype)
+        r, log_w, k, v, a, kappa = self._project(x_BD, before_BD)
         removed_BHK = (kappa[..., None] * state["s"]).sum(-2)
         s_BHKK = (
             log_w.exp()[..., None] * state["s"]
@@ -88,7 +93,7 @@ class RWKV7(Mixer):
         )
         o_BHK = (r[..., None] * s_BHKK).sum(-2)
         new = {"s": s_BHKK.to(state["s"].dtype), "x": x_BD.to(state["x"].dtype)}
-        return self._output(o_BHK, r, k, v, g), new
+        return self._output(o_BHK, r, k, v, self._gate(x_BD, before_BD)), new
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -116,16 +121,31 @@ class RWKV7(Mixer):
         """See `Mixer.published_elements`: Zoology's plots count the matrix state, without the token shift."""
         return self.d_model * self.head_dim
 
+    def _before(self, x_BTD: Tensor, state: State | None) -> Tensor:
+        """The token before each one."""
+        first_B1D = torch.zeros_like(x_BTD[:, :1]) if state is None else state["x"].to(x_BTD.dtype)[:, None]
+        return torch.cat((first_B1D, x_BTD[:, :-1]), dim=1)
+
+    def _recur(self, x_BTD: Tensor, before_BTD: Tensor, s_BHKK: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The recurrence's output and what `_output` reads beside it, [B, T, H, K] each; and the state."""
+        r, log_w, k, v, a, kappa = self._project(x_BTD, before_BTD)
+        o, s_BHKK = dplr_recurrence(r, k, v, -a * kappa, kappa, log_decay_BTHK=log_w, state_BHKV=s_BHKK)
+        return (o, r, k, v), s_BHKK
+
+    def _gate(self, x: Tensor, before: Tensor) -> Tensor:
+        """g, [..., D]."""
+        return self.gate(torch.addcmul(x, before - x, self.shift[5].to(x.dtype)))
+
     def _project(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-        """Receptance r, log decay, replacement key, value, learning rate a, removal key: [..., H, K]; gate g: [..., D]."""
+        """Receptance r, log decay, replacement key, value, learning rate a, removal key: [..., H, K]."""
         difference = before - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, difference, mix.to(x.dtype)) for mix in self.shift.unbind(0))
+        x_r, x_w, x_k, x_v, x_a = (torch.addcmul(x, difference, mix.to(x.dtype)) for mix in self.shift[:5].unbind(0))
         r, k, v = self._heads(self.r_proj(x_r)), self._heads(self.k_proj(x_k)), self._heads(self.v_proj(x_v))
         log_w = LOG_DECAY_SCALE * torch.sigmoid(widen(self._heads(self.decay(x_w))))
         a = torch.sigmoid(widen(self._heads(self.rate(x_a))))
         kappa = l2_normalize(widen(k) * self.removal_scale)
         k = widen(k) * (1 + (a - 1) * self.replacement_mix)
-        return r, log_w, k, v, a, kappa, self.gate(x_g)
+        return r, log_w, k, v, a, kappa
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, self.head_dim))

@@ -7,11 +7,12 @@ new state. Shape legend: B batch, T time, D width, H query heads, G key heads (G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench.convert.fit import LONG
 from kernels.attention import banded_attention
@@ -24,6 +25,8 @@ from mixers.linear_attention import LinearAttention
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary position embedding, [B or 1, T, K] each, half-split layout."""
+ALIGNED = 8
+"""Width of a product of 16-bit numbers whose rows all begin where tensor cores can load them."""
 EPS = 1e-6
 """Keeps the quotient finite where no token is older than the window."""
 
@@ -144,7 +147,8 @@ class MixerBranch(nn.Module):
     Args:
         mixer: one that offers `mix`.
         readers: query heads that read one state. The state depends on keys, values and the layer's input alone, so it is the
-            same for all of them: each reads it as a row of a larger batch, and one of the equal states is kept.
+            same for all of them: each reads it as a row of a larger batch, and one of the equal states is kept. What the
+            mixer makes of the layer's input it makes once; only the result, a few numbers a head, is repeated.
     """
 
     def __init__(self, mixer: Mixer, *, readers: int = 1) -> None:
@@ -153,6 +157,9 @@ class MixerBranch(nn.Module):
             if hasattr(mixer, name):
                 delattr(mixer, name)
         self.mixer, self.readers = mixer, readers
+        for name in mixer.input_maps if readers > 1 else ():
+            if (part := getattr(mixer, name)) is not None:
+                part.register_forward_hook(lambda _, args, output: output.repeat_interleave(readers, 0))
 
     def forward(
         self,
@@ -167,7 +174,7 @@ class MixerBranch(nn.Module):
         n_heads, batch = q_BHTK.shape[1], len(x_BTD)
         if self.readers > 1:
             q_BHTK = q_BHTK.unflatten(1, (-1, self.readers)).transpose(1, 2).flatten(0, 1)
-            k_BGTK, v_BGTK, x_BTD = (a.repeat_interleave(self.readers, 0) for a in (k_BGTK, v_BGTK, x_BTD))
+            k_BGTK, v_BGTK = (a.repeat_interleave(self.readers, 0) for a in (k_BGTK, v_BGTK))
             state = None if state is None else {name: a.repeat_interleave(self.readers, 0) for name, a in state.items()}
         named = {} if rope is None else {"rotate": self._rotation(rope)}
         o_BTE, state = self.mixer.mix(_joined(q_BHTK, k_BGTK, v_BGTK), x_BTD, state, **named)
@@ -196,6 +203,22 @@ def rotate(a_BHTK: Tensor, rope: Rope) -> Tensor:
     cos, sin = (part[:, None].to(a_BHTK.dtype) for part in rope)
     first, second = a_BHTK.chunk(2, -1)
     return a_BHTK * cos + torch.cat((-second, first), -1) * sin
+
+
+def projected(x_BTD: Tensor, maps: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """What each map makes of the same input, [B, T, E] each.
+
+    In training plain maps are one product: their input is read once, and its gradient written once. Elsewhere joining the
+    weights would cost more than it saves.
+    """
+    if not torch.is_grad_enabled() or any(type(each) is not nn.Linear for each in maps):
+        return tuple(each(x_BTD) for each in maps)
+    linear = cast("Sequence[nn.Linear]", maps)
+    widths = [each.out_features for each in linear]
+    spare = linear[0].weight.new_zeros(-sum(widths) % ALIGNED, linear[0].in_features)
+    y_BTE = F.linear(x_BTD, torch.cat([*(each.weight for each in linear), spare]))
+    parts = y_BTE.split([*widths, len(spare)], -1)
+    return tuple(y if each.bias is None else y + each.bias.to(y.dtype) for y, each in zip(parts, linear, strict=False))
 
 
 def _tokens_first(a_BHTK: Tensor) -> Tensor:

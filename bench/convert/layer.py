@@ -5,12 +5,13 @@ Shape legend: B batch, T time, D width, H query heads, G key heads (G divides H)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, rotate
+from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, projected, rotate
 from bench.convert.combinations import check_rotation, copied_projections, positive, readers_of
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
 from bench.convert.spec import LayerPlan
@@ -127,7 +128,7 @@ class LinearizedAttention(nn.Module):
         outputs = self._heads(x_BTD, rope, parts)
         if self.own_projections is not None:
             outputs["own"], parts["own"] = self.own_projections(x_BTD, parts["own"])
-        return self._join(outputs, x_BTD), None if state is None else _merge(parts)
+        return self._join(outputs), None if state is None else _merge(parts)
 
     def heads_output(self, x_BTD: Tensor, rope: Rope) -> Tensor:
         """What stage 1 of LoLCATs matches: the heads' joint output before the output projection, [B, T, H K].
@@ -137,7 +138,7 @@ class LinearizedAttention(nn.Module):
         """
         if self.own_projections is not None:
             raise UserError(f"{self.plan.mixer} has no heads before an output projection; use a recipe that matches mixer_out.")
-        return self._joined_heads(self._heads(x_BTD, rope, _split(None)), x_BTD)
+        return self._joined_heads(self._heads(x_BTD, rope, _split(None)))
 
     def matrix(self, x_BTD: Tensor, rope: Rope) -> Tensor:
         """What Hedgehog and MOHAWK match first: the mixer's own causal matrix, [B, H, T, T].
@@ -148,30 +149,37 @@ class LinearizedAttention(nn.Module):
         if isinstance(self.own_projections, SSDBlock):
             return self.own_projections.matrix(x_BTD)
         if self.mixer is not None and isinstance(self.mixer.mixer, LinearAttention):
-            q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
-            return self.mixer.matrix(*((q, k) if self.plan.rope == "keep" else (q_plain, k_plain)), v)
+            maps = self._maps() if self.copies is None else list(self.copies.values())
+            return self.mixer.matrix(*self._read(projected(x_BTD, maps), rope if self.plan.rope == "keep" else None))
         raise UserError(
             f"attn_weights cannot be matched with {self.plan.mixer} under combine={self.plan.combine}: it needs linear_attention "
             "without a shared denominator, or mamba2; use a recipe that matches attn_out or mixer_out."
         )
 
     def _heads(self, x_BTD: Tensor, rope: Rope, parts: dict[str, State | None]) -> dict[str, Tensor]:
-        """Outputs [B, H, T, K] of the branches that read the teacher's heads; their new states go into `parts`."""
+        """Outputs [B, H, T, K] of the branches that read the teacher's heads, and what the gate reads, [B, T, H] or [B, T, 1].
+
+        The branches' new states go into `parts`.
+        """
         outputs: dict[str, Tensor] = {}
         if self.window is self.joint is self.mixer is None:
             return outputs
-        q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope)
+        maps = [*self._maps(), *(() if self.copies is None else self.copies.values())]
+        made = projected(x_BTD, maps if self.gate is None else [*maps, self.gate])
+        if self.gate is not None:
+            outputs["gate"] = made[-1]
         if self.joint is not None:
-            outputs["joint"], parts["joint"] = self.joint(q, k, v, parts["joint"], self.ablation)
+            outputs["joint"], parts["joint"] = self.joint(*self._read(made[:3], rope), parts["joint"], self.ablation)
+        read: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
         if self.window is not None:
-            window_q, window_k = (q, k) if self.plan.window_rope == "keep" else (q_plain, k_plain)
-            outputs["window"], parts["window"] = self.window(window_q, window_k, v, parts["window"])
+            turned = self.plan.window_rope == "keep"
+            read[0, turned] = self._read(made[:3], rope if turned else None)
+            outputs["window"], parts["window"] = self.window(*read[0, turned], parts["window"])
         if self.mixer is not None:
-            if self.copies is not None:
-                q, k, v, q_plain, k_plain = self.queries_keys_values(x_BTD, rope, self.copies)
-            mixer_q, mixer_k = (q, k) if self.plan.rope == "keep" else (q_plain, k_plain)
+            turned, first = self.plan.rope == "keep", 0 if self.copies is None else 3
+            q, k, v = read.get((first, turned)) or self._read(made[first : first + 3], rope if turned else None)
             rotation = rope if self.plan.rope == "after_map" else None
-            outputs["mixer"], parts["mixer"] = self.mixer(mixer_q, mixer_k, v, x_BTD, parts["mixer"], rotation)
+            outputs["mixer"], parts["mixer"] = self.mixer(q, k, v, x_BTD, parts["mixer"], rotation)
         return outputs
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
@@ -186,43 +194,45 @@ class LinearizedAttention(nn.Module):
             parts["own"] = self.own_projections.init_state(batch, LONG, device=device, dtype=wide)
         return _merge(parts)
 
-    def queries_keys_values(
-        self, x_BTD: Tensor, rope: Rope, copies: nn.ModuleDict | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Rotated queries [B, H, T, K], rotated keys and values [B, G, T, K], then queries and keys without rotation."""
-        maps = [getattr(self, name) for name in PROJECTIONS[:3]] if copies is None else copies.values()
-        q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in maps)
+    def _maps(self) -> list[nn.Module]:
+        """The teacher's projections to queries, keys and values."""
+        return [getattr(self, name) for name in PROJECTIONS[:3]]
+
+    def _read(self, qkv: Sequence[Tensor], rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K], keys and values [B, G, T, K] of projections [B, T, .], rotated unless `rope` is None."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         # The kernels scale by K^-1/2; a teacher with another scale has the difference in its queries.
         factor = self.shape.scale * self.head_dim**0.5
         q, k, v = (a.transpose(1, 2) for a in (q if abs(factor - 1) < 1e-6 else q * factor, k, v))
-        return rotate(q, rope), rotate(k, rope), v, q, k
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
-    def _join(self, outputs: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
+    def _join(self, outputs: dict[str, Tensor]) -> Tensor:
         """The branches' outputs as the layer's, [B, T, D]."""
         own = outputs.pop("own", None)
         if own is None:
-            return self.get_submodule("o_proj")(self._joined_heads(outputs, x_BTD))
+            return self.get_submodule("o_proj")(self._joined_heads(outputs))
         if not outputs:
             return own
-        return self._weighted(self.get_submodule("o_proj")(_flat(outputs["window"])), own, x_BTD)
+        return self._weighted(self.get_submodule("o_proj")(_flat(outputs["window"])), own, outputs.get("gate"))
 
-    def _joined_heads(self, outputs: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
+    def _joined_heads(self, outputs: dict[str, Tensor]) -> Tensor:
         """The heads' joint output, [B, T, H K]."""
+        gate = outputs.pop("gate", None)
         if len(outputs) == 1:
             return _flat(*outputs.values())
-        return _flat(self._weighted(outputs["window"], outputs["mixer"], x_BTD))
+        # Heads behind time, as the branches store them and the output projection reads them.
+        window, mixer = (outputs[name].transpose(1, 2) for name in ("window", "mixer"))
+        return self._weighted(window, mixer, None if gate is None else gate[..., None]).flatten(2)
 
-    def _weighted(self, window: Tensor, mixer: Tensor, x_BTD: Tensor) -> Tensor:
-        """Window and mixer, both [B, H, T, K] or both [B, T, D], by the plan's rule or the ablation."""
+    def _weighted(self, window: Tensor, mixer: Tensor, gate: Tensor | None) -> Tensor:
+        """Window and mixer of one shape by the plan's rule or the ablation; the gate's logits broadcast."""
         if self.ablation != "both":
             return window if self.ablation == "window" else mixer
-        if self.gate is None:
+        if gate is None:
             return self.plan.window_weight * window + self.plan.mixer_weight * mixer
-        gate = torch.sigmoid(widen(self.gate(x_BTD)))
-        gate = gate.transpose(1, 2)[..., None] if window.ndim == 4 else gate
-        return (window + gate * (mixer - window)).to(window.dtype)
+        return (window + torch.sigmoid(widen(gate)) * (mixer - window)).to(window.dtype)
 
     def _padded(self, x_BTD: Tensor, rope: Rope, state: State | None, padding_BT: Tensor) -> tuple[Tensor, State | None]:
         """Rows with the same first and last real token go through `segment` together, without their padding.

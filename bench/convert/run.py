@@ -22,8 +22,9 @@ from bench.convert.loop import Progress, StageLoop
 from bench.convert.measure import agreement, cache_bytes, referee_rows
 from bench.convert.parameters import choose_parameters
 from bench.convert.plans import kl_kept, layer_plans
+from bench.convert.softmax import training_softmax
 from bench.convert.spec import LayerPlan, Recipe, Stage
-from bench.convert.stage import StageTrainer, eager_attention, products_like_tf32
+from bench.convert.stage import StageTrainer, products_like_tf32
 from bench.convert.student import build_student
 from bench.errors import UserError
 from bench.spec import digest
@@ -117,7 +118,7 @@ class Conversion:
         for stage in self.stages:
             if stage.capture != "logits":
                 choose_parameters(self.student, self.teacher, stage)
-                with eager_attention(self.teacher, stage.capture == "attn_weights"):
+                with training_softmax(stage, self.teacher):
                     alignment_backward(self.student, self.teacher, self.held[:1, :8].to(self.device), stage, 1.0)
                 self.student.zero_grad(set_to_none=True)
 
@@ -149,7 +150,7 @@ class Conversion:
             elapsed = restored["elapsed"]
         limit = None if self.seconds is None else self.seconds * stage.tokens / sum(s.tokens for s in self.stages)
         save = partial(self._checkpoint, index, trainer)
-        with eager_attention(self.teacher, stage.capture == "attn_weights"), products_like_tf32(self.precision == "bf16"):
+        with training_softmax(stage, self.teacher, trainer.student), products_like_tf32(self.precision == "bf16"):
             loop = StageLoop(trainer, len(self.stages), limit, elapsed, on_progress, save, checkpoint_seconds)
             self.log.append(loop.run())
         trainer.finish()

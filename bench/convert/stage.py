@@ -266,16 +266,3 @@ def products_like_tf32(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def eager_attention(teacher: Any, wanted: bool) -> Iterator[None]:
-    """While attention matrices are captured, the teacher computes them; fused kernels do not keep them."""
-    before = teacher.config._attn_implementation
-    if wanted:
-        teacher.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if wanted:
-            teacher.set_attn_implementation(before)

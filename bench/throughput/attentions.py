@@ -80,12 +80,16 @@ class ChosenBlocks:
         return shape.length * shape.groups * (shape.key + shape.value) * item
 
     def problem(self, shape: Shape, mode: str, draw: Draw) -> Problem:
-        """Random queries choose among random keys."""
+        """Random queries choose among random keys; "blocks" is the choice as numbers, [B, T, G, chosen], -1 for none."""
         inputs = _qkv(shape, draw, shape.length, shape.length)
+        learned = learned_in(inputs, mode)
         padded = F.pad(inputs["k"], (0, 0, 0, -shape.length % self.block))
         token = torch.arange(shape.length, device=draw.device)
         mean = padded.unflatten(2, (-1, self.block)).mean(3)
         chosen = choose_blocks(inputs["q"], mean, token, block=self.block, top_k=self.chosen - 1)
+        best = chosen.byte().topk(min(self.chosen, mean.shape[2]), -1)
+        numbers = torch.where(best.values > 0, best.indices, -1).transpose(1, 2)
+        inputs["blocks"] = F.pad(numbers, (0, self.chosen - numbers.shape[-1]), value=-1)
 
         def definition(own: Tensors) -> Tensors:
             visible = chosen.repeat_interleave(self.block, -1)[..., : shape.length] & (token <= token[:, None])
@@ -96,7 +100,7 @@ class ChosenBlocks:
             inputs,
             lambda own: {"o": block_attention(own["q"], own["k"], own["v"], chosen, block=self.block)},
             definition,
-            learned_in(inputs, mode),
+            learned,
             dict(TOLERANCES[precision_of(draw.dtype)]),
         )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from bench.throughput.kernels import OPERATIONS
 from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
 from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
+from bench.throughput.tuning import tune_by_width
 from kernels.dispatch import watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +45,8 @@ class Session:
 
     def __init__(self, device: torch.device, *, with_peers: bool) -> None:
         self.device, self.with_peers = device, with_peers
+        if with_peers and device.type == "cuda":
+            tune_by_width()
         self.ceilings = clock.ceilings(device)
         self.hardware = hardware(device)
         self.generator = torch.Generator(device)
@@ -144,11 +149,11 @@ class Session:
         clocked = found.get("graph") or found["eager"]
         tokens = row.batch * (1 if row.mode == "decode" else row.length)
         found["tokens_per_second"] = tokens / clocked.median_us * 1e6
-        if self.with_peers and row.kind == "kernel":
+        if self.with_peers and isinstance(subject, _Kernel):
             found["peers"] = [self._peer(row, subject, problem, peer) for peer in peers.peers_of(cast(Any, row.name), row.mode)]
         return found
 
-    def _peer(self, row: Row, subject: _Kernel | _Mixer, problem: Problem, peer: peers.PublicPeer) -> Peer:
+    def _peer(self, row: Row, subject: _Kernel, problem: Problem, peer: peers.PublicPeer) -> Peer:
         """Times a peer on the same inputs, then checks it on the small problem."""
         gradients = row.mode == "train"
         record = Peer(name=peer.name, version=peers.installed(peer.package) or "")
@@ -161,13 +166,22 @@ class Session:
             times: dict[str, Any] = {"first_call_seconds": first, "eager": clock.eager(call, self.device)}
             if self.device.type == "cuda":
                 times["graph"] = clock.replays(call)
-            small, against = subject.small()
-            result = check(small, gradients=gradients, against=against, function=peer.function)
+            result = self._peer_gate(row, subject, peer)
         except Exception as error:
             return record.model_copy(update={"reason": one_line(error)})
         if not result.passed:
             return record.model_copy(update={"error": result.error, "reason": wrong_text(result)})
         return record.model_copy(update=times | {"error": result.error})
+
+    def _peer_gate(self, row: Row, subject: _Kernel, peer: peers.PublicPeer) -> GateResult:
+        """The gate of a peer, with as many heads as the row, since public autotuners start anew for another number of them."""
+        key = (peer.name, row.name, row.mode, row.heads, row.width, row.dtype)
+        if key not in self.gates:
+            small, against = subject.small(row.heads)
+            if peer.equals is not None:
+                small = replace(small, definition=partial(peer.equals, small.definition))
+            self.gates[key] = check(small, gradients=row.mode == "train", against=against, function=peer.function)
+        return self.gates[key]
 
 
 class _Kernel:
@@ -188,7 +202,7 @@ class _Kernel:
         cost = self.operation.cost(self.shape, self.row.mode, item)
         return {"bound": self.session.bound(cost), "state_bytes": self.operation.state_bytes(self.shape, item)}
 
-    def small(self) -> tuple[Problem, str]:
+    def small(self, heads: int = GATE_HEADS) -> tuple[Problem, str]:
         """The problem of the gate, and its definition in words."""
         length = GATE_LENGTHS[self.session.device.type]
         if self.row.name in ("attention", "window", "chosen_blocks"):
@@ -196,7 +210,7 @@ class _Kernel:
         if self.kernel.layout in ("channels", "states"):
             shape = Shape(GATE_BATCH, length, GATE_CHANNELS, key=self.shape.key)
         else:
-            shape = self.kernel.shape(GATE_BATCH, length, GATE_HEADS, self.row.width)
+            shape = self.kernel.shape(GATE_BATCH, length, heads, self.row.width)
         return self.operation.problem(shape, self.row.mode, self.draw), f"definition at {_sizes_text(shape.sizes())}"
 
     def full(self) -> Problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -27,12 +27,14 @@ class PublicPeer(NamedTuple):
         package: the distribution that brings it.
         function: from our inputs to our outputs.
         modes: what it can do.
+        equals: what the function is by our definition and inputs; None if it is our definition itself.
     """
 
     name: str
     package: str
     function: Function
     modes: tuple[str, ...]
+    equals: Callable[[Function, Tensors], Tensors] | None = None
 
 
 TRAIN = ("forward", "train")
@@ -67,7 +69,26 @@ def _fla(module: str, name: str, *gates: str, **options: Any) -> PublicPeer:
         o, state = found if isinstance(found, tuple) else (found, None)
         return {"o": o} if state is None or "state" not in own else {"o": o, "state": state}
 
-    return PublicPeer(name, FLA, function, ("decode",) if is_step else TRAIN)
+    told = "".join(f" {option}" for option, value in options.items() if value is True)
+    return PublicPeer(name + told, FLA, function, ("decode",) if is_step else TRAIN)
+
+
+def _blocks(own: Tensors) -> Tensors:
+    operation: Callable[..., Any] = importlib.import_module("fla.ops.nsa").parallel_nsa
+    q, k, v = (own[name].transpose(1, 2) for name in ("q", "k", "v"))
+    return {"o": operation(q, k, v, block_indices=own["blocks"], block_size=64).transpose(1, 2)}
+
+
+def _ssd(own: Tensors) -> Tensors:
+    """Mamba-2's scan with a rate of -1, so that its time steps are our log decays."""
+    operation: Callable[..., Any] = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    rate = own["log_decay"].new_full(own["log_decay"].shape[-1:], -1.0)
+    return {"o": operation(own["v"], -own["log_decay"], rate, own["k"], own["q"], chunk_size=256)}
+
+
+def _with_time_steps(definition: Function, own: Tensors) -> Tensors:
+    """Mamba-2 multiplies its values by the time steps."""
+    return definition(own | {"v": own["v"] * -own["log_decay"][..., None]})
 
 
 def _sdpa(own: Tensors) -> Tensors:
@@ -75,10 +96,12 @@ def _sdpa(own: Tensors) -> Tensors:
     return {"o": F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)}
 
 
-@cache
-def _compiled_flex() -> Any:
+@lru_cache(maxsize=1)
+def _compiled_flex(shape: torch.Size, gradients: bool) -> Any:
+    """Compiled anew for each shape: after eight of them torch.compile would go on without compiling, and not say so."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -94,7 +117,8 @@ def _block_mask(length: int, window: int, device: torch.device) -> Any:
 
 def _flex_window(own: Tensors) -> Tensors:
     q, k, v = own["q"], own["k"], own["v"]
-    return {"o": _compiled_flex()(q, k, v, block_mask=_block_mask(q.shape[2], 128, q.device))}
+    compiled = _compiled_flex(q.shape, torch.is_grad_enabled())
+    return {"o": compiled(q, k, v, block_mask=_block_mask(q.shape[2], 128, q.device))}
 
 
 PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
@@ -103,12 +127,17 @@ PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
         _fla("linear_attn", "fused_chunk_linear_attn", normalize=False),
         _fla("linear_attn", "fused_recurrent_linear_attn"),
     ),
-    "constant_decay": (_fla("retention", "chunk_retention"), _fla("retention", "fused_recurrent_retention")),
+    "constant_decay": (
+        _fla("retention", "chunk_retention"),
+        _fla("simple_gla", "fused_chunk_simple_gla", "g_gamma=log_decay"),
+        _fla("retention", "fused_recurrent_retention"),
+    ),
     "scalar_decay": (
         _fla("simple_gla", "chunk_simple_gla", "g=log_decay"),
         _fla("simple_gla", "fused_chunk_simple_gla", "g=log_decay"),
         _fla("simple_gla", "fused_recurrent_simple_gla", "g=log_decay"),
     ),
+    "ssd": (PublicPeer("mamba_chunk_scan_combined", "mamba-ssm", _ssd, TRAIN, _with_time_steps),),
     "delta": (
         _fla("delta_rule", "chunk_delta_rule", "beta=beta"),
         _fla("delta_rule", "fused_recurrent_delta_rule", "beta=beta"),
@@ -119,7 +148,7 @@ PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
     ),
     "gla": (_fla("gla", "chunk_gla", "g=log_decay"), _fla("gla", "fused_recurrent_gla", "gk=log_decay")),
     "kda": (
-        _fla("kda", "chunk_kda", "g=log_decay", "beta=beta"),
+        _fla("kda", "chunk_kda", "g=log_decay", "beta=beta", safe_gate=True),
         _fla("kda", "fused_recurrent_kda", "g=log_decay", "beta=beta"),
     ),
     "taylor": (
@@ -128,5 +157,6 @@ PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
     ),
     "attention": (PublicPeer("scaled_dot_product_attention", "torch", _sdpa, (*TRAIN, "decode")),),
     "window": (PublicPeer("flex_attention", "torch", _flex_window, TRAIN),),
+    "chosen_blocks": (PublicPeer("parallel_nsa", FLA, _blocks, TRAIN),),
 }
-"""A Mamba-2 scan, a selective scan and a short convolution have public kernels too, but none that installs without a compiler."""
+"""A selective scan has a public kernel too, but none that installs without a CUDA compiler."""

@@ -54,10 +54,22 @@ def problem_of(name: str, draw: Draw) -> Problem:
     return OPERATIONS[name].problem(shape, "train", draw)  # type: ignore[index]
 
 
-def row(name: str, draw: Draw) -> dict[str, Any]:
+def bounds_us(name: str, rates: clock.Ceilings) -> dict[str, float]:
+    """Least times by bytes and operations, for what `bench throughput` knows."""
+    if name not in KERNELS:
+        return {}
+    shape: Shape = KERNELS[name].shape(BATCH, LENGTH, HEADS, WIDTH)
+    costs = {mode: OPERATIONS[name].cost(shape, timed, 2) for mode, timed in (("forward", "forward"), ("both", "train"))}
+    return {
+        f"{mode}_bound_us": round(1e6 * max(cost.seconds(rates.copy_bytes_per_second, rates.product_flops_per_second)), 2)
+        for mode, cost in costs.items()
+    }
+
+
+def row(name: str, draw: Draw, rates: clock.Ceilings) -> dict[str, Any]:
     """Medians in microseconds."""
     problem = problem_of(name, draw)
-    found: dict[str, Any] = {"kernel": name}
+    found: dict[str, Any] = {"kernel": name, **bounds_us(name, rates)}
     for mode, gradients in (("forward", False), ("both", True)):
         call = timed_call(problem, gradients=gradients)
         for _ in range(3):
@@ -96,14 +108,16 @@ def main() -> None:
     parser.add_argument("--profile", nargs="*", default=[])
     given = parser.parse_args()
     draw = Draw(torch.device("cuda"), torch.bfloat16, torch.Generator("cuda").manual_seed(0))
-    rows = []
+    rows, rates = [], clock.ceilings(draw.device)
     for name in (*NAMES, "rwkv7"):
         try:
-            rows.append(row(name, draw))
+            rows.append(row(name, draw, rates))
         except Exception as error:  # a row that fails is a finding too
             rows.append({"kernel": name, "error": f"{type(error).__name__}: {error}"})
         print(json.dumps(rows[-1]), flush=True)
-        given.out.write_text(json.dumps({**facts("python -m tests.benchmarks.small_shape"), "rows": rows}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps({**facts("python -m tests.benchmarks.small_shape"), **rates._asdict(), "rows": rows}, indent=1) + "\n"
+        )
     for name in given.profile:
         profiled(name, draw)
 

@@ -1,10 +1,11 @@
 """How much faster is a sweep on several GPUs of one host? The same fleets on one of them and on all, by the sweep's own workers.
 
-    python -m tests.benchmarks.two_gpus OUT.json [--fleets 8] [--epochs 6]
+    python -m tests.benchmarks.two_gpus OUT.json [--fleets 8] [--seconds 30]
 
 A fleet is attention of width 128 at four learning rates on MQAR, each fleet with a seed of its own. Workers are started and train
-one fleet that is not counted, so that imports, contexts and kernels are there; then the clock runs from handing out the first
-fleet to storing the last record, data generation included. BENCH_COMPILE=0 keeps a fleet's time to what a GPU does.
+one fleet each that is not counted, so that imports, contexts and kernels are there; then the clock runs from handing out the first
+fleet to storing the last record, data generation included. Epochs are so many that one GPU takes about `--seconds`, which the time
+of two short fleets tells. Fleets run without `torch.compile`: compiling takes processors, of which two GPUs have no more than one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,17 +50,30 @@ def train(workers: LocalWorkers, fleets: list[tuple[RunSpec, ...]]) -> int:
     return done
 
 
-def timed(devices: list[str], fleets: int, epochs: int) -> dict[str, object]:
-    """Seconds of the sweep on some GPUs."""
+def seconds_of(workers: LocalWorkers, fleets: list[tuple[RunSpec, ...]]) -> tuple[float, int]:
+    """Seconds of training fleets, and the number of runs."""
+    began = time.perf_counter()
+    done = train(workers, fleets)
+    return time.perf_counter() - began, done
+
+
+def epochs_for(workers: LocalWorkers, seconds: float) -> int:
+    """Epochs after which a fleet takes so long on a warm worker; at least two."""
+    (short, _), (long, _) = (seconds_of(workers, [fleet(2000 + epochs, epochs)]) for epochs in (1, 5))
+    an_epoch = max((long - short) / 4, 1e-3)
+    return max(2, round(1 + (seconds - short) / an_epoch))
+
+
+def timed(devices: list[str], fleets: int, seconds: float, epochs: int | None) -> dict[str, Any]:
+    """Seconds of the sweep on some GPUs; without a number of epochs it takes about so many seconds."""
     with tempfile.TemporaryDirectory() as folder, LocalWorkers(devices, Path(folder)) as workers:
         train(workers, [fleet(1000 + index, 1) for index in range(len(devices))])
-        began = time.perf_counter()
-        done = train(workers, [fleet(index, epochs) for index in range(fleets)])
-        seconds = time.perf_counter() - began
+        epochs = epochs or epochs_for(workers, seconds / fleets)
+        seconds, done = seconds_of(workers, [fleet(index, epochs) for index in range(fleets)])
     if done != len(LRS) * fleets:
         raise SystemExit(f"{done} of {len(LRS) * fleets} runs were trained")
     examples = epochs * sum(int(cell.split(":")[1]) for cell in CELLS["train_cells"].split("+")) * done
-    row = {"devices": len(devices), "seconds": seconds, "runs": done, "examples_per_second": examples / seconds}
+    row = {"devices": len(devices), "epochs": epochs, "seconds": seconds, "runs": done, "examples_per_second": examples / seconds}
     print(json.dumps(row), flush=True)
     return row
 
@@ -68,17 +83,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--fleets", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=30.0)
     given = parser.parse_args()
+    os.environ["BENCH_COMPILE"] = "0"
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if len(gpus) < 2:
         raise SystemExit(f"{len(gpus)} GPU here; this compares one with several")
-    rows = [timed(gpus[:count], given.fleets, given.epochs) for count in (1, len(gpus))]
-    ratio = rows[1]["examples_per_second"] / rows[0]["examples_per_second"]  # type: ignore[operator]
+    one = timed(gpus[:1], given.fleets, given.seconds, None)
+    every = timed(gpus, given.fleets, given.seconds, one["epochs"])
+    ratio = every["examples_per_second"] / one["examples_per_second"]
     record = facts("python -m tests.benchmarks.two_gpus") | {
-        "n": f"one sweep each: {given.fleets} fleets of {len(LRS)} runs, {given.epochs} epochs, seeds 0 to {given.fleets - 1}",
-        "compiled": os.environ.get("BENCH_COMPILE", "1") != "0",
-        "rows": rows,
+        "n": f"one sweep each: {given.fleets} fleets of {len(LRS)} runs, {one['epochs']} epochs, seeds 0 to {given.fleets - 1}",
+        "devices": [torch.cuda.get_device_name(index) for index in range(len(gpus))],
+        "compiled": False,
+        "rows": [one, every],
         "ratio": ratio,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)

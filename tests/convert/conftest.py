@@ -12,6 +12,7 @@ SENTENCES = (
     "Every number in this table names the record it was read from.",
     "Recall beyond the window is where most students fail.",
 )
+HEDGEHOG = {"feature_map": "hedgehog"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,6 +62,10 @@ def tiny(kind: str = "Llama", **changes):
     }
     config = getattr(transformers, f"{kind}Config")(**(sizes | changes))
     return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
+def tokens(rows: int = 3, length: int = 60) -> torch.Tensor:
+    return torch.randint(1, 280, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")

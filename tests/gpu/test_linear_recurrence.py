@@ -99,19 +99,22 @@ def test_equals_the_token_loop(shape: tuple[int, ...], gate: str, dtype: torch.d
             exact_limit, rough_limit = (1e-3, 2e-2) if name == "log_decay" else (2e-5, 5e-3)
             limit = exact_limit if dtype == torch.float32 else rough_limit
             if gate == "constant" and name == "log_decay":
-                # A sum over tokens of terms that nearly cancel, which rounding is relative to.
-                limit *= size_of_terms(exact, state=state) / float(b.norm())
+                assert float((a - b).norm()) <= limit * size_of_terms(exact, state=state), (state, a, b)
+                continue
             assert rms_error(a, b) < limit or float(b.abs().max()) < 1e-6, (name, state, rms_error(a, b))
 
 
 def size_of_terms(tensors: dict[str, torch.Tensor], *, state: bool) -> float:
-    """The norm over heads of the root of the sum of squares of each token's own gradient of a constant decay."""
+    """The gradient of a constant decay is a sum over tokens of terms that nearly cancel: the norm over heads of their sizes' sum.
+
+    Rounding makes each term wrong by its share, and neighbours are wrong alike, since each is a sum over all later tokens.
+    """
     own = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     batch, length = own["q"].shape[:2]
     own["log_decay"] = own["log_decay"].detach().expand(batch, length, -1).clone().requires_grad_()
     gradients = outputs_and_gradients(linear_recurrence_reference, own, state=state)
     decay = gradients[(2 if state else 1) + list(own).index("log_decay")]
-    return float(decay.square().sum((0, 1)).sqrt().norm())
+    return float(decay.abs().sum((0, 1)).norm())
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong"])

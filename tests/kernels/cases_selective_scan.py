@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.dispatch import use_backend
 from kernels.reference import scan_reference
-from kernels.scan import selective_scan
+from kernels.scan import gated_selective_scan, selective_scan
 from tests.kernels.oracle import poisoned, require_close
 
 SINGLE = {"drate": 1e-4, "ddt": 3e-5, "other": 1e-5}
@@ -33,11 +34,11 @@ def by_definition(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, sta
     return (h * c[:, :, None]).sum(-1), h[:, -1]
 
 
-def with_gradients(call, leaves: list[Tensor], weight: Tensor, final_weight: Tensor) -> dict[str, Tensor]:
+def with_gradients(call, leaves: list[Tensor], weight: Tensor, final_weight: Tensor, names=NAMES) -> dict[str, Tensor]:
     """Outputs and the gradients of a random functional of both."""
     y, final = call(*leaves)
     total = (y * weight.to(y)).sum() + (final * final_weight.to(final)).sum()
-    return {"y": y, "final": final} | dict(zip(NAMES, torch.autograd.grad(total, leaves), strict=True))
+    return {"y": y, "final": final} | dict(zip(names, torch.autograd.grad(total, leaves), strict=True))
 
 
 def check(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, *, strength: float = 1.0) -> None:
@@ -52,6 +53,31 @@ def check(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, *, 
     assert got["y"].dtype == got["dx"].dtype == got["db"].dtype == dtype
     exact = [tensor.double().requires_grad_() for tensor in rounded]
     true = with_gradients(by_definition, exact, *weights)
+    require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
+
+
+def check_gated(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> None:
+    """Mamba's whole block between its projections, with a gate that lies in rows of twice its width; as `check`."""
+    batch, length, width, _ = shape
+    x, _, rate, b, c, state = draw(*shape)
+    narrow = [x, 2 * torch.randn(x.shape), b, c, torch.randn(batch, length, 2 * width)]
+    leaves = [tensor.to(dtype) for tensor in narrow] + [rate, state, torch.randn(width), torch.randn(width)]
+    weights = torch.randn(x.shape), torch.randn(state.shape)
+
+    def call(x, raw_dt, b, c, gates, rate, state, bias, skip) -> tuple[Tensor, Tensor]:
+        around = {"dt_bias_D": bias, "skip_D": skip, "gate_BTD": gates[..., width:]}
+        return gated_selective_scan(x, raw_dt, rate, b, c, state, **around)
+
+    def defined(x, raw_dt, b, c, gates, rate, state, bias, skip) -> tuple[Tensor, Tensor]:
+        y, final = by_definition(x, F.softplus(raw_dt + bias), rate, b, c, state)
+        return (y + skip * x) * F.silu(gates[..., width:]), final
+
+    names = ("dx", "ddt", "db", "dc", "dgate", "drate", "dstate", "dbias", "dskip")
+    with use_backend("triton"), poisoned():
+        ours = [tensor.to(device).requires_grad_() for tensor in leaves]
+        got = with_gradients(call, ours, *(weight.to(device) for weight in weights), names)
+    assert got["y"].dtype == got["dx"].dtype == got["dgate"].dtype == dtype
+    true = with_gradients(defined, [tensor.double().requires_grad_() for tensor in leaves], *weights, names)
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 

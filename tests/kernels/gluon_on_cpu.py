@@ -124,8 +124,13 @@ class Program:
             warp_specialize=self.specialize,
             **dict.fromkeys(
                 (
-                    "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SwizzledSharedLayout",
-                    "BlockedLayout", "thread_barrier",
+                    "SliceLayout",
+                    "BlockedLayout",
+                    "DotOperandLayout",
+                    "NVMMADistributedLayout",
+                    "NVMMASharedLayout",
+                    "SwizzledSharedLayout",
+                    "thread_barrier",
                 ),
                 lambda *_, **__: None,
             ),
@@ -155,7 +160,7 @@ class Program:
                 try:
                     function(*arguments)
                     self.check()
-                except BaseException as error:  # noqa: BLE001
+                except BaseException as error:
                     self.failed.append(error)
                 self.alive -= 1
                 self.turn.notify_all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import vmap
 
+from kernels import indexed_launch
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
@@ -48,6 +49,7 @@ def band(window, sinks=0):
     [
         ((1, 1, 1, 75, 16), 20, 0),
         ((2, 4, 2, 70, 20), 9, 3),
+        ((1, 3, 1, 150, 16), 9, 3),  # far queries of sinks in two parts
         ((1, 16, 1, 33, 16), 30, 0),
         ((1, 3, 1, 40, 16), 1, 1),
         ((1, 1, 1, 40, 72), 17, 0),
@@ -103,6 +105,12 @@ def test_chosen_blocks(block, heads, kv_heads, width):
     chosen, visible = choose(2, kv_heads, length, block)
     tensors = draw(2, heads, kv_heads, length, width)
     close(lambda q, k, v: block_attention(q, k, v, chosen, block=block), tensors, share_heads(visible, heads))
+
+
+def test_tiles_are_listed_in_parts(monkeypatch):
+    monkeypatch.setattr(indexed_launch, "FLAGS_AT_ONCE", 2)
+    chosen, visible = choose(1, 1, 75, 8)
+    close(lambda q, k, v: block_attention(q, k, v, chosen, block=8), draw(1, 2, 1, 75, 16), share_heads(visible, 2))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "n_keys", "width"), [(4, 2, 100, 16), (1, 1, 5, 20), (20, 1, 70, 72)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import walk, walk_pieces
+from kernels import walk_config, walk_grouped, walk_pieces
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -70,14 +70,17 @@ def _triton_and_poison():
 def plan(name):
     """Keys and values together, and rows in segments, at sizes that the interpreter can do."""
     turned = "turned" in name
-    config = walk.Config(16, 16, 4, 1, turned=turned)
-    together = walk.Backward(config, config if turned else None, together=True)
+    config = walk_config.Config(16, 16, 4, 1, turned=turned)
+    together = walk_config.Backward(config, config if turned else None, together=True)
     with ExitStack() as stack:
         if "together" in name:
-            stack.enter_context(mock.patch.object(walk, "BACKWARD_32", {(64, 64): together}))
-            stack.enter_context(mock.patch.object(walk, "FP32", {64: config}))
+            stack.enter_context(mock.patch.object(walk_config, "BACKWARD_32", {(64, 64): together}))
+            stack.enter_context(mock.patch.object(walk_config, "FP32", {64: config}))
         if "segments" in name:
             stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
+        if "grouped" in name:
+            stack.enter_context(mock.patch.object(walk_grouped, "CHUNK", 16))
+            stack.enter_context(mock.patch.object(walk_grouped, "suits", lambda *_: True))
         yield
 
 
@@ -90,11 +93,20 @@ def plan(name):
         ("together in segments", "none"),
         ("together, turned, in segments", "none"),
         ("together, turned", "strong"),
+        ("grouped", "none"),
+        ("grouped", "constant"),
+        ("grouped", "strong"),
+        ("grouped in segments", "scalar"),
     ],
 )
 def test_every_plan_equals_the_token_loop(name, gate):
     with plan(name):
         check(((2, 45, 1, 2, 20, 33),), gate, state=gate != "none")
+
+
+def test_heads_of_several_groups():
+    with plan("grouped"), mock.patch.object(walk_grouped, "PROGRAMS", 8):
+        check(((1, 20, 2, 8, 4, 5),), "scalar", state=True)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -18,6 +18,7 @@ def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 16, 4, 1), (1, 33, 5, 3)])
 def test_shapes(shape: tuple[int, int, int, int]):
     cases.check(shape, "cpu", torch.float32)
+    cases.check_gated(shape, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])
@@ -42,5 +43,7 @@ def test_compiles_as_one_graph():
 
 def test_operator_is_registered_right():
     x, dt, rate, b, c, state = (tensor.requires_grad_() for tensor in cases.draw(1, 3, 3, 2))
-    arguments = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
-    torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, arguments)
+    scanned = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
+    around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
+    for more in ((None, None, None), around):
+        torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more))

@@ -7,22 +7,22 @@ import triton.language as tl
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
 from kernels.indexed_decode_triton import join_kernel, part_kernel
-from kernels.indexed_grad_triton import key_kernel, query_kernel
+from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
 from kernels.indexed_triton import compact_kernel, forward_kernel
-from kernels.walk import _precision, product_width
+from kernels.operands import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
 WHOLE = {"starts": "*i64+", "words": "*i32+", "lists": "*i32+", "counts": "*i32+"}
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
-KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
+KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "far": far_kernel}
 SMEM = 227 * 1024
 
 
 def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
     """One kernel with K = V = width, for a band with neither sinks nor stored keys unless flags say so."""
     kernel = KERNELS[name]
-    config = config or getattr(launch.configs(width, dtype, listed=listed), name)
+    config = config or getattr(launch.configs(width, dtype, listed=listed), "key" if name == "far" else name)
     pointer, dot = DTYPES[dtype]
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | WHOLE
@@ -41,6 +41,7 @@ def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
         "STORED": False,
         "ROWWISE": listed,
         "SPLIT": 2 if listed else 1,
+        "FAR": False,
         "DOT": dot,
         "STAGES": config.stages,
     }
@@ -62,7 +63,7 @@ def check(name, width, dtype, *, listed, spill, **flags):
         assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
-@pytest.mark.parametrize(("name", "spill"), [("forward", 8), ("query", 60), ("key", 60)])
+@pytest.mark.parametrize(("name", "spill"), [("forward", 8), ("query", 60), ("key", 60), ("far", 0)])
 def test_a_window_in_sixteen_bit(name, spill):
     check(name, 128, torch.bfloat16, listed=False, spill=spill)
 
@@ -82,7 +83,14 @@ def test_no_integer_is_specialised(kernel):
 @pytest.mark.parametrize("width", [16, 60, 64, 128, 256])
 @pytest.mark.parametrize(
     ("listed", "flags"),
-    [(False, {}), (False, {"SINKS": True}), (False, {"SINKS": True, "STORED": True}), (True, {}), (True, {"ROWWISE": False})],
+    [
+        (False, {}),
+        (False, {"SINKS": True}),
+        (False, {"SINKS": True, "FAR": True}),
+        (False, {"SINKS": True, "STORED": True}),
+        (True, {}),
+        (True, {"ROWWISE": False}),
+    ],
 )
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_configuration_compiles(name, listed, flags, width, dtype):

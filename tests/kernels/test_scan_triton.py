@@ -13,7 +13,9 @@ from kernels.scan_triton import scan_backward, scan_forward
 from kernels.selective_scan_triton import CHANNELS, TILE, selective_scan_backward, selective_scan_forward
 from tests.kernels.offline import compile_sm90
 
-SIZES = dict.fromkeys(("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member", "n_segments"), "i32")
+SIZES = dict.fromkeys(
+    ("n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member", "n_segments", "gate_stride"), "i32"
+)
 
 
 def compiled(kernel, dtype: str):

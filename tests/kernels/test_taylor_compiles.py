@@ -5,9 +5,9 @@ import torch
 import triton.language as tl
 
 from kernels import taylor_launch as launch
+from kernels.operands import _precision, padded, product_width
 from kernels.taylor_grad_triton import key_kernel, query_kernel
 from kernels.taylor_triton import forward_kernel, scan_kernel, state_kernel
-from kernels.walk import _precision, padded, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "x", "c", "y", "dy", "dq", "dk", "dv")

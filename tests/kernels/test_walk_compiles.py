@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import walk
+from kernels import walk, walk_config, walk_decays
 from kernels.walk_forward_triton import forward_kernel, segment_kernel
 from kernels.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
 from kernels.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
@@ -20,7 +20,7 @@ def compile_walk(kernel, config, widths, gate, dtype, *, pieces=WHOLE, flags=Non
     pointer, dot = DTYPES[dtype]
     (k_dim, v_dim), gate_grad = widths, gate == 2
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
-    tiles = {name: walk.tile_of(config, width, dtype) for name, width in (("TK", k_dim), ("TV", v_dim))}
+    tiles = {name: walk_config.tile_of(config, width, dtype) for name, width in (("TK", k_dim), ("TV", v_dim))}
     value_block = tiles["TV"] if kernel in (forward_kernel, segment_kernel) else walk.padded(v_dim)
     constants = {"K": k_dim, "V": v_dim, "BK": walk.padded(k_dim), "BV": value_block, "UNIT": 8, "PIECES": pieces.value, **tiles}
     constants |= {"C": config.chunk, "GATE": gate, "FIRST": False, "LAST": False, "DLAST": False, "GATE_GRAD": gate_grad}
@@ -33,8 +33,11 @@ def compile_walk(kernel, config, widths, gate, dtype, *, pieces=WHOLE, flags=Non
 
 def compiled(widths, gate, dtype, *, pieces=WHOLE):
     """Every kernel of a forward and a backward pass, with its name."""
-    yield forward_kernel, compile_walk(forward_kernel, walk.forward_config(widths[0], dtype), widths, gate, dtype, pieces=pieces)
-    config = walk.backward_config(*widths, dtype)
+    yield (
+        forward_kernel,
+        compile_walk(forward_kernel, walk_config.forward_config(widths[0], dtype), widths, gate, dtype, pieces=pieces),
+    )
+    config = walk_config.backward_config(*widths, dtype)
     probe = NO_PROBE if gate != 2 else STATE_PROBE if config.together else FULL_PROBE
     for kernel, _, own, flags in walk._backward_launches(config, 1, 1):
         flags |= {"QUERY_PROBE": probe.value}
@@ -73,10 +76,10 @@ def test_pieces(pieces):
 
 def test_what_runs_beside_the_walks():
     """Sums of segments, of decays and of heads."""
-    assert compile_walk(segment_kernel, walk.SEGMENT_16[128], (128, 128), 2, torch.bfloat16).spilled == 0
-    constants = {"PARTS": 2, "ENDS": False, "PIECES": SEGMENTS.value, "ROWS": walk.DECAY_ROWS, "HEADS": walk.DECAY_HEADS}
+    assert compile_walk(segment_kernel, walk_config.SEGMENT_16[128], (128, 128), 2, torch.bfloat16).spilled == 0
+    constants = {"PARTS": 2, "ENDS": False, "PIECES": SEGMENTS.value, "ROWS": walk_decays.DECAY_ROWS}
     constants |= {"WIDTH": 128, "BLOCK": 128}
-    for kernel, warps, rows in ((decay_gradient_kernel, 8, walk.DECAY_ROWS), (sum_heads_kernel, 4, walk.SUM_ROWS)):
+    for kernel, warps, rows in ((decay_gradient_kernel, 8, walk_decays.DECAY_ROWS), (sum_heads_kernel, 4, walk.SUM_ROWS)):
         runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
         arguments = runtime | constants | {"ROWS": rows}
         assert compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps).spilled <= 80

@@ -1,0 +1,122 @@
+"""What becomes of runs: records, checkpoints taken up again, failures with their reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import runner
+from bench.launch.local import LocalWorkers
+from bench.model import LanguageModel
+from bench.outcome import identity_of
+from bench.records import RunRecord
+from bench.spec import RunSpec
+from bench.store import Store
+from bench.train import FleetTrainer, Interrupted
+from tests.unit.small_runs import CPU, spec
+
+
+def execute(store: Path, *runs: RunSpec) -> list[RunRecord]:
+    found: list[RunRecord] = []
+
+    def tell(kind: str, content: Any) -> None:
+        if kind == "record":
+            found.append(content)
+        elif kind == "note":
+            print(content)
+
+    assert runner.execute(list(runs), CPU, Store(store), tell=tell)
+    return found
+
+
+def test_members_are_ordinary_records(tmp_path: Path) -> None:
+    first, second = execute(tmp_path, spec(), spec(seed=1))
+    assert Store(tmp_path).load()[0] in ([first, second], [second, first])
+    assert (first.fleet_size, first.execution) == (2, "eager")
+    assert first.train_seconds == pytest.approx(second.train_seconds)
+    assert first.metric("test", "accuracy") is not None
+    assert Store(tmp_path).curve(second.run_id) is not None
+
+
+def test_members_stopped_at_different_steps_go_on(tmp_path: Path) -> None:
+    pair = [spec(), spec(seed=1)]
+    want = execute(tmp_path / "whole", *pair)
+    for run, after in zip(pair, (3, 9), strict=True):
+        trainer = FleetTrainer([run], CPU)
+        with pytest.raises(Interrupted) as stop:
+            list(trainer.run(should_stop=lambda trainer=trainer, after=after: trainer.step >= after))
+        runner.save_checkpoint(Store(tmp_path / "parts"), identity_of(run), stop.value.checkpoints[0])
+    got = {record.run_id: record for record in execute(tmp_path / "parts", *pair)}
+    for record in want:
+        found = got[record.run_id]
+        assert found.fleet_size == 1
+        assert found.metric("valid", "loss") == pytest.approx(record.metric("valid", "loss"), rel=1e-5)
+
+
+def test_a_corrupt_checkpoint_is_ignored_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path)
+    (want,) = execute(tmp_path, spec())
+    (store.path(want.run_id) / "record.json").unlink()
+    (store.path(want.run_id) / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    (again,) = execute(tmp_path, spec())
+    assert capsys.readouterr().out.count("Ignored") == 1
+    assert again.metrics == want.metrics
+    assert not (store.path(want.run_id) / "checkpoint.pt").exists()
+
+
+def test_divergence_is_a_record_with_its_reason(tmp_path: Path) -> None:
+    diverged, fine = execute(tmp_path, spec(lr=1e30, weight_decay=0.0), spec(weight_decay=0.0))
+    assert diverged.status == "diverged"
+    assert "lr 1e+30" in diverged.reason
+    assert diverged.metric("valid", "accuracy") is None
+    assert Store(tmp_path).read(diverged.run_id) == diverged
+    assert fine.status == "done"
+
+
+def test_failure_is_a_record_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the mixer is\nbroken")
+
+    monkeypatch.setattr(LanguageModel, "hidden", broken)
+    for record in execute(tmp_path, spec(), spec(seed=1)):
+        assert (record.status, record.reason) == ("failed", "RuntimeError: the mixer is broken")
+
+
+@pytest.mark.parametrize(
+    ("fits", "status", "sizes", "parts"), [(0.5, "done", {1, 2}, 1), (0.25, "done", {1}, 4), (0, "oom", {1}, 8)]
+)
+def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: float, status: str, sizes: set[int], parts: int
+) -> None:
+    """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
+    original = FleetTrainer._train_step
+
+    def limited(self: FleetTrainer, *arguments: object) -> None:
+        limit = 2 if fits == 0.5 else fits
+        if len(self.members) / self.micro_batches > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FleetTrainer, "_train_step", limited)
+    records = execute(tmp_path, *(spec(seed=seed) for seed in range(3)))
+    assert {record.status for record in records} == {status}
+    assert {record.fleet_size for record in records} == sizes
+    assert max(record.micro_batches for record in records) == parts
+
+
+def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
+    with LocalWorkers(["cpu"], tmp_path) as workers:
+        workers.submit((spec(epochs=100000), spec(epochs=100000, seed=1)), {})
+        kinds = []
+        while "progress" not in kinds:
+            kinds += [event.kind for event in workers.events(1.0)]
+        workers.workers[0].process.kill()
+        while "died" not in kinds:
+            kinds += [event.kind for event in workers.events(1.0)]
+        assert workers.idle() == 1
+    record = runner.record_death(spec(), CPU, Store(tmp_path), "signal 9")
+    assert record is not None
+    assert (record.status, record.reason) == ("failed", "its worker process died twice (signal 9)")
