@@ -4,8 +4,8 @@ A walk is a chain of products that wait for each other. Plain Triton waits for e
 memory accelerator brings a chunk's rows while the one before is computed, and products that nobody waits for run behind those
 of the chain.
 
-A program is one warp group. Barriers are put in by the compiler, which does not know how long an asynchronous product reads:
-a buffer is written again only after a barrier that follows the wait for its last reader.
+Barriers are put in by the compiler, which does not know how long an asynchronous product reads: a buffer is written again only
+after a barrier that follows the wait for its last reader.
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
 """
@@ -26,11 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "heads", "group", "segments", "span"]
 
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the latter from Triton 3.7 on
+
 
 @gluon.constexpr_function
-def sums_layout(width):
-    """Registers of a warp group's sums that are `width` columns wide."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+def sums_layout(width, groups=1):
+    """Registers of sums that are `width` columns wide, of which each of the warp groups has its part."""
+    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
 
 
 @gluon.constexpr_function
@@ -141,108 +143,199 @@ def buffers_of(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DOT: gl.cons
 
 
 @gluon.jit
-def _erase(
-    q_CK, buffers, read_CV, beta_C, C: gl.constexpr, BV: gl.constexpr, DOT: gl.constexpr
+def at_stage(buffers, index):
+    """Of buffers with a place for each stage, those of one stage."""
+    views = ()
+    for buffer in gl.static_range(len(buffers)):
+        views = views + (buffers[buffer].index(index),)  # noqa: RUF005
+    return views
+
+
+@gluon.jit
+def walk_buffers(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory of a forward walk: queries, keys and values of each stage; the state, two matrices like values, scores, decays."""
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV))
+    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return (q_buffers, k_buffers, v_buffers), (state_buffer, error_buffer, write_buffer, scores_buffer, g_buffer)
+
+
+@gluon.jit
+def _bring(
+    bars, sources, stages, place, n, step,
+    BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The errors E of a chunk, in registers, and the product Q S, which runs on."""
-    v_buffer, h_buffer, state_buffer, error_buffer, _ = buffers
-    narrow: gl.constexpr = sums_layout(BV)
-    error_CV = v_buffer.load(narrow).to(gl.float32) - read_CV
-    error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+    """Starts to copy what a chunk needs into its stage: queries, keys and values, and H unless it is made on chip."""
+    batch, head, shared_head, chunk_0, e_start = place
+    BYTES: gl.constexpr = 2 * C * (2 * BK + BV + C * (len(stages) - 3))
+    key_row = [batch, n * C, shared_head, 0]
+    places = (key_row, key_row, [batch, n * C, head, e_start], [chunk_0 + n, 0, 0])
+    fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
+
+
+@gluon.jit
+def _seen(scores_CC, g_C, g_buffer, C: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr):
+    """Scores of tokens and earlier ones, decayed."""
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    seen = rows[:, None] >= cols[None, :]
+    if GATED:
+        fall_CC = gl.convert_layout(g_C, gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
+        # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+        scores_CC = scores_CC * gl.exp2(gl.where(seen, fall_CC, float("-inf")))
+    else:
+        scores_CC = gl.where(seen, scores_CC, 0.0)
+    return scores_CC
+
+
+@gluon.jit
+def _errors(
+    read, scores, q_CK, v_CV, h_CC, work, beta_C, g_C,
+    C: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The errors E of a chunk, in registers, and the product Q S, which runs on; from K S and Q K^T, which run."""
+    state_buffer, error_buffer, _, scores_buffer, g_buffer = work
+    narrow: gl.constexpr = sums_layout(BV, GROUPS)
+    value_CV = v_CV.load(narrow).to(gl.float32)
+    read_CV, scores = warpgroup_mma_wait(1, [read, scores])
+    error_CV = value_CV - scaled(read_CV, g_C, GATED)
+    tma.store_wait(0)
+    error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
+    scores_CC = warpgroup_mma_wait(0, [scores])
+    scores_buffer.store(_seen(scores_CC, g_C, g_buffer, C, GROUPS, GATED).to(DOT))
     fence_async_shared()
+    error = warpgroup_mma(h_CC, error_buffer, error_CV, is_async=True)
     none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    spread = warpgroup_mma(h_buffer, error_buffer, none_CV, use_acc=False, is_async=True)
     asked = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-    spread_CV, asked = warpgroup_mma_wait(1, [spread, asked])
-    return error_CV - spread_CV, asked
+    return warpgroup_mma_wait(1, [error, asked])
 
 
 @gluon.jit
 def _write(
-    errors, at_o, buffers, state_KV, k_CK, error_CV, beta_C, g_C, g_all,
+    errors, at_o, k_CK, v_CV, work, state_KV, error_CV, asked, beta_C, g_C, g_all,
     GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Starts to add a chunk's writes to the state, and leaves them in shared memory; keeps the errors."""
-    _, _, _, error_buffer, write_buffer = buffers
+    """Starts the products that a chunk ends with, of the next state and of the outputs; keeps the errors, by way of the values."""
+    _, error_buffer, write_buffer, scores_buffer, _ = work
     write_CV = error_CV * beta_C[:, None]
     write_buffer.store(write_CV.to(DOT))
     fade_buffer = write_buffer
     if KEEP:
-        error_buffer.store(error_CV.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(errors, at_o, error_buffer)
+        v_CV.store(error_CV.to(DOT))
     if GATED:
         state_KV, fade_buffer = state_KV * gl.exp2(g_all), error_buffer
-        if KEEP:
-            tma.store_wait(0)
         error_buffer.store((write_CV * gl.exp2(g_all - g_C)[:, None]).to(DOT))
     fence_async_shared()
-    return warpgroup_mma(k_CK.permute([1, 0]), fade_buffer, state_KV, is_async=True)
+    state = warpgroup_mma(k_CK.permute([1, 0]), fade_buffer, state_KV, is_async=True)
+    if GATED:
+        asked = scaled(warpgroup_mma_wait(1, [asked]), g_C, GATED)
+    written = warpgroup_mma(scores_buffer, write_buffer, asked, is_async=True)
+    if KEEP:
+        tma.async_copy_shared_to_global(errors, at_o, v_CV)
+    return state, written
+
+
+@gluon.jit
+def walk(
+    sources, results, pointers, place, bounds, stages, work, bars, made, state_KV, length, heads,
+    BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, BESIDE: gl.constexpr,
+    GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Walks over the chunks of a segment; returns the state that leaves it.
+
+    `made` is (H, barriers): of 2 * BESIDE chunks, made beside the walk, of which BESIDE at a time are said to be ready and to
+    be free again; or H is copied in like the rest.
+    """
+    o, errors, states = results
+    beta, g = pointers
+    n_first, n_last = bounds
+    batch, head, _, chunk_0, e_start = place
+    state_buffer, error_buffer, _, _, g_buffer = work
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, GROUPS)))
+    none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV, GROUPS))
+    none_CC = gl.zeros([C, C], gl.float32, sums_layout(C, GROUPS))
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, place, gl.minimum(n_first + early, n_last), early, BK, BV, C, STAGES)
+    if BESIDE:
+        mbarrier.wait(made[1].index(0), 0)
+    beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
+    state_buffer.store(state_KV.to(DOT))
+    if GATED:
+        g_buffer.store(g_C)
+    fence_async_shared()
+    for n in range(n_first, n_last + 1):
+        step, following, at_o = n - n_first, gl.minimum(n + 1, n_last), [batch, n * C, head, e_start]
+        rows = at_stage(stages, step % STAGES)
+        q_CK, k_CK, v_CV = rows[0], rows[1], rows[2]
+        h_CC = made[0].index(step % (2 * BESIDE)) if BESIDE else rows[3]
+        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
+        read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if KEEP:
+            tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
+            tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
+        _bring(
+            bars, sources, stages, place, gl.minimum(n + STAGES - 1, n_last), step + STAGES - 1, BK, BV, C, STAGES
+        )  # fmt: skip
+        if BESIDE:
+            ahead = following - n_first
+            mbarrier.wait(made[1].index(ahead // BESIDE % 2), ahead // BESIDE // 2 % 2)
+        next_beta_C, next_g_C, next_g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
+        error_CV, asked = _errors(read, scores, q_CK, v_CV, h_CC, work, beta_C, g_C, C, BV, GROUPS, GATED, DOT)
+        state, written = _write(
+            errors, at_o, k_CK, v_CV, work, state_KV, error_CV, asked, beta_C, g_C, g_all, GATED, KEEP, DOT
+        )  # fmt: skip
+        if BESIDE:
+            mbarrier.arrive(made[2].index(step // BESIDE % 2), count=1, pred=step % BESIDE == BESIDE - 1)
+        # The next state is stored while the last product runs, once all warps have read the old one.
+        state_KV, written = warpgroup_mma_wait(1, [state, written])
+        thread_barrier()
+        state_buffer.store(state_KV.to(DOT))
+        o_CV = warpgroup_mma_wait(0, [written])
+        beta_C, g_C, g_all = next_beta_C, next_g_C, next_g_all
+        if GATED:
+            g_buffer.store(g_C)
+        error_buffer.store(o_CV.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o, at_o, error_buffer)
+    steps = n_last - n_first + 1
+    for late in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
+    tma.store_wait(0)
+    return state_KV
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, h, o, errors, states, beta, g, first, last,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """As `kernels.delta_triton.forward_kernel`, on descriptors of blocks of a chunk.
 
-    Grid: (B * H * segments * value tiles,). A segment is `span` chunks; `first` holds the state that enters each of them.
+    Grid: (B * H * segments * value tiles,), of GROUPS warp groups. A segment is `span` chunks; `first` holds the states that
+    enter them.
     """
     TILES: gl.constexpr = (V + BV - 1) // BV
     part, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
-    shared_head, steps = head // group, n_last - n_first + 1
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
-    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
-    v_buffer, h_buffer, state_buffer, error_buffer, write_buffer = buffers
-    out_buffer = write_buffer if GATED else error_buffer
-    qk_bars, vh_bar = barriers(2), barriers(1).index(0)
-
-    state_KV = given_state(first, part, sums_layout(BV), e_start, V, K, BK, BV, FIRST)
-    at_qk, at_v = [batch, n_first * C, shared_head, 0], [batch, n_first * C, head, e_start]
-    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
-    fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
-    beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
-    for n in range(n_first, n_last + 1):
-        step, then, following = n - n_first, (n - n_first + 1) % 2, gl.minimum(n + 1, n_last)
-        at_qk, at_v, at_o = (
-            [batch, following * C, shared_head, 0],
-            [batch, following * C, head, e_start],
-            [batch, n * C, head, e_start],
-        )
-        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
-        tma.store_wait(0)
-        state_buffer.store(state_KV.to(DOT))
-        if GATED:
-            g_buffer.store(g_C)
-        fence_async_shared()
-        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
-        scores_CC, read_CV = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, False, GATED, DOT)
-        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
-        if KEEP:
-            tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-        mbarrier.wait(vh_bar, step % 2)
-        error_CV, asked = _erase(q_CK, buffers, scaled(read_CV, g_C, GATED), beta_C, C, BV, DOT)
-        state = _write(errors, at_o, buffers, state_KV, k_CK, error_CV, beta_C, g_C, g_all, GATED, KEEP, DOT)
-        fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
-        if GATED:
-            asked = scaled(warpgroup_mma_wait(1, [asked]), g_C, GATED)
-        beta_C, g_C, g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
-        written = warpgroup_mma(scores_CC, write_buffer, asked, is_async=True)
-        state_KV, o_CV = warpgroup_mma_wait(0, [state, written])
-        if KEEP:
-            tma.store_wait(0)
-        out_buffer.store(o_CV.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o, at_o, out_buffer)
-    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
-    mbarrier.wait(vh_bar, steps % 2)
-    tma.store_wait(0)
+    rows, work = walk_buffers(BK, BV, C, STAGES, DOT)
+    h_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+    layout: gl.constexpr = sums_layout(BV, GROUPS)
+    state_KV = walk(
+        (q, k, v, h), (o, errors, states), (beta, g), (batch, head, head // group, chunk_0, e_start), (n_first, n_last),
+        (rows[0], rows[1], rows[2], h_buffers), work, barriers(STAGES), (),
+        given_state(first, part, layout, e_start, V, K, BK, BV, FIRST), length, heads,
+        BK, BV, GROUPS, C, STAGES, 0, GATED, KEEP, DOT,
+    )  # fmt: skip
     if LAST:
-        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
+        offsets, inside = columns_of(layout, e_start, V, K, BK, BV)
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))
