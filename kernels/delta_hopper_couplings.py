@@ -15,17 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from kernels.delta_hopper import (
-    SIZES,
-    barriers,
-    columns_of,
-    given_state,
-    shared_layout,
-    sums_layout,
-    thread_barrier,
-    walk,
-    walk_buffers,
-)
+from kernels.delta_hopper import SIZES, barriers, columns_of, given_state, shared_layout, sums_layout, thread_barrier
+from kernels.delta_hopper_walk import walk, walk_buffers
 from kernels.walk_triton import LOG2_E
 
 S = tl.constexpr(16)
@@ -267,7 +258,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Couplings and forward walk of whole sequences. Grid: (B * H,); a program has all BV >= V columns of the values.
 
-    Writes what `kernels.delta_hopper.forward_kernel` writes and, for training, H [B * H * N, C, C]; where there are decays,
+    Writes what `kernels.delta_hopper_walk.forward_kernel` writes and, for training, H [B * H * N, C, C]; where there are decays,
     these cumulated [B, H, N, C]. W warps of REGISTERS registers a thread make H.
     """
     head_index, n_chunks = gl.program_id(0), (length + C - 1) // C

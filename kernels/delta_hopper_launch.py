@@ -159,7 +159,7 @@ def forward(
     *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
     """The forward walk on Hopper; writes o, last, and what is kept."""
-    from kernels import delta_hopper, delta_hopper_carry
+    from kernels import delta_hopper_carry, delta_hopper_walk
 
     batch, length, heads, v_dim = v.shape
     constants, whole = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
@@ -175,7 +175,7 @@ def forward(
         operands = (rows[1], _described(v, [1, CHUNK, 1, part]), rows[3], beta, kept.decays)
         first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
     groups = 2 if tile == whole > 32 else 1
-    delta_hopper.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
+    delta_hopper_walk.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
         *rows, beta, kept.decays, v if first is None else first, last, *counts,
         **constants, BV=tile, GROUPS=groups, STAGES=stages_of(tile, whole), FIRST=first is not None,
         num_warps=4 * groups,

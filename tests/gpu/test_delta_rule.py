@@ -139,7 +139,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_hopper, delta_hopper_backward, delta_hopper_couplings, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_couplings, delta_hopper_walk, delta_triton
     from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
@@ -147,7 +147,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
         gradients_kernel,
-        delta_hopper.forward_kernel,
+        delta_hopper_walk.forward_kernel,
         delta_hopper_couplings.forward_kernel,
         delta_hopper_backward.backward_kernel,
     )

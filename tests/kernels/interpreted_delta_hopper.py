@@ -2,14 +2,23 @@
 
 import pytest
 
-from kernels import delta, delta_hopper, delta_hopper_backward, delta_hopper_carry, delta_hopper_couplings, delta_hopper_launch
+from kernels import (
+    delta,
+    delta_hopper,
+    delta_hopper_backward,
+    delta_hopper_carry,
+    delta_hopper_couplings,
+    delta_hopper_launch,
+    delta_hopper_walk,
+)
 from kernels.dispatch import use_backend
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_delta_rule import assert_equal
 from tests.kernels.oracle import poisoned
 
 KERNELS = (
-    (delta_hopper, ("forward_kernel",)),
+    (delta_hopper, ()),
+    (delta_hopper_walk, ("forward_kernel",)),
     (delta_hopper_couplings, ("forward_kernel",)),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),

@@ -3,7 +3,7 @@
 import pytest
 import triton.language as tl
 
-from kernels import delta_hopper, delta_hopper_couplings, delta_hopper_launch
+from kernels import delta_hopper_couplings, delta_hopper_launch, delta_hopper_walk
 from kernels.delta_hopper import shared_layout
 from kernels.delta_hopper_backward import backward_kernel
 from kernels.delta_hopper_carry import combine_kernel, forward_carry_kernel, reverse_carry_kernel
@@ -12,7 +12,7 @@ from tests.kernels.test_walk_compiles import SMEM
 
 C = delta_hopper_launch.CHUNK
 FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "KEEP": True}
-FORWARD, BESIDE = delta_hopper.forward_kernel, delta_hopper_couplings.forward_kernel
+FORWARD, BESIDE = delta_hopper_walk.forward_kernel, delta_hopper_couplings.forward_kernel
 
 
 def described(*block):
