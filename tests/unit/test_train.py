@@ -63,11 +63,12 @@ def test_micro_batches_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatc
     found = []
     for parts in (1, 3):
         trainer = FleetTrainer([spec(), spec(seed=1)], CPU, micro_batches=parts)
-        monkeypatch.setattr(trainer, "_optimise", lambda: None)
-        trainer.examples_SB[:] = torch.arange(16)
-        trainer.examples_SB[1, 11:] = -1
-        trainer._train_step(trainer.train_cells[1])
-        found.append((trainer.gradient_EP, trainer.sums_E3))
+        fleet = trainer.fleet
+        monkeypatch.setattr(fleet, "_optimise", lambda: None)
+        fleet.examples_SB[:] = torch.arange(16)
+        fleet.examples_SB[1, 11:] = -1
+        fleet.step_on(trainer.train_cells[1])
+        found.append((fleet.gradient_EP, fleet.sums_E3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
     assert found[0][1][:, 2].tolist() == [16, 11]
 
