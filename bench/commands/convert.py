@@ -167,6 +167,8 @@ def _say_plan(conversion: Any, output: Output) -> None:
     converted = sum(plan is not None for plan in student.plans)
     plan = recipe.plan
     parts = [plan.mixer or "no mixer", f"window {plan.window}" + (f" + {plan.sinks} sinks" if plan.sinks else "")]
+    if plan.far_heads:
+        parts.append(f"{plan.far_window} in key heads {plan.far_heads}")
     output.say(
         f"{conversion.model}: {converted} of {len(student.plans)} layers by {recipe.name} ({', '.join(parts)}, {plan.combine})."
     )

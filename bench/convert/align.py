@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench.convert.losses import layer_loss, weights_loss
 from bench.convert.spec import Stage
 from bench.convert.student import LinearizedForCausalLM
+from bench.errors import UserError
 
 
 def alignment_backward(student: LinearizedForCausalLM, teacher: Any, tokens_BT: Tensor, stage: Stage, factor: float) -> Tensor:
@@ -31,8 +32,15 @@ def alignment_backward(student: LinearizedForCausalLM, teacher: Any, tokens_BT: 
 
     Returns:
         The loss times `factor`, a number on the device.
+
+    Raises:
+        UserError: keys are to be scored, and no layer scores any.
     """
     layers = student.converted()
+    if stage.capture == "far_attention":
+        layers = {index: layer for index, layer in layers.items() if layer.scores_keys}
+    if not layers:
+        raise UserError("A stage that captures far_attention trains scores of keys; set plan.far_heads and plan.far_keys=best.")
     losses: list[Tensor] = []
 
     def learn(loss: Tensor) -> None:
@@ -69,6 +77,8 @@ def _hooks(student: LinearizedForCausalLM, teacher: Any, index: int, stage: Stag
                 learn(weights_loss(stage.loss, layer.matrix(x_BTD, rope), output[1]))
             elif stage.capture == "attn_out":
                 learn(layer_loss(stage.loss, layer.heads_output(x_BTD, rope), heads.pop("output")))
+            elif stage.capture == "far_attention":
+                learn(layer.score_loss(x_BTD, rope))
             else:
                 learn(layer_loss(stage.loss, layer.segment(x_BTD, rope, None)[0], output[0]))
 

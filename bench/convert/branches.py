@@ -49,8 +49,10 @@ class WindowBranch(nn.Module):
         self.n_kv_heads, self.head_dim, self.window, self.sinks = n_kv_heads, head_dim, window, sinks
         self.null_logits = None if null_shape is None else nn.Parameter(torch.zeros(null_shape))
 
-    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None) -> tuple[Tensor, State | None]:
-        """Mixes a segment: [B, H, T, K] and the new state."""
+    def forward(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: State | None, x_BTD: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Mixes a segment: [B, H, T, K] and the new state; `x_BTD` is for branches that score keys, this one does not read it."""
         if self.null_logits is not None:
             near, near_sum, stored = self.sums(q_BHTK, k_BGTK, v_BGTK, state)
             return (near / near_sum).to(q_BHTK.dtype), None if state is None else stored

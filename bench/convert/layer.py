@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from bench.convert.branches import MixerBranch, Rope, SharedDenominator, WindowBranch, projected, rotate
 from bench.convert.combinations import check_rotation, copied_projections, positive, readers_of
+from bench.convert.far import UnevenWindow, window_branch
 from bench.convert.fit import LONG, AttentionShape, attention_weights, build_mixer, loads_attention, reads_heads
+from bench.convert.kept import KeptKeys
 from bench.convert.spec import LayerPlan
 from bench.errors import UserError
 from mixers import State
@@ -39,12 +41,15 @@ class LinearizedAttention(nn.Module):
         plan: what the layer becomes.
         shape: the teacher's sizes.
         layer_idx: index of the layer, counted from 0.
+        far: its key heads with the long window.
 
     Raises:
         UserError: mixer, window and combination rule do not fit each other or the teacher.
     """
 
-    def __init__(self, attention: nn.Module, plan: LayerPlan, shape: AttentionShape, layer_idx: int) -> None:
+    def __init__(
+        self, attention: nn.Module, plan: LayerPlan, shape: AttentionShape, layer_idx: int, far: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.plan, self.shape, self.layer_idx = plan, shape, layer_idx
         self.head_dim = shape.head_dim
@@ -58,16 +63,14 @@ class LinearizedAttention(nn.Module):
                 self.add_module(name, getattr(attention, name))
             self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.copies = copied_projections(attention, plan, mixer) if plan.projections == "copy" else None
-        null_shape = (shape.n_heads, plan.sink_logits) if plan.sink_logits else None
-        size = {"window": plan.window, "sinks": plan.sinks, "null_shape": null_shape}
-        self.window = WindowBranch(shape.n_kv_heads, shape.head_dim, **size) if plan.window else None
+        self.window = window_branch(plan, shape, list(far)) if plan.window else None
         self.joint = self.mixer = self.gate = None
         readers = readers_of(plan, shape, mixer)
         check_rotation(plan, mixer)
         if mixer is None or self.window is None:
             self.mixer = MixerBranch(mixer, readers=readers) if mixer is not None and heads else None
         elif plan.combine == "shared_denominator":
-            self.joint, self.window = SharedDenominator(positive(mixer, plan), self.window), None
+            self.joint, self.window = SharedDenominator(positive(mixer, plan), cast(WindowBranch, self.window)), None
         else:
             self.mixer = MixerBranch(mixer, readers=readers) if heads else None
             if plan.combine == "gate":
@@ -140,6 +143,17 @@ class LinearizedAttention(nn.Module):
             raise UserError(f"{self.plan.mixer} has no heads before an output projection; use a recipe that matches mixer_out.")
         return self._joined_heads(self._heads(x_BTD, rope, _split(None)))
 
+    @property
+    def scores_keys(self) -> bool:
+        """Whether far heads choose their keys by a learned score."""
+        return isinstance(self.window, UnevenWindow) and isinstance(self.window.far, KeptKeys)
+
+    def score_loss(self, x_BTD: Tensor, rope: Rope) -> Tensor:
+        """What the scores of far heads' keys miss of the attention that they draw from afar; needs `scores_keys`."""
+        made = projected(x_BTD, self._maps())
+        q, k, _ = self._read(made, rope if self.plan.window_rope == "keep" else None)
+        return cast(UnevenWindow, self.window).score_loss(q, k, x_BTD)
+
     def matrix(self, x_BTD: Tensor, rope: Rope) -> Tensor:
         """What Hedgehog and MOHAWK match first: the mixer's own causal matrix, [B, H, T, T].
 
@@ -174,7 +188,7 @@ class LinearizedAttention(nn.Module):
         if self.window is not None:
             turned = self.plan.window_rope == "keep"
             read[0, turned] = self._read(made[:3], rope if turned else None)
-            outputs["window"], parts["window"] = self.window(*read[0, turned], parts["window"])
+            outputs["window"], parts["window"] = self.window(*read[0, turned], parts["window"], x_BTD)
         if self.mixer is not None:
             turned, first = self.plan.rope == "keep", 0 if self.copies is None else 3
             q, k, v = read.get((first, turned)) or self._read(made[first : first + 3], rope if turned else None)

@@ -57,6 +57,28 @@ def render_recall(tokenizer: Any, draw: np.random.Generator, length: int, text: 
     return np.asarray(ids[:length], dtype=np.int64)
 
 
+def single_fact(tokenizer: Any, draw: np.random.Generator, length: int, text: Text) -> tuple[np.ndarray, int]:
+    """Running text with one fact in its first third, the question for it and the answer.
+
+    Args:
+        tokenizer: the teacher's.
+        draw: source of randomness.
+        length: T.
+        text: running text.
+
+    Returns:
+        [T] int64, and how many of the last tokens are the answer.
+    """
+    statement, question = FORMS[draw.integers(len(FORMS))]
+    ((name, value),) = _pairs(draw, 1).items()
+    asked = "\n" + question.partition("{v}")[0].rstrip().format(k=name)
+    lines = (f"\n{statement.format(k=name, v=value)}\n", asked, f" {value}")
+    fact, prompt, answer = tokenizer(list(lines), add_special_tokens=False)["input_ids"]
+    room = max(0, length - len(fact) - len(prompt) - len(answer))
+    before, after = np.split(text(room), [int(draw.integers(room // 3 + 1))])
+    return np.concatenate([before, fact, after, prompt, answer]).astype(np.int64)[-length:], len(answer)
+
+
 def _fitting(tokenizer: Any, draw: np.random.Generator, room: int) -> list[int]:
     """Tokens of one list with its questions, with as many pairs as the room allows, or of two pairs if none fits."""
     n_pairs = int(draw.integers(2, MAX_PAIRS + 1))

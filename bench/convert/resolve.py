@@ -140,7 +140,8 @@ def _apply(fields: dict[str, Any], setting: str) -> None:
         raise UserError(f"--set {setting!r} has no value; write it like --set stages.lr=1e-3.")
     section, _, rest = path.partition(".")
     if section == "plan" and rest in LayerPlan.model_fields:
-        fields["plan"] = {**fields["plan"], rest: _value(text)}
+        is_text = LayerPlan.model_fields[rest].annotation is str
+        fields["plan"] = {**fields["plan"], rest: text if is_text else _value(text)}
         return
     stages = [dict(stage) for stage in fields["stages"]]
     number, _, key = rest.partition(".")

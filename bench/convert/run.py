@@ -17,11 +17,13 @@ from bench.convert import parallel, saving
 from bench.convert.align import alignment_backward
 from bench.convert.compiled import WORTH_COMPILING
 from bench.convert.data import TrainingData
+from bench.convert.far import automatic
 from bench.convert.gate import STEPS, GateResult, check_model
 from bench.convert.loop import Progress, StageLoop
 from bench.convert.measure import agreement, cache_bytes, referee_rows
 from bench.convert.parameters import choose_parameters
 from bench.convert.plans import kl_kept, layer_plans
+from bench.convert.retrieval import SHORT, Search, find_far_heads
 from bench.convert.softmax import training_softmax
 from bench.convert.spec import LayerPlan, Recipe, Stage
 from bench.convert.stage import StageTrainer, products_like_tf32
@@ -69,6 +71,7 @@ class Conversion:
         self.device: torch.device = self.teacher.device
         self.stages = [stage for stage in self.recipe.stages if self._applies(stage)]
         self.held = self.data.held_out(self.held_rows, self._length())
+        self._find_far_heads()
         torch.manual_seed(self.recipe.seed)
         self.student = build_student(self.teacher, layer_plans(self.recipe.plan, len(self.teacher.model.layers))).eval()
         self._rehearse()
@@ -112,6 +115,16 @@ class Conversion:
         gate = self._finish(say) if parallel.rank() == 0 else None
         parallel.wait()
         return gate
+
+    def _find_far_heads(self) -> None:
+        """Names the heads of an auto:n plan, so that everything after, the saved recipe too, knows them by name."""
+        plan, count = self.recipe.plan, automatic(self.recipe.plan)
+        if count and plan.layers.strip() != "none":
+            search = SHORT if self.device.type == "cpu" else Search()
+            measure = partial(find_far_heads, bf16=self.precision == "bf16", search=search)
+            named, gates = measure(self.teacher, self.tokenizer, self.data, plan, count)
+            self.recipe = self.recipe.model_copy(update={"plan": plan.model_copy(update={"far_heads": named})})
+            self.rows["gates of key heads between window and whole attention"] = gates
 
     def _rehearse(self) -> None:
         """Stages on the teacher's stream see a few tokens, so that a mixer that does not fit says it before anything is written."""

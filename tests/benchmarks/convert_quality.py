@@ -33,34 +33,42 @@ from tests.benchmarks.convert_recall import recall
 
 TEXT = {"news": 0.2, "faq": 0.15, "docs": 0.15}
 RECALL = {"facts": 0.3, "lists": 0.1, "passages": 0.1}
-SHORT = ["--tokens", "4000000", "--set", "stages.batch_tokens=16384", "--set", "stages.micro_tokens=8192"]
 GDN = ["--mixer", "gated_delta_net"]
-RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama", "align_distill")
-MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention", "mamba2")
+RECIPES = ("lolcats", "lizard", "radlads", "haller", "mamba_in_llama")
+MIXERS = ("gated_delta_net", "delta_net", "gla", "kda", "retention")
 NARROW = ["--window", "60", "--set", "plan.groups=repeat"]
 SHARE = ["--set", "plan.projections=share"]
 OURS = ["--recipe", "align_distill"]
 
 
-def budget(first: int, second: int, batch: int, micro: int) -> list[str]:
-    """Tokens of both stages of `align_distill`, of a step and of a forward pass; sequences as long as the farthest fact needs."""
-    tokens = ["--set", f"stages.1.tokens={first}", "--set", f"stages.2.tokens={second}", "--set", "stages.seq_len=2048"]
-    return [*tokens, "--set", f"stages.batch_tokens={batch}", "--set", f"stages.2.micro_tokens={micro}"]
+def budget(first: int, second: int, batch: int, micro: int, length: int = 2048) -> list[str]:
+    """Tokens of both stages of `align_distill` or `far_heads`, of a step and of a forward pass, and of sequences of the second."""
+    tokens = ["--set", f"stages.1.tokens={first}", "--set", f"stages.2.tokens={second}", "--set", "stages.1.seq_len=2048"]
+    tokens += ["--set", f"stages.2.seq_len={length}", "--set", f"stages.batch_tokens={batch}"]
+    return [*tokens, "--set", f"stages.micro_tokens={micro}"]
 
 
 TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
 FASTER = ["--set", "stages.2.lr=3e-4", "--set", "stages.2.mixer_lr=1e-3"]
-MAIN = [*OURS, *budget(5_000_000, 20_000_000, 32_768, 8192), "--seconds", "340"]
-EQUAL = budget(1_000_000, 3_000_000, 16_384, 8192)
+FAR = ["--recipe", "far_heads", *budget(1_500_000, 2_500_000, 16_384, 8192, 4096), "--seconds", "110"]
+STILL = ["--set", "stages.2.tokens=1", "--set", "stages.2.lr=1e-9"]
+"""A second stage of one step that moves nothing: the teacher's weights under another attention."""
+BESIDE = ["--window", "119", "--set", "plan.far_window=631", "--set", "plan.groups=share", "--set", "plan.projections=copy"]
+BESIDE += ["--set", "plan.rope=drop", "--set", "plan.combine=gate", "--set", "stages.2.mixer_lr=2e-3"]
+EQUAL = budget(300_000, 600_000, 16_384, 8192)
+SHORT = ["--tokens", "900000", "--set", "stages.batch_tokens=16384", "--set", "stages.micro_tokens=8192"]
 EXPERIMENTS: dict[str, list[str]] = {
     "try-gentle": TINY,
     "try-copy": [*TINY, *FASTER],
     "try-base": [*TINY, *FASTER, *SHARE, "--set", "stages.1.lr=3e-3"],
     "try-narrow": [*TINY, *FASTER, *NARROW],
     "try-aligned": [*OURS, *FASTER, *budget(2_900_000, 1_000_000, 16_384, 4096), "--seconds", "240"],
-    **{f"main-{seed}": [*MAIN, "--seed", str(seed)] for seed in range(3)},
-    # Mamba-2 has projections of its own, which start as copies of the teacher's.
-    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL, *(SHARE if name == "mamba2" else [])] for name in MIXERS},
+    **{f"main-{seed}": [*FAR, "--seed", str(seed)] for seed in range(3)},
+    # What of `far_heads` matters: scores alone; the newest keys instead of the best, untrained; a mixer in the place of window.
+    "far-scores": [*FAR, *STILL],
+    "far-newest": ["--recipe", "swa", "--window", "115", "--set", "plan.far_heads=auto:4", "--set", "plan.far_window=3200"],
+    "far-mixer": [*FAR, *GDN, *BESIDE],
+    **{f"mixer-{name}": [*OURS, "--mixer", name, *NARROW, *EQUAL] for name in MIXERS},
     **{f"recipe-{name}": ["--recipe", name, *GDN, "--layers", "all", *SHORT] for name in RECIPES},
 }
 DISTANCES = [768, 1536, 3072]

@@ -24,6 +24,7 @@ from tests.convert.commands import SMALL, call, convert
 @pytest.mark.parametrize("name", catalog.conversions())
 def test_every_recipe_ends_in_a_folder_that_loads(name: str, teacher_folder: Path, text: Path, work: Path):
     settings = [*SMALL, "--tokens", "400"] if load_recipe(name).stages else []
+    settings += ["--set", "plan.far_heads=auto:2"] if load_recipe(name).plan.far_heads else []
     code, out, _ = convert(teacher_folder, text, "--recipe", name, "--out", "made", "--json", *settings)
     assert code == 0, out
     assert {path.name for path in work.iterdir()} == {"made"}
@@ -31,7 +32,9 @@ def test_every_recipe_ends_in_a_folder_that_loads(name: str, teacher_folder: Pat
     assert report["gate"]["passed"]
     assert [stage["capture"] for stage in report["stages"]] == [stage.capture for stage in load_recipe(name).stages]
     assert report["recipe_name"] == name
-    assert json.loads((work / "made/recipe.json").read_text())["name"] == name
+    recipe = json.loads((work / "made/recipe.json").read_text())
+    assert recipe["name"] == name
+    assert "auto" not in recipe["plan"]["far_heads"]
     model, tokenizer = pretrained.load(str(work / "made"))
     given = tokenizer(["Recall beyond", "The state holds the rest. The"], return_tensors="pt", padding=True)
     made = model.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)

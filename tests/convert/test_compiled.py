@@ -16,6 +16,7 @@ from tests.convert.conftest import tiny
 PLANS = {
     "gate": LayerPlan(mixer="gated_delta_net", groups="share", window=7, sinks=2, combine="gate"),
     "lolcats": LayerPlan(options={"feature_map": "hedgehog"}, window=7, sinks=2),
+    "far": LayerPlan(mixer=None, combine="sum", window=7, sinks=2, far_heads="0.1,1.1", far_window=20, far_keys="best"),
 }
 LOGITS = {"capture": "logits", "loss": "kl_ce", "kl": 1.0, "ce": 0.5}
 STAGES = {
@@ -25,10 +26,12 @@ STAGES = {
     "logits": Stage(**LOGITS, train=("all",)),
     "lora": Stage(**LOGITS, train=("mixer",), lora=Lora()),
 }
+PAIRS = [("gate", name) for name in STAGES]
+PAIRS += [("lolcats", "attn_out"), ("lolcats", "logits"), ("far", "logits")]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at an activation's
-@pytest.mark.parametrize(("plan", "stage"), [("gate", name) for name in STAGES] + [("lolcats", "attn_out"), ("lolcats", "logits")])
+@pytest.mark.parametrize(("plan", "stage"), PAIRS)
 def test_compiled_stages_train_alike(plan: str, stage: str, monkeypatch: pytest.MonkeyPatch):
     """Traced by torch.compile but run by torch itself, which needs no compiler."""
     monkeypatch.setattr(stages, "compile_parts", partial(compile_parts, backend="eager"))

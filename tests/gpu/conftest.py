@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 
+from tests.convert.conftest import tokenizer  # noqa: F401
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _context_of_backward() -> None:

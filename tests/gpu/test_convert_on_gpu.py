@@ -6,6 +6,7 @@ import torch
 from bench.convert.data import Corpus, TrainingData
 from bench.convert.decode import Decoder
 from bench.convert.gate import check_model
+from bench.convert.retrieval import Search, find_far_heads
 from bench.convert.spec import LayerPlan, Source, Stage
 from bench.convert.stage import StageTrainer
 from bench.convert.student import build_student
@@ -15,6 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PLANS = {
     "lolcats": LayerPlan(options={"feature_map": "hedgehog"}, window=7, sinks=2),
     "gate": LayerPlan(mixer="gated_delta_net", window=7, sinks=2, combine="gate"),
+    "far": LayerPlan(mixer=None, combine="sum", window=7, sinks=2, far_heads="0.1,1", far_window=20),
+    "kept": LayerPlan(mixer=None, combine="sum", window=7, sinks=2, far_heads="0.1,1", far_window=20, far_keys="best"),
     "mamba2": LayerPlan(mixer="mamba2", window=0, combine="sum"),
 }
 
@@ -51,6 +54,29 @@ def test_stages_train_in_bf16(capture: str):
     losses = [trainer.step(0.0)["loss"] for _ in range(30)]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
+
+
+def test_scores_and_logits_train_with_kept_keys_in_bf16():
+    teacher = tiny().cuda().requires_grad_(False)
+    student = build_student(teacher, [PLANS["kept"]] * 2)
+    corpus = Corpus(Source(kind="text", where="x"), torch.randint(1, 280, (20_000,)).int().numpy())
+    for index, (capture, loss) in enumerate((("far_attention", {}), ("logits", {"loss": "kl_ce", "kl": 1.0}))):
+        named = {"seq_len": 64, "batch_tokens": 256, "schedule": "constant", "lr": 3e-3, "train": ("all",)}
+        stage = Stage(capture=capture, **named | ({"train": ("mixer",)} if capture == "far_attention" else {}), **loss)
+        trainer = StageTrainer(student, teacher, stage, index, TrainingData([corpus], None, 0), "bf16")
+        losses = [trainer.step(0.0)["loss"] for _ in range(30)]
+        assert sum(losses[-5:]) < sum(losses[:5]), capture
+        trainer.finish()
+
+
+def test_gates_train_on_gpu(tokenizer):
+    teacher = tiny(max_position_embeddings=256).cuda().requires_grad_(False)
+    corpus = Corpus(Source(kind="text", where="x"), torch.randint(1, 280, (20_000,)).int().numpy())
+    plan = PLANS["far"].model_copy(update={"far_heads": "auto:2"})
+    search = Search(steps=5, rows=2, length=200)
+    heads, gates = find_far_heads(teacher, tokenizer, TrainingData([corpus], tokenizer, 0), plan, 2, bf16=True, search=search)
+    assert len(heads.split(",")) == 2
+    assert all(0.5 < gate < 1 for gate in gates.values())
 
 
 def test_generation_replays_graphs_and_says_the_same(monkeypatch: pytest.MonkeyPatch):
