@@ -107,6 +107,7 @@ class FleetTrainer:
         )
         self._scorer = Scorer(self.fleet.model, self.valid, self.fleet.sets_E.tolist(), self.fleet.pool)
         self._tested: tuple[int, list[Scores]] | None = None
+        self._epoch_seconds: list[float] = []
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Every member's checkpoint."""
@@ -163,7 +164,9 @@ class FleetTrainer:
                 if on_checkpoint is not None and now - saved > checkpoint_seconds:
                     saved = now
                     on_checkpoint(self.checkpoints())
-            yield from self._end_epoch(began)
+            ended = self._end_epoch(began)
+            self._epoch_seconds.append(time.monotonic() - began)
+            yield from ended
             self._drop_finished()
 
     def advance(self, cell: int) -> None:
@@ -223,18 +226,24 @@ class FleetTrainer:
             member.seconds += share
 
     def _drop_finished(self) -> None:
-        """Goes on with the members that still train.
-
-        A compiled fleet would have to be compiled again for its new size, so it carries finished members along, with a
-        learning rate of zero, until they are half of it.
-        """
+        """Goes on with the members that still train; others are carried along, at a rate of zero, while that costs less."""
         going = [not member.finished() for member in self.members]
-        if all(going) or (self.compiled and sum(going) > len(going) // 2):
+        if all(going) or (any(going) and self.compiled and not self._pays(sum(going) / len(going))):
             return
         states = [state for state, keep in zip(self.fleet.states(), going, strict=True) if keep]
         self.members = [member for member, keep in zip(self.members, going, strict=True) if keep]
         if self.members:
             self._stack(states)
+
+    def _pays(self, share: float) -> bool:
+        """Whether a fleet of a share of the members saves more time than compiling it takes.
+
+        Compiling is what the first epoch of a fleet takes longer than the last one.
+        """
+        if len(self._epoch_seconds) < 2:
+            return False
+        first, last = self._epoch_seconds[0], self._epoch_seconds[-1]
+        return (self.train.epochs - self.epoch) * last * (1 - share) > first - last
 
     def _progress(self) -> Progress:
         loss, accuracy, examples = self.fleet.sums_E3.T.tolist()

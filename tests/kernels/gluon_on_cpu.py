@@ -115,6 +115,7 @@ class Program:
             minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             exp2=torch.exp2,
+            log=torch.log,
             sum=lambda x, axis: x.sum(axis),
             convert_layout=lambda x, _: x,
             static_range=range,
@@ -292,5 +293,6 @@ class OnCpu:
 def _argument(x: Any) -> Any:
     """What a kernel makes of an argument."""
     if isinstance(x, Tensor):
-        return Pointer(x.view(-1))
+        size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        return Pointer(x.detach().as_strided((size,), (1,)))
     return torch.tensor(x) if isinstance(x, int) else x

@@ -25,7 +25,7 @@ from kernels.layer_step import Apart, Conv, Packed, layer_step
 from kernels.norms import norm_pair
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.rows import read_rows
-from kernels.scan import scan, selective_scan
+from kernels.scan import gated_selective_scan, scan, selective_scan
 from kernels.step import recurrent_step
 from kernels.step_form import StepForm
 from kernels.taylor import n_features, taylor_attention
@@ -115,6 +115,11 @@ DOORS = {
     ),
     "scan": Door(scan, {"a": r(B, T, D), "x": r(B, T, D), "state": r(B, D)}),
     "selective_scan": Door(selective_scan, SCANNED),
+    "gated_selective_scan": Door(
+        lambda *scanned: gated_selective_scan(*scanned[:6], dt_bias_D=scanned[6], skip_D=scanned[7], gate_BTD=scanned[8]),
+        {{"dt": "raw_dt"}.get(name, name): tensor for name, tensor in SCANNED.items()}
+        | {"dt_bias": r(D), "skip": r(D), "gate": r(B, T, D)},
+    ),
     "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
