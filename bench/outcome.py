@@ -76,7 +76,7 @@ class Outcome:
             first = task.cells("test")[0]
             batch = build_split(task, "test", member.spec.seed)[first.name]
             links = task.suite in LINKED_SUITES and task.input_kind == "tokens" and task.readout == "positions"
-            self.influence = influence_map(trainer.model.member(index), batch, trainer.device, links=links)
+            self.influence = influence_map(trainer.fleet.model.member(index), batch, trainer.device, links=links)
 
 
 def _metrics(split: Any, scores: Scores) -> list[Metric]:

@@ -32,7 +32,7 @@ def identity_code(spec: RunSpec) -> str:
     return digest(code_hashes(spec))
 
 
-TRAINER = ("build", "data", "ends", "evaluate", "member", "model", "scoring", "stacked", "streamed", "train")
+TRAINER = ("build", "data", "ends", "evaluate", "fleet", "member", "model", "scoring", "stacked", "streamed", "train")
 """Modules that decide how a run trains and is scored."""
 
 

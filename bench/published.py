@@ -197,7 +197,7 @@ def _compare(target: Target, experiments: list[Experiment], by_id: Mapping[str, 
         raise UserError(
             f"{target.point} would be trained under several settings, and a check compares one: give each --set one value."
         )
-    found = [by_id.get(_point_id(experiment)) for experiment in experiments]
+    found = [by_id.get(experiment.point_id()) for experiment in experiments]
     trained = [(point.accuracy.mean, point) for point in found if point is not None and point.accuracy.mean is not None]
     if len(trained) < len(target.mixers):
         return Compared(target, None, "not run")
@@ -253,9 +253,5 @@ def reproductions(found: Sequence[Point]) -> list[Comparison]:
 
 def sweep_points(sweep: Sweep, records: Iterable[RunRecord]) -> list[Point]:
     """The points that a sweep's experiments have among stored records."""
-    planned = {_point_id(experiment) for experiment in sweep.experiments}
+    planned = {experiment.point_id() for experiment in sweep.experiments}
     return points(record for record in records if record.spec.point_id() in planned)
-
-
-def _point_id(experiment: Experiment) -> str:
-    return experiment.run(experiment.lrs[0], 0).point_id()

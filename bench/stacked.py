@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from bench import evaluate
 from bench.build import build_model
@@ -21,7 +22,7 @@ from synthetic_tasks import Task
 
 RECOMPILE_LIMIT = 256
 
-F = TypeVar("F", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class StackedModel:
@@ -38,11 +39,13 @@ class StackedModel:
     def __init__(self, specs: list[RunSpec], task: Task, device: torch.device, precision: str, *, compiled: bool = False) -> None:
         models = [build_model(spec, task, device) for spec in specs]
         self.module: LanguageModel = models[0]
+        for layer in self.module.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = _Linear
         self.device, self.precision = device, precision
         self.shapes = {name: p.shape for name, p in self.module.named_parameters()}
         self.flat_EP = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models])
         self.leaves = dict(self._views(self.flat_EP, leaf=True))
-        self.biases = _linear_biases(self.module) if precision == "bf16" else frozenset()
         self.buffers, self.own_buffers = _stack_buffers(models)
         self._loss = compile_for_cells(self._mapped(_member_loss)) if compiled else self._mapped(_member_loss)
         self._outputs = self._mapped(_member_outputs)
@@ -92,7 +95,6 @@ class StackedModel:
         own = self.own_buffers
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> Any:
-            parameters = {name: p.bfloat16() if name in self.biases else p for name, p in parameters.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
                 return function(self.module, {**parameters, **buffers}, *tensors)
 
@@ -111,16 +113,20 @@ class StackedModel:
         return every
 
 
-def compile_for_cells(function: F) -> F:
+def compile_for_cells(function: Function) -> Function:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    return cast(F, torch.compile(function, dynamic=False))
+    return cast(Function, torch.compile(function, dynamic=False))
 
 
-def _linear_biases(module: nn.Module) -> frozenset[str]:
-    """The biases of linear maps: autocast rounds them, but vmap takes a map apart first and would add them in fp32."""
-    linear = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
-    return frozenset(f"{name}.bias" for name, layer in linear if layer.bias is not None)
+class _Linear(nn.Linear):
+    """A linear map whose bias autocast rounds, mapped or not: vmap takes a map apart first, and would add an fp32 bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias, kind = self.bias, input.device.type
+        if bias is not None and torch.is_autocast_enabled(kind):
+            bias = bias.to(torch.get_autocast_dtype(kind))
+        return F.linear(input, self.weight, bias)
 
 
 def _stack_buffers(models: list[LanguageModel]) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -32,6 +32,10 @@ class Experiment(Frozen):
         train = self.train.model_copy(update={"lr": lr})
         return RunSpec(task=self.task, model=self.model, train=train, seed=seed)
 
+    def point_id(self) -> str:
+        """Identity of the point that its runs become."""
+        return self.run(self.lrs[0], 0).point_id()
+
     def selection_runs(self, select_seeds: int) -> list[RunSpec]:
         """Runs that choose the learning rate; none where there is no choice."""
         if len(self.lrs) == 1:

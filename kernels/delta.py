@@ -50,6 +50,9 @@ FP32 = {
     256: Config(16, Launch(16, 8), Launch(16, 8), Launch(32, 4), 32),
 }
 
+COUPLING_REGISTERS = 168
+"""Registers of a thread of the coupling kernel of 16-bit heads, at most: three warps then share a scheduler."""
+
 
 def operand_dtype(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor) -> torch.dtype:
     """The dtype of the tensor cores' operands: the narrowest given, but fp32 for heads wider than 128.
@@ -123,32 +126,38 @@ def forward(
         The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and what
         `backward` needs.
     """
-    from kernels import delta_coupling_triton
-
-    batch, length, heads, v_dim = v_BTHV.shape
     k_dim = k_BTGK.shape[3]
-    dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
-    config = config_of(k_dim, v_dim, dot)
+    config = config_of(k_dim, v_BTHV.shape[3], operand_dtype(q_BTGK, k_BTGK, v_BTHV))
     kept = kept_like(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)
-    chunks = kept.couplings.shape[2]
     o = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     last = _state_like(v_BTHV, k_dim) if return_state else _nothing(v_BTHV)
-    beta = beta_BTH.contiguous()
-    (q, k, v), strides, unit = _rows(q_BTGK, k_BTGK, v_BTHV)
-    gate, gate_strides, gate_every = _gate(log_decay, batch, v)
-    group = heads // k.shape[2]
-    shared = {"K": k_dim, "BK": padded(k_dim), "UNIT": unit, "C": config.chunk}
-    shared |= {"DOT": _triton_dtype(dot), "PRECISION": _precision(dot)}
-    delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
-        k, beta, gate, kept.couplings, kept.decays, *strides[3:6], *gate_strides, length, chunks, heads, group, gate_every,
-        **shared, GATE=_gate_kind(log_decay), MERGE=_triton_dtype(dot if dot == torch.float32 else torch.float16), num_warps=1,
-    )  # fmt: skip
-    first = None if state_BHKV is None else state_BHKV.contiguous()
-    launch = delta_hopper_launch.forward if delta_hopper_launch.fit(k_dim, q, k, v) else _walk
-    launch(
-        q, k, v, beta, kept, first, o, last, config.forward, gated=log_decay is not None, return_state=return_state, keep=keep
-    )  # fmt: skip
+    (q, k, v), _, _ = _rows(q_BTGK, k_BTGK, v_BTHV)
+    beta, first = beta_BTH.contiguous(), None if state_BHKV is None else state_BHKV.contiguous()
+    gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
+    wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
+    on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
+    if on_hopper and delta_hopper_launch.couples(k_dim, kept, v):
+        delta_hopper_launch.forward_beside(q, k, v, beta, gate, kept, first, o, last, **wanted)
+        return o, last, kept
+    _couple(k, beta, gate, kept, _gate_kind(log_decay))
+    launch = delta_hopper_launch.forward if on_hopper else _walk
+    launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     return o, last, kept
+
+
+def _couple(k: Tensor, beta: Tensor, gate: delta_hopper_launch.Gate, kept: Kept, kind: int) -> None:
+    """Writes the couplings and the cumulated decays."""
+    from kernels import delta_coupling_triton
+
+    (batch, length, groups, k_dim), (heads, chunks, chunk), dot = k.shape, kept.couplings.shape[1:4], kept.couplings.dtype
+    single = dot == torch.float32
+    _, strides, unit = _rows(k)
+    delta_coupling_triton.coupling_kernel[(batch * heads * chunks,)](
+        k, beta, gate.log_decay, kept.couplings, kept.decays, *strides, *gate.strides, length, chunks, heads, heads // groups,
+        gate.every, K=k_dim, BK=padded(k_dim), UNIT=unit, C=chunk, GATE=kind, DOT=_triton_dtype(dot), PRECISION=_precision(dot),
+        MERGE=_triton_dtype(torch.float32 if single else torch.float16), num_warps=1,
+        maxnreg=None if single else COUPLING_REGISTERS,
+    )  # fmt: skip
 
 
 def _walk(

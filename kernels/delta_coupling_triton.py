@@ -35,7 +35,7 @@ def _gram(k, stride, start, length, K: tl.constexpr, BK: tl.constexpr, C: tl.con
     sums = ()
     for _ in tl.static_range(C // S * (C // S + 1) // 2):
         sums = sums + (tl.zeros([S, S], tl.float32),)  # noqa: RUF005
-    for first in tl.static_range(0, BK, WIDTH):
+    for first in tl.range(0, BK, WIDTH, num_stages=BK // WIDTH + 1):  # all loads at once
         rows = ()
         for block in tl.static_range(C // S):
             t_S = start + block * S + tl.arange(0, S)
@@ -73,17 +73,17 @@ def _diagonal(x_SS, xt_SS, beta_S, i, MERGE: tl.constexpr, PRECISION: tl.constex
     pair_SS = (i >> 1)[:, None] == (i >> 1)[None, :]
     l_SS, lt_SS = x_SS * -beta_S[None, :], xt_SS * -beta_S[:, None]
     a_SS, at_SS = tl.where(pair_SS, one_SS + l_SS, 0.0), tl.where(pair_SS, one_SS + lt_SS, 0.0)
-    lt_SS = lt_SS.to(MERGE)
     for level in tl.static_range(1, LEVELS):
         block = i >> level
         between = (block[:, None] < block[None, :]) & ((block >> 1)[:, None] == (block >> 1)[None, :])
         left_SS, right_SS = a_SS.to(MERGE), at_SS.to(MERGE)
-        step_SS = tl.dot(left_SS, tl.trans(tl.where(between, lt_SS, 0.0)), input_precision=PRECISION).to(MERGE)
-        a_SS = tl.dot(step_SS, tl.trans(right_SS), a_SS, input_precision=PRECISION)
-        at_SS = tl.dot(right_SS, tl.trans(step_SS), at_SS, input_precision=PRECISION)
-    a_SS, xt_SS = a_SS.to(MERGE), xt_SS.to(MERGE)
-    h_SS = tl.dot(a_SS, tl.trans(xt_SS), input_precision=PRECISION)
-    return a_SS, h_SS, tl.dot(xt_SS, tl.trans(a_SS), input_precision=PRECISION).to(MERGE)
+        part_SS = tl.trans(tl.where(between, lt_SS, 0.0)).to(MERGE)
+        step_SS = tl.dot(left_SS, part_SS, input_precision=PRECISION)
+        a_SS = tl.dot(step_SS.to(MERGE), tl.trans(at_SS).to(MERGE), a_SS, input_precision=PRECISION)
+        at_SS = tl.dot(right_SS, tl.trans(step_SS).to(MERGE), at_SS, input_precision=PRECISION)
+    h_SS = tl.dot(a_SS.to(MERGE), tl.trans(xt_SS).to(MERGE), input_precision=PRECISION)
+    ht_SS = tl.dot(xt_SS.to(MERGE), tl.trans(a_SS).to(MERGE), input_precision=PRECISION)
+    return a_SS.to(MERGE), h_SS, ht_SS
 
 
 @triton.jit
@@ -143,9 +143,9 @@ def coupling_kernel(
                 xt_SS = grams[(row - step) * (row - step + 1) // 2 + row - back]
                 if GATE != NO_GATE:
                     xt_SS = xt_SS * tl.exp2(decays[row - step][None, :] - decays[row - back][:, None])
-                p_SS = tl.dot(left[step], tl.trans(xt_SS.to(MERGE)), p_SS, input_precision=PRECISION)
+                p_SS = tl.dot(left[step], tl.trans(xt_SS).to(MERGE), p_SS, input_precision=PRECISION)
             minus_S = -betas[row - back][None, :]
-            p_SS = tl.dot((p_SS * minus_S).to(MERGE), tl.trans(transposed[row - back]), p_SS, input_precision=PRECISION)
+            p_SS = tl.dot((p_SS * minus_S).to(MERGE), tl.trans(transposed[row - back]).to(MERGE), p_SS, input_precision=PRECISION)
             _store_block(h, p_SS, row, row - back, C)
             _store_block(h, tl.zeros([S, S], tl.float32), row - back, row, C)
             left = left + ((p_SS * minus_S).to(MERGE),)  # noqa: RUF005

@@ -1,36 +1,31 @@
-"""The forward walk of `kernels.delta_triton` for Hopper, in Gluon: the same sums, with the order of the work spelled out.
+"""What the walks of the delta rule for Hopper share, in Gluon: the sums of `kernels.delta_triton`, their order spelled out.
 
 A walk is a chain of products that wait for each other. Plain Triton waits for each of them and for every load; here the tensor
 memory accelerator brings a chunk's rows while the one before is computed, and products that nobody waits for run behind those
 of the chain.
 
-A program is one warp group. Barriers are put in by the compiler, which does not know how long an asynchronous product reads:
-a buffer is written again only after a barrier that follows the wait for its last reader.
+Barriers are put in by the compiler, which does not know how long an asynchronous product reads: a buffer is written again only
+after a barrier that follows the wait for its last reader.
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
 """
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "heads", "group", "segments", "span"]
 
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the latter from Triton 3.7 on
+
 
 @gluon.constexpr_function
-def sums_layout(width):
-    """Registers of a warp group's sums that are `width` columns wide."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+def sums_layout(width, groups=1):
+    """Registers of sums that are `width` columns wide, of which each of the warp groups has its part."""
+    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
 
 
 @gluon.constexpr_function
@@ -63,31 +58,6 @@ def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
     mbarrier.expect(bar, BYTES)
     for index in gl.static_range(len(sources)):
         tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
-
-
-@gluon.jit
-def scores_beside(
-    q_CK, k_CK, state_KV, g_C, g_buffer,
-    C: gl.constexpr, BV: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """Q K^T of tokens and earlier ones, decayed, as a left operand; and K S. In reverse K Q^T of tokens and later ones."""
-    square: gl.constexpr = sums_layout(C)
-    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    seen = rows[:, None] <= cols[None, :] if REVERSE else rows[:, None] >= cols[None, :]
-    first, second = (k_CK, q_CK) if REVERSE else (q_CK, k_CK)
-    scores = gl.zeros([C, C], gl.float32, square)
-    scores = warpgroup_mma(first, second.permute([1, 0]), scores, use_acc=False, is_async=True)
-    read = gl.zeros([C, BV], gl.float32, sums_layout(BV))
-    read = warpgroup_mma(k_CK, state_KV, read, use_acc=False, is_async=True)
-    scores_CC, read = warpgroup_mma_wait(1, [scores, read])
-    if GATED:
-        fall_CC = gl.convert_layout(g_C, gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
-        # Only exponents that are <= 0 are used; the others would overflow and are masked before.
-        scores_CC = scores_CC * gl.exp2(gl.where(seen, -fall_CC if REVERSE else fall_CC, float("-inf")))
-    else:
-        scores_CC = gl.where(seen, scores_CC, 0.0)
-    scores_CC = gl.convert_layout(scores_CC.to(DOT), gl.DotOperandLayout(0, square, 2))
-    return scores_CC, warpgroup_mma_wait(0, [read])
 
 
 @gluon.jit
@@ -124,125 +94,3 @@ def given_state(
         offsets, inside = columns_of(rows, e_start, V, K, BK, BV)
         state_KV = gl.load(given + index.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
     return state_KV
-
-
-@gluon.jit
-def buffers_of(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DOT: gl.constexpr):
-    """Shared memory of a walk: two chunks' queries and keys, decays; values, H, the state, and two matrices like values."""
-    q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    v_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
-    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
-    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return q_buffers, k_buffers, g_buffer, (v_buffer, h_buffer, state_buffer, error_buffer, write_buffer)
-
-
-@gluon.jit
-def _erase(
-    q_CK, buffers, read_CV, beta_C, C: gl.constexpr, BV: gl.constexpr, DOT: gl.constexpr
-):  # fmt: skip
-    """The errors E of a chunk, in registers, and the product Q S, which runs on."""
-    v_buffer, h_buffer, state_buffer, error_buffer, _ = buffers
-    narrow: gl.constexpr = sums_layout(BV)
-    error_CV = v_buffer.load(narrow).to(gl.float32) - read_CV
-    error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
-    fence_async_shared()
-    none_CV = gl.zeros([C, BV], gl.float32, narrow)
-    spread = warpgroup_mma(h_buffer, error_buffer, none_CV, use_acc=False, is_async=True)
-    asked = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-    spread_CV, asked = warpgroup_mma_wait(1, [spread, asked])
-    return error_CV - spread_CV, asked
-
-
-@gluon.jit
-def _write(
-    errors, at_o, buffers, state_KV, k_CK, error_CV, beta_C, g_C, g_all,
-    GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """Starts to add a chunk's writes to the state, and leaves them in shared memory; keeps the errors."""
-    _, _, _, error_buffer, write_buffer = buffers
-    write_CV = error_CV * beta_C[:, None]
-    write_buffer.store(write_CV.to(DOT))
-    fade_buffer = write_buffer
-    if KEEP:
-        error_buffer.store(error_CV.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(errors, at_o, error_buffer)
-    if GATED:
-        state_KV, fade_buffer = state_KV * gl.exp2(g_all), error_buffer
-        if KEEP:
-            tma.store_wait(0)
-        error_buffer.store((write_CV * gl.exp2(g_all - g_C)[:, None]).to(DOT))
-    fence_async_shared()
-    return warpgroup_mma(k_CK.permute([1, 0]), fade_buffer, state_KV, is_async=True)
-
-
-@gluon.jit(do_not_specialize=SIZES)
-def forward_kernel(
-    q, k, v, h, o, errors, states, beta, g, first, last,
-    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """As `kernels.delta_triton.forward_kernel`, on descriptors of blocks of a chunk.
-
-    Grid: (B * H * segments * value tiles,). A segment is `span` chunks; `first` holds the state that enters each of them.
-    """
-    TILES: gl.constexpr = (V + BV - 1) // BV
-    part, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
-    head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
-    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
-    shared_head, steps = head // group, n_last - n_first + 1
-    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
-    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
-    v_buffer, h_buffer, state_buffer, error_buffer, write_buffer = buffers
-    out_buffer = write_buffer if GATED else error_buffer
-    qk_bars, vh_bar = barriers(2), barriers(1).index(0)
-
-    state_KV = given_state(first, part, sums_layout(BV), e_start, V, K, BK, BV, FIRST)
-    at_qk, at_v = [batch, n_first * C, shared_head, 0], [batch, n_first * C, head, e_start]
-    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
-    fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + n_first, 0, 0]), (v_buffer, h_buffer))
-    beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
-    for n in range(n_first, n_last + 1):
-        step, then, following = n - n_first, (n - n_first + 1) % 2, gl.minimum(n + 1, n_last)
-        at_qk, at_v, at_o = (
-            [batch, following * C, shared_head, 0],
-            [batch, following * C, head, e_start],
-            [batch, n * C, head, e_start],
-        )
-        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
-        tma.store_wait(0)
-        state_buffer.store(state_KV.to(DOT))
-        if GATED:
-            g_buffer.store(g_C)
-        fence_async_shared()
-        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
-        scores_CC, read_CV = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, False, GATED, DOT)
-        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
-        if KEEP:
-            tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-        mbarrier.wait(vh_bar, step % 2)
-        error_CV, asked = _erase(q_CK, buffers, scaled(read_CV, g_C, GATED), beta_C, C, BV, DOT)
-        state = _write(errors, at_o, buffers, state_KV, k_CK, error_CV, beta_C, g_C, g_all, GATED, KEEP, DOT)
-        fetch(vh_bar, 2 * C * (BV + C), (v, h), (at_v, [chunk_0 + following, 0, 0]), (v_buffer, h_buffer))
-        if GATED:
-            asked = scaled(warpgroup_mma_wait(1, [asked]), g_C, GATED)
-        beta_C, g_C, g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
-        written = warpgroup_mma(scores_CC, write_buffer, asked, is_async=True)
-        state_KV, o_CV = warpgroup_mma_wait(0, [state, written])
-        if KEEP:
-            tma.store_wait(0)
-        out_buffer.store(o_CV.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o, at_o, out_buffer)
-    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
-    mbarrier.wait(vh_bar, steps % 2)
-    tma.store_wait(0)
-    if LAST:
-        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
-        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))

@@ -26,13 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.delta_hopper import (
     SIZES,
     barriers,
-    buffers_of,
     columns_of,
     factors_of,
     fetch,
     place,
     scaled,
-    scores_beside,
     shared_layout,
     sums_layout,
 )
@@ -107,6 +105,44 @@ def forward_carry_kernel(
     gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
 
 
+@gluon.jit
+def _buffers(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory of a walk: two chunks' queries and keys, decays; values, H, the state, and two matrices like values."""
+    q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
+    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
+    v_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return q_buffers, k_buffers, g_buffer, (v_buffer, h_buffer, state_buffer, error_buffer, write_buffer)
+
+
+@gluon.jit
+def _scores_beside(
+    q_CK, k_CK, state_KV, g_C, g_buffer,
+    C: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """K Q^T of tokens and later ones, decayed, as a left operand; and the product of K and the gradient of the state."""
+    square: gl.constexpr = sums_layout(C)
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    seen = rows[:, None] <= cols[None, :]
+    scores = gl.zeros([C, C], gl.float32, square)
+    scores = warpgroup_mma(k_CK, q_CK.permute([1, 0]), scores, use_acc=False, is_async=True)
+    read = gl.zeros([C, BV], gl.float32, sums_layout(BV))
+    read = warpgroup_mma(k_CK, state_KV, read, use_acc=False, is_async=True)
+    scores_CC, read = warpgroup_mma_wait(1, [scores, read])
+    if GATED:
+        fall_CC = gl.convert_layout(g_C, gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
+        # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+        scores_CC = scores_CC * gl.exp2(gl.where(seen, -fall_CC, float("-inf")))
+    else:
+        scores_CC = gl.where(seen, scores_CC, 0.0)
+    scores_CC = gl.convert_layout(scores_CC.to(DOT), gl.DotOperandLayout(0, square, 2))
+    return scores_CC, warpgroup_mma_wait(0, [read])
+
+
 @gluon.jit(do_not_specialize=SIZES)
 def reverse_carry_kernel(
     q, k, do, h, beta, g, dlast, ends,
@@ -122,7 +158,7 @@ def reverse_carry_kernel(
     shared_head, steps = head // group, n_last - n_first + 1
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
     i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
-    q_buffers, k_buffers, g_buffer, buffers = buffers_of(BK, BV, C, DOT)
+    q_buffers, k_buffers, g_buffer, buffers = _buffers(BK, BV, C, DOT)
     do_buffer, h_buffer, state_buffer, error_buffer, fade_buffer = buffers
     qk_bars, doh_bar = barriers(2), barriers(1).index(0)
 
@@ -140,7 +176,7 @@ def reverse_carry_kernel(
             g_buffer.store(g_C)
         fence_async_shared()
         mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
-        scores_CC, dwrite = scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, True, GATED, DOT)
+        scores_CC, dwrite = _scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, GATED, DOT)
         fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
         mbarrier.wait(doh_bar, step % 2)
         dwrite = warpgroup_mma(scores_CC, do_buffer, scaled(dwrite, g_all - g_C, GATED), is_async=True)

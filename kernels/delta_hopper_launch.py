@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.operands import _triton_dtype, padded
+from kernels.operands import _rows, _triton_dtype, padded
 
 if TYPE_CHECKING:
     from kernels.delta import Config, Kept, Launch
@@ -19,6 +19,8 @@ WIDTH = 128
 """The widest heads that fit on chip."""
 SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
+BESIDE = {"W": 4, "REGISTERS": 216, "STAGES": 3}
+"""Warps that make couplings beside the walk of a head up to 64 wide, their registers, and chunks that are on their way or read."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -62,14 +64,21 @@ def segments_of(walks: int, chunks: int, device: torch.device) -> int:
 
 
 def _forward_plan(walks: int, kept: Kept, wide: bool) -> tuple[int, int]:
-    """Segments of the forward walk and columns of the values that a program takes, as measured on an H200.
+    """Segments of the forward walk and columns of the values that a program takes, so that few multiprocessors idle.
 
-    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay.
+    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay, and before
+    that they take fewer columns.
     """
     device, chunks = kept.couplings.device, kept.couplings.shape[2]
     free = multiprocessors(device) // walks
     segments = segments_of(walks, chunks, device) if free >= (8 if wide else 2) else 1
-    return segments, CHUNK if segments > 1 or (wide and free < 4) else 32
+    return segments, (32 if free >= 4 else CHUNK if free >= 2 else WIDTH) if wide and segments == 1 else WIDTH
+
+
+def couples(k_dim: int, kept: Kept, v: Tensor) -> bool:
+    """Whether `forward_beside` runs: for narrow heads, unless their sequences are cut."""
+    wide = max(k_dim, v.shape[3]) > CHUNK
+    return not wide and _forward_plan(v.shape[0] * v.shape[2], kept, wide)[0] == 1
 
 
 def _split(kept: Kept, segments: int) -> tuple[int, int]:
@@ -98,33 +107,78 @@ def _carried(
     return states
 
 
+def stages_of(tile: int, whole: int) -> int:
+    """Chunks that are on their way or read in a walk over `tile` columns of the values: what fits on chip beside the state."""
+    return 3 if tile < min(CHUNK, whole) else 2
+
+
+class Gate(NamedTuple):
+    """Log decays, or any tensor where there are none, as `kernels.operands._gate` describes them."""
+
+    log_decay: Tensor
+    strides: tuple[int, int]
+    every: int
+
+
+def _described_rows(q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept, wide: int, tile: int, *, keep: bool) -> list[Any]:
+    """What a forward walk reads and writes in blocks: q, k, v, couplings, o, errors, states."""
+    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
+    rows = [_described(q, of_keys), _described(k, of_keys), _described(v, of_values)]
+    rows += [_described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), _described(o, of_values)]
+    if keep:
+        return [*rows, _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])]
+    return [*rows, rows[4], rows[4]]
+
+
+def _constants(k: Tensor, v: Tensor, *, gated: bool, return_state: bool, keep: bool) -> dict[str, Any]:
+    k_dim, v_dim, dot = k.shape[3], v.shape[3], _triton_dtype(v.dtype)
+    constants = {"K": k_dim, "V": v_dim, "BK": max(padded(k_dim), CHUNK), "C": CHUNK, "DOT": dot}
+    return constants | {"GATED": gated, "LAST": return_state, "KEEP": keep}
+
+
+def forward_beside(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Gate, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor,
+    *, gated: bool, return_state: bool, keep: bool,
+) -> None:  # fmt: skip
+    """Couplings and the forward walk in one launch; writes o, last, decays, and what is kept."""
+    from kernels import delta_hopper_couplings
+
+    batch, _, heads, v_dim = v.shape
+    constants, tile = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
+    rows, strides, unit = _rows(k)
+    delta_hopper_couplings.forward_kernel[(batch * heads,)](
+        *_described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep), *rows, beta, gate.log_decay, kept.decays,
+        v if first is None else first, last, *strides, *gate.strides, gate.every, v.shape[1], heads, heads // k.shape[2],
+        **constants, **BESIDE, BV=tile, GROUPS=tile // 32, UNIT=unit, MERGE=_triton_dtype(torch.float16),
+        FIRST=first is not None, num_warps=tile // 8,
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, _: Launch,
     *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
     """The forward walk on Hopper; writes o, last, and what is kept."""
-    from kernels import delta_hopper, delta_hopper_carry
+    from kernels import delta_hopper_carry, delta_hopper_walk
 
     batch, length, heads, v_dim = v.shape
-    k_dim = k.shape[3]
-    segments, tile = _forward_plan(batch * heads, kept, max(k_dim, v_dim) > CHUNK)
-    wide, tile = max(padded(k_dim), CHUNK), min(tile, max(32, padded(v_dim)))
-    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
-    queries, keys, values, out = _described(q, of_keys), _described(k, of_keys), _described(v, of_values), _described(o, of_values)
-    couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
-    errors, states = out, out
-    if keep:
-        errors, states = _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])
+    constants, whole = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
+    segments, tile = _forward_plan(batch * heads, kept, max(k.shape[3], v_dim) > CHUNK)
+    tile = min(tile, whole)
     segments, span = _split(kept, segments)
     counts = (length, heads, heads // k.shape[2], segments, span)
-    constants = {"K": k_dim, "V": v_dim, "BK": wide, "BV": tile, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
+    rows = _described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep)
     if segments > 1:
-        more = constants | {"FIRST": first is not None, "num_warps": 4}
-        operands = (keys, values, couplings, beta, kept.decays)
+        part = min(tile, CHUNK)
+        more = {name: constants[name] for name in ("K", "V", "BK", "C", "GATED", "DOT")}
+        more |= {"BV": part, "FIRST": first is not None, "num_warps": 4}
+        operands = (rows[1], _described(v, [1, CHUNK, 1, part]), rows[3], beta, kept.decays)
         first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
-    delta_hopper.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
-        queries, keys, values, couplings, out, errors, states, beta, kept.decays, v if first is None else first, last, *counts,
-        **constants, FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=4,
+    groups = 2 if tile == whole > 32 else 1
+    delta_hopper_walk.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
+        *rows, beta, kept.decays, v if first is None else first, last, *counts,
+        **constants, BV=tile, GROUPS=groups, STAGES=stages_of(tile, whole), FIRST=first is not None,
+        num_warps=4 * groups,
     )  # fmt: skip
 
 

@@ -45,59 +45,30 @@ def delta_rule(
     return _delta_rule(q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay, state_BHKV, return_state, False)[:2]
 
 
+# Types are those of the schemas above.
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool, keep: bool
-) -> Six:
+def _(q, k, v, beta, log_decay, state, return_state, keep) -> Six:
     with torch.cuda.device_of(v):  # Triton launches on the current device
         o, final, kept = delta.forward(q, k, v, beta, log_decay, state, return_state=return_state, keep=keep)
     return o, final, *kept
 
 
 @torch.library.register_fake(FORWARD)
-def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool, keep: bool
-) -> Six:
+def _(q, k, v, beta, log_decay, state, return_state, keep) -> Six:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
     kept = delta.kept_like(q, k, v, log_decay, keep=keep)
     return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), *kept
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _(
-    q: Tensor,
-    k: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    couplings: Tensor,
-    decays: Tensor,
-    errors: Tensor,
-    states: Tensor,
-    do: Tensor,
-    dfinal: Tensor | None,
-    gate_grad: bool,
-) -> Six:
+def _(q, k, beta, log_decay, state, couplings, decays, errors, states, do, dfinal, gate_grad) -> Six:
     kept = delta.Kept(couplings, decays, errors, states)
     with torch.cuda.device_of(do):
         return delta.backward(q, k, beta, log_decay, state, kept, do, dfinal, gate_grad=gate_grad)
 
 
 @torch.library.register_fake(BACKWARD)
-def _(
-    q: Tensor,
-    k: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    couplings: Tensor,
-    decays: Tensor,
-    errors: Tensor,
-    states: Tensor,
-    do: Tensor,
-    dfinal: Tensor | None,
-    gate_grad: bool,
-) -> Six:
+def _(q, k, beta, log_decay, state, couplings, decays, errors, states, do, dfinal, gate_grad) -> Six:
     dgate = log_decay if gate_grad else None
     more = (do.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (dgate, state))
     dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, do, beta))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.indexed_triton import LOG2_E, SIZES, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
+from kernels.indexed_triton import LOG2_E, SIZES, hide_unseen, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
 
 
 @entry(do_not_specialize=SIZES)
@@ -55,6 +55,8 @@ def query_kernel(
         tile, count, length, n_keys, pack, window, sinks, front, past, LISTED, SINKS, M, N
     )  # fmt: skip
     dq_MK = tl.zeros([M, BK], tl.float32)
+    first = tile * (M // pack)
+    last = tl.minimum(first + M // pack, length) - 1
     for n in tl.range(visits, num_stages=STAGES):
         s_tile = nth_tile(entries, n, sink_tiles, band, LISTED) * N
         s = s_tile + tl.arange(0, N)
@@ -62,11 +64,11 @@ def query_kernel(
         v_NV = load_rows(v, s.to(tl.int64) * v_t * UNIT, e, s < n_keys, V).to(DOT)
         score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
         dp_MN = tl.dot(dy_MV, tl.trans(v_NV), input_precision=PRECISION)
-        seen = is_seen(
-            words, t[:, None], s[None, :], s_tile, inside[:, None], start, n_words, block, window, sinks, front, past,
-            LISTED, SINKS, STORED, ROWWISE,
+        score_MN = hide_unseen(
+            score_MN - lse_M[:, None], words, t[:, None], s[None, :], s_tile, first, last, inside[:, None], start, n_words, block,
+            window, sinks, front, past, N, LISTED, SINKS, STORED, ROWWISE,
         )  # fmt: skip
-        p_MN = tl.exp2(tl.where(seen, score_MN - lse_M[:, None], float("-inf")))
+        p_MN = tl.exp2(score_MN)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_rows = ((wide * length + t) * heads + head) * K

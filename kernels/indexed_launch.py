@@ -67,7 +67,7 @@ class Band(NamedTuple):
 # By the larger of the widths of k and v (the first at least as large counts), for 16-bit and for fp32 operands.
 BAND_16 = {
     64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 32, 4, 2, 168), Config(64, 32, 4, 2, 168), Config(32, 64, 4, 2)),
+    128: Configs(Config(64, 32, 4, 3, 168), Config(64, 32, 4, 2, 168), Config(32, 64, 4, 2)),
     256: Configs(Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
 }
 # All three kernels share the tiles of a list; the last may take a tile of queries in parts.

@@ -85,6 +85,23 @@ def is_seen(
 
 
 @triton.jit
+def hide_unseen(
+    score, words, t, s, s_tile, first, last, inside_t, start, n_words, block, window, sinks, front, past,
+    N: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
+):  # fmt: skip
+    """-inf for the keys that `is_seen` denies; a tile of keys that all tokens first .. last see in a plain band stays as it is."""
+    if LISTED or SINKS or STORED:
+        seen = is_seen(
+            words, t, s, s_tile, inside_t, start, n_words, block, window, sinks, front, past, LISTED, SINKS, STORED, ROWWISE
+        )
+        score = tl.where(seen, score, float("-inf"))
+    elif (s_tile + N > first + 1) | (last - s_tile >= window):
+        seen = band_seen(t, s, start, window, sinks, front, past, SINKS, STORED) & inside_t
+        score = tl.where(seen, score, float("-inf"))
+    return score
+
+
+@triton.jit
 def keys_to_visit(
     tile, count, length, n_keys, pack, window, sinks, front, past,
     LISTED: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -149,6 +166,8 @@ def forward_kernel(
     sink_tiles, band, visits = keys_to_visit(
         tile, count, length, n_keys, pack, window, sinks, front, past, LISTED, SINKS, M, N
     )  # fmt: skip
+    first = tile * (M // pack)
+    last = tl.minimum(first + M // pack, length) - 1
     highest_M = tl.full([M], float("-inf"), tl.float32)
     total_M = tl.zeros([M], tl.float32)
     o_MV = tl.zeros([M, BV], tl.float32)
@@ -158,11 +177,10 @@ def forward_kernel(
         k_NK = load_rows(k, s.to(tl.int64) * k_t * UNIT, i, s < n_keys, K).to(DOT)
         v_NV = load_rows(v, s.to(tl.int64) * v_t * UNIT, e, s < n_keys, V).to(DOT)
         score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
-        seen = is_seen(
-            words, t[:, None], s[None, :], s_tile, inside[:, None], start, n_words, block, window, sinks, front, past,
-            LISTED, SINKS, STORED, ROWWISE,
+        score_MN = hide_unseen(
+            score_MN, words, t[:, None], s[None, :], s_tile, first, last, inside[:, None], start, n_words, block,
+            window, sinks, front, past, N, LISTED, SINKS, STORED, ROWWISE,
         )  # fmt: skip
-        score_MN = tl.where(seen, score_MN, float("-inf"))
         higher_M = tl.maximum(highest_M, tl.max(score_MN, 1) * SCALE)
         base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)  # a row that has seen nothing yet
         p_MN = tl.exp2(score_MN * SCALE - base_M[:, None])

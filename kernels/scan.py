@@ -89,8 +89,7 @@ def selective_scan(
     """
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
-    check_arguments(x_BTD, {"dt": (dt_BTD, x_BTD.shape)})
-    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"dt": (dt_BTD, x_BTD.shape)})
     if pick("selective_scan", x_BTD) == "triton":
         y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, None, None, None)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
@@ -102,12 +101,19 @@ def selective_scan(
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
 
 
-def _check_scan(x_BTD: Tensor, rate_DN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BDN: Tensor | None) -> None:
+def _check_scan(
+    x_BTD: Tensor,
+    rate_DN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    state_BDN: Tensor | None,
+    more: dict[str, tuple[Tensor, torch.Size]],
+) -> None:
     check_axes("rate", rate_DN, "D N")
     batch, length, width = x_BTD.shape
     n_states = rate_DN.shape[1]
     read = (batch, length, n_states)
-    expected = {"rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
+    expected = more | {"rate": (rate_DN, (width, n_states)), "b": (b_BTN, read), "c": (c_BTN, read)}
     check_arguments(x_BTD, expected | {"state": (state_BDN, (batch, width, n_states))})
 
 
@@ -147,10 +153,9 @@ def gated_selective_scan(
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
     width = x_BTD.shape[2:]
-    expected = {"raw_dt": (raw_dt_BTD, x_BTD.shape), "dt_bias": (dt_bias_D, width), "skip": (skip_D, width)}
-    check_arguments(x_BTD, expected | {"gate": (gate_BTD, x_BTD.shape)})
+    around = {"dt_bias": (dt_bias_D, width), "skip": (skip_D, width), "gate": (gate_BTD, x_BTD.shape)}
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"raw_dt": (raw_dt_BTD, x_BTD.shape)} | around)
     if pick("selective_scan", x_BTD) == "triton":
-        _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
         tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
         y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)

@@ -27,7 +27,9 @@ def selective_scan_operator(
     skip_MD: Tensor | None,
     gate_BTD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.scan.selective_scan`, or with the last three `gated_selective_scan`, for M members one after the other.
+    """`kernels.scan.selective_scan` for M members with rates of their own, their sequences one after the other.
+
+    With the last three, which come together, it is `gated_selective_scan`.
 
     Returns:
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and the states at the borders of tiles

@@ -1,14 +1,13 @@
-"""Mamba's selective scan in Triton: time in tiles, one state element after the other.
+"""Mamba's selective scan: the gradient's kernel in Triton, and the launches of both passes.
 
-A program owns one sequence and a block of channels. It walks the sequence in tiles of `TILE` tokens; within a tile it loops
-over the N state elements, and for each of them scans the tile's tokens. So a tile of x, dt and y stays in registers while N
-recurrences pass over it, and what lives in memory is the state at the tiles' borders, N / TILE of a [B, T, D, N] tensor.
-Backward recomputes a tile's states from its border and runs the gradient's recurrence through it in reverse.
+The forward kernel is `kernels.selective_scan_gluon`. Backward, a program owns one sequence and a block of channels. It goes
+through the sequence in tiles of `TILE` tokens from the end; within a tile it loops over the N state elements, recomputes each
+from the tile's border and runs the gradient's recurrence back through it (`kernels.selective_scan_rows`). So a tile of dt, u and
+dy stays in registers while N recurrences pass over it, and what lives in memory is the state at the tiles' borders, N / TILE of a
+[B, T, D, N] tensor.
 
-A warp spans 32 channels and a thread keeps a whole tile of time, so scans need no exchange between threads. This takes
+A warp spans 32 channels and a thread keeps a whole tile of time, so recurrences need no exchange between threads. This takes
 loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would make them wider.
-
-Exponentials bound it: B T D N of them in each pass, at 16 a clock and SM.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), L tile, C channels of a program.
 """
@@ -22,13 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import selective_scan_gluon
 from kernels._entry import entry
 from kernels._members import even_rows
 from kernels.scan_operator import TILE
-from kernels.scan_segments_triton import then
+from kernels.selective_scan_rows import over_channels, replay, reverse, spread, stack, unstack
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHANNELS = 32
+WARPS = 4
+"""Warps of a forward program, of 32 channels each, unless there are fewer channels."""
 SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
 
 
@@ -46,66 +48,25 @@ def _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr_C, inside_C, GATED: tl.con
     return dt_LC
 
 
-@entry(do_not_specialize=SIZES)
-def selective_scan_forward(
-    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, y_ptr, states_ptr,
-    gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,
-    GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Outputs, and the state after every tile; the caller has put the initial one before the first."""
-    n_blocks = tl.cdiv(width, CHANNELS)
-    sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
-    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
-    inside_C = channel_C < width
-    rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
-    states_ptr += sequence * (n_tiles + 1) * n_states * width + channel_C
-    own_C = sequence // sequences_per_member * width + channel_C
-    first = sequence * n_tokens * width
-    x_ptr, dt_ptr, y_ptr = x_ptr + first, dt_ptr + first, y_ptr + first
-    gate_ptr += sequence * n_tokens * gate_stride
-    read_ptr = sequence * n_states * n_tiles * TILE
-    row_L = tl.arange(0, TILE)
-    for tile in range(n_tiles):
-        token_L = tile * TILE + row_L
-        place_LC = token_L[:, None] * width + channel_C[None, :]
-        inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
-        dt_LC = _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr + own_C, inside_C, GATED)
-        u_LC = dt_LC * tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        y_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        for n in range(n_states):
-            start_C = tl.load(states_ptr + n * width, mask=inside_C, other=0.0)
-            rate_C = tl.load(rate_ptr + n * width, mask=inside_C, other=0.0)
-            offset_L = read_ptr + n * n_tiles * TILE + token_L
-            b_L = tl.load(b_ptr + offset_L).to(tl.float32)
-            c_L = tl.load(c_ptr + offset_L).to(tl.float32)
-            a_LC = tl.exp2(dt_LC * (rate_C * -LOG2_E)[None, :])
-            enters_LC = tl.where(row_L[:, None] == 0, a_LC * start_C[None, :], 0.0)
-            _, h_LC = tl.associative_scan((a_LC, u_LC * b_L[:, None] + enters_LC), 0, then)
-            y_LC += h_LC * c_L[:, None]
-            end_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
-            tl.store(states_ptr + (n_states + n) * width, end_C, mask=inside_C)
-        if GATED:
-            skip_C = tl.load(skip_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
-            y_LC += skip_C[None, :] * tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-            gate_LC = token_L[:, None] * gate_stride + channel_C[None, :]
-            z_LC = tl.load(gate_ptr + gate_LC, mask=inside_LC, other=0.0).to(tl.float32)
-            y_LC *= z_LC * tl.sigmoid(z_LC)
-        tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
-        states_ptr += n_states.to(tl.int64) * width
-        # the next tile reads what other threads may have stored
-        tl.debug_barrier()
+@triton.jit
+def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C):
+    """What a tile needs of a state element: its start, the gradient behind the tile, rate, gradient of the rate so far, b and c."""
+    return (
+        tl.load(states_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(dstate_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(rate_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(drate_ptr + n * width, mask=inside_C, other=0.0),
+        tl.load(b_ptr + n * row + token_L),
+        tl.load(c_ptr + n * row + token_L),
+    )
 
 
 @triton.jit
-def _then_back(a_1, e_1, g_1, p_1, a_2, e_2, g_2, p_2):
-    """One map e -> a_1 (x_1 + e), then the next; beside it g, the sum x + e that enters the last of the maps."""
-    return a_1 * a_2, e_2 + a_2 * e_1, g_2 + p_2 * e_1, a_1 * p_2
-
-
-@triton.jit
-def _over_channels(x_LC, ones, DOTS: tl.constexpr):
-    """Sums over channels: by a product with ones in TF32, which is exact enough for 16 bits, or by exchanges."""
-    return tl.max(tl.dot(x_LC, ones, input_precision="tf32"), axis=1) if DOTS else tl.sum(x_LC, axis=1)
+def _opened(gate_ptr, place_LC, inside_LC):
+    """What the outputs are multiplied with, SiLU(z), and its derivative."""
+    z_LC = tl.load(gate_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+    open_LC = tl.sigmoid(z_LC)
+    return z_LC * open_LC, open_LC * (1.0 + z_LC * (1.0 - open_LC))
 
 
 @entry(do_not_specialize=SIZES)
@@ -119,85 +80,68 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
 
     `dstate` holds the gradient of the state after the tile at hand: the final state's at first, the initial one's at last.
     `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels. What the next
-    state element needs is loaded before this one is computed.
+    state element needs is loaded before this one is computed, and sums over channels are made one element later.
     """
     n_blocks = tl.cdiv(width, CHANNELS)
-    sequence = (tl.program_id(0) // n_blocks).to(tl.int64)
-    block = tl.program_id(0) % n_blocks
+    sequence, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
     channel_C = block * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel_C < width
+    own_C = sequence // sequences_per_member * width + channel_C
     rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
     drate_ptr += sequence * n_states * width + channel_C
     dstate_ptr += sequence * n_states * width + channel_C
     states_ptr += (sequence * (n_tiles + 1) + n_tiles) * n_states * width + channel_C
-    read_ptr = sequence * n_states * n_tiles * TILE
-    part_ptr = (block * n_sequences + sequence) * n_states * n_tiles * TILE
-    row_L = tl.arange(0, TILE)
-    ones = tl.full([CHANNELS, 16], 1.0, tl.float32)
-    own_C = sequence // sequences_per_member * width + channel_C
+    row = n_tiles * TILE
+    b_ptr, c_ptr = b_ptr + sequence * n_states * row, c_ptr + sequence * n_states * row
+    db_ptr += (block * n_sequences + sequence) * n_states * row
+    dc_ptr += (block * n_sequences + sequence) * n_states * row
     first = sequence * n_tokens * width
     x_ptr, dt_ptr, dy_ptr = x_ptr + first, dt_ptr + first, dy_ptr + first
     dx_ptr, ddt_ptr, dgate_ptr = dx_ptr + first, ddt_ptr + first, dgate_ptr + first
     gate_ptr += sequence * n_tokens * gate_stride
     dbias_C, dskip_C = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    if GATED:
-        skip_C = tl.load(skip_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
+    SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
     for back in range(n_tiles):
         states_ptr -= n_states.to(tl.int64) * width
-        token_L = (n_tiles - 1 - back) * TILE + row_L
-        place_LC = token_L[:, None] * width + channel_C[None, :]
+        token_L = (n_tiles - 1 - back) * TILE + tl.arange(0, TILE)
+        place_LC, gate_LC = token_L[:, None] * width + channel_C[None, :], token_L[:, None] * gate_stride + channel_C[None, :]
         inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
         dt_LC = _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr + own_C, inside_C, GATED)
         u_LC = dt_LC * tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if GATED:
-            gate_LC = token_L[:, None] * gate_stride + channel_C[None, :]
-            z_LC = tl.load(gate_ptr + gate_LC, mask=inside_LC, other=0.0).to(tl.float32)
-            dy_LC *= z_LC * tl.sigmoid(z_LC)
-            y_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        du_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        decayed_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        start_C = tl.load(states_ptr, mask=inside_C, other=0.0)
-        after_C = tl.load(dstate_ptr, mask=inside_C, other=0.0)
-        rate_C = tl.load(rate_ptr, mask=inside_C, other=0.0)
-        sum_C = tl.load(drate_ptr, mask=inside_C, other=0.0)
-        b_L = tl.load(b_ptr + read_ptr + token_L)
-        c_L = tl.load(c_ptr + read_ptr + token_L)
+            dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
+        du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
+        dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
+        wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
+        start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
+            states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, 0, width, row, token_L, inside_C
+        )
         for n in range(n_states):
+            db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
             more = tl.minimum(n + 1, n_states - 1)
-            next_start_C = tl.load(states_ptr + more * width, mask=inside_C, other=0.0)
-            next_after_C = tl.load(dstate_ptr + more * width, mask=inside_C, other=0.0)
-            next_rate_C = tl.load(rate_ptr + more * width, mask=inside_C, other=0.0)
-            next_sum_C = tl.load(drate_ptr + more * width, mask=inside_C, other=0.0)
-            next_b_L = tl.load(b_ptr + read_ptr + more * n_tiles * TILE + token_L)
-            next_c_L = tl.load(c_ptr + read_ptr + more * n_tiles * TILE + token_L)
-            b_L1, c_L1 = b_L.to(tl.float32)[:, None], c_L.to(tl.float32)[:, None]
-            a_LC = tl.exp2(dt_LC * (rate_C * -LOG2_E)[None, :])
-            written_LC = u_LC * b_L1
-            enters_LC = tl.where(row_L[:, None] == 0, a_LC * start_C[None, :], 0.0)
-            _, h_LC = tl.associative_scan((a_LC, written_LC + enters_LC), 0, then)
-            # e_t = a_t dh_t is what reaches h_{t-1}: it needs the same exponentials as the states, where a recurrence of dh_t
-            # would need those of the next token. Flips inside of a thread cost nothing, unlike a scan with reverse=True.
-            leaves_LC = tl.where(row_L[:, None] == TILE - 1, after_C[None, :], 0.0)
-            read_LC, late_a_LC = tl.flip(dy_LC * c_L1 + leaves_LC, 0), tl.flip(a_LC, 0)
-            _, e_LC, late_dh_LC, _ = tl.associative_scan(
-                (late_a_LC, late_a_LC * read_LC, read_LC, tl.full([TILE, CHANNELS], 1.0, tl.float32)), 0, _then_back
-            )
-            dh_LC = tl.flip(late_dh_LC, 0)
-            # the gradient of log a_t is dh_t a_t h_{t-1}, and a_t h_{t-1} is what was not written at t
-            dlog_LC = dh_LC * (h_LC - written_LC)
+            following = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, more, width, row, token_L, inside_C)
+            factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
+            dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
+            h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)
             if GATED:
-                y_LC += h_LC * c_L1
-            du_LC += dh_LC * b_L1
-            decayed_LC += dlog_LC * rate_C[None, :]
-            tl.store(drate_ptr + n * width, sum_C - tl.sum(dlog_LC * dt_LC, axis=0), mask=inside_C)
-            tl.store(dstate_ptr + n * width, tl.sum(tl.where(row_L[:, None] == TILE - 1, e_LC, 0.0), axis=0), mask=inside_C)
-            tl.store(db_ptr + part_ptr + n * n_tiles * TILE + token_L, _over_channels(dh_LC * u_LC, ones, DOTS))
-            tl.store(dc_ptr + part_ptr + n * n_tiles * TILE + token_L, _over_channels(h_LC * dy_LC, ones, DOTS))
-            start_C, after_C, rate_C, sum_C, b_L, c_L = next_start_C, next_after_C, next_rate_C, next_sum_C, next_b_L, next_c_L
+                y_LC += h_LC * c_L.to(tl.float32)[:, None]
+            du_LC += dh_LC * b_L.to(tl.float32)[:, None]
+            decayed_LC += stack(dlogs, TILE, CHANNELS) * rate_C[None, :]
+            tl.store(drate_ptr + n * width, sum_C - drate_C, mask=inside_C)
+            tl.store(dstate_ptr + n * width, e_C, mask=inside_C)
+            summed = (token_L >= 0) & (n > 0)
+            tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
+            tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
+            wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
+            start_C, after_C, rate_C, sum_C, b_L, c_L = following
+        last = (n_states - 1) * row
+        tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
+        tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
         x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)  # again: registers are what is short
         dx_LC, ddt_LC = du_LC * dt_LC, du_LC * x_LC - decayed_LC
         if GATED:
+            skip_C = tl.load(skip_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
             dx_LC += skip_C[None, :] * dy_LC
             y_LC += skip_C[None, :] * x_LC
             dskip_C += tl.sum(dy_LC * x_LC, axis=0)
@@ -205,10 +149,8 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
             bias_C = tl.load(bias_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
             ddt_LC = tl.where(inside_LC, ddt_LC * tl.sigmoid(raw_LC + bias_C[None, :]), 0.0)
             dbias_C += tl.sum(ddt_LC, axis=0)
-            z_LC = tl.load(gate_ptr + gate_LC, mask=inside_LC, other=0.0).to(tl.float32)
-            open_LC = tl.sigmoid(z_LC)
             dgate_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32) * y_LC
-            dgate_LC *= open_LC * (1.0 + z_LC * (1.0 - open_LC))
+            dgate_LC *= _opened(gate_ptr, gate_LC, inside_LC)[1]
             tl.store(dgate_ptr + place_LC, dgate_LC.to(dgate_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(ddt_ptr + place_LC, ddt_LC.to(ddt_ptr.dtype.element_ty), mask=inside_LC)
@@ -249,10 +191,12 @@ def forward(
     y_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD = x_BTD.contiguous()
     around, stride = _around(gate, x_BTD)
-    selective_scan_forward[(batch * -(-width // CHANNELS),)](
-        x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), _time_last(b_BTN), _time_last(c_BTN), *around,
+    padded, warps = triton.next_power_of_2(n_states), min(WARPS, triton.next_power_of_2(-(-width // CHANNELS)))
+    channels = warps * selective_scan_gluon.channels_of_a_warp(padded)
+    selective_scan_gluon.selective_scan_forward[(batch * -(-width // channels),)](
+        x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), b_BTN.contiguous(), c_BTN.contiguous(), *around,
         y_BTD, states_BSND, stride, length, width, n_states, n_tiles, batch // rate_MDN.shape[0],
-        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, num_warps=1,
+        GATED=gate is not None, N=padded, C=channels, L=TILE, WARPS=warps, num_warps=warps,
     )  # fmt: skip
     return y_BTD, states_BSND[:, -1].mT.clone(memory_format=torch.contiguous_format), states_BSND
 

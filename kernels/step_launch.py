@@ -11,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import step_triton as kernel
+from kernels import step_pieces_triton as pieces
 from kernels.step_form import StepForm
+from kernels.step_triton import step_kernel
 
 
 class Config(NamedTuple):
@@ -33,15 +34,15 @@ CONFIG = Config(8192, 4)
 WHOLE_HEAD = Config(16_384, 8, 128)
 """Of a layer that norms its heads: one program for a head of 128 x 128, so that nobody waits, and two of them on an SM."""
 
-DECAYS = {"log": kernel.LOG, "rate": kernel.RATE, "sigmoid": kernel.SIGMOID}
+DECAYS = {"log": pieces.LOG, "rate": pieces.RATE, "sigmoid": pieces.SIGMOID}
 NORMS = {
-    "none": kernel.NO_NORM,
-    "rms": kernel.RMS_NORM,
-    "layer": kernel.LAYER_NORM,
-    "row": kernel.ROW_NORM,
-    "sums": kernel.SUM_NORM,
+    "none": pieces.NO_NORM,
+    "rms": pieces.RMS_NORM,
+    "layer": pieces.LAYER_NORM,
+    "row": pieces.ROW_NORM,
+    "sums": pieces.SUM_NORM,
 }
-GATES = {"none": kernel.NO_OUTPUT_GATE, "silu": kernel.SILU_GATE, "sigmoid": kernel.SIGMOID_GATE}
+GATES = {"none": pieces.NO_OUTPUT_GATE, "silu": pieces.SILU_GATE, "sigmoid": pieces.SIGMOID_GATE}
 
 
 class Around(NamedTuple):
@@ -90,8 +91,8 @@ def config_of(form: StepForm, k_dim: int, v_dim: int) -> Config:
 def together(form: StepForm, tiles: int, group: int, *, taps: bool) -> int:
     """Which programs have something that only the last of them can do: those of a row, of a head, or none."""
     if form.norm == "row" or (taps and group > 1):
-        return kernel.PER_ROW.value
-    return (kernel.PER_HEAD if tiles > 1 and (taps or form.norm in ("rms", "layer", "sums")) else kernel.ALONE).value
+        return pieces.PER_ROW.value
+    return (pieces.PER_HEAD if tiles > 1 and (taps or form.norm in ("rms", "layer", "sums")) else pieces.ALONE).value
 
 
 def step(
@@ -141,13 +142,13 @@ def step(
     beta = v if beta_BH is None else beta_BH
     a, b = (v if x is None else _rows(x) for x in (a_BHK, b_BHK))
     steps += [stride for x in (gate, beta, a, b) for stride in x.stride()[:2]]
-    kind = kernel.NO_GATE if decay is None else kernel.SCALAR_GATE if decay.ndim == 2 else kernel.VECTOR_GATE
+    kind = pieces.NO_GATE if decay is None else pieces.SCALAR_GATE if decay.ndim == 2 else pieces.VECTOR_GATE
     channels, taps = (0, 0) if around.taps is None else around.taps.shape
     wait = together(form, tiles, heads // groups, taps=taps > 1)
     raw, arrived = _meeting_place(o_BHV, form, wait)
     dense = {name: v if x is None else x.contiguous() for name, x in around._asdict().items()}
     out_gate = v if around.gate is None else _rows(around.gate)
-    kernel.step_kernel[(batch * heads * tiles,)](
+    step_kernel[(batch * heads * tiles,)](
         q, k, v, gate, dense["decay_bias"], dense["log_rate"], beta, a, b, old, new,
         dense["taps"], dense["conv_bias"], dense["tail"], v if new_tail is None else new_tail,
         dense["sums"], v if new_sums is None else new_sums, dense["skip"], dense["norm_weight"], dense["norm_bias"],
@@ -174,9 +175,9 @@ def _heads(
 
 def _meeting_place(o_BHV: Tensor, form: StepForm, wait: int) -> tuple[Tensor, Tensor]:
     """Where programs that wait for each other leave outputs that are not normed yet, and count who has arrived."""
-    if wait == kernel.ALONE.value:
+    if wait == pieces.ALONE.value:
         return o_BHV, o_BHV
-    normed = form.norm == "row" or (wait == kernel.PER_HEAD.value and form.norm in ("rms", "layer"))
+    normed = form.norm == "row" or (wait == pieces.PER_HEAD.value and form.norm in ("rms", "layer"))
     raw = torch.empty_like(o_BHV, dtype=torch.float32) if normed else o_BHV
     return raw, torch.zeros(o_BHV.shape[0] * o_BHV.shape[1], dtype=torch.int32, device=o_BHV.device)
 

@@ -90,7 +90,7 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
         return walk_grouped.forward(q, k, v, log_decay, state, o, return_state=return_state)
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
-    config = forward_config(k_dim, dot)
+    config = forward_config(k_dim, v_dim, dot)
     tile = tile_of(config, v_dim, dot)
     pieces = share_out(k, v, starts)
     last = _state_like(v, k_dim, pieces.sequences(batch)) if return_state else _nothing(v)

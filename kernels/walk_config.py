@@ -41,8 +41,13 @@ class Backward(NamedTuple):
     together: bool = False
 
 
-# By the width of the inner dimension (the first at least as large counts), for 16-bit and for fp32 operands.
-FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2, turned=True), 256: Config(64, 32, 8, 1)}
+FORWARD_16 = {
+    (64, 256): Config(64, 64, 4, 3),
+    (128, 64): Config(64, 64, 4, 2, turned=True),
+    (128, 256): Config(64, 128, 8, 3, turned=True),
+    (256, 256): Config(64, 32, 8, 1),
+}
+"""For 16-bit operands by K and V, the first at least as large."""
 BACKWARD_16 = {
     (64, 64): Backward(Config(64, 64, 4, 3), together=True),
     (128, 64): Backward(Config(64, 128, 4, 1), together=True),
@@ -51,13 +56,16 @@ BACKWARD_16 = {
 }
 """By the larger and the smaller of K and V."""
 SEGMENT_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 1)}
+"""By K, as for fp32 operands."""
 FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32, 8, 1)}
 BACKWARD_32 = {(width, width): Backward(config) for width, config in FP32.items()}
 
 
-def forward_config(k_dim: int, dtype: torch.dtype) -> Config:
+def forward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
     """The shipped configuration of the forward walk."""
-    return _by_width(FP32 if dtype == torch.float32 else FORWARD_16, k_dim)
+    if dtype == torch.float32:
+        return _by_width(FP32, k_dim)
+    return next(config for (k_most, v_most), config in FORWARD_16.items() if k_dim <= k_most and v_dim <= v_most)
 
 
 def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Backward:

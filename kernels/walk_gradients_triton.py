@@ -33,6 +33,7 @@ from kernels.walk_triton import (
     _state_of,
     _state_tile,
     _walk,
+    _whole_decay,
 )
 from kernels.walk_turned_triton import _walk_keys_and_values_turned
 
@@ -60,8 +61,10 @@ def _walk_keys_and_values(
     i = tl.arange(0, C)
     seen = i[:, None] <= i[None, :]
     n_chunks = tl.cdiv(length, C)
+    g_all = _whole_decay(gate, (n_chunks - 1) * C, length, C, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = (n_chunks - 1 - n) * C
+        following = _whole_decay(gate, tl.maximum(start - C, 0), length, C, GATE)
         t_C = start + i
         k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
@@ -73,7 +76,7 @@ def _walk_keys_and_values(
         kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
         dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C = _log_decays(gate, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             kq_CC *= decay_CC
@@ -103,6 +106,7 @@ def _walk_keys_and_values(
             state_KV *= tl.exp2(g_all)
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
+        g_all = following
     return state_KV
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded, product_width
+from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
 from kernels.walk_decays import cumulated, gate_every
 from kernels.walk_pieces import Pieces, n_segments
 from kernels.walk_segments import segments
@@ -61,7 +61,8 @@ class _Call(NamedTuple):
         pieces = Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None)
         sizes = length, n_chunks(length), heads, heads // k.shape[2], gate_every(log_decay, batch)
         constants = {
-            "K": k_dim, "V": v_dim, "BK": padded(k_dim), "BV": padded(v_dim), "UNIT": unit, "C": CHUNK,
+            "K": k_dim, "V": v_dim, "BK": product_width(k_dim, v.dtype), "BV": product_width(v_dim, v.dtype),
+            "UNIT": unit, "C": CHUNK,
             "GATE": _gate_kind(log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
         }  # fmt: skip
         return cls(sizes, constants, cumulated(log_decay, v, pieces, CHUNK), _gate_kind(log_decay), pieces)

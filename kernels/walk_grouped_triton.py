@@ -24,6 +24,7 @@ from kernels.walk_triton import (
     _log_decays,
     _place,
     _state_tile,
+    _whole_decay,
 )
 
 
@@ -51,17 +52,21 @@ def states_kernel(
     ks, vs, i = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
     n_chunks = tl.cdiv(count, C)
     kept += ((wide * chunks + begin // C) * heads + head) * K * V
+    g_all = _whole_decay(gate, (n_chunks - 1) * C if REVERSE else 0, count, C, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         chunk = (n_chunks - 1 - n) if REVERSE else n
+        following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n_chunks - 1)
+        g_next = _whole_decay(gate, following * C, count, C, GATE)
         t_C = chunk * C + i
         tl.store(kept + tl.cast(chunk, tl.int64) * heads * K * V + at_KV, state_KV.to(DOT), mask=in_KV)
         write_KC = tl.trans(_load_rows(b, b_t * UNIT, t_C, ks, count, K, DOT))
         c_CV = _load_rows(c, c_t * UNIT, t_C, vs, count, V, DOT)
         if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, t_C, chunk * C, count, C, GATE == SCALAR_GATE)
+            g_C = _log_decays(gate, g_all, t_C, chunk * C, count, C, GATE == SCALAR_GATE)
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C if REVERSE else g_all - g_C)[None, :]).to(DOT)
             state_KV *= tl.exp2(g_all)
         state_KV = tl.dot(write_KC, c_CV, state_KV, input_precision=PRECISION)
+        g_all = g_next
     if LAST:
         ending = (piece == 0) if REVERSE else (piece == pieces - 1)
         tl.store(last + (wide * heads + head) * K * V + at_KV, state_KV, mask=in_KV & ((PIECES != SEGMENTS) | ending))
@@ -72,6 +77,12 @@ def _share(program, chunks, groups, splits):
     """Batch, chunk, group and part of the group's heads of a program."""
     rest = program // splits
     return rest // groups // chunks, rest // groups % chunks, rest % groups, program % splits
+
+
+@triton.jit
+def _decay_of_head(gate, batch, head, start, length, heads, gate_every, C: tl.constexpr, GATE: tl.constexpr):
+    """Log2 decay of one head's chunk."""
+    return _whole_decay(_gate_of(gate, batch, head, 0, length, heads, gate_every, GATE), start, length, C, GATE)
 
 
 @triton.jit
@@ -101,20 +112,25 @@ def outputs_kernel(
     scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
     inside_CV = (t_C < length)[:, None] & (vs < V)[None, :]
-    for n in tl.range(0, group // splits, num_stages=STAGES):
-        head = shared * group + split * (group // splits) + n
+    per_split = group // splits
+    first = shared * group + split * per_split
+    g_all = _decay_of_head(gate, batch, first, start, length, heads, gate_every, C, GATE)
+    for head in tl.range(first, first + per_split, num_stages=STAGES):
+        following = tl.minimum(head + 1, first + per_split - 1)
+        g_next = _decay_of_head(gate, batch, following, start, length, heads, gate_every, C, GATE)
         v_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
         state_KV = tl.load(kept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
         o_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
         g_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
             own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-            g_C, _ = _log_decays(own, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C = _log_decays(own, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
             o_CV *= tl.exp2(g_C)[:, None]
         pairs_CC = _decay_pairs(scores_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
         o_CV = tl.dot(pairs_CC.to(DOT), v_CV, o_CV, input_precision=PRECISION)
         at_CV = ((wide * length + t_C)[:, None] * heads + head) * V + vs[None, :]
         tl.store(o + at_CV, o_CV.to(o.dtype.element_ty), mask=inside_CV)
+        g_all = g_next
 
 
 @entry
@@ -140,26 +156,31 @@ def queries_kernel(
         q_CK = _load_rows(q + (wide * q_b + shared * q_h) * UNIT, q_t * UNIT, t_C, ks, length, K, DOT)
     at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
     dq_CK = tl.zeros([C, BK], tl.float32)
-    for n in tl.range(0, group // splits, num_stages=STAGES):
-        head = shared * group + split * (group // splits) + n
+    per_split = group // splits
+    first = shared * group + split * per_split
+    g_all = _decay_of_head(gate, batch, first, start, length, heads, gate_every, C, GATE)
+    for head in tl.range(first, first + per_split, num_stages=STAGES):
+        following = tl.minimum(head + 1, first + per_split - 1)
+        g_next = _decay_of_head(gate, batch, following, start, length, heads, gate_every, C, GATE)
         v_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
         do_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
         state_KV = tl.load(kept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
-        pairs_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         g_C = tl.zeros([C], tl.float32)
         read_CV = do_CV
         if GATE != NO_GATE:
             own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-            g_C, _ = _log_decays(own, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C = _log_decays(own, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
             scaled_CV = do_CV.to(tl.float32) * tl.exp2(g_C)[:, None]
             read_CV = scaled_CV.to(DOT)
             if GATE_GRAD:
                 earlier_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
                 at_C = (wide * heads + head) * length + t_C
                 tl.store(rowsums + at_C, tl.sum(earlier_CV * scaled_CV, 1), mask=t_C < length)
+        dq_CK = tl.dot(read_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
+        pairs_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         pairs_CC = _decay_pairs(pairs_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
         dq_CK = tl.dot(pairs_CC.to(DOT), k_CK, dq_CK, input_precision=PRECISION)
-        dq_CK = tl.dot(read_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
+        g_all = g_next
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
     tl.store(dq + at_CK, dq_CK.to(dq.dtype.element_ty), mask=(t_C < length)[:, None] & (ks < K)[None, :])
 
@@ -190,8 +211,12 @@ def keys_kernel(
     inside_CV = (t_C < length)[:, None] & (vs < V)[None, :]
     seen = i[:, None] <= i[None, :]
     dk_CK = tl.zeros([C, BK], tl.float32)
-    for n in tl.range(0, group // splits, num_stages=STAGES):
-        head = shared * group + split * (group // splits) + n
+    per_split = group // splits
+    first = shared * group + split * per_split
+    g_all = _decay_of_head(gate, batch, first, start, length, heads, gate_every, C, GATE)
+    for head in tl.range(first, first + per_split, num_stages=STAGES):
+        following = tl.minimum(head + 1, first + per_split - 1)
+        g_next = _decay_of_head(gate, batch, following, start, length, heads, gate_every, C, GATE)
         v_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
         do_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
         dstate_KV = tl.load(dkept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
@@ -201,10 +226,11 @@ def keys_kernel(
         later_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
             own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-            g_C, g_all = _log_decays(own, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C = _log_decays(own, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
             keep_C1 = tl.exp2(g_all - g_C)[:, None]
             dv_CV *= keep_C1
             write_CV = (v_CV.to(tl.float32) * keep_C1).to(DOT)
+        dk_CK = tl.dot(write_CV, tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
         if GATE_GRAD:
             later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
         kq_CC = _decay_pairs(scores_CC, -g_C, -g_C, seen, GATE)
@@ -217,6 +243,6 @@ def keys_kernel(
             at_C = (wide * heads + head) * length + t_C
             tl.store(rowsums + at_C, tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - later_C, mask=t_C < length)
         dk_CK = tl.dot(vo_CC.to(DOT), q_CK, dk_CK, input_precision=PRECISION)
-        dk_CK = tl.dot(write_CV, tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
+        g_all = g_next
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
     tl.store(dk + at_CK, dk_CK.to(dk.dtype.element_ty), mask=(t_C < length)[:, None] & (ks < K)[None, :])

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from kernels.attention import attention, banded_attention, share_heads
 from kernels.indexed_attention import decode_attention
-from kernels.step import may_write
+from kernels.step import is_step, may_write
+from kernels.window_step import Stored, window_step
 from mixers._base import State
+
+STORED = ("k", "v", "position", "sink_k", "sink_v")
+"""Names of a window's storage, in the order of `Stored`."""
 
 
 def split_heads(x_BTD: Tensor, n_parts: int, n_heads: int) -> list[Tensor]:
@@ -94,6 +98,10 @@ def attend_window(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, state: State, 
     Returns:
         The output [B, H, T, K] and the new storage.
     """
+    if is_step(q_BHTK.shape[2], state["k"], state["v"], q_BHTK, k_BHTK, v_BHTK):
+        stored = Stored(state["k"], state["v"], state["position"], state.get("sink_k"), state.get("sink_v"))
+        y_BHK, stored = window_step(q_BHTK[:, :, 0], k_BHTK[:, :, 0], v_BHTK[:, :, 0], stored, window=window)
+        return y_BHK[:, :, None], {name: x for name, x in zip(STORED, stored, strict=True) if x is not None}
     n_new, start_B = q_BHTK.shape[2], state["position"]
     k = torch.cat((state["k"], k_BHTK.to(state["k"].dtype)), 2)
     v = torch.cat((state["v"], v_BHTK.to(state["v"].dtype)), 2)

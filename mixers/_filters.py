@@ -55,9 +55,10 @@ class ImplicitFilter(nn.Module):
         # the published features have a single band of frequency 1e-4: nearly the constants 1 and 0
         angle_L1 = 1e-4 * 2 * math.pi * lag_L[:, None] / self.max_len
         h = torch.cat((t_L1, angle_L1.cos(), -angle_L1.sin()), -1)
-        for layer in self.layers:
-            h = torch.sin(self.frequency * layer(h))
-        return (self.readout(h) * torch.exp(-t_L1 * self.delta)).t()
+        with torch.autocast(h.device.type, enabled=False):  # lags above 256 would be rounded to each other
+            for layer in self.layers:
+                h = torch.sin(self.frequency * layer(h))
+            return (self.readout(h) * torch.exp(-t_L1 * self.delta)).t()
 
 
 def continue_conv(x_BTD: Tensor, filter_DL: Tensor, history_BMD: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from bench.commands.console import Output
-from bench.commands.request import Request
+from bench.commands.request import Request, named_sweep
 from bench.errors import UserError
 from bench.published import Compared, Comparison, Figure, compare, load, sweep_points
 from bench.selection import published_selection
@@ -44,9 +44,9 @@ def check(figure: Figure, sweep: Sweep, request: Request, output: Output) -> boo
     comparison = compare(figure, sweep, shown)
     _print_values(comparison, output)
     _print_orders(comparison, output)
-    changed = [setting for setting in request.settings if not setting.startswith("train.lr=")]
-    if changed:
-        output.say(f"Not the recipe's own settings ({', '.join(changed)}): this compares, and does not reproduce.")
+    published = {experiment.point_id() for experiment in named_sweep(request).experiments}
+    if not all(experiment.point_id() in published for experiment in sweep.experiments):
+        output.say(f"Not the recipe's own settings ({', '.join(request.settings)}): this compares, and does not reproduce.")
     for text in (*warnings, *(f"{point.name}: {text}." for point in shown for text in point.warnings)):
         output.say(f"Warning: {text}")
     _print_summary(comparison, output)
@@ -108,5 +108,6 @@ def _print_summary(comparison: Comparison, output: Output) -> None:
         "Published selection: best of all learning rates on the test set."
     )
     missed = comparison.missed
-    output.say(f"{counts}; " + (f"hard targets missed: {'; '.join(missed)}." if missed else "no hard target missed."))
+    run = "no hard target is missed among those that have run."
+    output.say(f"{counts}; " + (f"hard targets missed: {'; '.join(missed)}." if missed else run))
     output.emit("check", {"recipe": comparison.figure.recipe, "missed": missed})

@@ -68,7 +68,7 @@ def build_sweep(request: Request) -> Sweep:
     if request.suite is not None or request.preset is not None:
         sweep = suite_sweep(request.suite, request.preset, others=(request.task, request.recipe))
     else:
-        sweep = _named_sweep(request)
+        sweep = named_sweep(request)
     if request.mixers:
         sweep = _with_mixers(sweep, request.mixers)
     sweep = apply_settings(sweep, request.settings)
@@ -76,7 +76,7 @@ def build_sweep(request: Request) -> Sweep:
     return sweep.model_copy(update={key: count for key, count in counts.items() if count is not None})
 
 
-def _named_sweep(request: Request) -> Sweep:
+def named_sweep(request: Request) -> Sweep:
     """The sweep of a task or a recipe."""
     if request.task is None and request.recipe is None:
         raise UserError("Nothing to run: give --task (see `bench list tasks`), --recipe (see `bench list recipes`) or --suite.")

@@ -30,27 +30,34 @@ def compile_parts(student: Any, teacher: Any, stage: Stage, *, backend: str = "i
     Returns:
         A function that takes the compiled code out again.
     """
+    modules, methods = _parts(student, teacher, stage)
     settings: dict[str, Any] = {"backend": backend, "dynamic": False}
-    modules: list[nn.Module] = []
     undo: list[Callable[[], None]] = []
-    if stage.capture == "logits":
-        modules += [*student.blocks(), *teacher.model.layers]
-    else:
-        for block in teacher.model.layers:
-            modules += [part for name, part in block.named_children() if name != "self_attn"]
-        if stage.capture == "block_out":
-            modules += [student.blocks()[index] for index in student.converted()]
     for module in modules:
         module.compile(**settings)
         undo.append(lambda module=module: setattr(module, "_compiled_call_impl", None))
-    method = {"attn_out": "heads_output", "mixer_out": "segment"}.get(stage.capture, "")
-    for layer in student.converted().values() if method else ():
+    for module, method in methods:
         # an attribute of the instance hides the method until it is deleted
-        setattr(layer, method, torch.compile(getattr(layer, method), **settings))
-        undo.append(lambda layer=layer: delattr(layer, method))
+        setattr(module, method, torch.compile(getattr(module, method), **settings))
+        undo.append(lambda module=module, method=method: delattr(module, method))
 
     def restore() -> None:
         for step in undo:
             step()
 
     return restore
+
+
+def _parts(student: Any, teacher: Any, stage: Stage) -> tuple[list[nn.Module], list[tuple[nn.Module, str]]]:
+    """Modules that are compiled whole, and methods: hooks of the module, which belong to the stage, stay outside of those."""
+    if stage.capture == "logits":
+        return [*student.blocks(), *teacher.model.layers], []
+    layers = student.converted()
+    if stage.capture == "block_out":
+        return [student.blocks()[index] for index in layers], [(block, "forward") for block in teacher.model.layers]
+    modules = [part for block in teacher.model.layers for name, part in block.named_children() if name != "self_attn"]
+    if stage.capture == "mixer_out":
+        attentions = [(block.self_attn, "forward") for block in teacher.model.layers]
+        return modules, [*attentions, *((layer, "segment") for layer in layers.values())]
+    # What attn_out captures lies inside of the teacher's attention.
+    return modules, [(layer, "heads_output") for layer in layers.values()] if stage.capture == "attn_out" else []

@@ -1,6 +1,6 @@
 """Losses of a conversion: distances of captured layers, and the distribution over the next token without its full matrix.
 
-Shape legend: N tokens, D width, V vocabulary, C tokens of a chunk, B batch, T time, H heads.
+Shape legend: N tokens, D width, V vocabulary, B batch, T time, H heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kernels.distillation import IGNORED, distillation_rows
 
 CHUNK_BYTES = 1 << 29
-"""Bytes of the student's logits that exist at a time, 2,730 tokens with 49k classes; the teacher's are as many."""
+"""Bytes of the student's logits that exist at a time, some 2,730 tokens with 49k classes; the teacher's are as many."""
 MIN_CHUNK = 128
 
 
@@ -56,7 +56,6 @@ def next_token_loss(
     teacher_ND: Tensor | None = None,
     teacher_head_VD: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Kl * KL(teacher || student) + ce * cross-entropy + z * (log of softmax's normaliser)^2, means over tokens with a target.
 
@@ -72,12 +71,11 @@ def next_token_loss(
         teacher_ND: the teacher's last hidden states; None if kl is 0.
         teacher_head_VD: the teacher's output matrix.
         temperature: of both distributions in the divergence.
-        chunk: C; None follows from the size of the vocabulary.
 
     Returns:
         The loss, and [KL, cross-entropy] without their weights and without gradient.
     """
-    return _NextToken.apply(hidden_ND, head_VD, targets_N, teacher_ND, teacher_head_VD, ce, kl, z, temperature, chunk)
+    return _NextToken.apply(hidden_ND, head_VD, targets_N, teacher_ND, teacher_head_VD, ce, kl, z, temperature)
 
 
 class _NextToken(torch.autograd.Function):
@@ -95,7 +93,6 @@ class _NextToken(torch.autograd.Function):
         kl: float,
         z: float,
         temperature: float,
-        chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
         share = 1.0 / (targets != IGNORED).sum().clamp_min(1)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
@@ -104,7 +101,7 @@ class _NextToken(torch.autograd.Function):
         sums, squares = hidden.new_zeros(2, dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         weight = head.to(hidden.dtype)
         teacher_weight = None if teacher is None or teacher_head is None else teacher_head.to(teacher.dtype)
-        size = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * len(head)))
+        size = _chunk(len(hidden), len(head))
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = _fp32_product(hidden[rows], weight)
@@ -133,8 +130,14 @@ class _NextToken(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
             None if d_head is None else (d_head * d_loss).to(ctx.head_dtype),
-            *(None,) * 8,
+            *(None,) * 7,
         )
+
+
+def _chunk(n_tokens: int, n_classes: int) -> int:
+    """Tokens of a chunk: chunks of equal size as near as may be, a multiple of MIN_CHUNK, which products like."""
+    count = max(1, round(n_tokens * 4 * n_classes / CHUNK_BYTES))
+    return MIN_CHUNK * -(-n_tokens // (count * MIN_CHUNK))
 
 
 def _squared_normalizer(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

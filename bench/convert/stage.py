@@ -186,12 +186,13 @@ class StageTrainer:
 
     def _distill_backward(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
         stage, student = self.stage, self.student
-        hidden = student.hidden(tokens_BT)
         teacher_hidden = teacher_head = None
         if stage.kl:
+            # First, because it has few launches for its work: meanwhile the student's many are queued.
             with torch.no_grad():
                 teacher_hidden = self.teacher.model(input_ids=tokens_BT, use_cache=False).last_hidden_state.flatten(0, 1)
             teacher_head = self.teacher.lm_head.weight
+        hidden = student.hidden(tokens_BT)
         low = torch.bfloat16 if self.bf16 else hidden.dtype
         loss, parts = next_token_loss(
             hidden.flatten(0, 1).to(low),

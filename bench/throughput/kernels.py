@@ -61,7 +61,8 @@ class Recurrence:
         """Inputs as mixers make them: keys of the delta rule have unit length, scalar gates are in fp32."""
         batch, length = shape.batch, 1 if mode == "decode" else shape.length
         q, k = (draw.normal(batch, length, shape.groups, shape.key) for _ in range(2))
-        k = F.normalize(k.float(), dim=-1).to(draw.dtype) if self.delta else k * shape.key**-0.5
+        if not self.taylor:  # scales its products itself
+            k = F.normalize(k.float(), dim=-1).to(draw.dtype) if self.delta else k * shape.key**-0.5
         inputs = {"q": q, "k": k, "v": draw.normal(batch, length, shape.heads, shape.value)}
         if self.gate != "none":
             inputs["log_decay"] = self._decay(shape, length, draw)

@@ -29,6 +29,8 @@ from kernels.dispatch import watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATE_BATCH, GATE_HEADS, GATE_CHANNELS = 2, 2, 48
+PEER_GATE_BATCH = 8
+"""At most, as the token loops of a definition in double precision need memory."""
 GATE_LENGTHS = {"cuda": 193, "cpu": 37}
 """Of what is run token by token; attention is compared at a length that several blocks of its window fit in."""
 ATTENTION_LENGTH = 300
@@ -138,7 +140,9 @@ class Session:
         """Everything that is measured with clocks, and whether the outputs at the timed shape are finite."""
         with clock.peak_memory(self.device) as peak:
             outputs = call()
-        if not all(torch.isfinite(x).all() for x in outputs.values()):
+        is_finite = all(torch.isfinite(x).all() for x in outputs.values())
+        del outputs  # with their graph, whose ends belong to this stream and would break the capture on another
+        if not is_finite:
             return {"status": "wrong", "reason": "The results at the timed shape are not finite.", "first_call_seconds": None}
         found: dict[str, Any] = {
             "peak_memory_bytes": peak[0] if peak else None,
@@ -174,10 +178,10 @@ class Session:
         return record.model_copy(update=times | {"error": result.error})
 
     def _peer_gate(self, row: Row, subject: _Kernel, peer: peers.PublicPeer) -> GateResult:
-        """The gate of a peer, with as many heads as the row, since public autotuners start anew for another number of them."""
+        """The gate of a peer, with the row's heads and at best its batch, since public kernels compile and tune anew for others."""
         key = (peer.name, row.name, row.mode, row.heads, row.width, row.dtype)
         if key not in self.gates:
-            small, against = subject.small(row.heads)
+            small, against = subject.small(min(row.batch, PEER_GATE_BATCH), row.heads)
             if peer.equals is not None:
                 small = replace(small, definition=partial(peer.equals, small.definition))
             self.gates[key] = check(small, gradients=row.mode == "train", against=against, function=peer.function)
@@ -202,15 +206,15 @@ class _Kernel:
         cost = self.operation.cost(self.shape, self.row.mode, item)
         return {"bound": self.session.bound(cost), "state_bytes": self.operation.state_bytes(self.shape, item)}
 
-    def small(self, heads: int = GATE_HEADS) -> tuple[Problem, str]:
+    def small(self, batch: int = GATE_BATCH, heads: int = GATE_HEADS) -> tuple[Problem, str]:
         """The problem of the gate, and its definition in words."""
         length = GATE_LENGTHS[self.session.device.type]
         if self.row.name in ("attention", "window", "chosen_blocks"):
             length = ATTENTION_LENGTH
         if self.kernel.layout in ("channels", "states"):
-            shape = Shape(GATE_BATCH, length, GATE_CHANNELS, key=self.shape.key)
+            shape = Shape(batch, length, GATE_CHANNELS, key=self.shape.key)
         else:
-            shape = self.kernel.shape(GATE_BATCH, length, heads, self.row.width)
+            shape = self.kernel.shape(batch, length, heads, self.row.width)
         return self.operation.problem(shape, self.row.mode, self.draw), f"definition at {_sizes_text(shape.sizes())}"
 
     def full(self) -> Problem:

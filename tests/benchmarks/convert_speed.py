@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bench.convert.gate import check_model
 from bench.convert.loop import step
 from bench.convert.plans import layer_plans
 from bench.convert.resolve import resolve_recipe
+from bench.convert.softmax import training_softmax
 from bench.convert.spec import Source
 from bench.convert.stage import StageTrainer, products_like_tf32
 from bench.convert.student import build_student
@@ -33,6 +35,9 @@ from bench.judge.decoding import decoder
 
 WARM_UP, TIMED = 3, 10
 DECODE_BATCH, DECODE_STEPS = 32, 32
+SHOWN = ("what", "tokens_per_second", "step_seconds", "first_steps_seconds", "device_seconds", "context", "ms_per_step")
+LISTED, NAME = 40, 120
+"""Operations of a profile that are recorded, and letters of their names."""
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -46,10 +51,21 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> list[dict[str, Any]]:
+def device_time(profile: Any) -> dict[str, Any]:
+    """Of one step: how often and how long the device was at work, and on what."""
+    on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in on_device if not event.key.startswith("Optimizer.")]  # a span around kernels
+    table = sorted(events, key=lambda event: -event.self_device_time_total)
+    return {
+        "device_seconds": sum(event.self_device_time_total for event in events) / 1e6,
+        "launches": sum(event.count for event in events),
+        "device_ms_and_launches": {event.key[:NAME]: [event.self_device_time_total / 1e3, event.count] for event in table[:LISTED]},
+    }
+
+
+def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens/s of every stage of a recipe, and the costliest operations of a step."""
     batch_tokens, compiled = given.batch_tokens, not given.eager
-    records = []
     for index, published in enumerate(recipe.stages):
         student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
         # Layers that train on the teacher's stream hold the activations of one layer at a time; logits need those of all.
@@ -57,41 +73,32 @@ def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Name
         stage = published.model_copy(update={"batch_tokens": batch_tokens, "micro_tokens": micro})
         trainer = StageTrainer(student, teacher, stage, index, data, "bf16", compiled=compiled)
         began = time.perf_counter()
-        with products_like_tf32(wanted=True):
+        with products_like_tf32(wanted=True), training_softmax(stage, teacher, trainer.student):
             for _ in range(WARM_UP):
                 step(trainer, 0.5)
             started = time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
             spent = seconds(lambda trainer=trainer: step(trainer, 0.5), TIMED)
-        with products_like_tf32(wanted=True), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step(trainer, 0.5)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                step(trainer, 0.5)
         trainer.finish()
-        table = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
-        records.append(
-            {
-                "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
-                "tokens_per_second": batch_tokens / spent,
-                "step_seconds": spent,
-                "compiled": compiled,
-                "first_steps_seconds": started,
-                "batch_tokens": batch_tokens,
-                "micro_tokens": trainer.micro_rows * stage.seq_len,
-                "seq_len": stage.seq_len,
-                "peak_bytes": torch.cuda.max_memory_allocated(),
-                "device_ms_by_operation": {event.key: event.self_device_time_total / 1e3 for event in table},
-            }
-        )
-        print(
-            json.dumps({key: records[-1][key] for key in ("what", "tokens_per_second", "step_seconds", "first_steps_seconds")}),
-            flush=True,
-        )
-    return records
+        yield {
+            "what": f"{recipe.name} stage {index + 1} ({stage.capture})",
+            "tokens_per_second": batch_tokens / spent,
+            "step_seconds": spent,
+            "compiled": compiled,
+            "first_steps_seconds": started,
+            "batch_tokens": batch_tokens,
+            "micro_tokens": trainer.micro_rows * stage.seq_len,
+            "seq_len": stage.seq_len,
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            **device_time(profile),
+        }
 
 
 @torch.no_grad()
-def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, Any]]:
+def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> Iterator[dict[str, Any]]:
     """Milliseconds a decoding step of student and teacher after prefills of several lengths, each as one CUDA graph."""
-    records = []
     teacher = teacher.to(torch.bfloat16)
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).to(torch.bfloat16).eval()
     token = torch.ones(DECODE_BATCH, dtype=torch.long, device="cuda")
@@ -105,11 +112,9 @@ def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> list[dict[str, A
             spent = seconds(lambda made=made: made.step(token), DECODE_STEPS)
             how = "CUDA graph" if made.graph is not None else "eager"
             found = {"context": context, "batch": DECODE_BATCH, "ms_per_step": 1e3 * spent, "how": how}
-            records.append({"what": f"decode {name}", **found})
-            print(json.dumps(records[-1]), flush=True)
+            yield {"what": f"decode {name}", **found}
             del cache, made
             torch.cuda.empty_cache()
-    return records
 
 
 def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
@@ -129,12 +134,12 @@ def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
 
 
 def main() -> None:
-    """Checks, times, writes after every case."""
+    """Checks, times, writes after every figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--case", action="append", required=True, help="a recipe, or recipe:mixer")
     parser.add_argument("--batch-tokens", type=int, default=65536)
-    parser.add_argument("--micro-tokens", type=int, default=16384, help="of a forward pass from end to end")
+    parser.add_argument("--micro-tokens", type=int, help="of a forward pass from end to end, if the batch does not fit")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
     parser.add_argument("--out", type=Path, required=True)
@@ -151,11 +156,13 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(given.case):
         recipe, errors = checked(case, teacher)
-        records = training(recipe, teacher, data, given)
-        if number == 0:
-            records += decoding(recipe, copy.deepcopy(teacher), given.contexts)
+        records: list[dict[str, Any]] = []
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
-        given.out.write_text(json.dumps(content, indent=1))
+        decoded = decoding(recipe, copy.deepcopy(teacher), given.contexts) if number == 0 else ()
+        for record in itertools.chain(training(recipe, teacher, data, given), decoded):
+            records.append(record)
+            given.out.write_text(json.dumps(content, indent=1))
+            print(json.dumps({key: value for key, value in record.items() if key in SHOWN}), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def plain(experiment: Experiment) -> Callable[[], None]:
 def stacked(experiment: Experiment, members: int) -> Callable[[], None]:
     """A step of a fleet."""
     trainer = FleetTrainer([experiment.run(experiment.lrs[0], seed) for seed in range(members)], CPU)
-    trainer.examples_SB[:] = torch.arange(trainer.train.batch_size)
-    trainer.rates_E.fill_(experiment.lrs[0])
+    trainer.fleet.examples_SB[:] = torch.arange(trainer.train.batch_size)
+    trainer.fleet.rates_E.fill_(experiment.lrs[0])
     return lambda: trainer.advance(CELL)
 
 

@@ -6,8 +6,8 @@
 Both take the rows of `bench throughput --preset kernels`; at 16 heads peers stand beside ours. `compile` lets many
 processes fill Triton's cache, each with a share of every autotuner's configurations, and launches none of them. `measure`
 then tunes at the timed shape, the main length first, by 3 ms of warm-up and 12 ms for each configuration, and keeps what
-was chosen in Triton's cache too, so that a later run starts with it. Where that is known already, `compile` compiles no more than
-that.
+was chosen in Triton's cache too: other lengths and later runs start with it, and `compile` compiles no more than that where
+it is known.
 """
 
 from __future__ import annotations
@@ -27,31 +27,46 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bench.store import Store
 from bench.throughput.plan import Row, SpeedRequest, plan
 from bench.throughput.tuning import tune_by_width
+from tests.benchmarks.speed_table import GOALS
 
 MAIN_LENGTH, PEER_HEADS = 2048, 16
 WITHOUT = (("gla", 64), ("kda", 64))
 """Rows without a goal, whose peers would take a minute more to tune."""
+SLOWER = {64: ("chunk_retention", "chunk_simple_gla guard off"), 128: ("fused_chunk_linear_attn", "fused_chunk_simple_gla")}
+"""Peers that an earlier measurement found slower than another one at a width, and which are not tuned again."""
 PARTS = 6
+LENGTH_MATTERS, ENOUGH = ("ssd", "window", "chosen_blocks"), 512
+"""Rows whose peers compile anew for some lengths, and a length that does for the peers of the others."""
 TUNERS: list[Any] = []
 """Every autotuner of this process."""
 
 
 def rows_of(given: argparse.Namespace) -> list[Row]:
-    """The rows asked for, the main length first, since many autotuners keep what suits the first shape that they see."""
+    """The rows asked for, those with a goal first, and of them the main length, which autotuners are to see first."""
     modes = given.modes.split(",")
     rows = plan(SpeedRequest(kernels=[given.kernels], preset="kernels", modes=modes), "cuda")
     widths, lengths = ([int(part) for part in text.split(",")] if text else None for text in (given.widths, given.lengths))
     kept = [row for row in rows if (not widths or row.width in widths) and (not lengths or row.length in lengths)]
-    return sorted(kept, key=lambda row: row.length != MAIN_LENGTH)
+    goals = {(goal.kernel, goal.width) for goal in GOALS}
+    return sorted(kept, key=lambda row: ((row.name, row.width) not in goals, row.length != MAIN_LENGTH))
 
 
 def has_peers(row: Row) -> bool:
     """Whether peers are timed beside a row."""
     return row.heads == PEER_HEADS and (row.name, row.width) not in WITHOUT
+
+
+def peers_of(row: Row) -> list[Any]:
+    """The peers that are timed beside a row."""
+    from bench.throughput import peers
+
+    found = peers.peers_of(row.name, row.mode) if has_peers(row) else []  # type: ignore[arg-type]
+    return [peer for peer in found if peer.name not in SLOWER.get(row.width, ())]
 
 
 def share_choices(*, bench: Callable[..., Any] | None = None) -> None:
@@ -148,20 +163,23 @@ def open_peers() -> None:
 
 
 def compile_row(row: Row, part: int) -> float:
-    """Runs a row's peers, and in the first part ours, once."""
+    """Runs a row's peers once, in the first part ours too."""
     SHARE.part = part
     for tuner in TUNERS:
         tuner.cache.clear()
-    from bench.throughput import peers
+    from bench.throughput import measure
 
     began = time.monotonic()
-    theirs = peers.peers_of(row.name, row.mode) if has_peers(row) else []  # type: ignore[arg-type]
-    run_once(row, _sizes(row), [None, *(peer.function for peer in theirs)] if part == 0 else [peer.function for peer in theirs])
+    theirs = [peer.function for peer in peers_of(row)]
+    if part == 0:
+        run_once(row, _sizes(row), [None])
+    length = row.length if row.name in LENGTH_MATTERS else min(row.length, ENOUGH)
+    run_once(row, {**_sizes(row), "length": length}, theirs)
     if row.name == "window" and row.mode == "train":  # torch.compile asks for every shape, and whether there are gradients
-        gate = {**_sizes(row), "batch": 2, "length": 300}
+        gate = {**_sizes(row), "batch": min(row.batch, measure.PEER_GATE_BATCH), "length": measure.ATTENTION_LENGTH}
         for sizes in (gate, _sizes(row)):
             for mode in ("forward", "train"):
-                run_once(replace(row, mode=mode), sizes, [peer.function for peer in theirs])
+                run_once(replace(row, mode=mode), sizes, theirs)
     return time.monotonic() - began
 
 
@@ -181,6 +199,8 @@ def run_once(row: Row, sizes: dict[str, int], functions: list[Any]) -> None:
             torch.cuda.synchronize()
         except Exception as error:  # what does not run has its reason in the record later
             print(f"{row.text()}: {measure.one_line(error)}", flush=True)
+    del problem
+    torch.cuda.empty_cache()
 
 
 def _sizes(row: Row) -> dict[str, int]:
@@ -189,13 +209,11 @@ def _sizes(row: Row) -> dict[str, int]:
 
 def compile_all(rows: list[Row], jobs: int) -> None:
     """Every row that compiles something of its own; backward passes contain the forward ones."""
-    from bench.throughput import peers
 
     def parts(row: Row) -> int:
         if row.length != MAIN_LENGTH or row.mode != "train":  # few autotuners start anew for those
             return 1
-        tuned = any(peer.package != "torch" for peer in peers.peers_of(row.name, row.mode))  # type: ignore[arg-type]
-        return PARTS if tuned and has_peers(row) else 1
+        return PARTS if any(peer.package != "torch" for peer in peers_of(row)) else 1
 
     began = time.monotonic()
     tasks = [(row, part) for row in rows if row.mode != "forward" for part in range(parts(row))]
@@ -207,8 +225,8 @@ def compile_all(rows: list[Row], jobs: int) -> None:
             print(f"{time.monotonic() - began:.0f} s: {row.text()} part {part}: {said}", flush=True)
 
 
-def measure_all(rows: list[Row], store: Store) -> None:
-    """Measures and stores every row."""
+def measure_all(rows: list[Row], store: Store, jobs: int) -> None:
+    """Measures and stores every row: the main length, then, when what was chosen there is compiled for them, the others."""
     share_choices()
     import torch
 
@@ -216,17 +234,28 @@ def measure_all(rows: list[Row], store: Store) -> None:
 
     open_peers()
     session = Session(torch.device("cuda"), with_peers=True)
+    rest = [row for row in rows if row.length != MAIN_LENGTH]
     for row in rows:
-        session.with_peers = has_peers(row)
-        began = time.monotonic()
-        record = session.measure(row)
-        store.write_speed(record)
-        timing, ratio, over = record.timing(), record.bound_ratio(), record.peer_ratio()
-        text = record.reason if timing is None else f"{timing.median_us:.1f} us, {ratio:.2f} x bound, {over or 0:.2f} x peer"
-        peers = {peer.name: peer.reason[:80] or (peer.graph and round(peer.graph.median_us, 1)) for peer in record.peers}
-        print(f"{row.text()}: {text} {peers} ({time.monotonic() - began:.1f} s)", flush=True)
+        if rest and row is rest[0]:
+            torch.cuda.empty_cache()
+            compile_all(rest, jobs)
+        measure_row(row, session, store)
         if session.lost:
             break
+
+
+def measure_row(row: Row, session: Any, store: Store) -> None:
+    """Measures and stores a row, and says in a line what came of it."""
+    from bench.throughput import peers
+
+    began, chosen = time.monotonic(), peers_of(row)
+    with mock.patch.object(peers, "peers_of", lambda *_: chosen):
+        record = session.measure(row)
+    store.write_speed(record)
+    timing, ratio, over = record.timing(), record.bound_ratio(), record.peer_ratio()
+    text = record.reason if timing is None else f"{timing.median_us:.1f} us, {ratio:.2f} x bound, {over or 0:.2f} x peer"
+    theirs = {peer.name: peer.reason[:80] or (peer.graph and round(peer.graph.median_us, 1)) for peer in record.peers}
+    print(f"{row.text()}: {text} {theirs} ({time.monotonic() - began:.1f} s)", flush=True)
 
 
 def main() -> None:
@@ -244,7 +273,7 @@ def main() -> None:
     if given.step == "compile":
         compile_all(rows, given.jobs)
     else:
-        measure_all(rows, Store(given.store))
+        measure_all(rows, Store(given.store), given.jobs)
 
 
 if __name__ == "__main__":

@@ -46,3 +46,12 @@ def test_the_dry_run_trains_nothing(trained: tuple[Bench, Outcome]) -> None:
     code, rows = dry(trained[0], "attention", store="empty")
     assert (code, rows["Attention d=64"]["verdict"]) == (0, "not run")
     assert trained[0].files() == before
+
+
+def test_a_part_of_the_recipe_reproduces(bench: Bench) -> None:
+    part = ["--recipe=readme_plot", "--mixer=gla:n_heads=2", "--set=model.d_model=64", "--set=train.lr=1e-2"]
+    for more, caveat in ([], False), (["--set=train.epochs=1"], True):
+        found = bench("synthetic", *part, *more, "--check", "--dry-run", "--device=cpu", f"--store={bench.folder / 'runs'}")
+        assert found.code == 0, found.err
+        assert ("does not reproduce" in found.out) == caveat
+        assert "63 not run; no hard target is missed among those that have run." in found.out

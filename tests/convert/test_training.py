@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import catalog
-from bench.convert import loop
+from bench.convert import loop, losses
 from bench.convert.align import alignment_backward
 from bench.convert.gate import check_model
 from bench.convert.losses import IGNORED, layer_loss, next_token_loss, weights_loss
@@ -22,18 +22,23 @@ from bench.convert.spec import LayerPlan, Lora, Recipe, Stage
 from bench.convert.stage import StageTrainer, interleaved
 from bench.convert.student import build_student
 from bench.errors import UserError
-from tests.convert.test_layer import HEDGEHOG, tokens
+from tests.convert.conftest import HEDGEHOG, tokens
 from tests.convert.texts import data_of
 
 
 @pytest.mark.parametrize(("kl", "ce", "z", "temperature"), [(1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.2, 1.0), (0.7, 0.3, 0.1, 2.0)])
-def test_next_token_loss_and_gradient_by_their_definition(kl: float, ce: float, z: float, temperature: float):
+def test_next_token_loss_and_gradient_by_their_definition(
+    kl: float, ce: float, z: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+):
+    """In two chunks, the last of which is not full."""
+    monkeypatch.setattr(losses, "MIN_CHUNK", 4)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 11 * 7)
     torch.manual_seed(0)
     hidden, head = torch.randn(13, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     teacher, teacher_head = torch.randn(13, 5), torch.randn(11, 5)
     targets = torch.randint(0, 11, (13,))
     targets[[2, 12]] = IGNORED
-    named = {"teacher_ND": teacher, "teacher_head_VD": teacher_head, "temperature": temperature, "chunk": 4}
+    named = {"teacher_ND": teacher, "teacher_head_VD": teacher_head, "temperature": temperature}
     loss, parts = next_token_loss(hidden, head, targets, ce=ce, kl=kl, z=z, **named)
     found = torch.autograd.grad(loss, (hidden, head))
     known = targets != IGNORED

@@ -83,6 +83,16 @@ def test_negative_eigenvalues(dtype: torch.dtype) -> None:
     check(draw((2, 200, 2, 2, 64, 64), "scalar", dtype, state=True, beta=2.0), dtype, state=True)
 
 
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
+@pytest.mark.parametrize(
+    "shape", [(4, 900, 2, 8, 64, 64), (2, 600, 1, 2, 32, 32), (9, 130, 8, 8, 128, 128), (6, 130, 4, 8, 128, 128)], ids=str
+)
+def test_forward_walks_of_hopper(shape: tuple[int, ...], gate: str) -> None:
+    """Couplings made beside the walk for longer than there is room for; programs with all columns of wide heads, and with half."""
+    for state in (False, True):
+        check(draw(shape, gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
+
+
 @pytest.mark.parametrize("gate", ["none", "scalar"])
 def test_segments(gate: str) -> None:
     """Long and alone enough to be cut on Hopper, whose last segment is shorter."""
@@ -129,7 +139,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_hopper, delta_hopper_backward, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_couplings, delta_hopper_walk, delta_triton
     from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
@@ -137,7 +147,8 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
         gradients_kernel,
-        delta_hopper.forward_kernel,
+        delta_hopper_walk.forward_kernel,
+        delta_hopper_couplings.forward_kernel,
         delta_hopper_backward.backward_kernel,
     )
 

@@ -1,13 +1,15 @@
 """Runs Gluon kernels for Hopper as Python on torch tensors, for Triton's interpreter knows no Gluon.
 
-A program is followed by one thread, so barriers between threads are beyond it. What it does follow is time: a copy into
-shared memory arrives when its barrier is waited for, a copy out of it and a product read when they are waited for, and what
-is written by threads is seen by neither before a fence. Shared memory starts as NaN, and so does a buffer that a copy is on
-its way to: whoever reads too early or writes too early is found by a wrong result.
+A partition of a program is followed by one thread, so barriers between its threads are beyond it. What it does follow is time:
+a copy into shared memory arrives when its barrier is waited for, a copy out of it and a product read when they are waited for,
+and what is written by threads is seen by neither before a fence. Shared memory starts as NaN, and so does a buffer that a copy
+is on its way to: whoever reads too early or writes too early is found by a wrong result. Of the partitions one runs at a time,
+until it waits for another or ends.
 """
 
 from __future__ import annotations
 
+import threading
 import types
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -60,11 +62,17 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return Shared(self.x[int(i)], self.unfenced)
 
-    def slice(self, start: int, length: int, axis: int) -> Shared:
-        return Shared(self.x.narrow(axis, start, length), self.unfenced)
-
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.x.permute(order), self.unfenced)
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.x.view(shape), self.unfenced)
+
+    def _reinterpret(self, _: Any, shape: list[int], __: Any) -> Shared:
+        return self.reshape(shape)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.x.narrow(dim, start, length), self.unfenced)
 
     def load(self, _: Any) -> Tensor:
         return self.x.clone()
@@ -81,7 +89,7 @@ class Shared:
 
 @dataclass
 class Barrier:
-    """Counts bytes; copies wait in it for the thread that waits."""
+    """Counts bytes or arrivals; copies wait in it for the thread that waits."""
 
     expected: int = 0
     phase: int = 0
@@ -93,8 +101,9 @@ class Program:
 
     def __init__(self, index: int):
         self.unfenced: set[int] = set()
-        self.products: list[dict[str, Any]] = []
-        self.stores: list[Any] = []
+        self.own = threading.local()
+        self.turn = threading.Condition()
+        self.alive, self.failed = 1, []
         numbers = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32}
         self.gl = types.SimpleNamespace(
             **numbers,
@@ -106,12 +115,14 @@ class Program:
             minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             exp2=torch.exp2,
+            log=torch.log,
             sum=lambda x, axis: x.sum(axis),
             convert_layout=lambda x, _: x,
             static_range=range,
             load=self.load,
             store=self.store,
             allocate_shared_memory=self.allocate,
+            warp_specialize=self.specialize,
             **dict.fromkeys(
                 (
                     "SliceLayout",
@@ -128,8 +139,46 @@ class Program:
             async_copy_global_to_shared=self.copy_in, async_copy_shared_to_global=self.copy_out, store_wait=self.store_wait
         )
         self.mbarrier = types.SimpleNamespace(
-            init=lambda bar, count: None, expect=self.expect, wait=self.wait, MBarrierLayout=lambda: "barrier"
+            init=lambda bar, count: None, expect=self.expect, wait=self.wait, arrive=self.arrive, MBarrierLayout=lambda: "barrier"
         )
+
+    @property
+    def products(self) -> list[dict[str, Any]]:
+        """Products of this partition that run."""
+        return self.own.__dict__.setdefault("products", [])
+
+    @property
+    def stores(self) -> list[Any]:
+        """Copies out of shared memory of this partition that run."""
+        return self.own.__dict__.setdefault("stores", [])
+
+    def specialize(self, partitions: list[tuple[Any, tuple[Any, ...]]], *_: Any) -> None:
+        """Runs the partitions of a program, taking turns."""
+
+        def run(function: Any, arguments: tuple[Any, ...]) -> None:
+            with self.turn, torch.no_grad():
+                try:
+                    function(*arguments)
+                    self.check()
+                except BaseException as error:
+                    self.failed.append(error)
+                self.alive -= 1
+                self.turn.notify_all()
+
+        self.alive = len(partitions)
+        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.alive = 1
+        if self.failed:
+            raise self.failed[0]
+
+    def check(self) -> None:
+        """What has to be waited for before a partition ends."""
+        assert not self.stores, "a copy that nobody waited for"
+        assert not self.products, "a product that nobody waited for"
 
     @staticmethod
     def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
@@ -161,8 +210,17 @@ class Program:
         target.x.fill_(float("nan"))
         bar.copies.append((source, at, target))
 
-    @staticmethod
-    def wait(bar: Barrier, phase: Any) -> None:
+    def arrive(self, bar: Barrier, *, count: int = 1, pred: Any = True) -> None:
+        assert count == 1
+        if pred:
+            bar.phase += 1
+            self.turn.notify_all()
+
+    def wait(self, bar: Barrier, phase: Any) -> None:
+        while not bar.copies and int(phase) == bar.phase % 2:
+            assert self.alive > 1 and self.turn.wait(timeout=20), "waits for what nobody brings"
+        if not bar.copies:
+            return
         assert int(phase) == bar.phase % 2, "waits for another phase"
         assert bar.expected == sum(2 * target.x.numel() for *_, target in bar.copies), "bytes"
         for source, at, target in bar.copies:
@@ -175,17 +233,20 @@ class Program:
         self.stores.append((target, at, source.of_accelerators()))
 
     def store_wait(self, pending: int) -> None:
-        assert pending == 0
-        for target, at, source in self.stores:
+        while len(self.stores) > pending:
+            target, at, source = self.stores.pop(0)
             part, block = target.inside(at, source)
             part.copy_(block)
-        self.stores = []
 
     def product(self, a: Any, b: Shared, sums: Any, *, use_acc: bool = True, is_async: bool = False) -> dict[str, Any]:
         assert is_async
         operands = [x.of_accelerators() if isinstance(x, Shared) else x for x in (a, b)]
         self.products.append({"operands": operands, "sums": sums if use_acc else None, "done": None})
         return self.products[-1]
+
+    @staticmethod
+    def small_product(a: Tensor, b: Tensor, sums: Tensor) -> Tensor:
+        return a @ b + sums
 
     def products_wait(self, pending: int, results: list[Any]) -> Any:
         while len(self.products) > pending:
@@ -207,8 +268,8 @@ class OnCpu:
     def __getitem__(self, grid: tuple[int]) -> Any:
         def run(*arguments: Any, **constants: Any) -> None:
             named = {name: _argument(x) for name, x in zip(self.kernel.arg_names, arguments, strict=False)}
-            wide = {"DOT": torch.float64}
-            named |= {name: x for name, x in (constants | wide).items() if name in self.kernel.arg_names}
+            constants |= dict.fromkeys(("DOT", "MERGE"), torch.float64)
+            named |= {name: x for name, x in constants.items() if name in self.kernel.arg_names}
             for index in range(grid[0]):
                 self._run(Program(index), named)
 
@@ -217,22 +278,21 @@ class OnCpu:
     def _run(self, program: Program, arguments: dict[str, Any]) -> None:
         names = {
             "gl": program.gl, "tma": program.tma, "mbarrier": program.mbarrier, "fence_async_shared": program.fence,
-            "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait,
+            "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait, "mma_v2": program.small_product,
+            "thread_barrier": lambda: None,
         }  # fmt: skip
-        compiled = [(name, x.fn) for module in self.modules for name, x in vars(module).items() if callable(getattr(x, "fn", None))]
-        numbers = [(name, x.value) for module in self.modules for name, x in vars(module).items() if isinstance(x, tl.constexpr)]
         with ExitStack() as patches:
             for module in self.modules:
-                for name, x in (names | dict(compiled) | dict(numbers)).items():
-                    if hasattr(module, name):
-                        patches.enter_context(patch.object(module, name, x))
+                for name, x in {**vars(module), **{name: x for name, x in names.items() if hasattr(module, name)}}.items():
+                    if name in names or isinstance(x, tl.constexpr) or callable(getattr(x, "fn", None)):
+                        patches.enter_context(patch.object(module, name, getattr(x, "value", getattr(x, "fn", x))))
             self.kernel.fn(**arguments)
-        assert not program.stores, "a copy that nobody waited for"
-        assert not program.products, "a product that nobody waited for"
+        program.check()
 
 
 def _argument(x: Any) -> Any:
     """What a kernel makes of an argument."""
     if isinstance(x, Tensor):
-        return Pointer(x.view(-1))
+        size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        return Pointer(x.detach().as_strided((size,), (1,)))
     return torch.tensor(x) if isinstance(x, int) else x

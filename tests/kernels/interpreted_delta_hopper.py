@@ -2,14 +2,24 @@
 
 import pytest
 
-from kernels import delta, delta_hopper, delta_hopper_backward, delta_hopper_carry, delta_hopper_launch
+from kernels import (
+    delta,
+    delta_hopper,
+    delta_hopper_backward,
+    delta_hopper_carry,
+    delta_hopper_couplings,
+    delta_hopper_launch,
+    delta_hopper_walk,
+)
 from kernels.dispatch import use_backend
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_delta_rule import assert_equal
 from tests.kernels.oracle import poisoned
 
 KERNELS = (
-    (delta_hopper, ("forward_kernel",)),
+    (delta_hopper, ()),
+    (delta_hopper_walk, ("forward_kernel",)),
+    (delta_hopper_couplings, ("forward_kernel",)),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),
 )
@@ -34,7 +44,19 @@ def _hopper(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 66, 1, 2, 16, 40), (1, 130, 1, 1, 72, 96)], ids=str)
 @pytest.mark.parametrize("gate", ["none", "constant", "strong"])
 def test_equals_the_token_loop(shape, gate):
+    """Narrow heads, whose couplings are made beside the walk, and wide ones."""
     assert_equal(shape, gate, state=gate != "constant")
+
+
+@pytest.mark.parametrize(("gate", "v_dim"), [("none", 24), ("scalar", 40)])
+def test_more_couplings_than_there_is_room_for(gate, v_dim):
+    assert_equal((1, 64 * 13 + 5, 1, 1, 24, v_dim), gate, state=True)
+
+
+@pytest.mark.parametrize(("processors", "width"), [(1, 72), (2, 72)])
+def test_programs_with_all_columns_or_half(monkeypatch, processors, width):
+    monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: processors)
+    assert_equal((1, 200, 1, 1, width, width), "scalar", state=True)
 
 
 @pytest.mark.parametrize(("length", "segments"), [(130, 2), (200, 4)])

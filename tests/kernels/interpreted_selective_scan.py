@@ -3,16 +3,19 @@
 import pytest
 import torch
 
-from kernels import selective_scan_triton
+from kernels import selective_scan_gluon, selective_scan_triton
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
 from tests.kernels import cases_selective_scan as cases
+from tests.kernels.gluon_on_cpu import OnCpu
 
 
 @pytest.fixture(autouse=True)
 def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
     """The interpreter scans element by element, so programs own fewer channels here."""
     monkeypatch.setattr(selective_scan_triton, "CHANNELS", 4)
+    forward = OnCpu(selective_scan_gluon.selective_scan_forward, (selective_scan_gluon,))
+    monkeypatch.setattr(selective_scan_gluon, "selective_scan_forward", forward)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 16, 4, 1), (1, 33, 5, 3)])

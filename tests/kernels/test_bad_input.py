@@ -25,10 +25,11 @@ from kernels.layer_step import Apart, Conv, Packed, layer_step
 from kernels.norms import norm_pair
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.rows import read_rows
-from kernels.scan import scan, selective_scan
+from kernels.scan import gated_selective_scan, scan, selective_scan
 from kernels.step import recurrent_step
 from kernels.step_form import StepForm
 from kernels.taylor import n_features, taylor_attention
+from kernels.window_step import Stored, window_step
 
 B, T, H, K, V, D, N, J = 2, 5, 2, 4, 3, 6, 4, 3
 
@@ -68,6 +69,10 @@ def banded(q: Tensor, k: Tensor, v: Tensor, start: Tensor, sink_k: Tensor, sink_
     return banded_attention(q, k, v, window=3, start_B=start, sink_kv=(sink_k, sink_v))
 
 
+def windowed(q: Tensor, k: Tensor, v: Tensor, *stored: Tensor) -> object:
+    return window_step(q, k, v, Stored(*stored), window=3)
+
+
 C = 2 * H * K + H * V
 SCANNED = {"x": r(B, T, D), "dt": r(B, T, D).abs(), "rate": r(D, N).abs(), "b": r(B, T, N), "c": r(B, T, N), "state": r(B, D, N)}
 AROUND = {
@@ -100,8 +105,21 @@ DOORS = {
         lambda state, q, k, v, sums: layer_step(Apart(q, k, v), state, StepForm(norm="sums"), sums_BHK=sums),
         {"state": r(B, H, K, V), **qkv(B, H), "sums": r(B, H, K)},
     ),
+    "window_step": Door(
+        windowed,
+        {
+            **qkv(B, H),
+            **{"stored k": r(B, H, 2, K), "stored v": r(B, H, 2, V), "position": torch.ones(B, dtype=torch.long)},
+            **{"sink k": r(B, H, 1, K), "sink v": r(B, H, 1, V)},
+        },
+    ),
     "scan": Door(scan, {"a": r(B, T, D), "x": r(B, T, D), "state": r(B, D)}),
     "selective_scan": Door(selective_scan, SCANNED),
+    "gated_selective_scan": Door(
+        lambda *scanned: gated_selective_scan(*scanned[:6], dt_bias_D=scanned[6], skip_D=scanned[7], gate_BTD=scanned[8]),
+        {{"dt": "raw_dt"}.get(name, name): tensor for name, tensor in SCANNED.items()}
+        | {"dt_bias": r(D), "skip": r(D), "gate": r(B, T, D)},
+    ),
     "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),

@@ -40,7 +40,9 @@ def compile_one(kernel, width, gate, dtype):
     }
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     arguments = runtime | dict.fromkeys(NARROW, pointer) | constants | FLAGS
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
+    capped = kernel is coupling_kernel and dtype != torch.float32
+    options = {"maxnreg": delta.COUPLING_REGISTERS} if capped else {}
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps, **options)
 
 
 def check(kernel, width, gate, dtype, spill):
@@ -58,7 +60,7 @@ def check(kernel, width, gate, dtype, spill):
 KERNELS = (coupling_kernel, forward_kernel, reverse_kernel, gradients_kernel)
 # Bytes of spilled registers by width: what the compilers of Triton 3.6 and 3.7 give at most, rounded up.
 SPILLS = {
-    coupling_kernel: {64: 0, 128: 0},
+    coupling_kernel: {64: 80, 128: 100},
     forward_kernel: {64: 0, 128: 300},
     reverse_kernel: {64: 0, 128: 120},
     gradients_kernel: {64: 180, 128: 280},
@@ -67,7 +69,7 @@ SPILLS = {
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_the_main_configuration(kernel):
-    check(kernel, 128, 0, torch.bfloat16, {forward_kernel: 100, gradients_kernel: 120}.get(kernel, 0))
+    check(kernel, 128, 0, torch.bfloat16, {coupling_kernel: 80, forward_kernel: 100, gradients_kernel: 120}.get(kernel, 0))
 
 
 @pytest.mark.slow

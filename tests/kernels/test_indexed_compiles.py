@@ -63,7 +63,7 @@ def check(name, width, dtype, *, listed, spill, **flags):
         assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
-@pytest.mark.parametrize(("name", "spill"), [("forward", 8), ("query", 60), ("key", 60), ("far", 0)])
+@pytest.mark.parametrize(("name", "spill"), [("forward", 24), ("query", 60), ("key", 60), ("far", 0)])
 def test_a_window_in_sixteen_bit(name, spill):
     check(name, 128, torch.bfloat16, listed=False, spill=spill)
 

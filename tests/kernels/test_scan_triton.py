@@ -10,7 +10,8 @@ import torch
 from kernels.scan import scan, selective_scan
 from kernels.scan_segments_triton import segments_kernel
 from kernels.scan_triton import scan_backward, scan_forward
-from kernels.selective_scan_triton import CHANNELS, TILE, selective_scan_backward, selective_scan_forward
+from kernels.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
+from kernels.selective_scan_triton import CHANNELS, TILE, WARPS, selective_scan_backward
 from tests.kernels.offline import compile_sm90
 
 SIZES = dict.fromkeys(
@@ -18,27 +19,40 @@ SIZES = dict.fromkeys(
 )
 
 
-def compiled(kernel, dtype: str):
-    """x, y, b and c in `dtype`; what the mixer keeps in fp32 in fp32."""
-    narrow = {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
-    wide = {f"{name}_ptr": "*fp32+" for name in ("dt", "ddt", "rate", "drate", "db", "dc", "states", "dstate")}
-    every = SIZES | narrow | wide | {"TILE": TILE, "CHANNELS": CHANNELS, "DOTS": dtype != "*fp32+"}
-    return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=1)
+def compiled(kernel, dtype: str, *, warps: int = 1, gated: bool = False, **constants: int):
+    """x, y, b, c and the gate in `dtype`, and so is dt if it is raw; what the mixer keeps in fp32 in fp32."""
+    narrow = {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c", "gate", "dgate")}
+    kept = ("rate", "drate", "db", "dc", "states", "dstate", "bias", "skip", "parts")
+    wide = {f"{name}_ptr": "*fp32+" for name in kept} | {f"{name}_ptr": dtype if gated else "*fp32+" for name in ("dt", "ddt")}
+    every = SIZES | narrow | wide | constants | {"GATED": gated}
+    return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps)
 
 
-@pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
-def test_forward_keeps_time_inside_of_threads(dtype: str):
-    used = compiled(selective_scan_forward, dtype)
-    assert used.spilled == used.shared == 0
-    assert used.registers <= 144, "fewer than 14 warps fit an SM"
-    assert "shfl" not in used.ptx
+FORWARD = [("*bf16+", 16, True), ("*bf16+", 64, False)]
+MORE = [("*bf16+", 16, False), ("*fp32+", 16, False), ("*bf16+", 4, False)]
 
 
-@pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
-def test_backward_exchanges_values_only_to_sum_over_channels(dtype: str):
-    used = compiled(selective_scan_backward, dtype)
-    assert used.spilled <= 100
-    exchanges = len(re.findall(r"shfl", used.ptx))
+@pytest.mark.parametrize(
+    ("dtype", "n_states", "gated"), [*FORWARD, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
+def test_forward_keeps_states_inside_of_threads(dtype: str, n_states: int, gated: bool):
+    channels = WARPS * channels_of_a_warp(n_states)
+    used = compiled(selective_scan_forward, dtype, warps=WARPS, gated=gated, N=n_states, C=channels, L=TILE, WARPS=WARPS)
+    assert used.spilled == 0
+    assert used.registers <= (232 if gated else 168), "fewer than two or three programs fit an SM"
+    assert used.shared <= 72 * 1024
+    assert ("shfl" in used.ptx) == (n_states > 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gated"),
+    [("*bf16+", True), ("*fp32+", False), *(pytest.param(dtype, False, marks=pytest.mark.slow) for dtype in ("*bf16+", "*fp16+"))],
+)
+def test_backward_exchanges_values_only_to_sum_over_channels(dtype: str, gated: bool):
+    used = compiled(selective_scan_backward, dtype, gated=gated, TILE=TILE, CHANNELS=CHANNELS, DOTS=dtype != "*fp32+")
+    # the loop over states spills nothing
+    assert used.spilled <= (640 if gated else 180)
+    exchanges = len(re.findall(r"shfl", used.ptx)) // 2  # in the loop over states and after it
     if dtype == "*fp32+":
         assert exchanges == 2 * TILE * 5  # db and dc of every token of a tile, in five steps
     else:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import triton.language as tl
 
+from kernels.operands import _precision
 from kernels.step_form import StepForm
 from kernels.step_launch import NOTHING_AROUND, config_of, constants, tile_widths, together
 from kernels.step_triton import step_kernel
+from kernels.window_step import tile_of
+from kernels.window_step_triton import window_step_kernel
 from tests.kernels.cases_layer_step import CONVOLVED, DECAYS, FORMS
 from tests.kernels.offline import Resources, compile_sm90
 
@@ -88,3 +93,15 @@ def test_a_rank_one_transition_does_not_spill():
 @pytest.mark.parametrize("widths", [(16, 16), (60, 100), (153, 64), (128, 128), (273, 65), (1024, 64)])
 def test_every_configuration_compiles(widths: tuple[int, int], gate: int, delta: bool, state: str):
     assert compile_step(*widths, gate, delta=delta, state=state).spilled == 0
+
+
+@pytest.mark.parametrize(("width", "dtype", "spill"), [(64, torch.bfloat16, 0), (256, torch.bfloat16, 0), (128, torch.float32, 32)])
+def test_a_window_fits(width: int, dtype: torch.dtype, spill: int):
+    keys, warps = tile_of(width, dtype)
+    pointer, dot = ("*fp32+", tl.float32) if dtype == torch.float32 else ("*bf16+", tl.bfloat16)
+    runtime = {p.name: p.annotation_type or pointer for p in window_step_kernel.params if not p.is_constexpr}
+    constants = {"K": width, "V": width, "BK": width, "BV": width, "M": 16, "N": keys, "BP": 16, "DOT": dot}
+    arguments = runtime | constants | {"position": "*i64+", "PRECISION": tl.constexpr(_precision(dtype))}
+    used = compile_sm90(window_step_kernel, {name: arguments[name] for name in window_step_kernel.arg_names}, warps=warps)
+    assert used.spilled <= spill
+    assert "wgmma" not in used.ptx  # sixteen rows are too few for it

@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import walk, walk_config, walk_decays
+from kernels import walk, walk_config, walk_decays, walk_grouped
 from kernels.walk_forward_triton import forward_kernel, segment_kernel
 from kernels.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
+from kernels.walk_grouped_triton import keys_kernel, outputs_kernel, queries_kernel, states_kernel
 from kernels.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
 from tests.kernels.offline import compile_sm90
 
@@ -35,7 +36,7 @@ def compiled(widths, gate, dtype, *, pieces=WHOLE):
     """Every kernel of a forward and a backward pass, with its name."""
     yield (
         forward_kernel,
-        compile_walk(forward_kernel, walk_config.forward_config(widths[0], dtype), widths, gate, dtype, pieces=pieces),
+        compile_walk(forward_kernel, walk_config.forward_config(*widths, dtype), widths, gate, dtype, pieces=pieces),
     )
     config = walk_config.backward_config(*widths, dtype)
     probe = NO_PROBE if gate != 2 else STATE_PROBE if config.together else FULL_PROBE
@@ -66,6 +67,30 @@ def check(widths, gate, dtype, spill, *, pieces=WHOLE):
 )
 def test_sixteen_bit(widths, gate, spill):
     check(widths, gate, torch.bfloat16, spill)
+
+
+GROUPED = {
+    states_kernel: (walk_grouped.STATES, 0),
+    outputs_kernel: (walk_grouped.OUTPUTS, 0),
+    queries_kernel: (walk_grouped.QUERIES, 80),
+    keys_kernel: (walk_grouped.KEYS, 320),
+}
+
+
+@pytest.mark.parametrize(
+    "kernel", [states_kernel, pytest.param(outputs_kernel, marks=pytest.mark.slow), queries_kernel, keys_kernel]
+)
+def test_heads_that_share_keys(kernel):
+    """Mamba-2: 128 keys, 64 values, a scalar gate."""
+    (launch, spill), widths = GROUPED[kernel], {"K": 128, "V": 64, "BK": 128, "BV": 64}
+    runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
+    constants = {"UNIT": 8, "C": walk_grouped.CHUNK, "GATE": 2, "GATE_GRAD": True, "GIVEN": False, "LAST": False}
+    constants |= {"PIECES": WHOLE.value, "REVERSE": True, "DOT": tl.bfloat16, "PRECISION": tl.constexpr(None)}
+    arguments = runtime | dict.fromkeys((*POINTERS, "kept", "dkept"), "*bf16+") | widths | constants | launch
+    used = compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=launch["num_warps"])
+    assert used.spilled <= spill
+    assert used.shared <= SMEM // 2, "two programs share an SM"
+    assert "wgmma.mma_async" in used.ptx
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_one_worker_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_worker_trains_on_its_own_device(tmp_path: Path) -> None:
     """Two devices that are both the CPU stand for two GPUs."""
-    from tests.unit.test_train import spec
+    from tests.unit.small_runs import spec
 
     found = []
     with LocalWorkers(["cpu:0", "cpu:1"], tmp_path) as workers:

@@ -13,7 +13,7 @@ from bench.launch.place import Place, parse_place
 from bench.launch.remote import Job
 from tests.cli.conftest import Bench
 from tests.launch.sweeps import checkpoints, complete, finish, heard, start, wait_for
-from tests.unit.test_train import spec
+from tests.unit.small_runs import spec
 
 LOCAL = "--launch=slurm:cluster=local"
 

@@ -23,7 +23,7 @@ def spec(mixer: str = "attention", *, seed: int = 0, model: dict | None = None, 
 
 
 def weights(trainer: FleetTrainer, index: int = 0) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in trainer.model.member(index).state_dict().items()}
+    return {key: value.clone() for key, value in trainer.fleet.model.member(index).state_dict().items()}
 
 
 def finish(trainer: FleetTrainer) -> list[tuple[dict[str, torch.Tensor], list[dict]]]:

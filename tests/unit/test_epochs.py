@@ -62,7 +62,7 @@ def test_a_streamed_split_gives_the_examples_of_the_whole(monkeypatch: pytest.Mo
     turns: list[list[int]] = [[], []]
     for cell, first, examples_SB in zip(cells, firsts, plan_PSB, strict=True):
         trainer.streams[cell].hold(first)
-        picked, expected = (found[cell].pick(trainer.sets_E, examples_SB) for found in (trainer.train_cells, resident))
+        picked, expected = (found[cell].pick(trainer.fleet.sets_E, examples_SB) for found in (trainer.train_cells, resident))
         real, rows = examples_SB >= 0, expected.rows_EBM.shape[2]
         assert torch.equal(picked.inputs[real], expected.inputs[real])
         assert torch.equal(picked.labels_EBM[:, :, :rows], expected.labels_EBM) and (picked.labels_EBM[:, :, rows:] == -100).all()

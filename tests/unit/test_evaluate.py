@@ -153,7 +153,7 @@ def test_checkpoints_continue_other_kinds_of_tasks_exactly(name: str) -> None:
         list(first.run(should_stop=lambda: first.step == 3))
     second = FleetTrainer([spec(name, epochs=2)], CPU, checkpoints=stop.value.checkpoints)
     list(second.run())
-    assert torch.equal(second.model.flat_EP, whole.model.flat_EP)
+    assert torch.equal(second.fleet.model.flat_EP, whole.fleet.model.flat_EP)
 
 
 class Ranged(Task):

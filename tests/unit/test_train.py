@@ -63,11 +63,12 @@ def test_micro_batches_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatc
     found = []
     for parts in (1, 3):
         trainer = FleetTrainer([spec(), spec(seed=1)], CPU, micro_batches=parts)
-        monkeypatch.setattr(trainer, "_optimise", lambda: None)
-        trainer.examples_SB[:] = torch.arange(16)
-        trainer.examples_SB[1, 11:] = -1
-        trainer._train_step(trainer.train_cells[1])
-        found.append((trainer.gradient_EP, trainer.sums_E3))
+        fleet = trainer.fleet
+        monkeypatch.setattr(fleet, "_optimise", lambda: None)
+        fleet.examples_SB[:] = torch.arange(16)
+        fleet.examples_SB[1, 11:] = -1
+        fleet.step_on(trainer.train_cells[1])
+        found.append((fleet.gradient_EP, fleet.sums_E3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
     assert found[0][1][:, 2].tolist() == [16, 11]
 
@@ -117,3 +118,24 @@ def test_early_stop() -> None:
     ((_, curve),) = finish(FleetTrainer([spec(stop_at=0.01, epochs=50)], CPU))
     assert len(curve) < 50
     assert curve[-1]["valid_accuracy"] > 0.01
+
+
+def test_a_compiled_fleet_gets_smaller_when_that_pays() -> None:
+    trainer = FleetTrainer([spec(epochs=32), spec(epochs=32, seed=1)], CPU)
+    trainer.epoch = 12  # 20 left
+    for seconds, pays in (([40.0], False), ([40.0, 2.0], False), ([20.0, 2.0], True), ([2.0, 2.0], True)):
+        trainer._epoch_seconds = seconds
+        assert trainer._pays(0.5) == pays
+    trainer._epoch_seconds = [40.0, 2.0]
+    assert trainer._pays(0.0) and not trainer._pays(0.9)
+
+
+def test_linear_maps_with_a_bias_answer_in_bf16_in_a_fleet_too() -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
+    for size in (1, 2):
+        trainer = FleetTrainer([spec("hyena*2", precision="bf16", seed=seed) for seed in range(size)], CPU)
+        mixer = trainer.fleet.model.module.blocks[0].mixer
+        for layer in (mixer.in_proj, mixer.out_proj, mixer.filter.readout):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.append((layer.bias is not None, output.dtype)))
+        trainer.fleet.step_on(trainer.train_cells[0])
+        assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}  # the filter stays in fp32
