@@ -57,7 +57,10 @@ class LocalWorkers(Workers):
 
     def __init__(self, devices: list[str], store: Path) -> None:
         self.devices, self.store, self.device = devices, store, devices[0]
-        self.threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // len(devices)))
+        share = max(1, usable_cores() // len(devices))
+        self.threads = int(os.environ.get("OMP_NUM_THREADS") or share)
+        # a worker's compiler would start as many processes as there are cores
+        self.variables = {**MALLOC, "OMP_NUM_THREADS": str(self.threads), "TORCHINDUCTOR_COMPILE_THREADS": str(share)}
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> LocalWorkers:
@@ -68,7 +71,7 @@ class LocalWorkers(Workers):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker_main, args=(theirs, device, self.threads, str(self.store)), daemon=True)
-        with _environment({**MALLOC, "OMP_NUM_THREADS": str(self.threads)}):
+        with _environment(self.variables):
             process.start()
         theirs.close()
         return _Worker(process, ours)
