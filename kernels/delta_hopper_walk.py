@@ -134,6 +134,23 @@ def _write(
 
 
 @gluon.jit
+def _leave(o, at_o, work, state, written, g_C, GATED: gl.constexpr, DOT: gl.constexpr):
+    """Stores the next state and its chunk's decays for the products to come, and starts to store outputs; the state."""
+    state_buffer, error_buffer, _, _, g_buffer = work
+    # The last product still runs; but all warps must have read the old state.
+    state_KV, written = warpgroup_mma_wait(1, [state, written])
+    thread_barrier()
+    state_buffer.store(state_KV.to(DOT))
+    o_CV = warpgroup_mma_wait(0, [written])
+    if GATED:
+        g_buffer.store(g_C)
+    error_buffer.store(o_CV.to(DOT))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o, at_o, error_buffer)
+    return state_KV
+
+
+@gluon.jit
 def walk(
     sources, results, pointers, place, bounds, stages, work, bars, made, state_KV, length, heads,
     BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, BESIDE: gl.constexpr,
@@ -148,7 +165,7 @@ def walk(
     beta, g = pointers
     n_first, n_last = bounds
     batch, head, _, chunk_0, e_start = place
-    state_buffer, error_buffer, _, _, g_buffer = work
+    state_buffer, _, _, _, g_buffer = work
     i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, GROUPS)))
     none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV, GROUPS))
     none_CC = gl.zeros([C, C], gl.float32, sums_layout(C, GROUPS))
@@ -185,17 +202,8 @@ def walk(
         )  # fmt: skip
         if BESIDE:
             mbarrier.arrive(made[2].index(step // BESIDE % 2), count=1, pred=step % BESIDE == BESIDE - 1)
-        # The next state is stored while the last product runs, once all warps have read the old one.
-        state_KV, written = warpgroup_mma_wait(1, [state, written])
-        thread_barrier()
-        state_buffer.store(state_KV.to(DOT))
-        o_CV = warpgroup_mma_wait(0, [written])
         beta_C, g_C, g_all = next_beta_C, next_g_C, next_g_all
-        if GATED:
-            g_buffer.store(g_C)
-        error_buffer.store(o_CV.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o, at_o, error_buffer)
+        state_KV = _leave(o, at_o, work, state, written, g_C, GATED, DOT)
     steps = n_last - n_first + 1
     for late in gl.static_range(STAGES - 1):
         mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)

@@ -139,7 +139,8 @@ def backward(
     dfirst = _nothing(v) if state is None else torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
-    back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
+    by_chunks = walk_grouped.suits_backward(q, k, v, log_decay, starts)
+    back = walk_grouped.backward if by_chunks else _walk_back
     dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)
     if gate_grad:

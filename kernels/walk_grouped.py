@@ -25,6 +25,8 @@ STATES, OUTPUTS, QUERIES, KEYS = ({"num_warps": 4, "STAGES": stages} for stages 
 """How the kernels are compiled."""
 LEAST_GROUP, MAX_WIDTH = 4, 128
 """Heads that share keys below which walks of whole heads are faster, and widths above which states do not fit."""
+MAX_GATED_WIDTH = 64
+"""Width up to which heads with keys of their own and a decay for each token go back chunk by chunk."""
 PROGRAMS = 256
 """Programs over which the heads of a group are split where chunks are fewer."""
 
@@ -33,6 +35,14 @@ def suits(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> bool:
     """Whether heads in groups are computed chunk by chunk: 16-bit ones of whole rows."""
     grouped = k.shape[2] * LEAST_GROUP <= v.shape[2] and max(k.shape[3], v.shape[3]) <= MAX_WIDTH
     return grouped and starts is None and _dot_dtype(q, k, v).itemsize == 2
+
+
+def suits_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor | None) -> bool:
+    """Whether gradients are computed chunk by chunk: also those of decays of each token, for which walks lack registers."""
+    if suits(q, k, v, starts):
+        return True
+    narrow = max(k.shape[3], v.shape[3]) <= MAX_GATED_WIDTH and _dot_dtype(q, k, v).itemsize == 2
+    return narrow and starts is None and log_decay is not None and log_decay.ndim == 3
 
 
 def n_chunks(length: int) -> int:
@@ -132,15 +142,18 @@ def backward(
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
-    dkept = _states(
-        call, q, do, [*strides[:3], *strides[9:]], dlast, None if inputs.state is None else dfirst, reverse=True
-    )  # fmt: skip
+    given = None if inputs.state is None else inputs.state.contiguous()
+    kept = entering
+    if not suits(q, k, v, inputs.starts):
+        kept = _states(call, k, v, strides[3:9], given, None, reverse=False)
+    dfirst_or_none = None if given is None else dfirst
+    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, dfirst_or_none, reverse=True)
     splits = call.splits(batch)
     dq, dk = (x.new_empty(batch, length, k.shape[2] * splits, k.shape[3]) for x in (inputs.q, inputs.k))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
     grid = (batch * call.sizes[1] * k.shape[2] * splits,)
     queries_kernel[grid](
-        q, k, v, do, call.gate, entering, dq, rowsums[0], *strides, *call.sizes, splits,
+        q, k, v, do, call.gate, kept, dq, rowsums[0], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **QUERIES,
     )  # fmt: skip
     keys_kernel[grid](

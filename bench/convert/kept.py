@@ -121,6 +121,8 @@ class KeptKeys(nn.Module):
         place is put before those that leave.
         """
         kept_BGP, leaving_BGT = held["kept_score"], held["score"][:, :, : n_new - 1]
+        if n_new == 1:  # a decoded token, before which nothing leaves
+            return (kept_BGP > float("-inf"))[:, :, None], torch.zeros_like(held["score"], dtype=torch.bool)[:, :, None]
         empty = torch.full_like(held["score"][:, :, :1], float("-inf"))
         filled_BGT = filled_BR[:, None, : n_new - 1].expand_as(leaving_BGT)
         filled = torch.cat((kept_BGP > float("-inf"), empty > 0, filled_BGT), 2).flatten(0, 1)

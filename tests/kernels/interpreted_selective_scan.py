@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels import selective_scan_gluon, selective_scan_triton
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
+from kernels.selective_scan_rows import over_channels
 from tests.kernels import cases_selective_scan as cases
 from tests.kernels.gluon_on_cpu import OnCpu
 
@@ -50,3 +53,17 @@ def test_operator_is_registered_right():
     around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
     for more in ((None, None, None), around):
         torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more))
+
+
+@triton.jit
+def _summed(x_ptr, sums_ptr, L: tl.constexpr, C: tl.constexpr):
+    row_L = tl.arange(0, L)
+    x_LC = tl.load(x_ptr + row_L[:, None] * C + tl.arange(0, C)[None, :])
+    tl.store(sums_ptr + row_L, over_channels(x_LC, L, C, True))
+
+
+def test_products_sum_over_channels():
+    """In fp16, as the interpreter gets products in bf16 wrong."""
+    x_LC, sums_L = torch.randint(-8, 8, (16, 32)).half(), torch.empty(16)
+    _summed[(1,)](x_LC, sums_L, L=16, C=32)
+    assert torch.equal(sums_L, x_LC.sum(1).float())
