@@ -35,7 +35,8 @@ class Repeated:
             return self._on_side_stream(self.function)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
+            # without a stream of its own, a capture takes the first one made, which may be another device's
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.Stream(self.device)):
                 self.result = self.function()
         self.graph.replay()
         return self.result

@@ -22,7 +22,7 @@ class Device:
 
 
 def resolve_device(wanted: str) -> Device:
-    """Resolves "auto", "cpu", "cuda" or "cuda:<index>".
+    """Resolves "auto", "cpu", "cuda" or "cuda:<index>"; a device with an index becomes the current one, where graphs are captured.
 
     Raises:
         UserError: an unknown device, or CUDA where there is none.
@@ -38,6 +38,8 @@ def resolve_device(wanted: str) -> Device:
         count = torch.cuda.device_count()
         if index and int(index) >= count:
             raise UserError(f"There is no device cuda:{index}; this machine has {count}, so choose cuda:0 to cuda:{count - 1}.")
+        if index:
+            torch.cuda.set_device(int(index))
         kind = wanted if base == "cuda" else "cuda"
         name = torch.cuda.get_device_name(int(index or 0))
         return Device(kind, f"Device: {name} ({count} visible), bf16 autocast, Triton kernels where they fit.")

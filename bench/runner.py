@@ -64,6 +64,7 @@ def execute(
     """
     if device.type == "cuda":
         torch.cuda.init()  # resetting statistics does not, and fails in a fresh process
+        torch.cuda.set_device(device.index or 0)  # graphs are captured on a stream of the current device
     with Claims(store) as claims:
         job = _Job(device, store, claims, tell or _say_notes, should_stop or (lambda: False))
         return job.run([spec for spec in specs if job.begin(spec, (outdated or {}).get(identity_of(spec)))])
