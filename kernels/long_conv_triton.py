@@ -29,10 +29,9 @@ WARPS = 4
 
 @entry(do_not_specialize=["batch", "width", "chunks"])
 def toeplitz_kernel(
-    x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32,
-    TURNED: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32, C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (M * D * tiles of B * N columns,); x and y are [M B, D, L], taps [M, D, L]; TURNED runs backwards in time."""
+    """Grid: (M * D * tiles of B * N columns,); x and y are [M B, D, L], taps [M, D, L]."""
     tiles = (batch * chunks + COLUMNS - 1) // COLUMNS
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     member, channel = row // width, row % width
@@ -44,12 +43,9 @@ def toeplitz_kernel(
     i = tl.arange(0, C)
     acc = tl.zeros((C, COLUMNS), tl.float32)
     for m in range(0, chunks):
-        if TURNED:
-            lag, source, there = m * C + i[None, :] - i[:, None], first + m * C, inside & (chunk + m < chunks)
-        else:
-            lag, source, there = m * C + i[:, None] - i[None, :], first - m * C, inside & (chunk >= m)
+        lag = m * C + i[:, None] - i[None, :]
         matrix = tl.load(own_taps + lag, mask=lag >= 0, other=0.0)
-        seen = tl.load(x + source[None, :] + i[:, None], mask=there[None, :], other=0.0)
+        seen = tl.load(x + (first - m * C)[None, :] + i[:, None], mask=(inside & (chunk >= m))[None, :], other=0.0)
         acc = tl.dot(matrix, seen, acc)
     tl.store(y + first[None, :] + i[:, None], acc.to(y.dtype.element_ty), mask=inside[None, :])
 
@@ -88,8 +84,9 @@ def forward(x_BTD: Tensor, taps_MDL: Tensor) -> Tensor:
 def backward(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the filters; the former is the convolution run backwards in time."""
     length = x_BTD.shape[1]
+    turned = _columns(dy_BTD.to(x_BTD.dtype).flip(1))
+    dx_BTD = _rows(_convolved(turned, _padded(taps_MDL, length, x_BTD.dtype)), length).flip(1)
     x_BDL, dy_BDL = _columns(x_BTD), _columns(dy_BTD.to(x_BTD.dtype))
-    dx_BTD = _rows(_convolved(dy_BDL, _padded(taps_MDL, length, x_BTD.dtype), turned=True), length)
     members, width, n_taps = taps_MDL.shape
     chunks = x_BDL.shape[2] // CHUNK
     sums = x_BDL.new_empty(members, width, chunks, 2, CHUNK, dtype=torch.float32)
@@ -102,12 +99,12 @@ def backward(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, T
     return dx_BTD, F.pad(dtaps, (0, n_taps - dtaps.shape[2])).to(taps_MDL.dtype)
 
 
-def _convolved(x_BDL: Tensor, taps_MDL: Tensor, *, turned: bool = False) -> Tensor:
+def _convolved(x_BDL: Tensor, taps_MDL: Tensor) -> Tensor:
     members, width, length = taps_MDL.shape
     batch, chunks = len(x_BDL) // members, length // CHUNK
     y_BDL = torch.empty_like(x_BDL)
     toeplitz_kernel[(members * width * triton.cdiv(batch * chunks, COLUMNS),)](
-        x_BDL, taps_MDL, y_BDL, batch, width, chunks, TURNED=turned, C=CHUNK, COLUMNS=COLUMNS, num_warps=WARPS
+        x_BDL, taps_MDL, y_BDL, batch, width, chunks, C=CHUNK, COLUMNS=COLUMNS, num_warps=WARPS
     )
     return y_BDL
 
