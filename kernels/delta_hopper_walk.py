@@ -134,14 +134,16 @@ def _write(
 
 
 @gluon.jit
-def _leave(o, at_o, work, state, written, DOT: gl.constexpr):
-    """Stores the next state for the products to come, and starts to store outputs; the state."""
-    state_buffer, error_buffer, _, _, _ = work
+def _leave(o, at_o, work, state, written, g_C, GATED: gl.constexpr, DOT: gl.constexpr):
+    """Stores the next state and its chunk's decays for the products to come, and starts to store outputs; the state."""
+    state_buffer, error_buffer, _, _, g_buffer = work
     # The last product still runs; but all warps must have read the old state.
     state_KV, written = warpgroup_mma_wait(1, [state, written])
     thread_barrier()
     state_buffer.store(state_KV.to(DOT))
     o_CV = warpgroup_mma_wait(0, [written])
+    if GATED:
+        g_buffer.store(g_C)
     error_buffer.store(o_CV.to(DOT))
     fence_async_shared()
     tma.async_copy_shared_to_global(o, at_o, error_buffer)
@@ -173,6 +175,8 @@ def walk(
         mbarrier.wait(made[1].index(0), 0)
     beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
     state_buffer.store(state_KV.to(DOT))
+    if GATED:
+        g_buffer.store(g_C)
     fence_async_shared()
     for n in range(n_first, n_last + 1):
         step, following, at_o = n - n_first, gl.minimum(n + 1, n_last), [batch, n * C, head, e_start]
@@ -188,19 +192,18 @@ def walk(
         _bring(
             bars, sources, stages, place, gl.minimum(n + STAGES - 1, n_last), step + STAGES - 1, BK, BV, C, STAGES
         )  # fmt: skip
-        if GATED:
-            g_buffer.store(g_C)
+        if BESIDE:
+            ahead = following - n_first
+            mbarrier.wait(made[1].index(ahead // BESIDE % 2), ahead // BESIDE // 2 % 2)
+        next_beta_C, next_g_C, next_g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
         error_CV, asked = _errors(read, scores, q_CK, v_CV, h_CC, work, beta_C, g_C, C, BV, GROUPS, GATED, DOT)
         state, written = _write(
             errors, at_o, k_CK, v_CV, work, state_KV, error_CV, asked, beta_C, g_C, g_all, GATED, KEEP, DOT
         )  # fmt: skip
         if BESIDE:
-            ahead = following - n_first
             mbarrier.arrive(made[2].index(step // BESIDE % 2), count=1, pred=step % BESIDE == BESIDE - 1)
-            mbarrier.wait(made[1].index(ahead // BESIDE % 2), ahead // BESIDE // 2 % 2)
-        # Here, since the chain goes on without what shares a scoreboard with these loads.
-        beta_C, g_C, g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
-        state_KV = _leave(o, at_o, work, state, written, DOT)
+        beta_C, g_C, g_all = next_beta_C, next_g_C, next_g_all
+        state_KV = _leave(o, at_o, work, state, written, g_C, GATED, DOT)
     steps = n_last - n_first + 1
     for late in gl.static_range(STAGES - 1):
         mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
