@@ -24,7 +24,7 @@ from kernels.adamw import adamw_step
 from synthetic_tasks import Task
 
 
-class Fleet:
+class StackedFleet:
     """Parameters, moments and sums of every member. A step reads what changes from fixed tensors: examples and learning rates.
 
     Args:

@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.build import build_task, resolve_precision
 from bench.data import epoch_plan
 from bench.evaluate import Scores
-from bench.fleet import Fleet
+from bench.fleet import StackedFleet
 from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
 from bench.spec import RunSpec
@@ -93,7 +93,7 @@ class FleetTrainer:
 
     def _stack(self, states: list[MemberState] | None) -> None:
         """Builds the fleet of the present members, from their seeds or from given numbers."""
-        self.fleet = Fleet(
+        self.fleet = StackedFleet(
             [member.spec for member in self.members],
             self.task,
             self.train_cells,

@@ -111,7 +111,8 @@ def _convolved(x_BDL: Tensor, taps_MDL: Tensor) -> Tensor:
 
 def _columns(x_BTD: Tensor) -> Tensor:
     """[B, D, L]: tokens side by side, with zeros up to a whole chunk."""
-    return F.pad(x_BTD.mT, (0, -x_BTD.shape[1] % CHUNK)).contiguous()
+    missing = -x_BTD.shape[1] % CHUNK  # padding by nothing would be a copy
+    return (F.pad(x_BTD.mT, (0, missing)) if missing else x_BTD.mT).contiguous()
 
 
 def _rows(y_BDL: Tensor, length: int) -> Tensor:

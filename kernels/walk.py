@@ -25,7 +25,7 @@ from kernels.operands import (
     padded,
 )
 from kernels.walk_config import Backward, Config, backward_config, forward_config, tile_of
-from kernels.walk_decays import cumulated, decay_gradient, gate_every
+from kernels.walk_decays import decay_gradient, gate_every, gate_of
 from kernels.walk_pieces import n_segments, share_out
 from kernels.walk_segments import segments
 
@@ -90,11 +90,11 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
         return walk_grouped.forward(q, k, v, log_decay, state, o, return_state=return_state)
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
-    config = forward_config(k_dim, v_dim, dot)
+    config = forward_config(k_dim, v_dim, dot, gated=log_decay is not None)
     tile = tile_of(config, v_dim, dot)
     pieces = share_out(k, v, starts)
     last = _state_like(v, k_dim, pieces.sequences(batch)) if return_state else _nothing(v)
-    gate = cumulated(log_decay, v, pieces, config.chunk)
+    gate = gate_of(log_decay, v)
     sums, decays = segments(k, v, gate, _gate_kind(log_decay), pieces, config.chunk, reverse=False)
     entering = torch.empty_like(sums)
     forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
@@ -139,8 +139,7 @@ def backward(
     dfirst = _nothing(v) if state is None else torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
-    by_chunks = walk_grouped.suits_backward(q, k, v, log_decay, starts)
-    back = walk_grouped.backward if by_chunks else _walk_back
+    back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
     dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)
     if gate_grad:
@@ -172,14 +171,14 @@ def _walk_back(
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, v_dim = v.shape
     k_dim, state, log_decay = k.shape[3], inputs.state, inputs.log_decay
-    config = backward_config(k_dim, v_dim, v.dtype)
+    config = backward_config(k_dim, v_dim, v.dtype, gated=log_decay is not None)
     tile_k, tile_v = (tile_of(config.queries, width, v.dtype) for width in (k_dim, v_dim))
     key_tiles, value_tiles = -(-k_dim // tile_k), -(-v_dim // tile_v)
     pieces = share_out(k, v, inputs.starts)
     dq, dk = (x.new_empty(batch, length, heads, k_dim) for x in (inputs.q, inputs.k))
     with_rowsums = key_tiles + 1 if config.together else 2 * key_tiles
     rowsums = v.new_empty((with_rowsums, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
-    gate = cumulated(log_decay, v, pieces, config.queries.chunk)
+    gate = gate_of(log_decay, v)
     sums, decays = segments(q, do, gate, _gate_kind(log_decay), pieces, config.queries.chunk, reverse=True)
     probe = NO_PROBE if not gate_grad else STATE_PROBE if config.together else FULL_PROBE
     for kernel, parts, own, flags in _backward_launches(config, key_tiles, value_tiles):

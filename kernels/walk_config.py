@@ -41,16 +41,13 @@ class Backward(NamedTuple):
     together: bool = False
 
 
-FORWARD_16 = {
-    (64, 256): Config(64, 64, 4, 3),
-    (128, 64): Config(64, 64, 4, 2, turned=True),
-    (128, 256): Config(64, 128, 8, 3, turned=True),
-    (256, 256): Config(64, 32, 8, 1),
-}
-"""For 16-bit operands by K and V, the first at least as large."""
+FORWARD_16 = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2, turned=True), 256: Config(64, 32, 8, 1)}
+"""By K, the first at least as large, for 16-bit operands."""
+UNGATED_128 = Config(64, 128, 8, 3, turned=True)
+"""Forward and queries of heads 128 wide without a decay: all columns in one program."""
 BACKWARD_16 = {
     (64, 64): Backward(Config(64, 64, 4, 3), together=True),
-    (128, 64): Backward(Config(64, 128, 4, 1), together=True),
+    (128, 64): Backward(Config(64, 64, 4, 2), Config(64, 128, 4, 1), together=True),
     (128, 128): Backward(Config(64, 64, 4, 2, turned=True), Config(64, 128, 8, 2, turned=True), together=True),
     (256, 256): Backward(Config(64, 16, 8, 1)),
 }
@@ -61,18 +58,23 @@ FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 32,
 BACKWARD_32 = {(width, width): Backward(config) for width, config in FP32.items()}
 
 
-def forward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Config:
+def forward_config(k_dim: int, v_dim: int, dtype: torch.dtype, *, gated: bool) -> Config:
     """The shipped configuration of the forward walk."""
     if dtype == torch.float32:
         return _by_width(FP32, k_dim)
-    return next(config for (k_most, v_most), config in FORWARD_16.items() if k_dim <= k_most and v_dim <= v_most)
+    if not gated and min(k_dim, v_dim) > 64 and max(k_dim, v_dim) <= 128:
+        return UNGATED_128
+    return _by_width(FORWARD_16, k_dim)
 
 
-def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype) -> Backward:
+def backward_config(k_dim: int, v_dim: int, dtype: torch.dtype, *, gated: bool) -> Backward:
     """The shipped configuration of the three backward walks, whose inner dimensions are V, V and K."""
     wide, narrow = max(k_dim, v_dim), min(k_dim, v_dim)
     table = BACKWARD_32 if dtype == torch.float32 else BACKWARD_16
-    return next(config for (most, least), config in table.items() if wide <= most and narrow <= least)
+    found = next(config for (most, least), config in table.items() if wide <= most and narrow <= least)
+    if not gated and found is BACKWARD_16.get((128, 128)):
+        return found._replace(queries=UNGATED_128)
+    return found
 
 
 def segment_config(k_dim: int, dtype: torch.dtype) -> Config:

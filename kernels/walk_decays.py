@@ -1,4 +1,4 @@
-"""Log decays on their way into the walks of `kernels.walk_triton`, and their gradient on its way out.
+"""Log decays of the walks of `kernels.walk_triton`, and their gradient from what the walks leave behind.
 
 Shape legend: B batch, T time, H heads, M rows of a constant decay.
 """
@@ -8,41 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.walk_pieces import Pieces
-
-GATE_ROWS, GATE_HEADS = 128, 16
-"""Tokens and heads of a tile of the decays that are summed over chunks."""
-GATE_SHARES = 8
-"""Programs that share a packed sequence, whose length the host does not know."""
 DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
 """Tokens of a tile of the decays' gradient, and programs that share a long row."""
+
+
+def gate_of(log_decay: Tensor | None, spare: Tensor) -> Tensor:
+    """The log decays as the walks read them, or anything."""
+    return spare if log_decay is None else log_decay.contiguous()
 
 
 def gate_every(log_decay: Tensor | None, batch: int) -> int:
     """How many batches share a row of a constant decay."""
     return 1 if log_decay is None or log_decay.ndim == 3 else batch // log_decay.shape[0]
-
-
-def cumulated(log_decay: Tensor | None, spare: Tensor, pieces: Pieces, chunk: int) -> Tensor:
-    """Decays as the walks read them: [M, H] as given, those of each token as log2 sums from the start of its chunk, [B, H, T]."""
-    from kernels.walk_forward_triton import cumulate_kernel
-    from kernels.walk_triton import SEQUENCES
-
-    if log_decay is None:
-        return spare
-    gate = log_decay.contiguous()
-    if gate.ndim == 2:
-        return gate
-    batch, length, heads = gate.shape
-    sums = gate.new_empty(batch, heads, length)
-    blocks = -(-pieces.length // GATE_ROWS)
-    if pieces.kind == SEQUENCES.value:
-        blocks = min(blocks, GATE_SHARES)
-    cumulate_kernel[(batch * pieces.number * -(-heads // GATE_HEADS) * blocks,)](
-        gate, gate if pieces.starts is None else pieces.starts, sums, length, heads, pieces.number, pieces.length, blocks,
-        PIECES=pieces.kind, C=chunk, ROWS=GATE_ROWS, HEADS=GATE_HEADS, num_warps=4,
-    )  # fmt: skip
-    return sums
 
 
 def decay_gradient(

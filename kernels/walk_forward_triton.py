@@ -10,7 +10,6 @@ import triton.language as tl
 
 from kernels._entry import entry
 from kernels.walk_triton import (
-    LOG2_E,
     NO_PROBE,
     SEGMENTS,
     _bounds,
@@ -27,7 +26,7 @@ from kernels.walk_turned_triton import _walk_turned
 @triton.jit
 def _walk_either(
     a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-    gate, state, probe, probe_stride, rowsum, length, e_start,
+    gate, gate_stride, state, probe, probe_stride, rowsum, length, e_start,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, PROBE: tl.constexpr, SIGN: tl.constexpr, TURNED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -36,13 +35,13 @@ def _walk_either(
     if TURNED:
         state = _walk_turned(
             a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-            gate, state, probe, probe_stride, rowsum, length, e_start,
+            gate, gate_stride, state, probe, probe_stride, rowsum, length, e_start,
             D, E, BD, BE, C, GATE, REVERSE, PROBE, SIGN, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
         state, _ = _walk(
             a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-            gate, state, probe, probe_stride, rowsum, length, e_start,
+            gate, gate_stride, state, probe, probe_stride, rowsum, length, e_start,
             D, E, BD, BE, C, GATE, REVERSE, True, PROBE, SIGN, DOT, PRECISION, STAGES,
         )  # fmt: skip
     return state
@@ -80,7 +79,7 @@ def forward_kernel(
         k + (wide * k_b + skipped * k_t + shared * k_h) * UNIT, k_t * UNIT,
         v + (wide * v_b + skipped * v_t + head * v_h) * UNIT, v_t * UNIT,
         o + ((wide * length + skipped) * heads + head) * V, heads * V,
-        _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE), first_tile, q, 0, q,
+        _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE), heads, first_tile, q, 0, q,
         count, tile * BV,
         K, V, BK, BV, C, GATE, False, NO_PROBE, 1, TURNED, DOT, PRECISION, STAGES,
     )  # fmt: skip
@@ -108,7 +107,7 @@ def segment_kernel(
     state_KV, total = _walk(
         b, 0, b + (wide * b_b + skipped * b_t + (head // group) * b_h) * UNIT, b_t * UNIT,
         c + (wide * c_b + skipped * c_t + head * c_h) * UNIT, c_t * UNIT, b, 0,
-        _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE), tl.zeros([BK, BV], tl.float32), b, 0, b,
+        _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE), heads, tl.zeros([BK, BV], tl.float32), b, 0, b,
         count, tile * BV,
         K, V, BK, BV, C, GATE, REVERSE, False, NO_PROBE, 1, DOT, PRECISION, STAGES,
     )  # fmt: skip
@@ -116,26 +115,3 @@ def segment_kernel(
     index = (wide * pieces + piece) * heads + head
     tl.store(sums + index * K * V + offsets, state_KV, mask=inside)
     tl.store(decays + index, total)
-
-
-@entry
-def cumulate_kernel(
-    gate, starts, out, length: tl.int32, heads: tl.int32, pieces: tl.int32, segment: tl.int32, blocks: tl.int32,
-    PIECES: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Log2 decays [B, H, T] of log decays [B, T, H], summed from the start of each chunk of a piece.
-
-    Grid: (B * P * blocks of HEADS heads * blocks,), where a program takes every so-manieth block of ROWS tokens.
-    """
-    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    _, some, piece, batch = _place(rest, 1, tl.cdiv(heads, HEADS), pieces)
-    begin, count = _bounds(starts, piece, segment, length, PIECES)
-    head_H, row_R = some * HEADS + tl.arange(0, HEADS), tl.arange(0, ROWS)
-    read = gate + (batch.to(tl.int64) * length + begin) * heads
-    written = out + (batch.to(tl.int64) * heads + head_H[None, :]) * length + begin
-    for n in range(block, tl.cdiv(count, ROWS), blocks):
-        token_R1 = (n * ROWS + row_R)[:, None]
-        inside_RH = (token_R1 < count) & (head_H < heads)[None, :]
-        step_RH = tl.load(read + token_R1.to(tl.int64) * heads + head_H[None, :], mask=inside_RH, other=0.0) * LOG2_E
-        sums_RH = tl.reshape(tl.cumsum(tl.reshape(step_RH, [ROWS // C, C, HEADS]), 1), [ROWS, HEADS])
-        tl.store(written + token_R1, sums_RH, mask=inside_RH)

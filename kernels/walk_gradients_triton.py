@@ -33,7 +33,6 @@ from kernels.walk_triton import (
     _state_of,
     _state_tile,
     _walk,
-    _whole_decay,
 )
 from kernels.walk_turned_triton import _walk_keys_and_values_turned
 
@@ -43,7 +42,7 @@ ALL, QUERIES, KEYS_AND_VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 @triton.jit
 def _walk_keys_and_values(
     q, q_stride, k, k_stride, v, v_stride, do, do_stride, dk, dk_stride, dv, dv_stride,
-    gate, state_KV, rowsum, length,
+    gate, gate_stride, state_KV, rowsum, length,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     PROBE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -61,10 +60,8 @@ def _walk_keys_and_values(
     i = tl.arange(0, C)
     seen = i[:, None] <= i[None, :]
     n_chunks = tl.cdiv(length, C)
-    g_all = _whole_decay(gate, (n_chunks - 1) * C, length, C, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = (n_chunks - 1 - n) * C
-        following = _whole_decay(gate, tl.maximum(start - C, 0), length, C, GATE)
         t_C = start + i
         k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
@@ -76,7 +73,7 @@ def _walk_keys_and_values(
         kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
         dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C = _log_decays(gate, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             kq_CC *= decay_CC
@@ -106,7 +103,6 @@ def _walk_keys_and_values(
             state_KV *= tl.exp2(g_all)
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
-        g_all = following
     return state_KV
 
 
@@ -156,7 +152,7 @@ def backward_kernel(
             state_q = _initial(first, sums, decays, batch, head, piece, heads, pieces, at_q, in_q, K * V, FIRST, PIECES, False)
         _walk_either(
             do_base, do_stride, v_base, v_stride, k_base, k_stride, dq + row * K, heads * K,
-            gate_base, state_q, q_base, q_stride, rowsum, count, part * TK,
+            gate_base, heads, state_q, q_base, q_stride, rowsum, count, part * TK,
             V, K, BV, TK, C, GATE, False, QUERY_PROBE, 1, TURNED, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
@@ -165,13 +161,13 @@ def backward_kernel(
         if TURNED:
             dstate_KV = _walk_keys_and_values_turned(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
-                dv + row * V, heads * V, gate_base, dstate_KV, rowsum, count,
+                dv + row * V, heads * V, gate_base, heads, dstate_KV, rowsum, count,
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             dstate_KV = _walk_keys_and_values(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
-                dv + row * V, heads * V, gate_base, dstate_KV, rowsum, count,
+                dv + row * V, heads * V, gate_base, heads, dstate_KV, rowsum, count,
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         if FIRST:
@@ -216,7 +212,7 @@ def apart_kernel(
         PROBE: tl.constexpr = FULL_PROBE if GATE_GRAD else NO_PROBE
         _walk(
             v_base, v_stride, do_base, do_stride, q_base, q_stride, dk + row * K, heads * K,
-            gate_base, state_VK, k_base, k_stride, rowsum, count, start,
+            gate_base, heads, state_VK, k_base, k_stride, rowsum, count, start,
             V, K, BV, TK, C, GATE, True, True, PROBE, -1, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
@@ -225,7 +221,7 @@ def apart_kernel(
         state_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
         state_KV, _ = _walk(
             k_base, k_stride, q_base, q_stride, do_base, do_stride, dv + row * V, heads * V,
-            gate_base, state_KV, q, 0, rowsum, count, start,
+            gate_base, heads, state_KV, q, 0, rowsum, count, start,
             K, V, BK, TV, C, GATE, True, True, NO_PROBE, 1, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if FIRST:

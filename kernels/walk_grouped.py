@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
-from kernels.walk_decays import cumulated, gate_every
-from kernels.walk_pieces import Pieces, n_segments
+from kernels.walk_decays import gate_every, gate_of
+from kernels.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
 from kernels.walk_segments import segments
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ STATES_TILE = 64
 """Columns of the values that a walk of states has."""
 STATES, OUTPUTS, QUERIES, KEYS = ({"num_warps": 4, "STAGES": stages} for stages in (3, 2, 2, 2))
 """How the kernels are compiled."""
+GATE_ROWS, GATE_HEADS = 128, 16
+"""Tokens and heads of a tile of the decays that are summed over chunks."""
 LEAST_GROUP, MAX_WIDTH = 4, 128
 """Heads that share keys below which walks of whole heads are faster, and widths above which states do not fit."""
-MAX_GATED_WIDTH = 64
-"""Width up to which heads with keys of their own and a decay for each token go back chunk by chunk."""
 PROGRAMS = 256
 """Programs over which the heads of a group are split where chunks are fewer."""
 
@@ -37,35 +37,27 @@ def suits(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> bool:
     return grouped and starts is None and _dot_dtype(q, k, v).itemsize == 2
 
 
-def suits_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor | None) -> bool:
-    """Whether gradients are computed chunk by chunk: also those of decays of each token, for which walks lack registers."""
-    if suits(q, k, v, starts):
-        return True
-    narrow = max(k.shape[3], v.shape[3]) <= MAX_GATED_WIDTH and _dot_dtype(q, k, v).itemsize == 2
-    return narrow and starts is None and log_decay is not None and log_decay.ndim == 3
-
-
 def n_chunks(length: int) -> int:
     """Chunks of a row."""
     return -(-length // CHUNK)
 
 
 class _Call(NamedTuple):
-    """What the launches of one pass share: sizes, constants and the decays."""
+    """What the launches of one pass share: sizes, constants, and the decays, as they are and summed over chunks."""
 
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     gate: Tensor
-    gate_kind: int
+    sums: Tensor
     pieces: Pieces
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, log_decay: Tensor | None, unit: int) -> _Call:
-        """Segments, if there are any, are whole chunks."""
+        """Segments are whole chunks; with enough heads there are none, as walks of states alone are short."""
         from kernels.walk_triton import SEGMENTS, WHOLE
 
         batch, length, heads, v_dim = v.shape
-        k_dim, number = k.shape[3], n_segments(k, v)
+        k_dim, number = k.shape[3], 1 if batch * heads >= HEADS_AT_ONCE else n_segments(k, v)
         span = n_chunks(-(-length // number)) * CHUNK
         number = -(-length // span)
         pieces = Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None)
@@ -75,13 +67,28 @@ class _Call(NamedTuple):
             "UNIT": unit, "C": CHUNK,
             "GATE": _gate_kind(log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
         }  # fmt: skip
-        return cls(sizes, constants, cumulated(log_decay, v, pieces, CHUNK), _gate_kind(log_decay), pieces)
+        return cls(sizes, constants, gate_of(log_decay, v), _sums(log_decay, v), pieces)
 
     def splits(self, batch: int) -> int:
         """Parts into which the heads of each group are split, a divisor of their number, so that programs fill a device."""
         _, chunks, heads, group, _ = self.sizes
         wanted = -(-PROGRAMS // (batch * chunks * (heads // group)))
         return next(n for n in range(min(wanted, group), group + 1) if group % n == 0)
+
+
+def _sums(log_decay: Tensor | None, spare: Tensor) -> Tensor:
+    """Decays as these kernels read them: [M, H] as given, those of each token as log2 sums over each chunk, [B, H, T]."""
+    from kernels.walk_grouped_triton import cumulate_kernel
+
+    gate = gate_of(log_decay, spare)
+    if log_decay is None or gate.ndim == 2:
+        return gate
+    batch, length, heads = gate.shape
+    sums, blocks = gate.new_empty(batch, heads, length), -(-length // GATE_ROWS)
+    cumulate_kernel[(batch * -(-heads // GATE_HEADS) * blocks,)](
+        gate, sums, length, heads, blocks, C=CHUNK, ROWS=GATE_ROWS, HEADS=GATE_HEADS, num_warps=4
+    )
+    return sums
 
 
 def _states(
@@ -91,11 +98,11 @@ def _states(
     from kernels.walk_grouped_triton import states_kernel
 
     batch, _, heads, v_dim = c.shape
-    sums, decays = segments(b, c, call.gate, call.gate_kind, call.pieces, CHUNK, reverse=reverse)
+    sums, decays = segments(b, c, call.gate, call.constants["GATE"], call.pieces, CHUNK, reverse=reverse)
     kept = c.new_empty(batch, call.sizes[1], heads, b.shape[3], v_dim)
     tile = min(STATES_TILE, product_width(v_dim, c.dtype))
     states_kernel[(batch * call.pieces.number * heads * -(-v_dim // tile),)](
-        b, c, call.gate, c if given is None else given, c if last is None else last, kept, sums, decays,
+        b, c, call.sums, c if given is None else given, c if last is None else last, kept, sums, decays,
         *strides, *call.sizes, call.pieces.number, call.pieces.length,
         **call.constants | {"BV": tile}, GIVEN=given is not None, LAST=last is not None, PIECES=call.pieces.kind, REVERSE=reverse,
         **STATES,
@@ -117,7 +124,7 @@ def forward(
     kept = _states(call, k, v, strides[3:], given, last, reverse=False)
     splits = call.splits(batch)
     outputs_kernel[(batch * call.sizes[1] * k.shape[2] * splits,)](
-        q, k, v, call.gate, kept, o, *strides, *call.sizes, splits,
+        q, k, v, call.sums, kept, o, *strides, *call.sizes, splits,
         **call.constants, **OUTPUTS,
     )  # fmt: skip
     return o, _nothing(v) if last is None else last, kept
@@ -142,22 +149,18 @@ def backward(
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
-    given = None if inputs.state is None else inputs.state.contiguous()
-    kept = entering
-    if not suits(q, k, v, inputs.starts):
-        kept = _states(call, k, v, strides[3:9], given, None, reverse=False)
-    dfirst_or_none = None if given is None else dfirst
-    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, dfirst_or_none, reverse=True)
+    first = None if inputs.state is None else dfirst
+    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
     splits = call.splits(batch)
     dq, dk = (x.new_empty(batch, length, k.shape[2] * splits, k.shape[3]) for x in (inputs.q, inputs.k))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
     grid = (batch * call.sizes[1] * k.shape[2] * splits,)
     queries_kernel[grid](
-        q, k, v, do, call.gate, kept, dq, rowsums[0], *strides, *call.sizes, splits,
+        q, k, v, do, call.sums, entering, dq, rowsums[0], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **QUERIES,
     )  # fmt: skip
     keys_kernel[grid](
-        q, k, v, do, call.gate, dkept, dk, dv, rowsums[1], *strides, *call.sizes, splits,
+        q, k, v, do, call.sums, dkept, dk, dv, rowsums[1], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **KEYS,
     )  # fmt: skip
     return dq, dk, rowsums

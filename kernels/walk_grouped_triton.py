@@ -14,18 +14,62 @@ import triton.language as tl
 
 from kernels._entry import entry
 from kernels.walk_triton import (
+    CONSTANT_GATE,
+    LOG2_E,
     NO_GATE,
     SCALAR_GATE,
     SEGMENTS,
     _bounds,
-    _gate_of,
     _initial,
     _load_rows,
-    _log_decays,
     _place,
     _state_tile,
-    _whole_decay,
 )
+
+
+@entry
+def cumulate_kernel(
+    gate, out, length: tl.int32, heads: tl.int32, blocks: tl.int32,
+    C: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Log2 decays [B, H, T] of log decays [B, T, H], summed from the start of each chunk.
+
+    Grid: (B * blocks of HEADS heads * blocks of ROWS tokens,).
+    """
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head_groups = tl.cdiv(heads, HEADS)
+    head_H, wide = rest % head_groups * HEADS + tl.arange(0, HEADS), (rest // head_groups).to(tl.int64)
+    token_R1 = (block * ROWS + tl.arange(0, ROWS))[:, None]
+    inside_RH = (token_R1 < length) & (head_H < heads)[None, :]
+    step_RH = tl.load(gate + (wide * length + token_R1) * heads + head_H[None, :], mask=inside_RH, other=0.0) * LOG2_E
+    sums_RH = tl.reshape(tl.cumsum(tl.reshape(step_RH, [ROWS // C, C, HEADS]), 1), [ROWS, HEADS])
+    tl.store(out + (wide * heads + head_H[None, :]) * length + token_R1, sums_RH, mask=inside_RH)
+
+
+@triton.jit
+def _sums_of(gate, batch, head, length, heads, gate_every, GATE: tl.constexpr):
+    """Where the decays of a head start: one number, or those that `cumulate_kernel` has summed over each chunk."""
+    if GATE == SCALAR_GATE:
+        return gate + (batch.to(tl.int64) * heads + head) * length
+    return gate + batch // gate_every * heads + head
+
+
+@triton.jit
+def _whole_decay(sums, start, length, C: tl.constexpr, GATE: tl.constexpr):
+    """Log2 decay of a chunk, which loops ask for one turn ahead: nothing else of theirs waits for a number from memory."""
+    if GATE == SCALAR_GATE:
+        return tl.load(sums + (tl.minimum(start + C, length) - 1))
+    if GATE == CONSTANT_GATE:
+        return tl.load(sums) * LOG2_E * tl.minimum(length - start, C).to(tl.float32)
+    return tl.zeros([], tl.float32)
+
+
+@triton.jit
+def _sums_at(sums, g_all, t_C, start, length, SCALAR: tl.constexpr):
+    """Log2 decays of a chunk, cumulated up to and with each token; padding does not decay."""
+    if SCALAR:
+        return tl.where(t_C < length, tl.load(sums + t_C, mask=t_C < length, other=0.0), g_all)
+    return tl.load(sums) * LOG2_E * (tl.minimum(t_C + 1, length) - start).to(tl.float32)
 
 
 @entry
@@ -46,7 +90,9 @@ def states_kernel(
     wide, skipped = batch.to(tl.int64), tl.cast(begin, tl.int64)
     b += (wide * b_b + skipped * b_t + head // group * b_h) * UNIT
     c += (wide * c_b + skipped * c_t + head * c_h) * UNIT
-    gate = _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE)
+    gate = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+    if GATE == SCALAR_GATE:
+        gate += begin
     at_KV, in_KV = _state_tile(0, tile * BV, V, 1, BK, BV, K, V)
     state_KV = _initial(given, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, GIVEN, PIECES, REVERSE)
     ks, vs, i = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -62,7 +108,7 @@ def states_kernel(
         write_KC = tl.trans(_load_rows(b, b_t * UNIT, t_C, ks, count, K, DOT))
         c_CV = _load_rows(c, c_t * UNIT, t_C, vs, count, V, DOT)
         if GATE != NO_GATE:
-            g_C = _log_decays(gate, g_all, t_C, chunk * C, count, C, GATE == SCALAR_GATE)
+            g_C = _sums_at(gate, g_all, t_C, chunk * C, count, GATE == SCALAR_GATE)
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C if REVERSE else g_all - g_C)[None, :]).to(DOT)
             state_KV *= tl.exp2(g_all)
         state_KV = tl.dot(write_KC, c_CV, state_KV, input_precision=PRECISION)
@@ -82,7 +128,7 @@ def _share(program, chunks, groups, splits):
 @triton.jit
 def _decay_of_head(gate, batch, head, start, length, heads, gate_every, C: tl.constexpr, GATE: tl.constexpr):
     """Log2 decay of one head's chunk."""
-    return _whole_decay(_gate_of(gate, batch, head, 0, length, heads, gate_every, GATE), start, length, C, GATE)
+    return _whole_decay(_sums_of(gate, batch, head, length, heads, gate_every, GATE), start, length, C, GATE)
 
 
 @triton.jit
@@ -123,8 +169,8 @@ def outputs_kernel(
         o_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
         g_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
-            own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-            g_C = _log_decays(own, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+            g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
             o_CV *= tl.exp2(g_C)[:, None]
         pairs_CC = _decay_pairs(scores_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
         o_CV = tl.dot(pairs_CC.to(DOT), v_CV, o_CV, input_precision=PRECISION)
@@ -168,8 +214,8 @@ def queries_kernel(
         g_C = tl.zeros([C], tl.float32)
         read_CV = do_CV
         if GATE != NO_GATE:
-            own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-            g_C = _log_decays(own, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+            g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
             scaled_CV = do_CV.to(tl.float32) * tl.exp2(g_C)[:, None]
             read_CV = scaled_CV.to(DOT)
             if GATE_GRAD:
@@ -225,8 +271,8 @@ def keys_kernel(
         g_C = tl.zeros([C], tl.float32)
         later_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
-            own = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-            g_C = _log_decays(own, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+            g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
             keep_C1 = tl.exp2(g_all - g_C)[:, None]
             dv_CV *= keep_C1
             write_CV = (v_CV.to(tl.float32) * keep_C1).to(DOT)

@@ -39,28 +39,20 @@ def _load_rows(base, stride, t_C, cols, length, WIDTH: tl.constexpr, DOT: tl.con
 
 @triton.jit
 def _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE: tl.constexpr):
-    """Where the decays of a head start: one number, or those that `cumulate_kernel` has summed over each chunk."""
+    """Where the log decays of a head start: one number, or one for each token, `heads` apart."""
     if GATE == SCALAR_GATE:
-        return gate + (batch.to(tl.int64) * heads + head) * length + begin
+        return gate + (batch.to(tl.int64) * length + begin) * heads + head
     return gate + batch // gate_every * heads + head
 
 
 @triton.jit
-def _whole_decay(gate, start, length, C: tl.constexpr, GATE: tl.constexpr):
-    """Log2 decay of a chunk, which loops ask for one chunk ahead: nothing else of theirs waits for a number from memory."""
-    if GATE == SCALAR_GATE:
-        return tl.load(gate + (tl.minimum(start + C, length) - 1))
-    if GATE == CONSTANT_GATE:
-        return tl.load(gate) * LOG2_E * tl.minimum(length - start, C).to(tl.float32)
-    return tl.zeros([], tl.float32)
-
-
-@triton.jit
-def _log_decays(gate, g_all, t_C, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
-    """Log2 decays of a chunk, cumulated up to and with each token; padding does not decay."""
+def _log_decays(gate, heads, t_C, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
+    """Log2 decays of a chunk: cumulated up to and with each token, and of the whole chunk; padding does not decay."""
     if SCALAR:
-        return tl.where(t_C < length, tl.load(gate + t_C, mask=t_C < length, other=0.0), g_all)
-    return tl.load(gate) * LOG2_E * (tl.minimum(t_C + 1, length) - start).to(tl.float32)
+        step_C = tl.load(gate + t_C.to(tl.int64) * heads, mask=t_C < length, other=0.0) * LOG2_E
+        return tl.cumsum(step_C, 0), tl.sum(step_C, 0)
+    step = tl.load(gate) * LOG2_E
+    return step * (tl.minimum(t_C + 1, length) - start).to(tl.float32), step * tl.minimum(length - start, C).to(tl.float32)
 
 
 @triton.jit
@@ -124,7 +116,7 @@ def _initial(
 @triton.jit
 def _walk(
     a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-    gate, state_DE, probe, probe_stride, rowsum, length, e_start,
+    gate, gate_stride, state_DE, probe, probe_stride, rowsum, length, e_start,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, OUT: tl.constexpr, PROBE: tl.constexpr, SIGN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -144,12 +136,8 @@ def _walk(
     seen = (i[:, None] <= i[None, :]) if REVERSE else (i[:, None] >= i[None, :])
     total = tl.zeros([], tl.float32)
     n_chunks = tl.cdiv(length, C)
-    g_all = _whole_decay(gate, (n_chunks - 1) * C if REVERSE else 0, length, C, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = ((n_chunks - 1 - n) if REVERSE else n) * C
-        following = _whole_decay(
-            gate, tl.maximum(start - C, 0) if REVERSE else tl.minimum(start + C, (n_chunks - 1) * C), length, C, GATE
-        )
         t_C = start + i
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
@@ -159,7 +147,7 @@ def _walk(
             out_CE = tl.dot(a_CD, state_DE.to(DOT), input_precision=PRECISION)
         write_DC = tl.trans(b_CD)
         if GATE != NO_GATE:
-            g_C = _log_decays(gate, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
                 pair_CC, read_C, keep_C = g_C[None, :] - g_C[:, None], g_all - g_C, g_C
@@ -189,5 +177,4 @@ def _walk(
                 tl.store(rowsum + t_rows, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
                 out_CE += own_C[:, None] * c_CE.to(tl.float32)
             tl.store(out + t_rows[:, None] * out_stride + e[None, :], out_CE.to(out.dtype.element_ty), mask=in_out)
-        g_all = following
     return state_DE, total

@@ -11,13 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.walk_triton import FULL_PROBE, NO_GATE, SCALAR_GATE, STATE_PROBE, _load_rows, _log_decays, _whole_decay
+from kernels.walk_triton import FULL_PROBE, NO_GATE, SCALAR_GATE, STATE_PROBE, _load_rows, _log_decays
 
 
 @triton.jit
 def _walk_turned(
     a, a_stride, b, b_stride, c, c_stride, out, out_stride,
-    gate, state_ED, probe, probe_stride, rowsum, length, e_start,
+    gate, gate_stride, state_ED, probe, probe_stride, rowsum, length, e_start,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, PROBE: tl.constexpr, SIGN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -29,12 +29,8 @@ def _walk_turned(
     # scores[j, i] is what row j gives to row i
     seen = (i[:, None] >= i[None, :]) if REVERSE else (i[:, None] <= i[None, :])
     n_chunks = tl.cdiv(length, C)
-    g_all = _whole_decay(gate, (n_chunks - 1) * C if REVERSE else 0, length, C, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = ((n_chunks - 1 - n) if REVERSE else n) * C
-        following = _whole_decay(
-            gate, tl.maximum(start - C, 0) if REVERSE else tl.minimum(start + C, (n_chunks - 1) * C), length, C, GATE
-        )
         t_C = start + i
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
@@ -43,7 +39,7 @@ def _walk_turned(
         out_EC = tl.dot(state_ED.to(DOT), tl.trans(a_CD), input_precision=PRECISION)
         write_EC = tl.trans(c_CE)
         if GATE != NO_GATE:
-            g_C = _log_decays(gate, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
                 pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_all - g_C, g_C
@@ -69,14 +65,13 @@ def _walk_turned(
             tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
             out_EC += own_C[None, :] * tl.trans(c_CE).to(tl.float32)
         tl.store(out + t_rows[None, :] * out_stride + e[:, None], out_EC.to(out.dtype.element_ty), mask=in_out)
-        g_all = following
     return state_ED
 
 
 @triton.jit
 def _walk_keys_and_values_turned(
     q, q_stride, k, k_stride, v, v_stride, do, do_stride, dk, dk_stride, dv, dv_stride,
-    gate, state_KV, rowsum, length,
+    gate, gate_stride, state_KV, rowsum, length,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     PROBE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -86,10 +81,8 @@ def _walk_keys_and_values_turned(
     i = tl.arange(0, C)
     seen = i[:, None] >= i[None, :]
     n_chunks = tl.cdiv(length, C)
-    g_all = _whole_decay(gate, (n_chunks - 1) * C, length, C, GATE)
     for n in tl.range(0, n_chunks, num_stages=STAGES):
         start = (n_chunks - 1 - n) * C
-        following = _whole_decay(gate, tl.maximum(start - C, 0), length, C, GATE)
         t_C = start + i
         k_CK = _load_rows(k, k_stride, t_C, ks, length, K, DOT)
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
@@ -99,7 +92,7 @@ def _walk_keys_and_values_turned(
         qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
         ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
-            g_C = _log_decays(gate, g_all, t_C, start, length, C, GATE == SCALAR_GATE)
+            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
             qk_CC *= decay_CC
@@ -129,5 +122,4 @@ def _walk_keys_and_values_turned(
         dk_KC = tl.dot(tl.trans(q_CK), ov_CC, dk_KC, input_precision=PRECISION)
         tl.store(dk + t_rows[None, :] * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=inside_1C & (ks < K)[:, None])
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
-        g_all = following
     return state_KV

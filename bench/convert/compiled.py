@@ -14,8 +14,8 @@ from torch import nn
 
 from bench.convert.spec import Stage
 
-WORTH_COMPILING = 3_000_000
-"""Tokens of a stage below which compiling costs more than it saves."""
+WORTH_COMPILING = 1_000_000
+"""Tokens of a stage below which compiling, some ten seconds, costs more than it saves."""
 
 
 def compile_parts(student: Any, teacher: Any, stage: Stage, *, backend: str = "inductor") -> Callable[[], None]:

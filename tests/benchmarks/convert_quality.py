@@ -17,6 +17,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def train(given: argparse.Namespace) -> None:
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
-def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -> dict[str, Any]:
-    """All measurements of one model."""
+def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any, keep: Callable[[dict[str, Any]], None]) -> None:
+    """All measurements of one model; `keep` gets what there is after each, the tasks last because they take longest."""
     report: dict[str, Any] = {}
     if name == "teacher":
         model = teacher
@@ -109,13 +110,16 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any) -
     constant, per_token = cache_bytes(low)
     text = np.asarray(data.corpora[0].held_out)
     result = {"model": name, "held_out": held, "state_bytes": constant, "bytes_per_token": per_token, "report": report}
+    result |= {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
     result["recall"] = recall(low, tokenizer, text, given.distances, given.items, given.batch_tokens)
     if report and all(plan and plan.mixer and plan.window for plan in low.plans):
+        keep(result)
         with ablated(low, "window"):
             result["recall_of_its_window_alone"] = recall(low, tokenizer, text, given.distances, given.items, given.batch_tokens)
+    keep(result)
     if given.hub:
         result["tasks"] = tasks(low, tokenizer, given.hub)
-    return result | {"commit": provenance.git_state()[0], "versions": provenance.versions(), "device": _device(teacher)}
+        keep(result)
 
 
 def tasks(model: Any, tokenizer: Any, hub: Path) -> dict[str, Any]:
@@ -149,10 +153,14 @@ def judge(given: argparse.Namespace) -> None:
         target = given.out / (Path(name).name.replace(":", "_") + ".json")
         if target.exists():
             continue
-        began = time.perf_counter()
-        result = judged(name, given, teacher, tokenizer)
-        result["seconds"] = time.perf_counter() - began
-        target.write_text(json.dumps(result, indent=1))
+        began, parts = time.perf_counter(), target.with_suffix(".part")
+
+        def keep(result: dict[str, Any], began: float = began, parts: Path = parts) -> None:
+            parts.write_text(json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1))
+
+        judged(name, given, teacher, tokenizer, keep)
+        parts.rename(target)
+        result = json.loads(target.read_text())
         shown = {key: round(sum(hits) / len(hits), 3) for key, hits in result["recall"].items()}
         print(name, result["held_out"], shown, result.get("tasks"), flush=True)
 

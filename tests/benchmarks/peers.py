@@ -38,7 +38,7 @@ MAIN_LENGTH, PEER_HEADS = 2048, 16
 WITHOUT = (("gla", 64), ("kda", 64))
 """Rows without a goal, whose peers would take a minute more to tune."""
 SLOWER = {64: ("chunk_retention", "chunk_simple_gla guard off"), 128: ("fused_chunk_linear_attn", "fused_chunk_simple_gla")}
-"""Peers that an earlier measurement found slower than another one at a width, and which are not tuned again."""
+"""Peers that are left out at a width, where another one of the same kernel is usually faster, to save their tuning."""
 PARTS = 6
 LENGTH_MATTERS, ENOUGH = ("ssd", "window", "chosen_blocks"), 512
 """Rows whose peers compile anew for some lengths, and a length that does for the peers of the others."""

@@ -28,7 +28,7 @@ def draw(shape: tuple[int, ...], *, device: str, dtype: torch.dtype, stored_dtyp
     q, k, v, _ = row.split((heads * k_dim, groups * k_dim, groups * v_dim, 3), -1)
     sizes = [(batch, groups, n, width) for n in (length, sinks) for width in (k_dim, v_dim)]
     held = [torch.randn(size, device=device).to(stored_dtype or dtype) for size in sizes]
-    position = torch.tensor([0, length // 2, 3 * length + 40], device=device)[-batch:]
+    position = torch.tensor([0, length // 2, 3 * length + 40], device=device).repeat(batch)[-batch:]
     stored = Stored(held[0], held[1], position, *(held[2:] if sinks else (None, None)))
     return q.unflatten(1, (heads, -1)), k.unflatten(1, (groups, -1)), v.unflatten(1, (groups, -1)), stored
 

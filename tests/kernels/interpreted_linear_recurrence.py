@@ -80,8 +80,7 @@ def plan(name):
             stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
         if "grouped" in name:
             stack.enter_context(mock.patch.object(walk_grouped, "CHUNK", 16))
-            stack.enter_context(mock.patch.object(walk_grouped, "suits", lambda *_: "back" not in name))
-            stack.enter_context(mock.patch.object(walk_grouped, "suits_backward", lambda *_: True))
+            stack.enter_context(mock.patch.object(walk_grouped, "suits", lambda *_: True))
         yield
 
 
@@ -98,7 +97,6 @@ def plan(name):
         ("grouped", "constant"),
         ("grouped", "strong"),
         ("grouped in segments", "scalar"),
-        ("grouped on the way back, in segments", "strong"),
     ],
 )
 def test_every_plan_equals_the_token_loop(name, gate):

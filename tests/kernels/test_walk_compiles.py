@@ -34,11 +34,9 @@ def compile_walk(kernel, config, widths, gate, dtype, *, pieces=WHOLE, flags=Non
 
 def compiled(widths, gate, dtype, *, pieces=WHOLE):
     """Every kernel of a forward and a backward pass, with its name."""
-    yield (
-        forward_kernel,
-        compile_walk(forward_kernel, walk_config.forward_config(*widths, dtype), widths, gate, dtype, pieces=pieces),
-    )
-    config = walk_config.backward_config(*widths, dtype)
+    config = walk_config.forward_config(*widths, dtype, gated=gate != 0)
+    yield forward_kernel, compile_walk(forward_kernel, config, widths, gate, dtype, pieces=pieces)
+    config = walk_config.backward_config(*widths, dtype, gated=gate != 0)
     probe = NO_PROBE if gate != 2 else STATE_PROBE if config.together else FULL_PROBE
     for kernel, _, own, flags in walk._backward_launches(config, 1, 1):
         flags |= {"QUERY_PROBE": probe.value}

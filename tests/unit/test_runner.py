@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import runner
-from bench.fleet import Fleet
+from bench.fleet import StackedFleet
 from bench.launch.local import LocalWorkers
 from bench.model import LanguageModel
 from bench.outcome import identity_of
@@ -93,15 +93,15 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: float, status: str, sizes: set[int], parts: int
 ) -> None:
     """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
-    original = Fleet.step_on
+    original = StackedFleet.step_on
 
-    def limited(self: Fleet, *arguments: object) -> None:
+    def limited(self: StackedFleet, *arguments: object) -> None:
         limit = 2 if fits == 0.5 else fits
         if len(self.model) / self.micro_batches > limit:
             raise torch.OutOfMemoryError("out of memory")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Fleet, "step_on", limited)
+    monkeypatch.setattr(StackedFleet, "step_on", limited)
     records = execute(tmp_path, *(spec(seed=seed) for seed in range(3)))
     assert {record.status for record in records} == {status}
     assert {record.fleet_size for record in records} == sizes
