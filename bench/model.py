@@ -231,7 +231,10 @@ class _PreNormBlock(_Block):
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """A norm in the dtype of its input: autocast's norms answer in fp32, and whatever reads them would read twice the bytes."""
-    return layer_norm(x, (norm.weight, norm.bias), norm.eps) if isinstance(norm, nn.LayerNorm) else norm(x).to(x.dtype)
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm(x, (norm.weight, norm.bias), norm.eps)
+    weight = cast(Tensor, norm.weight)
+    return norm(x.to(weight.dtype)).to(x.dtype)  # torch warns where input and weight differ
 
 
 def _zoology_init(mixer: Mixer, n_layers: int) -> None:

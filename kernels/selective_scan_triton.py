@@ -29,7 +29,7 @@ from kernels.selective_scan_rows import over_channels, replay, reverse, spread, 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHANNELS = 32
-WARPS = 4
+WARPS = 2
 """Warps of a forward program, of 32 channels each, unless there are fewer channels."""
 SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
 
@@ -79,8 +79,8 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
     """Gradients, tile by tile from the end.
 
     `dstate` holds the gradient of the state after the tile at hand: the final state's at first, the initial one's at last.
-    `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels. What the next
-    state element needs is loaded before this one is computed, and sums over channels are made one element later.
+    `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels. Sums over
+    channels are made one state element late, so that nothing waits for them.
     """
     n_blocks = tl.cdiv(width, CHANNELS)
     sequence, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
@@ -114,13 +114,11 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
         du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
         dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
         wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
-        start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
-            states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, 0, width, row, token_L, inside_C
-        )
         for n in range(n_states):
             db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
-            more = tl.minimum(n + 1, n_states - 1)
-            following = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, more, width, row, token_L, inside_C)
+            start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
+                states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C
+            )
             factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
             dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
             h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)
@@ -134,7 +132,6 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
             tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
             tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
             wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
-            start_C, after_C, rate_C, sum_C, b_L, c_L = following
         last = (n_states - 1) * row
         tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
         tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))

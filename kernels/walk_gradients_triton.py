@@ -68,40 +68,37 @@ def _walk_keys_and_values(
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
         v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
         leaving_KV = state_KV.to(DOT)
-        t_rows, inside_C1 = t_C.to(tl.int64), (t_C < length)[:, None]
-        # values first, so that fewer tiles are alive at once
         kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
-        dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
+        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
             kq_CC *= decay_CC
-            dv_CV *= read_C[:, None]
-        else:
-            kq_CC = tl.where(seen, kq_CC, 0.0)
-        if PROBE:
-            later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
-        dv_CV = tl.dot(kq_CC.to(DOT), do_CV, dv_CV, input_precision=PRECISION)
-        tl.store(dv + t_rows[:, None] * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=inside_C1 & (vs < V)[None, :])
-        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
-        if PROBE:
-            pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
-            tl.store(rowsum + t_rows, tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - later_C, mask=t_C < length)
-        if GATE != NO_GATE:
+            if PROBE:
+                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
+                sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1)
             vo_CC *= decay_CC
         else:
+            kq_CC = tl.where(seen, kq_CC, 0.0)
             vo_CC = tl.where(seen, vo_CC, 0.0)
-        vo_CC = vo_CC.to(DOT)
-        dk_CK = tl.dot(v_CV, tl.trans(leaving_KV), input_precision=PRECISION)
+        kq_CC, vo_CC = kq_CC.to(DOT), vo_CC.to(DOT)
+        t_rows, inside_C1 = t_C.to(tl.int64), (t_C < length)[:, None]
+        dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
         if GATE != NO_GATE:
-            dk_CK *= read_C[:, None]
-        dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
-        tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
+            dv_CV *= read_C[:, None]
+        if PROBE:
+            tl.store(rowsum + t_rows, sum_C - tl.sum(dv_CV * v_CV.to(tl.float32), 1), mask=t_C < length)
+        dv_CV = tl.dot(kq_CC, do_CV, dv_CV, input_precision=PRECISION)
+        tl.store(dv + t_rows[:, None] * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=inside_C1 & (vs < V)[None, :])
+        dk_CK = tl.dot(v_CV, tl.trans(leaving_KV), input_precision=PRECISION)
         write_KC = tl.trans(q_CK)
         if GATE != NO_GATE:
+            dk_CK *= read_C[:, None]
             state_KV *= tl.exp2(g_all)
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
+        dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
+        tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
     return state_KV
 

@@ -7,12 +7,15 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.commands.console import Output, seconds_text
 from bench.device import resolve_device
 from bench.errors import UserError
 from bench.store import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def run(
@@ -54,19 +57,7 @@ def run(
     torch.manual_seed(seed)
     began, texts, found = time.monotonic(), [], 0
     while found < tokens:
-        first = torch.full((batch, 1), start, device=teacher.device)
-        drawn = teacher.generate(
-            first,
-            attention_mask=torch.ones_like(first),
-            min_new_tokens=length,
-            max_new_tokens=length,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_k=0 if temperature > 0 else None,
-            top_p=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts.append(drawn.cpu().numpy().astype(np.int32).reshape(-1))
+        texts.append(_drawn(teacher, start, tokenizer.pad_token_id, batch, length, temperature))
         found += texts[-1].size
         rate = found / (time.monotonic() - began)
         output.say(f"{found:,}/{tokens:,} tokens, {rate:,.0f} tokens/s, {seconds_text(max(0, tokens - found) / rate)} left")
@@ -88,3 +79,23 @@ def run(
     output.emit("sampled", facts)
     output.say(f"Wrote {len(corpus):,} tokens to {out}; use them with --data corpus:{out}.")
     return 0
+
+
+def _drawn(teacher: Any, start: int, padding: Any, batch: int, length: int, temperature: float) -> np.ndarray:
+    """Texts of one draw one after the other, each with its starting token: int32 [batch * (1 + length)]."""
+    import numpy as np
+    import torch
+
+    first = torch.full((batch, 1), start, device=teacher.device)
+    drawn = teacher.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        min_new_tokens=length,
+        max_new_tokens=length,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_k=0 if temperature > 0 else None,
+        top_p=None,
+        pad_token_id=padding,
+    )
+    return drawn.cpu().numpy().astype(np.int32).reshape(-1)

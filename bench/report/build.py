@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import UserError
 from bench.points import Point, points
@@ -23,6 +23,9 @@ from bench.report.speed import speed_section
 from bench.spec import SELECTION_SEED, TaskSpec
 from bench.speed_records import SpeedRecord
 from bench.store import Store, atomic_write
+
+if TYPE_CHECKING:
+    import jinja2
 
 HERE = Path(__file__).parent
 MAX_PICTURES = 24
@@ -119,7 +122,6 @@ def _render(
     warnings: list[str],
 ) -> tuple[str, list[str]]:
     """The page as text, and every warning on it."""
-    import jinja2
     import vl_convert
     from markupsafe import Markup
 
@@ -152,6 +154,44 @@ def _render(
         "families": family_map(found, tasks),
         "speed": speed,
     }
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            tasks=tasks,
+            points=list(zip(found, rows, strict=True)),
+            styles=look,
+            judged=judged,
+            bridged=bridged,
+            evals=evals,
+            curves=curves,
+            families=data["families"],
+            reproduced=reproduced,
+            speed=speed,
+            mixers=sorted(set(shown)),
+            metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
+            pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
+            pictures_made=len(pictures),
+            warnings=warnings,
+            failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
+            facts=_facts(found, evals, speeds),
+            selection_seed=SELECTION_SEED,
+            store=store.root,
+            axes=charts.AXES,
+            data=Markup(_script_json(data)),
+            css=Markup((HERE / "page.css").read_text("utf-8")),
+            scripts=[Markup((HERE / name).read_text("utf-8")) for name in ("table.js", "page.js")],
+            bundle=Markup(vl_convert.javascript_bundle()),  # pyright: ignore[reportCallIssue] - its stub forgets the default
+        )
+    )
+    return page, warnings
+
+
+def _environment() -> jinja2.Environment:
+    """The templates of this folder, with the filters they use."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -165,34 +205,7 @@ def _render(
         "bytes": frames.human_bytes,
         "signed": frames.signed,
     }
-    page = environment.get_template("page.html.j2").render(
-        title=title,
-        tasks=tasks,
-        points=list(zip(found, rows, strict=True)),
-        styles=look,
-        judged=judged,
-        bridged=bridged,
-        evals=evals,
-        curves=curves,
-        families=data["families"],
-        reproduced=reproduced,
-        speed=speed,
-        mixers=sorted(set(shown)),
-        metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
-        pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
-        pictures_made=len(pictures),
-        warnings=warnings,
-        failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
-        facts=_facts(found, evals, speeds),
-        selection_seed=SELECTION_SEED,
-        store=store.root,
-        axes=charts.AXES,
-        data=Markup(_script_json(data)),
-        css=Markup((HERE / "page.css").read_text("utf-8")),
-        scripts=[Markup((HERE / name).read_text("utf-8")) for name in ("table.js", "page.js")],
-        bundle=Markup(vl_convert.javascript_bundle()),  # pyright: ignore[reportCallIssue] - its stub forgets the default
-    )
-    return page, warnings
+    return environment
 
 
 def _pictures(

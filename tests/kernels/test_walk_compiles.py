@@ -49,7 +49,8 @@ def check(widths, gate, dtype, spill, *, pieces=WHOLE):
         assert used.shared <= SMEM
         if dtype != torch.float32:
             assert "wgmma.mma_async" in used.ptx
-            assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+            # the state of a narrow head has fewer rows than the 64 of a warp group's product
+            assert min(widths) <= 32 or "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
 @pytest.mark.parametrize(
