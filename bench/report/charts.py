@@ -20,9 +20,11 @@ AXES = {
 
 SECONDS_AXES = {"step": "Training step (log scale)", "examples": "Training examples seen (log scale)"}
 
-_BYTES = (
-    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : datum.value / 1048576 + ' MiB'"
+BYTES = (
+    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? format(datum.value / 1024, '.3~r') + ' KiB' : "
+    "format(datum.value / 1048576, '.3~r') + ' MiB'"
 )
+"""How an axis writes bytes."""
 ZOOM = {
     "name": "zoom",
     "bind": "scales",
@@ -103,7 +105,7 @@ def accuracy(field: str, title: str) -> alt.Y:
 
 def _pareto(axis: str) -> LayeredChart:
     """Accuracy against one kind of cost, with intervals, the front, the bits-needed line and the ceilings."""
-    label = alt.Undefined if axis == "parameters" else _BYTES
+    label = alt.Undefined if axis == "parameters" else BYTES
     form = "~s" if axis == "parameters" else alt.Undefined
     x = alt.X(
         "x:Q",
@@ -157,7 +159,7 @@ def _published(axis: str) -> LayeredChart:
         "x:Q",
         title=PANEL_AXES[axis],
         scale=alt.Scale(type="log", base=2, nice=False, padding=24),
-        axis=alt.Axis(labelExpr=_BYTES if axis == "state" else alt.Undefined, tickCount=8, labelOverlap=True),
+        axis=alt.Axis(labelExpr=BYTES if axis == "state" else alt.Undefined, tickCount=8, labelOverlap=True),
     )
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
     stroke = alt.Stroke(**literal("color"))

@@ -6,11 +6,8 @@ from typing import Any
 
 import altair as alt
 
-from bench.report.charts import LayeredChart
+from bench.report.charts import BYTES, LayeredChart
 
-BYTES = (
-    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KiB' : datum.value / 1048576 + ' MiB'"
-)
 DASHES = [[1, 0], [1, 0], [6, 3], [2, 2]]
 """Solid for models and students, dashed for the untrained window, dotted for ablations."""
 _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
