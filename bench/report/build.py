@@ -141,17 +141,10 @@ def _render(
     for task in tasks:
         task["slices"] = frames.slice_names([p for p, row in zip(found, rows, strict=True) if row["task"] == task["id"]])
     reproduced = figure_rows(found, rows)
-    data = {
+    data = _script_data(found, tasks, rows, look) | {
         "panels": [panel for figure in reproduced for panel in figure["panels"]],
-        "tasks": tasks,
-        "points": rows,
         "curves": curves,
-        "mixers": {name: {"light": style.light, "dark": style.dark, "shape": style.shape} for name, style in look.items()},
-        "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
-        "specs": charts.specs() | judged_charts.specs() | speed_charts.specs(),
         "extras": [*extras, *(bridged["charts"] if bridged else []), *([] if speed is None else speed["groups"])],
-        "csv": frames.csv_text(rows) if rows else "",
-        "families": family_map(found, tasks),
         "speed": speed,
     }
     page = (
@@ -186,6 +179,21 @@ def _render(
         )
     )
     return page, warnings
+
+
+def _script_data(
+    found: Sequence[Point], tasks: list[dict[str, Any]], rows: list[dict[str, Any]], look: dict[str, styles.Style]
+) -> dict[str, Any]:
+    """What the page's scripts read of the points: rows, scores by family, looks of the mixers, specifications of the charts."""
+    return {
+        "tasks": tasks,
+        "points": rows,
+        "mixers": {name: {"light": style.light, "dark": style.dark, "shape": style.shape} for name, style in look.items()},
+        "axes": {axis: field for axis, (field, _) in charts.AXES.items()},
+        "specs": charts.specs() | judged_charts.specs() | speed_charts.specs(),
+        "csv": frames.csv_text(rows) if rows else "",
+        "families": family_map(found, tasks),
+    }
 
 
 def _environment() -> jinja2.Environment:
