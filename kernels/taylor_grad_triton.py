@@ -27,7 +27,7 @@ def query_kernel(
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Dq of one tile of queries, and shift = -d if NORM, which later kernels read. Grid: (B * H * ceil(T / BM),)."""
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     program = tl.program_id(0)
     blocks = tl.cdiv(length, BM)
     head_index, start = program // blocks, program % blocks * BM
@@ -134,7 +134,7 @@ def key_kernel(
 
     LAST: the sums behind the last chunk have a gradient too. BN divides the chunk, BM divides BN.
     """
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     program = tl.program_id(0)
     blocks = tl.cdiv(length, BN)
     head_index, start = program // blocks, program % blocks * BN

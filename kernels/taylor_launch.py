@@ -14,6 +14,7 @@ from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dty
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
+TRIPLE, NARROW_SUMS = False, False
 
 
 class Config(NamedTuple):
@@ -74,7 +75,7 @@ def chunk_length(k_dim: int) -> int:
 
 def n_rows(k_dim: int) -> int:
     """R, the rows of the sums of monomials."""
-    return k_dim * (k_dim // 2 + 2) + 1
+    return 1 + k_dim + k_dim * (k_dim + 1) // 2
 
 
 class _Call(NamedTuple):
@@ -208,18 +209,18 @@ def _entering(
         return c.new_empty(0, dtype=call.wide), *(_fresh(c, 0) for _ in range(3))
     rows = n_rows(call.k_dim)
     shape = (call.batch, call.heads, call.chunks, rows)
-    sums, norms = _fresh(c, *shape, call.v_dim), _fresh(c, *shape if norm else (0,))
+    sums, norms = c.new_empty(*shape, call.v_dim, dtype=call.wide if NARROW_SUMS else torch.float32), _fresh(c, *shape if norm else (0,))
     entering, entering_norm = torch.empty_like(sums, dtype=call.wide), torch.empty_like(norms)
     end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*shape[:2], rows, call.v_dim), (*shape[:2], rows)))
     end_norm = end_norm if norm else _fresh(c, 0)
     if high > low:
         (x, c), strides, unit = _rows(*_narrow(call.dot, x, c))
         config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, product_width(call.v_dim, call.dot))
-        tiles = -(-rows // config.rows) * -(-call.v_dim // tile)
+        tiles = -(-rows // (config.rows * (3 if TRIPLE else 1))) * -(-call.v_dim // tile)
         scale, shift = rescale if rescale is not None else (sums, sums)
         taylor_triton.state_kernel[(call.batch * call.heads * (high - low) * tiles,)](
             x, c, scale, shift, sums, norms, *strides, call.length, call.heads, call.chunk, low, high - low, call.chunks,
-            **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse,
+            **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse, TRIPLE=TRIPLE,
             STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     tiles = -(-rows * call.v_dim // SCAN_BLOCK) + (-(-rows // SCAN_BLOCK) if norm else 0)

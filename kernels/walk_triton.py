@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 
 NO_GATE, CONSTANT_GATE, SCALAR_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-WHOLE, SEQUENCES, SEGMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+WHOLE, SEQUENCES, SEGMENTS, ALONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SCALED_CONSTANT, SCALED_SCALAR, SPLIT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 NO_PROBE, STATE_PROBE, FULL_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -40,7 +41,7 @@ def _load_rows(base, stride, t_C, cols, length, WIDTH: tl.constexpr, DOT: tl.con
 @triton.jit
 def _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE: tl.constexpr):
     """Where the log decays of a head start: one number, or one for each token, `heads` apart."""
-    if GATE == SCALAR_GATE:
+    if GATE == SCALAR_GATE or GATE >= SCALED_SCALAR:
         return gate + (batch.to(tl.int64) * length + begin) * heads + head
     return gate + batch // gate_every * heads + head
 
@@ -56,6 +57,22 @@ def _log_decays(gate, heads, t_C, start, length, C: tl.constexpr, SCALAR: tl.con
 
 
 @triton.jit
+def _scales(gate, heads, t_C, start, length, C: tl.constexpr, SCALAR: tl.constexpr, REVERSE: tl.constexpr):
+    """What rows are multiplied by before they are added up, and after; and the state before and after the chunk."""
+    if SCALAR:
+        step_C = tl.load(gate + t_C.to(tl.int64) * heads, mask=t_C < length, other=0.0) * LOG2_E
+        g_C, g_all = tl.cumsum(step_C, 0), tl.sum(step_C, 0)
+        ref = 0.5 * g_all
+    else:
+        step = tl.load(gate) * LOG2_E
+        g_C, g_all = step * (t_C - start + 1).to(tl.float32), step * tl.minimum(length - start, C).to(tl.float32)
+        ref = step * (C // 2)
+    if REVERSE:
+        return tl.exp2(g_C - ref), tl.exp2(ref - g_C), tl.exp2(g_all - ref), tl.exp2(ref), g_all
+    return tl.exp2(ref - g_C), tl.exp2(g_C - ref), tl.exp2(ref), tl.exp2(g_all - ref), g_all
+
+
+@triton.jit
 def _place(program, tiles, heads, pieces):
     """Which tile, head, piece and batch a program works on; neighbours read the same tokens."""
     rest = program // tiles
@@ -68,7 +85,7 @@ def _bounds(starts, piece, segment, length, PIECES: tl.constexpr):
     if PIECES == SEQUENCES:
         begin = tl.load(starts + piece).to(tl.int32)
         count = tl.load(starts + piece + 1).to(tl.int32) - begin
-    elif PIECES == SEGMENTS:
+    elif PIECES >= SEGMENTS:
         begin = piece * segment
         count = tl.minimum(segment, length - begin)
     else:
@@ -141,12 +158,16 @@ def _walk(
         t_C = start + i
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
+        if GATE >= SCALED_CONSTANT:
+            enter_C, leave_C, before, after, g_all = _scales(gate, gate_stride, t_C, start, length, C, GATE >= SCALED_SCALAR, REVERSE)
+            state_DE *= before
+            c_CE = (c_CE.to(tl.float32) * enter_C[:, None]).to(DOT)
         if OUT:
             a_CD = _load_rows(a, a_stride, t_C, d, length, D, DOT)
             scores_CC = tl.dot(a_CD, tl.trans(b_CD), input_precision=PRECISION)
             out_CE = tl.dot(a_CD, state_DE.to(DOT), input_precision=PRECISION)
         write_DC = tl.trans(b_CD)
-        if GATE != NO_GATE:
+        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
@@ -163,14 +184,30 @@ def _walk(
             scores_CC = tl.where(seen, scores_CC, 0.0)
         t_rows, in_out = t_C.to(tl.int64), (t_C < length)[:, None] & (e < E)[None, :]
         if PROBE == STATE_PROBE:
-            probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
-            tl.store(rowsum + t_rows, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
+            if GATE == SPLIT:
+                probe_CE = _load_rows(probe, probe_stride, t_C, e, length, E, DOT)
+                pairs_CC = tl.dot(probe_CE, tl.trans(c_CE), input_precision=PRECISION) * scores_CC
+                pairs_CC = tl.where(i[:, None] > i[None, :], pairs_CC * leave_C[:, None], 0.0)
+                within_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
+            else:
+                probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
+            sum_C = SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1)
+            if GATE >= SCALED_CONSTANT:
+                sum_C *= leave_C
+            if GATE == SPLIT:
+                sum_C += within_C
+            tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 1)
             scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
         if OUT:
             out_CE = tl.dot(scores_CC.to(DOT), c_CE, out_CE, input_precision=PRECISION)
         state_DE = tl.dot(write_DC, c_CE, state_DE, input_precision=PRECISION)
+        if GATE >= SCALED_CONSTANT:
+            state_DE *= after
+            total += g_all
+            if OUT:
+                out_CE *= leave_C[:, None]
         if OUT:
             if PROBE == FULL_PROBE:
                 probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)

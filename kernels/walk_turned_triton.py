@@ -11,7 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.walk_triton import FULL_PROBE, NO_GATE, SCALAR_GATE, STATE_PROBE, _load_rows, _log_decays
+from kernels.walk_triton import (
+    CONSTANT_GATE,
+    FULL_PROBE,
+    NO_GATE,
+    SCALAR_GATE,
+    SCALED_CONSTANT,
+    SCALED_SCALAR,
+    SPLIT,
+    STATE_PROBE,
+    _load_rows,
+    _log_decays,
+    _scales,
+)
 
 
 @triton.jit
@@ -35,10 +47,15 @@ def _walk_turned(
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
         a_CD = _load_rows(a, a_stride, t_C, d, length, D, DOT)
+        if GATE >= SCALED_CONSTANT:
+            enter_C, leave_C, before, after, _ = _scales(gate, gate_stride, t_C, start, length, C, GATE >= SCALED_SCALAR, REVERSE)
+            state_ED *= before
         scores_CC = tl.dot(b_CD, tl.trans(a_CD), input_precision=PRECISION)
         out_EC = tl.dot(state_ED.to(DOT), tl.trans(a_CD), input_precision=PRECISION)
         write_EC = tl.trans(c_CE)
-        if GATE != NO_GATE:
+        if GATE >= SCALED_CONSTANT:
+            write_EC = (write_EC.to(tl.float32) * enter_C[None, :]).to(DOT)
+        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
             if REVERSE:
@@ -53,13 +70,31 @@ def _walk_turned(
             scores_CC = tl.where(seen, scores_CC, 0.0)
         t_rows, in_out = t_C.to(tl.int64), (t_C < length)[None, :] & (e < E)[:, None]
         if PROBE == STATE_PROBE:
-            probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
-            tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
+            if GATE == SPLIT:
+                probe_CE = _load_rows(probe, probe_stride, t_C, e, length, E, DOT)
+                pairs_CC = tl.dot(c_CE, tl.trans(probe_CE), input_precision=PRECISION) * scores_CC
+                pairs_CC = tl.where(i[:, None] < i[None, :], pairs_CC * enter_C[:, None] * leave_C[None, :], 0.0)
+                within_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1)
+                probe_EC = tl.trans(probe_CE)
+            else:
+                probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
+            sum_C = SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0)
+            if GATE >= SCALED_CONSTANT:
+                sum_C *= leave_C
+            if GATE == SPLIT:
+                sum_C += within_C
+            tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 0)
             scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
-        out_EC = tl.dot(tl.trans(c_CE), scores_CC.to(DOT), out_EC, input_precision=PRECISION)
+        if GATE >= SCALED_CONSTANT:
+            out_EC = tl.dot(write_EC, scores_CC.to(DOT), out_EC, input_precision=PRECISION)
+            out_EC *= leave_C[None, :]
+        else:
+            out_EC = tl.dot(tl.trans(c_CE), scores_CC.to(DOT), out_EC, input_precision=PRECISION)
         state_ED = tl.dot(write_EC, b_CD, state_ED, input_precision=PRECISION)
+        if GATE >= SCALED_CONSTANT:
+            state_ED *= after
         if PROBE == FULL_PROBE:
             probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
             tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
@@ -88,10 +123,16 @@ def _walk_keys_and_values_turned(
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
         v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
+        if GATE >= SCALED_CONSTANT:
+            enter_C, leave_C, before, after, _ = _scales(gate, gate_stride, t_C, start, length, C, GATE >= SCALED_SCALAR, True)
+            state_KV *= before
         leaving_KV = state_KV.to(DOT)
         qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
         ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
-        if GATE != NO_GATE:
+        if GATE >= SCALED_CONSTANT:
+            ov_CC *= enter_C[:, None]
+            do_CV = (do_CV.to(tl.float32) * enter_C[:, None]).to(DOT)
+        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
             read_C = tl.exp2(g_all - g_C)
             decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
@@ -103,23 +144,36 @@ def _walk_keys_and_values_turned(
         else:
             qk_CC = tl.where(seen, qk_CC, 0.0)
             ov_CC = tl.where(seen, ov_CC, 0.0)
+            sum_C = tl.zeros([C], tl.float32)
+            if PROBE and GATE != SPLIT:
+                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC * leave_C[None, :])
+                sum_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
         qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
         t_rows, inside_1C = t_C.to(tl.int64), (t_C < length)[None, :]
         dv_VC = tl.dot(tl.trans(leaving_KV), tl.trans(k_CK), input_precision=PRECISION)
-        if GATE != NO_GATE:
+        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
             dv_VC *= read_C[None, :]
         if PROBE:
-            sum_C -= tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
+            later_C = tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
+            if GATE >= SCALED_CONSTANT:
+                later_C *= leave_C
+            sum_C -= later_C
             tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
         dv_VC = tl.dot(tl.trans(do_CV), qk_CC, dv_VC, input_precision=PRECISION)
+        if GATE >= SCALED_CONSTANT:
+            dv_VC *= leave_C[None, :]
         tl.store(dv + t_rows[None, :] * dv_stride + vs[:, None], dv_VC.to(dv.dtype.element_ty), mask=inside_1C & (vs < V)[:, None])
         dk_KC = tl.dot(leaving_KV, tl.trans(v_CV), input_precision=PRECISION)
         write_KC = tl.trans(q_CK)
-        if GATE != NO_GATE:
+        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
             dk_KC *= read_C[None, :]
             state_KV *= tl.exp2(g_all)
             write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         dk_KC = tl.dot(tl.trans(q_CK), ov_CC, dk_KC, input_precision=PRECISION)
+        if GATE >= SCALED_CONSTANT:
+            dk_KC *= leave_C[None, :]
         tl.store(dk + t_rows[None, :] * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=inside_1C & (ks < K)[:, None])
         state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
+        if GATE >= SCALED_CONSTANT:
+            state_KV *= after
     return state_KV
