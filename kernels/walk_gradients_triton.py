@@ -19,11 +19,6 @@ from kernels._entry import entry
 from kernels.walk_forward_triton import _before, _walk_either
 from kernels.walk_triton import (
     ALONE,
-    CONSTANT_GATE,
-    SCALED_CONSTANT,
-    SCALED_SCALAR,
-    SPLIT,
-    _scales,
     FULL_PROBE,
     NO_GATE,
     NO_PROBE,
@@ -33,9 +28,12 @@ from kernels.walk_triton import (
     _bounds,
     _gate_of,
     _initial,
+    _late,
     _load_rows,
     _log_decays,
     _place,
+    _scaled,
+    _split,
     _state_of,
     _state_tile,
     _walk,
@@ -73,56 +71,48 @@ def _walk_keys_and_values(
         q_CK = _load_rows(q, q_stride, t_C, ks, length, K, DOT)
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
         v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
-        if GATE >= SCALED_CONSTANT:
-            enter_C, leave_C, before, after, _ = _scales(gate, gate_stride, t_C, start, length, C, GATE >= SCALED_SCALAR, True)
-            state_KV *= before
-            do_CV = (do_CV.to(tl.float32) * enter_C[:, None]).to(DOT)
         leaving_KV = state_KV.to(DOT)
-        kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
-        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
-        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
+        enter_CV = do_CV
+        if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
-            read_C = tl.exp2(g_all - g_C)
-            decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
-            kq_CC *= decay_CC
+            leave_C, rest_C, half, rough = _split(g_C, g_all, True, DOT)
+            enter_CV = _scaled(do_CV, -leave_C, DOT)
+        kq_CC = tl.where(seen, tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION), 0.0)
+        vo_CC = tl.where(seen, tl.dot(v_CV, tl.trans(enter_CV), input_precision=PRECISION), 0.0)
+        if GATE != NO_GATE:
+            if rough:
+                kq_CC *= tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
             if PROBE:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
+                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC * tl.exp2(leave_C)[:, None])
                 sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1)
-            vo_CC *= decay_CC
-        else:
-            kq_CC = tl.where(seen, kq_CC, 0.0)
-            vo_CC = tl.where(seen, vo_CC, 0.0)
-            sum_C = tl.zeros([C], tl.float32)
-            if PROBE and GATE != SPLIT:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC * leave_C[:, None])
-                sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1)
+            if rough:
+                vo_CC *= tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
         kq_CC, vo_CC = kq_CC.to(DOT), vo_CC.to(DOT)
         t_rows, inside_C1 = t_C.to(tl.int64), (t_C < length)[:, None]
         dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
-        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
-            dv_CV *= read_C[:, None]
+        if GATE != NO_GATE:
+            dv_CV *= tl.exp2(half + rest_C)[:, None]
         if PROBE:
-            later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
-            if GATE >= SCALED_CONSTANT:
-                later_C *= leave_C
-            tl.store(rowsum + t_rows, sum_C - later_C, mask=t_C < length)
-        dv_CV = tl.dot(kq_CC, do_CV, dv_CV, input_precision=PRECISION)
-        if GATE >= SCALED_CONSTANT:
-            dv_CV *= leave_C[:, None]
+            sum_C -= tl.exp2(leave_C) * tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+            tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
+        dv_CV = tl.dot(kq_CC, enter_CV, dv_CV, input_precision=PRECISION)
+        if GATE != NO_GATE:
+            dv_CV *= tl.exp2(leave_C)[:, None]
         tl.store(dv + t_rows[:, None] * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=inside_C1 & (vs < V)[None, :])
         dk_CK = tl.dot(v_CV, tl.trans(leaving_KV), input_precision=PRECISION)
-        write_KC = tl.trans(q_CK)
-        if GATE == SCALAR_GATE or GATE == CONSTANT_GATE:
-            dk_CK *= read_C[:, None]
-            state_KV *= tl.exp2(g_all)
-            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
+        if GATE != NO_GATE:
+            dk_CK *= tl.exp2(half + rest_C)[:, None]
         dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
-        if GATE >= SCALED_CONSTANT:
-            dk_CK *= leave_C[:, None]
+        if GATE != NO_GATE:
+            dk_CK *= tl.exp2(leave_C)[:, None]
+            state_KV *= tl.exp2(half)
         tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
-        state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
-        if GATE >= SCALED_CONSTANT:
-            state_KV *= after
+        state_KV = tl.dot(tl.trans(q_CK), enter_CV, state_KV, input_precision=PRECISION)
+        if GATE != NO_GATE:
+            state_KV *= tl.exp2(half)
+            if rough:
+                late_CV = _load_rows(do, do_stride, t_C, vs, length, V, tl.float32) * _late(leave_C, rest_C, half)[:, None]
+                state_KV = tl.dot(tl.trans(q_CK), late_CV.to(DOT), state_KV, input_precision=PRECISION)
     return state_KV
 
 

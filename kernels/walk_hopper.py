@@ -1,0 +1,280 @@
+"""The walk of `kernels.walk_triton` for Hopper, in Gluon: rows come by the tensor memory accelerator, products run on their own.
+
+A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
+of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
+
+Decays are scalings of what enters the sums and of what leaves them, as `kernels.walk_triton._split` has it: rows of c are scaled
+where they lie in shared memory, before any product reads them.
+
+Shape legend: B batch, T time, H heads, P segments, C = 64 tokens of a chunk, D width of a and b, E width of c and out.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.delta_hopper import barriers, columns_of, fetch, shared_layout, sums_layout, thread_barrier
+from kernels.delta_hopper_walk import at_stage
+from kernels.walk_triton import LIMIT, LIMIT_FP16, LOG2_E, NO_GATE, SCALAR_GATE
+
+NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
+SIZES = ["length", "batches", "heads", "ab_group", "c_group", "gate_every", "segments", "span"]
+
+
+@gluon.jit
+def _bring(
+    bars, sources, stages, place, t, step,
+    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy a chunk's rows into their stage: a, b, c and, where it is read, the probe."""
+    batch, ab_head, c_head, e_start = place
+    BYTES: gl.constexpr = 2 * C * (2 * BD + BE * (len(stages) - 2))
+    places = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, c_head, e_start], [batch, t, c_head, e_start])
+    fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
+
+
+@gluon.jit
+def _steps(gate, t, length, heads, cols, GATE: gl.constexpr):
+    """Log2 decays of a chunk's tokens, as columns; padding does not decay."""
+    if GATE == SCALAR_GATE:
+        return gl.load(gate + (t + cols).to(gl.int64) * heads, mask=t + cols < length, other=0.0) * LOG2_E
+    return gl.load(gate + 0 * cols, mask=t + cols < length, other=0.0) * LOG2_E
+
+
+@gluon.jit
+def _split(step_C, rows, cols, REVERSE: gl.constexpr, DOT: gl.constexpr):
+    """`kernels.walk_triton._split` of a chunk with these log2 decays, for rows of scores."""
+    limit: gl.constexpr = LIMIT_FP16 if DOT == tl.float16 else LIMIT
+    g_C = gl.sum(gl.where(rows[:, None] >= cols[None, :], step_C[None, :], 0.0), 1)
+    half = 0.5 * gl.sum(step_C, 0)
+    whole_C = (half - g_C) if REVERSE else (g_C - half)
+    leave_C = gl.minimum(gl.maximum(whole_C, -limit), limit)
+    return leave_C, whole_C - leave_C, half, gl.maximum(half, -limit), half < -limit
+
+
+@gluon.jit
+def _start(n_first, step, steps, C: gl.constexpr, REVERSE: gl.constexpr):
+    """First token of a step's chunk; steps beyond the last stay at it."""
+    step = gl.minimum(step, steps - 1)
+    return (n_first + ((steps - 1 - step) if REVERSE else step)) * C
+
+
+@gluon.jit
+def _enter(c_CE, leave_C, narrow: gl.constexpr, DOT: gl.constexpr):
+    """Scales rows of c where they lie, for the sums that they enter."""
+    factor_C = gl.exp2(-gl.convert_layout(leave_C, gl.SliceLayout(1, narrow)))
+    c_CE.store((c_CE.load(narrow).to(gl.float32) * factor_C[:, None]).to(DOT))
+
+
+@gluon.jit
+def _mended(
+    out_CE, a_CD, state_buffer, none_CE, rest_C, half, carried, rough, of_rows: gl.constexpr, GATE: gl.constexpr,
+    ADDED: gl.constexpr,
+):  # fmt: skip
+    """Sums of a chunk with what earlier chunks give decayed as it should be, where a rough chunk's scalings were cut."""
+    if GATE != NO_GATE:
+        if rough:
+            factor_C = gl.exp2(gl.convert_layout(half + rest_C - carried, of_rows))
+            if ADDED:
+                again = warpgroup_mma(a_CD, state_buffer, none_CE, use_acc=False, is_async=True)
+                out_CE += warpgroup_mma_wait(0, [again]) * (factor_C - 1.0)[:, None]
+            else:
+                out_CE = out_CE * factor_C[:, None]
+    return out_CE
+
+
+@gluon.jit
+def _seen(scores_CC, rest_C, rough, rows, cols, line_buffer, square: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr):
+    """Scores of pairs that see each other, with what the cut scalings lack of their decay."""
+    seen = (rows[:, None] <= cols[None, :]) if REVERSE else (rows[:, None] >= cols[None, :])
+    scores_CC = gl.where(seen, scores_CC, 0.0)
+    if GATE != NO_GATE:
+        if rough:
+            line_buffer.store(rest_C)
+            fall_CC = rest_C[:, None] - line_buffer.load(gl.SliceLayout(0, square))[None, :]
+            scores_CC = scores_CC * gl.exp2(gl.where(seen, fall_CC, 0.0))
+    return scores_CC
+
+
+@gluon.jit
+def _pairs(kq_CC, scores_buffer, leave_C, line_buffer, square: gl.constexpr):
+    """For each key what its pairs with queries of the chunk add up to, from K' Q^T and the gradients of the scores."""
+    line_buffer.store(leave_C)
+    ds_CC = scores_buffer.permute([1, 0]).load(square).to(gl.float32)
+    return gl.sum(kq_CC * ds_CC * gl.exp2(line_buffer.load(gl.SliceLayout(0, square)))[None, :], 1)
+
+
+@gluon.jit
+def _entering(
+    given, sums, decays, batch, head, piece, heads, segments, narrow: gl.constexpr, e_start,
+    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, TURNED: gl.constexpr, GIVEN: gl.constexpr,
+    REVERSE: gl.constexpr,
+):  # fmt: skip
+    """The state that a segment starts from; states in memory are [K, V], of which a walk over K has the transpose if TURNED."""
+    d, e = gl.arange(0, BD, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BE, gl.SliceLayout(0, narrow))
+    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    state_DE = gl.zeros([BD, BE], gl.float32, narrow)
+    if GIVEN:
+        state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * D * E + offsets, mask=inside, other=0.0)
+    for n in range((segments - 1 - piece) if REVERSE else piece):
+        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+        added = gl.load(sums + index.to(gl.int64) * D * E + offsets, mask=inside, other=0.0)
+        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    return state_DE, offsets, inside
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def walk_kernel(
+    a, b, c, probe, out, kept, gate, given, last, sums, decays, rowsum,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, ab_group: tl.int32, c_group: tl.int32, gate_every: tl.int32,
+    segments: tl.int32, span: tl.int32,
+    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, GIVEN: gl.constexpr,
+    LAST: gl.constexpr, KEEP: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """One walk on descriptors of blocks of a chunk. Grid: (B * P * H * tiles of E,), of GROUPS warp groups.
+
+    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`. KEEP writes the
+    state before each chunk [B * N * H, D, E], scaled as `kernels.walk_grouped_triton` reads it. A probe writes to `rowsum`
+    [B, H, T] its part of the gradient of the cumulated decays.
+    """
+    TILES: gl.constexpr = (E + BE - 1) // BE
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    narrow: gl.constexpr = sums_layout(BE, GROUPS)
+    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    e_start, rest = gl.program_id(0) % TILES * BE, gl.program_id(0) // TILES
+    head, piece, batch = rest % heads, rest // heads % segments, rest // heads // segments
+    n_chunks = (length + C - 1) // C
+    n_first, steps = piece * span, gl.minimum(span, n_chunks - piece * span)
+    place = (batch, head // ab_group, head // c_group, e_start)
+    gate += (batch.to(gl.int64) * length * heads + head) if GATE == SCALAR_GATE else (batch // gate_every * heads + head)
+    rowsum += (batch.to(gl.int64) * heads + head) * length
+    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    c_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE))
+    stages, sources = (a_buffers, b_buffers, c_buffers), (a, b, c)
+    if PROBE:
+        stages, sources = stages + (gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)),), (a, b, c, probe)
+    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    line_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bars = barriers(STAGES)
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, place, _start(n_first, early, steps, C, REVERSE), early, BD, BE, C, STAGES)
+    state_DE, offsets, inside = _entering(
+        given, sums, decays, batch, head, piece, heads, segments, narrow, e_start, D, E, BD, BE, TURNED, GIVEN, REVERSE
+    )
+    leave_C, rest_C, half, carried, rough = rows.to(gl.float32), rows.to(gl.float32), 0.0, 0.0, False
+    next_step_C = cols.to(gl.float32)
+    t = _start(n_first, 0, steps, C, REVERSE)
+    if GATE != NO_GATE:
+        step_C = _steps(gate, t, length, heads, cols, GATE)
+        leave_C, rest_C, half, carried, rough = _split(step_C, rows, cols, REVERSE, DOT)
+        next_step_C = _steps(gate, _start(n_first, 1, steps, C, REVERSE), length, heads, cols, GATE)
+    mbarrier.wait(bars.index(0), 0)
+    scores = warpgroup_mma(a_buffers.index(0), b_buffers.index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    if GATE != NO_GATE:
+        _enter(c_buffers.index(0), leave_C, narrow, DOT)
+        state_DE = state_DE * gl.exp2(carried)
+    scores_CC = warpgroup_mma_wait(0, [scores])
+    scores_buffer.store(_seen(scores_CC, rest_C, rough, rows, cols, line_buffer, square, GATE, REVERSE).to(DOT))
+    state_buffer.store(state_DE.to(DOT))
+    fence_async_shared()
+    for step in range(steps):
+        following = (step + 1) % STAGES
+        own = at_stage(stages, step % STAGES)
+        chunk = (batch * n_chunks + t // C) * heads + head
+        if KEEP:
+            tma.async_copy_shared_to_global(kept, [chunk, 0, e_start], state_buffer)
+        if GATE != NO_GATE:
+            state_DE = state_DE * gl.exp2(half - carried)
+        read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
+        if PROBE != STATE_PROBE:
+            read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
+        state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
+        pairs = none_CC
+        if PROBE == PAIRS_PROBE:
+            pairs = warpgroup_mma(own[2], own[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        t_far = _start(n_first, step + STAGES - 1, steps, C, REVERSE)
+        _bring(bars, sources, stages, place, t_far, step + STAGES - 1, BD, BE, C, STAGES)
+        mbarrier.wait(bars.index(following), (step + 1) // STAGES % 2)
+        scores = warpgroup_mma(
+            a_buffers.index(following), b_buffers.index(following).permute([1, 0]), none_CC, use_acc=False, is_async=True
+        )
+        next_leave_C, next_rest_C, next_half, next_carried, next_rough = leave_C, rest_C, half, carried, rough
+        if GATE != NO_GATE:
+            next_leave_C, next_rest_C, next_half, next_carried, next_rough = _split(next_step_C, rows, cols, REVERSE, DOT)
+            next_step_C = _steps(gate, _start(n_first, step + 2, steps, C, REVERSE), length, heads, cols, GATE)
+            _enter(c_buffers.index(following), next_leave_C, narrow, DOT)
+        sum_C = rows.to(gl.float32)
+        if PROBE == STATE_PROBE:
+            read_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
+            read_CE = _mended(read_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, False)
+            sum_C = -gl.sum(read_CE * own[3].load(narrow).to(gl.float32), 1)
+            out = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
+            out_CE, state, scores = warpgroup_mma_wait(0, [out, state, scores])
+        elif PROBE == PAIRS_PROBE:
+            out_CE, state, pairs, scores = warpgroup_mma_wait(3, [read, state, pairs, scores])
+            out_CE = _mended(out_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, True)
+            sum_C = gl.sum(out_CE * own[3].load(narrow).to(gl.float32), 1)
+        else:
+            out_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
+            out_CE = _mended(out_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, True)
+        leave_rows_C = gl.convert_layout(leave_C, of_rows)
+        if GATE != NO_GATE:
+            out_CE = out_CE * gl.exp2(leave_rows_C)[:, None]
+        tma.store_wait(0)
+        out_buffer.store(out_CE.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [batch, t, head, e_start], out_buffer)
+        if PROBE == PAIRS_PROBE:
+            state_DE, pairs_CC, scores = warpgroup_mma_wait(1, [state, pairs, scores])
+            sum_C = gl.convert_layout(sum_C * gl.exp2(leave_rows_C), gl.SliceLayout(1, square))
+            sum_C = sum_C - _pairs(pairs_CC, scores_buffer, leave_C, line_buffer, square)
+            gl.store(rowsum + t + rows, sum_C, mask=t + rows < length)
+        elif PROBE == STATE_PROBE:
+            state_DE = state
+            wide_rows = gl.arange(0, C, of_rows)
+            gl.store(rowsum + t + wide_rows, sum_C * gl.exp2(leave_rows_C), mask=t + wide_rows < length)
+        else:
+            state_DE, scores = warpgroup_mma_wait(1, [state, scores])
+        if GATE != NO_GATE:
+            state_DE = state_DE * gl.exp2(half)
+            if rough:
+                tma.store_wait(0)
+                late_C = gl.convert_layout(gl.exp2(half - rest_C) - gl.exp2(half), of_rows)
+                out_buffer.store((own[2].load(narrow).to(gl.float32) * late_C[:, None]).to(DOT))
+                fence_async_shared()
+                late = warpgroup_mma(own[1].permute([1, 0]), out_buffer, state_DE, is_async=True)
+                state_DE = warpgroup_mma_wait(0, [late])
+                thread_barrier()
+            state_DE = state_DE * gl.exp2(gl.where(step == steps - 1, 0.0, next_carried))
+        if KEEP:
+            tma.store_wait(1)
+        thread_barrier()  # all warps' products have read the state
+        state_buffer.store(state_DE.to(DOT))
+        scores_CC = scores if PROBE == STATE_PROBE else warpgroup_mma_wait(0, [scores])
+        scores_buffer.store(_seen(scores_CC, next_rest_C, next_rough, rows, cols, line_buffer, square, GATE, REVERSE).to(DOT))
+        fence_async_shared()
+        leave_C, rest_C, half, carried, rough = next_leave_C, next_rest_C, next_half, next_carried, next_rough
+        t = _start(n_first, step + 1, steps, C, REVERSE)
+    for late in gl.static_range(STAGES - 2):
+        mbarrier.wait(bars.index((steps + 1 + late) % STAGES), (steps + 1 + late) // STAGES % 2)
+    tma.store_wait(0)
+    if LAST:
+        ending = (piece == 0) if REVERSE else (piece == segments - 1)
+        gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & ending)
