@@ -26,6 +26,7 @@ from kernels.delta_hopper import barriers, columns_of, fetch, shared_layout, sum
 from kernels.delta_hopper_walk import at_stage
 from kernels.walk_triton import LIMIT, LIMIT_FP16, LOG2_E, NO_GATE, SCALAR_GATE
 
+FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "batches", "heads", "ab_group", "c_group", "gate_every", "segments", "span"]
@@ -116,36 +117,37 @@ def _pairs(kq_CC, scores_buffer, leave_C, line_buffer, square: gl.constexpr):
 
 @gluon.jit
 def _entering(
-    given, sums, decays, batch, head, piece, heads, segments, narrow: gl.constexpr, e_start,
-    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, TURNED: gl.constexpr, GIVEN: gl.constexpr,
-    REVERSE: gl.constexpr,
+    given, sums, decays, owner, piece, heads, head, segments, offsets, inside, narrow: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, START: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """The state that a segment starts from; states in memory are [K, V], of which a walk over K has the transpose if TURNED."""
-    d, e = gl.arange(0, BD, gl.SliceLayout(1, narrow)), e_start + gl.arange(0, BE, gl.SliceLayout(0, narrow))
-    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
-    inside = (d < D)[:, None] & (e < E)[None, :]
+    """The state that a segment starts from: given to each, or what segments before it make of that of the sequence."""
     state_DE = gl.zeros([BD, BE], gl.float32, narrow)
-    if GIVEN:
-        state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * D * E + offsets, mask=inside, other=0.0)
-    for n in range((segments - 1 - piece) if REVERSE else piece):
-        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-        added = gl.load(sums + index.to(gl.int64) * D * E + offsets, mask=inside, other=0.0)
-        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
-    return state_DE, offsets, inside
+    if START == EACH_GIVEN:
+        index = (owner * segments + piece) * heads + head
+        state_DE += gl.load(given + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    else:
+        if START == GIVEN:
+            state_DE += gl.load(given + (owner * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        for n in range((segments - 1 - piece) if REVERSE else piece):
+            index = (owner * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+            added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+            state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    return state_DE
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def walk_kernel(
-    a, b, c, probe, out, kept, gate, given, last, sums, decays, rowsum,
+    a, b, c, probe, out, kept, gate, given, last, entering, sums, decays, rowsum,
     length: tl.int32, batches: tl.int32, heads: tl.int32, ab_group: tl.int32, c_group: tl.int32, gate_every: tl.int32,
     segments: tl.int32, span: tl.int32,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, GIVEN: gl.constexpr,
-    LAST: gl.constexpr, KEEP: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr,
+    LAST: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One walk on descriptors of blocks of a chunk. Grid: (B * P * H * tiles of E,), of GROUPS warp groups.
 
-    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`. KEEP writes the
+    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`; ENTER
+    writes the state that enters each. States in memory are [K, V], of which a walk over K has the transpose (TURNED). KEEP writes the
     state before each chunk [B * N * H, D, E], scaled as `kernels.walk_grouped_triton` reads it. A probe writes to `rowsum`
     [B, H, T] its part of the gradient of the cumulated decays.
     """
@@ -175,9 +177,15 @@ def walk_kernel(
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(STAGES - 1):
         _bring(bars, sources, stages, place, _start(n_first, early, steps, C, REVERSE), early, BD, BE, C, STAGES)
-    state_DE, offsets, inside = _entering(
-        given, sums, decays, batch, head, piece, heads, segments, narrow, e_start, D, E, BD, BE, TURNED, GIVEN, REVERSE
+    d, e = gl.arange(0, BD, of_rows), e_start + gl.arange(0, BE, gl.SliceLayout(0, narrow))
+    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    state_DE = _entering(
+        given, sums, decays, batch, piece, heads, head, segments, offsets, inside, narrow, D * E, BD, BE, START, REVERSE
     )
+    if ENTER:
+        index = (batch * segments + piece) * heads + head
+        gl.store(entering + index.to(gl.int64) * D * E + offsets, state_DE, mask=inside)
     leave_C, rest_C, half, carried, rough = rows.to(gl.float32), rows.to(gl.float32), 0.0, 0.0, False
     next_step_C = cols.to(gl.float32)
     t = _start(n_first, 0, steps, C, REVERSE)
@@ -186,12 +194,12 @@ def walk_kernel(
         leave_C, rest_C, half, carried, rough = _split(step_C, rows, cols, REVERSE, DOT)
         next_step_C = _steps(gate, _start(n_first, 1, steps, C, REVERSE), length, heads, cols, GATE)
     mbarrier.wait(bars.index(0), 0)
-    scores = warpgroup_mma(a_buffers.index(0), b_buffers.index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    early_scores = warpgroup_mma(a_buffers.index(0), b_buffers.index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
     if GATE != NO_GATE:
         _enter(c_buffers.index(0), leave_C, narrow, DOT)
         state_DE = state_DE * gl.exp2(carried)
-    scores_CC = warpgroup_mma_wait(0, [scores])
-    scores_buffer.store(_seen(scores_CC, rest_C, rough, rows, cols, line_buffer, square, GATE, REVERSE).to(DOT))
+    early_CC = warpgroup_mma_wait(0, [early_scores])
+    scores_buffer.store(_seen(early_CC, rest_C, rough, rows, cols, line_buffer, square, GATE, REVERSE).to(DOT))
     state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
@@ -225,8 +233,8 @@ def walk_kernel(
             read_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
             read_CE = _mended(read_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, False)
             sum_C = -gl.sum(read_CE * own[3].load(narrow).to(gl.float32), 1)
-            out = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
-            out_CE, state, scores = warpgroup_mma_wait(0, [out, state, scores])
+            added = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
+            out_CE, state, scores = warpgroup_mma_wait(0, [added, state, scores])
         elif PROBE == PAIRS_PROBE:
             out_CE, state, pairs, scores = warpgroup_mma_wait(3, [read, state, pairs, scores])
             out_CE = _mended(out_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, True)
@@ -238,6 +246,7 @@ def walk_kernel(
         if GATE != NO_GATE:
             out_CE = out_CE * gl.exp2(leave_rows_C)[:, None]
         tma.store_wait(0)
+        thread_barrier()
         out_buffer.store(out_CE.to(DOT))
         fence_async_shared()
         tma.async_copy_shared_to_global(out, [batch, t, head, e_start], out_buffer)
@@ -256,11 +265,12 @@ def walk_kernel(
             state_DE = state_DE * gl.exp2(half)
             if rough:
                 tma.store_wait(0)
+                thread_barrier()
                 late_C = gl.convert_layout(gl.exp2(half - rest_C) - gl.exp2(half), of_rows)
                 out_buffer.store((own[2].load(narrow).to(gl.float32) * late_C[:, None]).to(DOT))
                 fence_async_shared()
-                late = warpgroup_mma(own[1].permute([1, 0]), out_buffer, state_DE, is_async=True)
-                state_DE = warpgroup_mma_wait(0, [late])
+                more = warpgroup_mma(own[1].permute([1, 0]), out_buffer, state_DE, is_async=True)
+                state_DE = warpgroup_mma_wait(0, [more])
                 thread_barrier()
             state_DE = state_DE * gl.exp2(gl.where(step == steps - 1, 0.0, next_carried))
         if KEEP:

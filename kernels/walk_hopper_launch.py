@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels.delta_hopper_launch import _described
-from kernels.operands import _gate_kind, _triton_dtype, padded
+from kernels.delta_hopper_launch import fit as fit_delta
+from kernels.operands import _triton_dtype, padded
 
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 WIDTH = 128
 """The widest heads that fit on chip."""
-STAGES = {64: 4, 128: 3}
+SHORTEST = 1
+"""Tokens of a sequence below which it is not worth it."""
+STAGES, PROBED = {64: 4, 128: 3}, {64: 3, 128: 2}
 """Chunks that are on their way or read, by width."""
+
+
+class Gate(NamedTuple):
+    """Log decays as the walks read them, or anything; how many batches share a row; and their kind."""
+
+    log_decay: Tensor
+    every: int
+    kind: int
 
 
 class Operands(NamedTuple):
@@ -34,33 +44,56 @@ class Operands(NamedTuple):
     probe: Tensor | None = None
 
 
+class States(NamedTuple):
+    """States [K, V] that a walk starts from and leaves, in fp32; None for what is not given or not wanted.
+
+    Args:
+        given: before the first token, or in reverse behind the last [B, H, K, V].
+        last: the other end [B, H, K, V].
+        segments: how many, the chunks of each, and their sums and decays or None with one.
+        entering: of each segment [B, P, H, K, V]: written, or read in place of `given` and the sums.
+        kept: before each chunk [B, N, H, K, V] in the dtype of the products, scaled as `kernels.walk_grouped_triton` reads it.
+    """
+
+    given: Tensor | None = None
+    last: Tensor | None = None
+    segments: tuple[int, int, Tensor, Tensor] | None = None
+    entering: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def fit(*rows: Tensor) -> bool:
+    """Whether the Hopper walk takes these rows of queries, keys, values and gradients."""
+    return min(x.shape[1] for x in rows) >= SHORTEST and all(x.shape[3] <= WIDTH for x in rows) and fit_delta(rows[1].shape[3], *rows)
+
+
 def walk(
-    rows: Operands, out: Tensor, log_decay: Tensor | None, gate: Tensor, gate_every: int, *, reverse: bool, turned: bool = False,
-    given: Tensor | None = None, last: Tensor | None = None, kept: Tensor | None = None, rowsum: Tensor | None = None,
-    segments: tuple[int, int] = (1, 0), sums: tuple[Tensor, Tensor] | None = None, probe: int = 0,
-    groups: int | None = None, stages: int | None = None, tile: int | None = None,
+    rows: Operands, out: Tensor, gate: Gate, states: States, *, reverse: bool = False, turned: bool = False,
+    rowsum: Tensor | None = None, probe: int = 0, groups: int | None = None, stages: int | None = None, read: bool = False,
 ) -> None:  # fmt: skip
-    """One walk; writes `out` [B, T, H, E], and what else is given."""
+    """One walk; writes `out` [B, T, H, E], and what else is given. `read`: entering states are read, not written."""
     from kernels import walk_hopper
 
     a, b, c, probed = rows
     batch, length, heads, e_dim = out.shape
     d_dim = a.shape[3]
-    wide_d, wide_e = max(padded(d_dim), CHUNK), max(padded(e_dim), 32)
-    wide_e = min(wide_e, tile or wide_e)
+    wide_d, wide_e = max(padded(d_dim), CHUNK), max(padded(e_dim), CHUNK)
     of_d, of_e = [1, CHUNK, 1, wide_d], [1, CHUNK, 1, wide_e]
-    groups = groups or (2 if max(wide_d, wide_e) > 64 and wide_e >= 64 else 1)
-    stages = stages or STAGES[max(64, wide_d, wide_e)]
+    widest = max(wide_d, wide_e)
+    groups = groups or (2 if widest > 64 else 1)
+    stages = stages or (STAGES if probed is None else PROBED)[widest]
     described = [_described(a, of_d), _described(b, of_d), _described(c, of_e)]
     described += [_described(c if probed is None else probed, of_e), _described(out, of_e)]
-    described.append(described[-1] if kept is None else _described(kept.flatten(0, 2), [1, wide_d, wide_e]))
-    number, span = segments
-    summed, decays = (gate, gate) if sums is None else sums
-    walk_hopper.walk_kernel[(batch * number * heads * -(-e_dim // wide_e),)](
-        *described, gate, gate if given is None else given, gate if last is None else last, summed, decays,
-        gate if rowsum is None else rowsum,
-        length, batch, heads, heads // a.shape[2], heads // c.shape[2], gate_every, number, span or -(-length // CHUNK),
-        D=d_dim, E=e_dim, BD=wide_d, BE=wide_e, GROUPS=groups, C=CHUNK, STAGES=stages, GATE=_gate_kind(log_decay), REVERSE=reverse,
-        TURNED=turned, GIVEN=given is not None, LAST=last is not None, KEEP=kept is not None, PROBE=probe,
-        DOT=_triton_dtype(c.dtype), num_warps=4 * groups,
+    described.append(described[-1] if states.kept is None else _described(states.kept.flatten(0, 2), [1, wide_d, wide_e]))
+    number, span, sums, decays = states.segments or (1, -(-length // CHUNK), gate.log_decay, gate.log_decay)
+    given = states.entering if read else states.given
+    pointers = (given, states.last, states.entering)
+    start = walk_hopper.FROM_ZERO if given is None else walk_hopper.EACH_GIVEN if read else walk_hopper.GIVEN
+    walk_hopper.walk_kernel[(batch * number * heads,)](
+        *described, gate.log_decay, *(gate.log_decay if x is None else x for x in pointers), sums, decays,
+        gate.log_decay if rowsum is None else rowsum,
+        length, batch, heads, heads // a.shape[2], heads // c.shape[2], gate.every, number, span,
+        D=d_dim, E=e_dim, BD=wide_d, BE=wide_e, GROUPS=groups, C=CHUNK, STAGES=stages, GATE=gate.kind, REVERSE=reverse,
+        TURNED=turned, START=start.value, LAST=states.last is not None, ENTER=states.entering is not None and not read,
+        KEEP=states.kept is not None, PROBE=probe, DOT=_triton_dtype(c.dtype), num_warps=4 * groups,
     )  # fmt: skip
