@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import walk_grouped
+from kernels import walk_grouped, walk_hopper_launch
 from kernels.operands import (
     _dot_dtype,
     _gate_kind,
@@ -97,6 +97,10 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     gate = gate_of(log_decay, v)
     sums, decays = segments(k, v, gate, _gate_kind(log_decay), pieces, config.chunk, reverse=False)
     entering = torch.empty_like(sums)
+    if starts is None and walk_hopper_launch.fit(q, k, v, o):
+        own = walk_hopper_launch.Gate(gate, gate_every(log_decay, batch), _gate_kind(log_decay))
+        walk_hopper_launch.forward((q, k, v), o, own, state, last if return_state else None, pieces, (sums, decays), entering)
+        return o, last, entering
     forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state is None else state.contiguous(), o, last,
         v if pieces.starts is None else pieces.starts, sums, decays, entering,
@@ -180,6 +184,12 @@ def _walk_back(
     rowsums = v.new_empty((with_rowsums, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
     gate = gate_of(log_decay, v)
     sums, decays = segments(q, do, gate, _gate_kind(log_decay), pieces, config.queries.chunk, reverse=True)
+    if inputs.starts is None and walk_hopper_launch.fit(q, k, v, do, dq, dv):
+        own = walk_hopper_launch.Gate(gate, gate_every(log_decay, batch), _gate_kind(log_decay))
+        rowsums = rowsums.new_empty((2, batch, heads, length) if gate_grad else 0)
+        ends = (state, dlast, None if state is None else dfirst)
+        walk_hopper_launch.backward((q, k, v, do), (dq, dk, dv), own, ends, pieces, (sums, decays), entering, rowsums)
+        return dq, dk, rowsums
     probe = NO_PROBE if not gate_grad else STATE_PROBE if config.together else FULL_PROBE
     for kernel, parts, own, flags in _backward_launches(config, key_tiles, value_tiles):
         if kernel is not apart_kernel:

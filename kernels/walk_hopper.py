@@ -233,6 +233,7 @@ def walk_kernel(
             read_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
             read_CE = _mended(read_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, False)
             sum_C = -gl.sum(read_CE * own[3].load(narrow).to(gl.float32), 1)
+            fence_async_shared()
             added = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
             out_CE, state, scores = warpgroup_mma_wait(0, [added, state, scores])
         elif PROBE == PAIRS_PROBE:

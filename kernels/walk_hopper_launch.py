@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.delta_hopper_launch import _described
 from kernels.delta_hopper_launch import fit as fit_delta
 from kernels.operands import _triton_dtype, padded
+from kernels.walk_pieces import Pieces
 
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
@@ -96,4 +97,37 @@ def walk(
         D=d_dim, E=e_dim, BD=wide_d, BE=wide_e, GROUPS=groups, C=CHUNK, STAGES=stages, GATE=gate.kind, REVERSE=reverse,
         TURNED=turned, START=start.value, LAST=states.last is not None, ENTER=states.entering is not None and not read,
         KEEP=states.kept is not None, PROBE=probe, DOT=_triton_dtype(c.dtype), num_warps=4 * groups,
+    )  # fmt: skip
+
+
+def forward(
+    rows: tuple[Tensor, ...], o: Tensor, gate: Gate, state: Tensor | None, last: Tensor | None, pieces: Pieces,
+    sums: tuple[Tensor, Tensor], entering: Tensor,
+) -> None:  # fmt: skip
+    """Outputs, the last state if wanted, and the states that enter segments."""
+    q, k, v = rows
+    cut = None if pieces.number == 1 else (pieces.number, pieces.length // CHUNK, *sums)
+    given = None if state is None else state.contiguous()
+    walk(Operands(q, k, v), o, gate, States(given, last, cut, None if cut is None else entering))
+
+
+def backward(
+    rows: tuple[Tensor, ...], grads: tuple[Tensor, ...], gate: Gate, ends: tuple[Tensor | None, ...], pieces: Pieces,
+    sums: tuple[Tensor, Tensor], entering: Tensor, rowsums: Tensor,
+) -> None:  # fmt: skip
+    """Gradients of queries and keys for each head, of values and of the first state, and what sums to that of the decays."""
+    from kernels.walk_hopper import NO_PROBE, PAIRS_PROBE, STATE_PROBE
+
+    (q, k, v, do), (dq, dk, dv), (state, dlast, dfirst) = rows, grads, ends
+    cut = None if pieces.number == 1 else (pieces.number, pieces.length // CHUNK, *sums)
+    given, wanted = None if state is None else state.contiguous(), rowsums.numel() > 0
+    pairs, later = (PAIRS_PROBE, STATE_PROBE) if wanted else (NO_PROBE, NO_PROBE)
+    walk(
+        Operands(do, v, k, q if wanted else None), dq, gate, States(given, None, cut, None if cut is None else entering),
+        turned=True, rowsum=rowsums[0] if wanted else None, probe=pairs.value, read=cut is not None,
+    )  # fmt: skip
+    walk(Operands(v, do, q), dk, gate, States(dlast, None, cut), reverse=True, turned=True)
+    walk(
+        Operands(k, q, do, v if wanted else None), dv, gate, States(dlast, dfirst, cut),
+        reverse=True, rowsum=rowsums[1] if wanted else None, probe=later.value,
     )  # fmt: skip

@@ -14,7 +14,7 @@ HEADS_AT_ONCE = 128
 PROGRAMS = 256
 """Programs of a walk that rows are cut for, where a program has VALUES columns."""
 VALUES = 64
-ALONE_LENGTH, ALONE_CHUNK = 0, 64
+CHUNK = 64
 SHORTEST_SEGMENT = 512
 """Tokens below which the states between segments would cost more than the segments gain."""
 
@@ -50,8 +50,9 @@ def n_segments(k_BTGK: Tensor, v_BTHV: Tensor) -> int:
 
 
 def segment_length(number: int, length: int) -> int:
-    """Tokens of each of about so many segments; the last may be shorter."""
-    return -(-length // number)
+    """Tokens of each of about so many segments, whole chunks of long ones; the last may be shorter."""
+    tokens = -(-length // number)
+    return tokens if tokens < CHUNK else -(-tokens // CHUNK) * CHUNK
 
 
 def share_out(k_BTGK: Tensor, v_BTHV: Tensor, starts: Tensor | None) -> Pieces:
@@ -62,6 +63,4 @@ def share_out(k_BTGK: Tensor, v_BTHV: Tensor, starts: Tensor | None) -> Pieces:
     if starts is not None:
         return Pieces(SEQUENCES.value, starts.shape[0] - 1, length, starts.contiguous())
     number = n_segments(k_BTGK, v_BTHV)
-    if ALONE_CHUNK < length <= ALONE_LENGTH:
-        return Pieces(3, -(-length // ALONE_CHUNK), ALONE_CHUNK, None)
     return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, segment_length(number, length), None)
