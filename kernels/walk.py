@@ -99,7 +99,10 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     entering = torch.empty_like(sums)
     if starts is None and walk_hopper_launch.fit(q, k, v, o):
         own = walk_hopper_launch.Gate(gate, gate_every(log_decay, batch), _gate_kind(log_decay))
-        walk_hopper_launch.forward((q, k, v), o, own, state, last if return_state else None, pieces, (sums, decays), entering)
+        cut = walk_hopper_launch.Cut(pieces, sums, decays)
+        given = None if state is None else state.contiguous()
+        kept = entering if pieces.number > 1 else None
+        walk_hopper_launch.forward((q, k, v), o, own, cut, given, last=last if return_state else None, entering=kept)
         return o, last, entering
     forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state is None else state.contiguous(), o, last,
@@ -187,8 +190,9 @@ def _walk_back(
     if inputs.starts is None and walk_hopper_launch.fit(q, k, v, do, dq, dv):
         own = walk_hopper_launch.Gate(gate, gate_every(log_decay, batch), _gate_kind(log_decay))
         rowsums = rowsums.new_empty((2, batch, heads, length) if gate_grad else 0)
-        ends = (state, dlast, None if state is None else dfirst)
-        walk_hopper_launch.backward((q, k, v, do), (dq, dk, dv), own, ends, pieces, (sums, decays), entering, rowsums)
+        ends = (None if state is None else state.contiguous(), dlast, None if state is None else dfirst)
+        cut = walk_hopper_launch.Cut(pieces, sums, decays)
+        walk_hopper_launch.backward((q, k, v, do), (dq, dk, dv), own, cut, ends, entering, rowsums)
         return dq, dk, rowsums
     probe = NO_PROBE if not gate_grad else STATE_PROBE if config.together else FULL_PROBE
     for kernel, parts, own, flags in _backward_launches(config, key_tiles, value_tiles):

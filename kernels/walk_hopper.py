@@ -22,26 +22,50 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import barriers, columns_of, fetch, shared_layout, sums_layout, thread_barrier
+from kernels.delta_hopper import barriers, fetch, shared_layout, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
 from kernels.walk_triton import LIMIT, LIMIT_FP16, LOG2_E, NO_GATE, SCALAR_GATE
 
 FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+QUERIES, KEYS, VALUES, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "batches", "heads", "ab_group", "c_group", "gate_every", "segments", "span"]
+SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"]
 
 
 @gluon.jit
-def _bring(
-    bars, sources, stages, place, t, step,
-    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+def _bring(bars, sources, stages, place, t, step, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
+    """Starts to copy a chunk's rows of a, b and c into their stage."""
+    batch, ab_head, c_head = place
+    places = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, c_head, 0])
+    fetch(bars.index(step % STAGES), 2 * C * (2 * BD + BE), sources, places, at_stage(stages, step % STAGES))
+
+
+@gluon.jit
+def _bring_probe(bars, probe, slots, place, t, step, BE: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr):
+    """Starts to copy a chunk's rows of the probe, which are read late in the chunk's turn, into their slot."""
+    batch, _, c_head = place
+    slot = step % SLOTS
+    fetch(bars.index(slot), 2 * C * BE, (probe,), ([batch, t, c_head, 0],), (slots.index(slot),))
+
+
+@gluon.jit
+def _buffers(
+    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOT: gl.constexpr
 ):  # fmt: skip
-    """Starts to copy a chunk's rows into their stage: a, b, c and, where it is read, the probe."""
-    batch, ab_head, c_head, e_start = place
-    BYTES: gl.constexpr = 2 * C * (2 * BD + BE * (len(stages) - 2))
-    places = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, c_head, e_start], [batch, t, c_head, e_start])
-    fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
+    """Shared memory of a walk: a, b and c of each stage; the state, outputs, scores, a line; slots of the probe; barriers."""
+    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    c_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE))
+    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    line_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slots, slot_bars = out_buffer, line_buffer
+    if SLOTS > 0:
+        slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, BE], shared_layout(BE)), barriers(SLOTS)
+    work = (state_buffer, out_buffer, scores_buffer, line_buffer)
+    return (a_buffers, b_buffers, c_buffers), work, (slots, slot_bars), barriers(STAGES)
 
 
 @gluon.jit
@@ -135,49 +159,32 @@ def _entering(
     return state_DE
 
 
-@gluon.jit(do_not_specialize=SIZES)
-def walk_kernel(
-    a, b, c, probe, out, kept, gate, given, last, entering, sums, decays, rowsum,
-    length: tl.int32, batches: tl.int32, heads: tl.int32, ab_group: tl.int32, c_group: tl.int32, gate_every: tl.int32,
-    segments: tl.int32, span: tl.int32,
+@gluon.jit
+def _walk(
+    a, b, c, probe, out, kept, gate, given, last, entering, sums, decays, rowsum, place, buffers,
+    length, heads, head, piece, segments, span,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr,
-    LAST: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr,
+    START: gl.constexpr, LAST: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """One walk on descriptors of blocks of a chunk. Grid: (B * P * H * tiles of E,), of GROUPS warp groups.
-
-    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`; ENTER
-    writes the state that enters each. States in memory are [K, V], of which a walk over K has the transpose (TURNED). KEEP writes the
-    state before each chunk [B * N * H, D, E], scaled as `kernels.walk_grouped_triton` reads it. A probe writes to `rowsum`
-    [B, H, T] its part of the gradient of the cumulated decays.
-    """
-    TILES: gl.constexpr = (E + BE - 1) // BE
+    """One walk of a segment of one head; see `forward_kernel` and `backward_kernel`."""
     square: gl.constexpr = sums_layout(C, GROUPS)
     narrow: gl.constexpr = sums_layout(BE, GROUPS)
     of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
-    e_start, rest = gl.program_id(0) % TILES * BE, gl.program_id(0) // TILES
-    head, piece, batch = rest % heads, rest // heads % segments, rest // heads // segments
+    stages, work, of_probe, bars = buffers
+    state_buffer, out_buffer, scores_buffer, line_buffer = work
+    slots, slot_bars = of_probe
+    batch, sources = place[0], (a, b, c)
     n_chunks = (length + C - 1) // C
     n_first, steps = piece * span, gl.minimum(span, n_chunks - piece * span)
-    place = (batch, head // ab_group, head // c_group, e_start)
-    gate += (batch.to(gl.int64) * length * heads + head) if GATE == SCALAR_GATE else (batch // gate_every * heads + head)
-    rowsum += (batch.to(gl.int64) * heads + head) * length
-    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
-    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
-    c_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE))
-    stages, sources = (a_buffers, b_buffers, c_buffers), (a, b, c)
-    if PROBE:
-        stages, sources = stages + (gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)),), (a, b, c, probe)
-    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
-    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
-    line_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bars = barriers(STAGES)
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    if PROBE:
+        for early in gl.static_range(SLOTS):
+            _bring_probe(slot_bars, probe, slots, place, _start(n_first, early, steps, C, REVERSE), early, BE, C, SLOTS)
     for early in gl.static_range(STAGES - 1):
         _bring(bars, sources, stages, place, _start(n_first, early, steps, C, REVERSE), early, BD, BE, C, STAGES)
-    d, e = gl.arange(0, BD, of_rows), e_start + gl.arange(0, BE, gl.SliceLayout(0, narrow))
+    d, e = gl.arange(0, BD, of_rows), gl.arange(0, BE, gl.SliceLayout(0, narrow))
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
     state_DE = _entering(
@@ -194,9 +201,9 @@ def walk_kernel(
         leave_C, rest_C, half, carried, rough = _split(step_C, rows, cols, REVERSE, DOT)
         next_step_C = _steps(gate, _start(n_first, 1, steps, C, REVERSE), length, heads, cols, GATE)
     mbarrier.wait(bars.index(0), 0)
-    early_scores = warpgroup_mma(a_buffers.index(0), b_buffers.index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    early_scores = warpgroup_mma(stages[0].index(0), stages[1].index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
     if GATE != NO_GATE:
-        _enter(c_buffers.index(0), leave_C, narrow, DOT)
+        _enter(stages[2].index(0), leave_C, narrow, DOT)
         state_DE = state_DE * gl.exp2(carried)
     early_CC = warpgroup_mma_wait(0, [early_scores])
     scores_buffer.store(_seen(early_CC, rest_C, rough, rows, cols, line_buffer, square, GATE, REVERSE).to(DOT))
@@ -207,39 +214,41 @@ def walk_kernel(
         own = at_stage(stages, step % STAGES)
         chunk = (batch * n_chunks + t // C) * heads + head
         if KEEP:
-            tma.async_copy_shared_to_global(kept, [chunk, 0, e_start], state_buffer)
+            tma.async_copy_shared_to_global(kept, [chunk, 0, 0], state_buffer)
         if GATE != NO_GATE:
             state_DE = state_DE * gl.exp2(half - carried)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
         if PROBE != STATE_PROBE:
             read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
-        pairs = none_CC
-        if PROBE == PAIRS_PROBE:
-            pairs = warpgroup_mma(own[2], own[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         t_far = _start(n_first, step + STAGES - 1, steps, C, REVERSE)
         _bring(bars, sources, stages, place, t_far, step + STAGES - 1, BD, BE, C, STAGES)
         mbarrier.wait(bars.index(following), (step + 1) // STAGES % 2)
         scores = warpgroup_mma(
-            a_buffers.index(following), b_buffers.index(following).permute([1, 0]), none_CC, use_acc=False, is_async=True
+            stages[0].index(following), stages[1].index(following).permute([1, 0]), none_CC, use_acc=False, is_async=True
         )
         next_leave_C, next_rest_C, next_half, next_carried, next_rough = leave_C, rest_C, half, carried, rough
         if GATE != NO_GATE:
             next_leave_C, next_rest_C, next_half, next_carried, next_rough = _split(next_step_C, rows, cols, REVERSE, DOT)
             next_step_C = _steps(gate, _start(n_first, step + 2, steps, C, REVERSE), length, heads, cols, GATE)
-            _enter(c_buffers.index(following), next_leave_C, narrow, DOT)
-        sum_C = rows.to(gl.float32)
+            _enter(stages[2].index(following), next_leave_C, narrow, DOT)
+        sum_C, pairs, own_probe = rows.to(gl.float32), none_CC, own[2]
+        if PROBE:
+            own_probe = slots.index(step % SLOTS)
+            mbarrier.wait(slot_bars.index(step % SLOTS), step // SLOTS % 2)
         if PROBE == STATE_PROBE:
             read_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
             read_CE = _mended(read_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, False)
-            sum_C = -gl.sum(read_CE * own[3].load(narrow).to(gl.float32), 1)
+            sum_C = -gl.sum(read_CE * own_probe.load(narrow).to(gl.float32), 1)
             fence_async_shared()
             added = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
             out_CE, state, scores = warpgroup_mma_wait(0, [added, state, scores])
         elif PROBE == PAIRS_PROBE:
-            out_CE, state, pairs, scores = warpgroup_mma_wait(3, [read, state, pairs, scores])
+            fence_async_shared()
+            pairs = warpgroup_mma(own[2], own_probe.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+            out_CE, state, scores, pairs = warpgroup_mma_wait(3, [read, state, scores, pairs])
             out_CE = _mended(out_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, True)
-            sum_C = gl.sum(out_CE * own[3].load(narrow).to(gl.float32), 1)
+            sum_C = gl.sum(out_CE * own_probe.load(narrow).to(gl.float32), 1)
         else:
             out_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
             out_CE = _mended(out_CE, own[0], state_buffer, none_CE, rest_C, half, carried, rough, of_rows, GATE, True)
@@ -250,9 +259,9 @@ def walk_kernel(
         thread_barrier()
         out_buffer.store(out_CE.to(DOT))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [batch, t, head, e_start], out_buffer)
+        tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
         if PROBE == PAIRS_PROBE:
-            state_DE, pairs_CC, scores = warpgroup_mma_wait(1, [state, pairs, scores])
+            state_DE, scores, pairs_CC = warpgroup_mma_wait(0, [state, scores, pairs])
             sum_C = gl.convert_layout(sum_C * gl.exp2(leave_rows_C), gl.SliceLayout(1, square))
             sum_C = sum_C - _pairs(pairs_CC, scores_buffer, leave_C, line_buffer, square)
             gl.store(rowsum + t + rows, sum_C, mask=t + rows < length)
@@ -277,15 +286,104 @@ def walk_kernel(
         if KEEP:
             tma.store_wait(1)
         thread_barrier()  # all warps' products have read the state
+        if PROBE:
+            t_probe = _start(n_first, step + SLOTS, steps, C, REVERSE)
+            _bring_probe(slot_bars, probe, slots, place, t_probe, step + SLOTS, BE, C, SLOTS)
         state_buffer.store(state_DE.to(DOT))
-        scores_CC = scores if PROBE == STATE_PROBE else warpgroup_mma_wait(0, [scores])
+        scores_CC = scores if PROBE else warpgroup_mma_wait(0, [scores])
         scores_buffer.store(_seen(scores_CC, next_rest_C, next_rough, rows, cols, line_buffer, square, GATE, REVERSE).to(DOT))
         fence_async_shared()
         leave_C, rest_C, half, carried, rough = next_leave_C, next_rest_C, next_half, next_carried, next_rough
         t = _start(n_first, step + 1, steps, C, REVERSE)
     for late in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + late) % STAGES), (steps + 1 + late) // STAGES % 2)
+    if PROBE:
+        for late in gl.static_range(SLOTS):
+            mbarrier.wait(slot_bars.index((steps + late) % SLOTS), (steps + late) // SLOTS % 2)
     tma.store_wait(0)
     if LAST:
         ending = (piece == 0) if REVERSE else (piece == segments - 1)
         gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & ending)
+
+
+@gluon.jit
+def _where(heads, segments, parts):
+    """Part, head, segment and batch of a program; parts of a head are neighbours, which share the L2 cache."""
+    rest = gl.program_id(0) // parts
+    return gl.program_id(0) % parts, rest % heads, rest // heads % segments, rest // heads // segments
+
+
+@gluon.jit
+def _gate_of(gate, batch, head, length, heads, gate_every, GATE: gl.constexpr):
+    """Where a head's log decays start."""
+    return gate + ((batch.to(gl.int64) * length * heads + head) if GATE == SCALAR_GATE else (batch // gate_every * heads + head))
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    q, k, v, o, kept, gate, given, last, entering, sums, decays,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, LAST: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """Outputs, on descriptors of blocks of a chunk. Grid: (B * P * H,), of GROUPS warp groups.
+
+    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`; ENTER writes the
+    state that enters each segment. KEEP writes the state before each chunk [B * N * H, K, V], scaled as
+    `kernels.walk_grouped_triton` reads it.
+    """
+    _, head, piece, batch = _where(heads, segments, 1)
+    _walk(
+        q, k, v, v, o, kept, _gate_of(gate, batch, head, length, heads, gate_every, GATE), given, last, entering, sums, decays,
+        gate, (batch, head // group, head), _buffers(BK, BV, C, STAGES, 0, DOT), length, heads, head, piece, segments, span,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, False, START, LAST, ENTER, KEEP, NO_PROBE, DOT,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    q, k, v, do, dq, dk, dv, gate, first, entering, dlast, dfirst, sums, decays, rowsums,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, PART: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, DLAST: gl.constexpr,
+    LAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, keys and values, each by a walk. Grid: (B * P * H * parts,), of GROUPS warp groups.
+
+    PART is one of the three, or ALL where keys and values are equally wide. `first` or `entering` (EACH_GIVEN) start the walk of
+    queries, `dlast` (DLAST) with `sums` and `decays` those of keys and values; `dfirst` is written with LAST. `rowsums` [2, B,
+    H, T] sum to the gradient of the cumulated decays.
+    """
+    part, head, piece, batch = _where(heads, segments, 3 if PART == ALL else 1)
+    if PART != ALL:
+        part = PART
+    shared = head // group
+    gate = _gate_of(gate, batch, head, length, heads, gate_every, GATE)
+    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * length
+    rowsum_later = rowsum + batches.to(gl.int64) * heads * length
+    PAIRS: gl.constexpr = PAIRS_PROBE if GATE_GRAD else NO_PROBE
+    LATER: gl.constexpr = STATE_PROBE if GATE_GRAD else NO_PROBE
+    buffers = _buffers(
+        BK if PART == VALUES else BV, BV if PART == VALUES else BK, C, STAGES, 0 if PART == KEYS or not GATE_GRAD else SLOTS, DOT
+    )  # fmt: skip
+    if part == QUERIES:
+        _walk(
+            do, v, k, q, dq, dq, gate, entering if START == EACH_GIVEN else first, first, first, sums, decays, rowsum,
+            (batch, head, shared), buffers, length, heads, head, piece, segments, span,
+            V, K, BV, BK, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, False, PAIRS, DOT,
+        )  # fmt: skip
+    elif part == KEYS:
+        _walk(
+            v, do, q, q, dk, dk, gate, dlast, first, first, sums, decays, rowsum,
+            (batch, head, shared), buffers, length, heads, head, piece, segments, span,
+            V, K, BV, BK, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, False, False, False, NO_PROBE, DOT,
+        )  # fmt: skip
+    else:
+        _walk(
+            k, q, do, v, dv, dv, gate, dlast, dfirst, first, sums, decays, rowsum_later,
+            (batch, shared, head), buffers, length, heads, head, piece, segments, span,
+            K, V, BK, BV, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, LAST, False, False, LATER, DOT,
+        )  # fmt: skip
