@@ -1,6 +1,6 @@
 """Linear attention with scalar decays by the walks of `kernels.walk_triton`: allocations, strides and launches.
 
-Heads that share their keys take `kernels.walk_grouped` instead where it suits.
+Hopper's 16-bit heads take `kernels.walk_hopper_launch` instead, and elsewhere those that share their keys `kernels.walk_grouped`.
 
 Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value width, M rows of a constant decay.
 """
@@ -85,6 +85,8 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     q, k, v, log_decay, state, starts = inputs
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if walk_hopper_launch.suits(inputs):
+        return walk_hopper_launch.forward(inputs, o, return_state=return_state)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
     if walk_grouped.suits(q, k, v, starts):
         return walk_grouped.forward(q, k, v, log_decay, state, o, return_state=return_state)
@@ -97,13 +99,6 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     gate = gate_of(log_decay, v)
     sums, decays = segments(k, v, gate, _gate_kind(log_decay), pieces, config.chunk, reverse=False)
     entering = torch.empty_like(sums)
-    if starts is None and walk_hopper_launch.fit(q, k, v, o):
-        own = walk_hopper_launch.Gate(gate, gate_every(log_decay, batch), _gate_kind(log_decay))
-        cut = walk_hopper_launch.Cut(pieces, sums, decays)
-        given = None if state is None else state.contiguous()
-        kept = entering if pieces.number > 1 else None
-        walk_hopper_launch.forward((q, k, v), o, own, cut, given, last=last if return_state else None, entering=kept)
-        return o, last, entering
     forward_kernel[(batch * pieces.number * heads * -(-v_dim // tile),)](
         q, k, v, gate, v if state is None else state.contiguous(), o, last,
         v if pieces.starts is None else pieces.starts, sums, decays, entering,
@@ -118,6 +113,8 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
 def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward`."""
     q, k, v, _, _, starts = inputs
+    if walk_hopper_launch.suits(inputs):
+        return walk_hopper_launch.entering_like(inputs)
     states = (v.shape[2], k.shape[3], v.shape[3])
     if walk_grouped.suits(q, k, v, starts):
         return v.new_empty(v.shape[0], walk_grouped.n_chunks(v.shape[1]), *states, dtype=_dot_dtype(q, k, v))
@@ -147,6 +144,8 @@ def backward(
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
     back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
+    if walk_hopper_launch.suits(inputs):
+        back = walk_hopper_launch.backward
     dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)
     if gate_grad:
@@ -187,13 +186,6 @@ def _walk_back(
     rowsums = v.new_empty((with_rowsums, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
     gate = gate_of(log_decay, v)
     sums, decays = segments(q, do, gate, _gate_kind(log_decay), pieces, config.queries.chunk, reverse=True)
-    if inputs.starts is None and walk_hopper_launch.fit(q, k, v, do, dq, dv):
-        own = walk_hopper_launch.Gate(gate, gate_every(log_decay, batch), _gate_kind(log_decay))
-        rowsums = rowsums.new_empty((2, batch, heads, length) if gate_grad else 0)
-        ends = (None if state is None else state.contiguous(), dlast, None if state is None else dfirst)
-        cut = walk_hopper_launch.Cut(pieces, sums, decays)
-        walk_hopper_launch.backward((q, k, v, do), (dq, dk, dv), own, cut, ends, entering, rowsums)
-        return dq, dk, rowsums
     probe = NO_PROBE if not gate_grad else STATE_PROBE if config.together else FULL_PROBE
     for kernel, parts, own, flags in _backward_launches(config, key_tiles, value_tiles):
         if kernel is not apart_kernel:

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from kernels._entry import entry
 from kernels.walk_triton import (
-    ALONE,
     NO_PROBE,
     SEGMENTS,
     _bounds,
@@ -48,26 +47,6 @@ def _walk_either(
     return state
 
 
-@triton.jit
-def _before(
-    b, b_stride, c, c_stride, gate, gate_stride, state, length, e_start,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The state after `length` tokens, of which only columns e_start .. of c, transposed if TURNED."""
-    if TURNED:
-        state, _ = _walk(
-            b, 0, c + e_start, c_stride, b, b_stride, b, 0, gate, gate_stride, state, b, 0, b, length, 0,
-            E, D, BE, BD, C, GATE, REVERSE, False, NO_PROBE, 1, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        state, _ = _walk(
-            b, 0, b, b_stride, c, c_stride, b, 0, gate, gate_stride, state, b, 0, b, length, e_start,
-            D, E, BD, BE, C, GATE, REVERSE, False, NO_PROBE, 1, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-    return state
-
-
 @entry
 def forward_kernel(
     q, k, v, gate, first, o, last, starts, sums, decays, entering,
@@ -92,12 +71,6 @@ def forward_kernel(
     else:
         offsets, inside = _state_tile(0, tile * BV, V, 1, BK, BV, K, V)
     first_tile = _initial(first, sums, decays, batch, head, piece, heads, pieces, offsets, inside, K * V, FIRST, PIECES, False)
-    if PIECES == ALONE:
-        first_tile = _before(
-            k + (wide * k_b + shared * k_h) * UNIT, k_t * UNIT, v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT,
-            _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE), heads, first_tile, begin, tile * BV,
-            K, V, BK, BV, C, GATE, False, TURNED, DOT, PRECISION, STAGES,
-        )  # fmt: skip
     if PIECES == SEGMENTS:
         index = (wide * pieces + piece) * heads + head
         tl.store(entering + index * K * V + offsets, first_tile, mask=inside)
@@ -111,7 +84,7 @@ def forward_kernel(
         K, V, BK, BV, C, GATE, False, NO_PROBE, 1, TURNED, DOT, PRECISION, STAGES,
     )  # fmt: skip
     if LAST:
-        tl.store(last + state + offsets, last_tile, mask=inside & ((PIECES < SEGMENTS) | (piece == pieces - 1)))
+        tl.store(last + state + offsets, last_tile, mask=inside & ((PIECES != SEGMENTS) | (piece == pieces - 1)))
 
 
 @entry

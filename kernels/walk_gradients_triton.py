@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.walk_forward_triton import _before, _walk_either
+from kernels.walk_forward_triton import _walk_either
 from kernels.walk_triton import (
-    ALONE,
     FULL_PROBE,
     NO_GATE,
     NO_PROBE,
@@ -28,12 +27,9 @@ from kernels.walk_triton import (
     _bounds,
     _gate_of,
     _initial,
-    _late,
     _load_rows,
     _log_decays,
     _place,
-    _scaled,
-    _split,
     _state_of,
     _state_tile,
     _walk,
@@ -72,47 +68,38 @@ def _walk_keys_and_values(
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
         v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
         leaving_KV = state_KV.to(DOT)
-        enter_CV = do_CV
+        kq_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
+        vo_CC = tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
-            leave_C, rest_C, half, rough = _split(g_C, g_all, True, DOT)
-            enter_CV = _scaled(do_CV, -leave_C, DOT)
-        kq_CC = tl.where(seen, tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION), 0.0)
-        vo_CC = tl.where(seen, tl.dot(v_CV, tl.trans(enter_CV), input_precision=PRECISION), 0.0)
-        if GATE != NO_GATE:
-            if rough:
-                kq_CC *= tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
+            read_C = tl.exp2(g_all - g_C)
+            decay_CC = tl.exp2(tl.where(seen, g_C[None, :] - g_C[:, None], float("-inf")))
+            kq_CC *= decay_CC
             if PROBE:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC * tl.exp2(leave_C)[:, None])
+                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, kq_CC * vo_CC)
                 sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1)
-            if rough:
-                vo_CC *= tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
+            vo_CC *= decay_CC
+        else:
+            kq_CC = tl.where(seen, kq_CC, 0.0)
+            vo_CC = tl.where(seen, vo_CC, 0.0)
         kq_CC, vo_CC = kq_CC.to(DOT), vo_CC.to(DOT)
         t_rows, inside_C1 = t_C.to(tl.int64), (t_C < length)[:, None]
         dv_CV = tl.dot(k_CK, leaving_KV, input_precision=PRECISION)
         if GATE != NO_GATE:
-            dv_CV *= tl.exp2(half + rest_C)[:, None]
+            dv_CV *= read_C[:, None]
         if PROBE:
-            sum_C -= tl.exp2(leave_C) * tl.sum(dv_CV * v_CV.to(tl.float32), 1)
-            tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
-        dv_CV = tl.dot(kq_CC, enter_CV, dv_CV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dv_CV *= tl.exp2(leave_C)[:, None]
+            tl.store(rowsum + t_rows, sum_C - tl.sum(dv_CV * v_CV.to(tl.float32), 1), mask=t_C < length)
+        dv_CV = tl.dot(kq_CC, do_CV, dv_CV, input_precision=PRECISION)
         tl.store(dv + t_rows[:, None] * dv_stride + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=inside_C1 & (vs < V)[None, :])
         dk_CK = tl.dot(v_CV, tl.trans(leaving_KV), input_precision=PRECISION)
+        write_KC = tl.trans(q_CK)
         if GATE != NO_GATE:
-            dk_CK *= tl.exp2(half + rest_C)[:, None]
+            dk_CK *= read_C[:, None]
+            state_KV *= tl.exp2(g_all)
+            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         dk_CK = tl.dot(vo_CC, q_CK, dk_CK, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dk_CK *= tl.exp2(leave_C)[:, None]
-            state_KV *= tl.exp2(half)
         tl.store(dk + t_rows[:, None] * dk_stride + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=inside_C1 & (ks < K)[None, :])
-        state_KV = tl.dot(tl.trans(q_CK), enter_CV, state_KV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            state_KV *= tl.exp2(half)
-            if rough:
-                late_CV = _load_rows(do, do_stride, t_C, vs, length, V, tl.float32) * _late(leave_C, rest_C, half)[:, None]
-                state_KV = tl.dot(tl.trans(q_CK), late_CV.to(DOT), state_KV, input_precision=PRECISION)
+        state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
     return state_KV
 
 
@@ -160,12 +147,6 @@ def backward_kernel(
             state_q = tl.load(entering + index * K * V + at_q, mask=in_q, other=0.0)
         else:
             state_q = _initial(first, sums, decays, batch, head, piece, heads, pieces, at_q, in_q, K * V, FIRST, PIECES, False)
-        if PIECES == ALONE:
-            state_q = _before(
-                v_base - skipped * v_stride, v_stride, k_base - skipped * k_stride, k_stride,
-                _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE), heads, state_q, begin, part * TK,
-                V, K, BV, TK, C, GATE, False, TURNED, DOT, PRECISION, STAGES,
-            )  # fmt: skip
         _walk_either(
             do_base, do_stride, v_base, v_stride, k_base, k_stride, dq + row * K, heads * K,
             gate_base, heads, state_q, q_base, q_stride, rowsum, count, part * TK,
@@ -174,13 +155,6 @@ def backward_kernel(
     else:
         at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
         dstate_KV = _initial(dlast, sums, decays, batch, head, piece, heads, pieces, at_KV, in_KV, K * V, DLAST, PIECES, True)
-        if PIECES == ALONE:
-            dstate_KV = _before(
-                q_base + count * q_stride, q_stride, do_base + count * do_stride, do_stride,
-                _gate_of(gate, batch, head, begin + count, length, heads, gate_every, GATE), heads,
-                dstate_KV, length - begin - count, 0,
-                K, V, BK, BV, C, GATE, True, False, DOT, PRECISION, STAGES,
-            )  # fmt: skip
         if TURNED:
             dstate_KV = _walk_keys_and_values_turned(
                 q_base, q_stride, k_base, k_stride, v_base, v_stride, do_base, do_stride, dk + row * K, heads * K,
@@ -194,7 +168,7 @@ def backward_kernel(
                 K, V, BK, BV, C, GATE, GATE_GRAD, DOT, PRECISION, STAGES,
             )  # fmt: skip
         if FIRST:
-            tl.store(dfirst + state + at_KV, dstate_KV, mask=in_KV & ((PIECES < SEGMENTS) | (piece == 0)))
+            tl.store(dfirst + state + at_KV, dstate_KV, mask=in_KV & ((PIECES != SEGMENTS) | (piece == 0)))
 
 
 @entry

@@ -15,19 +15,14 @@ import triton.language as tl
 from kernels._entry import entry
 from kernels.walk_triton import (
     CONSTANT_GATE,
-    LIMIT,
-    LIMIT_FP16,
     LOG2_E,
     NO_GATE,
     SCALAR_GATE,
     SEGMENTS,
     _bounds,
     _initial,
-    _late,
     _load_rows,
     _place,
-    _scaled,
-    _split,
     _state_tile,
 )
 
@@ -109,24 +104,14 @@ def states_kernel(
         following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n_chunks - 1)
         g_next = _whole_decay(gate, following * C, count, C, GATE)
         t_C = chunk * C + i
-        b_CK = _load_rows(b, b_t * UNIT, t_C, ks, count, K, DOT)
+        tl.store(kept + tl.cast(chunk, tl.int64) * heads * K * V + at_KV, state_KV.to(DOT), mask=in_KV)
+        write_KC = tl.trans(_load_rows(b, b_t * UNIT, t_C, ks, count, K, DOT))
         c_CV = _load_rows(c, c_t * UNIT, t_C, vs, count, V, DOT)
-        enter_CV, carried = c_CV, g_all
         if GATE != NO_GATE:
             g_C = _sums_at(gate, g_all, t_C, chunk * C, count, GATE == SCALAR_GATE)
-            leave_C, rest_C, half, rough = _split(g_C, g_all, REVERSE, DOT)
-            enter_CV = _scaled(c_CV, -leave_C, DOT)
-            carried = _carried(half, DOT)
-            state_KV *= tl.exp2(carried)
-        tl.store(kept + tl.cast(chunk, tl.int64) * heads * K * V + at_KV, state_KV.to(DOT), mask=in_KV)
-        if GATE != NO_GATE:
-            state_KV *= tl.exp2(half - carried)
-        state_KV = tl.dot(tl.trans(b_CK), enter_CV, state_KV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            state_KV *= tl.exp2(half)
-            if rough:
-                late_CV = _load_rows(c, c_t * UNIT, t_C, vs, count, V, tl.float32) * _late(leave_C, rest_C, half)[:, None]
-                state_KV = tl.dot(tl.trans(b_CK), late_CV.to(DOT), state_KV, input_precision=PRECISION)
+            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C if REVERSE else g_all - g_C)[None, :]).to(DOT)
+            state_KV *= tl.exp2(g_all)
+        state_KV = tl.dot(write_KC, c_CV, state_KV, input_precision=PRECISION)
         g_all = g_next
     if LAST:
         ending = (piece == 0) if REVERSE else (piece == pieces - 1)
@@ -147,18 +132,11 @@ def _decay_of_head(gate, batch, head, start, length, heads, gate_every, C: tl.co
 
 
 @triton.jit
-def _carried(half, DOT: tl.constexpr):
-    """Exponent of what kept states are scaled by: half of their chunk's decay, as far as the products' dtype can undo it."""
-    limit: tl.constexpr = LIMIT_FP16 if DOT == tl.float16 else LIMIT
-    return tl.maximum(half, -limit)
-
-
-@triton.jit
-def _decays_of(gate, batch, head, g_all, t_C, start, length, heads, gate_every, GATE: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
-    """`_split` of one head's chunk, and the exponent that turns what comes from kept states into what comes from the sums."""
-    own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
-    leave_C, rest_C, half, rough = _split(_sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE), g_all, REVERSE, DOT)
-    return leave_C, rest_C, half + rest_C - _carried(half, DOT), rough
+def _decay_pairs(pairs_CC, g_rows, g_cols, seen, GATE: tl.constexpr):
+    """Pairs of tokens with their decay exp(g_rows - g_cols); those that do not see each other are zero."""
+    if GATE == NO_GATE:
+        return tl.where(seen, pairs_CC, 0.0)
+    return pairs_CC * tl.exp2(tl.where(seen, g_rows[:, None] - g_cols[None, :], float("-inf")))
 
 
 @entry
@@ -177,8 +155,7 @@ def outputs_kernel(
     t_C = start + i
     q_CK = _load_rows(q + (wide * q_b + shared * q_h) * UNIT, q_t * UNIT, t_C, ks, length, K, DOT)
     k_CK = _load_rows(k + (wide * k_b + shared * k_h) * UNIT, k_t * UNIT, t_C, ks, length, K, DOT)
-    seen = i[:, None] >= i[None, :]
-    scores_CC = tl.where(seen, tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION), 0.0).to(DOT)
+    scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
     inside_CV = (t_C < length)[:, None] & (vs < V)[None, :]
     per_split = group // splits
@@ -190,19 +167,13 @@ def outputs_kernel(
         v_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
         state_KV = tl.load(kept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
         o_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
-        pairs_CC = scores_CC
+        g_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
-            leave_C, rest_C, read_C, rough = _decays_of(
-                gate, batch, head, g_all, t_C, start, length, heads, gate_every, GATE, False, DOT
-            )
-            v_CV = _scaled(v_CV, -leave_C, DOT)
-            if rough:
-                o_CV *= tl.exp2(read_C)[:, None]
-                decay_CC = tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
-                pairs_CC = (pairs_CC.to(tl.float32) * decay_CC).to(DOT)
-        o_CV = tl.dot(pairs_CC, v_CV, o_CV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            o_CV *= tl.exp2(leave_C)[:, None]
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+            g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
+            o_CV *= tl.exp2(g_C)[:, None]
+        pairs_CC = _decay_pairs(scores_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
+        o_CV = tl.dot(pairs_CC.to(DOT), v_CV, o_CV, input_precision=PRECISION)
         at_CV = ((wide * length + t_C)[:, None] * heads + head) * V + vs[None, :]
         tl.store(o + at_CV, o_CV.to(o.dtype.element_ty), mask=inside_CV)
         g_all = g_next
@@ -231,8 +202,6 @@ def queries_kernel(
         q_CK = _load_rows(q + (wide * q_b + shared * q_h) * UNIT, q_t * UNIT, t_C, ks, length, K, DOT)
     at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
     dq_CK = tl.zeros([C, BK], tl.float32)
-    sum_CC = tl.zeros([C, C], tl.float32)
-    seen = i[:, None] >= i[None, :]
     per_split = group // splits
     first = shared * group + split * per_split
     g_all = _decay_of_head(gate, batch, first, start, length, heads, gate_every, C, GATE)
@@ -242,26 +211,22 @@ def queries_kernel(
         v_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
         do_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
         state_KV = tl.load(kept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
-        read_CV, enter_CV = do_CV, v_CV
+        g_C = tl.zeros([C], tl.float32)
+        read_CV = do_CV
         if GATE != NO_GATE:
-            leave_C, rest_C, read_C, rough = _decays_of(
-                gate, batch, head, g_all, t_C, start, length, heads, gate_every, GATE, False, DOT
-            )
-            read_CV, enter_CV = _scaled(do_CV, leave_C, DOT), _scaled(v_CV, -leave_C, DOT)
-        pairs_CC = tl.dot(read_CV, tl.trans(enter_CV), input_precision=PRECISION)
-        if GATE != NO_GATE:
-            if rough:
-                pairs_CC *= tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
-                again_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
-                read_CV = _scaled(again_CV, leave_C + read_C, DOT)
-        sum_CC += pairs_CC
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+            g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
+            scaled_CV = do_CV.to(tl.float32) * tl.exp2(g_C)[:, None]
+            read_CV = scaled_CV.to(DOT)
+            if GATE_GRAD:
+                earlier_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
+                at_C = (wide * heads + head) * length + t_C
+                tl.store(rowsums + at_C, tl.sum(earlier_CV * scaled_CV, 1), mask=t_C < length)
         dq_CK = tl.dot(read_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
-        if GATE_GRAD:
-            earlier_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
-            at_C = (wide * heads + head) * length + t_C
-            tl.store(rowsums + at_C, tl.sum(earlier_CV * read_CV.to(tl.float32), 1), mask=t_C < length)
+        pairs_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
+        pairs_CC = _decay_pairs(pairs_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
+        dq_CK = tl.dot(pairs_CC.to(DOT), k_CK, dq_CK, input_precision=PRECISION)
         g_all = g_next
-    dq_CK = tl.dot(tl.where(seen, sum_CC, 0.0).to(DOT), k_CK, dq_CK, input_precision=PRECISION)
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
     tl.store(dq + at_CK, dq_CK.to(dq.dtype.element_ty), mask=(t_C < length)[:, None] & (ks < K)[None, :])
 
@@ -287,10 +252,10 @@ def keys_kernel(
     t_C = start + i
     q_CK = _load_rows(q + (wide * q_b + shared * q_h) * UNIT, q_t * UNIT, t_C, ks, length, K, DOT)
     k_CK = _load_rows(k + (wide * k_b + shared * k_h) * UNIT, k_t * UNIT, t_C, ks, length, K, DOT)
-    seen = i[:, None] <= i[None, :]
-    scores_CC = tl.where(seen, tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION), 0.0).to(DOT)
+    scores_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION)
     at_KV, in_KV = _state_tile(0, 0, V, 1, BK, BV, K, V)
     inside_CV = (t_C < length)[:, None] & (vs < V)[None, :]
+    seen = i[:, None] <= i[None, :]
     dk_CK = tl.zeros([C, BK], tl.float32)
     per_split = group // splits
     first = shared * group + split * per_split
@@ -302,34 +267,28 @@ def keys_kernel(
         do_CV = _load_rows(do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT, t_C, vs, length, V, DOT)
         dstate_KV = tl.load(dkept + ((wide * chunks + chunk) * heads + head) * K * V + at_KV, mask=in_KV, other=0.0)
         dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION)
-        kq_CC, write_CV, leave_CV, enter_CV = scores_CC, v_CV, v_CV, do_CV
+        write_CV = v_CV
+        g_C = tl.zeros([C], tl.float32)
+        later_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
-            leave_C, rest_C, read_C, rough = _decays_of(
-                gate, batch, head, g_all, t_C, start, length, heads, gate_every, GATE, True, DOT
-            )
-            leave_CV, enter_CV = _scaled(v_CV, leave_C, DOT), _scaled(do_CV, -leave_C, DOT)
-            write_CV = leave_CV
-        vo_CC = tl.dot(leave_CV, tl.trans(enter_CV), input_precision=PRECISION)
-        if GATE != NO_GATE:
-            if rough:
-                decay_CC = tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
-                vo_CC *= decay_CC
-                kq_CC = (kq_CC.to(tl.float32) * decay_CC).to(DOT)
-                again_CV = _load_rows(v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT, t_C, vs, length, V, DOT)
-                write_CV = _scaled(again_CV, leave_C + read_C, DOT)
-                dv_CV *= tl.exp2(read_C)[:, None]
-        vo_CC = tl.where(seen, vo_CC, 0.0)
-        if GATE_GRAD:
-            pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC.to(tl.float32) * vo_CC)
-            sum_C = tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - tl.sum(dv_CV * leave_CV.to(tl.float32), 1)
-            tl.store(rowsums + (wide * heads + head) * length + t_C, sum_C, mask=t_C < length)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
+            g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
+            keep_C1 = tl.exp2(g_all - g_C)[:, None]
+            dv_CV *= keep_C1
+            write_CV = (v_CV.to(tl.float32) * keep_C1).to(DOT)
         dk_CK = tl.dot(write_CV, tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
-        dk_CK = tl.dot(vo_CC.to(DOT), q_CK, dk_CK, input_precision=PRECISION)
-        dv_CV = tl.dot(kq_CC, enter_CV, dv_CV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dv_CV *= tl.exp2(leave_C)[:, None]
+        if GATE_GRAD:
+            later_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+        kq_CC = _decay_pairs(scores_CC, -g_C, -g_C, seen, GATE)
+        dv_CV = tl.dot(kq_CC.to(DOT), do_CV, dv_CV, input_precision=PRECISION)
         at_CV = ((wide * length + t_C)[:, None] * heads + head) * V + vs[None, :]
         tl.store(dv + at_CV, dv_CV.to(dv.dtype.element_ty), mask=inside_CV)
+        vo_CC = _decay_pairs(tl.dot(v_CV, tl.trans(do_CV), input_precision=PRECISION), -g_C, -g_C, seen, GATE)
+        if GATE_GRAD:
+            pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC * vo_CC)
+            at_C = (wide * heads + head) * length + t_C
+            tl.store(rowsums + at_C, tl.sum(pairs_CC, 0) - tl.sum(pairs_CC, 1) - later_C, mask=t_C < length)
+        dk_CK = tl.dot(vo_CC.to(DOT), q_CK, dk_CK, input_precision=PRECISION)
         g_all = g_next
     at_CK = (((wide * length + t_C)[:, None] * (heads // group) + shared) * splits + split) * K + ks[None, :]
     tl.store(dk + at_CK, dk_CK.to(dk.dtype.element_ty), mask=(t_C < length)[:, None] & (ks < K)[None, :])

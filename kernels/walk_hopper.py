@@ -3,8 +3,9 @@
 A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
 of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
 
-Decays are scalings of what enters the sums and of what leaves them, as `kernels.walk_triton._split` has it: rows of c are scaled
-where they lie in shared memory, before any product reads them.
+Decays are scalings of what enters the sums and of what leaves them (`_split`): rows of c are scaled where they lie in shared
+memory, before any product reads them, and rows of sums when they are done. No pair of tokens is decayed on its own, unless a
+chunk decays by more than 16-bit scalings can hold, which is mended after the fact.
 
 Shape legend: B batch, T time, H heads, P segments, C = 64 tokens of a chunk, D width of a and b, E width of c and out.
 """
@@ -24,10 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.delta_hopper import barriers, fetch, shared_layout, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
-from kernels.walk_triton import LIMIT, LIMIT_FP16, LOG2_E, NO_GATE, SCALAR_GATE
+from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
+LIMIT, LIMIT_FP16 = tl.constexpr(60.0), tl.constexpr(6.0)
+"""Largest exponents of the scalings that stand for a decay."""
 FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-QUERIES, KEYS, VALUES, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+QUERIES, KEYS, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"]
@@ -36,17 +39,17 @@ SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"
 @gluon.jit
 def _bring(bars, sources, stages, place, t, step, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
     """Starts to copy a chunk's rows of a, b and c into their stage."""
-    batch, ab_head, c_head = place
-    places = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, c_head, 0])
+    batch, ab_head, c_head, e_start = place
+    places = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, c_head, e_start])
     fetch(bars.index(step % STAGES), 2 * C * (2 * BD + BE), sources, places, at_stage(stages, step % STAGES))
 
 
 @gluon.jit
 def _bring_probe(bars, probe, slots, place, t, step, BE: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr):
     """Starts to copy a chunk's rows of the probe, which are read late in the chunk's turn, into their slot."""
-    batch, _, c_head = place
+    batch, _, c_head, e_start = place
     slot = step % SLOTS
-    fetch(bars.index(slot), 2 * C * BE, (probe,), ([batch, t, c_head, 0],), (slots.index(slot),))
+    fetch(bars.index(slot), 2 * C * BE, (probe,), ([batch, t, c_head, e_start],), (slots.index(slot),))
 
 
 @gluon.jit
@@ -78,7 +81,15 @@ def _steps(gate, t, length, heads, cols, GATE: gl.constexpr):
 
 @gluon.jit
 def _split(step_C, rows, cols, REVERSE: gl.constexpr, DOT: gl.constexpr):
-    """`kernels.walk_triton._split` of a chunk with these log2 decays, for rows of scores."""
+    """A chunk's decays as scalings of what enters the sums and of what leaves them, all in log2, for rows of scores.
+
+    Row j gives exp(G_i - G_j) c_j to row i, and that is leave_i enter_j with leave = exp(G - middle) and enter = 1 / leave. Both
+    are cut at 2^limit, which the products' dtype can hold; a chunk that decays by more is rough, and `rest` is what is missing.
+
+    Returns:
+        The exponent of leave (that of enter is its negative), `rest`, half of the chunk's exponent, the part of that half by
+        which the state is scaled for its reader, and whether the chunk is rough.
+    """
     limit: gl.constexpr = LIMIT_FP16 if DOT == tl.float16 else LIMIT
     g_C = gl.sum(gl.where(rows[:, None] >= cols[None, :], step_C[None, :], 0.0), 1)
     half = 0.5 * gl.sum(step_C, 0)
@@ -161,11 +172,11 @@ def _entering(
 
 @gluon.jit
 def _walk(
-    a, b, c, probe, out, kept, gate, given, last, entering, sums, decays, rowsum, place, buffers,
+    a, b, c, probe, out, gate, given, last, entering, sums, decays, rowsum, place, buffers,
     length, heads, head, piece, segments, span,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr,
-    START: gl.constexpr, LAST: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    START: gl.constexpr, LAST: gl.constexpr, ENTER: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One walk of a segment of one head; see `forward_kernel` and `backward_kernel`."""
     square: gl.constexpr = sums_layout(C, GROUPS)
@@ -174,7 +185,7 @@ def _walk(
     stages, work, of_probe, bars = buffers
     state_buffer, out_buffer, scores_buffer, line_buffer = work
     slots, slot_bars = of_probe
-    batch, sources = place[0], (a, b, c)
+    batch, e_start, sources = place[0], place[3], (a, b, c)
     n_chunks = (length + C - 1) // C
     n_first, steps = piece * span, gl.minimum(span, n_chunks - piece * span)
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
@@ -184,7 +195,7 @@ def _walk(
             _bring_probe(slot_bars, probe, slots, place, _start(n_first, early, steps, C, REVERSE), early, BE, C, SLOTS)
     for early in gl.static_range(STAGES - 1):
         _bring(bars, sources, stages, place, _start(n_first, early, steps, C, REVERSE), early, BD, BE, C, STAGES)
-    d, e = gl.arange(0, BD, of_rows), gl.arange(0, BE, gl.SliceLayout(0, narrow))
+    d, e = gl.arange(0, BD, of_rows), e_start + gl.arange(0, BE, gl.SliceLayout(0, narrow))
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
     state_DE = _entering(
@@ -212,9 +223,6 @@ def _walk(
     for step in range(steps):
         following = (step + 1) % STAGES
         own = at_stage(stages, step % STAGES)
-        chunk = (batch * n_chunks + t // C) * heads + head
-        if KEEP:
-            tma.async_copy_shared_to_global(kept, [chunk, 0, 0], state_buffer)
         if GATE != NO_GATE:
             state_DE = state_DE * gl.exp2(half - carried)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
@@ -259,7 +267,7 @@ def _walk(
         thread_barrier()
         out_buffer.store(out_CE.to(DOT))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
+        tma.async_copy_shared_to_global(out, [batch, t, head, e_start], out_buffer)
         if PROBE == PAIRS_PROBE:
             state_DE, scores, pairs_CC = warpgroup_mma_wait(0, [state, scores, pairs])
             sum_C = gl.convert_layout(sum_C * gl.exp2(leave_rows_C), gl.SliceLayout(1, square))
@@ -283,8 +291,6 @@ def _walk(
                 state_DE = warpgroup_mma_wait(0, [more])
                 thread_barrier()
             state_DE = state_DE * gl.exp2(gl.where(step == steps - 1, 0.0, next_carried))
-        if KEEP:
-            tma.store_wait(1)
         thread_barrier()  # all warps' products have read the state
         if PROBE:
             t_probe = _start(n_first, step + SLOTS, steps, C, REVERSE)
@@ -307,10 +313,10 @@ def _walk(
 
 
 @gluon.jit
-def _where(heads, segments, parts):
-    """Part, head, segment and batch of a program; parts of a head are neighbours, which share the L2 cache."""
-    rest = gl.program_id(0) // parts
-    return gl.program_id(0) % parts, rest % heads, rest // heads % segments, rest // heads // segments
+def _where(heads, segments, PARTS: gl.constexpr, TILES: gl.constexpr):
+    """Part, tile, head, segment and batch of a program; those of a head are neighbours, which share the L2 cache."""
+    own, rest = gl.program_id(0) % (PARTS * TILES), gl.program_id(0) // (PARTS * TILES)
+    return own // TILES, own % TILES, rest % heads, rest // heads % segments, rest // heads // segments
 
 
 @gluon.jit
@@ -321,24 +327,23 @@ def _gate_of(gate, batch, head, length, heads, gate_every, GATE: gl.constexpr):
 
 @gluon.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, o, kept, gate, given, last, entering, sums, decays,
+    q, k, v, o, gate, given, last, entering, sums, decays,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, LAST: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, TV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, LAST: gl.constexpr, ENTER: gl.constexpr,
     DOT: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, on descriptors of blocks of a chunk. Grid: (B * P * H,), of GROUPS warp groups.
+    """Outputs, on descriptors of blocks of a chunk. Grid: (B * P * H * tiles of V,), of GROUPS warp groups.
 
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`; ENTER writes the
-    state that enters each segment. KEEP writes the state before each chunk [B * N * H, K, V], scaled as
-    `kernels.walk_grouped_triton` reads it.
+    state that enters each segment.
     """
-    _, head, piece, batch = _where(heads, segments, 1)
+    _, tile, head, piece, batch = _where(heads, segments, 1, (V + TV - 1) // TV)
     _walk(
-        q, k, v, v, o, kept, _gate_of(gate, batch, head, length, heads, gate_every, GATE), given, last, entering, sums, decays,
-        gate, (batch, head // group, head), _buffers(BK, BV, C, STAGES, 0, DOT), length, heads, head, piece, segments, span,
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, False, START, LAST, ENTER, KEEP, NO_PROBE, DOT,
+        q, k, v, v, o, _gate_of(gate, batch, head, length, heads, gate_every, GATE), given, last, entering, sums, decays,
+        gate, (batch, head // group, head, tile * TV), _buffers(BK, TV, C, STAGES, 0, DOT), length, heads, head, piece, segments, span,
+        K, V, BK, TV, GROUPS, C, STAGES, 0, GATE, False, False, START, LAST, ENTER, NO_PROBE, DOT,
     )  # fmt: skip
 
 
@@ -347,43 +352,45 @@ def backward_kernel(
     q, k, v, do, dq, dk, dv, gate, first, entering, dlast, dfirst, sums, decays, rowsums,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, SLOTS: gl.constexpr, PART: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, DLAST: gl.constexpr,
-    LAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, TK: gl.constexpr, TV: gl.constexpr,
+    GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, FIRST_PART: gl.constexpr, PARTS: gl.constexpr,
+    GATE: gl.constexpr, START: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, GATE_GRAD: gl.constexpr,
+    DOT: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, keys and values, each by a walk. Grid: (B * P * H * parts,), of GROUPS warp groups.
+    """Gradients of queries, keys and values, each by a walk. Grid: (B * P * H * parts * tiles,), of GROUPS warp
+    groups.
 
-    PART is one of the three, or ALL where keys and values are equally wide. `first` or `entering` (EACH_GIVEN) start the walk of
-    queries, `dlast` (DLAST) with `sums` and `decays` those of keys and values; `dfirst` is written with LAST. `rowsums` [2, B,
-    H, T] sum to the gradient of the cumulated decays.
+    The parts are PARTS of the three from FIRST_PART on; walks of one launch are equally wide. `first` or `entering` (EACH_GIVEN) start the walk of
+    queries, `dlast` (DLAST) with `sums` and `decays` those of keys and values; `dfirst` is written with LAST. `rowsums` [tiles of
+    K and of V, B, H, T] sum to the gradient of the cumulated decays.
     """
-    part, head, piece, batch = _where(heads, segments, 3 if PART == ALL else 1)
-    if PART != ALL:
-        part = PART
+    TILES: gl.constexpr = (V + TV - 1) // TV if FIRST_PART == VALUES else (K + TK - 1) // TK
+    part, tile, head, piece, batch = _where(heads, segments, PARTS, TILES)
     shared = head // group
     gate = _gate_of(gate, batch, head, length, heads, gate_every, GATE)
-    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * length
-    rowsum_later = rowsum + batches.to(gl.int64) * heads * length
+    PAIRS_TILES: gl.constexpr = (K + TK - 1) // TK
+    rowsum = rowsums + ((tile.to(gl.int64) * batches + batch) * heads + head) * length
+    rowsum_later = rowsum + batches.to(gl.int64) * heads * length * PAIRS_TILES
     PAIRS: gl.constexpr = PAIRS_PROBE if GATE_GRAD else NO_PROBE
     LATER: gl.constexpr = STATE_PROBE if GATE_GRAD else NO_PROBE
-    buffers = _buffers(
-        BK if PART == VALUES else BV, BV if PART == VALUES else BK, C, STAGES, 0 if PART == KEYS or not GATE_GRAD else SLOTS, DOT
-    )  # fmt: skip
-    if part == QUERIES:
+    BD: gl.constexpr = BK if FIRST_PART == VALUES else BV
+    BE: gl.constexpr = TV if FIRST_PART == VALUES else TK
+    buffers = _buffers(BD, BE, C, STAGES, SLOTS if GATE_GRAD else 0, DOT)
+    if FIRST_PART == QUERIES and part == QUERIES:
         _walk(
-            do, v, k, q, dq, dq, gate, entering if START == EACH_GIVEN else first, first, first, sums, decays, rowsum,
-            (batch, head, shared), buffers, length, heads, head, piece, segments, span,
-            V, K, BV, BK, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, False, PAIRS, DOT,
+            do, v, k, q, dq, gate, entering if START == EACH_GIVEN else first, first, first, sums, decays, rowsum,
+            (batch, head, shared, tile * TK), buffers, length, heads, head, piece, segments, span,
+            V, K, BV, TK, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, PAIRS, DOT,
         )  # fmt: skip
-    elif part == KEYS:
+    elif FIRST_PART == QUERIES and part == KEYS:
         _walk(
-            v, do, q, q, dk, dk, gate, dlast, first, first, sums, decays, rowsum,
-            (batch, head, shared), buffers, length, heads, head, piece, segments, span,
-            V, K, BV, BK, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, False, False, False, NO_PROBE, DOT,
+            v, do, q, q, dk, gate, dlast, first, first, sums, decays, rowsum,
+            (batch, head, shared, tile * TK), buffers, length, heads, head, piece, segments, span,
+            V, K, BV, TK, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, False, False, NO_PROBE, DOT,
         )  # fmt: skip
-    else:
+    if FIRST_PART + PARTS == 3 and part == PARTS - 1:
         _walk(
-            k, q, do, v, dv, dv, gate, dlast, dfirst, first, sums, decays, rowsum_later,
-            (batch, shared, head), buffers, length, heads, head, piece, segments, span,
-            K, V, BK, BV, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, LAST, False, False, LATER, DOT,
+            k, q, do, v, dv, gate, dlast, dfirst, first, sums, decays, rowsum_later,
+            (batch, shared, head, tile * TV), buffers, length, heads, head, piece, segments, span,
+            K, V, BK, TV, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, LAST, False, LATER, DOT,
         )  # fmt: skip

@@ -1,21 +1,28 @@
-"""Launches the walks for Hopper where they fit: descriptors, configurations.
+"""Launches the walks for Hopper where they fit: descriptors, configurations, and how rows are shared out.
 
-Shape legend: B batch, T time, H heads of v, G heads of q and k, P segments, N chunks, K key, V value width.
+Shape legend: B batch, T time, H heads of v, G heads of q and k, P segments, K key, V value width.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from kernels.delta_hopper_launch import _described
-from kernels.delta_hopper_launch import fit as fit_delta
-from kernels.operands import _triton_dtype, padded
-from kernels.walk_pieces import CHUNK, Pieces
+from kernels.delta_hopper_launch import ALIGNED, _described
+from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype, padded
+from kernels.walk_decays import gate_every, gate_of
+from kernels.walk_pieces import HEADS_AT_ONCE, SHORTEST_SEGMENT, Pieces
+from kernels.walk_segments import segments
 
-WIDTH = 128
-"""The widest heads that fit on chip."""
+if TYPE_CHECKING:
+    from kernels.walk import Inputs
+
+CHUNK = 64
+"""Tokens of a chunk, which are the rows of one product of a warp group."""
+WIDTH, NARROWEST = 128, 32
+"""The widest heads that fit on chip, and the fewest columns of an output that a program takes."""
 
 
 class Config(NamedTuple):
@@ -37,104 +44,122 @@ BACKWARD = {64: Config(1, 3, 2), 128: Config(2, 3, 1)}
 """By the larger width."""
 
 
-class Gate(NamedTuple):
-    """Log decays as the walks read them, or anything; how many batches share a row; and their kind."""
-
-    log_decay: Tensor
-    every: int
-    kind: int
-
-
-class Cut(NamedTuple):
-    """Segments of long rows: how many, and what each adds to the state and its log2 decay [B, P, H, K, V] and [B, P, H]."""
-
-    pieces: Pieces
-    sums: Tensor
-    decays: Tensor
-
-    def counts(self, length: int) -> tuple[int, int]:
-        """Segments, and chunks of each."""
-        return self.pieces.number, -(-min(self.pieces.length, length) // CHUNK)
-
-
-def fit(*rows: Tensor) -> bool:
-    """Whether the Hopper walks take these rows of queries, keys, values and what has their shapes."""
-    return all(x.shape[3] <= WIDTH for x in rows) and fit_delta(rows[0].shape[3], *rows)
-
-
-def forward(
-    rows: tuple[Tensor, Tensor, Tensor], o: Tensor, gate: Gate, cut: Cut, state: Tensor | None,
-    *, last: Tensor | None = None, entering: Tensor | None = None, kept: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Writes the outputs and what else is given.
+class Plan(NamedTuple):
+    """How rows are shared out to programs.
 
     Args:
-        rows: q and k [B, T, G, K], v [B, T, H, V].
-        o: outputs [B, T, H, V].
-        gate: see `Gate`.
-        cut: see `Cut`.
-        state: before the first token [B, H, K, V] in fp32, or None for zero.
-        last: behind the last token, likewise.
-        entering: of each segment [B, P, H, K, V] in fp32.
-        kept: before each chunk [B, N, H, K, V] in the dtype of the rows, scaled as `kernels.walk_grouped_triton` reads it.
+        tiles: parts of the columns of an output.
+        pieces: segments of a row.
     """
+
+    tiles: int
+    pieces: Pieces
+
+
+def suits(inputs: Inputs) -> bool:
+    """Whether the Hopper walks take these inputs: what is known of fake tensors too."""
+    q, k, v, starts = inputs.q, inputs.k, inputs.v, inputs.starts
+    if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
+        return False
+    narrow = v.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
+    return narrow and all(x.shape[3] <= WIDTH and x.shape[3] % ALIGNED == 0 for x in (k, v))
+
+
+def plan(k: Tensor, v: Tensor) -> Plan:
+    """Programs for heads that alone would leave multiprocessors idle: first tiles of columns, then segments of long rows."""
+    from kernels.walk_triton import SEGMENTS, WHOLE
+
+    batch, length, heads, v_dim = v.shape
+    wanted = max(1, HEADS_AT_ONCE // (batch * heads))
+    tiles = min(wanted, _width(min(k.shape[3], v_dim)) // NARROWEST)
+    number = max(1, min(wanted // tiles, length // SHORTEST_SEGMENT))
+    span = -(-(-(-length // number)) // CHUNK) * CHUNK
+    number = -(-length // span)
+    return Plan(tiles, Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None))
+
+
+def _width(width: int) -> int:
+    """Of a tile on chip."""
+    return max(padded(width), CHUNK)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows as the tensor memory accelerator takes them."""
+    fits = x.data_ptr() % 16 == 0 and x.stride(3) == 1 and all(s > 0 and s % ALIGNED == 0 for s in x.stride()[:3])
+    return x if fits else x.contiguous().clone() if x.is_contiguous() else x.contiguous()
+
+
+def _constants(k: Tensor, v: Tensor, configs: dict[int, Config], tiles: int) -> dict[str, Any]:
+    """Compile-time arguments of both kernels."""
+    wide_k, wide_v = _width(k.shape[3]), _width(v.shape[3])
+    config = configs[max(wide_k, wide_v)]
+    constants = {"K": k.shape[3], "V": v.shape[3], "BK": wide_k, "TV": wide_v // tiles, "C": CHUNK, "DOT": _triton_dtype(v.dtype)}
+    groups = min(config.groups, max(1, wide_v // tiles // NARROWEST))
+    return constants | {"GROUPS": groups, "STAGES": config.stages, "num_warps": 4 * groups}
+
+
+def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.walk.forward`; `o` is written."""
     from kernels import walk_hopper
 
-    (q, k, v), (batch, length, heads, v_dim) = rows, o.shape
-    constants, of_keys, of_values = _constants(k, v, FORWARD)
-    states = o if kept is None else kept
+    q, k, v = (_aligned(x) for x in (inputs.q, inputs.k, inputs.v))
+    batch, length, heads, v_dim = v.shape
+    tiles, pieces = plan(k, v)
+    gate, kind = gate_of(inputs.log_decay, v), _gate_kind(inputs.log_decay)
+    sums, decays = segments(k, v, gate, kind, pieces, CHUNK, reverse=False)
+    last = _state_like(v, k.shape[3]) if return_state else _nothing(v)
+    entering = torch.empty_like(sums)
+    constants = _constants(k, v, FORWARD, tiles)
+    of_keys, of_values = [1, CHUNK, 1, constants["BK"]], [1, CHUNK, 1, constants["TV"]]
     described = [_described(x, block) for x, block in ((q, of_keys), (k, of_keys), (v, of_values), (o, of_values))]
-    described.append(described[-1] if kept is None else _described(kept.flatten(0, 2), [1, of_keys[-1], of_values[-1]]))
-    number, span = cut.counts(length)
-    walk_hopper.forward_kernel[(batch * number * heads,)](
-        *described, gate.log_decay, *(states if x is None else x for x in (state, last, entering)), cut.sums, cut.decays,
-        length, batch, heads, heads // k.shape[2], gate.every, number, span,
-        **constants, GATE=gate.kind, START=int(state is not None), LAST=last is not None, ENTER=entering is not None,
-        KEEP=kept is not None,
+    walk_hopper.forward_kernel[(batch * pieces.number * heads * -(-v_dim // constants["TV"]),)](
+        *described, gate, v if inputs.state is None else inputs.state.contiguous(), last, entering, sums, decays,
+        length, batch, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        **constants, GATE=kind, START=int(inputs.state is not None), LAST=return_state, ENTER=pieces.number > 1,
     )  # fmt: skip
+    return o, last, entering
+
+
+def entering_like(inputs: Inputs) -> Tensor:
+    """Room for what `forward` keeps for `backward`: the states that enter the segments of long rows [B, P, H, K, V]."""
+    k, v = inputs.k, inputs.v
+    number = plan(k, v).pieces.number
+    shape = (v.shape[0], number, v.shape[2], k.shape[3], v.shape[3])
+    return v.new_empty(shape if number > 1 else 0, dtype=torch.float32)
 
 
 def backward(
-    rows: tuple[Tensor, ...], grads: tuple[Tensor, ...], gate: Gate, cut: Cut, ends: tuple[Tensor | None, ...],
-    entering: Tensor, rowsums: Tensor,
-) -> None:  # fmt: skip
-    """Writes the gradients of queries and keys for each head [B, T, H, K], of values, and what sums to that of the decays.
+    rows: tuple[Tensor, ...], inputs: Inputs, entering: Tensor, dlast: Tensor | None, dv: Tensor, dfirst: Tensor,
+    *, gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries and keys for each head [B, T, H, K], and what sums to that of the cumulated decays [parts, B, H, T].
 
-    Args:
-        rows: q, k, v and do.
-        grads: dq, dk and dv, which are written.
-        gate: see `Gate`.
-        cut: see `Cut`, in reverse.
-        ends: the state before the first token and the gradient of the last one, None for zero, and that of the first one, which
-            is written unless it is None.
-        entering: states that enter segments.
-        rowsums: [2, B, H, T], written unless empty.
+    See `kernels.walk._walk_back`; `rows` are q, k, v and do.
     """
     from kernels import walk_hopper
 
-    (q, k, v, do), (dq, dk, dv), (state, dlast, dfirst) = rows, grads, ends
-    batch, length, heads, _ = v.shape
-    constants, of_keys, of_values = _constants(k, v, BACKWARD)
-    keys, values = ([_described(x, block) for x in xs] for xs, block in (((q, k, dq, dk), of_keys), ((v, do, dv), of_values)))
-    number, span = cut.counts(length)
-    start = walk_hopper.EACH_GIVEN.value if number > 1 else int(state is not None)
-    pointers = (v if x is None else x for x in (state, entering, dlast, dfirst))
-    together = of_keys[-1] == of_values[-1]
-    arguments = (
-        *keys[:2], *values[:2], *keys[2:], values[2], gate.log_decay, *pointers, cut.sums, cut.decays, rowsums,
-        length, batch, heads, heads // k.shape[2], gate.every, number, span,
-    )  # fmt: skip
-    for part in (walk_hopper.ALL,) if together else (walk_hopper.QUERIES, walk_hopper.KEYS, walk_hopper.VALUES):
-        walk_hopper.backward_kernel[(batch * number * heads * (3 if together else 1),)](
-            *arguments, **constants, PART=part.value, GATE=gate.kind, START=start, DLAST=int(dlast is not None),
-            LAST=dfirst is not None, GATE_GRAD=rowsums.numel() > 0,
+    q, k, v, do = (_aligned(x) for x in rows)
+    (batch, length, heads, v_dim), k_dim, state = v.shape, k.shape[3], inputs.state
+    tiles, pieces = plan(k, v)
+    gate, kind = gate_of(inputs.log_decay, v), _gate_kind(inputs.log_decay)
+    sums, decays = segments(q, do, gate, kind, pieces, CHUNK, reverse=True)
+    constants = _constants(k, v, BACKWARD, tiles)
+    constants |= {"BV": _width(v_dim), "TK": constants["BK"] // tiles, "SLOTS": BACKWARD[max(_width(k_dim), _width(v_dim))].slots}
+    tiles_k, tiles_v = -(-k_dim // constants["TK"]), -(-v_dim // constants["TV"])
+    dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
+    rowsums = v.new_empty((tiles_k + tiles_v, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
+    pointers = (v if state is None else state.contiguous(), entering, v if dlast is None else dlast, dfirst)
+    start = walk_hopper.EACH_GIVEN.value if pieces.number > 1 else int(state is not None)
+    for first, parts in ((0, 3),) if tiles == 1 and constants["BK"] == constants["BV"] else ((0, 2), (2, 1)):
+        values = first == walk_hopper.VALUES.value
+        block = {name: [1, CHUNK, 1, constants[name]] for name in ("BK", "BV", "TK", "TV")}
+        of_keys, of_values = (block["BK"], block["TV"]) if values else (block["TK"], block["BV"])
+        walk_hopper.backward_kernel[(batch * pieces.number * heads * parts * (tiles_v if values else tiles_k),)](
+            *(_described(x, of_keys) for x in (q, k)), *(_described(x, of_values) for x in (v, do)),
+            *(_described(x, block["TK"]) for x in (dq, dk)), _described(dv, block["TV"]),
+            gate, *pointers, sums, decays, rowsums,
+            length, batch, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+            **constants, FIRST_PART=first, PARTS=parts, GATE=kind, START=start, DLAST=int(dlast is not None),
+            LAST=state is not None, GATE_GRAD=gate_grad,
         )  # fmt: skip
-
-
-def _constants(k: Tensor, v: Tensor, configs: dict[int, Config]) -> tuple[dict[str, Any], list[int], list[int]]:
-    """Compile-time arguments, and the blocks of keys and of values."""
-    widths = [max(padded(x.shape[3]), CHUNK) for x in (k, v)]
-    config = configs[max(widths)]
-    constants = {"K": k.shape[3], "V": v.shape[3], "BK": widths[0], "BV": widths[1], "C": CHUNK, "DOT": _triton_dtype(v.dtype)}
-    constants |= {"GROUPS": config.groups, "STAGES": config.stages, "num_warps": 4 * config.groups}
-    return constants | ({"SLOTS": config.slots} if config.slots else {}), [1, CHUNK, 1, widths[0]], [1, CHUNK, 1, widths[1]]
+    return dq, dk, rowsums

@@ -14,7 +14,6 @@ HEADS_AT_ONCE = 128
 PROGRAMS = 256
 """Programs of a walk that rows are cut for, where a program has VALUES columns."""
 VALUES = 64
-CHUNK = 64
 SHORTEST_SEGMENT = 512
 """Tokens below which the states between segments would cost more than the segments gain."""
 
@@ -50,9 +49,8 @@ def n_segments(k_BTGK: Tensor, v_BTHV: Tensor) -> int:
 
 
 def segment_length(number: int, length: int) -> int:
-    """Tokens of each of about so many segments, whole chunks of long ones; the last may be shorter."""
-    tokens = -(-length // number)
-    return tokens if tokens < CHUNK else -(-tokens // CHUNK) * CHUNK
+    """Tokens of each of about so many segments; the last may be shorter."""
+    return -(-length // number)
 
 
 def share_out(k_BTGK: Tensor, v_BTHV: Tensor, starts: Tensor | None) -> Pieces:

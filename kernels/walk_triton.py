@@ -25,11 +25,9 @@ import triton
 import triton.language as tl
 
 NO_GATE, CONSTANT_GATE, SCALAR_GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-WHOLE, SEQUENCES, SEGMENTS, ALONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+WHOLE, SEQUENCES, SEGMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_PROBE, STATE_PROBE, FULL_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LIMIT, LIMIT_FP16 = tl.constexpr(60.0), tl.constexpr(6.0)
-"""Largest exponents of the scalings that stand for a decay, see `_split`."""
 
 
 @triton.jit
@@ -49,41 +47,12 @@ def _gate_of(gate, batch, head, begin, length, heads, gate_every, GATE: tl.const
 
 @triton.jit
 def _log_decays(gate, heads, t_C, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
-    """Log2 decays of a chunk: cumulated up to and with each token, and of the whole chunk; padding is never read."""
+    """Log2 decays of a chunk: cumulated up to and with each token, and of the whole chunk; padding does not decay."""
     if SCALAR:
         step_C = tl.load(gate + t_C.to(tl.int64) * heads, mask=t_C < length, other=0.0) * LOG2_E
         return tl.cumsum(step_C, 0), tl.sum(step_C, 0)
     step = tl.load(gate) * LOG2_E
-    return step * (tl.arange(0, C) + 1).to(tl.float32), step * tl.minimum(length - start, C).to(tl.float32)
-
-
-@triton.jit
-def _split(g_C, g_all, REVERSE: tl.constexpr, DOT: tl.constexpr):
-    """A chunk's decays as scalings of what enters the sums and of what leaves them, all in log2.
-
-    Row j gives exp(G_i - G_j) c_j to row i, and that is leave_i enter_j with enter = exp(middle - G) and leave = 1 / enter. Both
-    are cut at 2^limit, which the products' dtype can hold; a chunk that decays by more is rough, and `rest` is what is missing.
-
-    Returns:
-        The exponent of leave (that of enter is its negative), `rest`, half of the chunk's exponent, and whether it is rough.
-    """
-    limit: tl.constexpr = LIMIT_FP16 if DOT == tl.float16 else LIMIT
-    half = 0.5 * g_all
-    whole_C = (half - g_C) if REVERSE else (g_C - half)
-    leave_C = tl.minimum(tl.maximum(whole_C, -limit), limit)
-    return leave_C, whole_C - leave_C, half, half < -limit
-
-
-@triton.jit
-def _scaled(x_CE, log_C, DOT: tl.constexpr):
-    """Rows of a tile times 2^log_C, in the dtype of the products."""
-    return (x_CE.to(tl.float32) * tl.exp2(log_C)[:, None]).to(DOT)
-
-
-@triton.jit
-def _late(leave_C, rest_C, half):
-    """What the cut scalings leave out of the state, as factors of rows."""
-    return tl.exp2(half - leave_C - rest_C) - tl.exp2(half - leave_C)
+    return step * (tl.minimum(t_C + 1, length) - start).to(tl.float32), step * tl.minimum(length - start, C).to(tl.float32)
 
 
 @triton.jit
@@ -99,7 +68,7 @@ def _bounds(starts, piece, segment, length, PIECES: tl.constexpr):
     if PIECES == SEQUENCES:
         begin = tl.load(starts + piece).to(tl.int32)
         count = tl.load(starts + piece + 1).to(tl.int32) - begin
-    elif PIECES >= SEGMENTS:
+    elif PIECES == SEGMENTS:
         begin = piece * segment
         count = tl.minimum(segment, length - begin)
     else:
@@ -172,43 +141,36 @@ def _walk(
         t_C = start + i
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
-        enter_CE = c_CE
-        if GATE != NO_GATE:
-            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
-            leave_C, rest_C, half, rough = _split(g_C, g_all, REVERSE, DOT)
-            enter_CE = _scaled(c_CE, -leave_C, DOT)
-            total += g_all
         if OUT:
             a_CD = _load_rows(a, a_stride, t_C, d, length, D, DOT)
-            scores_CC = tl.where(seen, tl.dot(a_CD, tl.trans(b_CD), input_precision=PRECISION), 0.0)
+            scores_CC = tl.dot(a_CD, tl.trans(b_CD), input_precision=PRECISION)
             out_CE = tl.dot(a_CD, state_DE.to(DOT), input_precision=PRECISION)
-            if GATE != NO_GATE:
-                out_CE *= tl.exp2(half)
-                if rough:
-                    out_CE *= tl.exp2(rest_C)[:, None]
-                    scores_CC *= tl.exp2(tl.where(seen, rest_C[:, None] - rest_C[None, :], 0.0))
+        write_DC = tl.trans(b_CD)
+        if GATE != NO_GATE:
+            g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
+            # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
+            if REVERSE:
+                pair_CC, read_C, keep_C = g_C[None, :] - g_C[:, None], g_all - g_C, g_C
+            else:
+                pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_C, g_all - g_C
+            if OUT:
+                scores_CC = scores_CC * tl.exp2(tl.where(seen, pair_CC, float("-inf")))
+                out_CE = out_CE * tl.exp2(read_C)[:, None]
+            write_DC = (write_DC.to(tl.float32) * tl.exp2(keep_C)[None, :]).to(DOT)
+            state_DE = state_DE * tl.exp2(g_all)
+            total += g_all
+        elif OUT:
+            scores_CC = tl.where(seen, scores_CC, 0.0)
         t_rows, in_out = t_C.to(tl.int64), (t_C < length)[:, None] & (e < E)[None, :]
         if PROBE == STATE_PROBE:
             probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)
-            sum_C = tl.sum(out_CE * probe_CE.to(tl.float32), 1)
-            if GATE != NO_GATE:
-                sum_C *= tl.exp2(leave_C)
-            tl.store(rowsum + t_rows, SIGN * sum_C, mask=t_C < length)
+            tl.store(rowsum + t_rows, SIGN * tl.sum(out_CE * probe_CE.to(tl.float32), 1), mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 1)
             scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
         if OUT:
-            out_CE = tl.dot(scores_CC.to(DOT), enter_CE, out_CE, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            state_DE *= tl.exp2(half)
-        state_DE = tl.dot(tl.trans(b_CD), enter_CE, state_DE, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            state_DE *= tl.exp2(half)
-            if rough:
-                late_CE = _load_rows(c, c_stride, t_C, e, length, E, tl.float32) * _late(leave_C, rest_C, half)[:, None]
-                state_DE = tl.dot(tl.trans(b_CD), late_CE.to(DOT), state_DE, input_precision=PRECISION)
-            if OUT:
-                out_CE *= tl.exp2(leave_C)[:, None]
+            out_CE = tl.dot(scores_CC.to(DOT), c_CE, out_CE, input_precision=PRECISION)
+        state_DE = tl.dot(write_DC, c_CE, state_DE, input_precision=PRECISION)
         if OUT:
             if PROBE == FULL_PROBE:
                 probe_CE = tl.load(probe + t_rows[:, None] * probe_stride + e[None, :], mask=in_out, other=0.0).to(DOT)

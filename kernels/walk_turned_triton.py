@@ -11,17 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.walk_triton import (
-    FULL_PROBE,
-    NO_GATE,
-    SCALAR_GATE,
-    STATE_PROBE,
-    _late,
-    _load_rows,
-    _log_decays,
-    _scaled,
-    _split,
-)
+from kernels.walk_triton import FULL_PROBE, NO_GATE, SCALAR_GATE, STATE_PROBE, _load_rows, _log_decays
 
 
 @triton.jit
@@ -45,37 +35,31 @@ def _walk_turned(
         b_CD = _load_rows(b, b_stride, t_C, d, length, D, DOT)
         c_CE = _load_rows(c, c_stride, t_C, e, length, E, DOT)
         a_CD = _load_rows(a, a_stride, t_C, d, length, D, DOT)
-        scores_CC = tl.where(seen, tl.dot(b_CD, tl.trans(a_CD), input_precision=PRECISION), 0.0)
+        scores_CC = tl.dot(b_CD, tl.trans(a_CD), input_precision=PRECISION)
         out_EC = tl.dot(state_ED.to(DOT), tl.trans(a_CD), input_precision=PRECISION)
-        enter_CE = c_CE
+        write_EC = tl.trans(c_CE)
         if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
-            leave_C, rest_C, half, rough = _split(g_C, g_all, REVERSE, DOT)
-            enter_CE = _scaled(c_CE, -leave_C, DOT)
-            out_EC *= tl.exp2(half)
-            if rough:
-                out_EC *= tl.exp2(rest_C)[None, :]
-                scores_CC *= tl.exp2(tl.where(seen, rest_C[None, :] - rest_C[:, None], 0.0))
+            # Only exponents that are <= 0 are used; those of later tokens would overflow and are masked before.
+            if REVERSE:
+                pair_CC, read_C, keep_C = g_C[:, None] - g_C[None, :], g_all - g_C, g_C
+            else:
+                pair_CC, read_C, keep_C = g_C[None, :] - g_C[:, None], g_C, g_all - g_C
+            scores_CC = scores_CC * tl.exp2(tl.where(seen, pair_CC, float("-inf")))
+            out_EC = out_EC * tl.exp2(read_C)[None, :]
+            write_EC = (write_EC.to(tl.float32) * tl.exp2(keep_C)[None, :]).to(DOT)
+            state_ED = state_ED * tl.exp2(g_all)
+        else:
+            scores_CC = tl.where(seen, scores_CC, 0.0)
         t_rows, in_out = t_C.to(tl.int64), (t_C < length)[None, :] & (e < E)[:, None]
         if PROBE == STATE_PROBE:
             probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
-            sum_C = tl.sum(out_EC * probe_EC.to(tl.float32), 0)
-            if GATE != NO_GATE:
-                sum_C *= tl.exp2(leave_C)
-            tl.store(rowsum + t_rows, SIGN * sum_C, mask=t_C < length)
+            tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
         if PROBE == FULL_PROBE:
             own_C = tl.sum(tl.where(i[:, None] == i[None, :], scores_CC, 0.0), 0)
             scores_CC = tl.where(i[:, None] == i[None, :], 0.0, scores_CC)
-        out_EC = tl.dot(tl.trans(enter_CE), scores_CC.to(DOT), out_EC, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            out_EC *= tl.exp2(leave_C)[None, :]
-            state_ED *= tl.exp2(half)
-        state_ED = tl.dot(tl.trans(enter_CE), b_CD, state_ED, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            state_ED *= tl.exp2(half)
-            if rough:
-                late_CE = _load_rows(c, c_stride, t_C, e, length, E, tl.float32) * _late(leave_C, rest_C, half)[:, None]
-                state_ED = tl.dot(tl.trans(late_CE.to(DOT)), b_CD, state_ED, input_precision=PRECISION)
+        out_EC = tl.dot(tl.trans(c_CE), scores_CC.to(DOT), out_EC, input_precision=PRECISION)
+        state_ED = tl.dot(write_EC, b_CD, state_ED, input_precision=PRECISION)
         if PROBE == FULL_PROBE:
             probe_EC = tl.load(probe + t_rows[None, :] * probe_stride + e[:, None], mask=in_out, other=0.0).to(DOT)
             tl.store(rowsum + t_rows, SIGN * tl.sum(out_EC * probe_EC.to(tl.float32), 0), mask=t_C < length)
@@ -105,45 +89,37 @@ def _walk_keys_and_values_turned(
         do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
         v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
         leaving_KV = state_KV.to(DOT)
-        qk_CC = tl.where(seen, tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION), 0.0)
-        ov_CC = tl.where(seen, tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION), 0.0)
-        enter_CV = do_CV
+        qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
+        ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
         if GATE != NO_GATE:
             g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
-            leave_C, rest_C, half, rough = _split(g_C, g_all, True, DOT)
-            enter_CV = _scaled(do_CV, -leave_C, DOT)
-            ov_CC *= tl.exp2(-leave_C)[:, None]
-            if rough:
-                qk_CC *= tl.exp2(tl.where(seen, rest_C[None, :] - rest_C[:, None], 0.0))
+            read_C = tl.exp2(g_all - g_C)
+            decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
+            qk_CC *= decay_CC
             if PROBE:
-                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC * tl.exp2(leave_C)[None, :])
+                pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC)
                 sum_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
-            if rough:
-                ov_CC *= tl.exp2(tl.where(seen, rest_C[None, :] - rest_C[:, None], 0.0))
+            ov_CC *= decay_CC
+        else:
+            qk_CC = tl.where(seen, qk_CC, 0.0)
+            ov_CC = tl.where(seen, ov_CC, 0.0)
         qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
         t_rows, inside_1C = t_C.to(tl.int64), (t_C < length)[None, :]
         dv_VC = tl.dot(tl.trans(leaving_KV), tl.trans(k_CK), input_precision=PRECISION)
         if GATE != NO_GATE:
-            dv_VC *= tl.exp2(half + rest_C)[None, :]
+            dv_VC *= read_C[None, :]
         if PROBE:
-            sum_C -= tl.exp2(leave_C) * tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
+            sum_C -= tl.sum(dv_VC * tl.trans(v_CV).to(tl.float32), 0)
             tl.store(rowsum + t_rows, sum_C, mask=t_C < length)
-        dv_VC = tl.dot(tl.trans(enter_CV), qk_CC, dv_VC, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dv_VC *= tl.exp2(leave_C)[None, :]
+        dv_VC = tl.dot(tl.trans(do_CV), qk_CC, dv_VC, input_precision=PRECISION)
         tl.store(dv + t_rows[None, :] * dv_stride + vs[:, None], dv_VC.to(dv.dtype.element_ty), mask=inside_1C & (vs < V)[:, None])
         dk_KC = tl.dot(leaving_KV, tl.trans(v_CV), input_precision=PRECISION)
+        write_KC = tl.trans(q_CK)
         if GATE != NO_GATE:
-            dk_KC *= tl.exp2(half + rest_C)[None, :]
+            dk_KC *= read_C[None, :]
+            state_KV *= tl.exp2(g_all)
+            write_KC = (write_KC.to(tl.float32) * tl.exp2(g_C)[None, :]).to(DOT)
         dk_KC = tl.dot(tl.trans(q_CK), ov_CC, dk_KC, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            dk_KC *= tl.exp2(leave_C)[None, :]
-            state_KV *= tl.exp2(half)
         tl.store(dk + t_rows[None, :] * dk_stride + ks[:, None], dk_KC.to(dk.dtype.element_ty), mask=inside_1C & (ks < K)[:, None])
-        state_KV = tl.dot(tl.trans(q_CK), enter_CV, state_KV, input_precision=PRECISION)
-        if GATE != NO_GATE:
-            state_KV *= tl.exp2(half)
-            if rough:
-                late_CV = _load_rows(do, do_stride, t_C, vs, length, V, tl.float32) * _late(leave_C, rest_C, half)[:, None]
-                state_KV = tl.dot(tl.trans(q_CK), late_CV.to(DOT), state_KV, input_precision=PRECISION)
+        state_KV = tl.dot(write_KC, do_CV, state_KV, input_precision=PRECISION)
     return state_KV
