@@ -14,7 +14,6 @@ from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dty
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
-TRIPLE, NARROW_SUMS = False, False
 
 
 class Config(NamedTuple):
@@ -27,6 +26,7 @@ class Config(NamedTuple):
         warps: warps of a program.
         stages: depth of the software pipeline that loads tiles.
         registers: most registers of a thread, None for as many as the compiler likes; fewer let more programs share an SM.
+        row_stages: depth of the pipeline that loads tiles of the sums that enter a chunk.
     """
 
     queries: int
@@ -35,6 +35,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    row_stages: int = 1
 
 
 class Configs(NamedTuple):
@@ -48,7 +49,9 @@ class Configs(NamedTuple):
 
 # By the width of v (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Configs(Config(128, 64, 64, 4, 3), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 2), Config(64, 64, 64, 4, 2)),
+    64: Configs(
+        Config(64, 64, 32, 4, 3, registers=128), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 2)
+    ),
     128: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
     256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)),
 }
@@ -139,7 +142,8 @@ def forward(
     taylor_triton.forward_kernel[(call.batch * call.heads * blocks,)](
         q, k, v, entering[0], entering[1], y, scale, *strides, call.length, call.heads, call.chunk, call.chunks, eps,
         **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BM=config.queries, BN=config.keys, NORM=norm,
-        FIRST=first is not None, STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
+        FIRST=first is not None, STAGES=config.stages, ROW_STAGES=config.row_stages, num_warps=config.warps,
+        maxnreg=config.registers,
     )  # fmt: skip
     return y, scale, *entering
 
@@ -179,14 +183,14 @@ def backward(
     query, key = chosen.query, chosen.key
     taylor_grad_triton.query_kernel[(call.batch * call.heads * -(-call.length // query.queries),)](
         q, k, v, entering, entering_norm, y, dy, scale, dq, shift, *strides, *sizes, **shared, BF=query.rows,
-        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, num_warps=query.warps, maxnreg=query.registers,
+        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, ROW_STAGES=query.row_stages, num_warps=query.warps, maxnreg=query.registers,
     )  # fmt: skip
     leaving, leaving_norm, dfirst, dfirst_norm = _entering(
         call, q_BTHK, dy_BTHV, (scale, shift), dlast, dlast_norm, norm=norm, last=first
     )
     taylor_grad_triton.key_kernel[(call.batch * call.heads * -(-call.length // key.keys),)](
         q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv, *strides, *sizes, **shared, BF=key.rows,
-        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, num_warps=key.warps, maxnreg=key.registers,
+        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, ROW_STAGES=key.row_stages, num_warps=key.warps, maxnreg=key.registers,
     )  # fmt: skip
     return dq, dk, dv, dfirst, dfirst_norm
 
@@ -209,18 +213,18 @@ def _entering(
         return c.new_empty(0, dtype=call.wide), *(_fresh(c, 0) for _ in range(3))
     rows = n_rows(call.k_dim)
     shape = (call.batch, call.heads, call.chunks, rows)
-    sums, norms = c.new_empty(*shape, call.v_dim, dtype=call.wide if NARROW_SUMS else torch.float32), _fresh(c, *shape if norm else (0,))
-    entering, entering_norm = torch.empty_like(sums, dtype=call.wide), torch.empty_like(norms)
+    sums, norms = c.new_empty(*shape, call.v_dim, dtype=call.wide), _fresh(c, *shape if norm else (0,))
+    entering, entering_norm = torch.empty_like(sums), torch.empty_like(norms)
     end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*shape[:2], rows, call.v_dim), (*shape[:2], rows)))
     end_norm = end_norm if norm else _fresh(c, 0)
     if high > low:
         (x, c), strides, unit = _rows(*_narrow(call.dot, x, c))
         config, tile = configs(call.v_dim, call.dot).state, min(VALUE_TILE, product_width(call.v_dim, call.dot))
-        tiles = -(-rows // (config.rows * (3 if TRIPLE else 1))) * -(-call.v_dim // tile)
+        tiles = -(-rows // config.rows) * -(-call.v_dim // tile)
         scale, shift = rescale if rescale is not None else (sums, sums)
         taylor_triton.state_kernel[(call.batch * call.heads * (high - low) * tiles,)](
             x, c, scale, shift, sums, norms, *strides, call.length, call.heads, call.chunk, low, high - low, call.chunks,
-            **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse, TRIPLE=TRIPLE,
+            **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BT=config.keys, NORM=norm, WEIGHTED=reverse,
             STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     tiles = -(-rows * call.v_dim // SCAN_BLOCK) + (-(-rows // SCAN_BLOCK) if norm else 0)

@@ -80,53 +80,6 @@ def weights(f, K: tl.constexpr):
     return tl.where(f < K, K**-0.5, tl.where(f < K + K * (K + 1) // 2, pair, 1.0))
 
 
-@triton.jit
-def _added(x_KT, c_TV, shift_T, scale_T, f, i, sums_FV, norms_F, K: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    first = tl.dot(first_factor(i[None, :], f[:, None], K, DOT), x_KT, input_precision=PRECISION) + first_one(f, K)[:, None]
-    second = tl.dot(second_factor(i[None, :], f[:, None], K, DOT), x_KT, input_precision=PRECISION) + second_one(f, K)[:, None]
-    phi_FT = first * second
-    if NORM:
-        norms_F += tl.sum(phi_FT * shift_T[None, :], 1)
-        if WEIGHTED:
-            phi_FT *= scale_T[None, :]
-    return tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION), norms_F
-
-
-@triton.jit
-def _put(sums, norms, f, e, sums_FV, norms_F, head_index, all_chunks, n, value_tile, K: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr):
-    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
-    row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
-    tl.store(sums + row[:, None] * V + e[None, :], sums_FV.to(sums.dtype.element_ty), mask=(f < ROWS)[:, None] & (e < V)[None, :])
-    if NORM and value_tile == 0:
-        tl.store(norms + row, norms_F, mask=f < ROWS)
-
-
-@triton.jit
-def _three(
-    x, x_t, c, c_t, scale, shift, sums, norms, f, e, i, n, head_index, all_chunks, value_tile, length, heads, chunk,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    f1, f2 = f + BF, f + 2 * BF
-    s0, s1, s2 = tl.zeros([BF, BV], tl.float32), tl.zeros([BF, BV], tl.float32), tl.zeros([BF, BV], tl.float32)
-    n0, n1, n2 = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
-    for start in tl.range(n * chunk, tl.minimum((n + 1) * chunk, length), BT, num_stages=STAGES):
-        t = start + tl.arange(0, BT)
-        x_KT = tl.trans(load_tile(x, x_t, t, i, length, K).to(DOT))
-        c_TV = load_tile(c, c_t, t, e, length, V).to(WIDE)
-        shift_T = (t < length).to(tl.float32)
-        scale_T = shift_T
-        if NORM and WEIGHTED:
-            shift_T = tl.load(shift + t.to(tl.int64) * heads, mask=t < length, other=0.0)
-            scale_T = tl.load(scale + t.to(tl.int64) * heads, mask=t < length, other=0.0)
-        s0, n0 = _added(x_KT, c_TV, shift_T, scale_T, f, i, s0, n0, K, NORM, WEIGHTED, DOT, WIDE, PRECISION)
-        s1, n1 = _added(x_KT, c_TV, shift_T, scale_T, f1, i, s1, n1, K, NORM, WEIGHTED, DOT, WIDE, PRECISION)
-        s2, n2 = _added(x_KT, c_TV, shift_T, scale_T, f2, i, s2, n2, K, NORM, WEIGHTED, DOT, WIDE, PRECISION)
-    _put(sums, norms, f, e, s0, n0, head_index, all_chunks, n, value_tile, K, V, NORM)
-    _put(sums, norms, f1, e, s1, n1, head_index, all_chunks, n, value_tile, K, V, NORM)
-    _put(sums, norms, f2, e, s2, n2, head_index, all_chunks, n, value_tile, K, V, NORM)
-
-
 @entry(do_not_specialize=SIZES)
 def state_kernel(
     x, c, scale, shift, sums, norms,
@@ -134,54 +87,48 @@ def state_kernel(
     length: tl.int32, heads: tl.int32, chunk: tl.int32, first_chunk: tl.int32, some_chunks: tl.int32, all_chunks: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BT: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, TRIPLE: tl.constexpr = False,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of a chunk: sum_t monomial(x_t) scale_t c_t^T, and sum_t monomial(x_t) shift_t; scale = shift = 1 if not WEIGHTED.
 
     Grid: (B * H * some_chunks * tiles of rows * tiles of V,). Strides of x and c count UNIT elements.
     """
     ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
-    ROW_TILES: tl.constexpr = (ROWS + 3 * BF - 1) // (3 * BF) if TRIPLE else (ROWS + BF - 1) // BF
+    ROW_TILES: tl.constexpr = (ROWS + BF - 1) // BF
     TILES: tl.constexpr = ROW_TILES * ((V + BV - 1) // BV)
     program = tl.program_id(0)
     tile, outer = program % TILES, program // TILES
     head_index, n = outer // some_chunks, first_chunk + outer % some_chunks
     batch, head = (head_index // heads).to(tl.int64), head_index % heads
-    f = tile % ROW_TILES * (3 * BF if TRIPLE else BF) + tl.arange(0, BF)
+    f = tile % ROW_TILES * BF + tl.arange(0, BF)
     e = tile // ROW_TILES * BV + tl.arange(0, BV)
     i = tl.arange(0, BK)
     x += (batch * x_b + head * x_h) * UNIT
     c += (batch * c_b + head * c_h) * UNIT
     scalar = batch * length * heads + head
-    if TRIPLE:
-        _three(
-            x, x_t * UNIT, c, c_t * UNIT, scale + scalar, shift + scalar, sums, norms, f, e, i, n, head_index, all_chunks,
-            tile // ROW_TILES, length, heads, chunk, K, V, BK, BV, BF, BT, NORM, WEIGHTED, DOT, WIDE, PRECISION, STAGES,
+    first_FK, second_FK = first_factor(i[None, :], f[:, None], K, DOT), second_factor(i[None, :], f[:, None], K, DOT)
+    first_F, second_F = first_one(f, K), second_one(f, K)
+    sums_FV = tl.zeros([BF, BV], tl.float32)
+    norms_F = tl.zeros([BF], tl.float32)
+    for start in tl.range(n * chunk, tl.minimum((n + 1) * chunk, length), BT, num_stages=STAGES):
+        t = start + tl.arange(0, BT)
+        x_KT = tl.trans(load_tile(x, x_t * UNIT, t, i, length, K).to(DOT))
+        c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
+        phi_FT = (tl.dot(first_FK, x_KT, input_precision=PRECISION) + first_F[:, None]) * (
+            tl.dot(second_FK, x_KT, input_precision=PRECISION) + second_F[:, None]
         )
-    else:
-        first_FK, second_FK = first_factor(i[None, :], f[:, None], K, DOT), second_factor(i[None, :], f[:, None], K, DOT)
-        first_F, second_F = first_one(f, K), second_one(f, K)
-        sums_FV = tl.zeros([BF, BV], tl.float32)
-        norms_F = tl.zeros([BF], tl.float32)
-        for start in tl.range(n * chunk, tl.minimum((n + 1) * chunk, length), BT, num_stages=STAGES):
-            t = start + tl.arange(0, BT)
-            x_KT = tl.trans(load_tile(x, x_t * UNIT, t, i, length, K).to(DOT))
-            c_TV = load_tile(c, c_t * UNIT, t, e, length, V).to(WIDE)
-            phi_FT = (tl.dot(first_FK, x_KT, input_precision=PRECISION) + first_F[:, None]) * (
-                tl.dot(second_FK, x_KT, input_precision=PRECISION) + second_F[:, None]
-            )
-            if NORM:
-                shift_T = (t < length).to(tl.float32)
-                if WEIGHTED:
-                    shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)
-                norms_F += tl.sum(phi_FT * shift_T[None, :], 1)
-                if WEIGHTED:
-                    phi_FT *= tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)[None, :]
-            sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
-        row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
-        tl.store(sums + row[:, None] * V + e[None, :], sums_FV.to(sums.dtype.element_ty), mask=(f < ROWS)[:, None] & (e < V)[None, :])
-        if NORM and tile // ROW_TILES == 0:
-            tl.store(norms + row, norms_F, mask=f < ROWS)
+        if NORM:
+            shift_T = (t < length).to(tl.float32)
+            if WEIGHTED:
+                shift_T = tl.load(shift + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)
+            norms_F += tl.sum(phi_FT * shift_T[None, :], 1)
+            if WEIGHTED:
+                phi_FT *= tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)[None, :]
+        sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
+    row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
+    tl.store(sums + row[:, None] * V + e[None, :], sums_FV.to(sums.dtype.element_ty), mask=(f < ROWS)[:, None] & (e < V)[None, :])
+    if NORM and tile // ROW_TILES == 0:
+        tl.store(norms + row, norms_F, mask=f < ROWS)
 
 
 @triton.jit
@@ -246,7 +193,7 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32, eps: tl.float32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ROW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one tile of queries, and scale = 1 / (sum of the weights + eps) if NORM.
 
@@ -282,7 +229,7 @@ def forward_kernel(
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=ROW_STAGES):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

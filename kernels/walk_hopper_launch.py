@@ -66,11 +66,11 @@ def suits(inputs: Inputs) -> bool:
 
 
 def plan(k: Tensor, v: Tensor) -> Plan:
-    """Programs for heads that alone would leave multiprocessors idle: first tiles of columns, then segments of long rows."""
+    """Programs for long rows of heads that alone would leave multiprocessors idle: first tiles of columns, then segments."""
     from kernels.walk_triton import SEGMENTS, WHOLE
 
     batch, length, heads, v_dim = v.shape
-    wanted = max(1, HEADS_AT_ONCE // (batch * heads))
+    wanted = max(1, HEADS_AT_ONCE // (batch * heads)) if length >= 2 * SHORTEST_SEGMENT else 1
     tiles = min(wanted, _width(min(k.shape[3], v_dim)) // NARROWEST)
     number = max(1, min(wanted // tiles, length // SHORTEST_SEGMENT))
     span = -(-(-(-length // number)) // CHUNK) * CHUNK
@@ -86,7 +86,7 @@ def _width(width: int) -> int:
 def _aligned(x: Tensor) -> Tensor:
     """Rows as the tensor memory accelerator takes them."""
     fits = x.data_ptr() % 16 == 0 and x.stride(3) == 1 and all(s > 0 and s % ALIGNED == 0 for s in x.stride()[:3])
-    return x if fits else x.contiguous().clone() if x.is_contiguous() else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _constants(k: Tensor, v: Tensor, configs: dict[int, Config], tiles: int) -> dict[str, Any]:
