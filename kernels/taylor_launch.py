@@ -183,14 +183,16 @@ def backward(
     query, key = chosen.query, chosen.key
     taylor_grad_triton.query_kernel[(call.batch * call.heads * -(-call.length // query.queries),)](
         q, k, v, entering, entering_norm, y, dy, scale, dq, shift, *strides, *sizes, **shared, BF=query.rows,
-        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, ROW_STAGES=query.row_stages, num_warps=query.warps, maxnreg=query.registers,
+        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages,
+        ROW_STAGES=query.row_stages, num_warps=query.warps, maxnreg=query.registers,
     )  # fmt: skip
     leaving, leaving_norm, dfirst, dfirst_norm = _entering(
         call, q_BTHK, dy_BTHV, (scale, shift), dlast, dlast_norm, norm=norm, last=first
     )
     taylor_grad_triton.key_kernel[(call.batch * call.heads * -(-call.length // key.keys),)](
         q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv, *strides, *sizes, **shared, BF=key.rows,
-        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, ROW_STAGES=key.row_stages, num_warps=key.warps, maxnreg=key.registers,
+        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages,
+        ROW_STAGES=key.row_stages, num_warps=key.warps, maxnreg=key.registers,
     )  # fmt: skip
     return dq, dk, dv, dfirst, dfirst_norm
 

@@ -73,7 +73,7 @@ def plan(k: Tensor, v: Tensor) -> Plan:
     wanted = max(1, HEADS_AT_ONCE // (batch * heads)) if length >= 2 * SHORTEST_SEGMENT else 1
     tiles = min(wanted, _width(min(k.shape[3], v_dim)) // NARROWEST)
     number = max(1, min(wanted // tiles, length // SHORTEST_SEGMENT))
-    span = -(-(-(-length // number)) // CHUNK) * CHUNK
+    span = -(-length // (number * CHUNK)) * CHUNK
     number = -(-length // span)
     return Plan(tiles, Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None))
 

@@ -3,7 +3,7 @@
 import pytest
 import triton.language as tl
 
-from kernels import delta_hopper, delta_hopper_walk, walk_hopper, walk_hopper_launch
+from kernels import delta_hopper, delta_hopper_walk, walk_hopper, walk_hopper_launch, walk_hopper_parts
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -11,7 +11,7 @@ from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_linear_recurrence import draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
-MODULES = (delta_hopper, delta_hopper_walk, walk_hopper)
+MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_equals_the_token_loop(shape, gate):
 @pytest.mark.parametrize("gate", ["scalar", "strong"])
 def test_scalings_that_are_cut(monkeypatch, gate):
     """Every chunk decays by more than the scalings may hold."""
-    monkeypatch.setattr(walk_hopper, "LIMIT", tl.constexpr(1.0))
+    monkeypatch.setattr(walk_hopper_parts, "LIMIT", tl.constexpr(1.0))
     check((2, 70, 1, 1, 24, 16), gate)
 
 
