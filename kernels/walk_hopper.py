@@ -46,7 +46,8 @@ SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"
 
 @gluon.jit
 def _outputs(
-    read, state, scores, own, probe_CE, work, decays, none_CE, none_CC, narrow: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr
+    read, state, scores, own, probe_CE, work, decays, none_CE, none_CC, narrow: gl.constexpr,
+    GATE: gl.constexpr, PROBE: gl.constexpr,
 ):  # fmt: skip
     """The sums of a chunk's outputs, which run, and their rows' products with the probe.
 
