@@ -226,7 +226,10 @@ def compile_all(rows: list[Row], jobs: int) -> None:
 
 
 def measure_all(rows: list[Row], store: Store, jobs: int) -> None:
-    """Measures and stores every row: the main length, then, when what was chosen there is compiled for them, the others."""
+    """Measures and stores every row: the main length, then, when what was chosen there is compiled for them, the others.
+
+    Without `jobs` the order is that of the rows, and nothing is compiled ahead.
+    """
     share_choices()
     import torch
 
@@ -234,7 +237,7 @@ def measure_all(rows: list[Row], store: Store, jobs: int) -> None:
 
     open_peers()
     session = Session(torch.device("cuda"), with_peers=True)
-    rest = [row for row in rows if row.length != MAIN_LENGTH]
+    rest = [row for row in rows if row.length != MAIN_LENGTH] if jobs else []
     for row in rows:
         if rest and row is rest[0]:
             torch.cuda.empty_cache()
@@ -267,7 +270,7 @@ def main() -> None:
     parser.add_argument("--widths")
     parser.add_argument("--lengths")
     parser.add_argument("--modes", default="train,decode")
-    parser.add_argument("--jobs", type=int, default=12, help="compiling processes")
+    parser.add_argument("--jobs", type=int, default=12, help="compiling processes; none before other lengths if 0")
     given = parser.parse_args()
     rows = rows_of(given)
     if given.step == "compile":
