@@ -13,8 +13,12 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon._runtime import jit as gluon_jit
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from kernels import _replay
 
 
 class Entry(JITFunction):
@@ -38,28 +42,39 @@ class Entry(JITFunction):
             if isinstance(x, Tensor):
                 key.append(x.dtype)
                 key.append(x.data_ptr() % 16 == 0)
+            elif hasattr(x, "block_shape"):  # a descriptor of Gluon's
+                key.append((x.base.dtype, tuple(x.block_shape), x.layout))
             elif not fixed and type(x) is not float:
                 key.append((type(x), x) if type(x) is not int else (x == 1, x % 16 == 0, x.bit_length() > 31))
         found = self.launched.get(tuple(key))
         if found is None:
             compiled = super().run(*args, grid=grid, warmup=False, **constants)
-            if compiled is not None:
-                self.launched[tuple(key)] = compiled, tuple(constants[name] for name in self.arg_names[len(args) :])
-            return compiled
-        compiled, rest = found
-        compiled[(*grid, 1, 1)[:3]](*args, *rest)
-        return compiled
+            if compiled is None:
+                return None
+            found = self.launched[tuple(key)] = compiled, tuple(constants[name] for name in self.arg_names[len(args) :])
+        else:
+            found[0][(*grid, 1, 1)[:3]](*args, *found[1])
+        if (watch := _replay.watch()) is not None:
+            watch.launch(found[0], grid, [*args, *found[1]])
+        return found[0]
 
 
-def entry(fn: Callable[..., Any] | None = None, *, do_not_specialize: Iterable[str] = ()) -> Any:
+class GluonEntry(Entry, GluonJITFunction):
+    """The same of a Gluon kernel."""
+
+
+def entry(fn: Callable[..., Any] | None = None, *, do_not_specialize: Iterable[str] = (), gluon: bool = False) -> Any:
     """`triton.jit` for kernels that are launched from Python; numbers annotated with an integer type compile nothing new.
 
     Args:
         fn: the kernel; None in the form `@entry(do_not_specialize=...)`.
         do_not_specialize: further arguments whose values compile nothing new.
+        gluon: whether the kernel is written in Gluon.
     """
     if fn is None:
-        return lambda fn: entry(fn, do_not_specialize=do_not_specialize)
+        return lambda fn: entry(fn, do_not_specialize=do_not_specialize, gluon=gluon)
     numbers = [name for name, p in inspect.signature(fn).parameters.items() if "int" in str(p.annotation)]
     names = [*numbers, *(name for name in do_not_specialize if name not in numbers)]
-    return triton.jit(fn, do_not_specialize=names) if triton.knobs.runtime.interpret else Entry(fn, do_not_specialize=names)
+    if triton.knobs.runtime.interpret:
+        return (gluon_jit if gluon else triton.jit)(fn, do_not_specialize=names)
+    return (GluonEntry if gluon else Entry)(fn, do_not_specialize=names)
