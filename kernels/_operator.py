@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction, once_differentiable
+from torch.autograd.function import _SingleLevelFunction
 
 from kernels._replay import Repeated
 
@@ -69,7 +69,7 @@ class Operator:
                 return self.overload(*args)
 
         at_key = _gradient(below, backward, setup_context, keep=keep)
-        self.gradient = _gradient(self.repeated, once_differentiable(backward), setup_context, keep=keep)
+        self.gradient = _gradient(self.repeated, backward, setup_context, keep=keep)
 
         def differentiable(*args: Any) -> Any:
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -196,6 +195,11 @@ def watch() -> Watch | None:
     return getattr(_watching, "by", None)
 
 
+def functions() -> list[Repeated]:
+    """Every function whose calls are repeated."""
+    return _all
+
+
 def forget() -> None:
     """Forgets every plan: for those who change what is constant otherwise, as sweeps over configurations do."""
     for repeated in _all:
@@ -276,13 +280,17 @@ def _indices(x: Any) -> list[int]:
     return [index for one in x for index in _indices(one)] if isinstance(x, list) else []
 
 
+def _with_base(descriptor: Any, base: Tensor | None) -> Any:
+    """The descriptor of another tensor of the same kind; what its class checks was checked for the first."""
+    made = object.__new__(type(descriptor))
+    made.__dict__.update(descriptor.__dict__, base=base)
+    return made
+
+
 def _launch(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], tensors: dict[int, Place], bases: dict[int, Place]) -> Step:
     """A launch without Triton's Python: nobody listens to launches, so there is nothing to tell."""
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    template = [None if i in tensors else x for i, x in enumerate(args)]
-    for i in bases:
-        template[i] = copy(template[i])
-        template[i].base = None
+    template = [None if i in tensors else _with_base(x, None) if i in bases else x for i, x in enumerate(args)]
     addressed, described = ([(i, place.index) for i, place in found.items()] for found in (tensors, bases))
 
     def step(places: list[Any]) -> None:
@@ -290,8 +298,7 @@ def _launch(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], tensors: 
         for i, index in addressed:
             own[i] = places[index].data_ptr()  # of a tensor Triton would ask the driver where it lies
         for i, index in described:
-            own[i] = copy(own[i])
-            own[i].base = places[index]
+            own[i] = _with_base(own[i], places[index])
         run(*grid, current_stream(current_device()), function, packed, None, None, None, *own)
 
     return step
