@@ -18,7 +18,7 @@ from triton.experimental.gluon._runtime import jit as gluon_jit
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import _replay
+from kernels import _ahead, _replay
 
 
 class Entry(JITFunction):
@@ -46,17 +46,29 @@ class Entry(JITFunction):
                 key.append((x.base.dtype, tuple(x.block_shape), x.layout))
             elif not fixed and type(x) is not float:
                 key.append((type(x), x) if type(x) is not int else (x == 1, x % 16 == 0, x.bit_length() > 31))
-        found = self.launched.get(tuple(key))
+        key, state = tuple(key), _ahead.state()
+        found = self.launched.get(key)
+        if isinstance(state, _ahead.Wanted):  # nothing is launched
+            if found is None:
+                future = super().run(*args, grid=grid, warmup=True, **constants)
+                state.add(self, key, future, self._constants(args, constants))
+            return None
         if found is None:
+            if state == "look":
+                raise _ahead.Missing
             compiled = super().run(*args, grid=grid, warmup=False, **constants)
             if compiled is None:
                 return None
-            found = self.launched[tuple(key)] = compiled, tuple(constants[name] for name in self.arg_names[len(args) :])
+            found = self.launched[key] = compiled, self._constants(args, constants)
         else:
             found[0][(*grid, 1, 1)[:3]](*args, *found[1])
         if (watch := _replay.watch()) is not None:
             watch.launch(found[0], grid, [*args, *found[1]])
         return found[0]
+
+    def _constants(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+        """In the order of the signature."""
+        return tuple(constants[name] for name in self.arg_names[len(args) :])
 
 
 class GluonEntry(Entry, GluonJITFunction):

@@ -68,8 +68,8 @@ class Operator:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload(*args)
 
-        at_key = _gradient(below, backward, setup_context, keep=keep)
-        self.gradient = _gradient(self.repeated, backward, setup_context, keep=keep)
+        at_key = _gradient(lambda args, _: below(*args), backward, setup_context, keep=keep)
+        self.gradient = _gradient(self.repeated.call, backward, setup_context, keep=keep)
 
         def differentiable(*args: Any) -> Any:
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
@@ -86,14 +86,45 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 
 def _gradient(call: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None], *, keep: bool) -> Any:
-    """A call with its gradient at one level of `torch.func`, which is what a kernel at the Autograd key sees."""
+    """A call with its gradient at one level of `torch.func`, which is what a kernel at the Autograd key sees.
+
+    `call` gets the arguments, and what a first call is to try out for the sake of the kernels of the backward pass.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        found = call(*args[:-1], True) if keep else call(*args)
+        def later(found: Any) -> None:
+            saved = Saved(args)
+            setup(saved, args, found)
+            first, *rest = found if isinstance(found, tuple) else (found,)
+            backward(saved, torch.empty_like(first), *(None for _ in rest))
+
+        found = call((*args[:-1], True) if keep else args, later)
         setup(ctx, args, found)
         return found
 
     return type("Gradient", (_SingleLevelFunction,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+class Saved:
+    """Stands for autograd's context where a backward pass is tried out; keeps what is saved.
+
+    Args:
+        args: of the forward pass.
+    """
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(x, Tensor) and x.requires_grad for x in args)
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """See autograd's."""
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: Tensor) -> None:
+        """Nothing is differentiated."""
+
+    def set_materialize_grads(self, _: bool) -> None:
+        """Gradients that there are not are None."""
 
 
 def _is_plain(args: tuple[Any, ...]) -> bool:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels._ahead import together
+
 DEVICE = "cuda"
 """Where calls are repeated; on a CPU Triton's interpreter runs kernels, which is slow anyway."""
 MOST = 256
@@ -80,21 +82,25 @@ class Repeated:
 
     def __call__(self, *args: Any) -> Any:
         """What `fn` returns."""
+        return self.call(args)
+
+    def call(self, args: tuple[Any, ...], then: Callable[[Any], None] | None = None) -> Any:
+        """What `fn` returns; `then` is for `kernels._ahead.together`."""
         key = _described(args)
         if key is None:
             return self.fn(*args)
         plan = self.plans.get(key)
         if plan is not None and not _listeners():
             return plan.run(args)
-        return self._called(key, args)
+        return self._called(key, args, then)
 
-    def _called(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def _called(self, key: tuple[Any, ...], args: tuple[Any, ...], then: Callable[[Any], None] | None) -> Any:
         """The first call of a description runs as it is, the second is watched; one that cannot be watched never is again."""
         if key not in self.plans:
             if len(self.plans) >= MOST:
                 self.plans.clear()
             self.plans[key] = None
-            return self.fn(*args)
+            return together(self.fn, args, then)
         if watch() is not None or _listeners():
             return self.fn(*args)
         with Watch(args) as watched:
