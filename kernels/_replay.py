@@ -24,6 +24,8 @@ DEVICE = "cuda"
 MOST = 256
 """Descriptions that one function remembers; then it forgets all of them, as lengths that never come back would pile up."""
 FRESH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+"""A fresh tensor once more, as `torch.empty_like` gives it to a mode."""
 Step = Callable[[list[Any]], None]
 _watching = threading.local()
 _all: list[Repeated] = []
@@ -141,6 +143,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and notes it."""
         found = func(*args, **(kwargs or {}))
+        if func in SAME and self.place.get(id(args[0]), 0) >= self.given:
+            self._add(found, self.place[id(args[0])])
+            return found
         given, named = [self._placed(x) for x in args], {name: self._placed(x) for name, x in (kwargs or {}).items()}
         made = [found] if isinstance(found, Tensor) else [x for x in found or () if isinstance(x, Tensor)]
         new = [x for x in made if id(x) not in self.place]
@@ -179,9 +184,9 @@ class Watch(TorchDispatchMode):
     def _count(self, *_: Any) -> None:
         self.launches += watch() is self
 
-    def _add(self, x: Tensor) -> int:
+    def _add(self, x: Tensor, index: int | None = None) -> int:
         self.held.append(x)  # held, so that no other tensor gets its identity
-        self.place[id(x)] = len(self.held) - 1
+        self.place[id(x)] = len(self.held) - 1 if index is None else index
         return self.place[id(x)]
 
     def _placed(self, x: Any) -> Any:
@@ -190,6 +195,8 @@ class Watch(TorchDispatchMode):
             return [self._placed(one) for one in x]
         if not isinstance(x, Tensor):
             return x
+        if id(x) not in self.place and x.ndim == 0 and x.device.type == "cpu":
+            return x  # a number of Python's, as in `x[0] = 1.0`
         if id(x) not in self.place:
             self.clear = False
             return None

@@ -44,14 +44,14 @@ def _delta_rule(
     """See `kernels.delta.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
         o, final, kept = delta.forward(q, k, v, beta, log_decay, state, return_state=return_state, keep=keep)
-    return o, final, *kept
+    return o, final, kept.couplings, kept.decays, kept.errors, kept.states
 
 
 @_delta_rule.register_fake
 def _(q, k, v, beta, log_decay, state, return_state, keep) -> Six:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
     kept = delta.kept_like(q, k, v, log_decay, keep=keep)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), *kept
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), kept.couplings, kept.decays, kept.errors, kept.states
 
 
 @operator("mixer_bench::delta_rule_backward")

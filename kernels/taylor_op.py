@@ -23,7 +23,8 @@ def taylor_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.taylor_launch.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        return taylor_launch.forward(q, k, v, first, first_norm, norm, eps, last)
+        found: Any = taylor_launch.forward(q, k, v, first, first_norm, norm, eps, last)
+    return found
 
 
 @taylor_attention.register_fake
@@ -67,7 +68,8 @@ def taylor_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.taylor_launch.backward`."""
     with torch.cuda.device_of(v):
-        return taylor_launch.backward(q, k, v, y, scale, entering, entering_norm, dy, dlast, dlast_norm, norm, first)
+        found: Any = taylor_launch.backward(q, k, v, y, scale, entering, entering_norm, dy, dlast, dlast_norm, norm, first)
+    return found
 
 
 @taylor_attention_backward.register_fake

@@ -44,7 +44,8 @@ def _recurrence(
     """See `kernels.vector_gate.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
         o, final, kept = vector_gate.forward(q, k, v, log_decay, beta, erase, state, return_state=return_state, keep=keep)
-    return o, final, *kept
+    found: Any = (o, final, *kept)
+    return found
 
 
 @_recurrence.register_fake
@@ -78,7 +79,8 @@ def _recurrence_backward(
     """See `kernels.vector_gate.backward`."""
     kept = vector_gate.Kept(rough, factors, reads, writes, erases, scores, couplings, states, errors)
     with torch.cuda.device_of(do):
-        return vector_gate.backward(q, k, v, log_decay, beta, erase, state, kept, do, dfinal)
+        found: Any = vector_gate.backward(q, k, v, log_decay, beta, erase, state, kept, do, dfinal)
+    return found
 
 
 @_recurrence_backward.register_fake
