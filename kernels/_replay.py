@@ -9,7 +9,8 @@ steps. The function must not look at values, or at anything else that may change
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -213,8 +214,18 @@ def functions() -> list[Repeated]:
     return _all
 
 
+@contextmanager
+def forgetful() -> Iterator[None]:
+    """Inside the block nothing is known of calls outside, and the reverse: for who changes what a plan takes for constant."""
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
 def forget() -> None:
-    """Forgets every plan: for those who change what is constant otherwise, as sweeps over configurations do."""
+    """Forgets every plan."""
     for repeated in _all:
         repeated.plans.clear()
 

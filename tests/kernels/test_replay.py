@@ -50,9 +50,8 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(_replay, "DEVICE", "cpu")
     monkeypatch.setattr(_replay, "current_device", lambda: -1)
     monkeypatch.setattr(_replay, "current_stream", lambda _: 0)
-    _replay.forget()
-    yield made
-    _replay.forget()
+    with _replay.forgetful():
+        yield made
 
 
 def counted(fn: Any) -> tuple[Repeated, list[int]]:
