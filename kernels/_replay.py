@@ -254,7 +254,7 @@ def _described(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             index = x.get_device()
             key += (index, x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
         else:
-            key.append(x)
+            key.append(tuple(x) if isinstance(x, list) else x)
     if index != current_device():  # Triton launches on the current device
         return None
     if torch.is_autocast_enabled(DEVICE):
