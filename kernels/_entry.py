@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import triton
@@ -50,8 +51,8 @@ class Entry(JITFunction):
         found = self.launched.get(key)
         if isinstance(state, _ahead.Wanted):  # nothing is launched
             if found is None:
-                future = super().run(*args, grid=grid, warmup=True, **constants)
-                state.add(self, key, future, self._constants(args, constants))
+                compiling = partial(super().run, *args, grid=grid, warmup=True, **constants)
+                state.add(self, key, compiling, self._constants(args, constants))
             return None
         if found is None:
             if state == "look":

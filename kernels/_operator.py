@@ -8,7 +8,7 @@ run the function either, but what `kernels._replay` noted of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,6 +55,11 @@ class Operator:
         """See `torch.library.register_vmap`."""
         torch.library.register_vmap(self.name, fn)
 
+    def register_sizes(self, others: Callable[..., Iterable[tuple[Any, ...]]]) -> Callable[..., Iterable[tuple[Any, ...]]]:
+        """Arguments of other sizes that need other kernels, which a first call compiles too; see `kernels._ahead`."""
+        self.repeated.others = others
+        return others
+
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None], keep: bool = False) -> None:
         """See `torch.library.register_autograd`.
 
@@ -92,7 +97,7 @@ def _gradient(call: Callable[..., Any], backward: Callable[..., Any], setup: Cal
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        def later(found: Any) -> None:
+        def later(args: tuple[Any, ...], found: Any) -> None:
             saved = Saved(args)
             setup(saved, args, found)
             first, *rest = found if isinstance(found, tuple) else (found,)

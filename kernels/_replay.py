@@ -9,7 +9,7 @@ steps. The function must not look at values, or at anything else that may change
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels._ahead import together
+from kernels._ahead import Later, together
 
 DEVICE = "cuda"
 """Where calls are repeated; on a CPU Triton's interpreter runs kernels, which is slow anyway."""
@@ -76,10 +76,13 @@ class Repeated:
 
     Args:
         fn: launches kernels of `kernels._entry` and calls torch operators; returns fresh tensors, or a tuple of them.
+
+    `others` may be set to what `kernels._ahead.Later` says.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
+        self.others: Callable[..., Iterable[tuple[Any, ...]]] = lambda *_: ()
         self.plans: dict[tuple[Any, ...], Plan | Unseen | None] = {}
         _all.append(self)
 
@@ -87,8 +90,8 @@ class Repeated:
         """What `fn` returns."""
         return self.call(args)
 
-    def call(self, args: tuple[Any, ...], then: Callable[[Any], None] | None = None) -> Any:
-        """What `fn` returns; `then` is for `kernels._ahead.together`."""
+    def call(self, args: tuple[Any, ...], then: Callable[[tuple[Any, ...], Any], None] | None = None) -> Any:
+        """What `fn` returns; see `kernels._ahead.Later` for `then`."""
         key = _described(args)
         if key is None:
             return self.fn(*args)
@@ -97,13 +100,13 @@ class Repeated:
             return plan.run(args)
         return self._called(key, args, then)
 
-    def _called(self, key: tuple[Any, ...], args: tuple[Any, ...], then: Callable[[Any], None] | None) -> Any:
+    def _called(self, key: tuple[Any, ...], args: tuple[Any, ...], then: Callable[[tuple[Any, ...], Any], None] | None) -> Any:
         """The first call of a description runs as it is, the second is watched; one that cannot be watched never is again."""
         if key not in self.plans:
             if len(self.plans) >= MOST:
                 self.plans.clear()
             self.plans[key] = None
-            return together(self.fn, args, then)
+            return together(self.fn, args, Later(self.others, then))
         if watch() is not None or _listeners():
             return self.fn(*args)
         with Watch(args) as watched:

@@ -5,14 +5,16 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import delta
+from kernels._ahead import other_sizes
 from kernels._operator import operator
-from kernels.recurrence_op import Folded, _folded, _unfolded
+from kernels.recurrence_op import Folded, _folded, _unfolded, decays_of
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -102,6 +104,14 @@ def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) 
 
 
 _delta_rule.register_autograd(_differentiate, setup_context=_save, keep=True)
+
+
+@_delta_rule.register_sizes
+def _(q, k, v, beta, log_decay, state, return_state, keep) -> Iterator[tuple[Any, ...]]:
+    """How many heads there are for the multiprocessors decides on tiles and segments."""
+    for other in other_sizes(k.shape[2], v.shape[2]):
+        rows = [other.of(x, axes) for x, axes in ((q, "BTG"), (k, "BTG"), (v, "BTH"), (beta, "BTH"))]
+        yield *rows, decays_of(other, log_decay), other.of(state, "BH"), return_state, keep
 
 
 @_delta_rule.register_vmap

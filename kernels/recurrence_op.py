@@ -5,12 +5,14 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import walk
+from kernels._ahead import Sizes, other_sizes
 from kernels._members import fold_members
 from kernels._operator import operator
 
@@ -89,6 +91,19 @@ def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _entering
 
 
 linear_recurrence.register_autograd(_differentiate, setup_context=_save)
+
+
+@linear_recurrence.register_sizes
+def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, state: Any, starts: Any, return_state: bool) -> Iterator[tuple[Any, ...]]:
+    """Long rows of few heads are walked in segments."""
+    for other in other_sizes(k.shape[2], v.shape[2]) if starts is None else ():
+        keys = [other.of(x, "BTG") for x in (q, k)]
+        yield *keys, other.of(v, "BTH"), decays_of(other, log_decay), other.of(state, "BH"), None, return_state
+
+
+def decays_of(other: Sizes, log_decay: Tensor | None) -> Tensor | None:
+    """Log decays of other sizes, constant ones in one row."""
+    return other.of(log_decay, "1H" if log_decay is not None and log_decay.ndim == 2 else "BTH")
 
 
 @linear_recurrence.register_vmap

@@ -5,12 +5,14 @@ Shape legend: B batch, T time, H heads, K width of q and k, V width of v, N chun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import taylor_launch
+from kernels._ahead import other_sizes
 from kernels._members import fold_members
 from kernels._operator import operator
 
@@ -105,6 +107,16 @@ def _differentiate(
 
 
 taylor_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@taylor_attention.register_sizes
+def _(
+    q: Tensor, k: Tensor, v: Tensor, first: Any, first_norm: Any, norm: bool, eps: float, last: bool
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of more than a chunk have sums that enter chunks."""
+    for other in other_sizes(v.shape[2], v.shape[2]):
+        rows, sums = [other.of(x, "BTH") for x in (q, k, v)], [other.of(x, "BH") for x in (first, first_norm)]
+        yield *rows, *sums, norm, eps, last
 
 
 @taylor_attention.register_vmap

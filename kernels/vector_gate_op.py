@@ -5,12 +5,14 @@ Shape legend: B batch, T time, H heads, K key, V value width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import vector_gate
+from kernels._ahead import other_sizes
 from kernels._operator import operator
 from kernels.recurrence_op import Folded, _folded, _unfolded
 
@@ -105,6 +107,13 @@ def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) 
 
 
 _recurrence.register_autograd(_differentiate, setup_context=_save, keep=True)
+
+
+@_recurrence.register_sizes
+def _(q, k, v, log_decay, beta, erase, state, return_state, keep) -> Iterator[tuple[Any, ...]]:
+    """Long rows of few heads are walked in segments."""
+    for other in other_sizes(v.shape[2], v.shape[2]):
+        yield *(other.of(x, "BTH") for x in (q, k, v, log_decay, beta, erase)), other.of(state, "BH"), return_state, keep
 
 
 @_recurrence.register_vmap

@@ -39,6 +39,7 @@ def back(x, y):
     """Never runs."""
 
 
+NOTHING = _ahead.Later(lambda *_: ())
 KERNELS = {fn.__name__: _entry.Entry(fn) for fn in (one, two, back)}
 
 
@@ -72,11 +73,24 @@ def both(x: Tensor) -> Tensor:
 
 
 def test_all_kernels_are_compiled_first(told: list[str]) -> None:
-    _ahead.together(both, (torch.ones(3),), None)
+    _ahead.together(both, (torch.ones(3),), NOTHING)
     assert told == ["compile one", "compile two", "launch one", "launch two"]
     told.clear()
-    _ahead.together(both, (torch.ones(5),), None)
+    _ahead.together(both, (torch.ones(5),), NOTHING)
     assert told == ["launch one", "launch two"]
+
+
+def test_other_sizes_compile_nothing_later(told: list[str]) -> None:
+    def by_size(x: Tensor) -> Tensor:
+        KERNELS["one" if x.shape[0] < 64 else "two"][(1,)](x, x)
+        return x
+
+    later = _ahead.Later(lambda x: [(sizes.of(x, "BTH"),) for sizes in _ahead.other_sizes(2, 4)], lambda args, _: seen.append(args))
+    seen: list[tuple[Tensor, ...]] = []
+    _ahead.together(by_size, (torch.ones(100, 7, 4, 3),), later)
+    assert sorted(told[:2]) == ["compile one", "compile two"]
+    assert told[2:] == ["launch two"]
+    assert [tuple(x.shape) for (x,) in seen] == [(100, 7, 4, 3), (16, 64, 32, 3), (1, 4096, 2, 3)]
 
 
 def test_an_error_is_told_by_the_launch(told: list[str]) -> None:
@@ -90,7 +104,7 @@ def test_an_error_is_told_by_the_launch(told: list[str]) -> None:
         kernel[(1,)](x, x)
 
     with pytest.raises(ValueError, match="no such kernel"):
-        _ahead.together(call, (torch.ones(3),), None)
+        _ahead.together(call, (torch.ones(3),), NOTHING)
 
 
 @operator("mixer_bench_test::ahead_backward")
