@@ -33,20 +33,22 @@ class Entry(JITFunction):
         self.launched: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         # an annotated number that is not specialised has one type whatever its value
         self.fixed = [p.do_not_specialize and bool(p.annotation_type) for p in self.params]
+        self.sized = [p.do_not_specialize for p in self.params]
 
     def run(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         """See `JITFunction.run`; called by `kernel[grid](...)`."""
         if warmup or self.pre_run_hooks or callable(grid):
             return super().run(*args, grid=grid, warmup=warmup, **constants)
         key = [driver.active.get_current_device(), *constants, *constants.values()]
-        for fixed, x in zip(self.fixed, args, strict=False):
+        for fixed, sized, x in zip(self.fixed, self.sized, args, strict=False):
             if isinstance(x, Tensor):
                 key.append(x.dtype)
                 key.append(x.data_ptr() % 16 == 0)
             elif hasattr(x, "block_shape"):  # a descriptor of Gluon's
                 key.append((x.base.dtype, tuple(x.block_shape), x.layout))
             elif not fixed and type(x) is not float:
-                key.append((type(x), x) if type(x) is not int else (x == 1, x % 16 == 0, x.bit_length() > 31))
+                is_long = type(x) is int and x.bit_length() > 31
+                key.append((type(x), x) if type(x) is not int else is_long if sized else (x == 1, x % 16 == 0, is_long))
         key, state = tuple(key), _ahead.state()
         found = self.launched.get(key)
         if isinstance(state, _ahead.Wanted):  # nothing is launched
