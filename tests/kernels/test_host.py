@@ -29,7 +29,10 @@ ROWS = [(name, width) for name in NAMES for width in KERNELS[name].widths]  # ty
 class Compiled:
     """A kernel that does nothing."""
 
-    function = packed_metadata = run = 0
+    function = packed_metadata = None
+
+    def run(self, *_: Any) -> None:
+        """See `triton.compiler.CompiledKernel`."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *args: knobs.runtime.launch_enter_hook(None)
@@ -50,6 +53,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(_entry, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
     monkeypatch.setattr(_replay, "DEVICE", "cpu")
     monkeypatch.setattr(_replay, "current_device", lambda: -1)
+    monkeypatch.setattr(_replay, "current_stream", lambda _: 0)
     monkeypatch.setattr(dispatch, "_interpreted", True)
     monkeypatch.setattr(delta_hopper_launch, "fit", lambda *_: True)
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 132)
