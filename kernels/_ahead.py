@@ -118,7 +118,7 @@ def together(fn: Callable[..., Any], args: tuple[Any, ...], later: Later) -> Any
         args: its arguments.
         later: what else to compile if a kernel is missing.
     """
-    if state() is not None:
+    if state() is not None or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return fn(*args)
     try:
         with _set("look"):
