@@ -39,7 +39,7 @@ class Wanted:
 
     def load(self, pool: ThreadPoolExecutor) -> None:
         """Loads what has been compiled; an error is told by the launch that needs the kernel."""
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def load(entry: Any, key: tuple[Any, ...], future: Any, constants: tuple[Any, ...]) -> None:
             if device is not None:
@@ -118,7 +118,7 @@ def together(fn: Callable[..., Any], args: tuple[Any, ...], later: Later) -> Any
         args: its arguments.
         later: what else to compile if a kernel is missing.
     """
-    if state() is not None or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if state() is not None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return fn(*args)
     try:
         with _set("look"):
