@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels._ahead import Later, together
 
-DEVICE = "cuda"
-"""Where calls are repeated; on a CPU Triton's interpreter runs kernels, which is slow anyway."""
+FIRST_DEVICE = 0
+"""Index of the first device on which calls are repeated; a CPU, where Triton's interpreter runs kernels, is -1."""
 MOST = 256
 """Descriptions that one function remembers; then it forgets all of them, as lengths that never come back would pile up."""
 FRESH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -33,7 +33,7 @@ _all: list[Repeated] = []
 
 
 class Place(NamedTuple):
-    """A tensor of a call: the arguments come first, then what the steps make."""
+    """A tensor of a call: the arguments come first, then what the steps make. After all of them comes the stream of launches."""
 
     index: int
 
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
     def run(self, args: Sequence[Any]) -> Any:
         """The results of the call with these arguments."""
-        places = [*args, *[None] * self.room]
+        places = [*args, *[None] * self.room, current_stream(current_device())]
         for step, dead in self.steps:
             step(places)
             for index in dead:
@@ -249,18 +249,18 @@ def _listeners() -> Any:
 def _described(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What a plan depends on; None where nothing is repeated."""
     key: list[Any] = []
-    index = -1
+    index = FIRST_DEVICE - 1
     for x in args:
         if isinstance(x, Tensor):
-            if x.device.type != DEVICE:
-                return None
             index = x.get_device()
+            if index < FIRST_DEVICE:
+                return None
             key += (index, x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
         else:
             key.append(tuple(x) if isinstance(x, list) else x)
     if index != current_device():  # Triton launches on the current device
         return None
-    if torch.is_autocast_enabled(DEVICE):
+    if torch.is_autocast_enabled("cuda"):
         key.append("autocast")
     return tuple(key)
 
@@ -326,6 +326,6 @@ def _launch(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], tensors: 
             own[i] = places[index].data_ptr()  # of a tensor Triton would ask the driver where it lies
         for i, index in described:
             own[i] = _with_base(own[i], places[index])
-        run(*grid, current_stream(current_device()), function, packed, None, None, None, *own)
+        run(*grid, places[-1], function, packed, None, None, None, *own)
 
     return step

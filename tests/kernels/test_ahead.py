@@ -56,7 +56,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(_entry, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
-    monkeypatch.setattr(_replay, "DEVICE", "cpu")
+    monkeypatch.setattr(_replay, "FIRST_DEVICE", -1)
     monkeypatch.setattr(_replay, "current_device", lambda: -1)
     for kernel in KERNELS.values():
         kernel.launched.clear()

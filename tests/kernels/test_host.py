@@ -51,7 +51,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(_entry, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
-    monkeypatch.setattr(_replay, "DEVICE", "cpu")
+    monkeypatch.setattr(_replay, "FIRST_DEVICE", -1)
     monkeypatch.setattr(_replay, "current_device", lambda: -1)
     monkeypatch.setattr(_replay, "current_stream", lambda _: 0)
     monkeypatch.setattr(dispatch, "_interpreted", True)

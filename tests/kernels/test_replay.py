@@ -47,7 +47,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made = _entry.Entry(kernel)
     monkeypatch.setattr(_entry.JITFunction, "run", lambda self, *args, grid, warmup: Added()[(*grid, 1, 1)](*args) or Added())
     monkeypatch.setattr(_entry, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
-    monkeypatch.setattr(_replay, "DEVICE", "cpu")
+    monkeypatch.setattr(_replay, "FIRST_DEVICE", -1)
     monkeypatch.setattr(_replay, "current_device", lambda: -1)
     monkeypatch.setattr(_replay, "current_stream", lambda _: 0)
     with _replay.forgetful():
