@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kernels._ahead import Later, together
 
@@ -265,6 +265,16 @@ def _described(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
+def give_context(x: Tensor) -> None:
+    """Gives the thread a CUDA context: a launch sees to it itself, but descriptors of tensors are made before.
+
+    Autograd's thread has none where all kernels were loaded by other threads.
+    """
+    if getattr(_watching, "context", None) is None:
+        with _disable_current_modes():
+            _watching.context = torch.zeros(1, device=x.device)
+
+
 def current_device() -> int:
     """Its index."""
     return torch.cuda.current_device()
@@ -324,6 +334,8 @@ def _launch(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], tensors: 
         own = template.copy()
         for i, index in addressed:
             own[i] = places[index].data_ptr()  # of a tensor Triton would ask the driver where it lies
+        if described:
+            give_context(places[described[0][1]])
         for i, index in described:
             own[i] = _with_base(own[i], places[index])
         run(*grid, places[-1], function, packed, None, None, None, *own)
