@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import chunked, dispatch, dplr_op, reference, vector_gate_op
-from kernels._arguments import check_arguments, check_axes, check_same
+from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
@@ -77,6 +77,7 @@ def _triton(
     return o[:, 1::2], None if state is None else final.to(state.dtype)
 
 
+@remembered
 def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     check_axes("v", v, "B T H V")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import pstats
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,13 @@ def main() -> None:
     given = parser.parse_args()
     draw = Draw(torch.device("cuda"), torch.bfloat16, torch.Generator("cuda").manual_seed(0))
     rows, rates = [], clock.ceilings(draw.device)
-    record = {**facts("python -m tests.benchmarks.small_shape"), **rates._asdict(), **floor_us(draw), "rows": rows}
+    record = {
+        **facts("python -m tests.benchmarks.small_shape"),
+        **rates._asdict(),
+        **floor_us(draw),
+        "load": os.getloadavg(),
+        "rows": rows,
+    }
     for name in (*NAMES, "rwkv7"):
         try:
             rows.append(row(name, draw, rates))
