@@ -81,6 +81,9 @@ def row(name: str, draw: Draw, rates: clock.Ceilings) -> dict[str, Any]:
         eager = clock.eager(call, draw.device, loops=LOOPS)
         found |= {f"{mode}_eager_us": round(eager.median_us, 1), f"{mode}_eager_low_us": round(eager.low_us, 1)}
         found |= {f"{mode}_eager_high_us": round(eager.high_us, 1), f"{mode}_graph_us": round(clock.replays(call).median_us, 1)}
+        if gradients:
+            with torch.autograd.set_multithreading_enabled(False):  # backward in the thread that called it
+                found["both_one_thread_us"] = round(clock.eager(call, draw.device, loops=LOOPS).median_us, 1)
     return found
 
 
