@@ -95,8 +95,12 @@ def floor_us(draw: Draw) -> dict[str, float]:
     def both() -> object:
         return torch.autograd.grad([Empty.apply(*inputs)], inputs, [weight])
 
-    calls = {"forward": lambda: Empty.apply(*inputs), "both": both}
-    return {f"{mode}_torch_us": round(clock.eager(call, draw.device, loops=LOOPS).median_us, 1) for mode, call in calls.items()}
+    def microseconds(call: clock.Call) -> float:
+        return round(clock.eager(call, draw.device, loops=LOOPS).median_us, 1)
+
+    found = {"forward_torch_us": microseconds(lambda: Empty.apply(*inputs)), "both_torch_us": microseconds(both)}
+    with torch.autograd.set_multithreading_enabled(False):
+        return found | {"both_torch_one_thread_us": microseconds(both)}
 
 
 class Empty(torch.autograd.Function):
