@@ -22,7 +22,10 @@ from kernels.dispatch import use_backend
 FIRST = (2, 256, 4)
 LATER = ((3, 256, 4), (2, 333, 4), (2, 256, 5), (16, 64, 16), (1, 64, 1), (1, 4096, 2))
 """Batch, length and heads."""
-NAMES = ("linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "kda", "taylor")
+NAMES = (
+    "linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "kda", "taylor", "scan", "selective_scan",
+    "short_conv",
+)  # fmt: skip
 ROWS = [(name, width) for name in NAMES for width in KERNELS[name].widths]  # type: ignore[index]
 
 
