@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._entry import entry
 from kernels.delta_hopper import sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
 from kernels.walk_hopper_parts import (
@@ -225,7 +226,7 @@ def _walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is th
         gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & ending)
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
     q, k, v, o, gate, given, last, entered, sums, decays,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
@@ -248,7 +249,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def backward_kernel(
     q, k, v, do, dq, dk, dv, gate, first, entered, dlast, dfirst, sums, decays, rowsums,
     length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,

@@ -48,11 +48,12 @@ class Plan(NamedTuple):
     """How rows are shared out to programs.
 
     Args:
-        tiles: parts of the columns of an output.
+        few: whether heads alone would leave multiprocessors idle, and rows are long: a program then takes NARROWEST columns of an
+            output, and the states that enter its segment are kept. Kernels are compiled for both cases, and for no other size.
         pieces: segments of a row.
     """
 
-    tiles: int
+    few: bool
     pieces: Pieces
 
 
@@ -66,16 +67,18 @@ def suits(inputs: Inputs) -> bool:
 
 
 def plan(k: Tensor, v: Tensor) -> Plan:
-    """Programs for long rows of heads that alone would leave multiprocessors idle: first tiles of columns, then segments."""
+    """Whole rows, or tiles of columns and, where these are not enough, segments of long rows of few heads."""
     from kernels.walk_triton import SEGMENTS, WHOLE
 
     batch, length, heads, v_dim = v.shape
-    wanted = max(1, HEADS_AT_ONCE // (batch * heads)) if length >= 2 * SHORTEST_SEGMENT else 1
-    tiles = min(wanted, _width(min(k.shape[3], v_dim)) // NARROWEST)
+    wanted = HEADS_AT_ONCE // (batch * heads) if length >= 2 * SHORTEST_SEGMENT else 1
+    if wanted < 2:
+        return Plan(False, Pieces(WHOLE.value, 1, -(-length // CHUNK) * CHUNK, None))
+    tiles = _width(min(k.shape[3], v_dim)) // NARROWEST
     number = max(1, min(wanted // tiles, length // SHORTEST_SEGMENT))
     span = -(-length // (number * CHUNK)) * CHUNK
     number = -(-length // span)
-    return Plan(tiles, Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None))
+    return Plan(True, Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None))
 
 
 def _width(width: int) -> int:
@@ -89,13 +92,14 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _constants(k: Tensor, v: Tensor, configs: dict[int, Config], tiles: int) -> dict[str, Any]:
+def _constants(k: Tensor, v: Tensor, configs: dict[int, Config], *, few: bool) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     wide_k, wide_v = _width(k.shape[3]), _width(v.shape[3])
     config = configs[max(wide_k, wide_v)]
-    constants = {"K": k.shape[3], "V": v.shape[3], "BK": wide_k, "TV": wide_v // tiles, "C": CHUNK, "DOT": _triton_dtype(v.dtype)}
-    groups = min(config.groups, max(1, wide_v // tiles // NARROWEST))
-    return constants | {"GROUPS": groups, "STAGES": config.stages, "num_warps": 4 * groups}
+    constants = {"K": k.shape[3], "V": v.shape[3], "BK": wide_k, "TV": NARROWEST if few else wide_v, "C": CHUNK}
+    groups = 1 if few else config.groups
+    constants |= {"GROUPS": groups, "STAGES": config.stages, "num_warps": 4 * groups}
+    return constants | {"DOT": _triton_dtype(v.dtype)}
 
 
 def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,28 +108,28 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
 
     q, k, v = (_aligned(x) for x in (inputs.q, inputs.k, inputs.v))
     batch, length, heads, v_dim = v.shape
-    tiles, pieces = plan(k, v)
+    few, pieces = plan(k, v)
     gate, kind = gate_of(inputs.log_decay, v), _gate_kind(inputs.log_decay)
     sums, decays = segments(k, v, gate, kind, pieces, CHUNK, reverse=False)
     last = _state_like(v, k.shape[3]) if return_state else _nothing(v)
-    entering = torch.empty_like(sums)
-    constants = _constants(k, v, FORWARD, tiles)
+    entering = entering_like(inputs)
+    constants = _constants(k, v, FORWARD, few=few)
     of_keys, of_values = [1, CHUNK, 1, constants["BK"]], [1, CHUNK, 1, constants["TV"]]
     described = [_described(x, block) for x, block in ((q, of_keys), (k, of_keys), (v, of_values), (o, of_values))]
     walk_hopper.forward_kernel[(batch * pieces.number * heads * -(-v_dim // constants["TV"]),)](
         *described, gate, v if inputs.state is None else inputs.state.contiguous(), last, entering, sums, decays,
         length, batch, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
-        **constants, GATE=kind, START=int(inputs.state is not None), LAST=return_state, ENTER=pieces.number > 1,
+        **constants, GATE=kind, START=int(inputs.state is not None), LAST=return_state, ENTER=few,
     )  # fmt: skip
     return o, last, entering
 
 
 def entering_like(inputs: Inputs) -> Tensor:
-    """Room for what `forward` keeps for `backward`: the states that enter the segments of long rows [B, P, H, K, V]."""
+    """Room for what `forward` keeps for `backward`: the states that enter the segments of long rows of few heads [B, P, H, K, V]."""
     k, v = inputs.k, inputs.v
-    number = plan(k, v).pieces.number
-    shape = (v.shape[0], number, v.shape[2], k.shape[3], v.shape[3])
-    return v.new_empty(shape if number > 1 else 0, dtype=torch.float32)
+    few, pieces = plan(k, v)
+    shape = (v.shape[0], pieces.number, v.shape[2], k.shape[3], v.shape[3])
+    return v.new_empty(shape if few else 0, dtype=torch.float32)
 
 
 def backward(
@@ -140,17 +144,21 @@ def backward(
 
     q, k, v, do = (_aligned(x) for x in rows)
     (batch, length, heads, v_dim), k_dim, state = v.shape, k.shape[3], inputs.state
-    tiles, pieces = plan(k, v)
+    few, pieces = plan(k, v)
     gate, kind = gate_of(inputs.log_decay, v), _gate_kind(inputs.log_decay)
     sums, decays = segments(q, do, gate, kind, pieces, CHUNK, reverse=True)
-    constants = _constants(k, v, BACKWARD, tiles)
-    constants |= {"BV": _width(v_dim), "TK": constants["BK"] // tiles, "SLOTS": BACKWARD[max(_width(k_dim), _width(v_dim))].slots}
+    constants = _constants(k, v, BACKWARD, few=few)
+    constants |= {
+        "BV": _width(v_dim),
+        "TK": NARROWEST if few else constants["BK"],
+        "SLOTS": BACKWARD[max(_width(k_dim), _width(v_dim))].slots,
+    }
     tiles_k, tiles_v = -(-k_dim // constants["TK"]), -(-v_dim // constants["TV"])
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     rowsums = v.new_empty((tiles_k + tiles_v, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
     pointers = (v if state is None else state.contiguous(), entering, v if dlast is None else dlast, dfirst)
-    start = walk_hopper.EACH_GIVEN.value if pieces.number > 1 else int(state is not None)
-    for first, parts in ((0, 3),) if tiles == 1 and constants["BK"] == constants["BV"] else ((0, 2), (2, 1)):
+    start = walk_hopper.EACH_GIVEN.value if few else int(state is not None)
+    for first, parts in ((0, 3),) if not few and constants["BK"] == constants["BV"] else ((0, 2), (2, 1)):
         values = first == walk_hopper.VALUES.value
         block = {name: [1, CHUNK, 1, constants[name]] for name in ("BK", "BV", "TK", "TV")}
         of_keys, of_values = (block["BK"], block["TV"]) if values else (block["TK"], block["BV"])

@@ -22,7 +22,7 @@ def compile_one(kernel, widths, gate, *, parts=TOGETHER, tiles=1):
     """One kernel as training without a state runs it; gate is 0, 1 or 2."""
     wide_k, wide_v = (max(C, width) for width in widths)
     config = (walk_hopper_launch.FORWARD if kernel is FORWARD else walk_hopper_launch.BACKWARD)[max(wide_k, wide_v)]
-    groups = min(config.groups, max(1, wide_v // tiles // walk_hopper_launch.NARROWEST))
+    groups = config.groups if tiles == 1 else 1
     tile_k, tile_v = wide_k // tiles, wide_v // tiles
     of_keys, of_values = (wide_k, tile_v) if kernel is FORWARD or parts == VALUES else (tile_k, wide_v)
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
