@@ -125,7 +125,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
 
 
 def entering_like(inputs: Inputs) -> Tensor:
-    """Room for what `forward` keeps for `backward`: the states that enter the segments of long rows of few heads [B, P, H, K, V]."""
+    """Room for what `forward` keeps for `backward`: states that enter segments of long rows of few heads [B, P, H, K, V]."""
     k, v = inputs.k, inputs.v
     few, pieces = plan(k, v)
     shape = (v.shape[0], pieces.number, v.shape[2], k.shape[3], v.shape[3])
