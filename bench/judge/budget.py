@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lm_eval.models import huggingface
 
+from bench.judge.likelihood import continuation, log_likelihoods
+
 CPU_TOKENS = 4096
 """Tokens of a batch on a CPU, where larger batches only cost memory."""
 LOGIT_BYTES = 14
@@ -56,14 +58,12 @@ class BudgetLM(HFLM):
         return self.generating_rows or self.rows(self.max_length, scored=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        if self.batch_size != "auto" or override_bs is not None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        found: list[Any] = [None] * len(requests)
-        for length, indices in _buckets([len(context) + len(more) for _, context, more in requests]).items():
-            rows = self.rows(length, scored=True)
-            part = super()._loglikelihood_tokens([requests[i] for i in indices], disable_tqdm=True, override_bs=rows)
-            for index, value in zip(indices, part, strict=True):
-                found[index] = value
+        fixed = override_bs if self.batch_size == "auto" else self.batch_size
+        asked = [continuation(context, more, self.max_length) for _, context, more in requests]
+        found = log_likelihoods(self.model, asked, lambda length: fixed or self.rows(length, scored=True), self.softmax_dtype)
+        for (text, *_), answer in zip(requests, found, strict=True):
+            if text is not None:  # parts of a rolling likelihood have none
+                self.cache_hook.add_partial("loglikelihood", text, answer)
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
