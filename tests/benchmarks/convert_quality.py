@@ -187,6 +187,39 @@ def table(given: argparse.Namespace) -> None:
         better, worse = (sum(pair == wanted for pair in pairs) for wanted in ((1, 0), (0, 1)))
         row.append(f"{better}:{worse}, {binomtest(better, better + worse).pvalue:.1e}" if better + worse else "no difference")
         print("| " + " | ".join(row) + " |")
+    for stem, members in _seeds(found).items():
+        print(f"\n{stem}, {len(members)} seeds: {seeds_against(members, baseline['recall'])}")
+
+
+def _seeds(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Results that differ in their seed alone, by their common name."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, result in found.items():
+        stem, _, seed = name.rpartition("-")
+        if seed.isdigit():
+            groups.setdefault(stem, []).append(result)
+    return {stem: members for stem, members in groups.items() if len(members) > 1}
+
+
+def seeds_against(members: list[dict[str, Any]], baseline: dict[str, list[int]]) -> str:
+    """Recall of several seeds against a model that has none: an exact sign test over items, each with its mean over the seeds.
+
+    Items that all seeds are asked are no further items, so each counts once.
+    """
+    said = []
+    for family in ("needle", "lookup"):
+        keys = [key for key in baseline if key.startswith(family)]
+        shares = [float(np.mean([member["recall"][key] for member in members])) for key in keys]
+        ahead = [
+            np.mean([member["recall"][key][item] for member in members]) - baseline[key][item]
+            for key in keys
+            for item in range(len(baseline[key]))
+        ]
+        better, worse = sum(a > 0 for a in ahead), sum(a < 0 for a in ahead)
+        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+        listed = ", ".join(f"{key} {share:.3f}" for key, share in zip(keys, shares, strict=True))
+        said.append(f"{listed}; {better} of {len(ahead)} items better, {worse} worse, p = {p:.1e}")
+    return "; ".join(said)
 
 
 def _headline(scores: dict[str, float]) -> float:
