@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.models import huggingface
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.judge.likelihood import continuation, log_likelihoods
 
@@ -20,6 +21,8 @@ LOGIT_BYTES = 14
 ACTIVATIONS = 48
 """Bytes of activations of a layer over its width, at its peak."""
 MOST_ROWS = 256
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
+"""cuDNN's attention, torch's first choice on a Hopper GPU, plans anew for every shape that it meets, and items have all lengths."""
 HFLM: Any = huggingface.HFLM
 
 
@@ -57,6 +60,7 @@ class BudgetLM(HFLM):
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         return self.generating_rows or self.rows(self.max_length, scored=True)
 
+    @sdpa_kernel(WITHOUT_PLANS)
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         fixed = override_bs if self.batch_size == "auto" else self.batch_size
         asked = [continuation(context, more, self.max_length) for _, context, more in requests]
@@ -66,6 +70,7 @@ class BudgetLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return found
 
+    @sdpa_kernel(WITHOUT_PLANS)
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Answers by generation; see `HFLM.generate_until`."""
         if self.batch_size != "auto":
