@@ -55,8 +55,8 @@ def agreement_by_row(student: Any, teacher: Any, tokens_BT: Tensor, *, bf16: boo
         kl_BT = (log_q.exp() * (log_q - log_p)).sum(-1)
         same_BT = (log_p.argmax(-1) == log_q.argmax(-1)).float()
         parts = (kl_BT, same_BT, -log_p.gather(2, target)[..., 0], -log_q.gather(2, target)[..., 0])
-        for values, part_BT in zip(found.values(), parts, strict=True):
-            values += part_BT.double().mean(1).tolist()
+        for name, part_BT in zip(found, parts, strict=True):
+            found[name] += part_BT.double().mean(1).tolist()
     return found
 
 

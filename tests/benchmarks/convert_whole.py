@@ -5,7 +5,7 @@
 
 `cpu` is the demonstration of the README; `gpu` converts for --seconds with the recipe far_heads on the text of `convert_corpus`.
 Processor time is that of the commands alone; the load average says what else the machine did. The record is written after every
-command. Everything else is made in a temporary folder and goes away.
+command. Everything else is made in --folder, or in a temporary one that goes away.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def on_gpu(corpora: Path, seconds: int) -> list[str]:
     sources = [f"corpus:{(corpora / text).resolve()}={share}" for text, share in TEXT.items()]
     sources += [f"recall:{kind}={share}" for kind, share in RECALL.items()]
     data = [part for source in sources for part in ("--data", source)]
-    return ["--recipe", "far_heads", "--seconds", str(seconds), "--set", "stages.batch_tokens=32768", *data]
+    batch = ["--set", "stages.batch_tokens=32768", "--set", "stages.micro_tokens=32768"]
+    return ["--recipe", "far_heads", "--seconds", str(seconds), *batch, *data]
 
 
 def record(given: argparse.Namespace, folder: Path, commands: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,12 +94,14 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path)
     parser.add_argument("--seconds", type=int, default=600, help="of training on a GPU")
     parser.add_argument("--lengths", default="512,1024,2048,4096", help="of recall items on a GPU")
+    parser.add_argument("--folder", type=Path, help="where the model and the page are made")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     training = ON_CPU if given.where == "cpu" else on_gpu(given.corpora, given.seconds)
     judging = ["--device", "cpu"] if given.where == "cpu" else ["--lengths", given.lengths]
     with tempfile.TemporaryDirectory() as name:
-        folder, commands = Path(name), []
+        folder, commands = given.folder or Path(name), []
+        folder.mkdir(parents=True, exist_ok=True)
         for arguments in (
             ["convert", "--model", str(Path(given.model).resolve()), *training, "--out", "converted"],
             ["eval", "--model", "converted", *judging, "--no-report"],
