@@ -93,12 +93,12 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpora", type=Path)
     parser.add_argument("--seconds", type=int, default=600, help="of training on a GPU")
-    parser.add_argument("--lengths", default="512,1024,2048,4096", help="of recall items on a GPU")
+    parser.add_argument("--lengths", default="1024,4096", help="of recall items on a GPU, 32 of each a task")
     parser.add_argument("--folder", type=Path, help="where the model and the page are made")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     training = ON_CPU if given.where == "cpu" else on_gpu(given.corpora, given.seconds)
-    judging = ["--device", "cpu"] if given.where == "cpu" else ["--lengths", given.lengths]
+    judging = ["--device", "cpu"] if given.where == "cpu" else ["--lengths", given.lengths, "--limit", "32"]
     with tempfile.TemporaryDirectory() as name:
         folder, commands = given.folder or Path(name), []
         folder.mkdir(parents=True, exist_ok=True)
