@@ -210,7 +210,8 @@ def table(given: argparse.Namespace) -> None:
         row = [name, f"{result['state_bytes'] / 1e6:.2f}", f"{held['ppl']:.2f}", f"{held['top1']:.1%}", f"{held['kl']:.4f}"]
         row.append(f"{sum(scores) / len(scores):.4f}" if scores else "")
         row += [f"{sum(result['recall'][key]) / len(result['recall'][key]):.2f}" for key in distances]
-        pairs = [pair for key in distances for pair in zip(result["recall"][key], baseline["recall"][key], strict=True)]
+        # An item depends on its number alone, so a model that was asked fewer was asked the first ones.
+        pairs = [pair for key in distances for pair in zip(result["recall"][key], baseline["recall"][key], strict=False)]
         better, worse = (sum(pair == wanted for pair in pairs) for wanted in ((1, 0), (0, 1)))
         row.append(f"{better}:{worse}, {binomtest(better, better + worse).pvalue:.1e}" if better + worse else "no difference")
         print("| " + " | ".join(row) + " |")
