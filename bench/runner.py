@@ -22,6 +22,7 @@ from bench.records import RunRecord
 from bench.spec import RunSpec
 from bench.store import Store, StoreError
 from bench.train import FleetTrainer, Interrupted, Progress
+from bench.turns import Turn
 
 MAX_MICRO_BATCHES = 8
 PROGRESS_FILE_SECONDS = 2.0
@@ -152,10 +153,11 @@ class _Job:
         report = _progress_reporter(self.store, specs, self.tell)
         seconds = float(os.environ.get("BENCH_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
         calls = {"on_progress": report, "should_stop": self.stops, "on_checkpoint": self.save}
-        for index in trainer.run(**calls, checkpoint_seconds=seconds):
-            outcome = Outcome()
-            outcome.finish(trainer, index)
-            self._write(trainer.members[index].spec, outcome, clock, parts)
+        with Turn.on(self.device) if self.compiled else contextlib.nullcontext() as turn:
+            for index in trainer.run(**calls, checkpoint_seconds=seconds, turn=turn):
+                outcome = Outcome()
+                outcome.finish(trainer, index)
+                self._write(trainer.members[index].spec, outcome, clock, parts)
 
     def save(self, checkpoints: list[Checkpoint]) -> None:
         """Stores the checkpoint of every member that has not ended and is still ours."""
