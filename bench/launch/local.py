@@ -70,8 +70,9 @@ class LocalWorkers(Workers):
     def _start(self, device: str) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_worker_main, args=(theirs, device, self.threads, str(self.store)), daemon=True)
-        with _environment(self.variables):
+        own, seen = _own_gpu(device)
+        process = context.Process(target=_worker_main, args=(theirs, own, self.threads, str(self.store)), daemon=True)
+        with _environment({key: os.environ.get(key, value) for key, value in self.variables.items()} | seen):
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -122,16 +123,31 @@ class LocalWorkers(Workers):
         self.workers = []
 
 
+def _own_gpu(device: str) -> tuple[str, dict[str, str]]:
+    """What a worker calls its device, and the variable that lets it see no other.
+
+    Compiled code names the number of its GPU: where every GPU is number 0 to its worker, one compiler's cache serves them all.
+    """
+    if not device.startswith("cuda:"):
+        return device, {}
+    index = device.removeprefix("cuda:")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "cuda:0", {"CUDA_VISIBLE_DEVICES": seen.split(",")[int(index)].strip() if seen else index}
+
+
 @contextlib.contextmanager
-def _environment(defaults: dict[str, str]) -> Iterator[None]:
-    """Variables for a process that starts inside, unless the user has set them."""
-    added = {key: value for key, value in defaults.items() if key not in os.environ}
-    os.environ.update(added)
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for a process that starts inside."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _end(code: int | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,28 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     record = runner.record_death(spec(), CPU, Store(tmp_path), "signal 9")
     assert record is not None
     assert (record.status, record.reason) == ("failed", "its worker process died twice (signal 9)")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "seen"), [(None, "cuda:1", "1"), ("3,5", "cuda:1", "5"), ("GPU-a, GPU-b", "cuda:0", "GPU-a")]
+)
+def test_a_worker_sees_its_own_gpu_as_the_first(
+    visible: str | None, device: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started: list[tuple[str, str | None]] = []
+
+    class Process:
+        def __init__(self, args: tuple, **_: object) -> None:
+            self.device = args[1]
+
+        def start(self) -> None:
+            started.append((self.device, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
+    LocalWorkers([device], Path())._start(device)
+    assert started == [("cuda:0", seen)]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
