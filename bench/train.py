@@ -192,6 +192,8 @@ class FleetTrainer:
                 raise Interrupted(self.checkpoints())
             self.fleet.rehearse(cell)
         self._compile_seconds = time.monotonic() - began
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # a fleet that waits leaves the memory to those that train
         if turn is not None and not turn.take(stopped):
             raise Interrupted(self.checkpoints())
 
