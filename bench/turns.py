@@ -1,6 +1,6 @@
 """Turns on a GPU that several processes share: a few train, while the others compile or draw what they train next.
 
-Two processes that train fill each other's gaps; more would only make every fleet take longer, and a stop would find all of them
+A few processes that train fill each other's gaps; more would only make every fleet take longer, and a stop would find all of them
 half done. A turn is a file lock of the host, so it holds between drivers too, and a killed process gives its own back.
 """
 
@@ -16,7 +16,7 @@ from typing import IO
 
 import torch
 
-AT_A_TIME = 2
+AT_A_TIME = 3
 """Processes that train on a GPU at the same time."""
 LOOK_SECONDS = 0.05
 
