@@ -74,6 +74,11 @@ def execute(
 Checkpoint = dict[str, Any]
 
 
+def _is_memory(error: Exception) -> bool:
+    """Whether the device's memory was short; a driver that has none left for a graph or a kernel says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
+
+
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -123,7 +128,7 @@ class _Job:
             except Exception as error:
                 torch.cuda.empty_cache()
                 left = [(spec, self._checkpoint(spec)) for spec, _ in group if identity_of(spec) not in self.ended]
-                memory = isinstance(error, torch.OutOfMemoryError)
+                memory = _is_memory(error)
                 if self.compiled and not memory:
                     self.compiled = False
                     self.tell("note", f"Goes on without torch.compile, which failed: {_one_line(error)}")
@@ -169,7 +174,7 @@ class _Job:
     def fail(self, spec: RunSpec, error: Exception, parts: int) -> None:
         """Stores the record of a run that could not be trained."""
         outcome = Outcome()
-        if isinstance(error, torch.OutOfMemoryError):
+        if _is_memory(error):
             outcome.status, outcome.reason = "oom", f"out of memory even with the batch in {parts} parts"
         else:
             outcome.status, outcome.reason = "failed", _one_line(error)

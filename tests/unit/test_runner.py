@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from pathlib import Path
@@ -96,11 +97,12 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
 ) -> None:
     """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
     original = StackedFleet.step_on
+    errors = itertools.cycle([torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: out of memory\nSearch for it")])
 
     def limited(self: StackedFleet, *arguments: object) -> None:
         limit = 2 if fits == 0.5 else fits
         if len(self.model) / self.micro_batches > limit:
-            raise torch.OutOfMemoryError("out of memory")
+            raise next(errors)
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(StackedFleet, "step_on", limited)

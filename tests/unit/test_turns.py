@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,6 +40,31 @@ def test_so_many_train_on_a_gpu_at_a_time(tmp_path: Path) -> None:
         assert free(tmp_path) == AT_A_TIME - 1
         assert free(tmp_path, "another") == AT_A_TIME
     assert free(tmp_path) == AT_A_TIME
+
+
+def test_who_has_waited_longest_is_next(tmp_path: Path) -> None:
+    holders = [Turn("gpu", tmp_path) for _ in range(AT_A_TIME)]
+    assert all(holder.take(lambda: False) for holder in holders)
+    (tmp_path / "gpu.queue.0.1").touch()  # of a process that was killed
+    order: list[int] = []
+
+    def wait(number: int) -> None:
+        with Turn("gpu", tmp_path) as turn:
+            assert turn.take(lambda: False)
+            order.append(number)
+            time.sleep(0.1)
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(4)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while len(list(tmp_path.glob(f"gpu.queue.*.{os.getpid()}"))) <= number:
+            time.sleep(0.01)
+    holders[0].give()
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3]
+    assert not list(tmp_path.glob("gpu.queue.*"))
+    holders[1].give()
 
 
 def test_a_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
