@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.claims import Claims
+from bench.device import compiles
 from bench.member import Member
 from bench.outcome import Clock, Outcome, identity_of, make_record
 from bench.records import RunRecord
@@ -93,7 +94,7 @@ class _Job:
 
     def __init__(self, device: torch.device, store: Store, claims: Claims, tell: Tell, should_stop: Callable[[], bool]) -> None:
         self.device, self.store, self.claims, self.tell, self.should_stop = device, store, claims, tell, should_stop
-        self.compiled = device.type == "cuda" and os.environ.get("BENCH_COMPILE", "1") != "0"
+        self.compiled = compiles(device.type)
         self.ended: set[str] = set()
         self.unsound: set[str] = set()
 

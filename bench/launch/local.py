@@ -1,4 +1,4 @@
-"""Trains fleets in worker processes of this machine: one per core on a CPU, one per GPU where there are GPUs.
+"""Trains fleets in worker processes of this machine: one per core on a CPU, or several that share each GPU.
 
 Workers train and store; the parent only hands out fleets and listens, so a killed worker loses one fleet in flight, and a
 killed parent makes its workers save checkpoints and leave.
@@ -17,12 +17,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from bench.device import compiles
 from bench.launch import STOP_SECONDS, Event, Fleet, Workers
 from bench.provenance import usable_cores
 from bench.spec import RunSpec
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864"}
 """glibc keeps the memory of a training step for the next one instead of returning it to the system: 5 to 12 % of a step."""
+MOST_A_GPU, CORES_EACH = 6, 2
+"""Workers of a GPU, unless told: some train while the others compile, for which each needs cores."""
 
 
 @dataclass
@@ -33,18 +36,22 @@ class _Worker:
 
 
 def worker_devices(device: str, jobs: int | None) -> list[str]:
-    """The device of each worker: every GPU, or `jobs` (by default one per core) times the CPU.
+    """The device of each worker.
 
     Args:
-        device: "cpu", "cuda" or "cuda:1".
-        jobs: workers wanted; on GPUs they are spread round-robin.
+        device: "cpu", "cuda" for every GPU, or "cuda:1".
+        jobs: workers wanted, spread round-robin over the GPUs; None for one per core of a CPU, and one per GPU, or where fleets
+            are compiled as many as its share of the cores can keep compiling.
     """
+    if device == "cpu":
+        return ["cpu"] * (jobs or usable_cores())
+    gpus = [device]
     if device == "cuda":
         import torch
 
         gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        return [gpus[index % len(gpus)] for index in range(jobs or len(gpus))]
-    return [device] * (jobs or (usable_cores() if device == "cpu" else 1))
+    a_gpu = min(MOST_A_GPU, usable_cores() // (CORES_EACH * len(gpus))) if compiles(device) else 1
+    return [gpus[index % len(gpus)] for index in range(jobs or len(gpus) * max(1, a_gpu))]
 
 
 class LocalWorkers(Workers):

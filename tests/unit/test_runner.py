@@ -13,7 +13,7 @@ import torch
 
 from bench import runner
 from bench.fleet import StackedFleet
-from bench.launch.local import LocalWorkers
+from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
 from bench.outcome import identity_of
 from bench.records import RunRecord
@@ -150,3 +150,25 @@ def test_a_worker_sees_its_own_gpu_as_the_first(
     LocalWorkers([device], Path())._start(device)
     assert started == [("cuda:0", seen)]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.parametrize(
+    ("device", "jobs", "cores", "compiled", "found"),
+    [
+        ("cpu", None, 3, "1", ["cpu"] * 3),
+        ("cpu", 2, 3, "1", ["cpu"] * 2),
+        ("cuda", None, 16, "1", ["cuda:0", "cuda:1"] * 4),
+        ("cuda", None, 64, "1", ["cuda:0", "cuda:1"] * 6),
+        ("cuda", None, 3, "1", ["cuda:0", "cuda:1"]),
+        ("cuda", None, 64, "0", ["cuda:0", "cuda:1"]),
+        ("cuda", 3, 64, "1", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", None, 8, "1", ["cuda:1"] * 4),
+    ],
+)
+def test_workers_of_a_device(
+    device: str, jobs: int | None, cores: int, compiled: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.launch.local.usable_cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("BENCH_COMPILE", compiled)
+    assert worker_devices(device, jobs) == found
