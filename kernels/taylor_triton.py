@@ -7,8 +7,8 @@ chunk. All three are parallel over chunks.
 
 A monomial x_a x_b is the product of two columns of (x E1) and (x E2), where E1 and E2 hold one 1 in each column: the tensor
 cores select columns exactly, and their accumulators have the layout that the next product wants. Rows of the sums are
-the K monomials x_a, then those of x_a x_(a+d mod K) for d = 0 .. K/2, and the constant 1; for even K the last d has each
-pair twice, at half the weight. The sums are of plain monomials; `weights` of a row multiply what is read from them.
+the K monomials x_a, then those of x_a x_(a+d mod K) for d = 0 .. K/2, and the constant 1; for even K the last d has only half
+as many, since the others are the same pairs. The sums are of plain monomials; `weights` of a row multiply what is read from them.
 
 Shape legend: B batch, T time, H heads, C tokens of a chunk, N chunks, K width of q and k, V width of v, R rows of the sums,
 M and N queries and keys of a tile, F rows of a tile.
