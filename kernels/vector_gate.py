@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
-from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, TRIAL, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
 
 
 class Kept(NamedTuple):
     """What the backward pass reads again; errors and states are empty if it will not run, couplings without the delta rule.
 
     Args:
-        rough: int32 [B, H, N], whether the decays of a chunk are too strong for products about its middle.
+        levels: int32 [B, H, N], log2 of the tokens of the blocks of a chunk that are gentle, see `kernels.vector_gate_middle`.
         factors: of rows of the state [B, H, N, 2, KP], see `kernels.vector_gate_middle`.
         reads: Q' [B, H, N, C, KP], see `kernels.vector_gate_prepare`.
         writes: W [B, H, N, C, KP].
@@ -32,7 +32,7 @@ class Kept(NamedTuple):
         errors: E [B, T, H, V].
     """
 
-    rough: Tensor
+    levels: Tensor
     factors: Tensor
     reads: Tensor
     writes: Tensor
@@ -102,7 +102,7 @@ class Call:
         self.has_first, self.delta = state_BHKV is not None, beta_BTH is not None
         self.dtype, self.k_dim = kept.scores.dtype, k_BTHK.shape[3]
         self.config = config(self.k_dim, self.v_dim, self.dtype, delta=self.delta)
-        self.blocks = kept.rough.numel()
+        self.blocks = kept.levels.numel()
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
         self.v = v_BTHV
         self.keys = (*_narrow(self.dtype, q_BTHK, k_BTHK, k_BTHK if erase_BTHK is None else erase_BTHK), log_decay_BTHK)
@@ -122,11 +122,22 @@ class Call:
 
         kept = self.kept
         rows, strides, unit = _rows(*self.keys)
-        for tree, tile in ((False, self.config.prepare), (True, self.config.rough)):
+        dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
+        systems = torch.empty_like(kept.couplings, dtype=dtype) if TRIAL["solver"] == 2 else kept.couplings
+        kinds = ((2, self.config.prepare),) if TRIAL["merged"] else ((0, self.config.prepare), (1, self.config.rough))
+        for kind, tile in kinds:
             prepare_kernel[(self.blocks,)](
-                *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
+                *rows, self.beta, *kept[:7], systems, *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-                TREE=tree, SOLVE=solve_precision(self.dtype), **tile.options(),
+                KIND=kind, STOP=TRIAL["stop"], SOLVER=0 if self.dtype == torch.float32 and TRIAL["solver"] == 1 else TRIAL["solver"],
+                SOLVE=solve_precision(self.dtype), **tile.options(),
+            )  # fmt: skip
+        if self.delta and TRIAL["solver"] == 2:
+            from kernels.vector_gate_solve import solve_kernel
+
+            solve_kernel[(self.blocks,)](
+                self.beta, systems, kept.couplings, self.length, self.heads, C=self.config.chunk, MERGE=_triton_dtype(dtype),
+                PRECISION="tf32x3" if self.dtype == torch.float32 else None, num_warps=1, maxnreg=TRIAL.get("solve_registers", 168),
             )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -223,7 +234,7 @@ class Call:
             gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
                 *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
-                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
+                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, APART=TRIAL["apart"], **tile.options(),
             )  # fmt: skip
         return found
 

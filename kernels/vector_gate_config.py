@@ -78,6 +78,9 @@ FP32 = (
 SEGMENT, PROGRAMS = 8, 256
 
 
+TRIAL = {"limit": 96.0, "apart": True, "solver": 2, "stop": True, "merged": False}
+
+
 def config(k_dim: int, v_dim: int, dtype: torch.dtype, *, delta: bool) -> Config:
     """The shipped configuration."""
     table = (FP32 if dtype == torch.float32 else SIXTEEN_BIT)[delta]
@@ -98,8 +101,8 @@ def solve_precision(dtype: torch.dtype) -> str:
 
 
 def gentle_limit(dtype: torch.dtype) -> float:
-    """Exponent of 2 up to which a half of a chunk may decay and be gentle; factors in fp16 would overflow early."""
-    return 0.0 if dtype == torch.float16 else 60.0
+    """Exponent of 2 up to which half of what a gentle chunk decays by may go; factors in fp16 would overflow early."""
+    return 0.0 if dtype == torch.float16 else TRIAL["limit"]
 
 
 def gate_terms(dtype: torch.dtype, gate_dtype: torch.dtype) -> int:

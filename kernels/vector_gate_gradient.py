@@ -28,7 +28,7 @@ import triton.language as tl
 from kernels._entry import entry
 from kernels.vector_gate_middle import load_factors, load_gates, reads_and_writes
 from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows, store_rows
-from kernels.vector_gate_tree import LOG2_E, in_terms, paired, past_to_boundary, range_sums, to_boundary
+from kernels.vector_gate_tree import LOG2_E, in_blocks, in_terms, paired, past_to_boundary, range_sums, to_boundary
 
 
 @triton.jit
@@ -66,11 +66,11 @@ def _over_values(
 @triton.jit
 def _decays(
     gate, gate_t, i_C, token_C, d_K, left,
-    K: tl.constexpr, C: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr,
+    K: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     """Decays [K, C] of reads, writes and erasures, and the log decays."""
     gate_KC = tl.trans(load_gates(gate, gate_t, i_C, d_K, left, K, TERMS))
-    since_KC, until_KC = reads_and_writes(gate_KC, token_C, C, TERMS, TREE, True)
+    since_KC, until_KC = reads_and_writes(gate_KC, token_C, TERMS, TREE, True)
     past_KC = since_KC
     if OWN:
         past_KC = since_KC - gate_KC * LOG2_E
@@ -79,11 +79,16 @@ def _decays(
 
 @triton.jit
 def _through_middle(
-    reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, by_key_CK,
-    DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, by_key_CK, i_C,
+    DELTA: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Q', W and K' of a gentle chunk; x and y, and the part of y that is from K'."""
     qd_KC, kd_KC = tl.trans(tl.load(reads + by_key_CK)), tl.trans(tl.load(writes + by_key_CK))
+    own_C = tl.zeros_like(i_C).to(tl.float32)
+    if APART:
+        same_CC = i_C[:, None] == i_C[None, :]
+        own_C = tl.sum(tl.where(same_CC, dp_CC, 0.0), 0)
+        dp_CC = tl.where(same_CC, 0.0, dp_CC)
     dp_CC = dp_CC.to(DOT)
     dread_KC = tl.dot(kd_KC, tl.trans(dp_CC), dread_KC, input_precision=PRECISION)
     back_KC = tl.dot(qd_KC, dp_CC, input_precision=PRECISION)
@@ -94,19 +99,36 @@ def _through_middle(
         back_KC = tl.dot(fd_KC, dm_CC, back_KC, input_precision=PRECISION)
         past_y_KC = fd_KC * derase_KC
     x_KC, y_KC = kd_KC * dwrite_KC, qd_KC * dread_KC - kd_KC * back_KC
-    return dread_KC, dwrite_KC + back_KC, derase_KC, x_KC, y_KC, past_y_KC
+    dwrite_KC += back_KC
+    if APART:
+        dread_KC += kd_KC * own_C[None, :]
+        dwrite_KC += qd_KC * own_C[None, :]
+    return dread_KC, dwrite_KC, derase_KC, x_KC, y_KC, past_y_KC
 
 
 @triton.jit
 def _through_tree(
-    q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dq_KC, df_KC, i_C,
+    q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dq_KC, df_KC, i_C, gentle,
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what P and M pass on for any decays to dq and df, and returns what they pass on to k."""
     high_KC, low_KC = in_terms(gate_KC, TERMS)
-    dk_KC = tl.zeros_like(dq_KC)
-    for level in range(1, LEVELS + 1):
+    since_KC = in_blocks(i_C, gentle, high_KC, low_KC, TERMS, True)
+    decay_KC, grow_KC = tl.exp2(since_KC), tl.exp2(-since_KC)
+    near_CC = (i_C[:, None] >> gentle) == (i_C[None, :] >> gentle)
+    kd_KC = (k_KC * grow_KC).to(DOT)
+    level_CC = tl.where(near_CC & (i_C[:, None] > i_C[None, :]), dp_CC, 0.0).to(DOT)
+    dq_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
+    dk_KC = tl.dot((q_KC * decay_KC).to(DOT), level_CC, input_precision=PRECISION)
+    if DELTA:
+        if OWN:  # its first token has no part in a block, and may have decayed by more than a number holds
+            decay_KC = tl.exp2(tl.minimum(since_KC - gate_KC * LOG2_E, 120.0))
+        level_CC = tl.where(near_CC, dm_CC, 0.0).to(DOT)
+        df_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
+        dk_KC = tl.dot((f_KC * decay_KC).to(DOT), level_CC, dk_KC, input_precision=PRECISION)
+    dk_KC *= grow_KC
+    for level in range(gentle + 1, LEVELS + 1):
         decay_KC = tl.exp2(to_boundary(i_C, level, high_KC, low_KC, TERMS, True))
         pairs_CC = paired(i_C[:, None], i_C[None, :], level)
         qd_KC, kd_KC = (q_KC * decay_KC).to(DOT), (k_KC * decay_KC).to(DOT)
@@ -126,14 +148,14 @@ def _through_tree(
 
 @entry(do_not_specialize=SIZES)
 def gradient_kernel(
-    q, k, f, gate, u, do, beta, dv, rough, factors, reads, writes, erases, states, dstates, dq, dk, df, dgate,
+    q, k, f, gate, u, do, beta, dv, levels, factors, reads, writes, erases, states, dstates, dq, dk, df, dgate,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     u_b: tl.int64, u_t: tl.int32, u_h: tl.int64, do_b: tl.int64, do_t: tl.int32, do_h: tl.int64,
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
@@ -148,7 +170,8 @@ def gradient_kernel(
     i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
-    if (tl.load(rough + block) != 0) == TREE:
+    level = tl.load(levels + block)
+    if (level != LEVELS) == TREE:
         token_C = hidden(i_C, length)
         beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
         dread_KC, dwrite_KC, derase_KC, both_K, dp_CC, dm_CC = _over_values(
@@ -161,14 +184,14 @@ def gradient_kernel(
         f += (batch * f_b + head * f_h + start * f_t) * UNIT
         gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
         if TREE:
-            since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, C, OWN, TERMS, TREE)
+            since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, OWN, TERMS, TREE)
             q_KC = tl.trans(load_rows(q, q_t * UNIT, i_C, d_K, left, K, DOT))
             k_KC = tl.trans(load_rows(k, k_t * UNIT, i_C, d_K, left, K, DOT))
             f_KC = tl.trans(load_rows(f, f_t * UNIT, i_C, d_K, left, K, DOT)) if OWN else k_KC
             own_C = tl.sum(tl.where(token_C[:, None] == token_C[None, :], dp_CC, 0.0), 0)[None, :]
             dwrite_KC *= until_KC
             dq_KC, dk_KC, df_KC = _through_tree(
-                q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dread_KC * since_KC, derase_KC * past_KC, token_C,
+                q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dread_KC * since_KC, derase_KC * past_KC, token_C, level,
                 LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
             )  # fmt: skip
             x_KC, y_KC, past_y_KC = k_KC * dwrite_KC, q_KC * dq_KC - k_KC * dk_KC, f_KC * df_KC
@@ -177,7 +200,7 @@ def gradient_kernel(
         else:
             dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _through_middle(
                 reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, dread_KC, dwrite_KC, derase_KC,
-                dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], DELTA, DOT, PRECISION,
+                dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], token_C, DELTA, APART, DOT, PRECISION,
             )  # fmt: skip
         own_KC = tl.zeros([BK, C], tl.float32)
         if DELTA:
@@ -190,7 +213,7 @@ def gradient_kernel(
         dgate_KC += (tl.sum(y_KC, 1) + both_K * carry_K)[:, None]
         store_rows(dgate + row * K, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
         if not TREE:  # last, since the gradients of the decays are done without them
-            since_KC, until_KC, past_KC, _ = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, C, OWN, TERMS, TREE)
+            since_KC, until_KC, past_KC, _ = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, OWN, TERMS, TREE)
             dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
         if OWN:
             store_rows(df + row * K, heads * K, i_C, d_K, left, tl.trans(df_KC), K)

@@ -88,3 +88,12 @@ def to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr
 def past_to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """The same for late tokens, up to the token before."""
     return range_sums(last_early(i_C, level), i_C - 1, high, low, i_C, TERMS, BY_KEY) * LOG2_E
+
+
+@triton.jit
+def in_blocks(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """Log2 decay to each token from where half of its block's decay is done, its first token's aside; positive before that."""
+    row, col = i_C[:, None], i_C[None, :]
+    inside_CC = ((row >> level) == (col >> level)) & (col > ((row >> level) << level))
+    weight_CC = tl.where(inside_CC, tl.where(col <= row, 0.5, -0.5), 0.0)
+    return times_terms(weight_CC, high, low, TERMS, BY_KEY) * LOG2_E
