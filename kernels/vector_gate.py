@@ -234,7 +234,7 @@ class Call:
             gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
                 *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
-                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, APART=TRIAL["apart"], **tile.options(),
+                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
             )  # fmt: skip
         return found
 

@@ -79,16 +79,11 @@ def _decays(
 
 @triton.jit
 def _through_middle(
-    reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, by_key_CK, i_C,
-    DELTA: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, by_key_CK,
+    DELTA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Q', W and K' of a gentle chunk; x and y, and the part of y that is from K'."""
     qd_KC, kd_KC = tl.trans(tl.load(reads + by_key_CK)), tl.trans(tl.load(writes + by_key_CK))
-    own_C = tl.zeros_like(i_C).to(tl.float32)
-    if APART:
-        same_CC = i_C[:, None] == i_C[None, :]
-        own_C = tl.sum(tl.where(same_CC, dp_CC, 0.0), 0)
-        dp_CC = tl.where(same_CC, 0.0, dp_CC)
     dp_CC = dp_CC.to(DOT)
     dread_KC = tl.dot(kd_KC, tl.trans(dp_CC), dread_KC, input_precision=PRECISION)
     back_KC = tl.dot(qd_KC, dp_CC, input_precision=PRECISION)
@@ -99,11 +94,7 @@ def _through_middle(
         back_KC = tl.dot(fd_KC, dm_CC, back_KC, input_precision=PRECISION)
         past_y_KC = fd_KC * derase_KC
     x_KC, y_KC = kd_KC * dwrite_KC, qd_KC * dread_KC - kd_KC * back_KC
-    dwrite_KC += back_KC
-    if APART:
-        dread_KC += kd_KC * own_C[None, :]
-        dwrite_KC += qd_KC * own_C[None, :]
-    return dread_KC, dwrite_KC, derase_KC, x_KC, y_KC, past_y_KC
+    return dread_KC, dwrite_KC + back_KC, derase_KC, x_KC, y_KC, past_y_KC
 
 
 @triton.jit
@@ -155,7 +146,7 @@ def gradient_kernel(
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
@@ -200,7 +191,7 @@ def gradient_kernel(
         else:
             dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _through_middle(
                 reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, dread_KC, dwrite_KC, derase_KC,
-                dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], token_C, DELTA, APART, DOT, PRECISION,
+                dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], DELTA, DOT, PRECISION,
             )  # fmt: skip
         own_KC = tl.zeros([BK, C], tl.float32)
         if DELTA:
