@@ -150,6 +150,10 @@ class Call:
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
 
+        if self.delta and TRIAL["hopper"] and (self.dtype != torch.float32 or "any" in TRIAL):
+            self._on_hopper(o, last, return_state=return_state, keep=keep)
+            return o, last
+
         def launch(first: Tensor, last: Tensor, decays: Tensor, **flags: bool) -> None:
             walk_kernel[(self.batch * self.heads * segments.number * tiles,)](
                 *kept[1:7], v, self.beta, first, o, last, kept.states, kept.errors, decays,
@@ -163,6 +167,27 @@ class Call:
             self._join(first, decays, self.first if self.has_first else None, reverse=False)
         launch(first, last, last, FIRST=self.has_first or segments.number > 1, LAST=return_state, KEEP=keep, OUT=True)
         return o, last
+
+    def _on_hopper(self, o: Tensor, last: Tensor, *, return_state: bool, keep: bool) -> None:
+        from kernels.delta_hopper_launch import _described
+        from kernels.vector_gate_hopper import walk_kernel
+
+        kept, (v,) = self.kept, _narrow(self.dtype, self.v)
+        groups = TRIAL["hopper"]
+        tile = 64 * groups if self.wide_v >= 64 * groups else 64
+        groups = tile // 64
+        chunk, by_key, square, by_value = self.config.chunk, self.wide_k, self.config.chunk, [1, self.config.chunk, 1, tile]
+        rows = [_described(x.flatten(0, 2), [1, chunk, by_key]) for x in (kept.reads, kept.writes, kept.erases)]
+        rows += [_described(x.flatten(0, 2), [1, chunk, square]) for x in (kept.scores, kept.couplings)]
+        rows += [_described(v, by_value), _described(o, by_value)]
+        rows += (
+            [_described(kept.errors, by_value), _described(kept.states.flatten(0, 2), [1, self.wide_k, tile])] if keep else [rows[6]] * 2
+        )
+        walk_kernel[(self.batch * self.heads * -(-self.v_dim // tile),)](
+            *rows, kept.factors, self.beta, self.first, last, self.length, self.heads,
+            K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=tile, GROUPS=groups, C=chunk, STAGES=TRIAL.get("stages", 2),
+            FIRST=self.has_first, LAST=return_state, KEEP=keep, DOT=_triton_dtype(self.dtype), num_warps=4 * groups,
+        )  # fmt: skip
 
     def reverse(self, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs `reverse_kernel`: gradients of v, of beta in tiles, of the first state, and of the states of chunks."""

@@ -1,0 +1,144 @@
+"""The forward walk with a decay per key channel and the delta rule for Hopper, in Gluon: `walk_kernel` of `kernels.vector_gate_walk`.
+
+Rows of the next chunk are on their way while one is computed. The chain of a chunk's products is K' S_m, H beta R, the next
+state; Q' S_m runs while R is subtracted and stored, P U while the next state is. See `kernels.delta_hopper` for the barriers.
+
+Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width; KP and VP are padded widths.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.delta_hopper import barriers, columns_of, fetch, given_state, shared_layout, sums_layout, thread_barrier
+from kernels.delta_hopper_walk import at_stage
+from kernels.vector_gate_rows import SIZES
+
+
+@gluon.jit
+def buffers(KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory of a walk: Q', W, K', P, H and values of each stage; the state, and two matrices like values."""
+    reads = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
+    writes = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
+    erases = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
+    scores = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+    couplings = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+    values = gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV))
+    state_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    return (reads, writes, erases, scores, couplings, values), (state_buffer, error_buffer, write_buffer)
+
+
+@gluon.jit
+def _bring(
+    bars, sources, stages, place, n, step,
+    KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy what a chunk needs into its stage."""
+    BYTES: gl.constexpr = 2 * C * (3 * KP + 2 * C + BV)
+    batch, head, chunk_0, e_start = place
+    block = [chunk_0 + n, 0, 0]
+    places = (block, block, block, block, block, [batch, n * C, head, e_start])
+    fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
+
+
+@gluon.jit
+def _factors(factors, block, d, KP: gl.constexpr):
+    """Enter, carry and leave; see `kernels.vector_gate_middle.load_factors`."""
+    first_K, second_K = gl.load(factors + block * 2 * KP + d), gl.load(factors + block * 2 * KP + KP + d)
+    is_rough = first_K < 0
+    return gl.where(is_rough, 1.0, first_K), gl.where(is_rough, second_K, 1.0), gl.where(is_rough, 1.0, second_K)
+
+
+@gluon.jit
+def _beta(beta, n, i, length, heads, C: gl.constexpr):
+    t_C = n * C + i
+    return gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def walk_kernel(
+    reads, writes, erases, scores, couplings, v, o, errors, states, factors, beta, first, last,
+    length: tl.int32, heads: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """As `kernels.vector_gate_walk.walk_kernel`, on descriptors of blocks of a chunk.
+
+    Grid: (B * H * value tiles,), of GROUPS warp groups.
+    """
+    TILES: gl.constexpr = (V + BV - 1) // BV
+    head_index, e_start, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * chunks
+    sources, at = (reads, writes, erases, scores, couplings, v), (batch, head, chunk_0, e_start)
+    beta += batch.to(gl.int64) * length * heads + head
+    factors += chunk_0.to(gl.int64) * 2 * KP
+    stages, work = buffers(KP, BV, C, STAGES, DOT)
+    state_buffer, error_buffer, write_buffer = work
+    bars = barriers(STAGES)
+    layout: gl.constexpr = sums_layout(BV, GROUPS)
+    i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
+    none_CV = gl.zeros([C, BV], gl.float32, layout)
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, at, gl.minimum(early, chunks - 1), early, KP, BV, C, STAGES)
+    beta_C = _beta(beta, 0, i, length, heads, C)
+    enter_K, carry_K, leave_K = _factors(factors, 0, d, KP)
+    state_KV = given_state(first, head_index, layout, e_start, V, K, KP, BV, FIRST) * enter_K[:, None]
+    state_buffer.store(state_KV.to(DOT))
+    fence_async_shared()
+    for n in range(0, chunks):
+        following, at_o = gl.minimum(n + 1, chunks - 1), [batch, n * C, head, e_start]
+        rows = at_stage(stages, n % STAGES)
+        read_CK, write_CK, erase_CK, score_CC, h_CC, v_CV = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+        mbarrier.wait(bars.index(n % STAGES), n // STAGES % 2)
+        erased = warpgroup_mma(erase_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        asked = warpgroup_mma(read_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        if KEEP:
+            tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
+            tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
+        _bring(bars, sources, stages, at, gl.minimum(n + STAGES - 1, chunks - 1), n + STAGES - 1, KP, BV, C, STAGES)
+        next_beta_C = _beta(beta, following, i, length, heads, C)
+        next_enter_K, next_carry_K, next_leave_K = _factors(factors, following, d, KP)
+        value_CV = v_CV.load(layout).to(gl.float32)
+        erased_CV, asked = warpgroup_mma_wait(1, [erased, asked])
+        error_CV = value_CV - erased_CV
+        tma.store_wait(0)
+        error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
+        fence_async_shared()
+        error = warpgroup_mma(h_CC, error_buffer, error_CV, is_async=True)
+        state_KV = state_KV * carry_K[:, None]
+        error_CV, asked = warpgroup_mma_wait(0, [error, asked])
+        write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+        if KEEP:
+            v_CV.store(error_CV.to(DOT))
+        fence_async_shared()
+        state = warpgroup_mma(write_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
+        written = warpgroup_mma(score_CC, write_buffer, asked, is_async=True)
+        if KEEP:
+            tma.async_copy_shared_to_global(errors, at_o, v_CV)
+        fade_K = leave_K * gl.where(n + 1 < chunks, next_enter_K, 1.0)
+        state_KV, written = warpgroup_mma_wait(1, [state, written])
+        state_KV = state_KV * fade_K[:, None]
+        thread_barrier()  # all warps must have read the old state
+        state_buffer.store(state_KV.to(DOT))
+        o_CV = warpgroup_mma_wait(0, [written])
+        error_buffer.store(o_CV.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o, at_o, error_buffer)
+        beta_C, carry_K, leave_K = next_beta_C, next_carry_K, next_leave_K
+    for late in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((chunks + late) % STAGES), (chunks + late) // STAGES % 2)
+    tma.store_wait(0)
+    if LAST:
+        offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
+        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
