@@ -201,6 +201,27 @@ class Call:
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
 
+        if self.delta and TRIAL["hopper_back"] and (self.dtype != torch.float32 or "any" in TRIAL):
+            from kernels.delta_hopper_launch import _described
+            from kernels.vector_gate_hopper import reverse_kernel as hopper_kernel
+
+            given = None if dlast is None else dlast.float().contiguous()
+            groups = TRIAL["hopper_back"]
+            width = 64 * groups if self.wide_v >= 64 * groups else 64
+            groups, tiles = width // 64, -(-self.v_dim // width)
+            chunk, by_value = self.config.chunk, [1, self.config.chunk, 1, width]
+            dbeta = self.v.new_empty((tiles, *self.v.shape[:3]), dtype=torch.float32)
+            rows = [_described(x.flatten(0, 2), [1, chunk, self.wide_k]) for x in (kept.reads, kept.writes, kept.erases)]
+            rows += [_described(x.flatten(0, 2), [1, chunk, chunk]) for x in (kept.scores, kept.couplings)]
+            rows += [_described(do, by_value), _described(dv, by_value), _described(dstates.flatten(0, 2), [1, self.wide_k, width])]
+            hopper_kernel[(self.batch * self.heads * tiles,)](
+                *rows, kept.errors, kept.factors, self.beta, do if given is None else given, dbeta, dfirst,
+                self.length, self.batch, self.heads, K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=width, GROUPS=groups, C=chunk,
+                STAGES=TRIAL.get("stages", 2), FIRST=self.has_first, DLAST=given is not None, DOT=_triton_dtype(self.dtype),
+                num_warps=4 * groups,
+            )  # fmt: skip
+            return dv, dbeta, dfirst, dstates
+
         def launch(dlast: Tensor, dfirst: Tensor, decays: Tensor, **flags: bool) -> None:
             reverse_kernel[(self.batch * self.heads * segments.number * tiles,)](
                 *kept[1:7], kept.errors, do, self.beta, dlast, dv, dbeta, dfirst, dstates, decays,
@@ -254,12 +275,14 @@ class Call:
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         kept = self.kept
         rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
-        for tree, tile in ((False, self.config.gradient), (True, self.config.rough)):
+        for kind, tile in (
+            ((2, self.config.gradient),) if TRIAL["merged"] else ((0, self.config.gradient), (1, self.config.rough))
+        ):
             part_k = min(tile.width, self.wide_k)
             gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
                 *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
                 **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
-                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
+                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, KIND=kind, STAGES=tile.stages, **tile.options(),
             )  # fmt: skip
         return found
 

@@ -78,7 +78,7 @@ FP32 = (
 SEGMENT, PROGRAMS = 8, 256
 
 
-TRIAL = {"limit": 96.0, "solver": 2, "stop": True, "merged": False, "hopper": 0}
+TRIAL = {"limit": 96.0, "solver": 2, "stop": True, "merged": False, "hopper": 0, "hopper_back": 0}
 
 
 def config(k_dim: int, v_dim: int, dtype: torch.dtype, *, delta: bool) -> Config:

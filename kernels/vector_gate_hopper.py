@@ -142,3 +142,82 @@ def walk_kernel(
     if LAST:
         offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def reverse_kernel(
+    reads, writes, erases, scores, couplings, do, dv, dstates, errors, factors, beta, dlast, dbeta, dfirst,
+    length: tl.int32, batches: tl.int32, heads: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """As `kernels.vector_gate_walk.reverse_kernel`, on descriptors of blocks of a chunk.
+
+    Grid: (B * H * value tiles,), of GROUPS warp groups.
+    """
+    TILES: gl.constexpr = (V + BV - 1) // BV
+    head_index, tile, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
+    e_start = tile * BV
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * chunks
+    sources, at = (reads, writes, erases, scores, couplings, do), (batch, head, chunk_0, e_start)
+    row = batch.to(gl.int64) * length * heads + head
+    beta += row
+    dbeta += tile.to(gl.int64) * batches * length * heads + row
+    errors += row * V
+    factors += chunk_0.to(gl.int64) * 2 * KP
+    stages, work = buffers(KP, BV, C, STAGES, DOT)
+    grad_buffer, error_buffer, out_buffer = work
+    bars = barriers(STAGES)
+    layout: gl.constexpr = sums_layout(BV, GROUPS)
+    i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
+    e = e_start + gl.arange(0, BV, gl.SliceLayout(0, layout))
+    none_CV = gl.zeros([C, BV], gl.float32, layout)
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, at, gl.maximum(chunks - 1 - early, 0), early, KP, BV, C, STAGES)
+    enter_K, carry_K, leave_K = _factors(factors, chunks - 1, d, KP)
+    grad_KV = given_state(dlast, head_index, layout, e_start, V, K, KP, BV, DLAST) * leave_K[:, None]
+    grad_buffer.store(grad_KV.to(DOT))
+    fence_async_shared()
+    for step in range(0, chunks):
+        n = chunks - 1 - step
+        following = gl.maximum(n - 1, 0)
+        rows = at_stage(stages, step % STAGES)
+        read_CK, write_CK, erase_CK, score_CC, h_CC, do_CV = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
+        du = warpgroup_mma(score_CC.permute([1, 0]), do_CV, none_CV, use_acc=False, is_async=True)
+        du = warpgroup_mma(write_CK, grad_buffer, du, is_async=True)
+        grad = warpgroup_mma(read_CK.permute([1, 0]), do_CV, grad_KV * carry_K[:, None], is_async=True)
+        tma.async_copy_shared_to_global(dstates, [chunk_0 + n, 0, e_start], grad_buffer)
+        _bring(bars, sources, stages, at, gl.maximum(n - STAGES + 1, 0), step + STAGES - 1, KP, BV, C, STAGES)
+        beta_C = _beta(beta, n, i, length, heads, C)
+        next_enter_K, next_carry_K, next_leave_K = _factors(factors, following, d, KP)
+        t_C = n * C + i
+        inside = (t_C < length)[:, None] & (e < V)[None, :]
+        error_CV = gl.load(errors + t_C.to(gl.int64)[:, None] * heads * V + e[None, :], mask=inside, other=0.0)
+        du_CV, grad = warpgroup_mma_wait(1, [du, grad])
+        tma.store_wait(1)  # the gradients of the chunk before's values
+        error_buffer.store((du_CV * -beta_C[:, None]).to(DOT))
+        fence_async_shared()
+        z = warpgroup_mma(h_CC.permute([1, 0]), error_buffer, du_CV, is_async=True)
+        z_CV, grad = warpgroup_mma_wait(0, [z, grad])
+        dv_CV = z_CV * beta_C[:, None]
+        thread_barrier()  # all warps must have read what is written again
+        error_buffer.store((-dv_CV).to(DOT))
+        out_buffer.store(dv_CV.to(DOT))
+        fence_async_shared()
+        grad = warpgroup_mma(erase_CK.permute([1, 0]), error_buffer, grad, is_async=True)
+        tma.async_copy_shared_to_global(dv, [batch, n * C, head, e_start], out_buffer)
+        gl.store(dbeta + t_C.to(gl.int64) * heads, gl.sum(z_CV * error_CV.to(gl.float32), 1), mask=t_C < length)
+        fade_K = enter_K * gl.where(n > 0, next_leave_K, 1.0)
+        tma.store_wait(1)  # the gradient of the state
+        grad_KV = warpgroup_mma_wait(0, [grad]) * fade_K[:, None]
+        thread_barrier()
+        grad_buffer.store(grad_KV.to(DOT))
+        fence_async_shared()
+        enter_K, carry_K = next_enter_K, next_carry_K
+    for late in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((chunks + late) % STAGES), (chunks + late) // STAGES % 2)
+    tma.store_wait(0)
+    if FIRST:
+        offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
+        gl.store(dfirst + head_index.to(gl.int64) * K * V + offsets, grad_KV, mask=inside)
