@@ -150,7 +150,7 @@ class Call:
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
 
-        if self.delta and TRIAL["hopper"] and (self.dtype != torch.float32 or "any" in TRIAL):
+        if TRIAL["hopper"] and (self.dtype != torch.float32 or "any" in TRIAL):
             self._on_hopper(o, last, return_state=return_state, keep=keep)
             return o, last
 
@@ -177,15 +177,16 @@ class Call:
         tile = 64 * groups if self.wide_v >= 64 * groups else 64
         groups = tile // 64
         chunk, by_key, square, by_value = self.config.chunk, self.wide_k, self.config.chunk, [1, self.config.chunk, 1, tile]
-        rows = [_described(x.flatten(0, 2), [1, chunk, by_key]) for x in (kept.reads, kept.writes, kept.erases)]
-        rows += [_described(x.flatten(0, 2), [1, chunk, square]) for x in (kept.scores, kept.couplings)]
+        erases, couplings = (kept.erases, kept.couplings) if self.delta else (kept.reads, kept.scores)
+        rows = [_described(x.flatten(0, 2), [1, chunk, by_key]) for x in (kept.reads, kept.writes, erases)]
+        rows += [_described(x.flatten(0, 2), [1, chunk, square]) for x in (kept.scores, couplings)]
         rows += [_described(v, by_value), _described(o, by_value)]
         rows += (
-            [_described(kept.errors, by_value), _described(kept.states.flatten(0, 2), [1, self.wide_k, tile])] if keep else [rows[6]] * 2
+            [_described(kept.errors, by_value) if self.delta else rows[6], _described(kept.states.flatten(0, 2), [1, self.wide_k, tile])] if keep else [rows[6]] * 2
         )
         walk_kernel[(self.batch * self.heads * -(-self.v_dim // tile),)](
             *rows, kept.factors, self.beta, self.first, last, self.length, self.heads,
-            K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=tile, GROUPS=groups, C=chunk, STAGES=TRIAL.get("stages", 2),
+            K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=tile, GROUPS=groups, C=chunk, STAGES=TRIAL.get("stages", 2), DELTA=self.delta,
             FIRST=self.has_first, LAST=return_state, KEEP=keep, DOT=_triton_dtype(self.dtype), num_warps=4 * groups,
         )  # fmt: skip
 
@@ -201,7 +202,7 @@ class Call:
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
 
-        if self.delta and TRIAL["hopper_back"] and (self.dtype != torch.float32 or "any" in TRIAL):
+        if TRIAL["hopper_back"] and (self.dtype != torch.float32 or "any" in TRIAL):
             from kernels.delta_hopper_launch import _described
             from kernels.vector_gate_hopper import reverse_kernel as hopper_kernel
 
@@ -210,14 +211,15 @@ class Call:
             width = 64 * groups if self.wide_v >= 64 * groups else 64
             groups, tiles = width // 64, -(-self.v_dim // width)
             chunk, by_value = self.config.chunk, [1, self.config.chunk, 1, width]
-            dbeta = self.v.new_empty((tiles, *self.v.shape[:3]), dtype=torch.float32)
-            rows = [_described(x.flatten(0, 2), [1, chunk, self.wide_k]) for x in (kept.reads, kept.writes, kept.erases)]
-            rows += [_described(x.flatten(0, 2), [1, chunk, chunk]) for x in (kept.scores, kept.couplings)]
+            dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
+            erases, couplings = (kept.erases, kept.couplings) if self.delta else (kept.reads, kept.scores)
+            rows = [_described(x.flatten(0, 2), [1, chunk, self.wide_k]) for x in (kept.reads, kept.writes, erases)]
+            rows += [_described(x.flatten(0, 2), [1, chunk, chunk]) for x in (kept.scores, couplings)]
             rows += [_described(do, by_value), _described(dv, by_value), _described(dstates.flatten(0, 2), [1, self.wide_k, width])]
             hopper_kernel[(self.batch * self.heads * tiles,)](
                 *rows, kept.errors, kept.factors, self.beta, do if given is None else given, dbeta, dfirst,
                 self.length, self.batch, self.heads, K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=width, GROUPS=groups, C=chunk,
-                STAGES=TRIAL.get("stages", 2), FIRST=self.has_first, DLAST=given is not None, DOT=_triton_dtype(self.dtype),
+                STAGES=TRIAL.get("stages", 2), DELTA=self.delta, FIRST=self.has_first, DLAST=given is not None, DOT=_triton_dtype(self.dtype),
                 num_warps=4 * groups,
             )  # fmt: skip
             return dv, dbeta, dfirst, dstates

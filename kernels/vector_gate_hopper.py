@@ -25,18 +25,21 @@ from kernels.vector_gate_rows import SIZES
 
 
 @gluon.jit
-def buffers(KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
-    """Shared memory of a walk: Q', W, K', P, H and values of each stage; the state, and two matrices like values."""
+def buffers(KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DELTA: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory of a walk: Q', W, P and values, and K' and H, of each stage; the state, and matrices like values."""
     reads = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
     writes = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
-    erases = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
     scores = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
-    couplings = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
     values = gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV))
     state_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
-    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    return (reads, writes, erases, scores, couplings, values), (state_buffer, error_buffer, write_buffer)
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    stages, work = (reads, writes, scores, values), (state_buffer, out_buffer)
+    if DELTA:
+        erases = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
+        couplings = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+        error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+        stages, work = (reads, writes, scores, values, erases, couplings), (state_buffer, out_buffer, error_buffer)
+    return stages, work
 
 
 @gluon.jit
@@ -45,10 +48,10 @@ def _bring(
     KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Starts to copy what a chunk needs into its stage."""
-    BYTES: gl.constexpr = 2 * C * (3 * KP + 2 * C + BV)
+    BYTES: gl.constexpr = 2 * C * ((len(stages) // 2) * KP + (len(stages) // 2 - 1) * C + BV)
     batch, head, chunk_0, e_start = place
     block = [chunk_0 + n, 0, 0]
-    places = (block, block, block, block, block, [batch, n * C, head, e_start])
+    places = (block, block, block, [batch, n * C, head, e_start], block, block)
     fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
 
 
@@ -71,7 +74,7 @@ def walk_kernel(
     reads, writes, erases, scores, couplings, v, o, errors, states, factors, beta, first, last,
     length: tl.int32, heads: tl.int32,
     K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    STAGES: gl.constexpr, DELTA: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """As `kernels.vector_gate_walk.walk_kernel`, on descriptors of blocks of a chunk.
 
@@ -80,18 +83,19 @@ def walk_kernel(
     TILES: gl.constexpr = (V + BV - 1) // BV
     head_index, e_start, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * chunks
-    sources, at = (reads, writes, erases, scores, couplings, v), (batch, head, chunk_0, e_start)
+    sources, at = (reads, writes, scores, v), (batch, head, chunk_0, e_start)
+    if DELTA:
+        sources = (reads, writes, scores, v, erases, couplings)
     beta += batch.to(gl.int64) * length * heads + head
     factors += chunk_0.to(gl.int64) * 2 * KP
-    stages, work = buffers(KP, BV, C, STAGES, DOT)
-    state_buffer, error_buffer, write_buffer = work
+    stages, work = buffers(KP, BV, C, STAGES, DELTA, DOT)
+    state_buffer, out_buffer = work[0], work[1]
     bars = barriers(STAGES)
     layout: gl.constexpr = sums_layout(BV, GROUPS)
     i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
     none_CV = gl.zeros([C, BV], gl.float32, layout)
     for early in gl.static_range(STAGES - 1):
         _bring(bars, sources, stages, at, gl.minimum(early, chunks - 1), early, KP, BV, C, STAGES)
-    beta_C = _beta(beta, 0, i, length, heads, C)
     enter_K, carry_K, leave_K = _factors(factors, 0, d, KP)
     state_KV = given_state(first, head_index, layout, e_start, V, K, KP, BV, FIRST) * enter_K[:, None]
     state_buffer.store(state_KV.to(DOT))
@@ -99,43 +103,53 @@ def walk_kernel(
     for n in range(0, chunks):
         following, at_o = gl.minimum(n + 1, chunks - 1), [batch, n * C, head, e_start]
         rows = at_stage(stages, n % STAGES)
-        read_CK, write_CK, erase_CK, score_CC, h_CC, v_CV = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+        read_CK, write_CK, score_CC, v_CV = rows[0], rows[1], rows[2], rows[3]
         mbarrier.wait(bars.index(n % STAGES), n // STAGES % 2)
-        erased = warpgroup_mma(erase_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        if DELTA:
+            erased = warpgroup_mma(rows[4], state_buffer, none_CV, use_acc=False, is_async=True)
         asked = warpgroup_mma(read_CK, state_buffer, none_CV, use_acc=False, is_async=True)
         if KEEP:
-            tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
+            if DELTA:
+                tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
             tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
         _bring(bars, sources, stages, at, gl.minimum(n + STAGES - 1, chunks - 1), n + STAGES - 1, KP, BV, C, STAGES)
-        next_beta_C = _beta(beta, following, i, length, heads, C)
         next_enter_K, next_carry_K, next_leave_K = _factors(factors, following, d, KP)
-        value_CV = v_CV.load(layout).to(gl.float32)
-        erased_CV, asked = warpgroup_mma_wait(1, [erased, asked])
-        error_CV = value_CV - erased_CV
-        tma.store_wait(0)
-        error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
-        fence_async_shared()
-        error = warpgroup_mma(h_CC, error_buffer, error_CV, is_async=True)
-        state_KV = state_KV * carry_K[:, None]
-        error_CV, asked = warpgroup_mma_wait(0, [error, asked])
-        write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
-        if KEEP:
-            v_CV.store(error_CV.to(DOT))
-        fence_async_shared()
-        state = warpgroup_mma(write_CK.permute([1, 0]), write_buffer, state_KV, is_async=True)
-        written = warpgroup_mma(score_CC, write_buffer, asked, is_async=True)
-        if KEEP:
-            tma.async_copy_shared_to_global(errors, at_o, v_CV)
+        if DELTA:
+            error_buffer = work[2]
+            beta_C = _beta(beta, n, i, length, heads, C)
+            value_CV = v_CV.load(layout).to(gl.float32)
+            erased_CV, asked = warpgroup_mma_wait(1, [erased, asked])
+            error_CV = value_CV - erased_CV
+            tma.store_wait(0)
+            error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
+            fence_async_shared()
+            error = warpgroup_mma(rows[5], error_buffer, error_CV, is_async=True)
+            state_KV = state_KV * carry_K[:, None]
+            error_CV, asked = warpgroup_mma_wait(0, [error, asked])
+            out_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+            if KEEP:
+                v_CV.store(error_CV.to(DOT))
+            fence_async_shared()
+            state = warpgroup_mma(write_CK.permute([1, 0]), out_buffer, state_KV, is_async=True)
+            written = warpgroup_mma(score_CC, out_buffer, asked, is_async=True)
+            if KEEP:
+                tma.async_copy_shared_to_global(errors, at_o, v_CV)
+        else:
+            state = warpgroup_mma(write_CK.permute([1, 0]), v_CV, state_KV * carry_K[:, None], is_async=True)
+            written = warpgroup_mma(score_CC, v_CV, asked, is_async=True)
         fade_K = leave_K * gl.where(n + 1 < chunks, next_enter_K, 1.0)
         state_KV, written = warpgroup_mma_wait(1, [state, written])
         state_KV = state_KV * fade_K[:, None]
+        if not DELTA:
+            tma.store_wait(0)
         thread_barrier()  # all warps must have read the old state
         state_buffer.store(state_KV.to(DOT))
         o_CV = warpgroup_mma_wait(0, [written])
-        error_buffer.store(o_CV.to(DOT))
+        leaving = work[len(work) - 1]
+        leaving.store(o_CV.to(DOT))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o, at_o, error_buffer)
-        beta_C, carry_K, leave_K = next_beta_C, next_carry_K, next_leave_K
+        tma.async_copy_shared_to_global(o, at_o, leaving)
+        carry_K, leave_K = next_carry_K, next_leave_K
     for late in gl.static_range(STAGES - 1):
         mbarrier.wait(bars.index((chunks + late) % STAGES), (chunks + late) // STAGES % 2)
     tma.store_wait(0)
@@ -149,7 +163,7 @@ def reverse_kernel(
     reads, writes, erases, scores, couplings, do, dv, dstates, errors, factors, beta, dlast, dbeta, dfirst,
     length: tl.int32, batches: tl.int32, heads: tl.int32,
     K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
+    STAGES: gl.constexpr, DELTA: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """As `kernels.vector_gate_walk.reverse_kernel`, on descriptors of blocks of a chunk.
 
@@ -159,14 +173,16 @@ def reverse_kernel(
     head_index, tile, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
     e_start = tile * BV
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * chunks
-    sources, at = (reads, writes, erases, scores, couplings, do), (batch, head, chunk_0, e_start)
+    sources, at = (reads, writes, scores, do), (batch, head, chunk_0, e_start)
+    if DELTA:
+        sources = (reads, writes, scores, do, erases, couplings)
     row = batch.to(gl.int64) * length * heads + head
     beta += row
     dbeta += tile.to(gl.int64) * batches * length * heads + row
     errors += row * V
     factors += chunk_0.to(gl.int64) * 2 * KP
-    stages, work = buffers(KP, BV, C, STAGES, DOT)
-    grad_buffer, error_buffer, out_buffer = work
+    stages, work = buffers(KP, BV, C, STAGES, DELTA, DOT)
+    grad_buffer, out_buffer = work[0], work[1]
     bars = barriers(STAGES)
     layout: gl.constexpr = sums_layout(BV, GROUPS)
     i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
@@ -182,32 +198,40 @@ def reverse_kernel(
         n = chunks - 1 - step
         following = gl.maximum(n - 1, 0)
         rows = at_stage(stages, step % STAGES)
-        read_CK, write_CK, erase_CK, score_CC, h_CC, do_CV = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+        read_CK, write_CK, score_CC, do_CV = rows[0], rows[1], rows[2], rows[3]
         mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
         du = warpgroup_mma(score_CC.permute([1, 0]), do_CV, none_CV, use_acc=False, is_async=True)
         du = warpgroup_mma(write_CK, grad_buffer, du, is_async=True)
         grad = warpgroup_mma(read_CK.permute([1, 0]), do_CV, grad_KV * carry_K[:, None], is_async=True)
         tma.async_copy_shared_to_global(dstates, [chunk_0 + n, 0, e_start], grad_buffer)
         _bring(bars, sources, stages, at, gl.maximum(n - STAGES + 1, 0), step + STAGES - 1, KP, BV, C, STAGES)
-        beta_C = _beta(beta, n, i, length, heads, C)
         next_enter_K, next_carry_K, next_leave_K = _factors(factors, following, d, KP)
-        t_C = n * C + i
-        inside = (t_C < length)[:, None] & (e < V)[None, :]
-        error_CV = gl.load(errors + t_C.to(gl.int64)[:, None] * heads * V + e[None, :], mask=inside, other=0.0)
-        du_CV, grad = warpgroup_mma_wait(1, [du, grad])
-        tma.store_wait(1)  # the gradients of the chunk before's values
-        error_buffer.store((du_CV * -beta_C[:, None]).to(DOT))
-        fence_async_shared()
-        z = warpgroup_mma(h_CC.permute([1, 0]), error_buffer, du_CV, is_async=True)
-        z_CV, grad = warpgroup_mma_wait(0, [z, grad])
-        dv_CV = z_CV * beta_C[:, None]
-        thread_barrier()  # all warps must have read what is written again
-        error_buffer.store((-dv_CV).to(DOT))
-        out_buffer.store(dv_CV.to(DOT))
-        fence_async_shared()
-        grad = warpgroup_mma(erase_CK.permute([1, 0]), error_buffer, grad, is_async=True)
-        tma.async_copy_shared_to_global(dv, [batch, n * C, head, e_start], out_buffer)
-        gl.store(dbeta + t_C.to(gl.int64) * heads, gl.sum(z_CV * error_CV.to(gl.float32), 1), mask=t_C < length)
+        if DELTA:
+            error_buffer = work[2]
+            beta_C = _beta(beta, n, i, length, heads, C)
+            t_C = n * C + i
+            inside = (t_C < length)[:, None] & (e < V)[None, :]
+            error_CV = gl.load(errors + t_C.to(gl.int64)[:, None] * heads * V + e[None, :], mask=inside, other=0.0)
+            du_CV, grad = warpgroup_mma_wait(1, [du, grad])
+            tma.store_wait(1)  # the gradients of the chunk before's values
+            error_buffer.store((du_CV * -beta_C[:, None]).to(DOT))
+            fence_async_shared()
+            z = warpgroup_mma(rows[5].permute([1, 0]), error_buffer, du_CV, is_async=True)
+            z_CV, grad = warpgroup_mma_wait(0, [z, grad])
+            dv_CV = z_CV * beta_C[:, None]
+            thread_barrier()  # all warps must have read what is written again
+            error_buffer.store((-dv_CV).to(DOT))
+            out_buffer.store(dv_CV.to(DOT))
+            fence_async_shared()
+            grad = warpgroup_mma(rows[4].permute([1, 0]), error_buffer, grad, is_async=True)
+            tma.async_copy_shared_to_global(dv, [batch, n * C, head, e_start], out_buffer)
+            gl.store(dbeta + t_C.to(gl.int64) * heads, gl.sum(z_CV * error_CV.to(gl.float32), 1), mask=t_C < length)
+        else:
+            dv_CV, grad = warpgroup_mma_wait(1, [du, grad])
+            tma.store_wait(1)
+            out_buffer.store(dv_CV.to(DOT))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dv, [batch, n * C, head, e_start], out_buffer)
         fade_K = enter_K * gl.where(n > 0, next_leave_K, 1.0)
         tma.store_wait(1)  # the gradient of the state
         grad_KV = warpgroup_mma_wait(0, [grad]) * fade_K[:, None]
