@@ -28,7 +28,7 @@ import triton.language as tl
 from kernels._entry import entry
 from kernels.vector_gate_middle import load_factors, load_gates, reads_and_writes
 from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows, store_rows
-from kernels.vector_gate_tree import LOG2_E, in_blocks, in_terms, paired, past_to_boundary, range_sums, to_boundary
+from kernels.vector_gate_tree import LOG2_E, in_blocks, in_terms, paired, past_in_blocks, past_to_boundary, range_sums, to_boundary
 
 
 @triton.jit
@@ -113,8 +113,8 @@ def _through_tree(
     dq_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
     dk_KC = tl.dot((q_KC * decay_KC).to(DOT), level_CC, input_precision=PRECISION)
     if DELTA:
-        if OWN:  # its first token has no part in a block, and may have decayed by more than a number holds
-            decay_KC = tl.exp2(tl.minimum(since_KC - gate_KC * LOG2_E, 120.0))
+        if OWN:
+            decay_KC = tl.exp2(past_in_blocks(since_KC, gate_KC, i_C, gentle, True))
         level_CC = tl.where(near_CC, dm_CC, 0.0).to(DOT)
         df_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
         dk_KC = tl.dot((f_KC * decay_KC).to(DOT), level_CC, dk_KC, input_precision=PRECISION)

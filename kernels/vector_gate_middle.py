@@ -54,12 +54,14 @@ def from_middle(gate, i_C, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
 @triton.jit
 def reads_and_writes(gate, i_C, TERMS: tl.constexpr, ROUGH: tl.constexpr, BY_KEY: tl.constexpr):
     """Log2 decays of what reads from a chunk, and of what is written in it, of the shape of the log decays."""
-    since = from_middle(gate, i_C, TERMS, BY_KEY)
-    until = -since
     if ROUGH:
-        half_K = half_decay(gate, TERMS, BY_KEY)
-        since += half_K[:, None] if BY_KEY else half_K[None, :]
-        until += half_K[:, None] if BY_KEY else half_K[None, :]
+        high, low = in_terms(gate, TERMS)
+        read_CC = tl.where(i_C[None, :] <= i_C[:, None], 1.0, 0.0)
+        since = times_terms(read_CC, high, low, TERMS, BY_KEY) * LOG2_E
+        until = times_terms(1.0 - read_CC, high, low, TERMS, BY_KEY) * LOG2_E
+    else:
+        since = from_middle(gate, i_C, TERMS, BY_KEY)
+        until = -since
     return since, until
 
 

@@ -23,7 +23,7 @@ from kernels._entry import entry
 from kernels.vector_gate_middle import half_decay, load_gates, reads_and_writes, store_factors
 from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows
 from kernels.vector_gate_solve import coupling
-from kernels.vector_gate_tree import LOG2_E, in_blocks, in_terms, paired, past_to_boundary, to_boundary
+from kernels.vector_gate_tree import LOG2_E, in_blocks, in_terms, paired, past_in_blocks, past_to_boundary, to_boundary
 
 
 @entry(do_not_specialize=SIZES)
@@ -188,7 +188,7 @@ def _from_tree(
     p_CC += tl.where(near_CC, tl.dot((q_CK * decay_CK).to(DOT), tl.trans(kd_CK), input_precision=PRECISION), 0.0)
     if DELTA:
         if OWN:
-            decay_CK = tl.exp2(since_CK - gate_CK * LOG2_E)
+            decay_CK = tl.exp2(past_in_blocks(since_CK, gate_CK, i_C, gentle, False))
         m_CC += tl.where(near_CC, tl.dot((f_CK * decay_CK).to(DOT), tl.trans(kd_CK), input_precision=PRECISION), 0.0)
     for level in range(gentle + 1, LEVELS + 1):
         decay_CK = tl.exp2(to_boundary(i_C, level, high_CK, low_CK, TERMS, False))
