@@ -283,7 +283,7 @@ class Call:
             part_k = min(tile.width, self.wide_k)
             gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
                 *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
-                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
+                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(TRIAL.get("bv") or tile.width, self.wide_v),
                 UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, KIND=kind, STAGES=tile.stages, **tile.options(),
             )  # fmt: skip
         return found
