@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import vector_gate_hopper_launch
 from kernels.operands import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 from kernels.vector_gate_config import PROGRAMS, SEGMENT, TRIAL, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
 
@@ -150,8 +151,8 @@ class Call:
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
 
-        if TRIAL["hopper"] and (self.dtype != torch.float32 or "any" in TRIAL):
-            self._on_hopper(o, last, return_state=return_state, keep=keep)
+        if segments.number == 1 and vector_gate_hopper_launch.fit(self, v):
+            vector_gate_hopper_launch.walk(self, v, o, last, return_state=return_state, keep=keep)
             return o, last
 
         def launch(first: Tensor, last: Tensor, decays: Tensor, **flags: bool) -> None:
@@ -168,28 +169,6 @@ class Call:
         launch(first, last, last, FIRST=self.has_first or segments.number > 1, LAST=return_state, KEEP=keep, OUT=True)
         return o, last
 
-    def _on_hopper(self, o: Tensor, last: Tensor, *, return_state: bool, keep: bool) -> None:
-        from kernels.delta_hopper_launch import _described
-        from kernels.vector_gate_hopper import walk_kernel
-
-        kept, (v,) = self.kept, _narrow(self.dtype, self.v)
-        groups = TRIAL["hopper"]
-        tile = 64 * groups if self.wide_v >= 64 * groups else 64
-        groups = tile // 64
-        chunk, by_key, square, by_value = self.config.chunk, self.wide_k, self.config.chunk, [1, self.config.chunk, 1, tile]
-        erases, couplings = (kept.erases, kept.couplings) if self.delta else (kept.reads, kept.scores)
-        rows = [_described(x.flatten(0, 2), [1, chunk, by_key]) for x in (kept.reads, kept.writes, erases)]
-        rows += [_described(x.flatten(0, 2), [1, chunk, square]) for x in (kept.scores, couplings)]
-        rows += [_described(v, by_value), _described(o, by_value)]
-        rows += (
-            [_described(kept.errors, by_value) if self.delta else rows[6], _described(kept.states.flatten(0, 2), [1, self.wide_k, tile])] if keep else [rows[6]] * 2
-        )
-        walk_kernel[(self.batch * self.heads * -(-self.v_dim // tile),)](
-            *rows, kept.factors, self.beta, self.first, last, self.length, self.heads,
-            K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=tile, GROUPS=groups, C=chunk, STAGES=TRIAL.get("stages", 2), DELTA=self.delta,
-            FIRST=self.has_first, LAST=return_state, KEEP=keep, DOT=_triton_dtype(self.dtype), num_warps=4 * groups,
-        )  # fmt: skip
-
     def reverse(self, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs `reverse_kernel`: gradients of v, of beta in tiles, of the first state, and of the states of chunks."""
         from kernels.vector_gate_walk import reverse_kernel
@@ -198,31 +177,12 @@ class Call:
         (do,), strides, unit = _rows(*_narrow(self.dtype, do))
         tiles, segments = self._tiles(tile), self._segments(tile)
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
-
-        if TRIAL["hopper_back"] and (self.dtype != torch.float32 or "any" in TRIAL):
-            from kernels.delta_hopper_launch import _described
-            from kernels.vector_gate_hopper import reverse_kernel as hopper_kernel
-
-            given = None if dlast is None else dlast.float().contiguous()
-            groups = TRIAL["hopper_back"]
-            width = 64 * groups if self.wide_v >= 64 * groups else 64
-            groups, tiles = width // 64, -(-self.v_dim // width)
-            chunk, by_value = self.config.chunk, [1, self.config.chunk, 1, width]
-            dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
-            erases, couplings = (kept.erases, kept.couplings) if self.delta else (kept.reads, kept.scores)
-            rows = [_described(x.flatten(0, 2), [1, chunk, self.wide_k]) for x in (kept.reads, kept.writes, erases)]
-            rows += [_described(x.flatten(0, 2), [1, chunk, chunk]) for x in (kept.scores, couplings)]
-            rows += [_described(do, by_value), _described(dv, by_value), _described(dstates.flatten(0, 2), [1, self.wide_k, width])]
-            hopper_kernel[(self.batch * self.heads * tiles,)](
-                *rows, kept.errors, kept.factors, self.beta, do if given is None else given, dbeta, dfirst,
-                self.length, self.batch, self.heads, K=self.k_dim, V=self.v_dim, KP=self.wide_k, BV=width, GROUPS=groups, C=chunk,
-                STAGES=TRIAL.get("stages", 2), DELTA=self.delta, FIRST=self.has_first, DLAST=given is not None, DOT=_triton_dtype(self.dtype),
-                num_warps=4 * groups,
-            )  # fmt: skip
-            return dv, dbeta, dfirst, dstates
+        given = None if dlast is None else dlast.float().contiguous()
+        if segments.number == 1 and vector_gate_hopper_launch.fit(self, do):
+            return dv, vector_gate_hopper_launch.reverse(self, do, given, dv, dfirst, dstates), dfirst, dstates
+        dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
 
         def launch(dlast: Tensor, dfirst: Tensor, decays: Tensor, **flags: bool) -> None:
             reverse_kernel[(self.batch * self.heads * segments.number * tiles,)](
@@ -230,7 +190,6 @@ class Call:
                 *strides, self.length, self.batch, self.heads, *segments, **self.flags, **self._walking(tile), UNIT=unit, **flags,
             )  # fmt: skip
 
-        given = None if dlast is None else dlast.float().contiguous()
         behind = do if given is None else given
         if segments.number > 1:
             behind, decays = self._sums(segments.number)
