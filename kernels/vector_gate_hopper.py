@@ -1,7 +1,11 @@
-"""The forward walk with a decay per key channel and the delta rule for Hopper, in Gluon: `walk_kernel` of `kernels.vector_gate_walk`.
+"""The forward walk with a decay per key channel for Hopper, in Gluon: `walk_kernel` of `kernels.vector_gate_walk`.
 
-Rows of the next chunk are on their way while one is computed. The chain of a chunk's products is K' S_m, H beta R, the next
-state; Q' S_m runs while R is subtracted and stored, P U while the next state is. See `kernels.delta_hopper` for the barriers.
+Rows of the next chunks are on their way while one is computed. With the delta rule the chain of a chunk's products is K' S_m,
+H beta R and the next state; Q' S_m runs while R is subtracted and stored, P U while the next state is. Without it the values
+are what is written, and nothing but the state goes through registers. See `kernels.delta_hopper` for the barriers.
+
+Without OUT a walk finds what a segment does to a state: it takes the state that enters to R S + C, see
+`kernels.delta_hopper_carry`, whose `combine_kernel` goes through the segments.
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """
@@ -19,229 +23,187 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import barriers, columns_of, fetch, given_state, shared_layout, sums_layout, thread_barrier
+from kernels.delta_hopper import barriers, columns_of, fetch, place, shared_layout, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
 from kernels.vector_gate_rows import SIZES
 
 
 @gluon.jit
-def buffers(KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DELTA: gl.constexpr, DOT: gl.constexpr):
-    """Shared memory of a walk: Q', W, P and values, and K' and H, of each stage; the state, and matrices like values."""
-    reads = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
-    writes = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
-    scores = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
-    values = gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV))
-    state_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    stages, work = (reads, writes, scores, values), (state_buffer, out_buffer)
-    if DELTA:
-        erases = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
-        couplings = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
-        error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-        stages, work = (reads, writes, scores, values, erases, couplings), (state_buffer, out_buffer, error_buffer)
-    return stages, work
+def stage_buffers(
+    KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DELTA: gl.constexpr, OUT: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """Shared memory of each stage: W, values; with OUT Q', P; with the delta rule K', H."""
+    stages = (
+        gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP)),
+        gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV)),
+    )
+    for _ in gl.static_range(OUT + DELTA):
+        by_key = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
+        by_pair = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+        stages = stages + (by_key, by_pair)  # noqa: RUF005
+    return stages
 
 
 @gluon.jit
-def _bring(
-    bars, sources, stages, place, n, step,
-    KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+def bring(
+    bars, sources, stages, at, n, step, KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Starts to copy what a chunk needs into its stage."""
-    BYTES: gl.constexpr = 2 * C * ((len(stages) // 2) * KP + (len(stages) // 2 - 1) * C + BV)
-    batch, head, chunk_0, e_start = place
-    block = [chunk_0 + n, 0, 0]
-    places = (block, block, block, [batch, n * C, head, e_start], block, block)
-    fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
+    PAIRS: gl.constexpr = len(stages) // 2
+    batch, head, chunk_0, e_start = at
+    block, row = [chunk_0 + n, 0, 0], [batch, n * C, head, e_start]
+    places = (block, row, block, block, block, block)
+    fetch(bars.index(step % STAGES), 2 * C * (PAIRS * KP + BV + (PAIRS - 1) * C), sources, places, at_stage(stages, step % STAGES))
 
 
 @gluon.jit
-def _factors(factors, block, d, KP: gl.constexpr):
-    """Enter, carry and leave; see `kernels.vector_gate_middle.load_factors`."""
-    first_K, second_K = gl.load(factors + block * 2 * KP + d), gl.load(factors + block * 2 * KP + KP + d)
+def factors_of(factors, n, d, KP: gl.constexpr):
+    """Enter, carry and leave of a chunk; see `kernels.vector_gate_middle.load_factors`."""
+    first_K, second_K = gl.load(factors + n * 2 * KP + d), gl.load(factors + n * 2 * KP + KP + d)
     is_rough = first_K < 0
     return gl.where(is_rough, 1.0, first_K), gl.where(is_rough, second_K, 1.0), gl.where(is_rough, 1.0, second_K)
 
 
 @gluon.jit
-def _beta(beta, n, i, length, heads, C: gl.constexpr):
+def beta_of(beta, n, i, length, heads, C: gl.constexpr):
+    """Write strengths of a chunk; padding writes nothing."""
     t_C = n * C + i
     return gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def start_of(
+    given, part, head_index, order, e_start,
+    K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, GIVEN: gl.constexpr,
+    OUT: gl.constexpr,
+):  # fmt: skip
+    """Columns of the state with which a walk starts: of the one given or zero; without OUT of the identity beyond the values."""
+    rows: gl.constexpr = sums_layout(BV, GROUPS)
+    state_KV = gl.zeros([KP, BV], gl.float32, rows)
+    if GIVEN:
+        offsets, inside = columns_of(rows, e_start, V, K, KP, BV)
+        index = part if OUT else head_index
+        wanted = inside & (OUT | (order == 0))
+        state_KV = gl.load(given + index.to(gl.int64) * K * V + offsets, mask=wanted, other=0.0)
+    if not OUT:
+        VALUES: gl.constexpr = (V + BV - 1) // BV * BV
+        d, e = gl.arange(0, KP, gl.SliceLayout(1, rows)), e_start + gl.arange(0, BV, gl.SliceLayout(0, rows))
+        state_KV += gl.where(d[:, None] == e[None, :] - VALUES, 1.0, 0.0)
+    return state_KV
+
+
+@gluon.jit
+def _errors(erased, asked, v_CV, h_CC, error_buffer, beta_C, layout: gl.constexpr, OUT: gl.constexpr, DOT: gl.constexpr):
+    """E of a chunk from K' S_m, and Q' S_m; both run before."""
+    value_CV = v_CV.load(layout).to(gl.float32)
+    if OUT:
+        erased_CV, asked = warpgroup_mma_wait(1, [erased, asked])
+    else:
+        erased_CV = warpgroup_mma_wait(0, [erased])
+    error_CV = value_CV - erased_CV
+    tma.store_wait(0)
+    error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
+    fence_async_shared()
+    error = warpgroup_mma(h_CC, error_buffer, error_CV, is_async=True)
+    if OUT:
+        error_CV, asked = warpgroup_mma_wait(0, [error, asked])
+    else:
+        error_CV = warpgroup_mma_wait(0, [error])
+    return error_CV, asked
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def walk_kernel(
     reads, writes, erases, scores, couplings, v, o, errors, states, factors, beta, first, last,
-    length: tl.int32, heads: tl.int32,
+    length: tl.int32, heads: tl.int32, segments: tl.int32, per: tl.int32,
     K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, DELTA: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    STAGES: gl.constexpr, DELTA: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, OUT: gl.constexpr,
+    DOT: gl.constexpr,
 ):  # fmt: skip
     """As `kernels.vector_gate_walk.walk_kernel`, on descriptors of blocks of a chunk.
 
-    Grid: (B * H * value tiles,), of GROUPS warp groups.
+    Grid: (B * H * segments * value tiles,), of GROUPS warp groups; `first` has the state that enters each segment of `per` chunks.
+    Without OUT, for the delta rule: all segments but the last, tiles of C and of R; `last` gets the columns of both.
     """
-    TILES: gl.constexpr = (V + BV - 1) // BV
-    head_index, e_start, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
+    TILES: gl.constexpr = (V + BV - 1) // BV + (0 if OUT else (K + BV - 1) // BV)
+    part, e_start, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
+    head_index, order, n_first, n_last = place(part, segments if OUT else segments - 1, segments, per, chunks, False)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * chunks
-    sources, at = (reads, writes, scores, v), (batch, head, chunk_0, e_start)
-    if DELTA:
-        sources = (reads, writes, scores, v, erases, couplings)
+    at = (batch, head, chunk_0, e_start)
     beta += batch.to(gl.int64) * length * heads + head
     factors += chunk_0.to(gl.int64) * 2 * KP
-    stages, work = buffers(KP, BV, C, STAGES, DELTA, DOT)
-    state_buffer, out_buffer = work[0], work[1]
+    sources = (writes, v)
+    if OUT:
+        sources = sources + (reads, scores)  # noqa: RUF005
+    if DELTA:
+        sources = sources + (erases, couplings)  # noqa: RUF005
+    stages = stage_buffers(KP, BV, C, STAGES, DELTA, OUT, DOT)
+    state_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    write_buffer = out_buffer
+    if DELTA:
+        write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
     bars = barriers(STAGES)
     layout: gl.constexpr = sums_layout(BV, GROUPS)
     i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
     none_CV = gl.zeros([C, BV], gl.float32, layout)
     for early in gl.static_range(STAGES - 1):
-        _bring(bars, sources, stages, at, gl.minimum(early, chunks - 1), early, KP, BV, C, STAGES)
-    enter_K, carry_K, leave_K = _factors(factors, 0, d, KP)
-    state_KV = given_state(first, head_index, layout, e_start, V, K, KP, BV, FIRST) * enter_K[:, None]
+        bring(bars, sources, stages, at, gl.minimum(n_first + early, n_last), early, KP, BV, C, STAGES)
+    enter_K, carry_K, leave_K = factors_of(factors, n_first, d, KP)
+    state_KV = start_of(first, part, head_index, order, e_start, K, V, KP, BV, GROUPS, FIRST, OUT) * enter_K[:, None]
     state_buffer.store(state_KV.to(DOT))
     fence_async_shared()
-    for n in range(0, chunks):
-        following, at_o = gl.minimum(n + 1, chunks - 1), [batch, n * C, head, e_start]
-        rows = at_stage(stages, n % STAGES)
-        read_CK, write_CK, score_CC, v_CV = rows[0], rows[1], rows[2], rows[3]
-        mbarrier.wait(bars.index(n % STAGES), n // STAGES % 2)
+    for n in range(n_first, n_last + 1):
+        step, at_o = n - n_first, [batch, n * C, head, e_start]
+        rows = at_stage(stages, step % STAGES)
+        write_CK, v_CV = rows[0], rows[1]
+        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
         if DELTA:
-            erased = warpgroup_mma(rows[4], state_buffer, none_CV, use_acc=False, is_async=True)
-        asked = warpgroup_mma(read_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+            erased = warpgroup_mma(rows[len(rows) - 2], state_buffer, none_CV, use_acc=False, is_async=True)
+        asked = none_CV
+        if OUT:
+            asked = warpgroup_mma(rows[2], state_buffer, none_CV, use_acc=False, is_async=True)
         if KEEP:
             if DELTA:
                 tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
             tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-        _bring(bars, sources, stages, at, gl.minimum(n + STAGES - 1, chunks - 1), n + STAGES - 1, KP, BV, C, STAGES)
-        next_enter_K, next_carry_K, next_leave_K = _factors(factors, following, d, KP)
+        bring(bars, sources, stages, at, gl.minimum(n + STAGES - 1, n_last), step + STAGES - 1, KP, BV, C, STAGES)
+        next_enter_K, next_carry_K, next_leave_K = factors_of(factors, gl.minimum(n + 1, n_last), d, KP)
         if DELTA:
-            error_buffer = work[2]
-            beta_C = _beta(beta, n, i, length, heads, C)
-            value_CV = v_CV.load(layout).to(gl.float32)
-            erased_CV, asked = warpgroup_mma_wait(1, [erased, asked])
-            error_CV = value_CV - erased_CV
-            tma.store_wait(0)
-            error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
-            fence_async_shared()
-            error = warpgroup_mma(rows[5], error_buffer, error_CV, is_async=True)
-            state_KV = state_KV * carry_K[:, None]
-            error_CV, asked = warpgroup_mma_wait(0, [error, asked])
-            out_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+            beta_C = beta_of(beta, n, i, length, heads, C)
+            error_CV, asked = _errors(erased, asked, v_CV, rows[len(rows) - 1], out_buffer, beta_C, layout, OUT, DOT)
+            write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
             if KEEP:
                 v_CV.store(error_CV.to(DOT))
             fence_async_shared()
-            state = warpgroup_mma(write_CK.permute([1, 0]), out_buffer, state_KV, is_async=True)
-            written = warpgroup_mma(score_CC, out_buffer, asked, is_async=True)
             if KEEP:
                 tma.async_copy_shared_to_global(errors, at_o, v_CV)
+        written_CV = write_buffer if DELTA else v_CV
+        state = warpgroup_mma(write_CK.permute([1, 0]), written_CV, state_KV * carry_K[:, None], is_async=True)
+        if OUT:
+            asked = warpgroup_mma(rows[3], written_CV, asked, is_async=True)
+            state_KV, asked = warpgroup_mma_wait(1, [state, asked])
         else:
-            state = warpgroup_mma(write_CK.permute([1, 0]), v_CV, state_KV * carry_K[:, None], is_async=True)
-            written = warpgroup_mma(score_CC, v_CV, asked, is_async=True)
-        fade_K = leave_K * gl.where(n + 1 < chunks, next_enter_K, 1.0)
-        state_KV, written = warpgroup_mma_wait(1, [state, written])
-        state_KV = state_KV * fade_K[:, None]
+            state_KV = warpgroup_mma_wait(0, [state])
+        state_KV = state_KV * (leave_K * gl.where(n < n_last, next_enter_K, 1.0))[:, None]
         if not DELTA:
-            tma.store_wait(0)
-        thread_barrier()  # all warps must have read the old state
+            tma.store_wait(0)  # the state that was kept, and the outputs of the chunk before
+        thread_barrier()  # all warps must have read the old state, and with the delta rule what outputs take the place of
         state_buffer.store(state_KV.to(DOT))
-        o_CV = warpgroup_mma_wait(0, [written])
-        leaving = work[len(work) - 1]
-        leaving.store(o_CV.to(DOT))
+        if OUT:
+            out_buffer.store(warpgroup_mma_wait(0, [asked]).to(DOT))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o, at_o, leaving)
+        if OUT:
+            tma.async_copy_shared_to_global(o, at_o, out_buffer)
         carry_K, leave_K = next_carry_K, next_leave_K
+    steps = n_last - n_first + 1
     for late in gl.static_range(STAGES - 1):
-        mbarrier.wait(bars.index((chunks + late) % STAGES), (chunks + late) // STAGES % 2)
+        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
     tma.store_wait(0)
-    if LAST:
+    if OUT and LAST:
         offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
-        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
-
-
-@gluon.jit(do_not_specialize=SIZES)
-def reverse_kernel(
-    reads, writes, erases, scores, couplings, do, dv, dstates, errors, factors, beta, dlast, dbeta, dfirst,
-    length: tl.int32, batches: tl.int32, heads: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, DELTA: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """As `kernels.vector_gate_walk.reverse_kernel`, on descriptors of blocks of a chunk.
-
-    Grid: (B * H * value tiles,), of GROUPS warp groups.
-    """
-    TILES: gl.constexpr = (V + BV - 1) // BV
-    head_index, tile, chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
-    e_start = tile * BV
-    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * chunks
-    sources, at = (reads, writes, scores, do), (batch, head, chunk_0, e_start)
-    if DELTA:
-        sources = (reads, writes, scores, do, erases, couplings)
-    row = batch.to(gl.int64) * length * heads + head
-    beta += row
-    dbeta += tile.to(gl.int64) * batches * length * heads + row
-    errors += row * V
-    factors += chunk_0.to(gl.int64) * 2 * KP
-    stages, work = buffers(KP, BV, C, STAGES, DELTA, DOT)
-    grad_buffer, out_buffer = work[0], work[1]
-    bars = barriers(STAGES)
-    layout: gl.constexpr = sums_layout(BV, GROUPS)
-    i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
-    e = e_start + gl.arange(0, BV, gl.SliceLayout(0, layout))
-    none_CV = gl.zeros([C, BV], gl.float32, layout)
-    for early in gl.static_range(STAGES - 1):
-        _bring(bars, sources, stages, at, gl.maximum(chunks - 1 - early, 0), early, KP, BV, C, STAGES)
-    enter_K, carry_K, leave_K = _factors(factors, chunks - 1, d, KP)
-    grad_KV = given_state(dlast, head_index, layout, e_start, V, K, KP, BV, DLAST) * leave_K[:, None]
-    grad_buffer.store(grad_KV.to(DOT))
-    fence_async_shared()
-    for step in range(0, chunks):
-        n = chunks - 1 - step
-        following = gl.maximum(n - 1, 0)
-        rows = at_stage(stages, step % STAGES)
-        read_CK, write_CK, score_CC, do_CV = rows[0], rows[1], rows[2], rows[3]
-        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
-        du = warpgroup_mma(score_CC.permute([1, 0]), do_CV, none_CV, use_acc=False, is_async=True)
-        du = warpgroup_mma(write_CK, grad_buffer, du, is_async=True)
-        grad = warpgroup_mma(read_CK.permute([1, 0]), do_CV, grad_KV * carry_K[:, None], is_async=True)
-        tma.async_copy_shared_to_global(dstates, [chunk_0 + n, 0, e_start], grad_buffer)
-        _bring(bars, sources, stages, at, gl.maximum(n - STAGES + 1, 0), step + STAGES - 1, KP, BV, C, STAGES)
-        next_enter_K, next_carry_K, next_leave_K = _factors(factors, following, d, KP)
-        if DELTA:
-            error_buffer = work[2]
-            beta_C = _beta(beta, n, i, length, heads, C)
-            t_C = n * C + i
-            inside = (t_C < length)[:, None] & (e < V)[None, :]
-            error_CV = gl.load(errors + t_C.to(gl.int64)[:, None] * heads * V + e[None, :], mask=inside, other=0.0)
-            du_CV, grad = warpgroup_mma_wait(1, [du, grad])
-            tma.store_wait(1)  # the gradients of the chunk before's values
-            error_buffer.store((du_CV * -beta_C[:, None]).to(DOT))
-            fence_async_shared()
-            z = warpgroup_mma(rows[5].permute([1, 0]), error_buffer, du_CV, is_async=True)
-            z_CV, grad = warpgroup_mma_wait(0, [z, grad])
-            dv_CV = z_CV * beta_C[:, None]
-            thread_barrier()  # all warps must have read what is written again
-            error_buffer.store((-dv_CV).to(DOT))
-            out_buffer.store(dv_CV.to(DOT))
-            fence_async_shared()
-            grad = warpgroup_mma(rows[4].permute([1, 0]), error_buffer, grad, is_async=True)
-            tma.async_copy_shared_to_global(dv, [batch, n * C, head, e_start], out_buffer)
-            gl.store(dbeta + t_C.to(gl.int64) * heads, gl.sum(z_CV * error_CV.to(gl.float32), 1), mask=t_C < length)
-        else:
-            dv_CV, grad = warpgroup_mma_wait(1, [du, grad])
-            tma.store_wait(1)
-            out_buffer.store(dv_CV.to(DOT))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dv, [batch, n * C, head, e_start], out_buffer)
-        fade_K = enter_K * gl.where(n > 0, next_leave_K, 1.0)
-        tma.store_wait(1)  # the gradient of the state
-        grad_KV = warpgroup_mma_wait(0, [grad]) * fade_K[:, None]
-        thread_barrier()
-        grad_buffer.store(grad_KV.to(DOT))
-        fence_async_shared()
-        enter_K, carry_K = next_enter_K, next_carry_K
-    for late in gl.static_range(STAGES - 1):
-        mbarrier.wait(bars.index((chunks + late) % STAGES), (chunks + late) // STAGES % 2)
-    tma.store_wait(0)
-    if FIRST:
-        offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
-        gl.store(dfirst + head_index.to(gl.int64) * K * V + offsets, grad_KV, mask=inside)
+        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))
+    if not OUT:
+        offsets, inside = columns_of(layout, e_start, TILES * BV, K, KP, BV)
+        gl.store(last + part.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
