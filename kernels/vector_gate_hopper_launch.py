@@ -46,6 +46,11 @@ def plan(call: Call) -> Plan:
     return Plan(1, chunks, min(call.wide_v, 32 if free >= 4 else 64 if free >= 2 else 128))
 
 
+def stages(delta: bool) -> int:
+    """Chunks that are on their way or read: what fits on chip beside a wide state."""
+    return 2 if delta else 3
+
+
 def _described(call: Call, rows_BTHV: Tensor, tile: int) -> list[Any]:
     """What both walks read in blocks: Q', W, K', P, H, and values or gradients of outputs."""
     kept, described = call.kept, delta_hopper_launch._described
@@ -59,8 +64,7 @@ def _constants(call: Call, tile: int) -> dict[str, Any]:
     groups = max(1, tile // GROUP)
     return {
         "K": call.k_dim, "V": call.v_dim, "KP": call.wide_k, "BV": tile, "GROUPS": groups, "C": CHUNK,
-        "STAGES": 2 if call.delta else 3,  # what fits on chip beside the state
-        "DELTA": call.delta, "DOT": _triton_dtype(call.dtype), "num_warps": 4 * groups,
+        "STAGES": stages(call.delta), "DELTA": call.delta, "DOT": _triton_dtype(call.dtype), "num_warps": 4 * groups,
     }  # fmt: skip
 
 
