@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import vector_gate_hopper_launch
 from kernels.operands import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
-from kernels.vector_gate_config import PROGRAMS, SEGMENT, TRIAL, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
 
 
 class Kept(NamedTuple):
@@ -118,27 +118,23 @@ class Call:
         }
 
     def prepare(self) -> None:
-        """Runs `prepare_kernel`."""
+        """Runs `prepare_kernel` and, with the delta rule, `solve_kernel`."""
         from kernels.vector_gate_prepare import prepare_kernel
+        from kernels.vector_gate_solve import solve_kernel
 
-        kept = self.kept
+        kept, tile = self.kept, self.config.prepare
         rows, strides, unit = _rows(*self.keys)
-        dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
-        systems = torch.empty_like(kept.couplings, dtype=dtype) if TRIAL["solver"] == 2 else kept.couplings
-        kinds = ((2, self.config.prepare),) if TRIAL["merged"] else ((0, self.config.prepare), (1, self.config.rough))
-        for kind, tile in kinds:
-            prepare_kernel[(self.blocks,)](
-                *rows, self.beta, *kept[:7], systems, *strides, self.length, self.heads,
-                **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-                KIND=kind, STOP=TRIAL["stop"], SOLVER=0 if self.dtype == torch.float32 and TRIAL["solver"] == 1 else TRIAL["solver"],
-                SOLVE=solve_precision(self.dtype), **tile.options(),
-            )  # fmt: skip
-        if self.delta and TRIAL["solver"] == 2:
-            from kernels.vector_gate_solve import solve_kernel
-
+        merge = torch.float32 if self.dtype == torch.float32 else torch.float16  # the digits of H, see `kernels.delta_coupling_triton`
+        systems = torch.empty_like(kept.couplings, dtype=merge)
+        prepare_kernel[(self.blocks,)](
+            *rows, *kept[:6], systems, *strides, self.length, self.heads,
+            **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
+            **tile.options(),
+        )  # fmt: skip
+        if self.delta:
             solve_kernel[(self.blocks,)](
-                self.beta, systems, kept.couplings, self.length, self.heads, C=self.config.chunk, MERGE=_triton_dtype(dtype),
-                PRECISION="tf32x3" if self.dtype == torch.float32 else None, num_warps=1, maxnreg=TRIAL.get("solve_registers", 168),
+                self.beta, systems, kept.couplings, self.length, self.heads,
+                C=self.config.chunk, MERGE=_triton_dtype(merge), PRECISION=_precision(self.dtype), num_warps=1,
             )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -234,17 +230,14 @@ class Call:
 
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        kept = self.kept
+        kept, tile = self.kept, self.config.gradient
         rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
-        for kind, tile in (
-            ((2, self.config.gradient),) if TRIAL["merged"] else ((0, self.config.gradient), (1, self.config.rough))
-        ):
-            part_k = min(tile.width, self.wide_k)
-            gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-                *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
-                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(TRIAL.get("bv") or tile.width, self.wide_v),
-                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, KIND=kind, STAGES=tile.stages, **tile.options(),
-            )  # fmt: skip
+        part_k = min(tile.width, self.wide_k)
+        gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
+            *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
+            **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.values or tile.width, self.wide_v),
+            UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, STAGES=tile.stages, **tile.options(),
+        )  # fmt: skip
         return found
 
 

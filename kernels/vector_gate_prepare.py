@@ -21,26 +21,24 @@ import triton.language as tl
 
 from kernels._entry import entry
 from kernels.vector_gate_middle import half_decay, load_gates, reads_and_writes, store_factors
-from kernels.vector_gate_rows import SIZES, hidden, load_beta, load_rows
-from kernels.vector_gate_solve import coupling
+from kernels.vector_gate_rows import SIZES, hidden, load_rows
 from kernels.vector_gate_tree import LOG2_E, in_blocks, in_terms, paired, past_in_blocks, past_to_boundary, to_boundary
 
 
 @entry(do_not_specialize=SIZES)
 def prepare_kernel(
-    q, k, f, gate, beta, levels, factors, reads, writes, erases, scores, couplings, systems,
+    q, k, f, gate, levels, factors, reads, writes, erases, scores, systems,
     q_b: tl.int64, q_t: tl.int32, q_h: tl.int64, k_b: tl.int64, k_t: tl.int32, k_h: tl.int64,
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, KIND: tl.constexpr,
-    STOP: tl.constexpr, SOLVER: tl.constexpr, DOT: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * N,). Strides count UNIT elements. KIND 0 takes gentle chunks, 1 the rough ones that it found, 2 both.
+    """Grid: (B * H * N,). Strides count UNIT elements. Every chunk is taken for a gentle one, and a rough one once more.
 
     factors gets those of the rows of states, [B, H, N, 2, KP], levels the log2 of the tokens of gentle blocks, [B, H, N]; reads,
-    writes and erases get Q', W and K', [B, H, N, C, KP], scores and couplings P and H, [B, H, N, C, C]. OWN says that f holds
-    the keys of the erasure, TERMS is for `in_terms`.
+    writes and erases get Q', W and K', [B, H, N, C, KP], scores P and systems M transposed, [B, H, N, C, C]. OWN says that f
+    holds the keys of the erasure, TERMS is for `in_terms`.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)
@@ -53,71 +51,23 @@ def prepare_kernel(
     q += (batch * q_b + head * q_h + start * q_t) * UNIT
     k += (batch * k_b + head * k_h + start * k_t) * UNIT
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
-    beta += (batch * length + start) * heads + head
-    if KIND == 1:
-        is_rough = tl.load(levels + block) != LEVELS
-    else:
-        is_rough = _measure(gate, gate_t * UNIT, factors, i_C, token_C, left, K, KP, BK, C, TERMS, GENTLE)
-        tl.store(levels + block, tl.where(is_rough, 0, LEVELS))
-    if KIND != 1:
-        if is_rough == 0:
-            _chunk(
-                q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT,
-                beta, heads, factors, levels + block, reads + block * C * KP, writes + block * C * KP, erases + block * C * KP,
-                scores + block * C * C, couplings + block * C * C, systems + block * C * C, i_C, token_C, left,
-                K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, False, STOP, SOLVER, DOT, SOLVE, PRECISION,
-            )  # fmt: skip
-    if KIND != 0:
-        if is_rough:
-            _chunk(
-                q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT,
-                beta, heads, factors, levels + block, reads + block * C * KP, writes + block * C * KP, erases + block * C * KP,
-                scores + block * C * C, couplings + block * C * C, systems + block * C * C, i_C, token_C, left,
-                K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, True, STOP, SOLVER, DOT, SOLVE, PRECISION,
-            )  # fmt: skip
-
-
-@triton.jit
-def _chunk(
-    q, k, f, gate, q_t, k_t, f_t, gate_t, beta, heads, factors, levels, reads, writes, erases, scores, couplings, systems,
-    i_C, token_C, left,
-    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, TREE: tl.constexpr,
-    STOP: tl.constexpr, SOLVER: tl.constexpr, DOT: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    level = tl.full([], 0, tl.int32)
-    if TREE:
-        if STOP:
-            level = _gentle_level(gate, gate_t, i_C, token_C, left, K, KP, BK, TERMS, LEVELS, GENTLE)
-        tl.store(levels, level)
-    p_CC, m_CC = _keys_and_scores(
-        q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, i_C, token_C, left, level,
-        K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, TREE, DOT, PRECISION,
+    reads, writes, erases = reads + block * C * KP, writes + block * C * KP, erases + block * C * KP
+    level = tl.full([], LEVELS, tl.int32)
+    p_CC, m_CC, lowest = _keys_and_scores(
+        q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, i_C, token_C, left, level,
+        K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, False, DOT, PRECISION,
     )  # fmt: skip
-    by_pair_CC = i_C[:, None] * C + i_C[None, :]
-    tl.store(scores + by_pair_CC, p_CC.to(DOT))
+    if lowest < -GENTLE:
+        tl.debug_barrier()  # what is written again may have been written by other threads
+        level = _gentle_level(gate, gate_t * UNIT, i_C, token_C, left, K, KP, BK, TERMS, LEVELS, GENTLE)
+        p_CC, m_CC, lowest = _keys_and_scores(
+            q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, i_C, token_C, left, level,
+            K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, True, DOT, PRECISION,
+        )  # fmt: skip
+    tl.store(levels + block, level)
+    tl.store(scores + block * C * C + i_C[:, None] * C + i_C[None, :], p_CC.to(DOT))
     if DELTA:
-        if SOLVER == 2:
-            tl.store(systems + i_C[:, None] + i_C[None, :] * C, m_CC.to(systems.dtype.element_ty))
-        else:
-            beta_C = load_beta(beta, heads, i_C, left)
-            h_CC = coupling(m_CC, beta_C, token_C, LEVELS, SOLVE, SOLVER == 1)
-            tl.store(couplings + by_pair_CC, h_CC.to(DOT))
-
-
-@triton.jit
-def _measure(
-    gate, gate_t, factors, i_C, token_C, left,
-    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr,
-):  # fmt: skip
-    """Writes the factors of a gentle chunk, and returns whether it is rough."""
-    lowest = 0.0
-    for first in tl.static_range(0, KP, BK):
-        cols = first + tl.arange(0, BK)
-        half_K = half_decay(load_gates(gate, gate_t, i_C, cols, left, K, TERMS), TERMS, False)
-        store_factors(factors, half_K, cols, KP, False)
-        lowest = tl.minimum(lowest, tl.min(half_K, 0))
-    return lowest < -GENTLE
+        tl.store(systems + block * C * C + i_C[:, None] + i_C[None, :] * C, m_CC.to(systems.dtype.element_ty))
 
 
 @triton.jit
@@ -141,20 +91,26 @@ def _gentle_level(
 def _keys_and_scores(
     q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, i_C, token_C, left, level,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
-    OWN: tl.constexpr, TERMS: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes Q', W and K', and returns P and M."""
-    p_CC, m_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    """Writes Q', W, K' and factors, and returns P, M and the least of the half decays."""
+    p_CC, m_CC, lowest = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), 0.0
     for first in range(0, KP, BK):
         cols = first + tl.arange(0, BK)
         q_CK = load_rows(q, q_t, i_C, cols, left, K, DOT)
         k_CK = load_rows(k, k_t, i_C, cols, left, K, DOT)
         gate_CK = load_gates(gate, gate_t, i_C, cols, left, K, TERMS)
+        half_K = half_decay(gate_CK, TERMS, False)
+        store_factors(factors, half_K, cols, KP, TREE)
+        lowest = tl.minimum(lowest, tl.min(half_K, 0))
         since_CK, until_CK = reads_and_writes(gate_CK, token_C, TERMS, TREE, False)
         f_CK, past_CK = k_CK, since_CK
         if OWN:
             f_CK = load_rows(f, f_t, i_C, cols, left, K, DOT)
             past_CK = since_CK - gate_CK * LOG2_E
+        if not TREE:  # of a chunk that is rough, the products would overflow for nothing
+            since_CK = tl.clamp(since_CK, -GENTLE, GENTLE)
+            until_CK, past_CK = -since_CK, tl.clamp(past_CK, -GENTLE, GENTLE) if OWN else since_CK
         read_CK, write_CK = (q_CK * tl.exp2(since_CK)).to(DOT), (k_CK * tl.exp2(until_CK)).to(DOT)
         by_key_CK = i_C[:, None] * KP + cols[None, :]
         tl.store(reads + by_key_CK, read_CK)
@@ -163,7 +119,6 @@ def _keys_and_scores(
             erase_CK = (f_CK * tl.exp2(past_CK)).to(DOT)
             tl.store(erases + by_key_CK, erase_CK)
         if TREE:
-            store_factors(factors, half_decay(gate_CK, TERMS, False), cols, KP, True)
             p_CC, m_CC = _from_tree(
                 q_CK, k_CK, f_CK, gate_CK, p_CC, m_CC, token_C, level, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION
             )
@@ -172,7 +127,7 @@ def _keys_and_scores(
             if DELTA:
                 m_CC = tl.dot(erase_CK, tl.trans(write_CK), m_CC, input_precision=PRECISION)
     seen_CC, before_CC = token_C[:, None] >= token_C[None, :], token_C[:, None] > token_C[None, :]
-    return tl.where(seen_CC, p_CC, 0.0), tl.where(before_CC, m_CC, 0.0)
+    return tl.where(seen_CC, p_CC, 0.0), tl.where(before_CC, m_CC, 0.0), lowest
 
 
 @triton.jit

@@ -1,38 +1,15 @@
-"""The coupling of a chunk of the delta rule, H = M (I + beta M)^-1; see `kernels.delta_triton`.
+"""The coupling of a chunk of the delta rule, H = M (I + beta M)^-1, one warp a chunk; see `kernels.delta_coupling_triton`.
 
-Shape legend: C tokens of a chunk.
+Shape legend: B batch, T time, H heads, N chunks, C tokens of a chunk, S = 16 tokens of a block.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from kernels._entry import entry
 from kernels.delta_coupling_triton import S, _diagonal, _store_block
-from kernels.vector_gate_rows import SIZES
-from kernels.vector_gate_tree import paired
-
-
-@triton.jit
-def coupling(m_CC, beta_C, token_C, LEVELS: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr):
-    """H of a strictly lower M, by merging neighbouring blocks of 1, 2, 4, ... tokens; C = 2^LEVELS.
-
-    Two blocks that are solved leave H_21 = (I - H_22 beta_2) M_21 (I - beta_1 H_11), which is as stable as substitution row by
-    row. Only corrections to M are rounded.
-    """
-    h_CC = tl.where(paired(token_C[:, None], token_C[None, :], 1), m_CC, 0.0)
-    for level in tl.static_range(2, LEVELS + 1):
-        lower_CC = tl.where(paired(token_C[:, None], token_C[None, :], level), m_CC, 0.0)
-        if HALF:
-            h16_CC = h_CC.to(tl.float16)
-            lower_CC -= tl.dot(h16_CC, (beta_C[:, None] * lower_CC).to(tl.float16))
-            lower_CC -= tl.dot((lower_CC * beta_C[None, :]).to(tl.float16), h16_CC)
-        else:
-            lower_CC -= tl.dot(h_CC, beta_C[:, None] * lower_CC, input_precision=PRECISION)
-            lower_CC -= tl.dot(lower_CC * beta_C[None, :], h_CC, input_precision=PRECISION)
-        h_CC += lower_CC
-    return h_CC
+from kernels.vector_gate_rows import SIZES, hidden
 
 
 @entry(do_not_specialize=SIZES)
@@ -45,7 +22,7 @@ def solve_kernel(
     block = tl.program_id(0).to(tl.int64)
     head_index, n = block // chunks, tl.program_id(0) % chunks
     batch, head = head_index // heads, head_index % heads
-    i = tl.arange(0, S) + tl.minimum(length, 0)
+    i = hidden(tl.arange(0, S), length)
     systems += block * C * C
     couplings += block * C * C
     turned, betas = (), ()
