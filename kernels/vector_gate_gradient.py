@@ -103,38 +103,54 @@ def _through_tree(
     LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what P and M pass on for any decays to dq and df, and returns what they pass on to k."""
+    """Adds what P and M pass on for any decays to dq and df, and returns what they pass on to k; y, and the part from f.
+
+    Both ends of a pair add to y with the operands of its products, as they were rounded, so that they cancel where they should.
+    """
     high_KC, low_KC = in_terms(gate_KC, TERMS)
+    y_KC, past_y_KC = q_KC * dq_KC, f_KC * df_KC
     since_KC = in_blocks(i_C, gentle, high_KC, low_KC, TERMS, True)
     decay_KC, grow_KC = tl.exp2(since_KC), tl.exp2(-since_KC)
     near_CC = (i_C[:, None] >> gentle) == (i_C[None, :] >> gentle)
-    kd_KC = (k_KC * grow_KC).to(DOT)
+    qd_KC, kd_KC = (q_KC * decay_KC).to(DOT), (k_KC * grow_KC).to(DOT)
     level_CC = tl.where(near_CC & (i_C[:, None] > i_C[None, :]), dp_CC, 0.0).to(DOT)
-    dq_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
-    dk_KC = tl.dot((q_KC * decay_KC).to(DOT), level_CC, input_precision=PRECISION)
+    dread_KC = tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION)
+    y_KC += qd_KC * dread_KC
+    dq_KC += dread_KC * decay_KC
+    back_KC = tl.dot(qd_KC, level_CC, input_precision=PRECISION)
     if DELTA:
         if OWN:
             decay_KC = tl.exp2(past_in_blocks(since_KC, gate_KC, i_C, gentle, True))
+        fd_KC = (f_KC * decay_KC).to(DOT)
         level_CC = tl.where(near_CC, dm_CC, 0.0).to(DOT)
-        df_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
-        dk_KC = tl.dot((f_KC * decay_KC).to(DOT), level_CC, dk_KC, input_precision=PRECISION)
-    dk_KC *= grow_KC
+        dread_KC = tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION)
+        past_y_KC += fd_KC * dread_KC
+        df_KC += dread_KC * decay_KC
+        back_KC = tl.dot(fd_KC, level_CC, back_KC, input_precision=PRECISION)
+    y_KC -= kd_KC * back_KC
+    dk_KC = back_KC * grow_KC
     for level in range(gentle + 1, LEVELS + 1):
         decay_KC = tl.exp2(to_boundary(i_C, level, high_KC, low_KC, TERMS, True))
         pairs_CC = paired(i_C[:, None], i_C[None, :], level)
         qd_KC, kd_KC = (q_KC * decay_KC).to(DOT), (k_KC * decay_KC).to(DOT)
         level_CC = tl.where(pairs_CC, dp_CC, 0.0).to(DOT)
-        dq_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * decay_KC
+        dread_KC = tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION)
+        y_KC += qd_KC * dread_KC
+        dq_KC += dread_KC * decay_KC
         back_KC = tl.dot(qd_KC, level_CC, input_precision=PRECISION)
         if DELTA:
             past_KC = decay_KC
             if OWN:
                 past_KC = tl.exp2(past_to_boundary(i_C, level, high_KC, low_KC, TERMS, True))
+            fd_KC = (f_KC * past_KC).to(DOT)
             level_CC = tl.where(pairs_CC, dm_CC, 0.0).to(DOT)
-            df_KC += tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION) * past_KC
-            back_KC = tl.dot((f_KC * past_KC).to(DOT), level_CC, back_KC, input_precision=PRECISION)
+            dread_KC = tl.dot(kd_KC, tl.trans(level_CC), input_precision=PRECISION)
+            past_y_KC += fd_KC * dread_KC
+            df_KC += dread_KC * past_KC
+            back_KC = tl.dot(fd_KC, level_CC, back_KC, input_precision=PRECISION)
+        y_KC -= kd_KC * back_KC
         dk_KC += back_KC * decay_KC
-    return dq_KC, dk_KC, df_KC
+    return dq_KC, dk_KC, df_KC, y_KC, past_y_KC
 
 
 @triton.jit
@@ -150,12 +166,11 @@ def _of_rough_chunk(
     f_KC = tl.trans(load_rows(f, f_t, i_C, d_K, left, K, DOT)) if OWN else k_KC
     own_C = tl.sum(tl.where(token_C[:, None] == token_C[None, :], dp_CC, 0.0), 0)[None, :]
     dwrite_KC *= until_KC
-    dq_KC, dk_KC, df_KC = _through_tree(
+    dq_KC, dk_KC, df_KC, y_KC, past_y_KC = _through_tree(
         q_KC, k_KC, f_KC, gate_KC, dp_CC, dm_CC, dread_KC * since_KC, derase_KC * past_KC, token_C, level,
         LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
     )  # fmt: skip
-    x_KC, y_KC = k_KC * dwrite_KC, q_KC * dq_KC - k_KC * dk_KC
-    return dq_KC + own_C * k_KC, dk_KC + dwrite_KC + own_C * q_KC, df_KC, x_KC, y_KC, f_KC * df_KC
+    return dq_KC + own_C * k_KC, dk_KC + dwrite_KC + own_C * q_KC, df_KC, k_KC * dwrite_KC, y_KC, past_y_KC
 
 
 @entry(do_not_specialize=SIZES)
