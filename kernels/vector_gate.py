@@ -124,7 +124,9 @@ class Call:
 
         kept, tile = self.kept, self.config.prepare
         rows, strides, unit = _rows(*self.keys)
-        merge = torch.float32 if self.dtype == torch.float32 else torch.float16  # the digits of H, see `kernels.delta_coupling_triton`
+        merge = (
+            torch.float32 if self.dtype == torch.float32 else torch.float16
+        )  # the digits of H, see `kernels.delta_coupling_triton`
         systems = torch.empty_like(kept.couplings, dtype=merge)
         prepare_kernel[(self.blocks,)](
             *rows, *kept[:6], systems, *strides, self.length, self.heads,
@@ -232,10 +234,10 @@ class Call:
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         kept, tile = self.kept, self.config.gradient
         rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
-        part_k = min(tile.width, self.wide_k)
+        part_k, part_v = min(tile.width, self.wide_k), min(tile.values or tile.width, self.wide_v)
         gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
             *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
-            **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.values or tile.width, self.wide_v),
+            **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v,
             UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, STAGES=tile.stages, **tile.options(),
         )  # fmt: skip
         return found

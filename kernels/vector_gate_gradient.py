@@ -173,6 +173,53 @@ def _of_rough_chunk(
     return dq_KC + own_C * k_KC, dk_KC + dwrite_KC + own_C * q_KC, df_KC, k_KC * dwrite_KC, y_KC, past_y_KC
 
 
+@triton.jit
+def _gradients(
+    q, q_t, k, k_t, f, f_t, gate, gate_t, u, u_t, do, do_t, beta, dv, factors, reads, writes, erases, states, dstates,
+    dq, dk, df, dgate, level, tile, length, heads, left,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, SPLIT: tl.constexpr, TREE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of some channels of a chunk, which is rough if TREE."""
+    i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
+    token_C = hidden(i_C, length)
+    beta_C = load_beta(beta, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
+    dread_KC, dwrite_KC, derase_KC, both_K, dp_CC, dm_CC = _over_values(
+        do, do_t, u, u_t, dv, heads * V, states, dstates, beta_C, i_C, token_C, d_K, left,
+        V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
+    )  # fmt: skip
+    if TREE:
+        dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _of_rough_chunk(
+            q, q_t, k, k_t, f, f_t, gate, gate_t, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, i_C, token_C, d_K, left, level,
+            K, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _through_middle(
+            reads, writes, erases, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :],
+            DELTA, DOT, PRECISION,
+        )  # fmt: skip
+    own_KC = tl.zeros([BK, C], tl.float32)
+    if DELTA:
+        y_KC += past_y_KC
+        if OWN:
+            own_KC = past_y_KC  # what an erasure reads with its own keys has decayed up to the token before it
+    _, carry_K, _ = load_factors(factors, 0, d_K, KP)
+    high_KC, low_KC = in_terms(x_KC - y_KC, SPLIT)
+    dgate_KC = range_sums(tl.zeros_like(i_C) - 1, token_C - 1, high_KC, low_KC, token_C, SPLIT, True) - own_KC
+    dgate_KC += (tl.sum(y_KC, 1) + both_K * carry_K)[:, None]
+    store_rows(dgate, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
+    if not TREE:  # last, since the gradients of the decays are done without them
+        since_KC, until_KC, past_KC, _ = _decays(gate, gate_t, i_C, token_C, d_K, left, K, OWN, TERMS, TREE)
+        dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
+    if OWN:
+        store_rows(df, heads * K, i_C, d_K, left, tl.trans(df_KC), K)
+    elif DELTA:
+        dk_KC += df_KC
+    store_rows(dq, heads * K, i_C, d_K, left, tl.trans(dq_KC), K)
+    store_rows(dk, heads * K, i_C, d_K, left, tl.trans(dk_KC), K)
+
+
 @entry(do_not_specialize=SIZES)
 def gradient_kernel(
     q, k, f, gate, u, do, beta, dv, levels, factors, reads, writes, erases, states, dstates, dq, dk, df, dgate,
@@ -193,47 +240,27 @@ def gradient_kernel(
     chunks = tl.cdiv(length, C)
     head_index, n = block // chunks, (block % chunks).to(tl.int32)
     batch, head = head_index // heads, head_index % heads
-    i_C, d_K = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     start, left = n.to(tl.int64) * C, length - n * C
     row, state = (batch * length + start) * heads + head, block * KP * VP
-    token_C = hidden(i_C, length)
-    level = tl.load(levels + block)
-    beta_C = load_beta(beta + row, heads, i_C, left) if DELTA else tl.zeros([C], tl.float32)
-    dread_KC, dwrite_KC, derase_KC, both_K, dp_CC, dm_CC = _over_values(
-        do + (batch * do_b + head * do_h + start * do_t) * UNIT, do_t * UNIT,
-        u + (batch * u_b + head * u_h + start * u_t) * UNIT, u_t * UNIT, dv + row * V, heads * V,
-        states + state, dstates + state, beta_C, i_C, token_C, d_K, left, V, VP, BK, BV, C, DELTA, DOT, PRECISION, STAGES,
-    )  # fmt: skip
     q += (batch * q_b + head * q_h + start * q_t) * UNIT
     k += (batch * k_b + head * k_h + start * k_t) * UNIT
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
     gate += (batch * gate_b + head * gate_h + start * gate_t) * UNIT
-    if level == LEVELS:
-        dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _through_middle(
-            reads + block * C * KP, writes + block * C * KP, erases + block * C * KP, dread_KC, dwrite_KC, derase_KC,
-            dp_CC, dm_CC, i_C[:, None] * KP + d_K[None, :], DELTA, DOT, PRECISION,
+    u += (batch * u_b + head * u_h + start * u_t) * UNIT
+    do += (batch * do_b + head * do_h + start * do_t) * UNIT
+    dq, dk, df, dgate = dq + row * K, dk + row * K, df + row * K, dgate + row * K
+    reads, writes, erases = reads + block * C * KP, writes + block * C * KP, erases + block * C * KP
+    beta, dv, factors, states, dstates = beta + row, dv + row * V, factors + block * 2 * KP, states + state, dstates + state
+    level = tl.load(levels + block)
+    if level == LEVELS:  # a branch each, so that the registers of the other are not missed
+        _gradients(
+            q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, u, u_t * UNIT, do, do_t * UNIT, beta, dv, factors,
+            reads, writes, erases, states, dstates, dq, dk, df, dgate, level, tile, length, heads, left,
+            K, V, KP, VP, BK, BV, C, LEVELS, DELTA, OWN, TERMS, SPLIT, False, DOT, PRECISION, STAGES,
         )  # fmt: skip
     else:
-        dq_KC, dk_KC, df_KC, x_KC, y_KC, past_y_KC = _of_rough_chunk(
-            q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, dread_KC, dwrite_KC, derase_KC, dp_CC, dm_CC,
-            i_C, token_C, d_K, left, level, K, LEVELS, DELTA, OWN, TERMS, DOT, PRECISION,
+        _gradients(
+            q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, u, u_t * UNIT, do, do_t * UNIT, beta, dv, factors,
+            reads, writes, erases, states, dstates, dq, dk, df, dgate, level, tile, length, heads, left,
+            K, V, KP, VP, BK, BV, C, LEVELS, DELTA, OWN, TERMS, SPLIT, True, DOT, PRECISION, STAGES,
         )  # fmt: skip
-    own_KC = tl.zeros([BK, C], tl.float32)
-    if DELTA:
-        y_KC += past_y_KC
-        if OWN:
-            own_KC = past_y_KC  # what an erasure reads with its own keys has decayed up to the token before it
-    _, carry_K, _ = load_factors(factors, block, d_K, KP)
-    high_KC, low_KC = in_terms(x_KC - y_KC, SPLIT)
-    dgate_KC = range_sums(tl.zeros_like(i_C) - 1, token_C - 1, high_KC, low_KC, token_C, SPLIT, True) - own_KC
-    dgate_KC += (tl.sum(y_KC, 1) + both_K * carry_K)[:, None]
-    store_rows(dgate + row * K, heads * K, i_C, d_K, left, tl.trans(dgate_KC), K)
-    if level == LEVELS:  # last, since the gradients of the decays are done without them
-        since_KC, until_KC, past_KC, gate_KC = _decays(gate, gate_t * UNIT, i_C, token_C, d_K, left, K, OWN, TERMS, False)
-        dq_KC, dk_KC, df_KC = dq_KC * since_KC, dk_KC * until_KC, df_KC * past_KC
-    if OWN:
-        store_rows(df + row * K, heads * K, i_C, d_K, left, tl.trans(df_KC), K)
-    elif DELTA:
-        dk_KC += df_KC
-    store_rows(dq + row * K, heads * K, i_C, d_K, left, tl.trans(dq_KC), K)
-    store_rows(dk + row * K, heads * K, i_C, d_K, left, tl.trans(dk_KC), K)

@@ -94,8 +94,56 @@ def start_of(
 
 
 @gluon.jit
-def _errors(erased, asked, v_CV, h_CC, error_buffer, beta_C, layout: gl.constexpr, OUT: gl.constexpr, DOT: gl.constexpr):
-    """E of a chunk from K' S_m, and Q' S_m; both run before."""
+def sources_of(writes, rows, reads, scores, erases, couplings, DELTA: gl.constexpr, OUT: gl.constexpr):
+    """What `stage_buffers` has room for."""
+    sources = (writes, rows)
+    if OUT:
+        sources = sources + (reads, scores)  # noqa: RUF005
+    if DELTA:
+        sources = sources + (erases, couplings)  # noqa: RUF005
+    return sources
+
+
+@gluon.jit
+def work_buffers(KP: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DELTA: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory for the state, for rows that leave, and with the delta rule for one more matrix like values."""
+    state_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    more_buffer = out_buffer
+    if DELTA:
+        more_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    return state_buffer, out_buffer, more_buffer
+
+
+@gluon.jit
+def arrived(bars, first, COUNT: gl.constexpr, STAGES: gl.constexpr):
+    """Waits for copies that no chunk waits for."""
+    for late in gl.static_range(COUNT):
+        mbarrier.wait(bars.index((first + late) % STAGES), (first + late) // STAGES % 2)
+
+
+@gluon.jit
+def _ask(rows, states, at_state, work, none_CV, DELTA: gl.constexpr, KEEP: gl.constexpr, OUT: gl.constexpr):
+    """Starts K' S_m and Q' S_m, and to store the state."""
+    state_buffer, erased, asked = work[0], none_CV, none_CV
+    if DELTA:
+        erased = warpgroup_mma(rows[len(rows) - 2], state_buffer, none_CV, use_acc=False, is_async=True)
+    if OUT:
+        asked = warpgroup_mma(rows[2], state_buffer, none_CV, use_acc=False, is_async=True)
+    if KEEP:
+        if DELTA:
+            tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
+        tma.async_copy_shared_to_global(states, at_state, state_buffer)
+    return erased, asked
+
+
+@gluon.jit
+def _write(
+    rows, erased, asked, work, beta_C, errors, at_o, layout: gl.constexpr, KEEP: gl.constexpr, OUT: gl.constexpr, DOT: gl.constexpr
+):  # fmt: skip
+    """With the delta rule: U of a chunk in shared memory, and Q' S_m; K' S_m and it run before. Starts to store the errors."""
+    _, error_buffer, write_buffer = work
+    v_CV = rows[1]
     value_CV = v_CV.load(layout).to(gl.float32)
     if OUT:
         erased_CV, asked = warpgroup_mma_wait(1, [erased, asked])
@@ -105,12 +153,43 @@ def _errors(erased, asked, v_CV, h_CC, error_buffer, beta_C, layout: gl.constexp
     tma.store_wait(0)
     error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
     fence_async_shared()
-    error = warpgroup_mma(h_CC, error_buffer, error_CV, is_async=True)
+    error = warpgroup_mma(rows[len(rows) - 1], error_buffer, error_CV, is_async=True)
     if OUT:
         error_CV, asked = warpgroup_mma_wait(0, [error, asked])
     else:
         error_CV = warpgroup_mma_wait(0, [error])
-    return error_CV, asked
+    write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
+    if KEEP:
+        v_CV.store(error_CV.to(DOT))
+    fence_async_shared()
+    if KEEP:
+        tma.async_copy_shared_to_global(errors, at_o, v_CV)
+    return write_buffer, asked
+
+
+@gluon.jit
+def _leave(
+    rows, u_CV, asked, state_KV, fade_K, work, o, at_o, DELTA: gl.constexpr, OUT: gl.constexpr, DOT: gl.constexpr
+):  # fmt: skip
+    """The next state, also in shared memory; starts to store outputs."""
+    state_buffer, out_buffer, _ = work
+    state = warpgroup_mma(rows[0].permute([1, 0]), u_CV, state_KV, is_async=True)
+    if OUT:
+        asked = warpgroup_mma(rows[3], u_CV, asked, is_async=True)
+        state_KV, asked = warpgroup_mma_wait(1, [state, asked])
+    else:
+        state_KV = warpgroup_mma_wait(0, [state])
+    state_KV = state_KV * fade_K[:, None]
+    if not DELTA:
+        tma.store_wait(0)  # the state that was kept, and the outputs of the chunk before
+    thread_barrier()  # all warps must have read the old state, and with the delta rule what outputs take the place of
+    state_buffer.store(state_KV.to(DOT))
+    if OUT:
+        out_buffer.store(warpgroup_mma_wait(0, [asked]).to(DOT))
+    fence_async_shared()
+    if OUT:
+        tma.async_copy_shared_to_global(o, at_o, out_buffer)
+    return state_KV
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -133,17 +212,8 @@ def walk_kernel(
     at = (batch, head, chunk_0, e_start)
     beta += batch.to(gl.int64) * length * heads + head
     factors += chunk_0.to(gl.int64) * 2 * KP
-    sources = (writes, v)
-    if OUT:
-        sources = sources + (reads, scores)  # noqa: RUF005
-    if DELTA:
-        sources = sources + (erases, couplings)  # noqa: RUF005
-    stages = stage_buffers(KP, BV, C, STAGES, DELTA, OUT, DOT)
-    state_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    write_buffer = out_buffer
-    if DELTA:
-        write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    sources = sources_of(writes, v, reads, scores, erases, couplings, DELTA, OUT)
+    stages, work = stage_buffers(KP, BV, C, STAGES, DELTA, OUT, DOT), work_buffers(KP, BV, C, DELTA, DOT)
     bars = barriers(STAGES)
     layout: gl.constexpr = sums_layout(BV, GROUPS)
     i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
@@ -152,54 +222,23 @@ def walk_kernel(
         bring(bars, sources, stages, at, gl.minimum(n_first + early, n_last), early, KP, BV, C, STAGES)
     enter_K, carry_K, leave_K = factors_of(factors, n_first, d, KP)
     state_KV = start_of(first, part, head_index, order, e_start, K, V, KP, BV, GROUPS, FIRST, OUT) * enter_K[:, None]
-    state_buffer.store(state_KV.to(DOT))
+    work[0].store(state_KV.to(DOT))
     fence_async_shared()
     for n in range(n_first, n_last + 1):
         step, at_o = n - n_first, [batch, n * C, head, e_start]
         rows = at_stage(stages, step % STAGES)
-        write_CK, v_CV = rows[0], rows[1]
         mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
-        if DELTA:
-            erased = warpgroup_mma(rows[len(rows) - 2], state_buffer, none_CV, use_acc=False, is_async=True)
-        asked = none_CV
-        if OUT:
-            asked = warpgroup_mma(rows[2], state_buffer, none_CV, use_acc=False, is_async=True)
-        if KEEP:
-            if DELTA:
-                tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
-            tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
+        erased, asked = _ask(rows, states, [chunk_0 + n, 0, e_start], work, none_CV, DELTA, KEEP, OUT)
         bring(bars, sources, stages, at, gl.minimum(n + STAGES - 1, n_last), step + STAGES - 1, KP, BV, C, STAGES)
-        next_enter_K, next_carry_K, next_leave_K = factors_of(factors, gl.minimum(n + 1, n_last), d, KP)
+        enter_K, next_carry_K, next_leave_K = factors_of(factors, gl.minimum(n + 1, n_last), d, KP)
+        u_CV = rows[1]
         if DELTA:
             beta_C = beta_of(beta, n, i, length, heads, C)
-            error_CV, asked = _errors(erased, asked, v_CV, rows[len(rows) - 1], out_buffer, beta_C, layout, OUT, DOT)
-            write_buffer.store((error_CV * beta_C[:, None]).to(DOT))
-            if KEEP:
-                v_CV.store(error_CV.to(DOT))
-            fence_async_shared()
-            if KEEP:
-                tma.async_copy_shared_to_global(errors, at_o, v_CV)
-        written_CV = write_buffer if DELTA else v_CV
-        state = warpgroup_mma(write_CK.permute([1, 0]), written_CV, state_KV * carry_K[:, None], is_async=True)
-        if OUT:
-            asked = warpgroup_mma(rows[3], written_CV, asked, is_async=True)
-            state_KV, asked = warpgroup_mma_wait(1, [state, asked])
-        else:
-            state_KV = warpgroup_mma_wait(0, [state])
-        state_KV = state_KV * (leave_K * gl.where(n < n_last, next_enter_K, 1.0))[:, None]
-        if not DELTA:
-            tma.store_wait(0)  # the state that was kept, and the outputs of the chunk before
-        thread_barrier()  # all warps must have read the old state, and with the delta rule what outputs take the place of
-        state_buffer.store(state_KV.to(DOT))
-        if OUT:
-            out_buffer.store(warpgroup_mma_wait(0, [asked]).to(DOT))
-        fence_async_shared()
-        if OUT:
-            tma.async_copy_shared_to_global(o, at_o, out_buffer)
+            u_CV, asked = _write(rows, erased, asked, work, beta_C, errors, at_o, layout, KEEP, OUT, DOT)
+        fade_K = leave_K * gl.where(n < n_last, enter_K, 1.0)
+        state_KV = _leave(rows, u_CV, asked, state_KV * carry_K[:, None], fade_K, work, o, at_o, DELTA, OUT, DOT)
         carry_K, leave_K = next_carry_K, next_leave_K
-    steps = n_last - n_first + 1
-    for late in gl.static_range(STAGES - 1):
-        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
+    arrived(bars, n_last - n_first + 1, STAGES - 1, STAGES)
     tma.store_wait(0)
     if OUT and LAST:
         offsets, inside = columns_of(layout, e_start, V, K, KP, BV)

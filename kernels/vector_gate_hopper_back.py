@@ -19,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import barriers, columns_of, place, shared_layout, sums_layout, thread_barrier
+from kernels.delta_hopper import barriers, columns_of, place, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
-from kernels.vector_gate_hopper import beta_of, bring, factors_of, stage_buffers, start_of
+from kernels.vector_gate_hopper import arrived, beta_of, bring, factors_of, sources_of, stage_buffers, start_of, work_buffers
 from kernels.vector_gate_rows import SIZES
 
 
@@ -51,6 +51,27 @@ def _through_erasure(
     return grad
 
 
+@gluon.jit
+def _errors(errors, t_C, e, length, heads, none_CV, V: gl.constexpr, OUT: gl.constexpr):
+    """E of a chunk, for the gradients of beta."""
+    error_CV = none_CV
+    if OUT:
+        inside = (t_C < length)[:, None] & (e < V)[None, :]
+        error_CV = gl.load(errors + t_C.to(gl.int64)[:, None] * heads * V + e[None, :], mask=inside, other=0.0)
+    return error_CV
+
+
+@gluon.jit
+def _store_rows(du, grad, out_buffer, dv, at_o, DOT: gl.constexpr):
+    """Without the delta rule: starts to store dV, which runs; the gradient of the state runs on."""
+    dv_CV, grad = warpgroup_mma_wait(1, [du, grad])
+    tma.store_wait(1)  # the gradients of the values of the chunk before
+    out_buffer.store(dv_CV.to(DOT))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dv, at_o, out_buffer)
+    return grad
+
+
 @gluon.jit(do_not_specialize=SIZES)
 def reverse_kernel(
     reads, writes, erases, scores, couplings, do, dv, dstates, errors, factors, beta, dlast, dbeta, dfirst,
@@ -68,19 +89,11 @@ def reverse_kernel(
     head_index, order, n_first, n_last = place(part, segments if OUT else segments - 1, segments, per, chunks, True)
     e_start, batch, head, chunk_0 = tile * BV, head_index // heads, head_index % heads, head_index * chunks
     at, row = (batch, head, chunk_0, e_start), batch.to(gl.int64) * length * heads + head
-    beta += row
-    dbeta += tile.to(gl.int64) * batches * length * heads + row
-    errors += row * V
+    beta, dbeta, errors = beta + row, dbeta + (tile.to(gl.int64) * batches * length * heads + row), errors + row * V
     factors += chunk_0.to(gl.int64) * 2 * KP
-    sources = (writes, do, reads, scores)
-    if DELTA:
-        sources = (writes, do, reads, scores, erases, couplings)
+    sources = sources_of(writes, do, reads, scores, erases, couplings, DELTA, True)
     stages = stage_buffers(KP, BV, C, STAGES, DELTA, True, DOT)
-    grad_buffer = gl.allocate_shared_memory(DOT, [KP, BV], shared_layout(BV))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    error_buffer = out_buffer
-    if DELTA:
-        error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    grad_buffer, out_buffer, error_buffer = work_buffers(KP, BV, C, DELTA, DOT)
     bars = barriers(STAGES)
     layout: gl.constexpr = sums_layout(BV, GROUPS)
     i, d = gl.arange(0, C, gl.SliceLayout(1, layout)), gl.arange(0, KP, gl.SliceLayout(1, layout))
@@ -94,33 +107,23 @@ def reverse_kernel(
     fence_async_shared()
     steps = n_last - n_first + 1
     for step in range(0, steps):
-        n = n_last - step
-        at_o, rows = [batch, n * C, head, e_start], at_stage(stages, step % STAGES)
-        write_CK, do_CV, read_CK, score_CC = rows[0], rows[1], rows[2], rows[3]
+        n, rows = n_last - step, at_stage(stages, step % STAGES)
         mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
-        du = warpgroup_mma(score_CC.permute([1, 0]), do_CV, none_CV, use_acc=False, is_async=True)
-        du = warpgroup_mma(write_CK, grad_buffer, du, is_async=True)
-        grad = warpgroup_mma(read_CK.permute([1, 0]), do_CV, grad_KV * carry_K[:, None], is_async=True)
+        du = warpgroup_mma(rows[3].permute([1, 0]), rows[1], none_CV, use_acc=False, is_async=True)
+        du = warpgroup_mma(rows[0], grad_buffer, du, is_async=True)
+        grad = warpgroup_mma(rows[2].permute([1, 0]), rows[1], grad_KV * carry_K[:, None], is_async=True)
         if OUT:
             tma.async_copy_shared_to_global(dstates, [chunk_0 + n, 0, e_start], grad_buffer)
         bring(bars, sources, stages, at, gl.maximum(n - STAGES + 1, n_first), step + STAGES - 1, KP, BV, C, STAGES)
         next_enter_K, next_carry_K, next_leave_K = factors_of(factors, gl.maximum(n - 1, n_first), d, KP)
         if DELTA:
-            t_C = n * C + i
-            inside = (t_C < length)[:, None] & (e < V)[None, :]
-            error_CV = none_CV
-            if OUT:
-                error_CV = gl.load(errors + t_C.to(gl.int64)[:, None] * heads * V + e[None, :], mask=inside, other=0.0)
             grad = _through_erasure(
-                du, grad, error_CV, rows[4], rows[5], beta_of(beta, n, i, length, heads, C), error_buffer, out_buffer,
-                dv, at_o, dbeta, t_C, length, heads, OUT, DOT,
+                du, grad, _errors(errors, n * C + i, e, length, heads, none_CV, V, OUT), rows[4], rows[5],
+                beta_of(beta, n, i, length, heads, C), error_buffer, out_buffer, dv, [batch, n * C, head, e_start],
+                dbeta, n * C + i, length, heads, OUT, DOT,
             )  # fmt: skip
         else:
-            dv_CV, grad = warpgroup_mma_wait(1, [du, grad])
-            tma.store_wait(1)  # the gradients of the values of the chunk before
-            out_buffer.store(dv_CV.to(DOT))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dv, at_o, out_buffer)
+            grad = _store_rows(du, grad, out_buffer, dv, [batch, n * C, head, e_start], DOT)
         if OUT:
             tma.store_wait(1)  # the gradient of the state
         grad_KV = warpgroup_mma_wait(0, [grad]) * (enter_K * gl.where(n > n_first, next_leave_K, 1.0))[:, None]
@@ -128,8 +131,7 @@ def reverse_kernel(
         grad_buffer.store(grad_KV.to(DOT))
         fence_async_shared()
         enter_K, carry_K = next_enter_K, next_carry_K
-    for late in gl.static_range(STAGES - 1):
-        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
+    arrived(bars, steps, STAGES - 1, STAGES)
     tma.store_wait(0)
     if OUT and FIRST:
         offsets, inside = columns_of(layout, e_start, V, K, KP, BV)

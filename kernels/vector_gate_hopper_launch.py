@@ -43,7 +43,8 @@ def plan(call: Call) -> Plan:
     if call.delta and segments >= FEW:
         per = -(-chunks // segments)
         return Plan(-(-chunks // per), per, call.wide_v)
-    return Plan(1, chunks, min(call.wide_v, 32 if free >= 4 else 64 if free >= 2 else 128))
+    tile = 32 if free >= 4 else 64 if free >= 2 else 128
+    return Plan(1, chunks, tile if call.wide_v > GROUP else call.wide_v)
 
 
 def stages(delta: bool) -> int:

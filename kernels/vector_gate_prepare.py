@@ -52,22 +52,19 @@ def prepare_kernel(
     k += (batch * k_b + head * k_h + start * k_t) * UNIT
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
     reads, writes, erases = reads + block * C * KP, writes + block * C * KP, erases + block * C * KP
-    level = tl.full([], LEVELS, tl.int32)
-    p_CC, m_CC, lowest = _keys_and_scores(
-        q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, i_C, token_C, left, level,
-        K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, False, DOT, PRECISION,
+    scores, systems, level = scores + block * C * C, systems + block * C * C, tl.full([], LEVELS, tl.int32)
+    lowest = _keys_and_scores(
+        q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, scores, systems,
+        i_C, token_C, left, level, K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, False, DOT, PRECISION,
     )  # fmt: skip
     if lowest < -GENTLE:
         tl.debug_barrier()  # what is written again may have been written by other threads
         level = _gentle_level(gate, gate_t * UNIT, i_C, token_C, left, K, KP, BK, TERMS, LEVELS, GENTLE)
-        p_CC, m_CC, lowest = _keys_and_scores(
-            q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, i_C, token_C, left, level,
-            K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, True, DOT, PRECISION,
+        _keys_and_scores(
+            q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, scores, systems,
+            i_C, token_C, left, level, K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, True, DOT, PRECISION,
         )  # fmt: skip
     tl.store(levels + block, level)
-    tl.store(scores + block * C * C + i_C[:, None] * C + i_C[None, :], p_CC.to(DOT))
-    if DELTA:
-        tl.store(systems + block * C * C + i_C[:, None] + i_C[None, :] * C, m_CC.to(systems.dtype.element_ty))
 
 
 @triton.jit
@@ -89,11 +86,12 @@ def _gentle_level(
 
 @triton.jit
 def _keys_and_scores(
-    q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, i_C, token_C, left, level,
+    q, k, f, gate, q_t, k_t, f_t, gate_t, factors, reads, writes, erases, scores, systems,
+    i_C, token_C, left, level,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr,
     OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, TREE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes Q', W, K' and factors, and returns P, M and the least of the half decays."""
+    """Writes Q', W, K', P, M and the factors, and returns the least of the half decays."""
     p_CC, m_CC, lowest = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), 0.0
     for first in range(0, KP, BK):
         cols = first + tl.arange(0, BK)
@@ -127,7 +125,10 @@ def _keys_and_scores(
             if DELTA:
                 m_CC = tl.dot(erase_CK, tl.trans(write_CK), m_CC, input_precision=PRECISION)
     seen_CC, before_CC = token_C[:, None] >= token_C[None, :], token_C[:, None] > token_C[None, :]
-    return tl.where(seen_CC, p_CC, 0.0), tl.where(before_CC, m_CC, 0.0), lowest
+    tl.store(scores + i_C[:, None] * C + i_C[None, :], tl.where(seen_CC, p_CC, 0.0).to(DOT))
+    if DELTA:
+        tl.store(systems + i_C[:, None] + i_C[None, :] * C, tl.where(before_CC, m_CC, 0.0).to(systems.dtype.element_ty))
+    return lowest
 
 
 @triton.jit
