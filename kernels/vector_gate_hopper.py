@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._entry import entry
 from kernels.delta_hopper import barriers, columns_of, fetch, place, shared_layout, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
 from kernels.vector_gate_rows import SIZES
@@ -192,7 +193,7 @@ def _leave(
     return state_KV
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def walk_kernel(
     reads, writes, erases, scores, couplings, v, o, errors, states, factors, beta, first, last,
     length: tl.int32, heads: tl.int32, segments: tl.int32, per: tl.int32,

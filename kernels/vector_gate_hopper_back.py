@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._entry import entry
 from kernels.delta_hopper import barriers, columns_of, place, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
 from kernels.vector_gate_hopper import arrived, beta_of, bring, factors_of, sources_of, stage_buffers, start_of, work_buffers
@@ -72,7 +73,7 @@ def _store_rows(du, grad, out_buffer, dv, at_o, DOT: gl.constexpr):
     return grad
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def reverse_kernel(
     reads, writes, erases, scores, couplings, do, dv, dstates, errors, factors, beta, dlast, dbeta, dfirst,
     length: tl.int32, batches: tl.int32, heads: tl.int32, segments: tl.int32, per: tl.int32,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import vector_gate, vector_gate_hopper_launch
+from kernels import _replay, vector_gate, vector_gate_hopper_launch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -53,8 +53,9 @@ def test_split_equals_whole(delta: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gate", cases.GATES)
 def test_few_heads_are_walked_in_segments(gate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_gate, "SEGMENT", 1)
-    for state in (False, True):
-        cases.check((1, 300, 2, 128, 128), gate, "cuda", dtype, delta=False, state=state)
+    with _replay.forgetful():
+        for state in (False, True):
+            cases.check((1, 300, 2, 128, 128), gate, "cuda", dtype, delta=False, state=state)
 
 
 @pytest.mark.parametrize("gate", cases.GATES)
@@ -73,14 +74,16 @@ def test_walks_of_hopper(shape: tuple[int, int, int, int, int], delta: bool, gat
 def test_segments_of_the_delta_rule(width: int, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one is shorter."""
     monkeypatch.setattr(vector_gate_hopper_launch, "FEW", 2)
-    for state in (False, True):
-        cases.check((1, 1100, 1, width, width), gate, "cuda", torch.bfloat16, delta=True, state=state)
+    with _replay.forgetful():
+        for state in (False, True):
+            cases.check((1, 1100, 1, width, width), gate, "cuda", torch.bfloat16, delta=True, state=state)
 
 
 @pytest.mark.parametrize("delta", [False, True])
 def test_plain_walks(delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_gate_hopper_launch, "fit", lambda *_: False)
-    cases.check((2, 200, 2, 128, 128), "weak", "cuda", torch.bfloat16, delta=delta, state=True)
+    with _replay.forgetful():
+        cases.check((2, 200, 2, 128, 128), "weak", "cuda", torch.bfloat16, delta=delta, state=True)
 
 
 @pytest.mark.parametrize("delta", [False, True])
