@@ -136,6 +136,9 @@ def forward(
     gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
     wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
     on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
+    if on_hopper and delta_hopper_launch.turns(k, v, kept):
+        delta_hopper_launch.forward_turned(q, k, v, beta, gate, kept, first, o, last, **wanted)
+        return o, last, kept
     if on_hopper and delta_hopper_launch.couples(k_dim, kept, v):
         delta_hopper_launch.forward_beside(q, k, v, beta, gate, kept, first, o, last, **wanted)
         return o, last, kept

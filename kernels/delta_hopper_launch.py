@@ -154,6 +154,35 @@ def forward_beside(
     )  # fmt: skip
 
 
+TURNED = {"on": True, "STAGES": 3, "ORDER": 0, "REGISTERS": (168, 128), "tile": None}
+
+
+def turns(k: Tensor, v: Tensor, kept: Kept) -> bool:
+    """Whether `forward_turned` runs."""
+    return TURNED["on"]
+
+
+def forward_turned(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Gate, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor,
+    *, gated: bool, return_state: bool, keep: bool,
+) -> None:  # fmt: skip
+    """Couplings and the forward walk in one launch; writes o, last, decays, and what is kept."""
+    from kernels import delta_hopper_turned
+
+    batch, _, heads, v_dim = v.shape
+    constants, tile = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(64, padded(v_dim))
+    tile = min(TURNED["tile"] or tile, tile)
+    chunks = kept.couplings.shape[2]
+    groups = tile // 64
+    delta_hopper_turned.forward_kernel[(batch * heads * -(-v_dim // tile),)](
+        *_described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep), beta, gate.log_decay, kept.decays,
+        v if first is None else first, last, *gate.strides, gate.every, v.shape[1], heads, heads // k.shape[2], 1, chunks,
+        **constants, BV=tile, GROUPS=groups, STAGES=TURNED["STAGES"], ORDER=TURNED["ORDER"],
+        REGISTERS=TURNED["REGISTERS"][groups - 1], MERGE=_triton_dtype(torch.float16), FIRST=first is not None,
+        num_warps=4 * groups,
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, _: Launch,
     *, gated: bool, return_state: bool, keep: bool,

@@ -9,6 +9,7 @@ from kernels import (
     delta_hopper_carry,
     delta_hopper_couplings,
     delta_hopper_launch,
+    delta_hopper_turned,
     delta_hopper_walk,
 )
 from kernels.dispatch import use_backend
@@ -20,6 +21,7 @@ KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_walk, ("forward_kernel",)),
     (delta_hopper_couplings, ("forward_kernel",)),
+    (delta_hopper_turned, ("forward_kernel",)),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),
 )
