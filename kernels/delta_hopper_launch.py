@@ -154,12 +154,35 @@ def forward_beside(
     )  # fmt: skip
 
 
-TURNED = {"on": True, "STAGES": 3, "ORDER": 0, "REGISTERS": (168, 128), "tile": None}
+TURNED = {"on": True, "STAGES": 3, "ORDER": 0, "REGISTERS": (216, 120), "tile": None, "segments": 1, "CARRY": 168, "CARRY_MAX": None}
 
 
 def turns(k: Tensor, v: Tensor, kept: Kept) -> bool:
     """Whether `forward_turned` runs."""
     return TURNED["on"]
+
+
+def _turned_carried(
+    k: Tensor, v: Tensor, beta: Tensor, gate: Gate, given: Tensor | None, counts: tuple[int, ...], constants: dict
+) -> Tensor:
+    """The states with which each segment starts [B, H, segments, K, V]."""
+    from kernels import delta_hopper_carry, delta_hopper_turned
+
+    (batch, _, heads, v_dim), k_dim, tile, segments = v.shape, k.shape[3], CHUNK, counts[3]
+    tiles = -(-v_dim // tile) + -(-k_dim // tile)
+    ends = v.new_empty(batch * heads, segments - 1, k_dim, tiles * tile, dtype=torch.float32)
+    states = v.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
+    start = ends if given is None else given
+    more = {name: constants[name] for name in ("K", "V", "BK", "C", "GATED", "DOT")}
+    delta_hopper_turned.carry_kernel[(batch * heads * (segments - 1) * tiles,)](
+        _described(k, [1, CHUNK, 1, constants["BK"]]), _described(v, [1, CHUNK, 1, tile]), beta, gate.log_decay, start, ends,
+        *gate.strides, gate.every, *counts, **more, BV=tile, STAGES=3, REGISTERS=TURNED["CARRY"], FIRST=given is not None,
+        MERGE=_triton_dtype(torch.float16), num_warps=4, maxnreg=TURNED["CARRY_MAX"],
+    )  # fmt: skip
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
+    )
+    return states
 
 
 def forward_turned(
@@ -172,11 +195,15 @@ def forward_turned(
     batch, _, heads, v_dim = v.shape
     constants, tile = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(64, padded(v_dim))
     tile = min(TURNED["tile"] or tile, tile)
-    chunks = kept.couplings.shape[2]
+    segments, span = _split(kept, TURNED["segments"])
     groups = tile // 64
-    delta_hopper_turned.forward_kernel[(batch * heads * -(-v_dim // tile),)](
+    counts = (v.shape[1], heads, heads // k.shape[2], segments, span)
+    gates = (*gate.strides, gate.every)
+    if segments > 1:
+        first = _turned_carried(k, v, beta, gate, first, counts, constants)
+    delta_hopper_turned.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
         *_described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep), beta, gate.log_decay, kept.decays,
-        v if first is None else first, last, *gate.strides, gate.every, v.shape[1], heads, heads // k.shape[2], 1, chunks,
+        v if first is None else first, last, *gates, *counts,
         **constants, BV=tile, GROUPS=groups, STAGES=TURNED["STAGES"], ORDER=TURNED["ORDER"],
         REGISTERS=TURNED["REGISTERS"][groups - 1], MERGE=_triton_dtype(torch.float16), FIRST=first is not None,
         num_warps=4 * groups,

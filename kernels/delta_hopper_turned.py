@@ -83,21 +83,25 @@ def _blocks(buffer, dim: gl.constexpr, THREE: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def _own_blocks(gram, fall, x_buffer, i, j, C: gl.constexpr, MERGE: gl.constexpr):
+    """Stores X; of K K^T the blocks on the diagonal [C / S, S, S]."""
+    BLOCKS: gl.constexpr = C // S
+    x_buffer.store(gl.where(i[:, None] > j[None, :], gram * fall, 0.0).to(MERGE))
+    # Of each row of blocks its own column of blocks is left.
+    own = gl.where((i[:, None] >> 4) == (j[None, :] >> 4), gram, 0.0)
+    own = gl.sum(own.reshape([C, BLOCKS, S]), 1).reshape([BLOCKS, S, S])
+    return gl.convert_layout(own, gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1, 1], [1, 16, 8]))
+
+
+@gluon.jit
 def _solve(
-    gram, fall, x_buffer, hd_buffer, beta_C, g_buffer, h_CC, i, j, zero,
-    C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr, SQUARE: gl.constexpr,
+    own, x_buffer, hd_buffer, beta_C, g_buffer, h_CC, zero,
+    C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """H of one chunk from K K^T; each warp has a row of blocks."""
+    """H of one chunk from X and the blocks of K K^T on the diagonal; each warp has a row of blocks."""
     BLOCKS: gl.constexpr = C // S
     three: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1, 1], [1, 16, 8])
     two: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1], [16, 8])
-    later = i[:, None] > j[None, :]
-    x_CC = gl.where(later, gram * fall, 0.0)
-    x_buffer.store(x_CC.to(MERGE))
-    # The blocks on the diagonal: of each row of blocks its own column of blocks is left.
-    own = gl.where((i[:, None] >> 4) == (j[None, :] >> 4), gram, 0.0)
-    own = gl.sum(own.reshape([C, BLOCKS, S]), 1).reshape([BLOCKS, S, S])
-    own = gl.convert_layout(own, three)
     r = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, three))) + zero
     c = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, three))) + zero
     i_row, i_col = r[None, :, None], c[None, None, :]
@@ -129,10 +133,10 @@ def _solve(
 @gluon.jit
 def _help(
     h, pointers, gate_t, bounds, chunk_0, tile, rows, made, vectors, inner, bars, length, heads,
-    BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
-    MERGE: gl.constexpr,
+    BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, CARRY: gl.constexpr,
+    DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """The partition that makes H and scores of a chunk, and its factors."""
+    """The partition that makes H and scores of a chunk, and its factors; no scores where states are only carried."""
     SQUARE: gl.constexpr = turned_layout(C, 1)
     line: gl.constexpr = line_layout(4)
     q_buffers, k_buffers = rows
@@ -155,7 +159,8 @@ def _help(
         h_CC, p_CC, b_C = h_buffers.index(part), p_buffers.index(part), beta_vectors.index(part)
         mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if not CARRY:
+            scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         mbarrier.wait(free_bars.index(part), (step // 2 + 1) % 2)
         if KEEP:
             tma.store_wait(0)
@@ -167,13 +172,18 @@ def _help(
                 C, BV, SQUARE,
             )  # fmt: skip
             fall = gl.exp2(gl.where(i[:, None] >= j[None, :], g_rows[:, None] - g_cols[None, :], float("-inf")))
-            t_rows = n * C + i
-            gl.store(g + t_rows, g_rows, mask=t_rows >= 0)
+            if not CARRY:
+                gl.store(g + n * C + i, g_rows, mask=(tile == 0) & (i >= 0))
         beta_C, step_C = _vectors(beta, gate, gate_t, gl.minimum(n + 1, n_last), t, length, heads, GATED)
-        gram_CC, scores = warpgroup_mma_wait(1, [gram, scores])
-        scores_CC = warpgroup_mma_wait(0, [scores])
-        p_CC.store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
-        _solve(gram_CC, fall, x_buffer, hd_buffer, b_C, g_buffer, h_CC, i, j, zero, C, GATED, DOT, MERGE, SQUARE)
+        if CARRY:
+            own = _own_blocks(warpgroup_mma_wait(0, [gram]), fall, x_buffer, i, j, C, MERGE)
+        else:
+            gram_CC, scores = warpgroup_mma_wait(1, [gram, scores])
+            own = _own_blocks(gram_CC, fall, x_buffer, i, j, C, MERGE)
+            scores_CC = warpgroup_mma_wait(0, [scores])
+            p_CC.store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+        thread_barrier()
+        _solve(own, x_buffer, hd_buffer, b_C, g_buffer, h_CC, zero, C, GATED, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(ready_bars.index(part), count=1)
@@ -360,7 +370,134 @@ def forward_kernel(
             (_help, (
                 h, (beta, gate, g), gate_t, (n_first, n_last), chunk_0, tile, (q_buffers, k_buffers), (h_buffers, p_buffers),
                 vectors, (x_buffer, hd_buffer, step_buffer, g_buffer), bars, length, heads,
-                BV, C, STAGES, GATED, KEEP, DOT, MERGE,
+                BV, C, STAGES, GATED, KEEP, False, DOT, MERGE,
+            )),
+        ],
+        [4],
+        [REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _carry(
+    sources, place, bounds, rows, h_buffers, vectors, bars, v_bars, state_VK, length, heads,
+    BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The walk of a segment without outputs; the state that leaves it."""
+    k, v = sources
+    batch, head, shared_head, e_start = place
+    n_first, n_last = bounds
+    k_buffers, v_buffers = rows
+    beta_vectors, eg_vectors, fade_vectors, all_vectors = vectors
+    bars, ready_bars, free_bars = bars
+    narrow: gl.constexpr = turned_layout(C, 1)
+    wide: gl.constexpr = turned_layout(BK, 1)
+    of_cols: gl.constexpr = gl.SliceLayout(0, narrow)
+    none_VC = gl.zeros([BV, C], gl.float32, narrow)
+    for early in gl.static_range(STAGES - 1):
+        n = gl.minimum(n_first + early, n_last)
+        fetch(bars.index(early), 2 * C * BK, (k,), ([batch, n * C, shared_head, 0],), (k_buffers.index(early),))
+    fetch(v_bars.index(0), 2 * C * BV, (v,), ([batch, n_first * C, head, e_start],), (v_buffers.index(0),))
+    for n in range(n_first, n_last + 1):
+        step = n - n_first
+        part = step % 2
+        k_CK, v_CV, b_C = k_buffers.index(step % STAGES), v_buffers.index(part), beta_vectors.index(part)
+        old_VK = _operand(state_VK.to(DOT), C, 1)
+        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
+        read = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
+        then, later = step + STAGES - 1, gl.minimum(n + STAGES - 1, n_last)
+        at_v = [batch, gl.minimum(n + 1, n_last) * C, head, e_start]
+        fetch(
+            bars.index(then % STAGES), 2 * C * BK, (k,), ([batch, later * C, shared_head, 0],), (k_buffers.index(then % STAGES),)
+        )  # fmt: skip
+        fetch(v_bars.index(1 - part), 2 * C * BV, (v,), (at_v,), (v_buffers.index(1 - part),))
+        mbarrier.wait(v_bars.index(part), step // 2 % 2)
+        error_VC = v_CV.permute([1, 0]).load(narrow).to(gl.float32)
+        mbarrier.wait(ready_bars.index(part), step // 2 % 2)
+        read_VC = warpgroup_mma_wait(0, [read])
+        if GATED:
+            read_VC = read_VC * eg_vectors.index(part).load(of_cols)[None, :]
+        error_VC = error_VC - read_VC
+        scaled_VC = _operand((error_VC * -b_C.load(of_cols)[None, :]).to(DOT), C, 1)
+        error = warpgroup_mma(scaled_VC, h_buffers.index(part).permute([1, 0]), error_VC, is_async=True)
+        error_VC = warpgroup_mma_wait(0, [error]) * b_C.load(of_cols)[None, :]
+        if GATED:
+            error_VC = error_VC * fade_vectors.index(part).load(of_cols)[None, :]
+            state_VK = state_VK * all_vectors.index(part).load(gl.SliceLayout(1, wide))[:, None]
+        state = warpgroup_mma(_operand(error_VC.to(DOT), C, 1), k_CK, state_VK, is_async=True)
+        state_VK = warpgroup_mma_wait(0, [state])
+        thread_barrier()
+        mbarrier.arrive(free_bars.index(part), count=1)
+    steps = n_last - n_first + 1
+    for late in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
+    mbarrier.wait(v_bars.index(steps % 2), steps // 2 % 2)
+    return state_VK
+
+
+@gluon.jit
+def _carry_out(
+    sources, place, bounds, rows, h_buffers, vectors, bars, v_bars, first, ends, head_index, order, slot, length, heads,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr, FIRST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The partition that walks: from columns of the state given, of zero or of the identity."""
+    VALUES: gl.constexpr = (V + BV - 1) // BV * BV
+    WIDTH: gl.constexpr = VALUES + (K + BV - 1) // BV * BV
+    wide: gl.constexpr = turned_layout(BK, 1)
+    e_start = place[3]
+    e, d = e_start + gl.arange(0, BV, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
+    state_VK = gl.where(d[None, :] == e[:, None] - VALUES, 1.0, 0.0)
+    if FIRST:
+        offsets, inside = _state_places(e_start, V, K, BK, BV, wide)
+        state_VK += gl.load(first + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
+    state_VK = _carry(
+        sources, place, bounds, rows, h_buffers, vectors, bars, v_bars, state_VK, length, heads, BK, BV, C, STAGES, GATED, DOT
+    )  # fmt: skip
+    offsets, inside = _state_places(e_start, WIDTH, K, BK, BV, wide)
+    gl.store(ends + slot.to(gl.int64) * K * WIDTH + offsets, state_VK, mask=inside)
+
+
+@gluon.jit(do_not_specialize=[*SIZES, "gate_b", "gate_t", "gate_every"])
+def carry_kernel(
+    k, v, beta, gate, first, ends,
+    gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32,
+    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, DOT: gl.constexpr,
+    MERGE: gl.constexpr,
+):  # fmt: skip
+    """What segments do to a state, as in `kernels.delta_hopper_carry`. Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
+    TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
+    slot, tile, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
+    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, False)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
+    beta += batch.to(gl.int64) * length * heads + head
+    gate += (batch // gate_every) * gate_b + head
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
+    h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    x_buffer = gl.allocate_shared_memory(MERGE, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    hd_buffer = gl.allocate_shared_memory(MERGE, [C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vectors = (
+        gl.allocate_shared_memory(gl.float32, [2, C], line), gl.allocate_shared_memory(gl.float32, [2, C], line),
+        gl.allocate_shared_memory(gl.float32, [2, C], line), gl.allocate_shared_memory(gl.float32, [2, BV], line),
+    )  # fmt: skip
+    step_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    bars = (barriers(STAGES), barriers(2), barriers(2))
+    v_bars = barriers(2)
+    gl.warp_specialize(
+        [
+            (_carry_out, (
+                (k, v), (batch, head, head // group, tile * BV), (n_first, n_last), (k_buffers, v_buffers), h_buffers, vectors,
+                bars, v_bars, first, ends, head_index, order, slot, length, heads, K, V, BK, BV, C, STAGES, GATED, FIRST, DOT,
+            )),
+            (_help, (
+                k, (beta, gate, gate), gate_t, (n_first, n_last), chunk_0, tile, (k_buffers, k_buffers), (h_buffers, h_buffers),
+                vectors, (x_buffer, hd_buffer, step_buffer, g_buffer), bars, length, heads,
+                BV, C, STAGES, GATED, False, True, DOT, MERGE,
             )),
         ],
         [4],
