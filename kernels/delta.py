@@ -222,8 +222,12 @@ def backward(
     on_hopper = delta_hopper_launch.fit(k_dim, q, k, do)
     parts = 1 if on_hopper else -(-k_dim // min(config.gradients.tile, padded(k_dim)))
     dgates = do_BTHV.new_empty((parts, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
-    launch = delta_hopper_launch.backward if on_hopper else _walk_back
-    launch(q, k, do, beta, kept, dlast, (dq, dk, dv, dbeta, dgates), dfirst, config, gated=log_decay is not None)
+    operands = (q, k, do, beta, kept, dlast, (dq, dk, dv, dbeta, dgates), dfirst, config)
+    if on_hopper:
+        gate = delta_hopper_launch.Gate(*_gate(log_decay, batch, q))
+        delta_hopper_launch.backward(*operands, gated=log_decay is not None, gate=gate)
+    else:
+        _walk_back(*operands, gated=log_decay is not None)
     if groups < heads:
         dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
     dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates

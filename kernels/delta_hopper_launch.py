@@ -154,7 +154,7 @@ def forward_beside(
     )  # fmt: skip
 
 
-TURNED = {"on": True, "STAGES": 3, "ORDER": 0, "REGISTERS": (216, 120), "tile": None, "segments": 1, "CARRY": 168, "CARRY_MAX": None}
+TURNED = {"on": True, "STAGES": 3, "ORDER": 0, "REGISTERS": (216, 120), "tile": None, "segments": 1, "CARRY": 168, "CARRY_MAX": None, "back": True, "back_segments": None}
 
 
 def turns(k: Tensor, v: Tensor, kept: Kept) -> bool:
@@ -177,6 +177,30 @@ def _turned_carried(
     delta_hopper_turned.carry_kernel[(batch * heads * (segments - 1) * tiles,)](
         _described(k, [1, CHUNK, 1, constants["BK"]]), _described(v, [1, CHUNK, 1, tile]), beta, gate.log_decay, start, ends,
         *gate.strides, gate.every, *counts, **more, BV=tile, STAGES=3, REGISTERS=TURNED["CARRY"], FIRST=given is not None,
+        MERGE=_triton_dtype(torch.float16), num_warps=4, maxnreg=TURNED["CARRY_MAX"],
+    )  # fmt: skip
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
+    )
+    return states
+
+
+def _turned_carried_back(
+    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, gate: Gate, given: Tensor | None, counts: tuple[int, ...], constants: dict
+) -> Tensor:
+    """The gradients of states with which each segment starts, from the last [B, H, segments, K, V]."""
+    from kernels import delta_hopper_carry, delta_hopper_turned
+
+    (batch, _, heads, v_dim), k_dim, tile, segments = do.shape, k.shape[3], CHUNK, counts[3]
+    tiles = -(-v_dim // tile) + -(-k_dim // tile)
+    ends = do.new_empty(batch * heads, segments - 1, k_dim, tiles * tile, dtype=torch.float32)
+    states = do.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
+    start = ends if given is None else given
+    more = {name: constants[name] for name in ("K", "V", "BK", "C", "GATED", "DOT", "DLAST")}
+    of_keys = [1, CHUNK, 1, more["BK"]]
+    delta_hopper_turned.reverse_carry_kernel[(batch * heads * (segments - 1) * tiles,)](
+        _described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, tile]), beta, gate.log_decay, start, ends,
+        *gate.strides, gate.every, *counts, **more, BV=tile, STAGES=3, REGISTERS=TURNED["CARRY"],
         MERGE=_triton_dtype(torch.float16), num_warps=4, maxnreg=TURNED["CARRY_MAX"],
     )  # fmt: skip
     delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
@@ -240,7 +264,7 @@ def forward(
 
 def backward(
     q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...],
-    dfirst: Tensor | None, _: Config, *, gated: bool,
+    dfirst: Tensor | None, _: Config, *, gated: bool, gate: Gate,
 ) -> None:  # fmt: skip
     """All gradients on Hopper in one walk; writes `grads` (dq, dk, dv, dbeta, dgates) and dfirst."""
     from kernels import delta_hopper_backward, delta_hopper_carry
@@ -251,7 +275,7 @@ def backward(
     of_rows = [1, CHUNK, 1, width]
     dq, dk, dv, dbeta, dgates = grads
     couplings = _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK])
-    segments, span = _split(kept, segments_of(batch * heads, kept.couplings.shape[2], do.device))
+    segments, span = _split(kept, TURNED["back_segments"] or segments_of(batch * heads, kept.couplings.shape[2], do.device))
     counts = (length, heads, heads // k.shape[2], segments, span)
     constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
     if segments > 1:
@@ -260,7 +284,10 @@ def backward(
         operands = (_described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, tile]), couplings)
         more = constants | {"BK": wide, "BV": tile, "DLAST": dlast is not None, "num_warps": 4}
         operands = (*operands, beta, kept.decays)
-        dlast = _carried(delta_hopper_carry.reverse_carry_kernel, operands, dlast, do, heads, counts, more)
+        if TURNED["back"]:
+            dlast = _turned_carried_back(q, k, do, beta, gate, dlast, counts, more)
+        else:
+            dlast = _carried(delta_hopper_carry.reverse_carry_kernel, operands, dlast, do, heads, counts, more)
     delta_hopper_backward.backward_kernel[(batch * heads * segments,)](
         *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
         couplings, *(_described(x, of_rows) for x in (dq, dk, dv)),

@@ -134,7 +134,7 @@ def _solve(
 def _help(
     h, pointers, gate_t, bounds, chunk_0, tile, rows, made, vectors, inner, bars, length, heads,
     BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, CARRY: gl.constexpr,
-    DOT: gl.constexpr, MERGE: gl.constexpr,
+    REVERSE: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The partition that makes H and scores of a chunk, and its factors; no scores where states are only carried."""
     SQUARE: gl.constexpr = turned_layout(C, 1)
@@ -151,9 +151,10 @@ def _help(
     i, j = gl.arange(0, C, gl.SliceLayout(1, SQUARE)) + zero, gl.arange(0, C, gl.SliceLayout(0, SQUARE)) + zero
     t = gl.arange(0, C, line)
     none_CC = gl.zeros([C, C], gl.float32, SQUARE)
-    beta_C, step_C = _vectors(beta, gate, gate_t, n_first, t, length, heads, GATED)
-    for n in range(n_first, n_last + 1):
-        step = n - n_first
+    beta_C, step_C = _vectors(beta, gate, gate_t, n_last if REVERSE else n_first, t, length, heads, GATED)
+    for step in range(n_last - n_first + 1):
+        n = n_last - step if REVERSE else n_first + step
+        following = gl.maximum(n - 1, n_first) if REVERSE else gl.minimum(n + 1, n_last)
         part = step % 2
         k_CK, q_CK = k_buffers.index(step % STAGES), q_buffers.index(step % STAGES)
         h_CC, p_CC, b_C = h_buffers.index(part), p_buffers.index(part), beta_vectors.index(part)
@@ -174,7 +175,7 @@ def _help(
             fall = gl.exp2(gl.where(i[:, None] >= j[None, :], g_rows[:, None] - g_cols[None, :], float("-inf")))
             if not CARRY:
                 gl.store(g + n * C + i, g_rows, mask=(tile == 0) & (i >= 0))
-        beta_C, step_C = _vectors(beta, gate, gate_t, gl.minimum(n + 1, n_last), t, length, heads, GATED)
+        beta_C, step_C = _vectors(beta, gate, gate_t, following, t, length, heads, GATED)
         if CARRY:
             own = _own_blocks(warpgroup_mma_wait(0, [gram]), fall, x_buffer, i, j, C, MERGE)
         else:
@@ -370,7 +371,7 @@ def forward_kernel(
             (_help, (
                 h, (beta, gate, g), gate_t, (n_first, n_last), chunk_0, tile, (q_buffers, k_buffers), (h_buffers, p_buffers),
                 vectors, (x_buffer, hd_buffer, step_buffer, g_buffer), bars, length, heads,
-                BV, C, STAGES, GATED, KEEP, False, DOT, MERGE,
+                BV, C, STAGES, GATED, KEEP, False, False, DOT, MERGE,
             )),
         ],
         [4],
@@ -497,7 +498,130 @@ def carry_kernel(
             (_help, (
                 k, (beta, gate, gate), gate_t, (n_first, n_last), chunk_0, tile, (k_buffers, k_buffers), (h_buffers, h_buffers),
                 vectors, (x_buffer, hd_buffer, step_buffer, g_buffer), bars, length, heads,
-                BV, C, STAGES, GATED, False, True, DOT, MERGE,
+                BV, C, STAGES, GATED, False, True, False, DOT, MERGE,
+            )),
+        ],
+        [4],
+        [REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _carry_back(
+    sources, place, bounds, rows, made, vectors, bars, v_bars, dlast, ends, head_index, order, slot, length, heads,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The partition that walks back over a segment with columns of a state's gradient, of zero or of the identity."""
+    VALUES: gl.constexpr = (V + BV - 1) // BV * BV
+    WIDTH: gl.constexpr = VALUES + (K + BV - 1) // BV * BV
+    q, k, do = sources
+    batch, head, shared_head, e_start = place
+    n_first, n_last = bounds
+    q_buffers, k_buffers, do_buffers = rows
+    h_buffers, p_buffers = made
+    beta_vectors, eg_vectors, fade_vectors, all_vectors = vectors
+    bars, ready_bars, free_bars = bars
+    narrow: gl.constexpr = turned_layout(C, 1)
+    wide: gl.constexpr = turned_layout(BK, 1)
+    of_cols: gl.constexpr = gl.SliceLayout(0, narrow)
+    none_VC = gl.zeros([BV, C], gl.float32, narrow)
+    for early in gl.static_range(STAGES - 1):
+        at = [batch, gl.maximum(n_last - early, n_first) * C, shared_head, 0]
+        fetch(bars.index(early), 4 * C * BK, (q, k), (at, at), (q_buffers.index(early), k_buffers.index(early)))
+    fetch(v_bars.index(0), 2 * C * BV, (do,), ([batch, n_last * C, head, e_start],), (do_buffers.index(0),))
+    e, d = e_start + gl.arange(0, BV, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
+    dstate_VK = gl.where(d[None, :] == e[:, None] - VALUES, 1.0, 0.0)
+    if DLAST:
+        offsets, inside = _state_places(e_start, V, K, BK, BV, wide)
+        dstate_VK += gl.load(dlast + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
+    for step in range(n_last - n_first + 1):
+        n, part = n_last - step, step % 2
+        q_CK, k_CK = q_buffers.index(step % STAGES), k_buffers.index(step % STAGES)
+        b_C, p_CC = beta_vectors.index(part), p_buffers.index(part)
+        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
+        old_VK = _operand(dstate_VK.to(DOT), C, 1)
+        read = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
+        then, later = step + STAGES - 1, gl.maximum(n - STAGES + 1, n_first)
+        at, at_do = [batch, later * C, shared_head, 0], [batch, gl.maximum(n - 1, n_first) * C, head, e_start]
+        fetch(
+            bars.index(then % STAGES), 4 * C * BK, (q, k), (at, at),
+            (q_buffers.index(then % STAGES), k_buffers.index(then % STAGES)),
+        )  # fmt: skip
+        fetch(v_bars.index(1 - part), 2 * C * BV, (do,), (at_do,), (do_buffers.index(1 - part),))
+        mbarrier.wait(v_bars.index(part), step // 2 % 2)
+        do_VC = do_buffers.index(part).permute([1, 0]).load(narrow)
+        mbarrier.wait(ready_bars.index(part), step // 2 % 2)
+        asked = warpgroup_mma(_operand(do_VC, C, 1), p_CC, none_VC, use_acc=False, is_async=True)
+        read_VC, asked = warpgroup_mma_wait(1, [read, asked])
+        if GATED:
+            read_VC = read_VC * fade_vectors.index(part).load(of_cols)[None, :]
+        dwrite_VC = warpgroup_mma_wait(0, [asked]) + read_VC
+        scaled_VC = _operand((dwrite_VC * -b_C.load(of_cols)[None, :]).to(DOT), C, 1)
+        y = warpgroup_mma(scaled_VC, h_buffers.index(part), dwrite_VC, is_async=True)
+        if GATED:
+            dstate_VK = dstate_VK * all_vectors.index(part).load(gl.SliceLayout(1, wide))[:, None]
+            do_VC = (do_VC.to(gl.float32) * eg_vectors.index(part).load(of_cols)[None, :]).to(DOT)
+        dstate = warpgroup_mma(_operand(do_VC, C, 1), q_CK, dstate_VK, is_async=True)
+        y_VC, dstate = warpgroup_mma_wait(1, [y, dstate])
+        y_VC = y_VC * -b_C.load(of_cols)[None, :]
+        if GATED:
+            y_VC = y_VC * eg_vectors.index(part).load(of_cols)[None, :]
+        dstate = warpgroup_mma(_operand(y_VC.to(DOT), C, 1), k_CK, dstate, is_async=True)
+        dstate_VK = warpgroup_mma_wait(0, [dstate])
+        thread_barrier()
+        mbarrier.arrive(free_bars.index(part), count=1)
+    steps = n_last - n_first + 1
+    for late in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
+    mbarrier.wait(v_bars.index(steps % 2), steps // 2 % 2)
+    offsets, inside = _state_places(e_start, WIDTH, K, BK, BV, wide)
+    gl.store(ends + slot.to(gl.int64) * K * WIDTH + offsets, dstate_VK, mask=inside)
+
+
+@gluon.jit(do_not_specialize=[*SIZES, "gate_b", "gate_t", "gate_every"])
+def reverse_carry_kernel(
+    q, k, do, beta, gate, dlast, ends,
+    gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32,
+    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, GATED: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
+    MERGE: gl.constexpr,
+):  # fmt: skip
+    """What segments do to a state's gradient. Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
+    TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
+    slot, tile, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
+    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, True)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
+    beta += batch.to(gl.int64) * length * heads + head
+    gate += (batch // gate_every) * gate_b + head
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    do_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
+    h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    p_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    x_buffer = gl.allocate_shared_memory(MERGE, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    hd_buffer = gl.allocate_shared_memory(MERGE, [C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vectors = (
+        gl.allocate_shared_memory(gl.float32, [2, C], line), gl.allocate_shared_memory(gl.float32, [2, C], line),
+        gl.allocate_shared_memory(gl.float32, [2, C], line), gl.allocate_shared_memory(gl.float32, [2, BV], line),
+    )  # fmt: skip
+    step_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    bars = (barriers(STAGES), barriers(2), barriers(2))
+    v_bars = barriers(2)
+    gl.warp_specialize(
+        [
+            (_carry_back, (
+                (q, k, do), (batch, head, head // group, tile * BV), (n_first, n_last), (q_buffers, k_buffers, do_buffers),
+                (h_buffers, p_buffers), vectors, bars, v_bars, dlast, ends, head_index, order, slot, length, heads,
+                K, V, BK, BV, C, STAGES, GATED, DLAST, DOT,
+            )),
+            (_help, (
+                k, (beta, gate, ends), gate_t, (n_first, n_last), chunk_0, 1, (q_buffers, k_buffers), (h_buffers, p_buffers),
+                vectors, (x_buffer, hd_buffer, step_buffer, g_buffer), bars, length, heads,
+                BV, C, STAGES, GATED, False, False, True, DOT, MERGE,
             )),
         ],
         [4],

@@ -21,7 +21,7 @@ KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_walk, ("forward_kernel",)),
     (delta_hopper_couplings, ("forward_kernel",)),
-    (delta_hopper_turned, ("forward_kernel", "carry_kernel")),
+    (delta_hopper_turned, ("forward_kernel", "carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),
 )
