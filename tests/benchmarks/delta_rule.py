@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -56,7 +57,7 @@ def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> 
     return first * 1e3, both * 1e3
 
 
-def draw(shape: tuple[int, ...], gate: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def draw(shape: tuple[int, ...], gate: str) -> tuple[dict[str, Any], torch.Tensor]:
     """Random inputs, and the gradient of the output."""
     batch, length, heads, width = shape
     torch.manual_seed(SEED)
