@@ -135,16 +135,11 @@ def forward(
     beta, first = beta_BTH.contiguous(), None if state_BHKV is None else state_BHKV.contiguous()
     gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
     wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
-    on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
-    if on_hopper and delta_hopper_launch.turns(k, v, kept):
-        delta_hopper_launch.forward_turned(q, k, v, beta, gate, kept, first, o, last, **wanted)
-        return o, last, kept
-    if on_hopper and delta_hopper_launch.couples(k_dim, kept, v):
-        delta_hopper_launch.forward_beside(q, k, v, beta, gate, kept, first, o, last, **wanted)
-        return o, last, kept
-    _couple(k, beta, gate, kept, _gate_kind(log_decay))
-    launch = delta_hopper_launch.forward if on_hopper else _walk
-    launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
+    if delta_hopper_launch.fit(k_dim, q, k, v):
+        delta_hopper_launch.forward(q, k, v, beta, gate, kept, first, o, last, **wanted)
+    else:
+        _couple(k, beta, gate, kept, _gate_kind(log_decay))
+        _walk(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     return o, last, kept
 
 

@@ -17,15 +17,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "heads", "group", "segments", "span"]
+SIZES = ["length", "heads", "group", "segments", "span", "gate_b", "gate_t", "gate_every"]
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the latter from Triton 3.7 on
 
 
 @gluon.constexpr_function
-def sums_layout(width, groups=1):
-    """Registers of sums that are `width` columns wide, of which each of the warp groups has its part."""
-    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
+def turned_layout(width, groups):
+    """Registers of transposed sums with `width` columns, of whose rows each of the warp groups has 64."""
+    return gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, width, 16])
 
 
 @gluon.constexpr_function
@@ -58,23 +58,6 @@ def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
     mbarrier.expect(bar, BYTES)
     for index in gl.static_range(len(sources)):
         tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
-
-
-@gluon.jit
-def factors_of(beta, g, n, i, length, heads, C: gl.constexpr, GATED: gl.constexpr):
-    """Beta of a chunk, zero beyond the end; its cumulated log2 decays, and the last of them."""
-    t_C = n * C + i
-    beta_C = gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
-    g_C, g_all = beta_C, 0.0
-    if GATED:
-        g_C, g_all = gl.load(g + t_C), gl.load(g + n * C + C - 1)
-    return beta_C, g_C, g_all
-
-
-@gluon.jit
-def scaled(x, g_C, GATED: gl.constexpr):
-    """Rows decayed by log2 factors."""
-    return x * gl.exp2(g_C)[:, None] if GATED else x
 
 
 @gluon.jit

@@ -7,9 +7,8 @@ from kernels import (
     delta_hopper,
     delta_hopper_backward,
     delta_hopper_carry,
-    delta_hopper_couplings,
+    delta_hopper_beside,
     delta_hopper_launch,
-    delta_hopper_turned,
     delta_hopper_walk,
 )
 from kernels.dispatch import use_backend
@@ -20,8 +19,7 @@ from tests.kernels.oracle import poisoned
 KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_walk, ("forward_kernel",)),
-    (delta_hopper_couplings, ("forward_kernel",)),
-    (delta_hopper_turned, ("forward_kernel", "carry_kernel", "reverse_carry_kernel")),
+    (delta_hopper_beside, ()),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),
 )
@@ -66,6 +64,5 @@ def test_programs_with_all_columns_or_half(monkeypatch, processors, width):
 def test_segments(monkeypatch, length, segments, gate, state):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
-    monkeypatch.setitem(delta_hopper_launch.TURNED, "segments", segments)
     assert_equal((1, length, 1, 1, 24, 40), gate, state=state)
     assert_equal((1, length, 1, 1, 72, 96), gate, state=state)
