@@ -23,9 +23,9 @@ thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barr
 
 
 @gluon.constexpr_function
-def turned_layout(width, groups):
-    """Registers of transposed sums with `width` columns, of whose rows each of the warp groups has 64."""
-    return gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, width, 16])
+def turned_layout(width):
+    """Registers of sums of 64 rows and `width` columns in one warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
 @gluon.constexpr_function
@@ -43,11 +43,11 @@ def place(part, per_head, segments, span, n_chunks, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """Barriers on which copies report their bytes."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """Barriers on which copies report their bytes, or partitions that they have arrived."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(COUNT):
-        mbarrier.init(bars.index(index), count=1)
+        mbarrier.init(bars.index(index), count=ARRIVALS)
     fence_async_shared()
     return bars
 
@@ -56,7 +56,7 @@ def barriers(COUNT: gl.constexpr):
 def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
     """Starts to copy blocks into shared memory; the barrier tells when all have arrived."""
     mbarrier.expect(bar, BYTES)
-    for index in gl.static_range(len(sources)):
+    for index in gl.static_range(len(places)):
         tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
 
 

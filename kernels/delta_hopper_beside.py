@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import barriers, shared_layout, thread_barrier, turned_layout
+from kernels.delta_hopper import barriers, fetch, shared_layout, thread_barrier, turned_layout
 from kernels.walk_triton import LOG2_E
 
 S = tl.constexpr(16)
@@ -45,22 +45,65 @@ def diagonal_layout(blocks):
 
 
 @gluon.jit
-def beside_buffers(C: gl.constexpr, BV: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
-    """Shared memory: H and scores of two chunks; beta, decays since the chunk began and until it ends, of the whole chunk (for
-    each row of a state); what only the four warps see; and barriers that say what is ready and what is free again."""
+def rows_buffers(
+    COUNT: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, DOT: gl.constexpr
+):  # fmt: skip
+    """Shared memory for COUNT tensors of queries and keys, STAGES chunks of each, and 64 values of two chunks for each walk; barriers
+    on which their copies report."""
+    buffers = ()
+    for _ in gl.static_range(COUNT):
+        buffers = buffers + (gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK)),)  # noqa: RUF005
+    v_buffers = gl.allocate_shared_memory(DOT, [2 * WALKS, C, 64], shared_layout(64))
+    return buffers, v_buffers, (barriers(STAGES), barriers(2))
+
+
+@gluon.jit
+def beside_buffers(C: gl.constexpr, WALKS: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
+    """Shared memory of what is made, of two chunks each, and of what only the four warps see; barriers.
+
+    Made are H and scores; beta; decays since the chunk began, until it ends, and (for each row of a transposed state) of all of
+    it. The barriers say what is ready, and what is free again for the walks.
+    """
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
     p_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
     beta_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
     since_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
     until_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
-    whole_buffers = gl.allocate_shared_memory(gl.float32, [2, BV], line)
+    whole_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
     x_buffer = gl.allocate_shared_memory(MERGE, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     own_buffer = gl.allocate_shared_memory(MERGE, [C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
     step_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
     g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
     made = (h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers)
-    return made, (x_buffer, own_buffer, step_buffer, g_buffer), (barriers(2), barriers(2))
+    return made, (x_buffer, own_buffer, step_buffer, g_buffer), (barriers(2), barriers(2, WALKS))
+
+
+@gluon.jit
+def _bring_keys(sources, rows, place, n, step, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
+    """Starts to copy queries and keys of a chunk, or keys alone."""
+    batch, _, shared_head, _ = place
+    BYTES: gl.constexpr = 2 * C * BK * (len(sources) - 1)
+    places = ()
+    views = ()
+    for source in gl.static_range(len(sources) - 1):
+        places = places + ([batch, n * C, shared_head, 0],)  # noqa: RUF005
+        views = views + (rows[0][source].index(step % STAGES),)  # noqa: RUF005
+    fetch(rows[2][0].index(step % STAGES), BYTES, sources, places, views)
+
+
+@gluon.jit
+def _bring_values(sources, rows, place, n, step, C: gl.constexpr, WALKS: gl.constexpr):
+    """Starts to copy the values of a chunk, or gradients of outputs."""
+    batch, head, _, e_start = place
+    values = ()
+    places = ()
+    views = ()
+    for walk in gl.static_range(WALKS):
+        values = values + (sources[len(sources) - 1],)  # noqa: RUF005
+        places = places + ([batch, n * C, head, e_start + walk * 64],)  # noqa: RUF005
+        views = views + (rows[1].index(step % 2 * WALKS + walk),)  # noqa: RUF005
+    fetch(rows[2][1].index(step % 2), 2 * C * 64 * WALKS, values, places, views)
 
 
 @gluon.jit
@@ -75,9 +118,9 @@ def _vectors(beta, gate, gate_t, n, length, heads, C: gl.constexpr, GATED: gl.co
 
 
 @gluon.jit
-def _decays(step_C, step_buffer, g_buffer, since_C, until_C, whole_V, i, j, C: gl.constexpr, BV: gl.constexpr):
+def _decays(step_C, step_buffer, g_buffer, since_C, until_C, whole_V, i, j, C: gl.constexpr):
     """Leaves the factors for the walk; the cumulated log2 decays, and the decays from one token to another."""
-    square: gl.constexpr = turned_layout(C, 1)
+    square: gl.constexpr = turned_layout(C)
     step_buffer.store(step_C)
     steps = step_buffer.load(gl.SliceLayout(0, square))
     g_C = gl.sum(gl.where(i[:, None] >= j[None, :], steps[None, :], 0.0), 1)
@@ -85,7 +128,7 @@ def _decays(step_C, step_buffer, g_buffer, since_C, until_C, whole_V, i, j, C: g
     g_buffer.store(g_C)
     since_C.store(gl.exp2(g_C))
     until_C.store(gl.exp2(g_all - g_C))
-    whole_V.store(gl.zeros([BV], gl.float32, line_layout()) + gl.exp2(g_all))
+    whole_V.store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
     # Only exponents that are <= 0 are used; the others would overflow and are masked before.
     fall_CC = g_C[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
     return g_C, gl.exp2(gl.where(i[:, None] >= j[None, :], fall_CC, float("-inf")))
@@ -95,7 +138,7 @@ def _decays(step_C, step_buffer, g_buffer, since_C, until_C, whole_V, i, j, C: g
 def _on_diagonal(gram_CC, C: gl.constexpr):
     """The blocks on the diagonal [C / S, S, S]: of each row of blocks its own column of blocks is left."""
     BLOCKS: gl.constexpr = C // S
-    square: gl.constexpr = turned_layout(C, 1)
+    square: gl.constexpr = turned_layout(C)
     i, j = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     own = gl.where((i // S)[:, None] == (j // S)[None, :], gram_CC, 0.0).reshape([C, BLOCKS, S])
     return gl.convert_layout(gl.sum(own, 1).reshape([BLOCKS, S, S]), diagonal_layout(BLOCKS))
@@ -169,65 +212,88 @@ def _store_couplings(h_CC, own, x_buffer, own_buffer, beta_C, g_buffer, zero, C:
 
 
 @gluon.jit
-def beside(
-    h, pointers, gate_t, bounds, chunk_0, rows, bars, made, inner, handed, keeps, length, heads,
-    C: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, SCORES: gl.constexpr, REVERSE: gl.constexpr,
-    KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+def _chunk(bounds, step, REVERSE: gl.constexpr):
+    """The chunk of a step of the walk."""
+    n = bounds[0] + step
+    if REVERSE:
+        n = bounds[1] - step
+    return n
+
+
+@gluon.jit
+def _make(
+    pointers, n, step, rows, made, inner, factors, keeps, length,
+    C: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, SCORES: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """The partition of four warps that makes what a walk over a segment's chunks needs; for training it keeps H.
+    """All that a chunk needs, from its rows in shared memory, its betas and its log2 decays."""
+    square: gl.constexpr = turned_layout(C)
+    h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers = made
+    x_buffer, own_buffer, step_buffer, g_buffer = inner
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    part, none_CC = step % 2, gl.zeros([C, C], gl.float32, square)
+    k_CK, beta_buffer = rows[0][len(rows[0]) - 1].index(step % STAGES), beta_buffers.index(part)
+    gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    beta_buffer.store(factors[0])
+    fall = 1.0
+    if GATED:
+        g_C, fall = _decays(
+            factors[1], step_buffer, g_buffer, since_buffers.index(part), until_buffers.index(part), whole_buffers.index(part),
+            i, j, C,
+        )  # fmt: skip
+        if SCORES:
+            gl.store(pointers[2] + n * C + i, g_C, mask=keeps & (i >= 0))
+    gram_CC = warpgroup_mma_wait(0, [gram])
+    x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+    own = _on_diagonal(gram_CC, C)
+    if SCORES:
+        scores = warpgroup_mma(rows[0][0].index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        p_buffers.index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+    thread_barrier()
+    _store_couplings(
+        h_buffers.index(part), own, x_buffer, own_buffer, beta_buffer, g_buffer, zero, C, GATED, DOT, MERGE
+    )  # fmt: skip
+
+
+@gluon.jit
+def beside(
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, keeps, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, GATED: gl.constexpr, SCORES: gl.constexpr,
+    REVERSE: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The partition of four warps beside WALKS walks over a segment: brings rows, makes what the walks need, keeps H for training.
 
     Where SCORES, cumulated decays are stored too; of programs that share a head only one `keeps` these and H.
     """
-    square: gl.constexpr = turned_layout(C, 1)
-    q_buffers, k_buffers = rows
-    beta, gate, g = pointers
-    h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers = made
-    x_buffer, own_buffer, step_buffer, g_buffer = inner
-    ready_bars, free_bars = handed
-    n_first, n_last = bounds
-    zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
-    none_CC = gl.zeros([C, C], gl.float32, square)
-    beta_C, step_C = _vectors(beta, gate, gate_t, n_last if REVERSE else n_first, length, heads, C, GATED)
-    for step in range(n_last - n_first + 1):
-        n, following = n_first + step, gl.minimum(n_first + step + 1, n_last)
-        if REVERSE:
-            n, following = n_last - step, gl.maximum(n_last - step - 1, n_first)
-        part, k_CK = step % 2, k_buffers.index(step % STAGES)
-        h_CC, beta_buffer = h_buffers.index(part), beta_buffers.index(part)
-        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
-        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        if SCORES:
-            scores = warpgroup_mma(q_buffers.index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        mbarrier.wait(free_bars.index(part), (step // 2 + 1) % 2)
+    beta, gate, _ = pointers
+    steps = bounds[1] - bounds[0] + 1
+    for early in gl.static_range(STAGES):
+        if early < steps:
+            _bring_keys(sources, rows, place, _chunk(bounds, early, REVERSE), early, BK, C, STAGES)
+    for early in gl.static_range(2):
+        if early < steps:
+            _bring_values(sources, rows, place, _chunk(bounds, early, REVERSE), early, C, WALKS)
+    factors = _vectors(beta, gate, gate_t, _chunk(bounds, 0, REVERSE), length, heads, C, GATED)
+    for step in range(steps):
+        n, part = _chunk(bounds, step, REVERSE), step % 2
+        mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
+        if step >= 2:
+            _bring_values(sources, rows, place, n, step, C, WALKS)
+            if step - 2 + STAGES < steps:
+                then = step - 2 + STAGES
+                _bring_keys(sources, rows, place, _chunk(bounds, then, REVERSE), then, BK, C, STAGES)
         if KEEP:
             tma.store_wait(0)
-        beta_buffer.store(beta_C)
-        fall = 1.0
-        if GATED:
-            g_C, fall = _decays(
-                step_C, step_buffer, g_buffer, since_buffers.index(part), until_buffers.index(part), whole_buffers.index(part),
-                i, j, C, BV,
-            )  # fmt: skip
-            if SCORES:
-                gl.store(g + n * C + i, g_C, mask=keeps & (i >= 0))
-        beta_C, step_C = _vectors(beta, gate, gate_t, following, length, heads, C, GATED)
-        if SCORES:
-            gram, scores = warpgroup_mma_wait(1, [gram, scores])
-        else:
-            gram = warpgroup_mma_wait(0, [gram])
-        x_buffer.store(gl.where(i[:, None] > j[None, :], gram * fall, 0.0).to(MERGE))
-        own = _on_diagonal(gram, C)
-        if SCORES:
-            scores = warpgroup_mma_wait(0, [scores])
-            p_buffers.index(part).store(gl.where(i[:, None] >= j[None, :], scores * fall, 0.0).to(DOT))
-        thread_barrier()
-        _store_couplings(h_CC, own, x_buffer, own_buffer, beta_buffer, g_buffer, zero, C, GATED, DOT, MERGE)
+        mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
+        now = factors
+        factors = _vectors(beta, gate, gate_t, _chunk(bounds, gl.minimum(step + 1, steps - 1), REVERSE), length, heads, C, GATED)
+        _make(pointers, n, step, rows, made, inner, now, keeps, length, C, STAGES, GATED, SCORES, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
-        mbarrier.arrive(ready_bars.index(part), count=1)
+        mbarrier.arrive(handed[0].index(part), count=1)
         if KEEP:
-            if keeps:
-                tma.async_copy_shared_to_global(h, [chunk_0 + n, 0, 0], h_CC)
+            if keeps:  # noqa: SIM102
+                tma.async_copy_shared_to_global(h, [chunk_0 + n, 0, 0], made[0].index(part))
     if KEEP:
         tma.store_wait(0)

@@ -22,7 +22,9 @@ SHORTEST = 8
 STAGES = 3
 """Chunks whose queries and keys are on their way or read."""
 REGISTERS = {1: 216, 2: 120}
-"""Registers of a thread beside a walk of one warp group or two."""
+"""Registers of a thread beside one walk or two."""
+WALK_REGISTERS = 192
+"""Registers of a thread of the second walk."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -102,7 +104,7 @@ def _carried(walk: Any, rows: list[Any], beta: Tensor, gate: Gate, given: Tensor
     start = ends if given is None else given
     walk[(batch * heads * (segments - 1) * tiles,)](
         *rows, beta, gate.log_decay, start, ends, *gate.strides, gate.every, *counts, **constants,
-        BV=CHUNK, STAGES=STAGES, REGISTERS=REGISTERS[1], MERGE=_triton_dtype(torch.float16), num_warps=4,
+        STAGES=STAGES, REGISTERS=REGISTERS[1], MERGE=_triton_dtype(torch.float16), num_warps=4,
     )  # fmt: skip
     delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
         ends, start, states, segments,
@@ -111,13 +113,13 @@ def _carried(walk: Any, rows: list[Any], beta: Tensor, gate: Gate, given: Tensor
     return states
 
 
-def _described_rows(q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept, wide: int, tile: int, *, keep: bool) -> list[Any]:
+def _described_rows(q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept, wide: int, *, keep: bool) -> list[Any]:
     """What a forward walk reads and writes in blocks: q, k, v, couplings, o, errors, states."""
-    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
+    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, CHUNK]
     rows = [_described(q, of_keys), _described(k, of_keys), _described(v, of_values)]
     rows += [_described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), _described(o, of_values)]
     if keep:
-        return [*rows, _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])]
+        return [*rows, _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, CHUNK])]
     return [*rows, rows[4], rows[4]]
 
 
@@ -132,16 +134,16 @@ def forward(
     constants = {"K": k_dim, "V": v_dim, "BK": max(padded(k_dim), CHUNK), "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
     segments, tile = _forward_plan(batch * heads, kept, v_dim)
     segments, span = _split(kept, segments)
-    counts, groups = (length, heads, heads // k.shape[2], segments, span), tile // CHUNK
+    counts, walks = (length, heads, heads // k.shape[2], segments, span), tile // CHUNK
     if segments > 1:
         rows = [_described(k, [1, CHUNK, 1, constants["BK"]]), _described(v, [1, CHUNK, 1, CHUNK])]
         more = constants | {"FIRST": first is not None}
         first = _carried(delta_hopper_carry.forward_carry_kernel, rows, beta, gate, first, counts, more, like=v)
     delta_hopper_walk.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
-        *_described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep), beta, gate.log_decay, kept.decays,
+        *_described_rows(q, k, v, o, kept, constants["BK"], keep=keep), beta, gate.log_decay, kept.decays,
         v if first is None else first, last, *gate.strides, gate.every, *counts, **constants,
-        BV=tile, GROUPS=groups, STAGES=STAGES, REGISTERS=REGISTERS[groups], MERGE=_triton_dtype(torch.float16),
-        FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=4 * groups,
+        STAGES=STAGES, WALKS=walks, WALK_REGISTERS=WALK_REGISTERS, REGISTERS=REGISTERS[walks],
+        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=4,
     )  # fmt: skip
 
 
