@@ -23,6 +23,7 @@ STAGES = 3
 """Chunks whose queries and keys are on their way or read."""
 REGISTERS = {1: 216, 2: 120}
 """Registers of a thread beside one walk or two."""
+LATE = {1: True, 2: False}
 WALK_REGISTERS = 192
 """Registers of a thread of the second walk."""
 ALIGNED = 8
@@ -143,7 +144,7 @@ def forward(
         *_described_rows(q, k, v, o, kept, constants["BK"], keep=keep), beta, gate.log_decay, kept.decays,
         v if first is None else first, last, *gate.strides, gate.every, *counts, **constants,
         STAGES=STAGES, WALKS=walks, WALK_REGISTERS=WALK_REGISTERS, REGISTERS=REGISTERS[walks],
-        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, LAST=return_state, KEEP=keep, num_warps=4,
+        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, LAST=return_state, KEEP=keep, LATE=LATE[walks], num_warps=4,
     )  # fmt: skip
 
 

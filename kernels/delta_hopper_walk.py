@@ -101,7 +101,7 @@ def _keep_errors(errors, at_o, v_CV, error_VC, DOT: gl.constexpr):
 def _step(
     results, place, n, step, rows, work, made, handed, state_VK, left_VC,
     BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr,
-    KEEP: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """A chunk: the next state, and its outputs, which leave while the next chunk's first products run."""
     o, errors, states = results
@@ -114,9 +114,10 @@ def _step(
     mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
     read = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
     asked = warpgroup_mma(old_VK, q_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
-    if step > 0:
-        _leave_outputs(o, [batch, n * C - C, head, e_start], o_buffer, left_VC)
-        mbarrier.arrive(handed[1].index(1 - part), count=1)
+    if LATE:
+        if step > 0:
+            _leave_outputs(o, [batch, n * C - C, head, e_start], o_buffer, left_VC)
+            mbarrier.arrive(handed[1].index(1 - part), count=1)
     if KEEP:
         tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
     mbarrier.wait(rows[2][1].index(part), step // 2 % 2)
@@ -135,6 +136,10 @@ def _step(
     if KEEP:
         state_buffer.permute([1, 0]).store(state_VK.to(DOT))
     left_VC = warpgroup_mma_wait(0, [written]).to(DOT)
+    if not LATE:
+        _leave_outputs(o, at_o, o_buffer, left_VC)
+        mbarrier.arrive(handed[1].index(part), count=1)
+        left_VC = gl.zeros([64, C], DOT, turned_layout(C))
     return state_VK, left_VC
 
 
@@ -143,6 +148,7 @@ def _walk(
     shared, given,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr,
     WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """A partition that walks over the chunks of a segment, with 64 columns of the values."""
     results, place, bounds, rows, work, made, handed = shared
@@ -164,9 +170,10 @@ def _walk(
     for n in range(n_first, n_last + 1):
         state_VK, left_VC = _step(
             results, (batch, head, chunk_0, e_start), n, n - n_first, rows, (o_buffer, state_buffer), made, handed, state_VK,
-            left_VC, BK, C, STAGES, WALKS, WALK, GATED, KEEP, DOT,
+            left_VC, BK, C, STAGES, WALKS, WALK, GATED, KEEP, DOT, LATE,
         )  # fmt: skip
-    _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
+    if LATE:
+        _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
     tma.store_wait(0)
     if LAST:
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_VK, mask=inside & is_last)
@@ -179,7 +186,7 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr,
     WALK_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr,
-    DOT: gl.constexpr, MERGE: gl.constexpr,
+    DOT: gl.constexpr, MERGE: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """What the kernels of couplings and of the forward walk in plain Triton write, on descriptors of a chunk's blocks.
 
@@ -204,8 +211,8 @@ def forward_kernel(
     if WALKS == 2:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 0, GATED, FIRST, LAST, KEEP, DOT, LATE)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 1, GATED, FIRST, LAST, KEEP, DOT, LATE)),
                 (beside, (
                     (q, k, v), h, pointers, gate_t, places, (n_first, n_last), chunk_0, rows, made, inner, handed, tile == 0,
                     length, heads, BK, C, STAGES, 2, GATED, True, False, KEEP, DOT, MERGE,
@@ -217,7 +224,7 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, 1, 0, GATED, FIRST, LAST, KEEP, DOT, LATE)),
                 (beside, (
                     (q, k, v), h, pointers, gate_t, places, (n_first, n_last), chunk_0, rows, made, inner, handed, tile == 0,
                     length, heads, BK, C, STAGES, 1, GATED, True, False, KEEP, DOT, MERGE,

@@ -30,7 +30,7 @@ def compile_one(kernel, width, *, gated, tile, keep):
     walks = tile // C
     constants = {"K": width, "V": width, "BK": width, "BV": C, "D": width, "C": C, "TILE": 16, "DOT": tl.bfloat16}
     constants |= {"WALKS": walks, "WALK_REGISTERS": delta_hopper_launch.WALK_REGISTERS, "MERGE": tl.float16, "STAGES": delta_hopper_launch.STAGES}
-    constants |= {"REGISTERS": delta_hopper_launch.REGISTERS[walks], "KEEP": keep}
+    constants |= {"REGISTERS": delta_hopper_launch.REGISTERS[walks], "KEEP": keep, "LATE": delta_hopper_launch.LATE[walks]}
     arguments = runtime | constants | FLAGS | {"GATED": gated, "GATE_GRAD": gated}
     warps = 8 if kernel in (combine_kernel, backward_kernel) else 4
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
