@@ -135,11 +135,13 @@ def forward(
     beta, first = beta_BTH.contiguous(), None if state_BHKV is None else state_BHKV.contiguous()
     gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
     wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
-    if delta_hopper_launch.fit(k_dim, q, k, v):
-        delta_hopper_launch.forward(q, k, v, beta, gate, kept, first, o, last, **wanted)
-    else:
-        _couple(k, beta, gate, kept, _gate_kind(log_decay))
-        _walk(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
+    on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
+    if on_hopper and delta_hopper_launch.couples(k_dim, kept, v):
+        delta_hopper_launch.forward_beside(q, k, v, beta, gate, kept, first, o, last, **wanted)
+        return o, last, kept
+    _couple(k, beta, gate, kept, _gate_kind(log_decay))
+    launch = delta_hopper_launch.forward if on_hopper else _walk
+    launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     return o, last, kept
 
 
@@ -217,12 +219,8 @@ def backward(
     on_hopper = delta_hopper_launch.fit(k_dim, q, k, do)
     parts = 1 if on_hopper else -(-k_dim // min(config.gradients.tile, padded(k_dim)))
     dgates = do_BTHV.new_empty((parts, batch, length, heads) if gate_grad else 0, dtype=torch.float32)
-    operands = (q, k, do, beta, kept, dlast, (dq, dk, dv, dbeta, dgates), dfirst, config)
-    if on_hopper:
-        gate = delta_hopper_launch.Gate(*_gate(log_decay, batch, q))
-        delta_hopper_launch.backward(*operands, gated=log_decay is not None, gate=gate)
-    else:
-        _walk_back(*operands, gated=log_decay is not None)
+    launch = delta_hopper_launch.backward if on_hopper else _walk_back
+    launch(q, k, do, beta, kept, dlast, (dq, dk, dv, dbeta, dgates), dfirst, config, gated=log_decay is not None)
     if groups < heads:
         dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
     dgate = _summed(dgates, log_decay) if gate_grad and log_decay is not None else dgates

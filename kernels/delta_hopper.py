@@ -17,15 +17,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "heads", "group", "segments", "span", "gate_b", "gate_t", "gate_every"]
+SIZES = ["length", "heads", "group", "segments", "span"]
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the latter from Triton 3.7 on
 
 
 @gluon.constexpr_function
-def turned_layout(width):
-    """Registers of sums of 64 rows and `width` columns in one warp group."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+def sums_layout(width, groups=1):
+    """Registers of sums that are `width` columns wide, of which each of the warp groups has its part."""
+    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
 
 
 @gluon.constexpr_function
@@ -43,11 +43,11 @@ def place(part, per_head, segments, span, n_chunks, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
-    """Barriers on which copies report their bytes, or partitions that they have arrived."""
+def barriers(COUNT: gl.constexpr):
+    """Barriers on which copies report their bytes."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(COUNT):
-        mbarrier.init(bars.index(index), count=ARRIVALS)
+        mbarrier.init(bars.index(index), count=1)
     fence_async_shared()
     return bars
 
@@ -56,8 +56,25 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
 def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
     """Starts to copy blocks into shared memory; the barrier tells when all have arrived."""
     mbarrier.expect(bar, BYTES)
-    for index in gl.static_range(len(places)):
+    for index in gl.static_range(len(sources)):
         tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
+
+
+@gluon.jit
+def factors_of(beta, g, n, i, length, heads, C: gl.constexpr, GATED: gl.constexpr):
+    """Beta of a chunk, zero beyond the end; its cumulated log2 decays, and the last of them."""
+    t_C = n * C + i
+    beta_C = gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
+    g_C, g_all = beta_C, 0.0
+    if GATED:
+        g_C, g_all = gl.load(g + t_C), gl.load(g + n * C + C - 1)
+    return beta_C, g_C, g_all
+
+
+@gluon.jit
+def scaled(x, g_C, GATED: gl.constexpr):
+    """Rows decayed by log2 factors."""
+    return x * gl.exp2(g_C)[:, None] if GATED else x
 
 
 @gluon.jit

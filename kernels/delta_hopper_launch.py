@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.operands import _triton_dtype, padded
+from kernels.operands import _rows, _triton_dtype, padded
 
 if TYPE_CHECKING:
-    from kernels.delta import Config, Kept
+    from kernels.delta import Config, Kept, Launch
 
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
@@ -19,13 +19,8 @@ WIDTH = 128
 """The widest heads that fit on chip."""
 SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
-STAGES = 3
-"""Chunks whose queries and keys are on their way or read."""
-REGISTERS = {1: 216, 2: 120}
-"""Registers of a thread beside one walk or two."""
-LATE = {1: True, 2: False}
-WALK_REGISTERS = 192
-"""Registers of a thread of the second walk."""
+BESIDE = {"W": 4, "REGISTERS": 216, "STAGES": 3}
+"""Warps that make couplings beside the walk of a head up to 64 wide, their registers, and chunks that are on their way or read."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -68,13 +63,22 @@ def segments_of(walks: int, chunks: int, device: torch.device) -> int:
     return max(1, min(multiprocessors(device) // walks, chunks // SHORTEST))
 
 
-def _forward_plan(walks: int, kept: Kept, v_dim: int) -> tuple[int, int]:
-    """Segments of the forward walk and columns of the values that a program takes, so that few multiprocessors idle."""
+def _forward_plan(walks: int, kept: Kept, wide: bool) -> tuple[int, int]:
+    """Segments of the forward walk and columns of the values that a program takes, so that few multiprocessors idle.
+
+    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay, and before
+    that they take fewer columns.
+    """
     device, chunks = kept.couplings.device, kept.couplings.shape[2]
     free = multiprocessors(device) // walks
-    wide = v_dim > CHUNK
     segments = segments_of(walks, chunks, device) if free >= (8 if wide else 2) else 1
-    return segments, 2 * CHUNK if wide and (free < 2 or segments > 1) else CHUNK
+    return segments, (32 if free >= 4 else CHUNK if free >= 2 else WIDTH) if wide and segments == 1 else WIDTH
+
+
+def couples(k_dim: int, kept: Kept, v: Tensor) -> bool:
+    """Whether `forward_beside` runs: for narrow heads, unless their sequences are cut."""
+    wide = max(k_dim, v.shape[3]) > CHUNK
+    return not wide and _forward_plan(v.shape[0] * v.shape[2], kept, wide)[0] == 1
 
 
 def _split(kept: Kept, segments: int) -> tuple[int, int]:
@@ -82,6 +86,30 @@ def _split(kept: Kept, segments: int) -> tuple[int, int]:
     chunks = kept.couplings.shape[2]
     span = -(-chunks // segments)
     return -(-chunks // span), span
+
+
+def _carried(
+    walk: Any, operands: tuple[Any, ...], given: Tensor | None, like: Tensor, heads: int, counts: tuple[int, ...], constants: dict
+) -> Tensor:
+    """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
+    from kernels import delta_hopper_carry
+
+    batch, segments = like.shape[0], counts[3]
+    k_dim, v_dim, tile = constants["K"], constants["V"], constants["BV"]
+    tiles = -(-v_dim // tile) + -(-k_dim // tile)
+    ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * tile, dtype=torch.float32)
+    states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
+    start = ends if given is None else given
+    walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
+    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
+    )
+    return states
+
+
+def stages_of(tile: int, whole: int) -> int:
+    """Chunks that are on their way or read in a walk over `tile` columns of the values: what fits on chip beside the state."""
+    return 3 if tile < min(CHUNK, whole) else 2
 
 
 class Gate(NamedTuple):
@@ -92,65 +120,71 @@ class Gate(NamedTuple):
     every: int
 
 
-def _carried(walk: Any, rows: list[Any], beta: Tensor, gate: Gate, given: Tensor | None, counts: tuple[int, ...], constants: dict,
-    *, like: Tensor,
-) -> Tensor:  # fmt: skip
-    """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
-    from kernels import delta_hopper_carry
-
-    (batch, _, heads, v_dim), segments, k_dim = like.shape, counts[3], constants["K"]
-    tiles = -(-v_dim // CHUNK) + -(-k_dim // CHUNK)
-    ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * CHUNK, dtype=torch.float32)
-    states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
-    start = ends if given is None else given
-    walk[(batch * heads * (segments - 1) * tiles,)](
-        *rows, beta, gate.log_decay, start, ends, *gate.strides, gate.every, *counts, **constants,
-        STAGES=STAGES, REGISTERS=REGISTERS[1], MERGE=_triton_dtype(torch.float16), num_warps=4,
-    )  # fmt: skip
-    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
-        ends, start, states, segments,
-        K=k_dim, V=v_dim, BK=padded(k_dim), BV=CHUNK, TILE=16, FIRST=given is not None, num_warps=8,
-    )  # fmt: skip
-    return states
-
-
-def _described_rows(q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept, wide: int, *, keep: bool) -> list[Any]:
+def _described_rows(q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept, wide: int, tile: int, *, keep: bool) -> list[Any]:
     """What a forward walk reads and writes in blocks: q, k, v, couplings, o, errors, states."""
-    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, CHUNK]
+    of_keys, of_values = [1, CHUNK, 1, wide], [1, CHUNK, 1, tile]
     rows = [_described(q, of_keys), _described(k, of_keys), _described(v, of_values)]
     rows += [_described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), _described(o, of_values)]
     if keep:
-        return [*rows, _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, CHUNK])]
+        return [*rows, _described(kept.errors, of_values), _described(kept.states.flatten(0, 2), [1, wide, tile])]
     return [*rows, rows[4], rows[4]]
 
 
-def forward(
+def _constants(k: Tensor, v: Tensor, *, gated: bool, return_state: bool, keep: bool) -> dict[str, Any]:
+    k_dim, v_dim, dot = k.shape[3], v.shape[3], _triton_dtype(v.dtype)
+    constants = {"K": k_dim, "V": v_dim, "BK": max(padded(k_dim), CHUNK), "C": CHUNK, "DOT": dot}
+    return constants | {"GATED": gated, "LAST": return_state, "KEEP": keep}
+
+
+def forward_beside(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Gate, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor,
     *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
-    """Couplings and the forward walk on Hopper; writes o, last, decays, and what is kept."""
+    """Couplings and the forward walk in one launch; writes o, last, decays, and what is kept."""
+    from kernels import delta_hopper_couplings
+
+    batch, _, heads, v_dim = v.shape
+    constants, tile = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
+    rows, strides, unit = _rows(k)
+    delta_hopper_couplings.forward_kernel[(batch * heads,)](
+        *_described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep), *rows, beta, gate.log_decay, kept.decays,
+        v if first is None else first, last, *strides, *gate.strides, gate.every, v.shape[1], heads, heads // k.shape[2],
+        **constants, **BESIDE, BV=tile, GROUPS=tile // 32, UNIT=unit, MERGE=_triton_dtype(torch.float16),
+        FIRST=first is not None, num_warps=tile // 8,
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, _: Launch,
+    *, gated: bool, return_state: bool, keep: bool,
+) -> None:  # fmt: skip
+    """The forward walk on Hopper; writes o, last, and what is kept."""
     from kernels import delta_hopper_carry, delta_hopper_walk
 
-    (batch, length, heads, v_dim), k_dim = v.shape, k.shape[3]
-    constants = {"K": k_dim, "V": v_dim, "BK": max(padded(k_dim), CHUNK), "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
-    segments, tile = _forward_plan(batch * heads, kept, v_dim)
+    batch, length, heads, v_dim = v.shape
+    constants, whole = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
+    segments, tile = _forward_plan(batch * heads, kept, max(k.shape[3], v_dim) > CHUNK)
+    tile = min(tile, whole)
     segments, span = _split(kept, segments)
-    counts, walks = (length, heads, heads // k.shape[2], segments, span), tile // CHUNK
+    counts = (length, heads, heads // k.shape[2], segments, span)
+    rows = _described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep)
     if segments > 1:
-        rows = [_described(k, [1, CHUNK, 1, constants["BK"]]), _described(v, [1, CHUNK, 1, CHUNK])]
-        more = constants | {"FIRST": first is not None}
-        first = _carried(delta_hopper_carry.forward_carry_kernel, rows, beta, gate, first, counts, more, like=v)
+        part = min(tile, CHUNK)
+        more = {name: constants[name] for name in ("K", "V", "BK", "C", "GATED", "DOT")}
+        more |= {"BV": part, "FIRST": first is not None, "num_warps": 4}
+        operands = (rows[1], _described(v, [1, CHUNK, 1, part]), rows[3], beta, kept.decays)
+        first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
+    groups = 2 if tile == whole > 32 else 1
     delta_hopper_walk.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
-        *_described_rows(q, k, v, o, kept, constants["BK"], keep=keep), beta, gate.log_decay, kept.decays,
-        v if first is None else first, last, *gate.strides, gate.every, *counts, **constants,
-        STAGES=STAGES, WALKS=walks, WALK_REGISTERS=WALK_REGISTERS, REGISTERS=REGISTERS[walks],
-        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, LAST=return_state, KEEP=keep, LATE=LATE[walks], num_warps=4,
+        *rows, beta, kept.decays, v if first is None else first, last, *counts,
+        **constants, BV=tile, GROUPS=groups, STAGES=stages_of(tile, whole), FIRST=first is not None,
+        num_warps=4 * groups,
     )  # fmt: skip
 
 
 def backward(
     q: Tensor, k: Tensor, do: Tensor, beta: Tensor, kept: Kept, dlast: Tensor | None, grads: tuple[Tensor, ...],
-    dfirst: Tensor | None, _: Config, *, gated: bool, gate: Gate,
+    dfirst: Tensor | None, _: Config, *, gated: bool,
 ) -> None:  # fmt: skip
     """All gradients on Hopper in one walk; writes `grads` (dq, dk, dv, dbeta, dgates) and dfirst."""
     from kernels import delta_hopper_backward, delta_hopper_carry
@@ -165,10 +199,12 @@ def backward(
     counts = (length, heads, heads // k.shape[2], segments, span)
     constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
     if segments > 1:
-        of_keys = [1, CHUNK, 1, max(padded(k_dim), CHUNK)]
-        rows = [_described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, CHUNK])]
-        more = constants | {"BK": of_keys[3], "DLAST": dlast is not None}
-        dlast = _carried(delta_hopper_carry.reverse_carry_kernel, rows, beta, gate, dlast, counts, more, like=do)
+        wide, tile = max(padded(k_dim), CHUNK), min(CHUNK, max(32, padded(v_dim)))
+        of_keys = [1, CHUNK, 1, wide]
+        operands = (_described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, tile]), couplings)
+        more = constants | {"BK": wide, "BV": tile, "DLAST": dlast is not None, "num_warps": 4}
+        operands = (*operands, beta, kept.decays)
+        dlast = _carried(delta_hopper_carry.reverse_carry_kernel, operands, dlast, do, heads, counts, more)
     delta_hopper_backward.backward_kernel[(batch * heads * segments,)](
         *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
         couplings, *(_described(x, of_rows) for x in (dq, dk, dv)),

@@ -1,10 +1,8 @@
-"""The forward walk of the delta rule for Hopper on the transposed state, in Gluon.
+"""The forward walk of the delta rule for Hopper, in Gluon, with couplings from memory or made beside it.
 
-Rows of its products are columns of the values, tokens are columns: what a product makes is the left operand of the next one in the
-registers where it is, each warp group has 64 columns of the values to itself, and the chain of a chunk, which is S^T K^T,
-(beta R)^T H^T and the next state, has no barrier. What does not depend on the state is made beside it
-(`kernels.delta_hopper_beside`), and rows of the next chunks are on their way while one is computed. Q S runs while R is prepared, the
-outputs' last product behind the next state. What is subtracted is negated before, so that products add to what they correct.
+Rows of the next chunks are on their way while one is computed. A chunk's chain of products is K S, H beta R, the next state;
+Q K^T runs while the errors before the chunk's own writes are prepared, Q S while the writes are, and the outputs' last product
+while the next state is stored. What is subtracted is negated before, so that products add to what they correct.
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
 """
@@ -22,214 +20,223 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import SIZES, place, shared_layout, thread_barrier, turned_layout
-from kernels.delta_hopper_beside import beside, beside_buffers, rows_buffers
+from kernels.delta_hopper import (
+    SIZES,
+    barriers,
+    columns_of,
+    factors_of,
+    fetch,
+    given_state,
+    place,
+    scaled,
+    shared_layout,
+    sums_layout,
+    thread_barrier,
+)
 
 
 @gluon.jit
-def operand(x, C: gl.constexpr, DOT: gl.constexpr):
-    """Sums as the left operand of the next product, in the registers where they are."""
-    return gl.convert_layout(x.to(DOT), gl.DotOperandLayout(0, turned_layout(C), 2))
+def at_stage(buffers, index):
+    """Of buffers with a place for each stage, those of one stage."""
+    views = ()
+    for buffer in gl.static_range(len(buffers)):
+        views = views + (buffers[buffer].index(index),)  # noqa: RUF005
+    return views
 
 
 @gluon.jit
-def token_factors(buffer, C: gl.constexpr):
-    """A factor of each token, for the columns of sums."""
-    return buffer.load(gl.SliceLayout(0, turned_layout(C)))[None, :]
+def walk_buffers(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory of a walk: queries, keys and values of each stage; the state, two matrices like values, scores, decays."""
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV))
+    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
+    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return (q_buffers, k_buffers, v_buffers), (state_buffer, error_buffer, write_buffer, scores_buffer, g_buffer)
 
 
 @gluon.jit
-def whole_decay(buffer, BK: gl.constexpr):
-    """The decay of a whole chunk, for the rows of a state."""
-    return buffer.load(gl.SliceLayout(1, turned_layout(BK)))[:, None]
-
-
-@gluon.jit
-def state_places(e_start, V: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
-    """Where 64 of a state's columns are in [K, V], for their transpose, and what of them is inside."""
-    wide: gl.constexpr = turned_layout(BK)
-    e, d = e_start + gl.arange(0, 64, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
-    return d[None, :] * V + e[:, None], (d < K)[None, :] & (e < V)[:, None]
-
-
-@gluon.jit
-def start_errors(read_VC, value_VC, part, made, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
-    """Starts the product that makes the errors E of what is read, K S, and the values."""
-    if GATED:
-        read_VC = read_VC * token_factors(made[3].index(part), C)
-    rest_VC = value_VC - read_VC
-    scaled = operand(rest_VC * -token_factors(made[2].index(part), C), C, DOT)
-    return warpgroup_mma(scaled, made[0].index(part).permute([1, 0]), rest_VC, is_async=True)
-
-
-@gluon.jit
-def start_state(
-    error_VC, state_VK, k_CK, part, made, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr
+def _bring(
+    bars, sources, stages, place, n, step,
+    BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Starts the product that makes the next state; what is written, as a left operand."""
-    write_VC = error_VC * token_factors(made[2].index(part), C)
-    writes = operand(write_VC, C, DOT)
-    fading = writes
+    """Starts to copy what a chunk needs into its stage: queries, keys and values, and H unless it is made on chip."""
+    batch, head, shared_head, chunk_0, e_start = place
+    BYTES: gl.constexpr = 2 * C * (2 * BK + BV + C * (len(stages) - 3))
+    key_row = [batch, n * C, shared_head, 0]
+    places = (key_row, key_row, [batch, n * C, head, e_start], [chunk_0 + n, 0, 0])
+    fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
+
+
+@gluon.jit
+def _seen(scores_CC, g_C, g_buffer, C: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr):
+    """Scores of tokens and earlier ones, decayed."""
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    seen = rows[:, None] >= cols[None, :]
     if GATED:
-        fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
-        state_VK = state_VK * whole_decay(made[5].index(part), BK)
-    return warpgroup_mma(fading, k_CK, state_VK, is_async=True), writes
+        fall_CC = gl.convert_layout(g_C, gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
+        # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+        scores_CC = scores_CC * gl.exp2(gl.where(seen, fall_CC, float("-inf")))
+    else:
+        scores_CC = gl.where(seen, scores_CC, 0.0)
+    return scores_CC
 
 
 @gluon.jit
-def _leave_outputs(o, at_o, o_buffer, o_VC):
-    """Starts to store the outputs of a chunk, once those of the one before and all else has left; a barrier."""
-    tma.store_wait(0)
-    thread_barrier()
-    o_buffer.permute([1, 0]).store(o_VC)
-    fence_async_shared()
-    thread_barrier()
-    tma.async_copy_shared_to_global(o, at_o, o_buffer)
-
-
-@gluon.jit
-def _keep_errors(errors, at_o, v_CV, error_VC, DOT: gl.constexpr):
-    """Starts to store errors, by way of the values; once the state that entered the chunk has left."""
-    v_CV.permute([1, 0]).store(error_VC.to(DOT))
-    tma.store_wait(0)
-    fence_async_shared()
-    thread_barrier()
-    tma.async_copy_shared_to_global(errors, at_o, v_CV)
-
-
-@gluon.jit
-def _step(
-    results, place, n, step, rows, work, made, handed, state_VK, left_VC,
-    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr,
-    KEEP: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr,
+def _errors(
+    read, scores, q_CK, v_CV, h_CC, work, beta_C, g_C,
+    C: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """A chunk: the next state, and its outputs, which leave while the next chunk's first products run."""
+    """The errors E of a chunk, in registers, and the product Q S, which runs on; from K S and Q K^T, which run."""
+    state_buffer, error_buffer, _, scores_buffer, g_buffer = work
+    narrow: gl.constexpr = sums_layout(BV, GROUPS)
+    value_CV = v_CV.load(narrow).to(gl.float32)
+    read_CV, scores = warpgroup_mma_wait(1, [read, scores])
+    error_CV = value_CV - scaled(read_CV, g_C, GATED)
+    tma.store_wait(0)
+    error_buffer.store((error_CV * -beta_C[:, None]).to(DOT))
+    scores_CC = warpgroup_mma_wait(0, [scores])
+    scores_buffer.store(_seen(scores_CC, g_C, g_buffer, C, GROUPS, GATED).to(DOT))
+    fence_async_shared()
+    error = warpgroup_mma(h_CC, error_buffer, error_CV, is_async=True)
+    none_CV = gl.zeros([C, BV], gl.float32, narrow)
+    asked = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(1, [error, asked])
+
+
+@gluon.jit
+def _write(
+    errors, at_o, k_CK, v_CV, work, state_KV, error_CV, asked, beta_C, g_C, g_all,
+    GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Starts the products that a chunk ends with, of the next state and of the outputs; keeps the errors, by way of the values."""
+    _, error_buffer, write_buffer, scores_buffer, _ = work
+    write_CV = error_CV * beta_C[:, None]
+    write_buffer.store(write_CV.to(DOT))
+    fade_buffer = write_buffer
+    if KEEP:
+        v_CV.store(error_CV.to(DOT))
+    if GATED:
+        state_KV, fade_buffer = state_KV * gl.exp2(g_all), error_buffer
+        error_buffer.store((write_CV * gl.exp2(g_all - g_C)[:, None]).to(DOT))
+    fence_async_shared()
+    state = warpgroup_mma(k_CK.permute([1, 0]), fade_buffer, state_KV, is_async=True)
+    if GATED:
+        asked = scaled(warpgroup_mma_wait(1, [asked]), g_C, GATED)
+    written = warpgroup_mma(scores_buffer, write_buffer, asked, is_async=True)
+    if KEEP:
+        tma.async_copy_shared_to_global(errors, at_o, v_CV)
+    return state, written
+
+
+@gluon.jit
+def _leave(o, at_o, work, state, written, g_C, GATED: gl.constexpr, DOT: gl.constexpr):
+    """Stores the next state and its chunk's decays for the products to come, and starts to store outputs; the state."""
+    state_buffer, error_buffer, _, _, g_buffer = work
+    # The last product still runs; but all warps must have read the old state.
+    state_KV, written = warpgroup_mma_wait(1, [state, written])
+    thread_barrier()
+    state_buffer.store(state_KV.to(DOT))
+    o_CV = warpgroup_mma_wait(0, [written])
+    if GATED:
+        g_buffer.store(g_C)
+    error_buffer.store(o_CV.to(DOT))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o, at_o, error_buffer)
+    return state_KV
+
+
+@gluon.jit
+def walk(
+    sources, results, pointers, place, bounds, stages, work, bars, made, state_KV, length, heads,
+    BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, BESIDE: gl.constexpr,
+    GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Walks over the chunks of a segment; returns the state that leaves it.
+
+    `made` is (H, barriers): of 2 * BESIDE chunks, made beside the walk, of which BESIDE at a time are said to be ready and to
+    be free again; or H is copied in like the rest.
+    """
     o, errors, states = results
-    batch, head, chunk_0, e_start = place
-    part, at_o = step % 2, [batch, n * C, head, e_start]
-    q_CK, k_CK = rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
-    v_CV, o_buffer, state_buffer = rows[1].index(part * WALKS + WALK), work[0], work[1]
-    none_VC = gl.zeros([64, C], gl.float32, turned_layout(C))
-    old_VK = operand(state_VK, C, DOT)
-    mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
-    read = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
-    asked = warpgroup_mma(old_VK, q_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
-    if LATE:
-        if step > 0:
-            _leave_outputs(o, [batch, n * C - C, head, e_start], o_buffer, left_VC)
-            mbarrier.arrive(handed[1].index(1 - part), count=1)
-    if KEEP:
-        tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-    mbarrier.wait(rows[2][1].index(part), step // 2 % 2)
-    value_VC = v_CV.permute([1, 0]).load(turned_layout(C)).to(gl.float32)
-    mbarrier.wait(handed[0].index(part), step // 2 % 2)
-    read_VC, asked = warpgroup_mma_wait(1, [read, asked])
-    error = start_errors(read_VC, value_VC, part, made, C, GATED, DOT)
-    asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
-    if KEEP:
-        _keep_errors(errors, at_o, v_CV, error_VC, DOT)
-    state, writes = start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
-    if GATED:
-        asked_VC = asked_VC * token_factors(made[3].index(part), C)
-    written = warpgroup_mma(writes, made[1].index(part).permute([1, 0]), asked_VC, is_async=True)
-    state_VK, written = warpgroup_mma_wait(1, [state, written])
-    if KEEP:
-        state_buffer.permute([1, 0]).store(state_VK.to(DOT))
-    left_VC = warpgroup_mma_wait(0, [written]).to(DOT)
-    if not LATE:
-        _leave_outputs(o, at_o, o_buffer, left_VC)
-        mbarrier.arrive(handed[1].index(part), count=1)
-        left_VC = gl.zeros([64, C], DOT, turned_layout(C))
-    return state_VK, left_VC
-
-
-@gluon.jit
-def _walk(
-    shared, given,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr,
-    WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
-    LATE: gl.constexpr,
-):  # fmt: skip
-    """A partition that walks over the chunks of a segment, with 64 columns of the values."""
-    results, place, bounds, rows, work, made, handed = shared
-    batch, head, chunk_0, e_start = place
-    o_buffers, state_buffers = work
-    first, last, part_index, head_index, is_last = given
+    beta, g = pointers
     n_first, n_last = bounds
-    e_start = e_start + WALK * 64
-    o_buffer, state_buffer = o_buffers.index(WALK), state_buffers.index(WALK)
-    state_VK = gl.zeros([64, BK], gl.float32, turned_layout(BK))
-    offsets, inside = state_places(e_start, V, K, BK)
-    if FIRST:
-        state_VK = gl.load(first + part_index.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
-    if KEEP:
-        state_buffer.permute([1, 0]).store(state_VK.to(DOT))
-        fence_async_shared()
-        thread_barrier()
-    left_VC = gl.zeros([64, C], DOT, turned_layout(C))
+    batch, head, _, chunk_0, e_start = place
+    state_buffer, _, _, _, g_buffer = work
+    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV, GROUPS)))
+    none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV, GROUPS))
+    none_CC = gl.zeros([C, C], gl.float32, sums_layout(C, GROUPS))
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, place, gl.minimum(n_first + early, n_last), early, BK, BV, C, STAGES)
+    if BESIDE:
+        mbarrier.wait(made[1].index(0), 0)
+    beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
+    state_buffer.store(state_KV.to(DOT))
+    if GATED:
+        g_buffer.store(g_C)
+    fence_async_shared()
     for n in range(n_first, n_last + 1):
-        state_VK, left_VC = _step(
-            results, (batch, head, chunk_0, e_start), n, n - n_first, rows, (o_buffer, state_buffer), made, handed, state_VK,
-            left_VC, BK, C, STAGES, WALKS, WALK, GATED, KEEP, DOT, LATE,
+        step, following, at_o = n - n_first, gl.minimum(n + 1, n_last), [batch, n * C, head, e_start]
+        rows = at_stage(stages, step % STAGES)
+        q_CK, k_CK, v_CV = rows[0], rows[1], rows[2]
+        h_CC = made[0].index(step % (2 * BESIDE)) if BESIDE else rows[3]
+        mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
+        read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if KEEP:
+            tma.store_wait(1)  # the errors of the chunk before, which left by way of its values
+            tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
+        _bring(
+            bars, sources, stages, place, gl.minimum(n + STAGES - 1, n_last), step + STAGES - 1, BK, BV, C, STAGES
         )  # fmt: skip
-    if LATE:
-        _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
+        if BESIDE:
+            ahead = following - n_first
+            mbarrier.wait(made[1].index(ahead // BESIDE % 2), ahead // BESIDE // 2 % 2)
+        next_beta_C, next_g_C, next_g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
+        error_CV, asked = _errors(read, scores, q_CK, v_CV, h_CC, work, beta_C, g_C, C, BV, GROUPS, GATED, DOT)
+        state, written = _write(
+            errors, at_o, k_CK, v_CV, work, state_KV, error_CV, asked, beta_C, g_C, g_all, GATED, KEEP, DOT
+        )  # fmt: skip
+        if BESIDE:
+            mbarrier.arrive(made[2].index(step // BESIDE % 2), count=1, pred=step % BESIDE == BESIDE - 1)
+        beta_C, g_C, g_all = next_beta_C, next_g_C, next_g_all
+        state_KV = _leave(o, at_o, work, state, written, g_C, GATED, DOT)
+    steps = n_last - n_first + 1
+    for late in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((steps + late) % STAGES), (steps + late) // STAGES % 2)
     tma.store_wait(0)
-    if LAST:
-        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_VK, mask=inside & is_last)
+    return state_KV
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, h, o, errors, states, beta, gate, g, first, last,
-    gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32,
+    q, k, v, h, o, errors, states, beta, g, first, last,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr,
-    WALK_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr,
-    DOT: gl.constexpr, MERGE: gl.constexpr, LATE: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """What the kernels of couplings and of the forward walk in plain Triton write, on descriptors of a chunk's blocks.
+    """As `kernels.delta_triton.forward_kernel`, on descriptors of blocks of a chunk.
 
-    Grid: (B * H * segments * tiles of 64 WALKS values,). WALKS warp groups, one or two, walk; one is beside them. REGISTERS are those
-    of a thread of the second walk and of the one beside. A segment is `span` chunks; `first` holds the states that enter them.
+    Grid: (B * H * segments * value tiles,), of GROUPS warp groups. A segment is `span` chunks; `first` holds the states that
+    enter them.
     """
-    TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
-    part, tile, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
+    TILES: gl.constexpr = (V + BV - 1) // BV
+    part, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
-    batch, head, chunk_0, e_start = head_index // heads, head_index % heads, head_index * n_chunks, tile * 64 * WALKS
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    gate += (batch // gate_every) * gate_b + head
-    rows = rows_buffers(2, BK, C, STAGES, WALKS, DOT)
-    o_buffers = gl.allocate_shared_memory(DOT, [WALKS, C, 64], shared_layout(64))
-    state_buffers = o_buffers
-    if KEEP:
-        state_buffers = gl.allocate_shared_memory(DOT, [WALKS, BK, 64], shared_layout(64))
-    made, inner, handed = beside_buffers(C, WALKS, DOT, MERGE)
-    shared = ((o, errors, states), (batch, head, chunk_0, e_start), (n_first, n_last), rows, (o_buffers, state_buffers), made, handed)
-    given = (first, last, part, head_index, order == segments - 1)
-    places, pointers = (batch, head, head // group, e_start), (beta, gate, g)
-    if WALKS == 2:
-        gl.warp_specialize(
-            [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 0, GATED, FIRST, LAST, KEEP, DOT, LATE)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 1, GATED, FIRST, LAST, KEEP, DOT, LATE)),
-                (beside, (
-                    (q, k, v), h, pointers, gate_t, places, (n_first, n_last), chunk_0, rows, made, inner, handed, tile == 0,
-                    length, heads, BK, C, STAGES, 2, GATED, True, False, KEEP, DOT, MERGE,
-                )),
-            ],
-            [4, 4],
-            [WALK_REGISTERS, REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 1, 0, GATED, FIRST, LAST, KEEP, DOT, LATE)),
-                (beside, (
-                    (q, k, v), h, pointers, gate_t, places, (n_first, n_last), chunk_0, rows, made, inner, handed, tile == 0,
-                    length, heads, BK, C, STAGES, 1, GATED, True, False, KEEP, DOT, MERGE,
-                )),
-            ],
-            [4],
-            [REGISTERS],
-        )  # fmt: skip
+    rows, work = walk_buffers(BK, BV, C, STAGES, DOT)
+    h_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+    layout: gl.constexpr = sums_layout(BV, GROUPS)
+    state_KV = walk(
+        (q, k, v, h), (o, errors, states), (beta, g), (batch, head, head // group, chunk_0, e_start), (n_first, n_last),
+        (rows[0], rows[1], rows[2], h_buffers), work, barriers(STAGES), (),
+        given_state(first, part, layout, e_start, V, K, BK, BV, FIRST), length, heads,
+        BK, BV, GROUPS, C, STAGES, 0, GATED, KEEP, DOT,
+    )  # fmt: skip
+    if LAST:
+        offsets, inside = columns_of(layout, e_start, V, K, BK, BV)
+        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))

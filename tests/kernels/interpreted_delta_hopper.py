@@ -7,7 +7,7 @@ from kernels import (
     delta_hopper,
     delta_hopper_backward,
     delta_hopper_carry,
-    delta_hopper_beside,
+    delta_hopper_couplings,
     delta_hopper_launch,
     delta_hopper_walk,
 )
@@ -19,7 +19,7 @@ from tests.kernels.oracle import poisoned
 KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_walk, ("forward_kernel",)),
-    (delta_hopper_beside, ()),
+    (delta_hopper_couplings, ("forward_kernel",)),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),
 )
@@ -65,4 +65,3 @@ def test_segments(monkeypatch, length, segments, gate, state):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
     assert_equal((1, length, 1, 1, 24, 40), gate, state=state)
-    assert_equal((1, length, 1, 1, 72, 96), gate, state=state)
