@@ -140,8 +140,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     rates = ceilings()
-    record = facts("python -m tests.benchmarks.delta_rule OUT.json") | {
-        "seed": SEED,
+    record = facts("python -m tests.benchmarks.delta_rule OUT.json", SEED) | {
         "n": f"replays of a CUDA graph within {REPLAYS_MS} ms, as many as a row says, L2 flushed before each; median, 5 and 95 %",
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
