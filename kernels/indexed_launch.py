@@ -16,6 +16,7 @@ from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dty
 from kernels.sparse_index import Listed
 
 MAX_PACK = 16
+LONGEST_FIRST = True
 WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
 """Compile-time arguments of a walk over a band among the keys themselves."""
 FLAGS_AT_ONCE = 256
@@ -131,6 +132,7 @@ def forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | No
     indexed_triton.forward_kernel[(_query_tiles(q, k, config),)](
         q, k, v, k if start_B is None else start_B, *lists, y, lse, *strides, *_sizes(q, k, index),
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
+        LONGEST_FIRST=LONGEST_FIRST and isinstance(index, Listed),
     )  # fmt: skip
     return y.transpose(1, 2), lse
 
@@ -152,6 +154,7 @@ def backward(
     indexed_grad_triton.query_kernel[(_query_tiles(q, k, config),)](
         q, k, v, starts, *_lists(index, k, by_key=False), y, lse_BHT, dy, dq, delta, *strides, *sizes,
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
+        LONGEST_FIRST=LONGEST_FIRST and isinstance(index, Listed),
     )  # fmt: skip
     walked = (q, k, v, lse_BHT, dy, delta)
     if isinstance(index, Listed) and index.block % chosen.key.keys == 0:

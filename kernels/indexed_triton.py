@@ -122,6 +122,17 @@ def nth_tile(entries, n, sink_tiles, band, LISTED: tl.constexpr):
 
 
 @triton.jit
+def tile_and_rest(tiles, LONGEST_FIRST: tl.constexpr):
+    """The tile of queries of a program, and the number of what is left: late tiles of a list visit the most keys."""
+    program = tl.program_id(0)
+    if LONGEST_FIRST:
+        rest = tl.num_programs(0) // tiles
+        return tiles - 1 - program // rest, program % rest
+    else:
+        return program % tiles, program // tiles
+
+
+@triton.jit
 def packed_rows(tile, first_head, pack, length, M: tl.constexpr):
     """Token, head and whether it exists, of each row of a tile of queries."""
     r = tl.arange(0, M)
@@ -139,7 +150,7 @@ def forward_kernel(
     n_words: tl.int32, block: tl.int32, index_rows: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, LONGEST_FIRST: tl.constexpr = False,
 ):  # fmt: skip
     """Outputs [B, T, H, V] and base-2 log-sum-exp [B, H, T] of a tile of queries.
 
@@ -149,8 +160,7 @@ def forward_kernel(
     SCALE: tl.constexpr = K**-0.5 * LOG2_E
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
-    program = tl.program_id(0)
-    tile, outer = program % tiles, program // tiles
+    tile, outer = tile_and_rest(tiles, LONGEST_FIRST)
     kv_index, bundle = outer // bundles, outer % bundles
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
     wide = batch.to(tl.int64)

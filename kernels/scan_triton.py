@@ -30,6 +30,15 @@ def _place(width, n_segments, CHANNELS: tl.constexpr):
     return (rest // n_segments).to(tl.int64), rest % n_segments, channel_C
 
 
+@triton.jit
+def _inputs(a_ptr, x_ptr, sequence, token, row_L, inside_C, at_LC, n_tokens, width):
+    """A tile of factors and inputs as they are stored; beyond the end, what leaves a state as it is."""
+    skipped = (sequence * n_tokens + token) * width
+    inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :]
+    a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0)
+    return a_LC, tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0)
+
+
 @entry(do_not_specialize=SIZES)
 def scan_forward(
     a_ptr, x_ptr, start_ptr, h_ptr, products, ends, n_tokens, width, n_segments, n_tiles,
@@ -44,12 +53,13 @@ def scan_forward(
         h_C = tl.load(start_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
     h_C = entering(h_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, False)
     at_LC = row_L[:, None] * width + channel_C[None, :]
+    coming_a_LC, coming_x_LC = _inputs(a_ptr, x_ptr, sequence, segment * n_tiles * TILE, row_L, inside_C, at_LC, n_tokens, width)
     for tile in range(n_tiles):
         token = (segment * n_tiles + tile) * TILE
         skipped = (sequence * n_tokens + token) * width
         inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        x_LC = tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        a_LC, x_LC = coming_a_LC.to(tl.float32), coming_x_LC.to(tl.float32)
+        coming_a_LC, coming_x_LC = _inputs(a_ptr, x_ptr, sequence, token + TILE, row_L, inside_C, at_LC, n_tokens, width)
         enters_LC = tl.where(row_L[:, None] == 0, a_LC * h_C[None, :], 0.0)
         _, h_LC = tl.associative_scan((a_LC, x_LC + enters_LC), 0, then)
         tl.store(h_ptr + skipped + at_LC, h_LC.to(h_ptr.dtype.element_ty), mask=inside_LC)

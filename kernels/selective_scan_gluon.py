@@ -14,13 +14,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+import os
+PER = int(os.environ.get("PER", "16"))
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
 def channels_of_a_warp(n_states):
     """Lanes beside each other have different channels, while a thread can hold all states of one: 16."""
-    return max(1, 32 * 16 // max(n_states, 16))
+    return max(1, 32 * PER // max(n_states, PER))
 
 
 @gluon.constexpr_function

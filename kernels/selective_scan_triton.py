@@ -31,6 +31,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 CHANNELS = 32
 WARPS = 2
 """Warps of a forward program, of 32 channels each, unless there are fewer channels."""
+ASK = 0 if triton.knobs.runtime.interpret else 4
+WIDE = True
+NARROW_PARTS = False
 SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
 
 
@@ -62,6 +65,17 @@ def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, widt
 
 
 @triton.jit
+def _ask(ptr):
+    """Asks the cache of this SM for lines that will be read later; costs no register."""
+    tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _ask_l2(ptr):
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _opened(gate_ptr, place_LC, inside_LC):
     """What the outputs are multiplied with, SiLU(z), and its derivative."""
     z_LC = tl.load(gate_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
@@ -74,7 +88,7 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dgate_ptr, parts_ptr, dstate_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
-    GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr,
+    GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end.
 
@@ -111,6 +125,23 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if GATED:
             dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
+        if ASK:
+            start = block * CHANNELS
+            gap = tl.where(back + 1 < n_tiles, n_states, 0)
+            element = tl.minimum(tl.arange(0, 32), n_states - 1)
+            before_L = tl.maximum(token_L - TILE, 0) * width + start
+            if ASK == 2:
+                _ask_l2(states_ptr + (element - gap).to(tl.int64) * width - tl.arange(0, CHANNELS))
+            else:
+                _ask(states_ptr + (element - gap).to(tl.int64) * width - tl.arange(0, CHANNELS))
+            if ASK >= 3:
+                _ask(dt_ptr + before_L)
+                _ask(x_ptr + before_L)
+                _ask(dy_ptr + before_L)
+            if ASK >= 4:
+                first_token = tl.maximum((n_tiles - 2 - back) * TILE, 0)
+                _ask(b_ptr + element * row + first_token)
+                _ask(c_ptr + element * row + first_token)
         du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
         dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
         wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
@@ -218,19 +249,19 @@ def backward(
     dstate_BND = torch.zeros_like(drate_BND)
     if dfinal_BDN is not None:
         dstate_BND.copy_(dfinal_BDN.mT)
-    db_PBNT, dc_PBNT = (x_BTD.new_empty(n_blocks, batch, n_states, n_tiles * TILE, dtype=torch.float32) for _ in range(2))
+    db_PBNT, dc_PBNT = (x_BTD.new_empty(n_blocks, batch, n_states, n_tiles * TILE, dtype=torch.bfloat16 if NARROW_PARTS and b_BTN.dtype != torch.float32 else torch.float32) for _ in range(2))
     dgate_BTD = dx_BTD if gate is None else gate.gate_BTD.new_empty(batch, length, width)
     parts_B2D = drate_BND if gate is None else x_BTD.new_empty(batch, 2, width, dtype=torch.float32)
     x_BTD = x_BTD.contiguous()
     around, stride = _around(gate, x_BTD)
     selective_scan_backward[(batch * n_blocks,)](
-        dy_BTD.contiguous(), x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), _time_last(b_BTN), _time_last(c_BTN), *around,
+        dy_BTD.contiguous(), x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), _time_last(b_BTN, wide=WIDE), _time_last(c_BTN, wide=WIDE), *around,
         states_BSND.contiguous(), dx_BTD, ddt_BTD, drate_BND, db_PBNT, dc_PBNT, dgate_BTD, parts_B2D, dstate_BND,
         stride, length, width, n_states, n_tiles, batch, batch // members,
-        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, DOTS=b_BTN.dtype != torch.float32, num_warps=1,
+        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, DOTS=b_BTN.dtype != torch.float32, ASK=ASK, num_warps=1,
     )  # fmt: skip
     drate_MDN = drate_BND.unflatten(0, (members, -1)).sum(1).mT
-    db_BTN, dc_BTN = (part.sum(0)[..., :length].mT for part in (db_PBNT, dc_PBNT))
+    db_BTN, dc_BTN = (part.sum(0, dtype=torch.float32)[..., :length].mT for part in (db_PBNT, dc_PBNT))
     found = (
         dx_BTD,
         ddt_BTD,
@@ -258,9 +289,9 @@ def _state_first(rate_MDN: Tensor) -> Tensor:
     return rate_MDN.mT.to(torch.float32).contiguous()
 
 
-def _time_last(b_BTN: Tensor) -> Tensor:
+def _time_last(b_BTN: Tensor, wide: bool = False) -> Tensor:
     """[B, N, T], zeros up to a whole number of tiles: a thread reads one state element's tile of time."""
     batch, length, n_states = b_BTN.shape
-    padded_BNT = b_BTN.new_zeros(batch, n_states, -(-length // TILE) * TILE)
+    padded_BNT = b_BTN.new_zeros(batch, n_states, -(-length // TILE) * TILE, dtype=torch.float32 if wide else b_BTN.dtype)
     padded_BNT[..., :length] = b_BTN.mT
     return padded_BNT
