@@ -34,6 +34,7 @@ WARPS = 2
 ASK = 0 if triton.knobs.runtime.interpret else 4
 WIDE = True
 NARROW_PARTS = False
+PACKED = False
 SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
 
 
@@ -88,7 +89,7 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, states_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dgate_ptr, parts_ptr, dstate_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
-    GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr, ASK: tl.constexpr,
+    GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr, ASK: tl.constexpr, PACKED: tl.constexpr = False,
 ):  # fmt: skip
     """Gradients, tile by tile from the end.
 
@@ -125,6 +126,8 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if GATED:
             dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
+        elif PACKED:  # a one that the compiler does not know, so that it keeps both dtypes instead of converting again
+            dy_LC *= tl.minimum(n_tokens, 1).to(tl.float32)
         if ASK:
             start = block * CHANNELS
             gap = tl.where(back + 1 < n_tiles, n_states, 0)
@@ -144,6 +147,7 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
                 _ask(c_ptr + element * row + first_token)
         du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
         dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
+        u16_LC, dy16_LC = u_LC.to(SUMMED), dy_LC.to(SUMMED)
         wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
         for n in range(n_states):
             db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
@@ -162,7 +166,10 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
             summed = (token_L >= 0) & (n > 0)
             tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
             tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
-            wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
+            if PACKED:
+                wrote_LC, read_LC = dh_LC.to(SUMMED) * u16_LC, h_LC.to(SUMMED) * dy16_LC
+            else:
+                wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
         last = (n_states - 1) * row
         tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
         tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
@@ -258,7 +265,7 @@ def backward(
         dy_BTD.contiguous(), x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), _time_last(b_BTN, wide=WIDE), _time_last(c_BTN, wide=WIDE), *around,
         states_BSND.contiguous(), dx_BTD, ddt_BTD, drate_BND, db_PBNT, dc_PBNT, dgate_BTD, parts_B2D, dstate_BND,
         stride, length, width, n_states, n_tiles, batch, batch // members,
-        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, DOTS=b_BTN.dtype != torch.float32, ASK=ASK, num_warps=1,
+        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, DOTS=b_BTN.dtype != torch.float32, ASK=ASK, PACKED=PACKED and b_BTN.dtype != torch.float32, num_warps=1,
     )  # fmt: skip
     drate_MDN = drate_BND.unflatten(0, (members, -1)).sum(1).mT
     db_BTN, dc_BTN = (part.sum(0, dtype=torch.float32)[..., :length].mT for part in (db_PBNT, dc_PBNT))
