@@ -66,6 +66,21 @@ def scan_forward(
         h_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
 
 
+@triton.jit
+def _outputs(dh_ptr, a_ptr, h_ptr, sequence, token, row_L, inside_C, at_LC, n_tokens, width, TILE: tl.constexpr):
+    """A tile, if there is one, of gradients, factors, the next tokens' factors and the states before each token, as they are stored."""
+    skipped = (sequence * n_tokens + token) * width
+    row_L1 = row_L[:, None]
+    inside_LC = (row_L1 < n_tokens - token) & inside_C[None, :] & (token >= 0)
+    in_tile_LC = (row_L1 < tl.minimum(TILE, n_tokens - token) - 1) & inside_LC
+    return (
+        tl.load(dh_ptr + skipped + at_LC, mask=inside_LC, other=0.0),
+        tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0),
+        tl.load(a_ptr + (skipped + width) + at_LC, mask=in_tile_LC, other=1.0),
+        tl.load(h_ptr + (skipped - width) + at_LC, mask=inside_LC & (row_L1 > -token), other=0.0),
+    )
+
+
 @entry(do_not_specialize=SIZES)
 def scan_backward(
     dh_ptr, a_ptr, h_ptr, start_ptr, da_ptr, dx_ptr, dstart_ptr, products, ends, n_tokens, width, n_segments, n_tiles,
@@ -81,16 +96,17 @@ def scan_backward(
     g_C = tl.zeros([CHANNELS], tl.float32)
     g_C = entering(g_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, True)
     at_LC = row_L[:, None] * width + channel_C[None, :]
+    last = ((segment + 1) * n_tiles - 1) * TILE
+    coming = _outputs(dh_ptr, a_ptr, h_ptr, sequence, last, row_L, inside_C, at_LC, n_tokens, width, TILE)
     for back in range(n_tiles):
         token = ((segment + 1) * n_tiles - 1 - back) * TILE
         skipped = (sequence * n_tokens + token) * width
         row_L1 = row_L[:, None]
         inside_LC = (row_L1 < n_tokens - token) & inside_C[None, :]
-        in_tile_LC = (row_L1 < tl.minimum(TILE, n_tokens - token) - 1) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        next_a_LC = tl.load(a_ptr + (skipped + width) + at_LC, mask=in_tile_LC, other=1.0).to(tl.float32)
-        dh_LC = tl.load(dh_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        last_h_LC = tl.load(h_ptr + (skipped - width) + at_LC, mask=inside_LC & (row_L1 > -token), other=0.0).to(tl.float32)
+        dh_LC, a_LC, next_a_LC, last_h_LC = (
+            coming[0].to(tl.float32), coming[1].to(tl.float32), coming[2].to(tl.float32), coming[3].to(tl.float32)
+        )  # fmt: skip
+        coming = _outputs(dh_ptr, a_ptr, h_ptr, sequence, token - TILE, row_L, inside_C, at_LC, n_tokens, width, TILE)
         last_h_LC = tl.where(row_L1 == -token, before_C[None, :], last_h_LC)
         leaves_LC = tl.where(row_L[:, None] == TILE - 1, g_C[None, :], 0.0)
         g_LC = tl.flip(tl.associative_scan((tl.flip(next_a_LC, 0), tl.flip(dh_LC + leaves_LC, 0)), 0, then)[1], 0)
