@@ -13,6 +13,8 @@ from kernels._operator import operator
 
 TILE = 16
 """Tokens between two stored states."""
+CHANNELS = 32
+"""Channels of a program: a lane of a warp has one."""
 
 
 @operator("mixer_bench::selective_scan")
@@ -35,7 +37,7 @@ def selective_scan_operator(
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and the states at the borders of tiles
         [B, S, N, D], which backward starts from.
     """
-    from kernels.selective_scan_triton import forward, gate_of
+    from kernels.selective_scan_launch import forward, gate_of
 
     with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
         return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD))
@@ -56,7 +58,7 @@ def _backward_operator(
     states_BSND: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, rate, b, c, the initial state, and of bias, skip and gate, which are empty where there are none."""
-    from kernels.selective_scan_triton import backward, gate_of
+    from kernels.selective_scan_launch import backward, gate_of
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
         gate = gate_of(bias_MD, skip_MD, gate_BTD)

@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._entry import entry
-from kernels.scan_operator import TILE
+from kernels.scan_operator import CHANNELS, TILE
 from kernels.scan_segments_triton import entering, segment_maps, share_out, then
-from kernels.selective_scan_triton import CHANNELS
 
 SIZES = ("n_tokens", "width", "n_segments", "n_tiles")
 

@@ -72,11 +72,11 @@ def token_step(h_NC, rate_NC, dt, u, b, c, t: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit(do_not_specialize=["gate_stride", "n_tokens", "n_tiles", "sequences_per_member"])
 def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in registers
-    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, y_ptr, states_ptr,
+    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, start_ptr, y_ptr, states_ptr, final_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,
-    GATED: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+    GATED: gl.constexpr, START: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, and the state after every tile; the caller has put the initial one before the first."""
+    """Outputs, the states at the borders of tiles [N, D], and the last one as [D, N], which is how rates and the initial one come."""
     NC: gl.constexpr = states_layout(N, WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)
@@ -99,8 +99,12 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
     n_N, channel_C = gl.arange(0, N, gl.SliceLayout(1, NC)), start + gl.arange(0, C, gl.SliceLayout(0, NC))
     at_NC, inside_C = n_N[:, None] * width + channel_C[None, :], channel_C < width
     inside_NC = (n_N < n_states)[:, None] & inside_C[None, :]
-    rate_NC = gl.load(rate_ptr + member * n_states * width + at_NC, mask=inside_NC, other=0.0) * -LOG2_E
-    h_NC = gl.load(states_ptr + at_NC, mask=inside_NC, other=0.0)
+    turned_NC = channel_C[None, :] * n_states + n_N[:, None]
+    rate_NC = gl.load(rate_ptr + member * n_states * width + turned_NC, mask=inside_NC, other=0.0).to(gl.float32) * -LOG2_E
+    h_NC = gl.zeros([N, C], gl.float32, NC)
+    if START:
+        h_NC = gl.load(start_ptr + sequence * n_states * width + turned_NC, mask=inside_NC, other=0.0).to(gl.float32)
+    gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
     column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     bias_C, skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     if GATED:
@@ -139,3 +143,4 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
         y_ptr += L * width
         states_ptr += n_states * width
         gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
+    gl.store(final_ptr + sequence * n_states * width + turned_NC, h_NC, mask=inside_NC)

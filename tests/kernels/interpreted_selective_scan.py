@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import selective_scan_gluon, selective_scan_triton
+from kernels import selective_scan_gluon, selective_scan_launch
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
 from kernels.selective_scan_rows import over_channels
@@ -16,7 +16,7 @@ from tests.kernels.gluon_on_cpu import OnCpu
 @pytest.fixture(autouse=True)
 def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
     """The interpreter scans element by element, so programs own fewer channels here."""
-    monkeypatch.setattr(selective_scan_triton, "CHANNELS", 4)
+    monkeypatch.setattr(selective_scan_launch, "CHANNELS", 4)
     forward = OnCpu(selective_scan_gluon.selective_scan_forward, (selective_scan_gluon,))
     monkeypatch.setattr(selective_scan_gluon, "selective_scan_forward", forward)
 
