@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.indexed_triton import LOG2_E, SIZES, hide_unseen, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows, tile_and_rest
+from kernels.indexed_triton import (
+    LOG2_E,
+    SIZES,
+    hide_unseen,
+    is_seen,
+    keys_to_visit,
+    load_rows,
+    nth_tile,
+    packed_rows,
+    tile_and_rest,
+)
 
 
 @entry(do_not_specialize=SIZES)

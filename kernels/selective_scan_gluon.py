@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import os
+
 PER = int(os.environ.get("PER", "16"))
 LOG2_E = gl.constexpr(1.4426950408889634)
 

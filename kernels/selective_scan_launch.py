@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kernels import selective_scan_gluon
 from kernels._members import even_rows
+from kernels.parts_triton import add_parts
 from kernels.scan_operator import CHANNELS, TILE
-from kernels.selective_scan_ends_triton import add_parts, turned
 from kernels.selective_scan_triton import selective_scan_backward
+from kernels.selective_scan_turn_triton import turned
 
 WARPS = 2
 """Warps of a forward program, unless there are fewer channels."""

@@ -99,7 +99,9 @@ def _begin(
         rate_NC = tl.load(rate_ptr + own_C[None, :] * n_states + n[:, None], mask=inside_NC, other=0.0).to(tl.float32)
         dfinal_NC = zeros_NC
         if FINAL:
-            dfinal_NC = tl.load(final_ptr + (sequence * width + channel_C)[None, :] * n_states + n[:, None], mask=inside_NC, other=0.0)
+            dfinal_NC = tl.load(
+                final_ptr + (sequence * width + channel_C)[None, :] * n_states + n[:, None], mask=inside_NC, other=0.0
+            )
         tl.store(kept_ptr[None, :] + place_NC, rate_NC, mask=inside_NC)
         tl.store(drate_ptr[None, :] + place_NC, zeros_NC, mask=inside_NC)
         tl.store(dstate_ptr[None, :] + place_NC, dfinal_NC.to(tl.float32), mask=inside_NC)

@@ -44,7 +44,19 @@ INTEGERS = (
 
 
 @triton.jit
-def load_state(old, n, n_tiles, i, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr, LC: tl.constexpr, LE: tl.constexpr, AHEAD: tl.constexpr):
+def load_state(
+    old,
+    n,
+    n_tiles,
+    i,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LC: tl.constexpr,
+    LE: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """The n-th tile of all states, as it is stored; zeros beyond the last."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     j = n % TILES * BV + tl.arange(0, BV)
@@ -159,7 +171,9 @@ def step_kernel(  # noqa: PLR0912, PLR0915 - one token of every layer; flags cut
                     keep(new_tail_base, channel, inside, channels, qk_first, qk_second, qk_newest, TAPS)
             if NORM == ROW_NORM:
                 row = batch * heads * V
-                norm_raw(raw + row, norm_weight, norm_bias, gate, o + row, heads * V, eps, NORM, NORM_WEIGHT, NORM_BIAS, NO_OUTPUT_GATE)
+                norm_raw(
+                    raw + row, norm_weight, norm_bias, gate, o + row, heads * V, eps, NORM, NORM_WEIGHT, NORM_BIAS, NO_OUTPUT_GATE
+                )
             elif TOGETHER == PER_HEAD and HEAD_NORM:
                 norm_raw(
                     raw + o_base, norm_weight + norm_base, norm_bias + norm_base, gate_base, o + o_base, V, eps,
