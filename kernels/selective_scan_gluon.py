@@ -17,6 +17,8 @@ from triton.experimental.gluon import language as gl
 import os
 
 PER = int(os.environ.get("PER", "16"))
+from kernels.selective_scan_rows import log_1p
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -53,11 +55,8 @@ def fetch(ptr, first, stride, n_tokens, columns, start, L: gl.constexpr, COLUMNS
 def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
     """softplus(raw dt + bias), and 0 beyond the end."""
     raw_LC += bias_C[None, :]
-    grown_LC = gl.exp2(raw_LC * LOG2_E)
-    one_LC = 1.0 + grown_LC
-    # log(1 + e), exact for small e too (Higham 2002, section 1.14.1)
-    dt_LC = gl.where(one_LC == 1.0, grown_LC, gl.log(one_LC) * (grown_LC / (one_LC - 1.0)))
-    dt_LC = gl.where(raw_LC > 20.0, raw_LC, dt_LC)
+    high_LC = gl.maximum(raw_LC, 0.0)
+    dt_LC = high_LC + log_1p(gl.exp2((raw_LC - 2.0 * high_LC) * LOG2_E))  # max(x, 0) + log(1 + exp(-|x|))
     token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))
     return gl.where((token_L < n_tokens)[:, None], dt_LC, 0.0)
 

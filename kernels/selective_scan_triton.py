@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.selective_scan_rows import over_channels, replay, reverse, spread, stack, unstack
+from kernels.selective_scan_rows import log_1p, over_channels, replay, reverse, spread, stack, unstack
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
@@ -32,11 +32,8 @@ def _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr_C, inside_C, GATED: tl.con
     dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
     if GATED:
         raw_LC = dt_LC + tl.load(bias_ptr_C, mask=inside_C, other=0.0).to(tl.float32)[None, :]
-        grown_LC = tl.exp2(raw_LC * LOG2_E)
-        one_LC = 1.0 + grown_LC
-        # log(1 + e), exact for small e too (Higham 2002, section 1.14.1)
-        dt_LC = tl.where(one_LC == 1.0, grown_LC, tl.log(one_LC) * (grown_LC / (one_LC - 1.0)))
-        dt_LC = tl.where(inside_LC, tl.where(raw_LC > 20.0, raw_LC, dt_LC), 0.0)
+        dt_LC = tl.maximum(raw_LC, 0.0) + log_1p(tl.exp2(-tl.abs(raw_LC) * LOG2_E))
+        dt_LC = tl.where(inside_LC, dt_LC, 0.0)
     return dt_LC
 
 
