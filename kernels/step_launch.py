@@ -32,7 +32,6 @@ class Config(NamedTuple):
     resident: int | None = None
 
 
-HINTS: dict = {}
 CONFIG = Config(8192, 4)
 WHOLE_HEAD = Config(16_384, 8, 128)
 """Of a layer that norms its heads: one program for a head of 128 x 128, so that nobody waits, and two of them on an SM."""
@@ -89,6 +88,12 @@ def config_of(form: StepForm, k_dim: int, v_dim: int) -> Config:
     """The shipped configuration."""
     normed = form.norm in ("rms", "layer")
     return WHOLE_HEAD if normed and tile_widths(k_dim, v_dim)[1] < v_dim else CONFIG
+
+
+def spread(block_k: int, block_v: int, config: Config) -> dict[str, int]:
+    """Places beside keys and values that make tiles of at least as many elements as a program has threads."""
+    threads = 32 * config.warps
+    return {"KEY_PLACES": max(2, threads // block_k), "VALUE_PLACES": max(1, threads // block_v)}
 
 
 def together(form: StepForm, tiles: int, group: int, *, taps: bool) -> int:
@@ -158,8 +163,8 @@ def step(
         dense["sums"], v if new_sums is None else new_sums, dense["skip"], dense["norm_weight"], dense["norm_bias"],
         out_gate, raw, arrived, o_BHV, *steps, out_gate.stride(0), *places, channels, heads, heads // groups, n_tiles,
         form.scale, form.key_scale, 1 / form.temperature, form.max_beta, form.eps,
-        K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, AHEAD=config.resident is not None, **HINTS,
-        **constants(form, around, kind.value, beta_BH, a_BHK),
+        K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, AHEAD=config.resident is not None,
+        **spread(block_k, block_v, config), **constants(form, around, kind.value, beta_BH, a_BHK),
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return o_BHV
