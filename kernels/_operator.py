@@ -42,8 +42,14 @@ class Operator:
         """See `torch.library.register_vmap`."""
         torch.library.register_vmap(self.name, fn)
 
-    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """See `torch.library.register_autograd`."""
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None], told: bool = False) -> None:
+        """See `torch.library.register_autograd`.
+
+        Args:
+            backward: gradients of the arguments.
+            setup_context: what it needs of a call.
+            told: whether the last argument says that gradients may come; callers give False, and here it becomes True.
+        """
         call = self.overload
 
         class Gradient(_SingleLevelFunction):
@@ -59,7 +65,7 @@ class Operator:
         def differentiable(*args: Any) -> Any:
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 with enable_single_level_autograd_function():
-                    return Gradient.apply(*args)
+                    return Gradient.apply(*args[:-1], True) if told else Gradient.apply(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return call(*args)
 

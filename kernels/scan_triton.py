@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._entry import entry
-from kernels.scan_operator import CHANNELS, TILE
-from kernels.scan_segments_triton import entering, segment_maps, share_out, then
+from kernels.scan_operator import CHANNELS
+from kernels.scan_segments_triton import entering, inputs_at, segment_maps, share_out, then
 
+FORWARD_TILE, BACKWARD_TILE = 32, 16
+"""Tokens that are walked while as many are on their way: as many as registers hold."""
 SIZES = ("n_tokens", "width", "n_segments", "n_tiles")
 
 
@@ -27,15 +29,6 @@ def _place(width, n_segments, CHANNELS: tl.constexpr):
     rest = tl.program_id(0) // n_blocks
     channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
     return (rest // n_segments).to(tl.int64), rest % n_segments, channel_C
-
-
-@triton.jit
-def _inputs(a_ptr, x_ptr, sequence, token, row_L, inside_C, at_LC, n_tokens, width):
-    """A tile of factors and inputs as they are stored; beyond the end, what leaves a state as it is."""
-    skipped = (sequence * n_tokens + token) * width
-    inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :]
-    a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0)
-    return a_LC, tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0)
 
 
 @entry(do_not_specialize=SIZES)
@@ -52,13 +45,13 @@ def scan_forward(
         h_C = tl.load(start_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
     h_C = entering(h_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, False)
     at_LC = row_L[:, None] * width + channel_C[None, :]
-    coming_a_LC, coming_x_LC = _inputs(a_ptr, x_ptr, sequence, segment * n_tiles * TILE, row_L, inside_C, at_LC, n_tokens, width)
+    coming_a_LC, coming_x_LC = inputs_at(a_ptr, x_ptr, sequence, segment * n_tiles * TILE, row_L, inside_C, at_LC, n_tokens, width)
     for tile in range(n_tiles):
         token = (segment * n_tiles + tile) * TILE
         skipped = (sequence * n_tokens + token) * width
         inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :]
         a_LC, x_LC = coming_a_LC.to(tl.float32), coming_x_LC.to(tl.float32)
-        coming_a_LC, coming_x_LC = _inputs(a_ptr, x_ptr, sequence, token + TILE, row_L, inside_C, at_LC, n_tokens, width)
+        coming_a_LC, coming_x_LC = inputs_at(a_ptr, x_ptr, sequence, token + TILE, row_L, inside_C, at_LC, n_tokens, width)
         enters_LC = tl.where(row_L[:, None] == 0, a_LC * h_C[None, :], 0.0)
         _, h_LC = tl.associative_scan((a_LC, x_LC + enters_LC), 0, then)
         tl.store(h_ptr + skipped + at_LC, h_LC.to(h_ptr.dtype.element_ty), mask=inside_LC)
@@ -121,19 +114,19 @@ def forward(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
     h_BTD = x_BTD.new_empty(batch, length, width)
     a_BTD, x_BTD, n_blocks = a_BTD.contiguous(), x_BTD.contiguous(), -(-width // CHANNELS)
     if h_BTD.numel():
-        n_segments, n_tiles = share_out(batch, length, n_blocks)
+        n_segments, n_tiles = share_out(batch, length, n_blocks, FORWARD_TILE)
         scan_forward[(batch * n_segments * n_blocks,)](
             a_BTD,
             x_BTD,
             h_BTD if start_BD is None else start_BD.contiguous(),
             h_BTD,
-            *segment_maps(a_BTD, x_BTD, n_segments, n_tiles, CHANNELS, reverse=False),
+            *segment_maps(a_BTD, x_BTD, n_segments, n_tiles, FORWARD_TILE, CHANNELS, reverse=False),
             length,
             width,
             n_segments,
             n_tiles,
             START=start_BD is not None,
-            TILE=TILE,
+            TILE=FORWARD_TILE,
             CHANNELS=CHANNELS,
             num_warps=1,
         )
@@ -147,7 +140,7 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
     dstart_BD = h_BTD.new_empty(batch, width, dtype=torch.float32)
     dh_BTD, a_BTD, n_blocks = dh_BTD.contiguous(), a_BTD.contiguous(), -(-width // CHANNELS)
     if h_BTD.numel():
-        n_segments, n_tiles = share_out(batch, length, n_blocks)
+        n_segments, n_tiles = share_out(batch, length, n_blocks, BACKWARD_TILE)
         scan_backward[(batch * n_segments * n_blocks,)](
             dh_BTD,
             a_BTD,
@@ -156,13 +149,13 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
             da_BTD,
             dx_BTD,
             dstart_BD,
-            *segment_maps(a_BTD, dh_BTD, n_segments, n_tiles, CHANNELS, reverse=True),
+            *segment_maps(a_BTD, dh_BTD, n_segments, n_tiles, BACKWARD_TILE, CHANNELS, reverse=True),
             length,
             width,
             n_segments,
             n_tiles,
             START=start_BD is not None,
-            TILE=TILE,
+            TILE=BACKWARD_TILE,
             CHANNELS=CHANNELS,
             num_warps=1,
         )

@@ -38,8 +38,9 @@ def states_layout(n_states, warps):
 @gluon.constexpr_function
 def rows_layout(columns, warps):
     """Rows of a tile as they come from memory."""
-    lanes = min(32, columns)
-    return gl.BlockedLayout([1, 1], [32 // lanes, lanes], [warps, 1], [1, 0])
+    beside = 2 if columns >= 64 else 1
+    lanes = min(32, columns // beside)
+    return gl.BlockedLayout([1, beside], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -74,9 +75,9 @@ def token_step(h_NC, rate_NC, dt, u, b, c, t: gl.constexpr, layout: gl.constexpr
 def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in registers
     x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, start_ptr, y_ptr, states_ptr, final_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,
-    GATED: gl.constexpr, START: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+    GATED: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, the states at the borders of tiles [N, D], and the last one as [D, N], which is how rates and the initial one come."""
+    """Outputs, the states at the borders of tiles [N, D] if they are kept, and the last one as [D, N], which is how rates and the initial one come."""
     NC: gl.constexpr = states_layout(N, WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)
@@ -104,7 +105,8 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
     h_NC = gl.zeros([N, C], gl.float32, NC)
     if START:
         h_NC = gl.load(start_ptr + sequence * n_states * width + turned_NC, mask=inside_NC, other=0.0).to(gl.float32)
-    gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
+    if KEEP:
+        gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
     column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     bias_C, skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     if GATED:
@@ -142,5 +144,6 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
             gl.store(y_ptr + (t * width + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside)
         y_ptr += L * width
         states_ptr += n_states * width
-        gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
+        if KEEP:
+            gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
     gl.store(final_ptr + sequence * n_states * width + turned_NC, h_NC, mask=inside_NC)

@@ -44,12 +44,20 @@ def gate_of(bias_MD: Tensor | None, skip_MD: Tensor | None, gate_BTD: Tensor | N
 
 
 def forward(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None, gate: Gate | None
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    rate_MDN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    start_BDN: Tensor | None,
+    gate: Gate | None,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs in the dtype of x; the final state [B, D, N]; the states at the borders of tiles [B, tiles + 1, N, D]; fp32."""
+    """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, the states at tiles' borders [B, tiles + 1, N, D]."""
     batch, length, width = x_BTD.shape
     n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
-    states_BSND = x_BTD.new_empty(batch, n_tiles + 1, n_states, width, dtype=torch.float32)
+    states_BSND = x_BTD.new_empty(batch, n_tiles + 1 if keep else 0, n_states, width, dtype=torch.float32)
     final_BDN = x_BTD.new_empty(batch, width, n_states, dtype=torch.float32)
     y_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD = x_BTD.contiguous()
@@ -60,7 +68,7 @@ def forward(
         x_BTD, dt_BTD.contiguous(), rate_MDN.contiguous(), b_BTN.contiguous(), c_BTN.contiguous(), *around,
         final_BDN if start_BDN is None else start_BDN.contiguous(), y_BTD, states_BSND, final_BDN,
         stride, length, width, n_states, n_tiles, batch // rate_MDN.shape[0],
-        GATED=gate is not None, START=start_BDN is not None, N=padded, C=channels, L=TILE, WARPS=warps, num_warps=warps,
+        GATED=gate is not None, START=start_BDN is not None, KEEP=keep, N=padded, C=channels, L=TILE, WARPS=warps, num_warps=warps,
     )  # fmt: skip
     return y_BTD, final_BDN, states_BSND
 

@@ -38,15 +38,13 @@ def _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr_C, inside_C, GATED: tl.con
 
 
 @triton.jit
-def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C):
-    """What a tile needs of a state element: its start, the gradient behind the tile, rate, gradient of the rate so far, b and c."""
+def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, n, width, inside_C):
+    """Of a state element: its start in this tile, the gradient behind the tile, its rate, and the gradient of the rate so far."""
     return (
         tl.load(states_ptr + n * width, mask=inside_C, other=0.0),
         tl.load(dstate_ptr + n * width, mask=inside_C, other=0.0),
         tl.load(rate_ptr + n * width, mask=inside_C, other=0.0),
         tl.load(drate_ptr + n * width, mask=inside_C, other=0.0),
-        tl.load(b_ptr + n * row + token_L),
-        tl.load(c_ptr + n * row + token_L),
     )
 
 
@@ -130,11 +128,12 @@ def _walk_states(
     dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
     narrow_u_LC, narrow_dy_LC = u_LC.to(SUMMED), dy_LC.to(SUMMED)
     wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
+    coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, 0, width, inside_C)
     for n in range(n_states):
         db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
-        start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
-            states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C
-        )
+        start_C, after_C, rate_C, sum_C = coming
+        coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, n + 1, width, inside_C & (n + 1 < n_states))
+        b_L, c_L = tl.load(b_ptr + n * row + token_L), tl.load(c_ptr + n * row + token_L)
         factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
         dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
         h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)

@@ -52,7 +52,7 @@ def test_operator_is_registered_right():
     scanned = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
     around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
     for more in ((None, None, None), around):
-        torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more))
+        torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more, False))
 
 
 @triton.jit
