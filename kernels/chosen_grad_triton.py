@@ -123,7 +123,7 @@ def add_parts_kernel(
     n_keys: tl.int32, kv_heads: tl.int32, block: tl.int32, index_rows: tl.int32, n_rows: tl.int32, share: tl.int32, parts: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, S, G, K] and dv [B, S, G, V]. Grid: (tiles of ROWS rows,)."""
+    """Dk [B, S, G, K] and dv [B, S, G, V]. Grid: (tiles of ROWS rows,)."""
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     s_R, kv_R = row_R // kv_heads % n_keys, row_R // kv_heads // n_keys * kv_heads + row_R % kv_heads
     listed_R = kv_R % index_rows * tl.cdiv(n_keys, block) + s_R // block

@@ -41,7 +41,7 @@ def _taps_of(weight_ptr, channel_C, width, TAPS: tl.constexpr):
 
 @triton.jit
 def _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, before: tl.constexpr):
-    """x so many tokens earlier."""
+    """X so many tokens earlier."""
     source_L1 = token_L[:, None] - before
     seen_LC = (source_L1 >= 0) & (source_L1 < n_tokens) & (channel_C < width)[None, :]
     return tl.load(x_ptr + source_L1.to(tl.int64) * x_stride + channel_C[None, :], mask=seen_LC, other=0.0).to(tl.float32)

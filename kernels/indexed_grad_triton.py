@@ -36,12 +36,12 @@ def query_kernel(
     n_words: tl.int32, block: tl.int32, index_rows: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, LONGEST_FIRST: tl.constexpr = False,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient dq [B, T, H, K] and delta [B, H, T] of a tile of queries. Grid: (B * G * bundles * tiles of queries,)."""
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
-    tile, outer = tile_and_rest(tiles, LONGEST_FIRST)
+    tile, outer = tile_and_rest(tiles, LISTED)
     kv_index, bundle = outer // bundles, outer % bundles
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
     wide, heads = batch.to(tl.int64), kv_heads * group

@@ -16,7 +16,6 @@ from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dty
 from kernels.sparse_index import Listed
 
 MAX_PACK = 16
-LONGEST_FIRST = True
 WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
 """Compile-time arguments of a walk over a band among the keys themselves."""
 FLAGS_AT_ONCE = 256
@@ -46,7 +45,7 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """The configurations of the forward walk, of the walk for dq, and of those for dk and dv: over tiles, and over listed tokens."""
+    """The configurations of the forward walk, of the walk for dq, and of those for dk and dv: over tiles and over tokens."""
 
     forward: Config
     query: Config
@@ -79,7 +78,7 @@ BAND_16 = {
 # All three kernels share the tiles of a list; the last may take a tile of queries in parts.
 LISTED_16 = {
     64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 64, 4, 2)),
+    128: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 64, 4, 3)),
     256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
 }
 FP32 = {
@@ -132,7 +131,6 @@ def forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | No
     indexed_triton.forward_kernel[(_query_tiles(q, k, config),)](
         q, k, v, k if start_B is None else start_B, *lists, y, lse, *strides, *_sizes(q, k, index),
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
-        LONGEST_FIRST=LONGEST_FIRST and isinstance(index, Listed),
     )  # fmt: skip
     return y.transpose(1, 2), lse
 
@@ -154,11 +152,10 @@ def backward(
     indexed_grad_triton.query_kernel[(_query_tiles(q, k, config),)](
         q, k, v, starts, *_lists(index, k, by_key=False), y, lse_BHT, dy, dq, delta, *strides, *sizes,
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
-        LONGEST_FIRST=LONGEST_FIRST and isinstance(index, Listed),
     )  # fmt: skip
     walked = (q, k, v, lse_BHT, dy, delta)
-    if isinstance(index, Listed) and index.block % chosen.key.keys == 0:
-        _chosen_key_gradients(walked, index, (*strides[:9], *strides[12:]), unit, chosen.token or chosen.key, dk, dv)
+    if isinstance(index, Listed) and chosen.token and index.block % chosen.token.keys == 0:
+        _chosen_key_gradients(walked, index, (*strides[:9], *strides[12:]), unit, chosen.token, dk, dv)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     config = chosen.key
     constants = _constants(q, k, v, index, start_B, unit, config)

@@ -122,10 +122,10 @@ def nth_tile(entries, n, sink_tiles, band, LISTED: tl.constexpr):
 
 
 @triton.jit
-def tile_and_rest(tiles, LONGEST_FIRST: tl.constexpr):
-    """The tile of queries of a program, and the number of what is left: late tiles of a list visit the most keys."""
+def tile_and_rest(tiles, LISTED: tl.constexpr):
+    """The tile of queries of a program, and the number of what is left; late ones of a list, which visit most keys, come first."""
     program = tl.program_id(0)
-    if LONGEST_FIRST:
+    if LISTED:
         rest = tl.num_programs(0) // tiles
         return tiles - 1 - program // rest, program % rest
     else:
@@ -150,7 +150,7 @@ def forward_kernel(
     n_words: tl.int32, block: tl.int32, index_rows: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, STORED: tl.constexpr, ROWWISE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, LONGEST_FIRST: tl.constexpr = False,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs [B, T, H, V] and base-2 log-sum-exp [B, H, T] of a tile of queries.
 
@@ -160,7 +160,7 @@ def forward_kernel(
     SCALE: tl.constexpr = K**-0.5 * LOG2_E
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
-    tile, outer = tile_and_rest(tiles, LONGEST_FIRST)
+    tile, outer = tile_and_rest(tiles, LISTED)
     kv_index, bundle = outer // bundles, outer % bundles
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
     wide = batch.to(tl.int64)

@@ -19,7 +19,7 @@ LARGE, MANY = (16, 256), (64, 64)
 
 @triton.jit
 def _add(parts, out, n_parts, part_stride, r, c, rows, columns, row_stride, BS: tl.constexpr):
-    """out [C, R] of parts [S, R, C]."""
+    """Out [C, R] of parts [S, R, C]."""
     s = tl.arange(0, BS)
     place = r[:, None] * row_stride + c[None, :]
     inside = (r < rows)[:, None] & (c < columns)[None, :]
@@ -34,7 +34,8 @@ def _add(parts, out, n_parts, part_stride, r, c, rows, columns, row_stride, BS: 
 @entry(do_not_specialize=("n_parts", "part_stride", "outer_stride", "rows", "columns", "row_stride"))
 def sum_kernel(
     first, second, first_out, second_out, n_parts: tl.int32, part_stride: tl.int64, outer_stride: tl.int64,
-    rows: tl.int32, columns: tl.int32, row_stride: tl.int32, PAIR: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    rows: tl.int32, columns: tl.int32, row_stride: tl.int32,
+    PAIR: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums over parts, turned: [O, C, R] of [S, O, R, row_stride], one or two of a kind. Grid: (O * tiles of rows and columns,)."""
     across, down = tl.cdiv(columns, BC), tl.cdiv(rows, BR)
@@ -49,7 +50,7 @@ def sum_kernel(
 def add_parts(
     parts: tuple[Tensor, ...], outs: tuple[Tensor, ...], strides: tuple[int, int], n_parts: int, *, at_once: tuple[int, int] = LARGE
 ) -> None:
-    """Writes out [O, C, R] = the sum over s of parts[s * strides[0] + o * strides[1] + r * row + c], for one tensor or two of a shape.
+    """Writes out [O, C, R] = the sum over s of parts[s * strides[0] + o * strides[1] + r * row + c], for one tensor or two.
 
     Args:
         parts: [..., R, row], rows dense, of which the first C columns count.

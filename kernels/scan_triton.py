@@ -60,7 +60,7 @@ def scan_forward(
 
 @triton.jit
 def _outputs(dh_ptr, a_ptr, h_ptr, sequence, token, row_L, inside_C, at_LC, n_tokens, width, TILE: tl.constexpr):
-    """A tile, if there is one, of gradients, factors, the next tokens' factors and the states before each token, as they are stored."""
+    """A tile, if there is one, of gradients, factors, the next tokens' factors and the states before, as they are stored."""
     skipped = (sequence * n_tokens + token) * width
     row_L1 = row_L[:, None]
     inside_LC = (row_L1 < n_tokens - token) & inside_C[None, :] & (token >= 0)

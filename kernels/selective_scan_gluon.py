@@ -14,9 +14,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-import os
-
-PER = int(os.environ.get("PER", "16"))
 from kernels.selective_scan_rows import log_1p
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -25,7 +22,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.constexpr_function
 def channels_of_a_warp(n_states):
     """Lanes beside each other have different channels, while a thread can hold all states of one: 16."""
-    return max(1, 32 * PER // max(n_states, PER))
+    return max(1, 32 * 16 // max(n_states, 16))
 
 
 @gluon.constexpr_function
@@ -75,9 +72,13 @@ def token_step(h_NC, rate_NC, dt, u, b, c, t: gl.constexpr, layout: gl.constexpr
 def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in registers
     x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, start_ptr, y_ptr, states_ptr, final_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,
-    GATED: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+    GATED: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, the states at the borders of tiles [N, D] if they are kept, and the last one as [D, N], which is how rates and the initial one come."""
+    """Outputs, the last state and, if they are kept, the states at the borders of tiles.
+
+    Those are [N, D], while rates, the initial state and the last one are [D, N].
+    """
     NC: gl.constexpr = states_layout(N, WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)

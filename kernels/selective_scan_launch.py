@@ -1,4 +1,4 @@
-"""Launches the kernels of Mamba's selective scan on torch tensors: `selective_scan_gluon` forward, `selective_scan_triton` backward.
+"""Launches the kernels of Mamba's selective scan: `selective_scan_gluon` forward, `selective_scan_triton` backward.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), S borders of tiles, P blocks of channels.
 """
@@ -54,7 +54,7 @@ def forward(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, the states at tiles' borders [B, tiles + 1, N, D]."""
+    """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, states at tiles' borders [B, tiles + 1, N, D]."""
     batch, length, width = x_BTD.shape
     n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1 if keep else 0, n_states, width, dtype=torch.float32)
@@ -90,12 +90,13 @@ def backward(
     n_tiles, n_blocks = -(-length // TILE), -(-width // CHANNELS)
     row, dots = n_tiles * TILE, b_BTN.dtype != torch.float32
 
-    def parts(*sizes: int) -> Tensor:
-        return x_BTD.new_empty(*sizes, dtype=torch.float32)
+    def parts(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x_BTD.new_empty(*sizes, dtype=dtype)
 
     dx_BTD, ddt_BTD, dstart_BDN = x_BTD.new_empty(x_BTD.shape), dt_BTD.new_empty(dt_BTD.shape), parts(batch, width, n_states)
     kept_BND, drate_BND, dstate_BND = (parts(batch, n_states, width) for _ in range(3))
-    db_PBNT, dc_PBNT = (parts(n_blocks, batch, n_states, row) for _ in range(2))
+    # in 16 bit a part of 32 channels is rounded like any of the results; the sum of all parts is made in fp32
+    db_PBNT, dc_PBNT = (parts(n_blocks, batch, n_states, row, dtype=torch.bfloat16 if dots else torch.float32) for _ in range(2))
     dgate_BTD = dx_BTD if gate is None else gate.gate_BTD.new_empty(batch, length, width)
     around_B2D = drate_BND if gate is None else parts(batch, 2, width)
     x_BTD = x_BTD.contiguous()

@@ -115,18 +115,17 @@ def _end(dstate_ptr, dstart_ptr, sequence, channel_C, inside_C, width, n_states)
 
 @triton.jit
 def _walk_states(
-    dt_LC, u_LC, dy_LC, states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr, n_states, width, row, token_L, inside_C,
+    dt_LC, u_LC, dy_LC, states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr,
+    n_states, width, row, token_L, inside_C,
     GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
     """All recurrences of a tile: gradients of u, the sums of the gradients of log decays times their rates, and the outputs.
 
-    Sums over channels are made one state element late, so that nothing waits for them. In 16 bit their factors are rounded before
-    they are multiplied, two at a time.
+    Sums over channels are made one state element late, so that nothing waits for them.
     """
     SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
     du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
     dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
-    narrow_u_LC, narrow_dy_LC = u_LC.to(SUMMED), dy_LC.to(SUMMED)
     wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
     coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, 0, width, inside_C)
     for n in range(n_states):
@@ -144,9 +143,9 @@ def _walk_states(
         tl.store(drate_ptr + n * width, sum_C - drate_C, mask=inside_C)
         tl.store(dstate_ptr + n * width, e_C, mask=inside_C)
         summed = (token_L >= 0) & (n > 0)
-        tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
-        tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
-        wrote_LC, read_LC = dh_LC.to(SUMMED) * narrow_u_LC, h_LC.to(SUMMED) * narrow_dy_LC
+        tl.store(db_ptr + (n - 1) * row + token_L, db_L.to(db_ptr.dtype.element_ty), mask=summed)
+        tl.store(dc_ptr + (n - 1) * row + token_L, dc_L.to(dc_ptr.dtype.element_ty), mask=summed)
+        wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
     last = (n_states - 1) * row
     tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
     tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
@@ -204,8 +203,8 @@ def selective_scan_backward(
         tile = n_tiles - 1 - back
         if ASK:
             _ask_for_tile(
-                dy_ptr, x_ptr, dt_ptr, gate_ptr, states_ptr + block * CHANNELS, b_ptr, c_ptr, tile - 1, block * CHANNELS, gate_stride,
-                width, n_states, row, GATED, TILE,
+                dy_ptr, x_ptr, dt_ptr, gate_ptr, states_ptr + block * CHANNELS, b_ptr, c_ptr, tile - 1, block * CHANNELS,
+                gate_stride, width, n_states, row, GATED, TILE,
             )  # fmt: skip
         token_L = tile * TILE + tl.arange(0, TILE)
         place_LC, gate_LC = token_L[:, None] * width + channel_C[None, :], token_L[:, None] * gate_stride + channel_C[None, :]
@@ -215,18 +214,16 @@ def selective_scan_backward(
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if GATED:
             dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
-        else:  # one, but not to the compiler: it keeps both dtypes of the factors instead of converting them for every state element
-            dy_LC *= tl.minimum(n_tokens, 1).to(tl.float32)
         du_LC, decayed_LC, y_LC = _walk_states(
-            dt_LC, u_LC, dy_LC, states_ptr + channel_C, dstate_ptr, kept_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr, n_states, width,
-            row, token_L, inside_C, GATED, TILE, CHANNELS, DOTS,
+            dt_LC, u_LC, dy_LC, states_ptr + channel_C, dstate_ptr, kept_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr, n_states,
+            width, row, token_L, inside_C, GATED, TILE, CHANNELS, DOTS,
         )  # fmt: skip
         x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)  # again: registers are what is short
         dx_LC, ddt_LC = du_LC * dt_LC, du_LC * x_LC - decayed_LC
         if GATED:
             ddt_LC, skipped_LC, tile_dbias_C, tile_dskip_C = _around(
-                ddt_LC, dy_LC, x_LC, y_LC, dy_ptr, dt_ptr, bias_ptr + own_C, skip_ptr + own_C, gate_ptr, dgate_ptr, place_LC, gate_LC,
-                inside_LC, inside_C,
+                ddt_LC, dy_LC, x_LC, y_LC, dy_ptr, dt_ptr, bias_ptr + own_C, skip_ptr + own_C, gate_ptr, dgate_ptr, place_LC,
+                gate_LC, inside_LC, inside_C,
             )  # fmt: skip
             dx_LC += skipped_LC
             dbias_C += tile_dbias_C

@@ -6,7 +6,6 @@ Shape legend: B batch, T time, N state size.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,7 +17,7 @@ TOKENS, STATES = 64, 16
 
 @entry(do_not_specialize=("n_tokens", "row", "n_states"))
 def turn_kernel(b, c, turned_b, turned_c, n_tokens: tl.int32, row: tl.int32, n_states: tl.int32, T: tl.constexpr, N: tl.constexpr):
-    """b and c [B, T, N] as fp32 [B, N, row], zeros behind the last token. Grid: (B * tiles of states * tiles of tokens,)."""
+    """B and c [B, T, N] as fp32 [B, N, row], zeros behind the last token. Grid: (B * tiles of states * tiles of tokens,)."""
     tiles, groups = tl.cdiv(row, T), tl.cdiv(n_states, N)
     t, rest = tl.program_id(0) % tiles * T + tl.arange(0, T), tl.program_id(0) // tiles
     n, sequence = rest % groups * N + tl.arange(0, N), (rest // groups).to(tl.int64)

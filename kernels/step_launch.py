@@ -23,13 +23,11 @@ class Config(NamedTuple):
         elements: of the state that one program holds, key width times value columns.
         warps: warps of a program.
         registers: most of a thread, or None.
-        resident: programs of an SM, each of which goes through many tiles and has its next one on the way; None for a program a tile.
     """
 
     elements: int
     warps: int
     registers: int | None = None
-    resident: int | None = None
 
 
 CONFIG = Config(8192, 4)
@@ -156,25 +154,17 @@ def step(
     raw, arrived = _meeting_place(o_BHV, form, wait)
     dense = {name: v if x is None else x.contiguous() for name, x in around._asdict().items()}
     out_gate = v if around.gate is None else _rows(around.gate)
-    n_tiles = batch * heads * tiles
-    step_kernel[(programs(n_tiles, config, old.device),)](
+    step_kernel[(batch * heads * tiles,)](
         q, k, v, gate, dense["decay_bias"], dense["log_rate"], beta, a, b, old, new,
         dense["taps"], dense["conv_bias"], dense["tail"], v if new_tail is None else new_tail,
         dense["sums"], v if new_sums is None else new_sums, dense["skip"], dense["norm_weight"], dense["norm_bias"],
-        out_gate, raw, arrived, o_BHV, *steps, out_gate.stride(0), *places, channels, heads, heads // groups, n_tiles,
+        out_gate, raw, arrived, o_BHV, *steps, out_gate.stride(0), *places, channels, heads, heads // groups,
         form.scale, form.key_scale, 1 / form.temperature, form.max_beta, form.eps,
-        K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, AHEAD=config.resident is not None,
+        K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait,
         **spread(block_k, block_v, config), **constants(form, around, kind.value, beta_BH, a_BHK),
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return o_BHV
-
-
-def programs(n_tiles: int, config: Config, device: torch.device) -> int:
-    """Programs that share the tiles."""
-    if config.resident is None or device.type != "cuda":
-        return n_tiles
-    return min(n_tiles, config.resident * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _heads(

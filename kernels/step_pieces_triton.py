@@ -278,5 +278,5 @@ def finish(
             keep(new_tail_base, channel, inside, channels, inputs, TAPS)
     if NORM == ROW_NORM:
         norm_raw(raw_row, weight, bias, gate_row, o_row, row_width, eps, NORM, NORM_WEIGHT, NORM_BIAS, NO_OUTPUT_GATE)
-    elif TOGETHER == PER_HEAD and (NORM == RMS_NORM or NORM == LAYER_NORM):  # noqa: PLR1714 - Triton has no `in`
+    elif TOGETHER == PER_HEAD and (NORM == RMS_NORM or NORM == LAYER_NORM):  # noqa: PLR1714, SIM109 - Triton has no `in`
         norm_raw(raw_head, weight_head, bias_head, gate_head, o_head, V, eps, NORM, NORM_WEIGHT, NORM_BIAS, OUTPUT_GATE)

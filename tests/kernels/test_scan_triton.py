@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from kernels.scan import scan, selective_scan
 from kernels.parts_triton import LARGE, MANY, sum_kernel
+from kernels.scan import scan, selective_scan
 from kernels.scan_operator import CHANNELS, TILE
 from kernels.scan_segments_triton import segments_kernel
 from kernels.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
@@ -28,8 +28,9 @@ def compiled(kernel, dtype: str, *, warps: int = 1, gated: bool = False, **const
     names = ("x", "dx", "y", "dy", "gate", "dgate", *("bc" if kernel is selective_scan_forward else ""))
     narrow = {f"{name}_ptr": dtype for name in names}
     states = ("states", "start", "final", "dstart", "dstate")
-    kept = ("rate", "kept", "drate", "b", "c", "db", "dc", "bias", "skip", "parts", *states)
+    kept = ("rate", "kept", "drate", "b", "c", "bias", "skip", "parts", *states)
     wide = {f"{name}_ptr": "*fp32+" for name in kept} | {f"{name}_ptr": dtype if gated else "*fp32+" for name in ("dt", "ddt")}
+    wide |= dict.fromkeys(("db_ptr", "dc_ptr"), "*fp32+" if dtype == "*fp32+" else "*bf16+")
     every = SIZES | wide | narrow | constants | {"GATED": gated}
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps)
 

@@ -35,7 +35,7 @@ def compile_kernel(
     runtime = {p.name: p.annotation_type or "*bf16+" for p in step_kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(WIDE, "*fp32+") | {"old": STATES[state], "new": STATES[state], "arrived": "*i32+"}
     arguments = runtime | flags | {"K": k_dim, "V": v_dim, "BK": keys, "BV": values, "TOGETHER": wait}
-    arguments |= spread(keys, values, config) | {"AHEAD": config.resident is not None}
+    arguments |= spread(keys, values, config)
     options = {} if config.registers is None else {"maxnreg": config.registers}
     return compile_sm90(step_kernel, {name: arguments[name] for name in step_kernel.arg_names}, warps=config.warps, **options)
 
