@@ -111,7 +111,7 @@ def _pareto(axis: str) -> LayeredChart:
         "x:Q",
         title=AXES[axis][1],
         scale=alt.Scale(type="log", base=2, nice=False, padding=36),
-        axis=alt.Axis(labelExpr=label, format=form, tickCount=8, grid=True, labelOverlap=True),
+        axis=alt.Axis(labelExpr=label, format=form, tickCount=4, grid=True, labelOverlap=True),
     )
     points = alt.Chart(alt.NamedData(name="points")).encode(x=x)
     series = points.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(
@@ -159,7 +159,7 @@ def _published(axis: str) -> LayeredChart:
         "x:Q",
         title=PANEL_AXES[axis],
         scale=alt.Scale(type="log", base=2, nice=False, padding=24),
-        axis=alt.Axis(labelExpr=BYTES if axis == "state" else alt.Undefined, tickCount=8, labelOverlap=True),
+        axis=alt.Axis(labelExpr=BYTES if axis == "state" else alt.Undefined, tickCount=4, labelOverlap=True),
     )
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
     stroke = alt.Stroke(**literal("color"))

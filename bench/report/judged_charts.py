@@ -44,7 +44,7 @@ def _pareto() -> LayeredChart:
         "x:Q",
         title="State, bytes a sequence at the longest measured length (log scale)",
         scale=alt.Scale(type="log", base=2, nice=False, padding=36),
-        axis=alt.Axis(labelExpr=BYTES, tickCount=8, labelOverlap=True),
+        axis=alt.Axis(labelExpr=BYTES, tickCount=4, labelOverlap=True),
     )
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
     stroke = alt.Stroke(**_literal("color"))
