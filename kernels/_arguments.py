@@ -5,10 +5,17 @@ What only the values show is looked for by `kernels.values`, in a mode of its ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernels.values import check_values, is_checking
+
+REMEMBERED = 1024
+"""Descriptions of arguments that a check remembers; then it forgets all of them."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -73,3 +80,37 @@ def check_arguments(
         for name, tensor in {first: x, **{name: tensor for name, (tensor, _) in others.items()}}.items():
             if tensor is not None:
                 check_values(name, tensor, bounded=name not in unbounded)
+
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of shapes, dtypes and devices that passes over arguments described like others that have passed.
+
+    Args:
+        check: gets tensors, numbers, None, and tuples of these by position; looks at no values but in the checked mode.
+    """
+    passed: set[Any] = set()
+
+    @wraps(check)
+    def checked(*args: Any) -> None:
+        if torch.compiler.is_compiling() or is_checking():
+            check(*args)
+            return
+        key = _described(args)
+        try:
+            if key in passed:
+                return
+        except TypeError:  # sizes that are symbols
+            check(*args)
+            return
+        check(*args)
+        if len(passed) >= REMEMBERED:
+            passed.clear()
+        passed.add(key)
+
+    return checked
+
+
+def _described(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else _described(x) if isinstance(x, tuple) else x for x in args]
+    )

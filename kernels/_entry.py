@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import triton
 from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon._runtime import jit as gluon_jit
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from kernels import _ahead, _replay
 
 
 class Entry(JITFunction):
@@ -28,38 +33,63 @@ class Entry(JITFunction):
         self.launched: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         # an annotated number that is not specialised has one type whatever its value
         self.fixed = [p.do_not_specialize and bool(p.annotation_type) for p in self.params]
+        self.sized = [p.do_not_specialize for p in self.params]
 
     def run(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         """See `JITFunction.run`; called by `kernel[grid](...)`."""
         if warmup or self.pre_run_hooks or callable(grid):
             return super().run(*args, grid=grid, warmup=warmup, **constants)
         key = [driver.active.get_current_device(), *constants, *constants.values()]
-        for fixed, x in zip(self.fixed, args, strict=False):
+        for fixed, sized, x in zip(self.fixed, self.sized, args, strict=False):
             if isinstance(x, Tensor):
                 key.append(x.dtype)
                 key.append(x.data_ptr() % 16 == 0)
+            elif hasattr(x, "block_shape"):  # a descriptor of Gluon's
+                key.append((x.base.dtype, tuple(x.block_shape), x.layout))
             elif not fixed and type(x) is not float:
-                key.append((type(x), x) if type(x) is not int else (x == 1, x % 16 == 0, x.bit_length() > 31))
-        found = self.launched.get(tuple(key))
+                is_long = type(x) is int and x.bit_length() > 31
+                key.append((type(x), x) if type(x) is not int else is_long if sized else (x == 1, x % 16 == 0, is_long))
+        key, state = tuple(key), _ahead.state()
+        found = self.launched.get(key)
+        if isinstance(state, _ahead.Wanted):  # nothing is launched
+            if found is None:
+                compiling = partial(super().run, *args, grid=grid, warmup=True, **constants)
+                state.add(self, key, compiling, self._constants(args, constants))
+            return None
         if found is None:
+            if state == "look":
+                raise _ahead.Missing
             compiled = super().run(*args, grid=grid, warmup=False, **constants)
-            if compiled is not None:
-                self.launched[tuple(key)] = compiled, tuple(constants[name] for name in self.arg_names[len(args) :])
-            return compiled
-        compiled, rest = found
-        compiled[(*grid, 1, 1)[:3]](*args, *rest)
-        return compiled
+            if compiled is None:
+                return None
+            found = self.launched[key] = compiled, self._constants(args, constants)
+        else:
+            found[0][(*grid, 1, 1)[:3]](*args, *found[1])
+        if (watch := _replay.watch()) is not None:
+            watch.launch(found[0], grid, [*args, *found[1]])
+        return found[0]
+
+    def _constants(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+        """In the order of the signature."""
+        return tuple(constants[name] for name in self.arg_names[len(args) :])
 
 
-def entry(fn: Callable[..., Any] | None = None, *, do_not_specialize: Iterable[str] = ()) -> Any:
+class GluonEntry(Entry, GluonJITFunction):
+    """The same of a Gluon kernel."""
+
+
+def entry(fn: Callable[..., Any] | None = None, *, do_not_specialize: Iterable[str] = (), gluon: bool = False) -> Any:
     """`triton.jit` for kernels that are launched from Python; numbers annotated with an integer type compile nothing new.
 
     Args:
         fn: the kernel; None in the form `@entry(do_not_specialize=...)`.
         do_not_specialize: further arguments whose values compile nothing new.
+        gluon: whether the kernel is written in Gluon.
     """
     if fn is None:
-        return lambda fn: entry(fn, do_not_specialize=do_not_specialize)
+        return lambda fn: entry(fn, do_not_specialize=do_not_specialize, gluon=gluon)
     numbers = [name for name, p in inspect.signature(fn).parameters.items() if "int" in str(p.annotation)]
     names = [*numbers, *(name for name in do_not_specialize if name not in numbers)]
-    return triton.jit(fn, do_not_specialize=names) if triton.knobs.runtime.interpret else Entry(fn, do_not_specialize=names)
+    if triton.knobs.runtime.interpret:
+        return (gluon_jit if gluon else triton.jit)(fn, do_not_specialize=names)
+    return (GluonEntry if gluon else Entry)(fn, do_not_specialize=names)

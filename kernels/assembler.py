@@ -33,9 +33,13 @@ def tensor_core_obstacle() -> str | None:
 
     Where Triton would take its own unsafe assembler and a safe one is installed, Triton is told to take that.
     """
-    if torch.cuda.get_device_capability()[0] != HOPPER:
-        return None
-    return _choose()
+    return _choose() if _generation(torch.cuda.current_device()) == HOPPER else None
+
+
+@cache
+def _generation(device: int) -> int:
+    """First number of a device's compute capability, which torch takes microseconds to look up."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @cache

@@ -209,7 +209,7 @@ def backward(
             TAPS=taps, BIAS=bias_MD is not None, SILU=silu, TILE=tile, RUN=run, CHANNELS=CHANNELS,
         )  # fmt: skip
         strides, own = ((taps + 1) * width, n_runs // members * (taps + 1) * width), n_runs // members
-        add_parts((parts[:, :taps],), (dweight_MDK,), strides, own, at_once=MANY)
+        add_parts((parts,), (dweight_MDK,), strides, own, at_once=MANY)
         if bias_MD is not None:
             add_parts((parts[:, taps:],), (dbias_MD[..., None],), strides, own, at_once=MANY)
     return dx_BTD, dweight_MDK, dbias_MD

@@ -83,6 +83,7 @@ def _(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsumexp_R: Tensor)
 
 def _save(ctx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[2])
 
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._entry import entry
 from kernels.delta_hopper import SIZES, barriers, columns_of, fetch, given_state, place, shared_layout
 
 
@@ -212,7 +213,7 @@ def _gradients(
     tma.async_copy_shared_to_global(targets[1], at, y_CD)
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def backward_kernel(
     q, k, do, errors, states, h, dq, dk, dv, beta, g, dlast, dbeta, dgate, dfirst,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,

@@ -12,7 +12,6 @@ Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K ke
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._entry import entry
 from kernels.delta_hopper import (
     SIZES,
     barriers,
@@ -51,7 +51,7 @@ def _start(
     return state_KV
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def forward_carry_kernel(
     k, v, h, beta, g, first, ends,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
@@ -143,7 +143,7 @@ def _scores_beside(
     return scores_CC, warpgroup_mma_wait(0, [read])
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def reverse_carry_kernel(
     q, k, do, h, beta, g, dlast, ends,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
@@ -202,7 +202,7 @@ def reverse_carry_kernel(
     gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, dstate_KV, mask=inside)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@entry
 def combine_kernel(
     ends, first, states, segments: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from kernels._entry import entry
 from kernels.delta_hopper import SIZES, barriers, columns_of, given_state, shared_layout, sums_layout, thread_barrier
 from kernels.delta_hopper_walk import walk, walk_buffers
 from kernels.walk_triton import LOG2_E
@@ -247,7 +248,7 @@ def _walk_beside(
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
 
 
-@gluon.jit(do_not_specialize=[*SIZES, "k_b", "k_t", "k_h", "gate_b", "gate_t", "gate_every"])
+@entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
     q, k, v, h, o, errors, states, k_rows, beta, gate, g, first, last,
     k_b: tl.int64, k_t: tl.int64, k_h: tl.int64, gate_b: tl.int64, gate_t: tl.int64,

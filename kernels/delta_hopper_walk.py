@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._entry import entry
 from kernels.delta_hopper import (
     SIZES,
     barriers,
@@ -211,7 +212,7 @@ def walk(
     return state_KV
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
     q, k, v, h, o, errors, states, beta, g, first, last,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,

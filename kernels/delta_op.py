@@ -5,31 +5,18 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
 from kernels import delta
-from kernels.recurrence_op import Folded, _folded, _unfolded
+from kernels._ahead import other_sizes
+from kernels._operator import operator
+from kernels.recurrence_op import Folded, _folded, _unfolded, decays_of
 
-FORWARD, BACKWARD = "mixer_bench::delta_rule", "mixer_bench::delta_rule_backward"
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-torch.library.define(
-    FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? state, bool return_state, bool keep)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    BACKWARD,
-    "(Tensor q, Tensor k, Tensor beta, Tensor? log_decay, Tensor? state, Tensor couplings, Tensor decays, Tensor errors,"
-    " Tensor states, Tensor do, Tensor? dfinal, bool gate_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-_delta_rule = torch.ops.mixer_bench.delta_rule.default
-_delta_rule_backward = torch.ops.mixer_bench.delta_rule_backward.default
 
 
 def delta_rule(
@@ -45,29 +32,52 @@ def delta_rule(
     return _delta_rule(q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_decay, state_BHKV, return_state, False)[:2]
 
 
-# Types are those of the schemas above.
-@torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(q, k, v, beta, log_decay, state, return_state, keep) -> Six:
+@operator("mixer_bench::delta_rule")
+def _delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.delta.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
         o, final, kept = delta.forward(q, k, v, beta, log_decay, state, return_state=return_state, keep=keep)
-    return o, final, *kept
+    return o, final, kept.couplings, kept.decays, kept.errors, kept.states
 
 
-@torch.library.register_fake(FORWARD)
+@_delta_rule.register_fake
 def _(q, k, v, beta, log_decay, state, return_state, keep) -> Six:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
     kept = delta.kept_like(q, k, v, log_decay, keep=keep)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), *kept
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), kept.couplings, kept.decays, kept.errors, kept.states
 
 
-@torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _(q, k, beta, log_decay, state, couplings, decays, errors, states, do, dfinal, gate_grad) -> Six:
+@operator("mixer_bench::delta_rule_backward")
+def _delta_rule_backward(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    couplings: Tensor,
+    decays: Tensor,
+    errors: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.delta.backward`."""
     kept = delta.Kept(couplings, decays, errors, states)
     with torch.cuda.device_of(do):
         return delta.backward(q, k, beta, log_decay, state, kept, do, dfinal, gate_grad=gate_grad)
 
 
-@torch.library.register_fake(BACKWARD)
+@_delta_rule_backward.register_fake
 def _(q, k, beta, log_decay, state, couplings, decays, errors, states, do, dfinal, gate_grad) -> Six:
     dgate = log_decay if gate_grad else None
     more = (do.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (dgate, state))
@@ -75,52 +85,40 @@ def _(q, k, beta, log_decay, state, couplings, decays, errors, states, do, dfina
     return dq, dk, dv, dbeta, *more
 
 
-class DeltaRule(_SingleLevelFunction):
-    """The operator's gradient at one level of `torch.func`, like `kernels.recurrence_op.LinearRecurrence`."""
-
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool
-    ) -> Six:
-        """See `kernels.delta.forward`."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return _delta_rule(q, k, v, beta, log_decay, state, return_state, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
-        """Keeps what the forward pass kept; the errors stand for the values."""
-        q, k, v, beta, log_decay, state, _ = inputs
-        ctx.shape, ctx.dtype = v.shape, v.dtype
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # zeros for what is kept would be most of the memory that is written
-        ctx.save_for_backward(q, k, beta, log_decay, state, *output[2:])
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        """See `kernels.delta.backward`."""
-        q, k, beta, log_decay, state, *kept = ctx.saved_tensors
-        gate_grad = log_decay is not None and ctx.needs_input_grad[4]
-        if do is None:
-            do = q.new_zeros(ctx.shape, dtype=ctx.dtype)
-        dq, dk, dv, dbeta, dgate, dstate = _delta_rule_backward(q, k, beta, log_decay, state, *kept, do, dfinal, gate_grad)
-        return dq, dk, dv, dbeta, dgate if gate_grad else None, None if state is None else dstate, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
+    """Keeps what the forward pass kept; the errors stand for the values."""
+    q, k, v, beta, log_decay, state, *_ = inputs
+    ctx.shape, ctx.dtype = v.shape, v.dtype
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be most of the memory that is written
+    ctx.save_for_backward(q, k, beta, log_decay, state, *output[2:])
 
 
-@torch.library.impl(FORWARD, "Autograd")
-def _(*args: Any) -> Six:
-    *tensors, return_state, _ = args
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        with enable_single_level_autograd_function():
-            return DeltaRule.apply(*tensors, return_state)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _delta_rule(*args)
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, beta, log_decay, state, *kept = ctx.saved_tensors
+    gate_grad = log_decay is not None and ctx.needs_input_grad[4]
+    if do is None:
+        do = q.new_zeros(ctx.shape, dtype=ctx.dtype)
+    dq, dk, dv, dbeta, dgate, dstate = _delta_rule_backward(q, k, beta, log_decay, state, *kept, do, dfinal, gate_grad)
+    return dq, dk, dv, dbeta, dgate if gate_grad else None, None if state is None else dstate, None, None
 
 
-@torch.library.register_vmap(FORWARD)
+_delta_rule.register_autograd(_differentiate, setup_context=_save, keep=True)
+
+
+@_delta_rule.register_sizes
+def _(q, k, v, beta, log_decay, state, return_state, keep) -> Iterator[tuple[Any, ...]]:
+    """How many heads there are for the multiprocessors decides on tiles and segments."""
+    for other in other_sizes(k.shape[2], v.shape[2]):
+        rows = [other.of(x, axes) for x, axes in ((q, "BTG"), (k, "BTG"), (v, "BTH"), (beta, "BTH"))]
+        yield *rows, decays_of(other, log_decay), other.of(state, "BH"), return_state, keep
+
+
+@_delta_rule.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(_delta_rule(*_folded(info.batch_size, in_dims, args)), info.batch_size)
 
 
-@torch.library.register_vmap(BACKWARD)
+@_delta_rule_backward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(_delta_rule_backward(*_folded(info.batch_size, in_dims, args)), info.batch_size)

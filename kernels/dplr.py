@@ -10,11 +10,10 @@ Shape legend: B batch, T time, H heads, K key, V value width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels import chunked, dispatch, reference, vector_gate_op
-from kernels._arguments import check_arguments, check_axes, check_same
+from kernels import chunked, dispatch, dplr_op, reference, vector_gate_op
+from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
 
@@ -71,28 +70,14 @@ def dplr_recurrence(
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Erasures and writes as tokens of their own, in the operator's arguments.
-
-    The operator would round keys that are wider than the values, so they are rounded before they are twice as many.
-    """
-    dtype = v.dtype if v.dtype.itemsize < k.dtype.itemsize else k.dtype
-    k, a, b = (x.to(dtype) for x in (k, a, b))
-    queries, keys, values, decays, erase = (
-        torch.stack(pair, 2).flatten(1, 2)
-        for pair in (
-            (torch.zeros_like(q), q),
-            (a, k),
-            (torch.zeros_like(v), v),
-            (log_decay, torch.zeros_like(log_decay)),
-            (-b, torch.zeros_like(b)),
-        )
-    )
-    strength = values.new_ones(values.shape[:3], dtype=torch.float32)
+    """Erasures and writes as tokens of their own, in the operator's arguments."""
+    queries, keys, values, decays, erase, strength = dplr_op.pairs(q, k, v, a, b, log_decay)
     wide = None if state is None else state.float()
     o, final = vector_gate_op.vector_gate_recurrence(queries, keys, values, decays, strength, erase, wide, state is not None)
     return o[:, 1::2], None if state is None else final.to(state.dtype)
 
 
+@remembered
 def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     check_axes("v", v, "B T H V")

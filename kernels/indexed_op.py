@@ -13,27 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
 from kernels import indexed_launch
 from kernels._members import fold_members
+from kernels._operator import operator
 from kernels.indexed_launch import Band
 from kernels.sparse_index import Listed, static_index
-
-FORWARD, BACKWARD = "mixer_bench::indexed_attention", "mixer_bench::indexed_attention_backward"
-
-torch.library.define(
-    FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? words, Tensor? tiles, str index, int[] numbers) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    BACKWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? words, Tensor? tiles, Tensor y, Tensor lse, Tensor dy, str index,"
-    " int[] numbers) -> (Tensor, Tensor, Tensor)",
-)
-indexed_attention = torch.ops.mixer_bench.indexed_attention.default
-indexed_attention_backward = torch.ops.mixer_bench.indexed_attention_backward.default
 
 
 def _index(
@@ -47,23 +32,31 @@ def _index(
     return static_index(name, tuple(numbers), q.shape[2], indexed_launch.list_tile(q, k, v), q.device)
 
 
-@torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, words: Tensor | None, tiles: Tensor | None, name: str, numbers: list[int]
+@operator("mixer_bench::indexed_attention")
+def indexed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    words: Tensor | None,
+    tiles: Tensor | None,
+    index: str,
+    numbers: list[int],
 ) -> tuple[Tensor, Tensor]:
+    """See `kernels.indexed_launch.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        return indexed_launch.forward(q, k, v, start, _index(q, k, v, words, tiles, name, numbers))
+        return indexed_launch.forward(q, k, v, start, _index(q, k, v, words, tiles, index, numbers))
 
 
-@torch.library.register_fake(FORWARD)
+@indexed_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *index: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length = q.shape[:3]
     y = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
     return y, q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _(
+@operator("mixer_bench::indexed_attention_backward")
+def indexed_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,55 +66,43 @@ def _(
     y: Tensor,
     lse: Tensor,
     dy: Tensor,
-    name: str,
+    index: str,
     numbers: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.indexed_launch.backward`."""
     with torch.cuda.device_of(v):
-        index = _index(q, k, v, words, tiles, name, numbers)
-        return indexed_launch.backward(q, k, v, start, index, y, lse.contiguous(), dy)
+        keys = _index(q, k, v, words, tiles, index, numbers)
+        return indexed_launch.backward(q, k, v, start, keys, y, lse.contiguous(), dy)
 
 
-@torch.library.register_fake(BACKWARD)
+@indexed_attention_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     return dq, dk, dv
 
 
-class IndexedAttention(_SingleLevelFunction):
-    """The operator's gradient at one level of `torch.func`; see `kernels.recurrence_op.LinearRecurrence`."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        """See `kernels.indexed_launch.forward`."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return indexed_attention(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keeps inputs, outputs and the log-sum-exp."""
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:6], *output)
-        ctx.index = inputs[6:]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _lse: Any) -> tuple[Tensor | None, ...]:
-        """See `kernels.indexed_launch.backward`."""
-        return *indexed_attention_backward(*ctx.saved_tensors, dy, *ctx.index), None, None, None, None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps inputs, outputs and the log-sum-exp."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.index = inputs[6:]
 
 
-@torch.library.impl(FORWARD, "Autograd")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    with enable_single_level_autograd_function():
-        return IndexedAttention.apply(*args)
+def _differentiate(ctx: Any, dy: Tensor, _lse: Any) -> tuple[Tensor | None, ...]:
+    return *indexed_attention_backward(*ctx.saved_tensors, dy, *ctx.index), None, None, None, None, None
 
 
-@torch.library.register_vmap(FORWARD)
+indexed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@indexed_attention.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     outputs = indexed_attention(*_folded(info.batch_size, in_dims, args))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
 
 
-@torch.library.register_vmap(BACKWARD)
+@indexed_attention_backward.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     outputs = indexed_attention_backward(*_folded(info.batch_size, in_dims, args))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0, 0)

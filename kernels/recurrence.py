@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
-from kernels._arguments import check_arguments, check_axes, check_same
+from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.packing import check_packing, run_padded
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
@@ -51,9 +51,10 @@ def linear_recurrence(
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens)
     if cu_seqlens is not None:
+        _check_packed(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens)
         return _packed(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens, chunk)
+    _check(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, None)
     if is_step(v_BTHV.shape[1], state_BHKV, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH):
         return _step(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
     backend = dispatch.pick(OPERATION, v_BTHV, obstacle=_obstacle(k_BTGK, v_BTHV), tensor_cores=True)
@@ -110,7 +111,7 @@ def normalized_recurrence(
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BTHK, k_BTHK, v_BTHV, log_decay, None, None)
+    _check(q_BTHK, k_BTHK, v_BTHV, log_decay, None, None, None)
     if state is not None:
         (batch, _, heads, v_dim), k_dim = v_BTHV.shape, k_BTHK.shape[3]
         shapes = ((batch, heads, k_dim, v_dim), (batch, heads, k_dim))
@@ -171,6 +172,16 @@ def _obstacle(k: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def _check_packed(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, cu_seqlens: Tensor
+) -> None:
+    """The same of packed sequences, whose bounds are values."""
+    check_axes("v", v, "B T heads width")
+    check_packing(cu_seqlens, v)
+    _check(q, k, v, log_decay, beta, state, cu_seqlens.shape[0] - 1)
+
+
+@remembered
 def _check(
     q: Tensor,
     k: Tensor,
@@ -178,9 +189,9 @@ def _check(
     log_decay: Tensor | None,
     beta: Tensor | None,
     state: Tensor | None,
-    cu_seqlens: Tensor | None = None,
+    sequences: int | None,
 ) -> None:
-    """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument; states are those of `sequences`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "B T heads width")
     check_same("k", k, "q", q)
@@ -188,17 +199,13 @@ def _check(
     groups, k_dim = k.shape[2:]
     if heads % groups:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; the heads of v must be a multiple of those of k")
-    sequences = batch
-    if cu_seqlens is not None:
-        check_packing(cu_seqlens, v)
-        sequences = cu_seqlens.shape[0] - 1
     decays = {1: (heads,), 3: (batch, length, heads)}.get(0 if log_decay is None else log_decay.ndim, (batch, length, heads, k_dim))
     expected = {
         "k": (k, (batch, length, groups, k_dim)),
         "q": (q, (batch, length, groups, k_dim)),
         "log_decay": (log_decay, decays),
         "beta": (beta, (batch, length, heads)),
-        "state": (state, (sequences, heads, k_dim, v_dim)),
+        "state": (state, (batch if sequences is None else sequences, heads, k_dim, v_dim)),
     }
     check_arguments(v, expected, first="v")
     if log_decay is not None and log_decay.ndim == 4 and groups != heads:

@@ -5,46 +5,38 @@ Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
 from kernels import walk
+from kernels._ahead import Sizes, other_sizes
 from kernels._members import fold_members
+from kernels._operator import operator
 
 STARTS = 5
 """Where the bounds of packed sequences are among the arguments of both operators."""
 Folded = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
 
-FORWARD, BACKWARD = "mixer_bench::linear_recurrence", "mixer_bench::linear_recurrence_backward"
-
-torch.library.define(
-    FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, Tensor? starts, bool return_state)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    BACKWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? state, Tensor? starts, Tensor entering, Tensor do, Tensor? final,"
-    " Tensor? dfinal, bool gate_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-linear_recurrence = torch.ops.mixer_bench.linear_recurrence.default
-linear_recurrence_backward = torch.ops.mixer_bench.linear_recurrence_backward.default
-
-
-@torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, return_state = args
-    inputs = walk.Inputs(*tensors)
-    with torch.cuda.device_of(inputs.v):  # Triton launches on the current device
-        return walk.forward(inputs, return_state=return_state)
+@operator("mixer_bench::linear_recurrence")
+def linear_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.walk.forward`."""
+    with torch.cuda.device_of(v):  # Triton launches on the current device
+        return walk.forward(walk.Inputs(q, k, v, log_decay, state, starts), return_state=return_state)
 
 
-@torch.library.register_fake(FORWARD)
+@linear_recurrence.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, return_state = args
     _, k, v, _, _, starts = inputs = walk.Inputs(*tensors)
@@ -53,68 +45,76 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), walk.entering_like(inputs)
 
 
-@torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs, entering, gradients, gate_grad = _backward_arguments(*args)
-    with torch.cuda.device_of(inputs.v):
-        return walk.backward(inputs, entering, gradients, gate_grad=gate_grad)
+@operator("mixer_bench::linear_recurrence_backward")
+def linear_recurrence_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    entering: Tensor,
+    do: Tensor,
+    final: Tensor | None,
+    dfinal: Tensor | None,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.walk.backward`."""
+    with torch.cuda.device_of(v):
+        inputs = walk.Inputs(q, k, v, log_decay, state, starts)
+        return walk.backward(inputs, entering, walk.Gradients(do, final, dfinal), gate_grad=gate_grad)
 
 
-@torch.library.register_fake(BACKWARD)
+@linear_recurrence_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (q, k, v, log_decay, state, _), _, _, gate_grad = _backward_arguments(*args)
+    q, k, v, log_decay, state, *_, gate_grad = args
     dgate = log_decay if gate_grad else None
     more = (v.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (dgate, state))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *more
 
 
-def _backward_arguments(*args: Any) -> tuple[walk.Inputs, Tensor, walk.Gradients, bool]:
-    """The arguments of the operator's schema as `kernels.walk` takes them."""
-    *tensors, entering, do, final, dfinal, gate_grad = args
-    return walk.Inputs(*tensors), entering, walk.Gradients(do, final, dfinal), gate_grad
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keeps the inputs, from which the backward walks recompute everything but the states between segments."""
+    *tensors, return_state = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2], output[1] if return_state else None)
 
 
-class LinearRecurrence(_SingleLevelFunction):
-    """The operator's gradient at one level of `torch.func`, which is what a kernel at the Autograd key sees.
-
-    `torch.library.register_autograd` builds an ordinary Function there, and `torch.func.grad` refuses that.
-    """
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """See `kernels.walk.forward`."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return linear_recurrence(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keeps the inputs, from which the backward walks recompute everything but the states between segments."""
-        q, k, v, log_decay, state, starts, return_state = inputs
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(q, k, v, log_decay, state, starts, output[2], output[1] if return_state else None)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor, _entering: None) -> tuple[Tensor | None, ...]:
-        """See `kernels.walk.backward`."""
-        *inputs, final = ctx.saved_tensors
-        gate_grad = inputs[3] is not None and ctx.needs_input_grad[3]
-        more = (None, None) if final is None else (final, dfinal)
-        dq, dk, dv, dgate, dstate = linear_recurrence_backward(*inputs, do, *more, gate_grad)
-        return dq, dk, dv, dgate if gate_grad else None, None if inputs[4] is None else dstate, None, None
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _entering: None) -> tuple[Tensor | None, ...]:
+    *inputs, final = ctx.saved_tensors
+    gate_grad = inputs[3] is not None and ctx.needs_input_grad[3]
+    do = torch.zeros_like(inputs[2]) if do is None else do
+    more = (None, None) if dfinal is None else (final, dfinal)
+    dq, dk, dv, dgate, dstate = linear_recurrence_backward(*inputs, do, *more, gate_grad)
+    return dq, dk, dv, dgate if gate_grad else None, None if inputs[4] is None else dstate, None, None
 
 
-@torch.library.impl(FORWARD, "Autograd")
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with enable_single_level_autograd_function():
-        return LinearRecurrence.apply(*args)
+linear_recurrence.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.register_vmap(FORWARD)
+@linear_recurrence.register_sizes
+def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, state: Any, starts: Any, return_state: bool) -> Iterator[tuple[Any, ...]]:
+    """Long rows of few heads are walked in segments; so are heads that share keys, but for a few, which share nothing."""
+    if starts is not None:
+        return
+    few = [Sizes(1, length, 1, 1) for length in (64, 4096)] if k.shape[2] < v.shape[2] else []
+    for other in (*other_sizes(k.shape[2], v.shape[2]), *few):
+        keys = [other.of(x, "BTG") for x in (q, k)]
+        yield *keys, other.of(v, "BTH"), decays_of(other, log_decay), other.of(state, "BH"), None, return_state
+
+
+def decays_of(other: Sizes, log_decay: Tensor | None) -> Tensor | None:
+    """Log decays of other sizes, constant ones in one row."""
+    return other.of(log_decay, "1H" if log_decay is not None and log_decay.ndim == 2 else "BTH")
+
+
+@linear_recurrence.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(linear_recurrence(*_packed(info.batch_size, in_dims, args)), info.batch_size)
 
 
-@torch.library.register_vmap(BACKWARD)
+@linear_recurrence_backward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(linear_recurrence_backward(*_packed(info.batch_size, in_dims, args)), info.batch_size)
 

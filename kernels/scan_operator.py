@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._ahead import Sizes
 from kernels._members import fold_members
 from kernels._operator import operator
 
@@ -105,7 +106,7 @@ def _differentiate(ctx, dy_BTD: Tensor | None, dfinal_BDN: Tensor | None, _dstat
     return *scanned, dstart, *around, None
 
 
-selective_scan_operator.register_autograd(_differentiate, setup_context=_save, told=True)
+selective_scan_operator.register_autograd(_differentiate, setup_context=_save, keep=True)
 
 
 @selective_scan_operator.register_vmap
@@ -155,6 +156,14 @@ def _differentiate_states(ctx, dh_BTD: Tensor) -> tuple[Tensor | None, ...]:
 
 
 scan_operator.register_autograd(_differentiate_states, setup_context=_save_states)
+
+
+@scan_operator.register_sizes
+def _(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """Long rows of few channels are scanned in segments."""
+    long = Sizes(1, 4096, 1, 1)
+    few = [None if x is None else x[..., :64] for x in (a_BTD, x_BTD, start_BD)]
+    return [tuple(long.of(x, "BT" if number < 2 else "B") for number, x in enumerate(few))]
 
 
 @scan_operator.register_vmap

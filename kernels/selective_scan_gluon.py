@@ -14,6 +14,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from kernels._entry import entry
 from kernels.selective_scan_rows import log_1p
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -68,7 +69,7 @@ def token_step(h_NC, rate_NC, dt, u, b, c, t: gl.constexpr, layout: gl.constexpr
     return h_NC, gl.sum(h_NC * c_N1, 0)
 
 
-@gluon.jit(do_not_specialize=["gate_stride", "n_tokens", "n_tiles", "sequences_per_member"])
+@entry(do_not_specialize=["gate_stride", "n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in registers
     x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, start_ptr, y_ptr, states_ptr, final_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,

@@ -115,7 +115,7 @@ def backward(
     if gate is None:
         return *found, *(x_BTD.new_empty(0) for _ in range(3))
     dbias_MD, dskip_MD = gate.bias_MD.new_empty(members, width), gate.skip_MD.new_empty(members, width)
-    sides = (around_B2D[:, :1], around_B2D[:, 1:]), (dbias_MD[..., None], dskip_MD[..., None])
+    sides = (around_B2D, around_B2D[:, 1:]), (dbias_MD[..., None], dskip_MD[..., None])
     add_parts(*sides, (2 * width, batch // members * 2 * width), batch // members)
     return *found, dbias_MD, dskip_MD, dgate_BTD
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, dispatch
-from kernels._arguments import check_arguments, check_axes, check_same
+from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.chunk_decay import Lift
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -144,6 +144,7 @@ def _obstacle(k: Tensor, v: Tensor) -> str | None:
     return f"head dim {v.shape[-1]} is above {MAX_VALUE}" if v.shape[-1] > MAX_VALUE else None
 
 
+@remembered
 def _check(q: Tensor, k: Tensor, v: Tensor, state: Sums | None, eps: float | None) -> None:
     """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
     check_axes("v", v, "B T H V")

@@ -5,47 +5,31 @@ Shape legend: B batch, T time, H heads, K width of q and k, V width of v, N chun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
 from kernels import taylor_launch
+from kernels._ahead import other_sizes
 from kernels._members import fold_members
+from kernels._operator import operator
 
 Folded = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
-FORWARD, BACKWARD = "mixer_bench::taylor_attention", "mixer_bench::taylor_attention_backward"
 
-torch.library.define(
-    FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? first_norm, bool norm, float eps, bool last)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    BACKWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor y, Tensor scale, Tensor entering, Tensor entering_norm, Tensor dy, Tensor? dlast,"
-    " Tensor? dlast_norm, bool norm, bool first) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-taylor_attention = torch.ops.mixer_bench.taylor_attention.default
-taylor_attention_backward = torch.ops.mixer_bench.taylor_attention_backward.default
-
-
-@torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+@operator("mixer_bench::taylor_attention")
+def taylor_attention(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, first_norm: Tensor | None, norm: bool, eps: float, last: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.taylor_launch.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        return taylor_launch.forward(q, k, v, *rest)
+        found: Any = taylor_launch.forward(q, k, v, first, first_norm, norm, eps, last)
+    return found
 
 
-@torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    with torch.cuda.device_of(v):
-        return taylor_launch.backward(q, k, v, *rest)
-
-
-@torch.library.register_fake(FORWARD)
+@taylor_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, first_norm: Tensor | None, norm: bool, eps: float, last: bool
 ) -> tuple[Tensor, ...]:
@@ -69,7 +53,28 @@ def _(
     )
 
 
-@torch.library.register_fake(BACKWARD)
+@operator("mixer_bench::taylor_attention_backward")
+def taylor_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    entering: Tensor,
+    entering_norm: Tensor,
+    dy: Tensor,
+    dlast: Tensor | None,
+    dlast_norm: Tensor | None,
+    norm: bool,
+    first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.taylor_launch.backward`."""
+    with torch.cuda.device_of(v):
+        found: Any = taylor_launch.backward(q, k, v, y, scale, entering, entering_norm, dy, dlast, dlast_norm, norm, first)
+    return found
+
+
+@taylor_attention_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     norm, first = rest[-2:]
     batch, _, heads, v_dim = v.shape
@@ -78,47 +83,48 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return *(x.new_empty(x.shape) for x in (q, k, v)), *(v.new_empty(shape, dtype=torch.float32) for shape in sums)
 
 
-class TaylorAttention(_SingleLevelFunction):
-    """The operator's gradient at one level of `torch.func`; see `kernels.recurrence_op.LinearRecurrence`."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        """See `kernels.taylor_launch.forward`."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return taylor_attention(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps inputs, outputs, normalisers and the sums that enter chunks."""
-        q, k, v, first, _, norm, _, last = inputs
-        ctx.mark_non_differentiable(*output[1:4])
-        ctx.flags = (norm, first is not None, last)
-        ctx.save_for_backward(q, k, v, *output[:4])
-
-    @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor, _scale: Any, _entering: Any, _norm: Any, dlast: Tensor, dlast_norm: Tensor
-    ) -> tuple[Any, ...]:
-        """See `kernels.taylor_launch.backward`."""
-        norm, first, last = ctx.flags
-        more = (dlast if last else None, dlast_norm if last and norm else None)
-        dq, dk, dv, dfirst, dfirst_norm = taylor_attention_backward(*ctx.saved_tensors, dy, *more, norm, first)
-        sums = (dfirst if first else None, dfirst_norm if first and norm else None)
-        return dq, dk, dv, *sums, None, None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps inputs, outputs, normalisers and the sums that enter chunks."""
+    q, k, v, first, _, norm, _, last = inputs
+    ctx.mark_non_differentiable(*output[1:4])
+    ctx.set_materialize_grads(False)
+    ctx.flags, ctx.sums = (norm, first is not None, last), [x.shape for x in output[4:]]
+    ctx.save_for_backward(q, k, v, *output[:4])
 
 
-@torch.library.impl(FORWARD, "Autograd")
-def _(*args: Any) -> tuple[Tensor, ...]:
-    with enable_single_level_autograd_function():
-        return TaylorAttention.apply(*args)
+def _differentiate(
+    ctx: Any, dy: Tensor | None, _scale: Any, _entering: Any, _norm: Any, dlast: Tensor | None, dlast_norm: Tensor | None
+) -> tuple[Any, ...]:
+    norm, first, last = ctx.flags
+    saved = ctx.saved_tensors
+    dy = torch.zeros_like(saved[3]) if dy is None else dy
+    more = (dlast if last else None, dlast_norm if last and norm else None)
+    if norm and (more[0] is None) != (more[1] is None):
+        more = tuple(dy.new_zeros(size, dtype=torch.float32) if x is None else x for x, size in zip(more, ctx.sums, strict=True))
+    dq, dk, dv, dfirst, dfirst_norm = taylor_attention_backward(*saved, dy, *more, norm, first)
+    sums = (dfirst if first else None, dfirst_norm if first and norm else None)
+    return dq, dk, dv, *sums, None, None, None
 
 
-@torch.library.register_vmap(FORWARD)
+taylor_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@taylor_attention.register_sizes
+def _(
+    q: Tensor, k: Tensor, v: Tensor, first: Any, first_norm: Any, norm: bool, eps: float, last: bool
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of more than a chunk have sums that enter chunks."""
+    for other in other_sizes(v.shape[2], v.shape[2]):
+        rows, sums = [other.of(x, "BTH") for x in (q, k, v)], [other.of(x, "BH") for x in (first, first_norm)]
+        yield *rows, *sums, norm, eps, last
+
+
+@taylor_attention.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(taylor_attention(*_folded(info.batch_size, in_dims, args)), info.batch_size)
 
 
-@torch.library.register_vmap(BACKWARD)
+@taylor_attention_backward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Folded:
     return _unfolded(taylor_attention_backward(*_folded(info.batch_size, in_dims, args)), info.batch_size)
 

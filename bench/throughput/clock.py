@@ -46,15 +46,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def eager(call: Call, device: torch.device) -> Timing:
-    """Wall time of a call from Python: loops of calls with one synchronisation at the end of each."""
+def eager(call: Call, device: torch.device, loops: int = LOOPS) -> Timing:
+    """Wall time of a call from Python: at most so many loops of calls with one synchronisation at the end of each."""
     began = time.perf_counter()
     call()
     synchronize(device)
     once = max(time.perf_counter() - began, 1e-7)
     repeats = max(1, round(LOOP_SECONDS / once))
     found: list[float] = []
-    for _ in range(max(3, min(LOOPS, round(MOST_SECONDS / (repeats * once))))):
+    for _ in range(max(3, min(loops, round(MOST_SECONDS / (repeats * once))))):
         began = time.perf_counter()
         for _ in range(repeats):
             call()

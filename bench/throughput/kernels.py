@@ -30,7 +30,7 @@ TAPS = 4
 NAMED = {"log_decay": "log_decay", "beta_BTH": "beta", "state_BHKV": "state"}
 """Arguments of a recurrence, and what a problem calls them."""
 STRONGEST = 5.0
-"""Largest rate of the random decays; most are weak, as a fourth power makes them."""
+"""Largest rate of the scalar and the strong vector decays; most are weak, as a fourth power makes them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recurrence:
     """A member of the family of linear recurrences.
 
     Args:
-        gate: none, constant, scalar or vector.
+        gate: none, constant, scalar, vector (as public benchmarks draw it: the sigmoid of a normal number) or strong_vector.
         delta: whether a write erases first.
         taylor: q and k are mapped to second-order Taylor features inside of the operation, without the division.
     """
@@ -49,8 +49,8 @@ class Recurrence:
 
     def cost(self, shape: Shape, mode: str, item: int) -> Cost:
         """See `bench.throughput.bounds`."""
-        features = n_features(shape.key) if self.taylor else None
-        return bounds.recurrence(shape, mode, gate=self.gate, delta=self.delta, item=item, features=features)
+        features, gate = n_features(shape.key) if self.taylor else None, self.gate.removeprefix("strong_")
+        return bounds.recurrence(shape, mode, gate=gate, delta=self.delta, item=item, features=features)
 
     def state_bytes(self, shape: Shape, item: int) -> int:
         """Of one sequence, in fp32."""
@@ -109,7 +109,10 @@ class Recurrence:
             return torch.log1p(-(2.0 ** (-5.0 - torch.arange(shape.heads, device=draw.device))))
         if self.gate == "scalar":
             return -STRONGEST * draw.uniform(shape.batch, length, shape.heads).pow(4)
-        return -STRONGEST * draw.uniform(shape.batch, length, shape.heads, shape.key).pow(4).to(draw.dtype)
+        size = (shape.batch, length, shape.heads, shape.key)
+        if self.gate == "strong_vector":
+            return -STRONGEST * draw.uniform(*size).pow(4).to(draw.dtype)
+        return F.logsigmoid(draw.normal(*size))
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,9 @@ OPERATIONS: dict[KernelName, Any] = {
     "delta": Recurrence(delta=True),
     "gated_delta": Recurrence("scalar", delta=True),
     "gla": Recurrence("vector"),
+    "gla_strong": Recurrence("strong_vector"),
     "kda": Recurrence("vector", delta=True),
+    "kda_strong": Recurrence("strong_vector", delta=True),
     "taylor": Recurrence(taylor=True),
     "attention": Attention(),
     "window": Attention(window=128),

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 from bench.throughput.bounds import Shape
 
 KernelName = Literal[
-    "linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "kda", "taylor", "attention", "window",
-    "chosen_blocks", "selective_scan", "scan", "short_conv",
+    "linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "gla_strong", "kda", "kda_strong", "taylor",
+    "attention", "window", "chosen_blocks", "selective_scan", "scan", "short_conv",
 ]  # fmt: skip
 Mode = Literal["forward", "train", "prefill", "decode"]
 MODES: dict[str, tuple[Mode, ...]] = {"train": ("forward", "train"), "prefill": ("prefill",), "decode": ("decode",)}
@@ -53,7 +53,9 @@ KERNELS: dict[KernelName, Kernel] = {
     "delta": Kernel("DeltaNet: the delta rule", (64, 128), ALL),
     "gated_delta": Kernel("Gated DeltaNet: the delta rule with a scalar decay", (64, 128), ALL),
     "gla": Kernel("gated linear attention: a decay for each key channel", (64, 128), ALL),
+    "gla_strong": Kernel("gla with decays down to e^-5 a token", (128,), TRAIN),
     "kda": Kernel("Kimi Linear: the delta rule with a decay for each key channel", (64, 128), ALL),
+    "kda_strong": Kernel("kda with decays down to e^-5 a token", (128,), TRAIN),
     "taylor": Kernel("BASED: second-order Taylor features of 16 channels", (64,), ALL, "taylor"),
     "attention": Kernel("causal softmax attention", (64, 128), NO_PROMPT),
     "window": Kernel("causal softmax attention over the last 128 keys", (64, 128), NO_PROMPT),

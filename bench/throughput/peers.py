@@ -160,3 +160,4 @@ PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
     "chosen_blocks": (PublicPeer("parallel_nsa", FLA, _blocks, TRAIN),),
 }
 """A selective scan has a public kernel too, but none that installs without a CUDA compiler."""
+PEERS |= {"gla_strong": PEERS["gla"], "kda_strong": PEERS["kda"]}

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from bench import provenance
-from kernels import delta
+from kernels import _replay, delta
 from kernels.delta import Config, Launch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
@@ -114,6 +114,7 @@ def try_one(candidate: tuple[Config, int, str], batch: int, length: int, heads: 
     """Times the kernels of one configuration, or says why it cannot run."""
     config, width, gate = candidate
     delta.SIXTEEN_BIT[width] = config
+    _replay.forget()
     record = {"config": config, "width": width, "gate": gate}
     try:
         return record | kernel_us(calls((batch, length, heads, width), gate)[1])

@@ -207,13 +207,13 @@ def _sizes(row: Row) -> dict[str, int]:
     return {"batch": row.batch, "length": row.length, "heads": row.heads, "width": row.width}
 
 
-def compile_all(rows: list[Row], jobs: int) -> None:
-    """Every row that compiles something of its own; backward passes contain the forward ones."""
+def compile_all(rows: list[Row], jobs: int, most: int = PARTS) -> None:
+    """Every row that compiles something of its own, at most in so many parts; backward passes contain the forward ones."""
 
     def parts(row: Row) -> int:
         if row.length != MAIN_LENGTH or row.mode != "train":  # few autotuners start anew for those
             return 1
-        return PARTS if any(peer.package != "torch" for peer in peers_of(row)) else 1
+        return most if any(peer.package != "torch" for peer in peers_of(row)) else 1
 
     began = time.monotonic()
     tasks = [(row, part) for row in rows if row.mode != "forward" for part in range(parts(row))]
@@ -226,7 +226,10 @@ def compile_all(rows: list[Row], jobs: int) -> None:
 
 
 def measure_all(rows: list[Row], store: Store, jobs: int) -> None:
-    """Measures and stores every row: the main length, then, when what was chosen there is compiled for them, the others."""
+    """Measures and stores every row: the main length, then, when what was chosen there is compiled for them, the others.
+
+    Without `jobs` the order is that of the rows, and nothing is compiled ahead.
+    """
     share_choices()
     import torch
 
@@ -234,7 +237,7 @@ def measure_all(rows: list[Row], store: Store, jobs: int) -> None:
 
     open_peers()
     session = Session(torch.device("cuda"), with_peers=True)
-    rest = [row for row in rows if row.length != MAIN_LENGTH]
+    rest = [row for row in rows if row.length != MAIN_LENGTH] if jobs else []
     for row in rows:
         if rest and row is rest[0]:
             torch.cuda.empty_cache()
@@ -267,11 +270,12 @@ def main() -> None:
     parser.add_argument("--widths")
     parser.add_argument("--lengths")
     parser.add_argument("--modes", default="train,decode")
-    parser.add_argument("--jobs", type=int, default=12, help="compiling processes")
+    parser.add_argument("--jobs", type=int, default=12, help="compiling processes; none before other lengths if 0")
+    parser.add_argument("--parts", type=int, default=PARTS, help="processes for a row at the main length; 1 if all is tuned")
     given = parser.parse_args()
     rows = rows_of(given)
     if given.step == "compile":
-        compile_all(rows, given.jobs)
+        compile_all(rows, given.jobs, given.parts)
     else:
         measure_all(rows, Store(given.store), given.jobs)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from kernels import (
+    _replay,
     conv_triton,
     cross_entropy_triton,
     long_conv_triton,
@@ -201,6 +202,7 @@ def patched(modules: tuple[ModuleType, ...], values: dict[str, Any]) -> Iterator
     with ExitStack() as stack:
         for module, (name, value) in itertools.product(modules, values.items()):
             stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(_replay.forgetful())
         yield
 
 

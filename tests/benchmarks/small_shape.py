@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import pstats
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from kernels.dplr import dplr_recurrence
 from tests.benchmarks.facts import facts
 
 BATCH, LENGTH, HEADS, WIDTH = 64, 256, 2, 64
+MODES = {"forward": False, "both": True}
+LOOPS = 21
 NAMES = (
     "linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "kda", "taylor", "selective_scan", "scan",
     "short_conv",
@@ -67,17 +71,58 @@ def bounds_us(name: str, rates: clock.Ceilings) -> dict[str, float]:
 
 
 def row(name: str, draw: Draw, rates: clock.Ceilings) -> dict[str, Any]:
-    """Medians in microseconds."""
+    """Medians in microseconds, of eager times the quantiles too."""
     problem = problem_of(name, draw)
     found: dict[str, Any] = {"kernel": name, **bounds_us(name, rates)}
-    for mode, gradients in (("forward", False), ("both", True)):
+    for mode, gradients in MODES.items():
         call = timed_call(problem, gradients=gradients)
-        for _ in range(3):
+        for _ in range(5):
             call()
-        found |= {f"{mode}_eager_us": round(clock.eager(call, draw.device).median_us, 1)}
-        found |= {f"{mode}_graph_us": round(clock.replays(call).median_us, 1)}
-        found |= {f"{mode}_launches": launches(call)}
+        eager = clock.eager(call, draw.device, loops=LOOPS)
+        found |= {f"{mode}_eager_us": round(eager.median_us, 1), f"{mode}_eager_low_us": round(eager.low_us, 1)}
+        found |= {f"{mode}_eager_high_us": round(eager.high_us, 1), f"{mode}_graph_us": round(clock.replays(call).median_us, 1)}
+        if gradients:
+            with torch.autograd.set_multithreading_enabled(False):  # backward in the thread that called it
+                found["both_one_thread_us"] = round(clock.eager(call, draw.device, loops=LOOPS).median_us, 1)
     return found
+
+
+def floor_us(draw: Draw) -> dict[str, float]:
+    """What torch alone takes: a function of three tensors that allocates its results, and is differentiated by one that does."""
+    inputs = [draw.normal(BATCH, LENGTH, HEADS, WIDTH).requires_grad_() for _ in range(3)]
+    weight = draw.normal(BATCH, LENGTH, HEADS, WIDTH)
+
+    def both() -> object:
+        return torch.autograd.grad([Empty.apply(*inputs)], inputs, [weight])
+
+    def microseconds(call: clock.Call) -> float:
+        return round(clock.eager(call, draw.device, loops=LOOPS).median_us, 1)
+
+    found = {"forward_torch_us": microseconds(lambda: Empty.apply(*inputs)), "both_torch_us": microseconds(both)}
+    with torch.autograd.set_multithreading_enabled(False):
+        return found | {"both_torch_one_thread_us": microseconds(both)}
+
+
+class Empty(torch.autograd.Function):
+    """Does nothing but what every differentiable function written in Python has to."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Room for outputs."""
+        ctx.save_for_backward(q, k, v)
+        return torch.empty_like(v)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        """Room for gradients."""
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def calls_of(name: str, draw: Draw) -> Iterator[tuple[str, clock.Call]]:
+    """A recurrence in every mode."""
+    problem = problem_of(name, draw)
+    for mode, gradients in MODES.items():
+        yield mode, timed_call(problem, gradients=gradients)
 
 
 def launches(call: clock.Call) -> int:
@@ -109,15 +154,24 @@ def main() -> None:
     given = parser.parse_args()
     draw = Draw(torch.device("cuda"), torch.bfloat16, torch.Generator("cuda").manual_seed(0))
     rows, rates = [], clock.ceilings(draw.device)
+    record = {
+        **facts("python -m tests.benchmarks.small_shape"),
+        **rates._asdict(),
+        **floor_us(draw),
+        "load": os.getloadavg(),
+        "rows": rows,
+    }
     for name in (*NAMES, "rwkv7"):
         try:
             rows.append(row(name, draw, rates))
         except Exception as error:  # a row that fails is a finding too
             rows.append({"kernel": name, "error": f"{type(error).__name__}: {error}"})
         print(json.dumps(rows[-1]), flush=True)
-        given.out.write_text(
-            json.dumps({**facts("python -m tests.benchmarks.small_shape"), **rates._asdict(), "rows": rows}, indent=1) + "\n"
-        )
+        given.out.write_text(json.dumps(record, indent=1) + "\n")
+    for found in rows:  # last, as a profiler slows down every later launch
+        if "error" not in found:
+            found |= {f"{mode}_launches": launches(call) for mode, call in calls_of(found["kernel"], draw)}
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
     for name in given.profile:
         profiled(name, draw)
 

@@ -20,6 +20,7 @@ from bench.speed_records import Peer, SpeedRecord
 from bench.store import Store
 
 MODES = ("forward", "train")
+MODE_NAMES = {"forward": "forward", "train": "forward and backward"}
 MAIN_LENGTH, LENGTHS = 2048, (512, 8192, 32_768)
 LONGEST_RATIO, PEER_RATIO = 1.3, 2.0
 SMALL_GOALS = {"forward": 100.0, "both": 350.0}
@@ -60,8 +61,8 @@ GOALS = (
     Goal("delta", 64, 0.075, 0.33),
     Goal("gated_delta", 128, 0.120, 0.60),
     Goal("gated_delta", 64, 0.08, 0.35),
-    Goal("gla", 128, 0.30, 1.2),
-    Goal("kda", 128, 0.35, 1.6),
+    *(Goal(kernel, 128, 0.30, 1.2) for kernel in ("gla", "gla_strong")),
+    *(Goal(kernel, 128, 0.35, 1.6) for kernel in ("kda", "kda_strong")),
     Goal("taylor", 64, 0.10, 0.40),
     Goal("chosen_blocks", 128, peers=2.0),
     Goal("window", 128, 0.125, 0.52),
@@ -180,18 +181,32 @@ def _by(record: SpeedRecord | None, main: SpeedRecord | None) -> float | None:
     return own / base if own and base else None
 
 
-def geometric_mean(speeds: Speeds) -> str:
-    """Of the best peer's time over ours, over all rows with a goal, modes and lengths that have a peer's time."""
-    ratios = []
+def goals_met(speeds: Speeds) -> str:
+    """How many goals of the main shape are reached."""
+    met = [is_met(goal, speeds.find(goal, mode)) for goal in GOALS for mode in MODES]
+    return f"Met: {met.count(True)} of {len(met)}, not met: {met.count(False)}, not measured: {met.count(None)}."
+
+
+def compared(speeds: Speeds) -> Iterator[tuple[str, float]]:
+    """Every row with a goal, at every length and mode that has a peer's time: what it is, and the best peer's time over ours."""
     for goal in GOALS:
         for length in (MAIN_LENGTH, *LENGTHS):
-            ratios += [record.peer_ratio() for mode in MODES if (record := speeds.find(goal, mode, length)) is not None]
-    known = [ratio for ratio in ratios if ratio]
+            for mode in MODES:
+                record = speeds.find(goal, mode, length)
+                if record is not None and (ratio := record.peer_ratio()):
+                    yield f"{goal.kernel} D={goal.width} T={length} {MODE_NAMES[mode]}", ratio
+
+
+def geometric_mean(speeds: Speeds) -> Iterator[str]:
+    """Of the best peer's time over ours, and the rows that the peer wins."""
+    known = dict(compared(speeds))
     if not known:
-        return "No peer was timed."
-    mean = exp(sum(map(log, known)) / len(known))
-    slower = sum(ratio < 1 for ratio in known)
-    return f"Geometric mean over {len(known)} rows with a peer: {mean:.2f} (goal {PEER_RATIO}); slower than the peer: {slower}."
+        yield "No peer was timed."
+        return
+    mean = exp(sum(map(log, known.values())) / len(known))
+    slower = sorted((ratio, what) for what, ratio in known.items() if ratio < 1)
+    yield f"Geometric mean over {len(known)} rows with a peer: {mean:.2f} (goal {PEER_RATIO}); slower than the peer: {len(slower)}."
+    yield "; ".join(f"{what} ({ratio:.2f})" for ratio, what in slower)
 
 
 def small_table(found: dict[str, Any]) -> Iterator[str]:
@@ -268,7 +283,7 @@ def main() -> None:
     given = parser.parse_args()
     records, warnings = Store(given.store).load_speed()
     speeds = Speeds(records)
-    parts = [*warnings, *main_table(speeds), "", *length_table(speeds), "", geometric_mean(speeds)]
+    parts = [*warnings, *main_table(speeds), "", goals_met(speeds), "", *length_table(speeds), "", *geometric_mean(speeds)]
     if given.small:
         parts += ["", *small_table(json.loads(given.small.read_text()))]
     if given.decode:

@@ -16,7 +16,7 @@ from kernels.walk_grouped import LEAST_GROUP
 pytestmark = pytest.mark.gpu
 
 FIRST = (2, 256, 4)
-LATER = ((3, 256, 4), (2, 333, 4), (2, 256, 5), (16, 64, 16), (1, 64, 1))
+LATER = ((3, 256, 4), (2, 333, 4), (2, 256, 5), (16, 64, 16), (1, 64, 1), (1, 4096, 2))
 """Batch, length and heads."""
 
 

@@ -5,6 +5,7 @@ import torch
 
 from kernels import vector_gate, vector_gate_config
 from kernels.dispatch import use_backend
+from kernels.dplr import dplr_recurrence
 from kernels.recurrence import linear_recurrence
 from tests.kernels import cases_vector_gate as cases
 
@@ -24,6 +25,18 @@ def test_shapes(shape: tuple[int, int, int, int, int], delta: bool):
 @pytest.mark.parametrize("gate", cases.GATES)
 def test_diagonal_plus_rank_one(gate: str):
     cases.check_dplr((1, 19, 2, 20, 17), gate, "cpu", torch.float32, state=True)
+
+
+def test_pairs_of_tokens():
+    q, k, a, b, z = (torch.randn(2, 3, 2, 20, requires_grad=True) for _ in range(5))
+    v = torch.randn(2, 3, 2, 17, requires_grad=True)
+    torch.library.opcheck(torch.ops.mixer_bench.dplr_pairs.default, (q, k, v, a, b, z))
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return dplr_recurrence(q, k, v, a, b, log_decay_BTHK=-z.abs())[0]
+
+    with use_backend("triton"):
+        torch.testing.assert_close(torch.vmap(call)(torch.stack((2 * q, q)))[1], call(q))
 
 
 @pytest.mark.parametrize("delta", [False, True])

@@ -35,7 +35,7 @@ def poisoned() -> Iterator[None]:
             setattr(owner, name, make)
 
 
-FRESH = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
+FRESH = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
 
 
 def rms_error(got: Tensor, true: Tensor) -> float:

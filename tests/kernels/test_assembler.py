@@ -20,7 +20,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return path
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(assembler, "_generation", lambda _: 9)
     monkeypatch.setattr(assembler, "_bundled", lambda: (12, 8))
     monkeypatch.setattr(assembler, "_installed", lambda: iter(sorted(tmp_path.glob("toolkit*"))))
     monkeypatch.delenv(assembler.VARIABLE, raising=False)
@@ -59,7 +60,7 @@ def test_one_that_does_not_run_is_an_obstacle(machine, monkeypatch: pytest.Monke
 
 
 def test_other_devices_do_not_ask(machine, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(assembler, "_generation", lambda _: 8)
     assert assembler.tensor_core_obstacle() is None
 
 

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 
 from kernels import vector_gate_config, walk
+from kernels.dplr_triton import ROWS, pairs_kernel
 from kernels.vector_gate_gradient import gradient_kernel
 from kernels.vector_gate_prepare import prepare_kernel
 from kernels.vector_gate_walk import reverse_kernel, walk_kernel
@@ -98,3 +99,12 @@ def test_single_precision(name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_configuration_compiles(name: str, width: int, delta: bool, dtype: torch.dtype) -> None:
     check(name, width, dtype, 6000 if "tree" in name else 3000, delta=delta)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 64), (torch.float32, 256)])
+def test_pairs_of_tokens(dtype: torch.dtype, width: int):
+    pointer, _ = DTYPES[dtype]
+    arguments: dict[str, Any] = {p.name: p.annotation_type or pointer for p in pairs_kernel.params if not p.is_constexpr}
+    arguments |= {"log_decay": "*fp32+", "decays": "*fp32+", "strength": "*fp32+"}
+    found = compile_sm90(pairs_kernel, arguments | {"K": width, "V": width, "BK": width, "BV": width, "ROWS": ROWS}, warps=4)
+    assert found.spilled == 0

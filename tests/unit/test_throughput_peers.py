@@ -109,7 +109,10 @@ def test_the_table_says_which_goals_are_met(monkeypatch):
     assert "0.261 / 0.166 theirs | 3.00 / 0.50 | yes / no |" in first
     assert second.endswith("| - / - | - | - / - | ? / ? |")
     assert "| - / - (- / -) | 2.00 / - (- / -) | - / - (- / -) | no, 2.00 |" in "\n".join(speed_table.length_table(speeds))
-    assert "over 2 rows with a peer: 1.22 (goal 2.0); slower than the peer: 1." in speed_table.geometric_mean(speeds)
+    mean, slower = speed_table.geometric_mean(speeds)
+    assert "over 2 rows with a peer: 1.22 (goal 2.0); slower than the peer: 1." in mean
+    assert slower == "linear D=128 T=2048 forward and backward (0.50)"
+    assert speed_table.goals_met(speeds) == "Met: 1 of 4, not met: 1, not measured: 2."
 
 
 def test_a_goal_can_be_a_multiple_of_the_peer_or_of_the_bound():
