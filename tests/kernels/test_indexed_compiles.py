@@ -71,7 +71,7 @@ def check(name, width, dtype, *, listed, spill, **flags):
 
 
 def test_chosen_blocks_in_sixteen_bit():
-    check("token", 128, torch.bfloat16, listed=True, spill=24)
+    check("token", 128, torch.bfloat16, listed=True, spill=60)
 
 
 @pytest.mark.parametrize(("name", "spill"), [("forward", 24), ("query", 60), ("key", 60), ("far", 0)])
