@@ -32,6 +32,17 @@ def test_weak_and_strong_decay(strength: float):
     cases.check((1, 17, 3, 2), "cpu", torch.float32, strength=strength)
 
 
+def test_states_are_kept_for_gradients_only():
+    x, dt, rate, b, c, _ = cases.draw(1, 33, 3, 2)
+    call = torch.ops.mixer_bench.selective_scan.default
+    plain = call(x, dt, rate[None], b, c, None, None, None, None, False)
+    trained = call(x.requires_grad_(), dt, rate[None], b, c, None, None, None, None, False)
+    assert plain[2].shape == (1, 0, 2, 3)
+    assert trained[2].shape == (1, 4, 2, 3)
+    assert torch.equal(plain[0], trained[0])
+    assert torch.equal(plain[1], trained[1])
+
+
 def test_members():
     cases.check_members("cpu")
     cases.check_shared_input("cpu")
