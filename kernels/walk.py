@@ -1,6 +1,7 @@
 """Linear attention with scalar decays by the walks of `kernels.walk_triton`: allocations, strides and launches.
 
-Hopper's 16-bit heads take `kernels.walk_hopper_launch` instead, and elsewhere those that share their keys `kernels.walk_grouped`.
+The forward pass of most 16-bit heads on Hopper is that of `kernels.walk_hopper_launch`, and heads that share their keys take
+`kernels.walk_grouped`, where it suits.
 
 Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value width, M rows of a constant decay.
 """
@@ -113,8 +114,6 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
 def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward`."""
     q, k, v, _, _, starts = inputs
-    if walk_hopper_launch.suits(inputs):
-        return walk_hopper_launch.entering_like(inputs)
     states = (v.shape[2], k.shape[3], v.shape[3])
     if walk_grouped.suits(q, k, v, starts):
         return v.new_empty(v.shape[0], walk_grouped.n_chunks(v.shape[1]), *states, dtype=_dot_dtype(q, k, v))
@@ -144,8 +143,6 @@ def backward(
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
     back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
-    if walk_hopper_launch.suits(inputs):
-        back = walk_hopper_launch.backward
     dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)
     if gate_grad:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DECAY_TOKENS, DECAY_SEGMENTS = 2048, 16
-"""Tokens of the decays' gradient that a program has, and programs that share a long row."""
-DECAY_ROWS, DECAY_WARPS = 2048, 8
-"""Tokens that a program sums up at a time, and its warps."""
+DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
+"""Tokens of a tile of the decays' gradient, and programs that share a long row."""
 
 
 def gate_of(log_decay: Tensor | None, spare: Tensor) -> Tensor:
@@ -45,14 +43,14 @@ def decay_gradient(
     if dfinal_BHKV is not None:
         assert final_BHKV is not None
         ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))
-    tokens = max(DECAY_TOKENS, -(-length // DECAY_SEGMENTS))
+    tokens = max(DECAY_ROWS, -(-length // DECAY_SEGMENTS))
     pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
     later_BTH = rowsums.new_empty(batch, length, heads)
     decay_gradient_kernel[(batch * pieces * heads,)](
         rowsums, rowsums if starts is None else starts, rowsums if ends is None else ends, later_BTH,
         length, batch, heads, pieces, tokens,
         PARTS=parts, ENDS=ends is not None, PIECES=(SEGMENTS if starts is None else SEQUENCES).value,
-        ROWS=DECAY_ROWS, num_warps=DECAY_WARPS,
+        ROWS=DECAY_ROWS, num_warps=8,
     )  # fmt: skip
     if log_decay.ndim == 3:
         return later_BTH

@@ -1,10 +1,10 @@
-"""What the Hopper walks of `kernels.walk_hopper` are made of, in Gluon: memory on chip, decays, and the states they start from.
+"""What the Hopper walk of `kernels.walk_hopper` is made of, in Gluon: memory on chip and decays.
 
-Decays are scalings of what enters the sums and of what leaves them (`decays_of`): rows of c are scaled where they lie in shared
-memory, before any product reads them, and rows of sums when they are done. No pair of tokens is decayed on its own, unless a
+Decays are scalings of what enters the sums and of what leaves them (`decays_of`): values are scaled where they lie in shared
+memory, before any product reads them, and outputs when they are done. No pair of tokens is decayed on its own, unless a
 chunk decays by more than 16-bit scalings can hold, which is mended after the fact.
 
-Shape legend: B batch, T time, H heads, P segments, C = 64 tokens of a chunk, D width of a and b, E width of c and out.
+Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip.
 """
 
 from __future__ import annotations
@@ -20,14 +20,6 @@ from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
 LIMIT, LIMIT_FP16 = tl.constexpr(60.0), tl.constexpr(6.0)
 """Largest exponents of the scalings that stand for a decay."""
-FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@gluon.jit
-def program(heads, segments, PARTS: gl.constexpr, TILES: gl.constexpr):
-    """Part, tile, head, segment and batch of a program; those of a head are neighbours, which share the L2 cache."""
-    own, rest = gl.program_id(0) % (PARTS * TILES), gl.program_id(0) // (PARTS * TILES)
-    return own // TILES, own % TILES, rest % heads, rest // heads % segments, rest // heads // segments
 
 
 @gluon.jit
@@ -37,46 +29,29 @@ def gate_of(gate, batch, head, length, heads, gate_every, GATE: gl.constexpr):
 
 
 @gluon.jit
-def start_of(n_first, step, steps, C: gl.constexpr, REVERSE: gl.constexpr):
+def start_of(step, steps, C: gl.constexpr):
     """First token of a step's chunk; steps beyond the last stay at it."""
-    step = gl.minimum(step, steps - 1)
-    return (n_first + ((steps - 1 - step) if REVERSE else step)) * C
+    return gl.minimum(step, steps - 1) * C
 
 
 @gluon.jit
-def buffers_of(
-    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOT: gl.constexpr
-):  # fmt: skip
-    """Shared memory: a, b and c of each stage; the state, outputs, scores and a line of numbers; slots of the probe; barriers."""
-    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
-    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
-    c_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE))
-    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
+def buffers_of(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory: q, k and v of each stage; the state, outputs, scores and a line of numbers; barriers."""
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
     scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
     line_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slots, slot_bars = out_buffer, line_buffer
-    if SLOTS > 0:
-        slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, BE], shared_layout(BE)), barriers(SLOTS)
-    work = (state_buffer, out_buffer, scores_buffer, line_buffer)
-    return (a_buffers, b_buffers, c_buffers), work, (slots, slot_bars), barriers(STAGES)
+    return (q_buffers, k_buffers, v_buffers), (state_buffer, out_buffer, scores_buffer, line_buffer), barriers(STAGES)
 
 
 @gluon.jit
-def bring(bars, sources, stages, place, t, step, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
-    """Starts to copy a chunk's rows of a, b and c into their stage."""
-    batch, ab_head, c_head, e_start = place
-    places = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, c_head, e_start])
-    fetch(bars.index(step % STAGES), 2 * C * (2 * BD + BE), sources, places, at_stage(stages, step % STAGES))
-
-
-@gluon.jit
-def bring_probe(probe, of_probe, place, t, step, BE: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr):
-    """Starts to copy a chunk's rows of the probe, which are read late in the chunk's turn, into their slot."""
-    batch, _, c_head, e_start = place
-    slots, bars = of_probe
-    slot = step % SLOTS
-    fetch(bars.index(slot), 2 * C * BE, (probe,), ([batch, t, c_head, e_start],), (slots.index(slot),))
+def bring(bars, sources, stages, batch, head, t, step, W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
+    """Starts to copy a chunk's rows of q, k and v into their stage."""
+    row = [batch, t, head, 0]
+    fetch(bars.index(step % STAGES), 2 * C * 3 * W, sources, (row, row, row), at_stage(stages, step % STAGES))
 
 
 @gluon.jit
@@ -88,10 +63,10 @@ def steps_of(gate, t, length, heads, cols, GATE: gl.constexpr):
 
 
 @gluon.jit
-def decays_of(step_C, rows, cols, REVERSE: gl.constexpr, DOT: gl.constexpr):
+def decays_of(step_C, rows, cols, DOT: gl.constexpr):
     """A chunk's decays as scalings of what enters the sums and of what leaves them, all in log2, for rows of scores.
 
-    Row j gives exp(G_i - G_j) c_j to row i, and that is leave_i enter_j with leave = exp(G - middle) and enter = 1 / leave. Both
+    Row j gives exp(G_i - G_j) v_j to row i, and that is leave_i enter_j with leave = exp(G - middle) and enter = 1 / leave. Both
     are cut at 2^limit, which the products' dtype can hold; a chunk that decays by more is rough, and `rest` is what is missing.
 
     Returns:
@@ -101,22 +76,22 @@ def decays_of(step_C, rows, cols, REVERSE: gl.constexpr, DOT: gl.constexpr):
     limit: gl.constexpr = LIMIT_FP16 if tl.float16 == DOT else LIMIT
     g_C = gl.sum(gl.where(rows[:, None] >= cols[None, :], step_C[None, :], 0.0), 1)
     half = 0.5 * gl.sum(step_C, 0)
-    whole_C = (half - g_C) if REVERSE else (g_C - half)
+    whole_C = g_C - half
     leave_C = gl.minimum(gl.maximum(whole_C, -limit), limit)
     return leave_C, whole_C - leave_C, half, gl.maximum(half, -limit), half < -limit
 
 
 @gluon.jit
-def enter(c_CE, leave_C, narrow: gl.constexpr, DOT: gl.constexpr):
-    """Scales rows of c where they lie, for the sums that they enter."""
+def enter(v_CV, leave_C, narrow: gl.constexpr, DOT: gl.constexpr):
+    """Scales values where they lie, for the sums that they enter."""
     factor_C = gl.exp2(-gl.convert_layout(leave_C, gl.SliceLayout(1, narrow)))
-    c_CE.store((c_CE.load(narrow).to(gl.float32) * factor_C[:, None]).to(DOT))
+    v_CV.store((v_CV.load(narrow).to(gl.float32) * factor_C[:, None]).to(DOT))
 
 
 @gluon.jit
-def seen(scores_CC, decays, rows, cols, line_buffer, square: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr):
+def seen(scores_CC, decays, rows, cols, line_buffer, square: gl.constexpr, GATE: gl.constexpr):
     """Scores of pairs that see each other, with what the cut scalings lack of their decay."""
-    is_seen = (rows[:, None] <= cols[None, :]) if REVERSE else (rows[:, None] >= cols[None, :])
+    is_seen = rows[:, None] >= cols[None, :]
     scores_CC = gl.where(is_seen, scores_CC, 0.0)
     if GATE != NO_GATE:  # noqa: SIM102 - one is known to the compiler, the other to the chip
         if decays[4]:
@@ -127,37 +102,11 @@ def seen(scores_CC, decays, rows, cols, line_buffer, square: gl.constexpr, GATE:
 
 
 @gluon.jit
-def mended(out_CE, a_CD, state_buffer, none_CE, decays, of_rows: gl.constexpr, GATE: gl.constexpr, ADDED: gl.constexpr):
-    """Sums of a chunk with what earlier chunks give decayed as it should be, where a rough chunk's scalings were cut.
-
-    ADDED: what the chunk's own tokens give is among the sums, so the part of earlier chunks is made once more.
-    """
+def mended(o_CV, q_CK, state_buffer, none_CV, decays, of_rows: gl.constexpr, GATE: gl.constexpr):
+    """Outputs of a chunk with what earlier chunks give decayed as it should be, where a rough chunk's scalings were cut."""
     if GATE != NO_GATE:  # noqa: SIM102
         if decays[4]:
             factor_C = gl.exp2(gl.convert_layout(decays[2] + decays[1] - decays[3], of_rows))
-            if ADDED:
-                again = warpgroup_mma(a_CD, state_buffer, none_CE, use_acc=False, is_async=True)
-                out_CE += warpgroup_mma_wait(0, [again]) * (factor_C - 1.0)[:, None]
-            else:
-                out_CE = out_CE * factor_C[:, None]
-    return out_CE
-
-
-@gluon.jit
-def entering(
-    given, sums, decays, batch, piece, heads, head, segments, offsets, inside, narrow: gl.constexpr,
-    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, START: gl.constexpr, REVERSE: gl.constexpr,
-):  # fmt: skip
-    """The state that a segment starts from: given to each, or what segments before it make of that of the sequence."""
-    state_DE = gl.zeros([BD, BE], gl.float32, narrow)
-    if START == EACH_GIVEN:
-        index = (batch * segments + piece) * heads + head
-        state_DE += gl.load(given + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    else:
-        if START == GIVEN:
-            state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-        for n in range((segments - 1 - piece) if REVERSE else piece):
-            index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-            added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-            state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
-    return state_DE
+            again = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
+            o_CV += warpgroup_mma_wait(0, [again]) * (factor_C - 1.0)[:, None]
+    return o_CV

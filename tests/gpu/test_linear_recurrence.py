@@ -211,7 +211,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
     from kernels import walk_forward_triton, walk_gradients_triton, walk_hopper
 
     gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
-    kernels = (walk_forward_triton.forward_kernel, *gradients, walk_hopper.forward_kernel, walk_hopper.backward_kernel)
+    kernels = (walk_forward_triton.forward_kernel, *gradients, walk_hopper.forward_kernel)
 
     def run(batch: int, length: int, heads: int) -> None:
         q, k, v = (torch.randn(batch, length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))

@@ -1,4 +1,4 @@
-"""The Hopper walks, followed on the CPU, against the token loop in fp64: outputs, states and gradients."""
+"""The forward walk for Hopper, followed on the CPU, against the token loop in fp64: outputs and states."""
 
 import pytest
 import triton.language as tl
@@ -8,7 +8,7 @@ from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
-from tests.kernels.interpreted_linear_recurrence import draw, run
+from tests.kernels.interpreted_linear_recurrence import call, draw
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
@@ -16,10 +16,10 @@ MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    for name in ("forward_kernel", "backward_kernel"):
-        monkeypatch.setattr(walk_hopper, name, OnCpu(getattr(walk_hopper, name), MODULES))
+    monkeypatch.setattr(walk_hopper, "forward_kernel", OnCpu(walk_hopper.forward_kernel, MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
-    monkeypatch.setattr(walk_hopper_launch, "suits", lambda inputs: inputs.starts is None)
+    monkeypatch.setattr(walk_hopper_launch, "suits", lambda _: True)
+    monkeypatch.setattr(walk_hopper_launch, "FORWARD", dict.fromkeys((64, 128), walk_hopper_launch.FORWARD[64]))
     with use_backend("triton"), poisoned():
         yield
 
@@ -27,15 +27,13 @@ def _hopper(monkeypatch):
 def check(shape, gate):
     exact = draw(shape, gate, state=True)
     single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
-    got, want = run(linear_recurrence, single), run(linear_recurrence_reference, exact)
-    for name, a, b in zip(("o", "final", *exact), got, want, strict=True):
-        # Gradients of decays are small differences of large sums.
-        assert rms_error(a, b) <= (2e-3 if name == "log_decay" else SINGLE), (shape, name)
+    for name, a, b in zip(("o", "final"), call(linear_recurrence, single), call(linear_recurrence_reference, exact), strict=True):
+        assert rms_error(a, b) <= SINGLE, (shape, name)
 
 
 # batch, length, groups, heads, key width, value width
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong", "zero"])
-@pytest.mark.parametrize("shape", [(1, 130, 1, 2, 20, 33), (1, 70, 2, 2, 72, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 1, 72, 96)], ids=str)
 def test_equals_the_token_loop(shape, gate):
     check(shape, gate)
 
@@ -47,15 +45,8 @@ def test_scalings_that_are_cut(monkeypatch, gate):
     check((2, 70, 1, 1, 24, 16), gate)
 
 
-@pytest.mark.parametrize(("heads_at_once", "gate"), [(4, "scalar"), (20, "none"), (20, "strong")])
-def test_few_heads_in_tiles_and_segments(monkeypatch, heads_at_once, gate):
-    monkeypatch.setattr(walk_hopper_launch, "HEADS_AT_ONCE", heads_at_once)
-    monkeypatch.setattr(walk_hopper_launch, "SHORTEST_SEGMENT", 64)
-    check((1, 200, 1, 2, 72, 33), gate)
-
-
 def test_rows_that_copies_cannot_take():
     """A transposed projection is copied first."""
-    exact = draw((1, 40, 1, 2, 16, 24), "none", state=True)
+    exact = draw((1, 40, 2, 2, 16, 24), "none", state=True)
     single = {name: x.detach().float().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for name, x in exact.items()}
-    assert rms_error(run(linear_recurrence, single)[0], run(linear_recurrence_reference, exact)[0]) <= SINGLE
+    assert rms_error(call(linear_recurrence, single)[0], call(linear_recurrence_reference, exact)[0]) <= SINGLE
