@@ -84,7 +84,7 @@ def forward_kernel(  # noqa: PLR0915 - one turn of a pipeline, whose order is th
     decays, next_step_C = (rows.to(gl.float32), rows.to(gl.float32), 0.0, 0.0, False), cols.to(gl.float32)
     t = start_of(0, steps, C)
     if GATE != NO_GATE:
-        decays = decays_of(steps_of(gate, t, length, heads, cols, GATE), rows, cols, DOT)
+        decays = decays_of(steps_of(gate, t, length, heads, cols, GATE), rows, cols)
         next_step_C = steps_of(gate, start_of(1, steps, C), length, heads, cols, GATE)
     mbarrier.wait(bars.index(0), 0)
     early_scores = warpgroup_mma(stages[0].index(0), stages[1].index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
@@ -108,7 +108,7 @@ def forward_kernel(  # noqa: PLR0915 - one turn of a pipeline, whose order is th
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         next_decays = decays
         if GATE != NO_GATE:
-            next_decays = decays_of(next_step_C, rows, cols, DOT)
+            next_decays = decays_of(next_step_C, rows, cols)
             next_step_C = steps_of(gate, start_of(step + 2, steps, C), length, heads, cols, GATE)
             enter(following[2], next_decays[0], narrow, DOT)
         o_CV, state, scores = warpgroup_mma_wait(2, [read, state, scores])

@@ -47,8 +47,9 @@ def suits(inputs: Inputs) -> bool:
     q, k, v, log_decay, _, starts = inputs
     if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
         return False
-    narrow = v.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
-    if not narrow or k.shape[2] != v.shape[2] or n_segments(k, v) > 1 or any(x.shape[3] % ALIGNED for x in (k, v)):
+    if any(x.dtype != torch.bfloat16 or x.shape[3] % ALIGNED for x in (q, k, v)):
+        return False
+    if k.shape[2] != v.shape[2] or n_segments(k, v) > 1:
         return False
     least, most = sorted((k.shape[3], v.shape[3]))
     wide = least > NARROW and most <= WIDTH

@@ -18,8 +18,8 @@ from kernels.delta_hopper import barriers, fetch, shared_layout
 from kernels.delta_hopper_walk import at_stage
 from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
-LIMIT, LIMIT_FP16 = tl.constexpr(60.0), tl.constexpr(6.0)
-"""Largest exponents of the scalings that stand for a decay."""
+LIMIT = tl.constexpr(60.0)
+"""Largest exponent of the scalings that stand for a decay, which bf16 can hold."""
 
 
 @gluon.jit
@@ -63,22 +63,21 @@ def steps_of(gate, t, length, heads, cols, GATE: gl.constexpr):
 
 
 @gluon.jit
-def decays_of(step_C, rows, cols, DOT: gl.constexpr):
+def decays_of(step_C, rows, cols):
     """A chunk's decays as scalings of what enters the sums and of what leaves them, all in log2, for rows of scores.
 
     Row j gives exp(G_i - G_j) v_j to row i, and that is leave_i enter_j with leave = exp(G - middle) and enter = 1 / leave. Both
-    are cut at 2^limit, which the products' dtype can hold; a chunk that decays by more is rough, and `rest` is what is missing.
+    are cut at 2^LIMIT; a chunk that decays by more is rough, and `rest` is what is missing.
 
     Returns:
         The exponent of leave (that of enter is its negative), `rest`, half of the chunk's exponent, the part of that half by
         which the state is scaled for its reader, and whether the chunk is rough.
     """
-    limit: gl.constexpr = LIMIT_FP16 if tl.float16 == DOT else LIMIT
     g_C = gl.sum(gl.where(rows[:, None] >= cols[None, :], step_C[None, :], 0.0), 1)
     half = 0.5 * gl.sum(step_C, 0)
     whole_C = g_C - half
-    leave_C = gl.minimum(gl.maximum(whole_C, -limit), limit)
-    return leave_C, whole_C - leave_C, half, gl.maximum(half, -limit), half < -limit
+    leave_C = gl.minimum(gl.maximum(whole_C, -LIMIT), LIMIT)
+    return leave_C, whole_C - leave_C, half, gl.maximum(half, -LIMIT), half < -LIMIT
 
 
 @gluon.jit
