@@ -40,7 +40,7 @@ def model(name: str, result: dict[str, Any]) -> JudgedModel:
         window = int(name.partition("_")[2])
         common["name"] = f"window {window} + 4 sinks, untrained"
         return JudgedModel(kind="window", parameters=PARAMETERS, teacher="teacher", window=window, sinks=4, **common)
-    plan = planned(EXPERIMENTS.get(name.partition("_")[0], ["--recipe", report["recipe_name"]]))
+    plan = planned(EXPERIMENTS.get(name, ["--recipe", report["recipe_name"]]))
     made = {key: report[key] for key in ("recipe_name", "tokens", "seed", "data_hash")}
     fields = {"mixer": plan.mixer, "window": plan.window or None, "sinks": plan.sinks, "combine": plan.combine, "conversion": made}
     referees = {"teacher": "teacher", "window": "window_252"}
