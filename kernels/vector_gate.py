@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import vector_gate_hopper_launch
 from kernels.operands import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
-from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, solve_precision, tile_width
+from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
 
 
 class Kept(NamedTuple):
     """What the backward pass reads again; errors and states are empty if it will not run, couplings without the delta rule.
 
     Args:
-        rough: int32 [B, H, N], whether the decays of a chunk are too strong for products about its middle.
+        levels: int32 [B, H, N], log2 of the tokens of the blocks of a chunk that are gentle, see `kernels.vector_gate_middle`.
         factors: of rows of the state [B, H, N, 2, KP], see `kernels.vector_gate_middle`.
         reads: Q' [B, H, N, C, KP], see `kernels.vector_gate_prepare`.
         writes: W [B, H, N, C, KP].
@@ -32,7 +33,7 @@ class Kept(NamedTuple):
         errors: E [B, T, H, V].
     """
 
-    rough: Tensor
+    levels: Tensor
     factors: Tensor
     reads: Tensor
     writes: Tensor
@@ -102,7 +103,7 @@ class Call:
         self.has_first, self.delta = state_BHKV is not None, beta_BTH is not None
         self.dtype, self.k_dim = kept.scores.dtype, k_BTHK.shape[3]
         self.config = config(self.k_dim, self.v_dim, self.dtype, delta=self.delta)
-        self.blocks = kept.rough.numel()
+        self.blocks = kept.levels.numel()
         self.wide_k, self.wide_v = (tile_width(width, self.dtype) for width in (self.k_dim, self.v_dim))
         self.v = v_BTHV
         self.keys = (*_narrow(self.dtype, q_BTHK, k_BTHK, k_BTHK if erase_BTHK is None else erase_BTHK), log_decay_BTHK)
@@ -117,16 +118,25 @@ class Call:
         }
 
     def prepare(self) -> None:
-        """Runs `prepare_kernel`."""
+        """Runs `prepare_kernel` and, with the delta rule, `solve_kernel`."""
         from kernels.vector_gate_prepare import prepare_kernel
+        from kernels.vector_gate_solve import solve_kernel
 
-        kept = self.kept
+        kept, tile = self.kept, self.config.prepare
         rows, strides, unit = _rows(*self.keys)
-        for tree, tile in ((False, self.config.prepare), (True, self.config.rough)):
-            prepare_kernel[(self.blocks,)](
-                *rows, self.beta, *kept[:7], *strides, self.length, self.heads,
-                **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-                TREE=tree, SOLVE=solve_precision(self.dtype), **tile.options(),
+        merge = (
+            torch.float32 if self.dtype == torch.float32 else torch.float16
+        )  # the digits of H, see `kernels.delta_coupling_triton`
+        systems = torch.empty_like(kept.couplings, dtype=merge)
+        prepare_kernel[(self.blocks,)](
+            *rows, *kept[:6], systems, *strides, self.length, self.heads,
+            **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
+            **tile.options(),
+        )  # fmt: skip
+        if self.delta:
+            solve_kernel[(self.blocks,)](
+                self.beta, systems, kept.couplings, self.length, self.heads,
+                C=self.config.chunk, MERGE=_triton_dtype(merge), PRECISION=_precision(self.dtype), num_warps=1,
             )  # fmt: skip
 
     def walk(self, *, return_state: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -138,6 +148,10 @@ class Call:
         tiles, segments = self._tiles(tile), self._segments(tile)
         o = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         last = _state_like(self.v, self.k_dim) if return_state else _nothing(self.v)
+
+        if segments.number == 1 and vector_gate_hopper_launch.fit(self, v):
+            vector_gate_hopper_launch.walk(self, v, o, last, return_state=return_state, keep=keep)
+            return o, last
 
         def launch(first: Tensor, last: Tensor, decays: Tensor, **flags: bool) -> None:
             walk_kernel[(self.batch * self.heads * segments.number * tiles,)](
@@ -161,9 +175,12 @@ class Call:
         (do,), strides, unit = _rows(*_narrow(self.dtype, do))
         tiles, segments = self._tiles(tile), self._segments(tile)
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
         dfirst = _state_like(self.v, self.k_dim) if self.has_first else _nothing(self.v)
         dstates = torch.empty_like(kept.states)
+        given = None if dlast is None else dlast.float().contiguous()
+        if segments.number == 1 and vector_gate_hopper_launch.fit(self, do):
+            return dv, vector_gate_hopper_launch.reverse(self, do, given, dv, dfirst, dstates), dfirst, dstates
+        dbeta = self.v.new_empty((tiles, *self.v.shape[:3]) if self.delta else 0, dtype=torch.float32)
 
         def launch(dlast: Tensor, dfirst: Tensor, decays: Tensor, **flags: bool) -> None:
             reverse_kernel[(self.batch * self.heads * segments.number * tiles,)](
@@ -171,7 +188,6 @@ class Call:
                 *strides, self.length, self.batch, self.heads, *segments, **self.flags, **self._walking(tile), UNIT=unit, **flags,
             )  # fmt: skip
 
-        given = None if dlast is None else dlast.float().contiguous()
         behind = do if given is None else given
         if segments.number > 1:
             behind, decays = self._sums(segments.number)
@@ -216,15 +232,14 @@ class Call:
 
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        kept = self.kept
+        kept, tile = self.kept, self.config.gradient
         rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
-        for tree, tile in ((False, self.config.gradient), (True, self.config.rough)):
-            part_k = min(tile.width, self.wide_k)
-            gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-                *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
-                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
-                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, TREE=tree, STAGES=tile.stages, **tile.options(),
-            )  # fmt: skip
+        part_k, part_v = min(tile.width, self.wide_k), min(tile.values or tile.width, self.wide_v)
+        gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
+            *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
+            **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v,
+            UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, STAGES=tile.stages, **tile.options(),
+        )  # fmt: skip
         return found
 
 

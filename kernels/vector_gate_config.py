@@ -20,12 +20,14 @@ class Tile(NamedTuple):
         warps: warps of a program.
         stages: depth of its software pipeline.
         registers: most registers of a thread, or None for the compiler's choice.
+        values: of the gradients, values that a program takes at once; None for `width`.
     """
 
     width: int
     warps: int
     stages: int
     registers: int | None = None
+    values: int | None = None
 
     def options(self) -> dict[str, int | None]:
         """Launch options."""
@@ -41,7 +43,6 @@ class Config(NamedTuple):
         walk: of the forward walk; the width is that of the state's columns.
         reverse: of the walk back, likewise.
         gradient: of the gradients of queries and keys.
-        rough: of both preparation and gradients of rough chunks.
     """
 
     chunk: int
@@ -49,28 +50,26 @@ class Config(NamedTuple):
     walk: Tile
     reverse: Tile
     gradient: Tile
-    rough: Tile
 
 
 # Without and with the delta rule, by the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
-ROUGH = Tile(64, 4, 1)
 SIXTEEN_BIT = (
     {
-        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), ROUGH),
-        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168), ROUGH),
-        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), ROUGH),
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
+        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168)),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
     },
     {
-        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), ROUGH),
-        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2), ROUGH),
-        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), ROUGH),
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
+        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2)),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
     },
 )
 FP32 = (
     {
-        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
+        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
     },
 ) * 2
 
@@ -92,14 +91,13 @@ def tile_width(width: int, dtype: torch.dtype) -> int:
     return max(padded(width), 16 if dtype == torch.float32 else 64)
 
 
-def solve_precision(dtype: torch.dtype) -> str:
-    """Products of the couplings: TF32 has the mantissa of fp16 and the range that keys of any length need."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
 def gentle_limit(dtype: torch.dtype) -> float:
-    """Exponent of 2 up to which a half of a chunk may decay and be gentle; factors in fp16 would overflow early."""
-    return 0.0 if dtype == torch.float16 else 60.0
+    """Exponent of 2 up to which half of what a gentle chunk decays by may go.
+
+    Factors of twice that are multiplied where a later key meets an earlier query, which is masked: with bf16 operands such a
+    product may be infinite, with fp32 ones, which are multiplied in parts, it is kept finite. Factors in fp16 would overflow early.
+    """
+    return {torch.float16: 0.0, torch.bfloat16: 96.0, torch.float32: 60.0}[dtype]
 
 
 def gate_terms(dtype: torch.dtype, gate_dtype: torch.dtype) -> int:

@@ -1,13 +1,15 @@
 """Decays of a chunk about its middle, which turn most chunks into those of attention without a gate.
 
-With G the cumulated log decay of a chunk, G_m that of the last token of its early half and S the state that enters it, let
-keys and queries, and the state itself, be decayed to the middle instead of the boundaries:
+With G the cumulated log decay of a chunk and S the state that enters it, let keys and queries, and the state itself, be decayed
+to where half of each channel's decay is done instead of to the boundaries:
 
-    Q' = Q exp(G - G_m),  W = K exp(G_m - G),  S_m = exp(G_m) S:    O = Q' S_m + tril(Q' W^T) U,  S <- exp(G_C - G_m) (S_m + W^T U)
+    Q' = Q exp(G - G_C / 2),  W = K exp(G_C / 2 - G),  S_m = exp(G_C / 2) S:
+    O = Q' S_m + tril(Q' W^T) U,  S <- exp(G_C / 2) (S_m + W^T U)
 
-Exponents have both signs, but cannot overflow where no channel decays by more than 2^-60 in either half: a gentle chunk. A
-rough one takes the decays to its boundaries, Q' = Q exp(G), W = K exp(G_C - G), all exponents <= 0, and its scores are those of
-`kernels.vector_gate_tree`. Each chunk decides for itself, and only factors of rows of the state differ:
+Exponents have both signs, but cannot overflow where half of what a channel decays by is above 2^-96: a gentle chunk. Products of
+two factors may, but only those of a later key and an earlier query, which are masked. A rough chunk takes the decays to its
+boundaries, Q' = Q exp(G), W = K exp(G_C - G), all exponents <= 0, and its scores are those of `kernels.vector_gate_tree`. Each
+chunk decides for itself, and only factors of rows of the state differ:
 
     S_m = enter S,    O = Q' S_m + P U,    S <- leave (carry S_m + W^T U)
 
@@ -32,45 +34,42 @@ def load_gates(start, stride, i_C, d_K, left, K: tl.constexpr, TERMS: tl.constex
 
 
 @triton.jit
-def half_sums(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
-    """Log2 decays [K] of the early and of the late half, of the terms that `from_middle` adds up."""
+def half_decay(gate, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """Half of the log2 decays [K] of a chunk, of the terms that `from_middle` adds up."""
     high, low = in_terms(gate, TERMS)
     gate = high.to(tl.float32)
     if TERMS == 2:
         gate += low.to(tl.float32)
-    is_late = i_C >= C // 2
-    is_late = is_late[None, :] if BY_KEY else is_late[:, None]
     axis: tl.constexpr = 1 if BY_KEY else 0
-    return tl.sum(tl.where(is_late, 0.0, gate), axis) * LOG2_E, tl.sum(tl.where(is_late, gate, 0.0), axis) * LOG2_E
+    return tl.sum(gate, axis) * (0.5 * LOG2_E)
 
 
 @triton.jit
-def from_middle(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
-    """Log2 of the decay from the middle to each token, positive before it: one product with a matrix of -1, 0 and 1."""
-    to_C, token_C = i_C[:, None], i_C[None, :]
-    late_CC = (token_C >= C // 2) & (token_C <= to_C)
-    early_CC = (token_C < C // 2) & (token_C > to_C)
+def from_middle(gate, i_C, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """Log2 of the decay from the middle to each token, positive before it: one product with a matrix of halves."""
     high, low = in_terms(gate, TERMS)
-    return times_terms(tl.where(late_CC, 1.0, tl.where(early_CC, -1.0, 0.0)), high, low, TERMS, BY_KEY) * LOG2_E
+    return times_terms(tl.where(i_C[None, :] <= i_C[:, None], 0.5, -0.5), high, low, TERMS, BY_KEY) * LOG2_E
 
 
 @triton.jit
-def reads_and_writes(gate, i_C, C: tl.constexpr, TERMS: tl.constexpr, ROUGH: tl.constexpr, BY_KEY: tl.constexpr):
+def reads_and_writes(gate, i_C, TERMS: tl.constexpr, ROUGH: tl.constexpr, BY_KEY: tl.constexpr):
     """Log2 decays of what reads from a chunk, and of what is written in it, of the shape of the log decays."""
-    since = from_middle(gate, i_C, C, TERMS, BY_KEY)
-    until = -since
     if ROUGH:
-        early_K, late_K = half_sums(gate, i_C, C, TERMS, BY_KEY)
-        since += early_K[:, None] if BY_KEY else early_K[None, :]
-        until += late_K[:, None] if BY_KEY else late_K[None, :]
+        high, low = in_terms(gate, TERMS)
+        read_CC = tl.where(i_C[None, :] <= i_C[:, None], 1.0, 0.0)
+        since = times_terms(read_CC, high, low, TERMS, BY_KEY) * LOG2_E
+        until = times_terms(1.0 - read_CC, high, low, TERMS, BY_KEY) * LOG2_E
+    else:
+        since = from_middle(gate, i_C, TERMS, BY_KEY)
+        until = -since
     return since, until
 
 
 @triton.jit
-def store_factors(factors, early_K, late_K, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
+def store_factors(factors, half_K, d_K, KP: tl.constexpr, ROUGH: tl.constexpr):
     """Writes the factors [2, KP] of the rows of a state: enter and leave, or -1 and carry. For three, a walk has no memory left."""
-    tl.store(factors + d_K, tl.zeros_like(early_K) - 1.0 if ROUGH else tl.exp2(early_K))
-    tl.store(factors + KP + d_K, tl.exp2(early_K + late_K if ROUGH else late_K))
+    tl.store(factors + d_K, tl.zeros_like(half_K) - 1.0 if ROUGH else tl.exp2(half_K))
+    tl.store(factors + KP + d_K, tl.exp2(2 * half_K if ROUGH else half_K))
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def _recurrence_backward(
     beta: Tensor | None,
     erase: Tensor | None,
     state: Tensor | None,
-    rough: Tensor,
+    levels: Tensor,
     factors: Tensor,
     reads: Tensor,
     writes: Tensor,
@@ -79,7 +79,7 @@ def _recurrence_backward(
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.vector_gate.backward`."""
-    kept = vector_gate.Kept(rough, factors, reads, writes, erases, scores, couplings, states, errors)
+    kept = vector_gate.Kept(levels, factors, reads, writes, erases, scores, couplings, states, errors)
     with torch.cuda.device_of(do):
         found: Any = vector_gate.backward(q, k, v, log_decay, beta, erase, state, kept, do, dfinal)
     return found

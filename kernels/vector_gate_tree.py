@@ -88,3 +88,19 @@ def to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr
 def past_to_boundary(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
     """The same for late tokens, up to the token before."""
     return range_sums(last_early(i_C, level), i_C - 1, high, low, i_C, TERMS, BY_KEY) * LOG2_E
+
+
+@triton.jit
+def in_blocks(i_C, level, high, low, TERMS: tl.constexpr, BY_KEY: tl.constexpr):
+    """Log2 decay to each token from where half of its block's decay is done, its first token's aside; positive before that."""
+    row, col = i_C[:, None], i_C[None, :]
+    inside_CC = ((row >> level) == (col >> level)) & (col > ((row >> level) << level))
+    weight_CC = tl.where(inside_CC, tl.where(col <= row, 0.5, -0.5), 0.0)
+    return times_terms(weight_CC, high, low, TERMS, BY_KEY) * LOG2_E
+
+
+@triton.jit
+def past_in_blocks(since, gate, i_C, level, BY_KEY: tl.constexpr):
+    """The same up to the token before; zero for a block's first token, which has none in its block."""
+    is_first_C = (i_C & ((1 << level) - 1)) == 0
+    return tl.where(is_first_C[None, :] if BY_KEY else is_first_C[:, None], 0.0, since - gate * LOG2_E)

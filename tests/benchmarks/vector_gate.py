@@ -34,8 +34,14 @@ SHAPES = (
     (1, 32768, 16, 128),
     (64, 256, 2, 64),
 )
-GATES = {"weak": 16.0, "plain": 1.0, "strong": 0.1}
-"""Log decays are logsigmoid(z) over these, z from a normal distribution."""
+GATES = {
+    "weak": lambda z, u: logsigmoid(z) / 16,
+    "plain": lambda z, u: logsigmoid(z),
+    "bench throughput": lambda z, u: -5 * u**4,
+    "to -10": lambda z, u: -10 * u,
+    "strong": lambda z, u: 10 * logsigmoid(z),
+}
+"""Log decays from a normal and a uniform distribution."""
 SEED = 0
 
 
@@ -44,8 +50,9 @@ def draw(shape: tuple[int, int, int, int], *, delta: bool, gate: str, dtype: tor
     batch, length, heads, width = shape
     torch.manual_seed(SEED)
     q, k, v, z = (torch.randn(batch, length, heads, width, device="cuda") for _ in range(4))
+    u = torch.rand(batch, length, heads, width, device="cuda")
     leaves = {"q_BTGK": q.bfloat16(), "k_BTGK": normalize(k, dim=-1).bfloat16(), "v_BTHV": v.bfloat16()}
-    leaves["log_decay"] = (logsigmoid(z) / GATES[gate]).to(dtype)
+    leaves["log_decay"] = GATES[gate](z, u).to(dtype)
     if delta:
         leaves["beta_BTH"] = torch.rand(batch, length, heads, device="cuda")
     return {name: x.requires_grad_() for name, x in leaves.items()}
@@ -77,8 +84,8 @@ def times(leaves: dict[str, Tensor]) -> dict[str, float]:
         return {"forward_ms": forward, "both_ms": graph_ms(both)}
 
 
-def parts(leaves: dict[str, Tensor]) -> dict[str, float]:
-    """Graph times of each kernel."""
+def parts(leaves: dict[str, Tensor]) -> dict[str, object]:
+    """Graph times of each kernel, and the kinds of the chunks."""
     q, k, v, gate, beta = (None if x is None else x.detach() for x in (*leaves.values(), *[None] * (5 - len(leaves))))
     do = torch.randn_like(v)
     call = vector_gate.Call(q, k, v, gate, beta, None, None, vector_gate.kept_like(q, k, v, delta=beta is not None, keep=True))
@@ -92,15 +99,22 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, float]:
         "reverse": lambda: call.reverse(do, None),
         "gradients": lambda: call.gradients(do, dv, dstates),
     }
-    return {name: graph_ms(f) for name, f in calls.items()}
+    return {name: graph_ms(f) for name, f in calls.items()} | {"blocks": levels(call)}
+
+
+def levels(call: vector_gate.Call) -> dict[str, int]:
+    """How many chunks are gentle in blocks of how many tokens; for `parts`."""
+    found, counts = torch.unique(call.kept.levels, return_counts=True)
+    return {str(2**level): count for level, count in zip(found.tolist(), counts.tolist(), strict=True)}
 
 
 def shipped(rates: tuple[float, float], *, with_parts: bool) -> Iterator[dict]:
     """Every shape with the shipped configurations; other gates and an fp32 gate at the main shape."""
     main = SHAPES[1]
-    cases = [(shape, "plain", torch.bfloat16) for shape in SHAPES]
-    cases += [(main, "weak", torch.bfloat16), (main, "strong", torch.bfloat16), (main, "plain", torch.float32)]
-    for (shape, gate, dtype), delta in itertools.product(cases, (False, True)):
+    cases = [(shape, "weak", torch.bfloat16) for shape in (main, *SHAPES)]
+    cases += [(main, gate, torch.bfloat16) for gate in GATES if gate != "weak"] + [(main, "weak", torch.float32)]
+    cases += [(SHAPES[-1], "bench throughput", torch.bfloat16)]
+    for (shape, gate, dtype), delta in itertools.product(dict.fromkeys(cases), (False, True)):
         leaves = draw(shape, delta=delta, gate=gate, dtype=dtype)
         found, floor = times(leaves), floors_ms(shape, rates, delta=delta, gate_bytes=dtype.itemsize)
         ratios = {"forward_x": found["forward_ms"] / floor[0], "both_x": found["both_ms"] / floor[1]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import _replay, vector_gate
+from kernels import _replay, vector_gate, vector_gate_hopper_launch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -58,6 +58,34 @@ def test_few_heads_are_walked_in_segments(gate: str, dtype: torch.dtype, monkeyp
             cases.check((1, 300, 2, 128, 128), gate, "cuda", dtype, delta=False, state=state)
 
 
+@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize(
+    "shape", [(9, 130, 16, 128, 128), (5, 130, 16, 64, 64), (4, 130, 16, 128, 96), (1, 1100, 1, 128, 128)], ids=str
+)
+@pytest.mark.parametrize("delta", [False, True])
+def test_walks_of_hopper(shape: tuple[int, int, int, int, int], delta: bool, gate: str) -> None:
+    """All columns of wide heads in a program, of narrow ones, and half of them."""
+    for state in (False, True):
+        cases.check(shape, gate, "cuda", torch.bfloat16, delta=delta, state=state)
+
+
+@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("width", [64, 128])
+def test_segments_of_the_delta_rule(width: int, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one is shorter."""
+    monkeypatch.setattr(vector_gate_hopper_launch, "FEW", 2)
+    with _replay.forgetful():
+        for state in (False, True):
+            cases.check((1, 1100, 1, width, width), gate, "cuda", torch.bfloat16, delta=True, state=state)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_plain_walks(delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_gate_hopper_launch, "fit", lambda *_: False)
+    with _replay.forgetful():
+        cases.check((2, 200, 2, 128, 128), "weak", "cuda", torch.bfloat16, delta=delta, state=True)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_members(delta: bool) -> None:
     cases.check_members("cuda", delta=delta)
@@ -80,12 +108,22 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import vector_gate_gradient, vector_gate_prepare, vector_gate_walk
+    from kernels import (
+        vector_gate_gradient,
+        vector_gate_hopper,
+        vector_gate_hopper_back,
+        vector_gate_prepare,
+        vector_gate_solve,
+        vector_gate_walk,
+    )
 
     kernels = (
         vector_gate_prepare.prepare_kernel,
+        vector_gate_solve.solve_kernel,
         vector_gate_walk.walk_kernel,
         vector_gate_walk.reverse_kernel,
+        vector_gate_hopper.walk_kernel,
+        vector_gate_hopper_back.reverse_kernel,
         vector_gate_gradient.gradient_kernel,
     )
 

@@ -15,7 +15,7 @@ from kernels.reference import dplr_reference, linear_recurrence_reference
 from tests.kernels.oracle import poisoned, require_close, rms_error
 
 NARROW = ("q", "k", "v", "a", "b")
-GATES = {"zero": 0.0, "weak": 0.1, "strong": 10.0}
+GATES = {"zero": 0.0, "weak": 0.1, "middle": 3.0, "strong": 10.0, "abrupt": 1e5}
 """Log decays are drawn between 0 and the negative of these."""
 SINGLE = {"log_decay": 5e-5, "log_decay_BTHK": 5e-5, "beta_BTH": 2e-5, "other": 1e-5}
 SIXTEEN_BIT = {"o": 5e-3, "final": 5e-3, "log_decay": 2e-2, "log_decay_BTHK": 2e-2, "beta_BTH": 2e-2, "other": 5e-3}
