@@ -311,4 +311,6 @@ def backward(
     call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV, kept)
     dv, dbeta, dfirst, dstates = call.reverse(do_BTHV, dfinal_BHKV)
     dq, dk, derase, dgate = call.gradients(do_BTHV, dv, dstates)
-    return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), derase, dfirst
+    if beta_BTH is not None:
+        dbeta = (dbeta.sum(0) if len(dbeta) > 1 else dbeta[0]).to(beta_BTH.dtype)
+    return dq, dk, dv, dgate, dbeta, derase, dfirst
