@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +35,21 @@ class Repeated:
             self.warm = True
             return self._on_side_stream(self.function)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # without a stream of its own, a capture takes the first one made, which may be another device's
-            with torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.Stream(self.device)):
-                self.result = self.function()
+            self._capture()
+        assert self.graph is not None
         self.graph.replay()
         return self.result
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        # without a stream of its own, a capture takes the first one made, which may be another device's
+        graph = torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.Stream(self.device))
+        gc.disable()  # it might free an old graph, which CUDA does not allow during a capture
+        try:
+            with graph:
+                self.result = self.function()
+        finally:
+            gc.enable()
 
     def _on_side_stream(self, function: Callable[[], Any]) -> Any:
         side = torch.cuda.Stream(self.device)

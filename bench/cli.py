@@ -75,7 +75,8 @@ def synthetic(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; default one per GPU or CPU core.", rich_help_panel="How")
+        int | None,
+        typer.Option(min=1, help="Worker processes; default one per CPU core, or up to 6 per GPU.", rich_help_panel="How"),
     ] = None,
     fleet: Annotated[
         int, typer.Option(min=1, help="Most seeds and learning rates trained together as one model.", rich_help_panel="How")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from bench.errors import UserError, unknown
@@ -48,3 +49,8 @@ def resolve_device(wanted: str) -> Device:
             "--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch."
         )
     return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels (no CUDA device was found).")
+
+
+def compiles(device: str) -> bool:
+    """Whether fleets are compiled on a device: on GPUs, unless `BENCH_COMPILE=0`."""
+    return device.startswith("cuda") and os.environ.get("BENCH_COMPILE", "1") != "0"

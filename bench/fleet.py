@@ -71,6 +71,7 @@ class StackedFleet:
         self.pool = graph_pool(device)
         self._read = compile_for_cells(_read_batch) if compiled else _read_batch
         self._account = compile_for_cells(_account) if compiled else _account
+        self.cells = cells
         self._steps = [Repeated(partial(self.step_on, cell), device, self.pool) for cell in cells]
 
     @torch.no_grad()
@@ -88,8 +89,19 @@ class StackedFleet:
         """One step of every member on a training cell, with the examples and learning rates that are in place."""
         self._steps[cell]()
 
+    def rehearse(self, cell: int) -> None:
+        """Computes a gradient on a training cell and forgets it, which compiles all that a step needs."""
+        sums_E3 = self.sums_E3.clone()
+        self._differentiate(self.cells[cell])
+        self.sums_E3.copy_(sums_E3)
+
     def step_on(self, cell: StackedCell) -> None:
         """`advance`, without a CUDA graph."""
+        self._differentiate(cell)
+        self._optimise()
+
+    def _differentiate(self, cell: StackedCell) -> None:
+        """Puts every member's gradient in its place, and adds its loss and score to the epoch's sums."""
         whole, keys_EB, share_E, examples_E, zero_error_E = self._read(
             cell, self.sets_E, self.examples_SB, self.dropout_E, self.steps_E
         )
@@ -97,7 +109,6 @@ class StackedFleet:
             loss_E, score_E = self.model.loss_and_score(*part, zero_error_E)
             self.model.gradient(loss_E, share_E, self.gradient_EP, add=index > 0)
             self._account(self.sums_E3, loss_E.detach() * share_E, score_E, examples_E, first=index == 0)
-        self._optimise()
 
     def _optimise(self) -> None:
         adamw_step(

@@ -118,7 +118,7 @@ class RunRecord(Strict):
     started: str
     """UTC, ISO 8601."""
     train_seconds: float = 0.0
-    """Training time divided among the fleet's members."""
+    """Training time divided among the fleet's members, compiling and waiting for a shared GPU left out."""
     wall_seconds: float = 0.0
     """From the start of the fleet to this record, not divided."""
     examples_per_second: float | None = None

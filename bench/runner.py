@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from bench.claims import Claims
+from bench.device import compiles
 from bench.member import Member
 from bench.outcome import Clock, Outcome, identity_of, make_record
 from bench.records import RunRecord
 from bench.spec import RunSpec
 from bench.store import Store, StoreError
 from bench.train import FleetTrainer, Interrupted, Progress
+from bench.turns import Turn
 
 MAX_MICRO_BATCHES = 8
 PROGRESS_FILE_SECONDS = 2.0
@@ -73,6 +75,11 @@ def execute(
 Checkpoint = dict[str, Any]
 
 
+def _is_memory(error: Exception) -> bool:
+    """Whether the device's memory was short; a driver that has none left for a graph or a kernel says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
+
+
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -87,7 +94,7 @@ class _Job:
 
     def __init__(self, device: torch.device, store: Store, claims: Claims, tell: Tell, should_stop: Callable[[], bool]) -> None:
         self.device, self.store, self.claims, self.tell, self.should_stop = device, store, claims, tell, should_stop
-        self.compiled = device.type == "cuda" and os.environ.get("BENCH_COMPILE", "1") != "0"
+        self.compiled = compiles(device.type)
         self.ended: set[str] = set()
         self.unsound: set[str] = set()
 
@@ -122,7 +129,7 @@ class _Job:
             except Exception as error:
                 torch.cuda.empty_cache()
                 left = [(spec, self._checkpoint(spec)) for spec, _ in group if identity_of(spec) not in self.ended]
-                memory = isinstance(error, torch.OutOfMemoryError)
+                memory = _is_memory(error)
                 if self.compiled and not memory:
                     self.compiled = False
                     self.tell("note", f"Goes on without torch.compile, which failed: {_one_line(error)}")
@@ -152,10 +159,11 @@ class _Job:
         report = _progress_reporter(self.store, specs, self.tell)
         seconds = float(os.environ.get("BENCH_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
         calls = {"on_progress": report, "should_stop": self.stops, "on_checkpoint": self.save}
-        for index in trainer.run(**calls, checkpoint_seconds=seconds):
-            outcome = Outcome()
-            outcome.finish(trainer, index)
-            self._write(trainer.members[index].spec, outcome, clock, parts)
+        with Turn.on(self.device) if self.compiled else contextlib.nullcontext() as turn:
+            for index in trainer.run(**calls, checkpoint_seconds=seconds, turn=turn):
+                outcome = Outcome()
+                outcome.finish(trainer, index)
+                self._write(trainer.members[index].spec, outcome, clock, parts)
 
     def save(self, checkpoints: list[Checkpoint]) -> None:
         """Stores the checkpoint of every member that has not ended and is still ours."""
@@ -167,7 +175,7 @@ class _Job:
     def fail(self, spec: RunSpec, error: Exception, parts: int) -> None:
         """Stores the record of a run that could not be trained."""
         outcome = Outcome()
-        if isinstance(error, torch.OutOfMemoryError):
+        if _is_memory(error):
             outcome.status, outcome.reason = "oom", f"out of memory even with the batch in {parts} parts"
         else:
             outcome.status, outcome.reason = "failed", _one_line(error)

@@ -26,6 +26,7 @@ from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
 from bench.spec import RunSpec
 from bench.streamed import training_cells
+from bench.turns import Turn
 
 PROGRESS_SECONDS = 0.5
 STEPS_AHEAD = 64
@@ -107,7 +108,9 @@ class FleetTrainer:
         )
         self._scorer = Scorer(self.fleet.model, self.valid, self.fleet.sets_E.tolist(), self.fleet.pool)
         self._tested: tuple[int, list[Scores]] | None = None
-        self._epoch_seconds: list[float] = []
+        self._compile_seconds: float | None = None
+        """What compiling this fleet took; None before."""
+        self._epoch_seconds = 0.0
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Every member's checkpoint."""
@@ -132,8 +135,16 @@ class FleetTrainer:
         should_stop: Callable[[], bool] | None = None,
         on_checkpoint: Callable[[list[dict[str, Any]]], None] | None = None,
         checkpoint_seconds: float = 60.0,
+        turn: Turn | None = None,
     ) -> Iterator[int]:
         """Trains every member to its end: all epochs, early stop or divergence.
+
+        Args:
+            on_progress: is told now and then.
+            should_stop: asked after every step.
+            on_checkpoint: is given every member's checkpoint now and then.
+            checkpoint_seconds: how often.
+            turn: is held while steps run, and not while they are compiled; the caller gives it back.
 
         Yields:
             The index of each member that has just finished, good until the next one is asked for.
@@ -143,6 +154,8 @@ class FleetTrainer:
         """
         saved = shown = time.monotonic()
         while self.members:
+            if self.compiled and self._compile_seconds is None:
+                self._compile(turn, should_stop or (lambda: False))
             began = time.monotonic()
             cells, firsts, plan_PSB, rates_PE = self._plan_epoch()
             ahead: deque[torch.cuda.Event] = deque()
@@ -165,9 +178,24 @@ class FleetTrainer:
                     saved = now
                     on_checkpoint(self.checkpoints())
             ended = self._end_epoch(began)
-            self._epoch_seconds.append(time.monotonic() - began)
+            self._epoch_seconds = time.monotonic() - began
             yield from ended
             self._drop_finished()
+
+    def _compile(self, turn: Turn | None, stopped: Callable[[], bool]) -> None:
+        """Compiles the steps, while others that share the GPU train, then waits for a turn."""
+        if turn is not None:
+            turn.give()
+        began = time.monotonic()
+        for cell in range(len(self.train_cells)):
+            if stopped():
+                raise Interrupted(self.checkpoints())
+            self.fleet.rehearse(cell)
+        self._compile_seconds = time.monotonic() - began
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # a fleet that waits leaves the memory to those that train
+        if turn is not None and not turn.take(stopped):
+            raise Interrupted(self.checkpoints())
 
     def advance(self, cell: int) -> None:
         """One step of every member on a training cell, with the examples and learning rates that are in the fleet's tensors."""
@@ -236,14 +264,9 @@ class FleetTrainer:
             self._stack(states)
 
     def _pays(self, share: float) -> bool:
-        """Whether a fleet of a share of the members saves more time than compiling it takes.
-
-        Compiling is what the first epoch of a fleet takes longer than the last one.
-        """
-        if len(self._epoch_seconds) < 2:
-            return False
-        first, last = self._epoch_seconds[0], self._epoch_seconds[-1]
-        return (self.train.epochs - self.epoch) * last * (1 - share) > first - last
+        """Whether a fleet of a share of the members saves more time than compiling it takes, by what compiling this one took."""
+        assert self._compile_seconds is not None
+        return (self.train.epochs - self.epoch) * self._epoch_seconds * (1 - share) > self._compile_seconds
 
     def _progress(self) -> Progress:
         loss, accuracy, examples = self.fleet.sums_E3.T.tolist()

@@ -29,7 +29,7 @@ def short_conv_operator(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | Non
 def _backward_operator(
     dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, the taps, and the bias, whether there is one or not."""
+    """Gradients of x, of the taps, and of the bias, empty where there is none."""
     from kernels.conv_triton import backward
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
@@ -43,7 +43,8 @@ def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> 
 
 @_backward_operator.register_fake
 def _(dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), weight_MDK.new_empty(weight_MDK.shape[:2])
+    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+    return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
 
 
 def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
@@ -54,7 +55,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tenso
 def _differentiate(ctx, dy_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
     x_BTD, weight_MDK, bias_MD = ctx.saved_tensors
     dx_BTD, dweight_MDK, dbias_MD = _backward_operator(dy_BTD, x_BTD, weight_MDK, bias_MD, ctx.silu)
-    return dx_BTD, dweight_MDK, None if bias_MD is None else dbias_MD.to(bias_MD.dtype), None
+    return dx_BTD, dweight_MDK, None if bias_MD is None else dbias_MD, None
 
 
 short_conv_operator.register_autograd(_differentiate, setup_context=_save)
@@ -100,7 +101,7 @@ def _differentiate_step(ctx, dy_BD: Tensor, dtail_BPD: Tensor) -> tuple[Tensor |
     dy_BKD = torch.cat((torch.zeros_like(window_BKD[:, 1:]), dy_BD[:, None]), dim=1)
     dwindow_BKD, dweight_MDK, dbias_MD = _backward_operator(dy_BKD, window_BKD, weight_MDK, bias_MD, ctx.silu)
     dwindow_BKD = dwindow_BKD + torch.cat((torch.zeros_like(dy_BKD[:, :1]), dtail_BPD.to(x_BD.dtype)), dim=1)
-    dbias_MD = None if bias_MD is None else dbias_MD.to(bias_MD.dtype)
+    dbias_MD = None if bias_MD is None else dbias_MD
     return dwindow_BKD[:, -1], dwindow_BKD[:, :-1].to(tail_BPD.dtype), dweight_MDK, dbias_MD, None
 
 

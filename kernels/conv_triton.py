@@ -19,91 +19,127 @@ from torch import Tensor
 
 from kernels._entry import entry
 from kernels._members import even_rows
+from kernels.parts_triton import MANY, add_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-TILE = 16
+FORWARD, BACKWARD = (16, 2), (8, 8)
+"""Tokens of a tile, and tiles that a program goes through."""
 CHANNELS = 64
 STEP_CHANNELS = 256
 LENGTHS = ("n_tokens", "sequences_per_member")
 
 
 @triton.jit
-def _convolve(x_ptr, x_stride, weight_ptr, bias_ptr, token_L, channel_C, n_tokens, width, TAPS: tl.constexpr, BIAS: tl.constexpr):
-    """The tile bias + sum_j weight_j x_{t-K+1+j}."""
-    z_LC = tl.zeros([token_L.shape[0], channel_C.shape[0]], tl.float32)
+def _taps_of(weight_ptr, channel_C, width, TAPS: tl.constexpr):
+    """Weights [D, K] of each tap, oldest first, in fp32."""
+    weights = ()
     for tap in tl.static_range(TAPS):
-        source_L1 = token_L[:, None] + (tap - TAPS + 1)
-        seen_LC = (source_L1 >= 0) & (source_L1 < n_tokens) & (channel_C < width)[None, :]
-        x_LC = tl.load(x_ptr + source_L1.to(tl.int64) * x_stride + channel_C[None, :], mask=seen_LC, other=0.0)
-        weight_C = tl.load(weight_ptr + tap * width + channel_C, mask=channel_C < width, other=0.0)
-        z_LC += x_LC.to(tl.float32) * weight_C[None, :]
-    if BIAS:
-        z_LC += tl.load(bias_ptr + channel_C, mask=channel_C < width, other=0.0).to(tl.float32)[None, :]
+        weight_C = tl.load(weight_ptr + channel_C * TAPS + tap, mask=channel_C < width, other=0.0).to(tl.float32)
+        weights = weights + (weight_C,)  # noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
+    return weights
+
+
+@triton.jit
+def _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, before: tl.constexpr):
+    """X so many tokens earlier."""
+    source_L1 = token_L[:, None] - before
+    seen_LC = (source_L1 >= 0) & (source_L1 < n_tokens) & (channel_C < width)[None, :]
+    return tl.load(x_ptr + source_L1.to(tl.int64) * x_stride + channel_C[None, :], mask=seen_LC, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _convolve(x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS: tl.constexpr):
+    """The tile bias + sum_j weight_j x_{t-K+1+j}."""
+    z_LC = tl.zeros([token_L.shape[0], channel_C.shape[0]], tl.float32) + bias_C[None, :]
+    for tap in tl.static_range(TAPS):
+        z_LC += _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, TAPS - 1 - tap) * weights[tap][None, :]
     return z_LC
+
+
+@triton.jit
+def _bias_of(bias_ptr, channel_C, width, BIAS: tl.constexpr):
+    bias_C = tl.zeros([channel_C.shape[0]], tl.float32)
+    if BIAS:
+        bias_C = tl.load(bias_ptr + channel_C, mask=channel_C < width, other=0.0).to(tl.float32)
+    return bias_C
+
+
+@triton.jit
+def _place(n_tokens, width, TILE: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of a program: its run of tiles among all, sequence, first tokens, and channels."""
+    n_blocks = tl.cdiv(width, CHANNELS)
+    run, n_runs = tl.program_id(0) // n_blocks, tl.cdiv(n_tokens, TILE * RUN)
+    first_L = run % n_runs * (TILE * RUN) + tl.arange(0, TILE)
+    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return run.to(tl.int64), (run // n_runs).to(tl.int64), first_L, channel_C
 
 
 @entry(do_not_specialize=LENGTHS)
 def short_conv_forward(
     x_ptr, x_stride, weight_ptr, bias_ptr, y_ptr,
     n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of outputs."""
-    n_tiles, n_blocks = tl.cdiv(n_tokens, TILE), tl.cdiv(width, CHANNELS)
-    sequence = (tl.program_id(0) // (n_tiles * n_blocks)).to(tl.int64)
-    token_L = tl.program_id(0) // n_blocks % n_tiles * TILE + tl.arange(0, TILE)
-    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    """RUN tiles of outputs. Grid: (B * runs * blocks of channels,)."""
+    _, sequence, first_L, channel_C = _place(n_tokens, width, TILE, RUN, CHANNELS)
     member = sequence // sequences_per_member
     x_ptr += sequence * n_tokens * x_stride
-    weight_ptr += member * TAPS * width
-    bias_ptr += member * width
-    y_LC = _convolve(x_ptr, x_stride, weight_ptr, bias_ptr, token_L, channel_C, n_tokens, width, TAPS, BIAS)
-    if SILU:
-        y_LC = y_LC / (1 + tl.exp2(-y_LC * LOG2_E))
-    place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-    inside_LC = (token_L < n_tokens)[:, None] & (channel_C < width)[None, :]
-    tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
+    weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
+    bias_C = _bias_of(bias_ptr + member * width, channel_C, width, BIAS)
+    for turn in range(RUN):
+        token_L = first_L + turn * TILE
+        y_LC = _convolve(x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS)
+        if SILU:
+            y_LC = y_LC / (1 + tl.exp2(-y_LC * LOG2_E))
+        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
+        inside_LC = (token_L < n_tokens)[:, None] & (channel_C < width)[None, :]
+        tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
+
+
+@triton.jit
+def _before_silu(dz_LC, x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS: tl.constexpr):
+    """The gradient of what went into the SiLU, which is made again."""
+    z_LC = _convolve(x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS)
+    gate_LC = 1 / (1 + tl.exp2(-z_LC * LOG2_E))
+    return dz_LC * (gate_LC * (1 + z_LC * (1 - gate_LC)))
 
 
 @entry(do_not_specialize=LENGTHS)
 def short_conv_backward(
     dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
     n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx, and the tile's shares in the gradients of the taps and, last, of the bias."""
-    n_tiles, n_blocks = tl.cdiv(n_tokens, TILE), tl.cdiv(width, CHANNELS)
-    tile = (tl.program_id(0) // n_blocks).to(tl.int64)
-    sequence = tile // n_tiles
-    token_L = (tile % n_tiles).to(tl.int32) * TILE + tl.arange(0, TILE)
-    channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    """RUN tiles of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward."""
+    run, sequence, first_L, channel_C = _place(n_tokens, width, TILE, RUN, CHANNELS)
     inside_C = channel_C < width
     member = sequence // sequences_per_member
     x_ptr += sequence * n_tokens * x_stride
-    weight_ptr += member * TAPS * width
-    bias_ptr += member * width
-    parts_ptr += tile * (TAPS + 1) * width + channel_C
-    place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-    dx_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-    for ahead in tl.static_range(TAPS):
-        later_L = token_L + ahead
-        inside_LC = (later_L < n_tokens)[:, None] & inside_C[None, :]
-        dz_LC = tl.load(dy_ptr + place_LC + ahead * width, mask=inside_LC, other=0.0).to(tl.float32)
-        if SILU:
-            z_LC = _convolve(x_ptr, x_stride, weight_ptr, bias_ptr, later_L, channel_C, n_tokens, width, TAPS, BIAS)
-            gate_LC = 1 / (1 + tl.exp2(-z_LC * LOG2_E))
-            dz_LC *= gate_LC * (1 + z_LC * (1 - gate_LC))
-        weight_C = tl.load(weight_ptr + (TAPS - 1 - ahead) * width + channel_C, mask=inside_C, other=0.0)
-        dx_LC += dz_LC * weight_C[None, :]
-        if ahead == 0:
-            for tap in tl.static_range(TAPS):
-                source_L1 = token_L[:, None] + (tap - TAPS + 1)
-                seen_LC = (source_L1 >= 0) & (source_L1 < n_tokens) & inside_C[None, :]
-                x_LC = tl.load(x_ptr + source_L1.to(tl.int64) * x_stride + channel_C[None, :], mask=seen_LC, other=0.0)
-                tl.store(parts_ptr + tap * width, tl.sum(dz_LC * x_LC.to(tl.float32), axis=0), mask=inside_C)
-            tl.store(parts_ptr + TAPS * width, tl.sum(dz_LC, axis=0), mask=inside_C)
-    inside_LC = (token_L < n_tokens)[:, None] & inside_C[None, :]
-    tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
+    weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
+    bias_C = _bias_of(bias_ptr + member * width, channel_C, width, BIAS)
+    shares = ()
+    for _ in tl.static_range(TAPS + 1):
+        shares = shares + (tl.zeros([TILE, CHANNELS], tl.float32),)  # noqa: RUF005
+    for turn in range(RUN):
+        token_L = first_L + turn * TILE
+        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
+        dx_LC = tl.zeros([TILE, CHANNELS], tl.float32)
+        for ahead in tl.static_range(TAPS):
+            inside_LC = (token_L + ahead < n_tokens)[:, None] & inside_C[None, :]
+            dz_LC = tl.load(dy_ptr + place_LC + ahead * width, mask=inside_LC, other=0.0).to(tl.float32)
+            if SILU:
+                dz_LC = _before_silu(dz_LC, x_ptr, x_stride, weights, bias_C, token_L + ahead, channel_C, n_tokens, width, TAPS)
+            dx_LC += dz_LC * weights[TAPS - 1 - ahead][None, :]
+            if ahead == 0:
+                more = ()
+                for tap in tl.static_range(TAPS):
+                    x_LC = _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, TAPS - 1 - tap)
+                    more = more + (shares[tap] + dz_LC * x_LC,)  # noqa: RUF005
+                shares = more + (shares[TAPS] + dz_LC,)  # noqa: RUF005
+        inside_LC = (token_L < n_tokens)[:, None] & inside_C[None, :]
+        tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
+    for tap in tl.static_range(TAPS + 1):
+        tl.store(parts_ptr + (run * (TAPS + 1) + tap) * width + channel_C, tl.sum(shares[tap], axis=0), mask=inside_C)
 
 
 @entry(do_not_specialize=["sequences_per_member"])
@@ -118,14 +154,14 @@ def short_conv_update(
     channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel_C < width
     member = sequence // sequences_per_member
-    weight_ptr += member * TAPS * width + channel_C
+    weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
     tail_ptr += sequence * (TAPS - 1) * width + channel_C
     new_tail_ptr += sequence * (TAPS - 1) * width + channel_C
     x_C = tl.load(x_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
-    y_C = x_C * tl.load(weight_ptr + (TAPS - 1) * width, mask=inside_C, other=0.0)
+    y_C = x_C * weights[TAPS - 1]
     for tap in tl.static_range(TAPS - 1):
         old_C = tl.load(tail_ptr + tap * width, mask=inside_C, other=0.0)
-        y_C += old_C.to(tl.float32) * tl.load(weight_ptr + tap * width, mask=inside_C, other=0.0)
+        y_C += old_C.to(tl.float32) * weights[tap]
         if tap > 0:
             tl.store(new_tail_ptr + (tap - 1) * width, old_C, mask=inside_C)
     if TAPS > 1:
@@ -141,71 +177,56 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
     """Outputs [B, T, D] in the dtype of x."""
     batch, length, width = x_BTD.shape
     y_BTD = x_BTD.new_empty(batch, length, width)
-    x_BTD, taps_MKD = even_rows(x_BTD), _taps_first(weight_MDK)
-    n_programs = batch * -(-length // TILE) * -(-width // CHANNELS)
+    x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
+    tile, run = FORWARD
+    n_programs = batch * -(-length // (tile * run)) * -(-width // CHANNELS)
     if n_programs:
         short_conv_forward[(n_programs,)](
-            x_BTD,
-            x_BTD.stride(1),
-            taps_MKD,
-            taps_MKD if bias_MD is None else bias_MD.contiguous(),
-            y_BTD,
-            length,
-            width,
-            batch // weight_MDK.shape[0],
-            TAPS=weight_MDK.shape[-1],
-            BIAS=bias_MD is not None,
-            SILU=silu,
-            TILE=TILE,
-            CHANNELS=CHANNELS,
-        )
+            x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(), y_BTD,
+            length, width, batch // weight_MDK.shape[0],
+            TAPS=weight_MDK.shape[-1], BIAS=bias_MD is not None, SILU=silu, TILE=tile, RUN=run, CHANNELS=CHANNELS,
+        )  # fmt: skip
     return y_BTD
 
 
 def backward(
     dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the taps and of the bias, the latter two in the dtype of the taps."""
+    """Gradients of x, of the taps, and of the bias, empty where there is none."""
     batch, length, width = x_BTD.shape
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width)
-    x_BTD, taps_MKD = even_rows(x_BTD), _taps_first(weight_MDK)
-    n_tiles = batch * -(-length // TILE)
-    parts = x_BTD.new_empty(n_tiles, taps + 1, width, dtype=torch.float32)
+    x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
+    tile, run = BACKWARD
+    n_runs = batch * -(-length // (tile * run))
+    parts = x_BTD.new_empty(n_runs, taps + 1, width, dtype=torch.float32)
+    dweight_MDK = torch.zeros_like(weight_MDK) if not parts.numel() else torch.empty_like(weight_MDK)
+    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_zeros(bias_MD.shape)
     if parts.numel():
-        short_conv_backward[(n_tiles * -(-width // CHANNELS),)](
-            dy_BTD.contiguous(),
-            x_BTD,
-            x_BTD.stride(1),
-            taps_MKD,
-            taps_MKD if bias_MD is None else bias_MD.contiguous(),
-            dx_BTD,
-            parts,
-            length,
-            width,
-            batch // members,
-            TAPS=taps,
-            BIAS=bias_MD is not None,
-            SILU=silu,
-            TILE=TILE,
-            CHANNELS=CHANNELS,
-        )
-    sums = parts.view(members, n_tiles // members, taps + 1, width).sum(1).to(weight_MDK.dtype)
-    return dx_BTD, sums[:, :taps].mT.contiguous(), sums[:, taps].clone()
+        short_conv_backward[(n_runs * -(-width // CHANNELS),)](
+            dy_BTD.contiguous(), x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(),
+            dx_BTD, parts, length, width, batch // members,
+            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, TILE=tile, RUN=run, CHANNELS=CHANNELS,
+        )  # fmt: skip
+        strides, own = ((taps + 1) * width, n_runs // members * (taps + 1) * width), n_runs // members
+        add_parts((parts,), (dweight_MDK,), strides, own, at_once=MANY)
+        if bias_MD is not None:
+            add_parts((parts[:, taps:],), (dbias_MD[..., None],), strides, own, at_once=MANY)
+    return dx_BTD, dweight_MDK, dbias_MD
 
 
 def step(x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
     """The output [B, D] in the dtype of x, and the new tail [B, P, D] in that of the old one."""
     batch, width = x_BD.shape
     y_BD, new_tail_BPD = x_BD.new_empty(batch, width), tail_BPD.new_empty(tail_BPD.shape)
-    taps_MKD = _taps_first(weight_MDK)
+    weight_MDK = weight_MDK.contiguous()
     n_programs = batch * -(-width // STEP_CHANNELS)
     if n_programs:
         short_conv_update[(n_programs,)](
             x_BD.contiguous(),
             tail_BPD.contiguous(),
-            taps_MKD,
-            taps_MKD if bias_MD is None else bias_MD.contiguous(),
+            weight_MDK,
+            weight_MDK if bias_MD is None else bias_MD.contiguous(),
             y_BD,
             new_tail_BPD,
             width,
@@ -216,8 +237,3 @@ def step(x_BD: Tensor, tail_BPD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | N
             CHANNELS=STEP_CHANNELS,
         )
     return y_BD, new_tail_BPD
-
-
-def _taps_first(weight_MDK: Tensor) -> Tensor:
-    """[M, K, D] in fp32: a program reads neighbouring channels of one tap."""
-    return weight_MDK.mT.to(torch.float32).contiguous()

@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.indexed_triton import LOG2_E, SIZES, hide_unseen, is_seen, keys_to_visit, load_rows, nth_tile, packed_rows
+from kernels.indexed_triton import (
+    LOG2_E,
+    SIZES,
+    hide_unseen,
+    is_seen,
+    keys_to_visit,
+    load_rows,
+    nth_tile,
+    packed_rows,
+    tile_and_rest,
+)
 
 
 @entry(do_not_specialize=SIZES)
@@ -31,8 +41,7 @@ def query_kernel(
     """Gradient dq [B, T, H, K] and delta [B, H, T] of a tile of queries. Grid: (B * G * bundles * tiles of queries,)."""
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
-    program = tl.program_id(0)
-    tile, outer = program % tiles, program // tiles
+    tile, outer = tile_and_rest(tiles, LISTED)
     kv_index, bundle = outer // bundles, outer % bundles
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
     wide, heads = batch.to(tl.int64), kv_heads * group

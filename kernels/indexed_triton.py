@@ -122,6 +122,17 @@ def nth_tile(entries, n, sink_tiles, band, LISTED: tl.constexpr):
 
 
 @triton.jit
+def tile_and_rest(tiles, LISTED: tl.constexpr):
+    """The tile of queries of a program, and the number of what is left; late ones of a list, which visit most keys, come first."""
+    program = tl.program_id(0)
+    if LISTED:
+        rest = tl.num_programs(0) // tiles
+        return tiles - 1 - program // rest, program % rest
+    else:
+        return program % tiles, program // tiles
+
+
+@triton.jit
 def packed_rows(tile, first_head, pack, length, M: tl.constexpr):
     """Token, head and whether it exists, of each row of a tile of queries."""
     r = tl.arange(0, M)
@@ -149,8 +160,7 @@ def forward_kernel(
     SCALE: tl.constexpr = K**-0.5 * LOG2_E
     bundles = group // pack
     tiles = tl.cdiv(length, M // pack)
-    program = tl.program_id(0)
-    tile, outer = program % tiles, program // tiles
+    tile, outer = tile_and_rest(tiles, LISTED)
     kv_index, bundle = outer // bundles, outer % bundles
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
     wide = batch.to(tl.int64)

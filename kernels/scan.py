@@ -91,7 +91,9 @@ def selective_scan(
     check_axes("x", x_BTD, "B T D")
     _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"dt": (dt_BTD, x_BTD.shape)})
     if pick("selective_scan", x_BTD) == "triton":
-        y_BTD, final_BDN, _ = selective_scan_operator(x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, None, None, None)
+        y_BTD, final_BDN, _ = selective_scan_operator(
+            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, None, None, None, False
+        )
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
@@ -157,7 +159,7 @@ def gated_selective_scan(
     _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"raw_dt": (raw_dt_BTD, x_BTD.shape)} | around)
     if pick("selective_scan", x_BTD) == "triton":
         tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
-        y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD)
+        y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     dt_BTD = F.softplus(raw_dt_BTD.to(wide) + dt_bias_D)

@@ -5,6 +5,9 @@ Shape legend: B batch, T time, D channels, N state size, M members (each B / M s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,8 @@ from kernels._operator import operator
 
 TILE = 16
 """Tokens between two stored states."""
+CHANNELS = 32
+"""Channels of a program: a lane of a warp has one."""
 
 
 @operator("mixer_bench::selective_scan")
@@ -27,19 +32,20 @@ def selective_scan_operator(
     bias_MD: Tensor | None,
     skip_MD: Tensor | None,
     gate_BTD: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels.scan.selective_scan` for M members with rates of their own, their sequences one after the other.
 
     With the last three, which come together, it is `gated_selective_scan`.
 
     Returns:
-        The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and the states at the borders of tiles
-        [B, S, N, D], which backward starts from.
+        The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and, to keep for the backward pass, the states
+        at the borders of tiles [B, S, N, D], else nothing.
     """
-    from kernels.selective_scan_triton import forward, gate_of
+    from kernels.selective_scan_launch import forward, gate_of
 
     with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
-        return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD))
+        return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD), keep=keep)
 
 
 @operator("mixer_bench::selective_scan_backward")
@@ -57,7 +63,7 @@ def _backward_operator(
     states_BSND: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, rate, b, c, the initial state, and of bias, skip and gate, which are empty where there are none."""
-    from kernels.selective_scan_triton import backward, gate_of
+    from kernels.selective_scan_launch import backward, gate_of
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
         gate = gate_of(bias_MD, skip_MD, gate_BTD)
@@ -65,11 +71,11 @@ def _backward_operator(
 
 
 @selective_scan_operator.register_fake
-def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x_BTD.shape
     n_states, n_borders = rate_MDN.shape[-1], (length + TILE - 1) // TILE + 1
     final_BDN = x_BTD.new_empty(batch, width, n_states, dtype=torch.float32)
-    return x_BTD.new_empty(x_BTD.shape), final_BDN, final_BDN.new_empty(batch, n_borders, n_states, width)
+    return x_BTD.new_empty(x_BTD.shape), final_BDN, final_BDN.new_empty(batch, n_borders if keep else 0, n_states, width)
 
 
 @_backward_operator.register_fake
@@ -86,7 +92,7 @@ def _(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, bias_MD, skip_M
 def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    *scanned, start_BDN, bias_MD, skip_MD, gate_BTD = inputs
+    *scanned, start_BDN, bias_MD, skip_MD, gate_BTD, _ = inputs
     ctx.start_dtype = None if start_BDN is None else start_BDN.dtype
     ctx.save_for_backward(*scanned, bias_MD, skip_MD, gate_BTD, output[2])
 
@@ -97,15 +103,16 @@ def _differentiate(ctx, dy_BTD: Tensor | None, dfinal_BDN: Tensor | None, _dstat
     *scanned, dstart_BDN, dbias_MD, dskip_MD, dgate_BTD = _backward_operator(dy_BTD, dfinal_BDN, *tensors)
     dstart = None if ctx.start_dtype is None else dstart_BDN.to(ctx.start_dtype)
     around = (None, None, None) if tensors[-2] is None else (dbias_MD, dskip_MD, dgate_BTD)
-    return *scanned, dstart, *around
+    return *scanned, dstart, *around, None
 
 
-selective_scan_operator.register_autograd(_differentiate, setup_context=_save)
+selective_scan_operator.register_autograd(_differentiate, setup_context=_save, keep=True)
 
 
 @selective_scan_operator.register_vmap
-def _(info, in_dims: tuple[int | None, ...], *arguments: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    outputs = selective_scan_operator(*_folded(info, in_dims, arguments))
+def _(info, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    *tensors, keep = arguments
+    outputs = selective_scan_operator(*_folded(info, in_dims[:-1], tensors), keep)
     return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs), (0, 0, 0)
 
 
@@ -164,6 +171,6 @@ def _(info, in_dims: tuple[int | None, ...], *arguments: Tensor | None) -> tuple
     return scan_operator(*_folded(info, in_dims, arguments)).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _folded(info, in_dims: tuple[int | None, ...], arguments: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _folded(info, in_dims: tuple[int | None, ...], arguments: Sequence[Tensor | None]) -> list[Tensor | None]:
     pairs = zip(arguments, in_dims, strict=True)
     return [None if tensor is None else fold_members(tensor, axis, info.batch_size) for tensor, axis in pairs]

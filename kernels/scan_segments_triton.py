@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._entry import entry
-from kernels.scan_operator import TILE
 
 ENOUGH, PROGRAMS = 1024, 2048
 """Blocks of channels of all sequences that keep a device busy; with fewer, sequences are cut into segments for so many programs."""
-SHORTEST_SEGMENT = 256
+SHORTEST_SEGMENT = 64
 """Tokens below which reading the inputs twice costs more than the segments gain."""
 
 
@@ -26,6 +25,18 @@ SHORTEST_SEGMENT = 256
 def then(a_1, x_1, a_2, x_2):
     """One map h -> a_1 h + x_1, then h -> a_2 h + x_2."""
     return a_1 * a_2, a_2 * x_1 + x_2
+
+
+@triton.jit
+def inputs_at(a_ptr, x_ptr, sequence, token, row_L, inside_C, at_LC, n_tokens, width):
+    """A tile of factors and inputs as they are stored, which may be on its way while another is walked.
+
+    Outside of the sequence, what leaves a state as it is.
+    """
+    skipped = (sequence * n_tokens + token) * width
+    inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :] & (token >= 0)
+    a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0)
+    return a_LC, tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0)
 
 
 @triton.jit
@@ -57,12 +68,12 @@ def segments_kernel(
     product_C = tl.full([CHANNELS], 1.0, tl.float32)
     token_L = (TILE - 1 - row_L) if REVERSE else row_L
     at_LC = token_L[:, None] * width + channel_C[None, :]
-    for n in range(n_tiles):
-        token = (segment * n_tiles + ((n_tiles - 1 - n) if REVERSE else n)) * TILE
-        skipped = (sequence * n_tokens + token) * width
-        inside_LC = (token_L[:, None] < n_tokens - token) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        x_LC = tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
+    token = (segment * n_tiles + ((n_tiles - 1) if REVERSE else 0)) * TILE
+    coming_a_LC, coming_x_LC = inputs_at(a_ptr, x_ptr, sequence, token, token_L, inside_C, at_LC, n_tokens, width)
+    for _ in range(n_tiles):
+        a_LC, x_LC = coming_a_LC.to(tl.float32), coming_x_LC.to(tl.float32)
+        token += -TILE if REVERSE else TILE
+        coming_a_LC, coming_x_LC = inputs_at(a_ptr, x_ptr, sequence, token, token_L, inside_C, at_LC, n_tokens, width)
         if REVERSE:
             x_LC *= a_LC
         x_LC += tl.where(row_L[:, None] == 0, a_LC * h_C[None, :], 0.0)
@@ -74,9 +85,9 @@ def segments_kernel(
     tl.store(ends + place_C, h_C, mask=inside_C)
 
 
-def share_out(batch: int, length: int, blocks: int) -> tuple[int, int]:
+def share_out(batch: int, length: int, blocks: int, tile: int) -> tuple[int, int]:
     """Segments of each sequence, and tiles of each, from the shape alone."""
-    n_tiles = -(-length // TILE)
+    n_tiles = -(-length // tile)
     wanted = 1
     if 0 < batch * blocks < ENOUGH:
         wanted = max(1, min(PROGRAMS // (batch * blocks), length // SHORTEST_SEGMENT))
@@ -85,7 +96,7 @@ def share_out(batch: int, length: int, blocks: int) -> tuple[int, int]:
 
 
 def segment_maps(
-    a_BTD: Tensor, x_BTD: Tensor, n_segments: int, n_tiles: int, channels: int, *, reverse: bool
+    a_BTD: Tensor, x_BTD: Tensor, n_segments: int, n_tiles: int, tile: int, channels: int, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Products and ends of the segments, [B, S, D] in fp32; empty without segments."""
     batch, length, width = x_BTD.shape
@@ -94,6 +105,6 @@ def segment_maps(
     products, ends = (x_BTD.new_empty(batch, n_segments, width, dtype=torch.float32) for _ in range(2))
     segments_kernel[(batch * (n_segments - 1) * -(-width // channels),)](
         a_BTD, x_BTD, products, ends, length, width, n_segments, n_tiles,
-        REVERSE=reverse, TILE=TILE, CHANNELS=channels, num_warps=1,
+        REVERSE=reverse, TILE=tile, CHANNELS=channels, num_warps=1,
     )  # fmt: skip
     return products, ends

@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._entry import entry
-from kernels.scan_operator import TILE
-from kernels.scan_segments_triton import entering, segment_maps, share_out, then
-from kernels.selective_scan_triton import CHANNELS
+from kernels.scan_operator import CHANNELS
+from kernels.scan_segments_triton import entering, inputs_at, segment_maps, share_out, then
 
+FORWARD_TILE, BACKWARD_TILE = 32, 16
+"""Tokens that are walked while as many are on their way: as many as registers hold."""
 SIZES = ("n_tokens", "width", "n_segments", "n_tiles")
 
 
@@ -44,16 +45,32 @@ def scan_forward(
         h_C = tl.load(start_ptr + sequence * width + channel_C, mask=inside_C, other=0.0).to(tl.float32)
     h_C = entering(h_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, False)
     at_LC = row_L[:, None] * width + channel_C[None, :]
+    coming_a_LC, coming_x_LC = inputs_at(a_ptr, x_ptr, sequence, segment * n_tiles * TILE, row_L, inside_C, at_LC, n_tokens, width)
     for tile in range(n_tiles):
         token = (segment * n_tiles + tile) * TILE
         skipped = (sequence * n_tokens + token) * width
         inside_LC = (row_L[:, None] < n_tokens - token) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        x_LC = tl.load(x_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        a_LC, x_LC = coming_a_LC.to(tl.float32), coming_x_LC.to(tl.float32)
+        coming_a_LC, coming_x_LC = inputs_at(a_ptr, x_ptr, sequence, token + TILE, row_L, inside_C, at_LC, n_tokens, width)
         enters_LC = tl.where(row_L[:, None] == 0, a_LC * h_C[None, :], 0.0)
         _, h_LC = tl.associative_scan((a_LC, x_LC + enters_LC), 0, then)
         tl.store(h_ptr + skipped + at_LC, h_LC.to(h_ptr.dtype.element_ty), mask=inside_LC)
         h_C = tl.sum(tl.where(row_L[:, None] == TILE - 1, h_LC, 0.0), axis=0)
+
+
+@triton.jit
+def _outputs(dh_ptr, a_ptr, h_ptr, sequence, token, row_L, inside_C, at_LC, n_tokens, width, TILE: tl.constexpr):
+    """A tile, if there is one, of gradients, factors, the next tokens' factors and the states before, as they are stored."""
+    skipped = (sequence * n_tokens + token) * width
+    row_L1 = row_L[:, None]
+    inside_LC = (row_L1 < n_tokens - token) & inside_C[None, :] & (token >= 0)
+    in_tile_LC = (row_L1 < tl.minimum(TILE, n_tokens - token) - 1) & inside_LC
+    return (
+        tl.load(dh_ptr + skipped + at_LC, mask=inside_LC, other=0.0),
+        tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0),
+        tl.load(a_ptr + (skipped + width) + at_LC, mask=in_tile_LC, other=1.0),
+        tl.load(h_ptr + (skipped - width) + at_LC, mask=inside_LC & (row_L1 > -token), other=0.0),
+    )
 
 
 @entry(do_not_specialize=SIZES)
@@ -71,16 +88,17 @@ def scan_backward(
     g_C = tl.zeros([CHANNELS], tl.float32)
     g_C = entering(g_C, products, ends, sequence, segment, n_segments, width, channel_C, inside_C, True)
     at_LC = row_L[:, None] * width + channel_C[None, :]
+    last = ((segment + 1) * n_tiles - 1) * TILE
+    coming = _outputs(dh_ptr, a_ptr, h_ptr, sequence, last, row_L, inside_C, at_LC, n_tokens, width, TILE)
     for back in range(n_tiles):
         token = ((segment + 1) * n_tiles - 1 - back) * TILE
         skipped = (sequence * n_tokens + token) * width
         row_L1 = row_L[:, None]
         inside_LC = (row_L1 < n_tokens - token) & inside_C[None, :]
-        in_tile_LC = (row_L1 < tl.minimum(TILE, n_tokens - token) - 1) & inside_C[None, :]
-        a_LC = tl.load(a_ptr + skipped + at_LC, mask=inside_LC, other=1.0).to(tl.float32)
-        next_a_LC = tl.load(a_ptr + (skipped + width) + at_LC, mask=in_tile_LC, other=1.0).to(tl.float32)
-        dh_LC = tl.load(dh_ptr + skipped + at_LC, mask=inside_LC, other=0.0).to(tl.float32)
-        last_h_LC = tl.load(h_ptr + (skipped - width) + at_LC, mask=inside_LC & (row_L1 > -token), other=0.0).to(tl.float32)
+        dh_LC, a_LC, next_a_LC, last_h_LC = (
+            coming[0].to(tl.float32), coming[1].to(tl.float32), coming[2].to(tl.float32), coming[3].to(tl.float32)
+        )  # fmt: skip
+        coming = _outputs(dh_ptr, a_ptr, h_ptr, sequence, token - TILE, row_L, inside_C, at_LC, n_tokens, width, TILE)
         last_h_LC = tl.where(row_L1 == -token, before_C[None, :], last_h_LC)
         leaves_LC = tl.where(row_L[:, None] == TILE - 1, g_C[None, :], 0.0)
         g_LC = tl.flip(tl.associative_scan((tl.flip(next_a_LC, 0), tl.flip(dh_LC + leaves_LC, 0)), 0, then)[1], 0)
@@ -96,19 +114,19 @@ def forward(a_BTD: Tensor, x_BTD: Tensor, start_BD: Tensor | None) -> Tensor:
     h_BTD = x_BTD.new_empty(batch, length, width)
     a_BTD, x_BTD, n_blocks = a_BTD.contiguous(), x_BTD.contiguous(), -(-width // CHANNELS)
     if h_BTD.numel():
-        n_segments, n_tiles = share_out(batch, length, n_blocks)
+        n_segments, n_tiles = share_out(batch, length, n_blocks, FORWARD_TILE)
         scan_forward[(batch * n_segments * n_blocks,)](
             a_BTD,
             x_BTD,
             h_BTD if start_BD is None else start_BD.contiguous(),
             h_BTD,
-            *segment_maps(a_BTD, x_BTD, n_segments, n_tiles, CHANNELS, reverse=False),
+            *segment_maps(a_BTD, x_BTD, n_segments, n_tiles, FORWARD_TILE, CHANNELS, reverse=False),
             length,
             width,
             n_segments,
             n_tiles,
             START=start_BD is not None,
-            TILE=TILE,
+            TILE=FORWARD_TILE,
             CHANNELS=CHANNELS,
             num_warps=1,
         )
@@ -122,7 +140,7 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
     dstart_BD = h_BTD.new_empty(batch, width, dtype=torch.float32)
     dh_BTD, a_BTD, n_blocks = dh_BTD.contiguous(), a_BTD.contiguous(), -(-width // CHANNELS)
     if h_BTD.numel():
-        n_segments, n_tiles = share_out(batch, length, n_blocks)
+        n_segments, n_tiles = share_out(batch, length, n_blocks, BACKWARD_TILE)
         scan_backward[(batch * n_segments * n_blocks,)](
             dh_BTD,
             a_BTD,
@@ -131,13 +149,13 @@ def backward(dh_BTD: Tensor, a_BTD: Tensor, h_BTD: Tensor, start_BD: Tensor | No
             da_BTD,
             dx_BTD,
             dstart_BD,
-            *segment_maps(a_BTD, dh_BTD, n_segments, n_tiles, CHANNELS, reverse=True),
+            *segment_maps(a_BTD, dh_BTD, n_segments, n_tiles, BACKWARD_TILE, CHANNELS, reverse=True),
             length,
             width,
             n_segments,
             n_tiles,
             START=start_BD is not None,
-            TILE=TILE,
+            TILE=BACKWARD_TILE,
             CHANNELS=CHANNELS,
             num_warps=1,
         )

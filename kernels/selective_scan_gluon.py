@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels._entry import entry
+from kernels.selective_scan_rows import log_1p
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -35,8 +36,9 @@ def states_layout(n_states, warps):
 @gluon.constexpr_function
 def rows_layout(columns, warps):
     """Rows of a tile as they come from memory."""
-    lanes = min(32, columns)
-    return gl.BlockedLayout([1, 1], [32 // lanes, lanes], [warps, 1], [1, 0])
+    beside = 2 if columns >= 64 else 1
+    lanes = min(32, columns // beside)
+    return gl.BlockedLayout([1, beside], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -52,11 +54,8 @@ def fetch(ptr, first, stride, n_tokens, columns, start, L: gl.constexpr, COLUMNS
 def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
     """softplus(raw dt + bias), and 0 beyond the end."""
     raw_LC += bias_C[None, :]
-    grown_LC = gl.exp2(raw_LC * LOG2_E)
-    one_LC = 1.0 + grown_LC
-    # log(1 + e), exact for small e too (Higham 2002, section 1.14.1)
-    dt_LC = gl.where(one_LC == 1.0, grown_LC, gl.log(one_LC) * (grown_LC / (one_LC - 1.0)))
-    dt_LC = gl.where(raw_LC > 20.0, raw_LC, dt_LC)
+    high_LC = gl.maximum(raw_LC, 0.0)
+    dt_LC = high_LC + log_1p(gl.exp2((raw_LC - 2.0 * high_LC) * LOG2_E))  # max(x, 0) + log(1 + exp(-|x|))
     token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))
     return gl.where((token_L < n_tokens)[:, None], dt_LC, 0.0)
 
@@ -72,11 +71,15 @@ def token_step(h_NC, rate_NC, dt, u, b, c, t: gl.constexpr, layout: gl.constexpr
 
 @entry(do_not_specialize=["gate_stride", "n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in registers
-    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, y_ptr, states_ptr,
+    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, start_ptr, y_ptr, states_ptr, final_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, sequences_per_member,
-    GATED: gl.constexpr, N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+    GATED: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, and the state after every tile; the caller has put the initial one before the first."""
+    """Outputs, the last state and, if they are kept, the states at the borders of tiles.
+
+    Those are [N, D], while rates, the initial state and the last one are [D, N].
+    """
     NC: gl.constexpr = states_layout(N, WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)
@@ -99,8 +102,13 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
     n_N, channel_C = gl.arange(0, N, gl.SliceLayout(1, NC)), start + gl.arange(0, C, gl.SliceLayout(0, NC))
     at_NC, inside_C = n_N[:, None] * width + channel_C[None, :], channel_C < width
     inside_NC = (n_N < n_states)[:, None] & inside_C[None, :]
-    rate_NC = gl.load(rate_ptr + member * n_states * width + at_NC, mask=inside_NC, other=0.0) * -LOG2_E
-    h_NC = gl.load(states_ptr + at_NC, mask=inside_NC, other=0.0)
+    turned_NC = channel_C[None, :] * n_states + n_N[:, None]
+    rate_NC = gl.load(rate_ptr + member * n_states * width + turned_NC, mask=inside_NC, other=0.0).to(gl.float32) * -LOG2_E
+    h_NC = gl.zeros([N, C], gl.float32, NC)
+    if START:
+        h_NC = gl.load(start_ptr + sequence * n_states * width + turned_NC, mask=inside_NC, other=0.0).to(gl.float32)
+    if KEEP:
+        gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
     column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     bias_C, skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     if GATED:
@@ -138,4 +146,6 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
             gl.store(y_ptr + (t * width + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside)
         y_ptr += L * width
         states_ptr += n_states * width
-        gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
+        if KEEP:
+            gl.store(states_ptr + at_NC, h_NC, mask=inside_NC)
+    gl.store(final_ptr + sequence * n_states * width + turned_NC, h_NC, mask=inside_NC)

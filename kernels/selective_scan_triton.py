@@ -1,37 +1,29 @@
-"""Mamba's selective scan: the gradient's kernel in Triton, and the launches of both passes.
+"""The gradient of Mamba's selective scan in Triton.
 
-The forward kernel is `kernels.selective_scan_gluon`. Backward, a program owns one sequence and a block of channels. It goes
-through the sequence in tiles of `TILE` tokens from the end; within a tile it loops over the N state elements, recomputes each
-from the tile's border and runs the gradient's recurrence back through it (`kernels.selective_scan_rows`). So a tile of dt, u and
-dy stays in registers while N recurrences pass over it, and what lives in memory is the state at the tiles' borders, N / TILE of a
-[B, T, D, N] tensor.
+A program owns one sequence and a block of channels. It goes through the sequence in tiles of `TILE` tokens from the end; within a
+tile it loops over the N state elements, recomputes each from the tile's border and runs the gradient's recurrence back through it
+(`kernels.selective_scan_rows`). So a tile of dt, u and dy stays in registers while N recurrences pass over it, and what lives in
+memory is the state at the tiles' borders, N / TILE of a [B, T, D, N] tensor.
 
 A warp spans 32 channels and a thread keeps a whole tile of time, so recurrences need no exchange between threads. This takes
-loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would make them wider.
+loads of one element a thread, hence `do_not_specialize`: a width known to be aligned would make them wider. Registers let two
+warps run on a scheduler, too few to wait for memory, so a tile asks for everything that the next one will read.
 
 Shape legend: B batch, T time, D channels, N state size, M members (each B / M sequences), L tile, C channels of a program.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels import selective_scan_gluon
 from kernels._entry import entry
-from kernels._members import even_rows
-from kernels.scan_operator import TILE
-from kernels.selective_scan_rows import over_channels, replay, reverse, spread, stack, unstack
+from kernels.selective_scan_rows import log_1p, over_channels, replay, reverse, spread, stack, unstack
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-CHANNELS = 32
-WARPS = 2
-"""Warps of a forward program, of 32 channels each, unless there are fewer channels."""
 SIZES = ("gate_stride", "n_tokens", "width", "n_states", "n_tiles", "n_sequences", "sequences_per_member")
+AT_ONCE = tl.constexpr(16)
+"""State elements that are turned at once, before and after the walk."""
 
 
 @triton.jit
@@ -40,24 +32,19 @@ def _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr_C, inside_C, GATED: tl.con
     dt_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
     if GATED:
         raw_LC = dt_LC + tl.load(bias_ptr_C, mask=inside_C, other=0.0).to(tl.float32)[None, :]
-        grown_LC = tl.exp2(raw_LC * LOG2_E)
-        one_LC = 1.0 + grown_LC
-        # log(1 + e), exact for small e too (Higham 2002, section 1.14.1)
-        dt_LC = tl.where(one_LC == 1.0, grown_LC, tl.log(one_LC) * (grown_LC / (one_LC - 1.0)))
-        dt_LC = tl.where(inside_LC, tl.where(raw_LC > 20.0, raw_LC, dt_LC), 0.0)
+        dt_LC = tl.maximum(raw_LC, 0.0) + log_1p(tl.exp2(-tl.abs(raw_LC) * LOG2_E))
+        dt_LC = tl.where(inside_LC, dt_LC, 0.0)
     return dt_LC
 
 
 @triton.jit
-def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C):
-    """What a tile needs of a state element: its start, the gradient behind the tile, rate, gradient of the rate so far, b and c."""
+def _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, n, width, inside_C):
+    """Of a state element: its start in this tile, the gradient behind the tile, its rate, and the gradient of the rate so far."""
     return (
         tl.load(states_ptr + n * width, mask=inside_C, other=0.0),
         tl.load(dstate_ptr + n * width, mask=inside_C, other=0.0),
         tl.load(rate_ptr + n * width, mask=inside_C, other=0.0),
         tl.load(drate_ptr + n * width, mask=inside_C, other=0.0),
-        tl.load(b_ptr + n * row + token_L),
-        tl.load(c_ptr + n * row + token_L),
     )
 
 
@@ -69,28 +56,138 @@ def _opened(gate_ptr, place_LC, inside_LC):
     return z_LC * open_LC, open_LC * (1.0 + z_LC * (1.0 - open_LC))
 
 
-@entry(do_not_specialize=SIZES)
-def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in registers
-    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, states_ptr,
-    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dgate_ptr, parts_ptr, dstate_ptr,
-    gate_stride, n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
+@triton.jit
+def _ask(ptr):
+    """Asks the cache of this SM for the lines at these addresses, which costs no registers."""
+    tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _ask_for_tile(
+    dy_ptr, x_ptr, dt_ptr, gate_ptr, states_ptr, b_ptr, c_ptr, tile, start, gate_stride, width, n_states, row,
+    GATED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What a tile reads, some steps ahead; of the state elements the first 32, one for each lane."""
+    if tile >= 0:
+        token_L = tile * TILE + tl.arange(0, TILE)
+        place_L = token_L * width + start
+        _ask(dy_ptr + place_L)
+        _ask(x_ptr + place_L)
+        _ask(dt_ptr + place_L)
+        if GATED:
+            _ask(gate_ptr + token_L * gate_stride + start)
+        element = tl.minimum(tl.arange(0, 32), n_states - 1)
+        _ask(states_ptr + (element - n_states).to(tl.int64) * width)
+        _ask(b_ptr + element * row + tile * TILE)
+        _ask(c_ptr + element * row + tile * TILE)
+
+
+@triton.jit
+def _begin(
+    rate_ptr, final_ptr, kept_ptr, drate_ptr, dstate_ptr, own_C, sequence, channel_C, inside_C, width, n_states, FINAL: tl.constexpr
+):  # fmt: skip
+    """Turns the rates and the final state's gradient, [D, N] in memory, to [N, D], where lanes read neighbours."""
+    for first in range(0, n_states, AT_ONCE):
+        n = first + tl.arange(0, AT_ONCE)
+        inside_NC = (n < n_states)[:, None] & inside_C[None, :]
+        place_NC, zeros_NC = n[:, None] * width, tl.zeros([AT_ONCE, channel_C.shape[0]], tl.float32)
+        rate_NC = tl.load(rate_ptr + own_C[None, :] * n_states + n[:, None], mask=inside_NC, other=0.0).to(tl.float32)
+        dfinal_NC = zeros_NC
+        if FINAL:
+            dfinal_NC = tl.load(
+                final_ptr + (sequence * width + channel_C)[None, :] * n_states + n[:, None], mask=inside_NC, other=0.0
+            )
+        tl.store(kept_ptr[None, :] + place_NC, rate_NC, mask=inside_NC)
+        tl.store(drate_ptr[None, :] + place_NC, zeros_NC, mask=inside_NC)
+        tl.store(dstate_ptr[None, :] + place_NC, dfinal_NC.to(tl.float32), mask=inside_NC)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _end(dstate_ptr, dstart_ptr, sequence, channel_C, inside_C, width, n_states):
+    """Turns the initial state's gradient back."""
+    for first in range(0, n_states, AT_ONCE):
+        n = first + tl.arange(0, AT_ONCE)
+        inside_NC = (n < n_states)[:, None] & inside_C[None, :]
+        dstart_NC = tl.load(dstate_ptr[None, :] + n[:, None] * width, mask=inside_NC, other=0.0)
+        tl.store(dstart_ptr + (sequence * width + channel_C)[None, :] * n_states + n[:, None], dstart_NC, mask=inside_NC)
+
+
+@triton.jit
+def _walk_states(
+    dt_LC, u_LC, dy_LC, states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr,
+    n_states, width, row, token_L, inside_C,
     GATED: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, tile by tile from the end.
+    """All recurrences of a tile: gradients of u, the sums of the gradients of log decays times their rates, and the outputs.
 
-    `dstate` holds the gradient of the state after the tile at hand: the final state's at first, the initial one's at last.
-    `drate` is accumulated for each sequence, `db` and `dc` are left as one part for each block of channels. Sums over
-    channels are made one state element late, so that nothing waits for them.
+    Sums over channels are made one state element late, so that nothing waits for them.
+    """
+    SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
+    du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
+    dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
+    wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
+    coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, 0, width, inside_C)
+    for n in range(n_states):
+        db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
+        start_C, after_C, rate_C, sum_C = coming
+        coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, n + 1, width, inside_C & (n + 1 < n_states))
+        b_L, c_L = tl.load(b_ptr + n * row + token_L), tl.load(c_ptr + n * row + token_L)
+        factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
+        dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
+        h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)
+        if GATED:
+            y_LC += h_LC * c_L[:, None]
+        du_LC += dh_LC * b_L[:, None]
+        decayed_LC += stack(dlogs, TILE, CHANNELS) * rate_C[None, :]
+        tl.store(drate_ptr + n * width, sum_C - drate_C, mask=inside_C)
+        tl.store(dstate_ptr + n * width, e_C, mask=inside_C)
+        summed = (token_L >= 0) & (n > 0)
+        tl.store(db_ptr + (n - 1) * row + token_L, db_L.to(db_ptr.dtype.element_ty), mask=summed)
+        tl.store(dc_ptr + (n - 1) * row + token_L, dc_L.to(dc_ptr.dtype.element_ty), mask=summed)
+        wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
+    last = (n_states - 1) * row
+    tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
+    tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
+    return du_LC, decayed_LC, y_LC
+
+
+@triton.jit
+def _around(
+    ddt_LC, dy_LC, x_LC, y_LC, dy_ptr, dt_ptr, bias_ptr_C, skip_ptr_C, gate_ptr, dgate_ptr, place_LC, gate_LC, inside_LC, inside_C
+):  # fmt: skip
+    """The gradient of raw time steps, the skip's share in that of x, sums for bias and skip; stores the gradient of the gate."""
+    skip_C = tl.load(skip_ptr_C, mask=inside_C, other=0.0).to(tl.float32)
+    raw_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
+    bias_C = tl.load(bias_ptr_C, mask=inside_C, other=0.0).to(tl.float32)
+    ddt_LC = tl.where(inside_LC, ddt_LC * tl.sigmoid(raw_LC + bias_C[None, :]), 0.0)
+    dgate_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32) * (y_LC + skip_C[None, :] * x_LC)
+    dgate_LC *= _opened(gate_ptr, gate_LC, inside_LC)[1]
+    tl.store(dgate_ptr + place_LC, dgate_LC.to(dgate_ptr.dtype.element_ty), mask=inside_LC)
+    return ddt_LC, skip_C[None, :] * dy_LC, tl.sum(ddt_LC, axis=0), tl.sum(dy_LC * x_LC, axis=0)
+
+
+@entry(do_not_specialize=SIZES)
+def selective_scan_backward(
+    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, states_ptr, final_ptr,
+    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dgate_ptr, parts_ptr, dstart_ptr, kept_ptr, dstate_ptr,
+    gate_stride, n_tokens, width, n_states, n_tiles, n_sequences, sequences_per_member,
+    GATED: tl.constexpr, FINAL: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, DOTS: tl.constexpr, ASK: tl.constexpr,
+):  # fmt: skip
+    """Gradients, tile by tile from the end. Grid: (B * blocks of channels,).
+
+    Rates and the gradient of the final state are [D, N], that of the initial one is; `kept`, `drate` and `dstate` [B, N, D] are a
+    program's own: rates, the sum of their gradient so far, and the gradient of the state behind the tile at hand. `db` and `dc` are
+    left as one part for each block of channels.
     """
     n_blocks = tl.cdiv(width, CHANNELS)
     sequence, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
     channel_C = block * CHANNELS + tl.arange(0, CHANNELS)
     inside_C = channel_C < width
     own_C = sequence // sequences_per_member * width + channel_C
-    rate_ptr += sequence // sequences_per_member * n_states * width + channel_C
-    drate_ptr += sequence * n_states * width + channel_C
-    dstate_ptr += sequence * n_states * width + channel_C
-    states_ptr += (sequence * (n_tiles + 1) + n_tiles) * n_states * width + channel_C
+    mine_C = sequence * n_states * width + channel_C
+    kept_ptr, drate_ptr, dstate_ptr = kept_ptr + mine_C, drate_ptr + mine_C, dstate_ptr + mine_C
+    states_ptr += (sequence * (n_tiles + 1) + n_tiles) * n_states * width
     row = n_tiles * TILE
     b_ptr, c_ptr = b_ptr + sequence * n_states * row, c_ptr + sequence * n_states * row
     db_ptr += (block * n_sequences + sequence) * n_states * row
@@ -100,10 +197,16 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
     dx_ptr, ddt_ptr, dgate_ptr = dx_ptr + first, ddt_ptr + first, dgate_ptr + first
     gate_ptr += sequence * n_tokens * gate_stride
     dbias_C, dskip_C = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
+    _begin(rate_ptr, final_ptr, kept_ptr, drate_ptr, dstate_ptr, own_C, sequence, channel_C, inside_C, width, n_states, FINAL)
     for back in range(n_tiles):
         states_ptr -= n_states.to(tl.int64) * width
-        token_L = (n_tiles - 1 - back) * TILE + tl.arange(0, TILE)
+        tile = n_tiles - 1 - back
+        if ASK:
+            _ask_for_tile(
+                dy_ptr, x_ptr, dt_ptr, gate_ptr, states_ptr + block * CHANNELS, b_ptr, c_ptr, tile - 1, block * CHANNELS,
+                gate_stride, width, n_states, row, GATED, TILE,
+            )  # fmt: skip
+        token_L = tile * TILE + tl.arange(0, TILE)
         place_LC, gate_LC = token_L[:, None] * width + channel_C[None, :], token_L[:, None] * gate_stride + channel_C[None, :]
         inside_LC = (token_L[:, None] < n_tokens) & inside_C[None, :]
         dt_LC = _time_steps(dt_ptr, place_LC, inside_LC, bias_ptr + own_C, inside_C, GATED)
@@ -111,156 +214,25 @@ def selective_scan_backward(  # noqa: PLR0915 - one loop, whose values live in r
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if GATED:
             dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
-        du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
-        dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
-        wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
-        for n in range(n_states):
-            db_L, dc_L = over_channels(wrote_LC, TILE, CHANNELS, DOTS), over_channels(read_LC, TILE, CHANNELS, DOTS)
-            start_C, after_C, rate_C, sum_C, b_L, c_L = _of_state(
-                states_ptr, dstate_ptr, rate_ptr, drate_ptr, b_ptr, c_ptr, n, width, row, token_L, inside_C
-            )
-            factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
-            dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
-            h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)
-            if GATED:
-                y_LC += h_LC * c_L.to(tl.float32)[:, None]
-            du_LC += dh_LC * b_L.to(tl.float32)[:, None]
-            decayed_LC += stack(dlogs, TILE, CHANNELS) * rate_C[None, :]
-            tl.store(drate_ptr + n * width, sum_C - drate_C, mask=inside_C)
-            tl.store(dstate_ptr + n * width, e_C, mask=inside_C)
-            summed = (token_L >= 0) & (n > 0)
-            tl.store(db_ptr + (n - 1) * row + token_L, db_L, mask=summed)
-            tl.store(dc_ptr + (n - 1) * row + token_L, dc_L, mask=summed)
-            wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
-        last = (n_states - 1) * row
-        tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
-        tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
+        du_LC, decayed_LC, y_LC = _walk_states(
+            dt_LC, u_LC, dy_LC, states_ptr + channel_C, dstate_ptr, kept_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr, n_states,
+            width, row, token_L, inside_C, GATED, TILE, CHANNELS, DOTS,
+        )  # fmt: skip
         x_LC = tl.load(x_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)  # again: registers are what is short
         dx_LC, ddt_LC = du_LC * dt_LC, du_LC * x_LC - decayed_LC
         if GATED:
-            skip_C = tl.load(skip_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
-            dx_LC += skip_C[None, :] * dy_LC
-            y_LC += skip_C[None, :] * x_LC
-            dskip_C += tl.sum(dy_LC * x_LC, axis=0)
-            raw_LC = tl.load(dt_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
-            bias_C = tl.load(bias_ptr + own_C, mask=inside_C, other=0.0).to(tl.float32)
-            ddt_LC = tl.where(inside_LC, ddt_LC * tl.sigmoid(raw_LC + bias_C[None, :]), 0.0)
-            dbias_C += tl.sum(ddt_LC, axis=0)
-            dgate_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32) * y_LC
-            dgate_LC *= _opened(gate_ptr, gate_LC, inside_LC)[1]
-            tl.store(dgate_ptr + place_LC, dgate_LC.to(dgate_ptr.dtype.element_ty), mask=inside_LC)
+            ddt_LC, skipped_LC, tile_dbias_C, tile_dskip_C = _around(
+                ddt_LC, dy_LC, x_LC, y_LC, dy_ptr, dt_ptr, bias_ptr + own_C, skip_ptr + own_C, gate_ptr, dgate_ptr, place_LC,
+                gate_LC, inside_LC, inside_C,
+            )  # fmt: skip
+            dx_LC += skipped_LC
+            dbias_C += tile_dbias_C
+            dskip_C += tile_dskip_C
         tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
         tl.store(ddt_ptr + place_LC, ddt_LC.to(ddt_ptr.dtype.element_ty), mask=inside_LC)
         # the next tile reads what other threads may have stored
         tl.debug_barrier()
+    _end(dstate_ptr, dstart_ptr, sequence, channel_C, inside_C, width, n_states)
     if GATED:
         tl.store(parts_ptr + sequence * 2 * width + channel_C, dbias_C, mask=inside_C)
         tl.store(parts_ptr + (sequence * 2 + 1) * width + channel_C, dskip_C, mask=inside_C)
-
-
-class Gate(NamedTuple):
-    """What surrounds a scan in Mamba's block, for members with parameters of their own.
-
-    Args:
-        bias_MD: of the time steps, before their softplus.
-        skip_MD: the inputs' share in the outputs.
-        gate_BTD: its SiLU multiplies the outputs.
-    """
-
-    bias_MD: Tensor
-    skip_MD: Tensor
-    gate_BTD: Tensor
-
-
-def gate_of(bias_MD: Tensor | None, skip_MD: Tensor | None, gate_BTD: Tensor | None) -> Gate | None:
-    """All three or nothing."""
-    return None if bias_MD is None or skip_MD is None or gate_BTD is None else Gate(bias_MD, skip_MD, gate_BTD)
-
-
-def forward(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None, gate: Gate | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs in the dtype of x; the final state [B, D, N]; the states at the borders of tiles [B, tiles + 1, N, D]; fp32."""
-    batch, length, width = x_BTD.shape
-    n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
-    states_BSND = x_BTD.new_empty(batch, n_tiles + 1, n_states, width, dtype=torch.float32)
-    states_BSND[:, 0] = 0.0 if start_BDN is None else start_BDN.mT
-    y_BTD = x_BTD.new_empty(batch, length, width)
-    x_BTD = x_BTD.contiguous()
-    around, stride = _around(gate, x_BTD)
-    padded, warps = triton.next_power_of_2(n_states), min(WARPS, triton.next_power_of_2(-(-width // CHANNELS)))
-    channels = warps * selective_scan_gluon.channels_of_a_warp(padded)
-    selective_scan_gluon.selective_scan_forward[(batch * -(-width // channels),)](
-        x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), b_BTN.contiguous(), c_BTN.contiguous(), *around,
-        y_BTD, states_BSND, stride, length, width, n_states, n_tiles, batch // rate_MDN.shape[0],
-        GATED=gate is not None, N=padded, C=channels, L=TILE, WARPS=warps, num_warps=warps,
-    )  # fmt: skip
-    return y_BTD, states_BSND[:, -1].mT.clone(memory_format=torch.contiguous_format), states_BSND
-
-
-def backward(
-    dy_BTD: Tensor,
-    dfinal_BDN: Tensor | None,
-    x_BTD: Tensor,
-    dt_BTD: Tensor,
-    rate_MDN: Tensor,
-    b_BTN: Tensor,
-    c_BTN: Tensor,
-    states_BSND: Tensor,
-    gate: Gate | None,
-) -> tuple[Tensor, ...]:
-    """See `kernels.scan_operator`; each gradient in the dtype of its tensor, that of the initial state in fp32."""
-    batch, length, width = x_BTD.shape
-    members, _, n_states = rate_MDN.shape
-    n_tiles, n_blocks = -(-length // TILE), -(-width // CHANNELS)
-    dx_BTD, ddt_BTD = x_BTD.new_empty(batch, length, width), dt_BTD.new_empty(batch, length, width)
-    drate_BND = x_BTD.new_zeros(batch, n_states, width, dtype=torch.float32)
-    dstate_BND = torch.zeros_like(drate_BND)
-    if dfinal_BDN is not None:
-        dstate_BND.copy_(dfinal_BDN.mT)
-    db_PBNT, dc_PBNT = (x_BTD.new_empty(n_blocks, batch, n_states, n_tiles * TILE, dtype=torch.float32) for _ in range(2))
-    dgate_BTD = dx_BTD if gate is None else gate.gate_BTD.new_empty(batch, length, width)
-    parts_B2D = drate_BND if gate is None else x_BTD.new_empty(batch, 2, width, dtype=torch.float32)
-    x_BTD = x_BTD.contiguous()
-    around, stride = _around(gate, x_BTD)
-    selective_scan_backward[(batch * n_blocks,)](
-        dy_BTD.contiguous(), x_BTD, dt_BTD.contiguous(), _state_first(rate_MDN), _time_last(b_BTN), _time_last(c_BTN), *around,
-        states_BSND.contiguous(), dx_BTD, ddt_BTD, drate_BND, db_PBNT, dc_PBNT, dgate_BTD, parts_B2D, dstate_BND,
-        stride, length, width, n_states, n_tiles, batch, batch // members,
-        GATED=gate is not None, TILE=TILE, CHANNELS=CHANNELS, DOTS=b_BTN.dtype != torch.float32, num_warps=1,
-    )  # fmt: skip
-    drate_MDN = drate_BND.unflatten(0, (members, -1)).sum(1).mT
-    db_BTN, dc_BTN = (part.sum(0)[..., :length].mT for part in (db_PBNT, dc_PBNT))
-    found = (
-        dx_BTD,
-        ddt_BTD,
-        drate_MDN.to(rate_MDN.dtype).contiguous(),
-        db_BTN.to(b_BTN.dtype).contiguous(),
-        dc_BTN.to(c_BTN.dtype).contiguous(),
-        dstate_BND.mT.contiguous(),
-    )
-    if gate is None:
-        return *found, *(x_BTD.new_empty(0) for _ in range(3))
-    dbias_MD, dskip_MD = parts_B2D.unflatten(0, (members, -1)).sum(1).unbind(1)
-    return *found, dbias_MD.to(gate.bias_MD.dtype, copy=True), dskip_MD.to(gate.skip_MD.dtype, copy=True), dgate_BTD
-
-
-def _around(gate: Gate | None, x_BTD: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """The kernels' tensors of a gate, and the distance of its tokens; x in their places if there is none."""
-    if gate is None:
-        return (x_BTD, x_BTD, x_BTD), 0
-    gate_BTD = even_rows(gate.gate_BTD)
-    return (gate.bias_MD.contiguous(), gate.skip_MD.contiguous(), gate_BTD), gate_BTD.stride(1)
-
-
-def _state_first(rate_MDN: Tensor) -> Tensor:
-    """[M, N, D] in fp32: a warp reads 32 channels of one state element."""
-    return rate_MDN.mT.to(torch.float32).contiguous()
-
-
-def _time_last(b_BTN: Tensor) -> Tensor:
-    """[B, N, T], zeros up to a whole number of tiles: a thread reads one state element's tile of time."""
-    batch, length, n_states = b_BTN.shape
-    padded_BNT = b_BTN.new_zeros(batch, n_states, -(-length // TILE) * TILE)
-    padded_BNT[..., :length] = b_BTN.mT
-    return padded_BNT

@@ -88,6 +88,12 @@ def config_of(form: StepForm, k_dim: int, v_dim: int) -> Config:
     return WHOLE_HEAD if normed and tile_widths(k_dim, v_dim)[1] < v_dim else CONFIG
 
 
+def spread(block_k: int, block_v: int, config: Config) -> dict[str, int]:
+    """Places beside keys and values that make tiles of at least as many elements as a program has threads."""
+    threads = 32 * config.warps
+    return {"KEY_PLACES": max(2, threads // block_k), "VALUE_PLACES": max(1, threads // block_v)}
+
+
 def together(form: StepForm, tiles: int, group: int, *, taps: bool) -> int:
     """Which programs have something that only the last of them can do: those of a row, of a head, or none."""
     if form.norm == "row" or (taps and group > 1):
@@ -154,7 +160,8 @@ def step(
         dense["sums"], v if new_sums is None else new_sums, dense["skip"], dense["norm_weight"], dense["norm_bias"],
         out_gate, raw, arrived, o_BHV, *steps, out_gate.stride(0), *places, channels, heads, heads // groups,
         form.scale, form.key_scale, 1 / form.temperature, form.max_beta, form.eps,
-        K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait, **constants(form, around, kind.value, beta_BH, a_BHK),
+        K=k_dim, V=v_dim, BK=block_k, BV=block_v, TOGETHER=wait,
+        **spread(block_k, block_v, config), **constants(form, around, kind.value, beta_BH, a_BHK),
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return o_BHV

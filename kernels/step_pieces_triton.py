@@ -25,70 +25,81 @@ def softplus(x):
 
 
 @triton.jit
-def filtered(
-    x, tail, taps, bias, channel, inside, channels, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr
-):  # fmt: skip
-    """Channels of the row `x` after the short convolution and its SiLU, and the last inputs, oldest first."""
-    newest = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
-    y = newest
-    first = newest
-    second = newest
-    if TAPS > 0:
-        weights = taps + channel * TAPS
-        y *= tl.load(weights + (TAPS - 1), mask=inside, other=0.0).to(tl.float32)
-        for t in tl.static_range(TAPS - 1):
-            past = tl.load(tail + t * channels + channel, mask=inside, other=0.0).to(tl.float32)
-            y += past * tl.load(weights + t, mask=inside, other=0.0).to(tl.float32)
-            if t == TAPS - 2:
-                second = past
-            elif t == TAPS - 3:
-                first = past
+def inputs_of(newest, tail, taps, bias, channel, inside, channels, TAPS: tl.constexpr, BIAS: tl.constexpr):
+    """What channels need to pass the short convolution: their last inputs, oldest first, the taps, and a bias.
+
+    Loaded before the state is, so that nothing of it waits behind the state's bytes.
+    """
+    window, weights, offset = (), (), 0.0
+    for t in tl.static_range(TAPS - 1):
+        window = window + (tl.load(tail + t * channels + channel, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+    for t in tl.static_range(TAPS):
+        weights = weights + (tl.load(taps + channel * TAPS + t, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
     if BIAS:
-        y += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return window + (newest,), weights, offset  # noqa: RUF005
+
+
+@triton.jit
+def query_and_key(q, k, q_place, k_place, i, in_keys, PLACES: tl.constexpr):
+    """[K, PLACES], queries in the first place and keys in the second; their channels, and which of them exist."""
+    place, side = beside(i, PLACES)
+    inside = in_keys[:, None] & (side < 2)
+    q_KP = tl.load(q + q_place + place, mask=inside & (side == 0), other=0.0).to(tl.float32)
+    k_KP = tl.load(k + k_place + place, mask=inside & (side == 1), other=0.0).to(tl.float32)
+    return q_KP + k_KP, tl.where(side == 0, q_place, k_place) + place, inside
+
+
+@triton.jit
+def apart(qk_KP, PLACES: tl.constexpr):
+    """Queries [K] and keys [K]."""
+    q_KP, k_KP = tl.split(tl.reshape(qk_KP, [qk_KP.shape[0], PLACES // 2, 2]))
+    return first_place(q_KP, PLACES // 2), first_place(k_KP, PLACES // 2)
+
+
+@triton.jit
+def filtered(inputs, weights, offset, TAPS: tl.constexpr, SILU: tl.constexpr):
+    """The channels of `inputs_of` after the short convolution and its SiLU."""
+    if TAPS > 0:
+        y = inputs[0] * weights[0]
+        for t in tl.static_range(1, TAPS):
+            y += inputs[t] * weights[t]
+    else:
+        y = inputs[0]
+    y += offset
     if SILU:
         y *= tl.sigmoid(y)
-    return y, first, second, newest
+    return y
 
 
 @triton.jit
-def query_and_key(
-    q, k, tail, taps, bias, q_place, k_place, i, in_keys, channels, TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr
-):  # fmt: skip
-    """Q and k as `filtered` makes them, then their channels, which of them exist, and their last inputs, side by side."""
-    if TAPS > 0:
-        # Both in one tile: Triton loads a tile of fewer elements than threads again for every row of the state.
-        side = tl.arange(0, 2)[None, :]
-        channel = tl.where(side == 0, q_place, k_place) + i[:, None]
-        inside = in_keys[:, None] & (side < 2)
-        qk, first, second, newest = filtered(q, tail, taps, bias, channel, inside, channels, TAPS, BIAS, SILU)
-        q_K, k_K = tl.split(qk)
-        return q_K, k_K, channel, inside, first, second, newest
-    else:  # a branch of its own: Triton compiles what follows a return, and wants the same types of it
-        q_K = filtered(q, tail, taps, bias, q_place + i, in_keys, channels, 0, False, SILU)[0]
-        k_K = filtered(k, tail, taps, bias, k_place + i, in_keys, channels, 0, False, SILU)[0]
-        return q_K, k_K, i, in_keys, q_K, q_K, q_K
+def beside(i, PLACES: tl.constexpr):
+    """[i, PLACES]: so many places beside each element, and which they are.
+
+    Triton loads a tile of fewer elements than threads again for every row of the state, and computes with all of them what one
+    would have to; with places beside them, of which not all are used, the elements are enough.
+    """
+    side = tl.arange(0, PLACES)[None, :]
+    return i[:, None] + 0 * side, side
 
 
 @triton.jit
-def keep(new_tail, channel, inside, channels, first, second, newest, TAPS: tl.constexpr):
+def keep(new_tail, channel, inside, channels, inputs, TAPS: tl.constexpr):
     """Writes the inputs that the next token will see; every thread has read the old ones."""
-    place = new_tail + channel
-    if TAPS > 3:
-        tl.store(place + (TAPS - 4) * channels, first.to(new_tail.dtype.element_ty), mask=inside)
-    if TAPS > 2:
-        tl.store(place + (TAPS - 3) * channels, second.to(new_tail.dtype.element_ty), mask=inside)
-    tl.store(place + (TAPS - 2) * channels, newest.to(new_tail.dtype.element_ty), mask=inside)
+    for t in tl.static_range(TAPS - 1):
+        tl.store(new_tail + t * channels + channel, inputs[t + 1].to(new_tail.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def move_on(x, tail, taps, bias, new_tail, first_channel, last_channel, channels, TAPS: tl.constexpr):
+def move_on(x, tail, taps, new_tail, first_channel, last_channel, channels, TAPS: tl.constexpr):
     """The same for channels that several programs have read; `tail` may be `new_tail`."""
     for start in range(first_channel, last_channel, SPAN):
         channel = start + tl.arange(0, SPAN)
         inside = channel < last_channel
-        _, first, second, newest = filtered(x, tail, taps, bias, channel, inside, channels, TAPS, False, False)
+        newest = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
+        inputs, _, _ = inputs_of(newest, tail, taps, taps, channel, inside, channels, TAPS, False)
         tl.debug_barrier()
-        keep(new_tail, channel, inside, channels, first, second, newest, TAPS)
+        keep(new_tail, channel, inside, channels, inputs, TAPS)
 
 
 @triton.jit
@@ -103,28 +114,54 @@ def log_decay_of(x, bias, rate, scale, DECAY: tl.constexpr):
 
 
 @triton.jit
-def decayed(
-    state_KV, u_V, decay_base, decay_bias, log_rate, head, i, in_keys, scale,
-    K: tl.constexpr, GATE: tl.constexpr, DECAY: tl.constexpr, STEPPED: tl.constexpr,
+def decay_of(
+    decay_base, decay_bias, log_rate, head, i, in_keys,
+    K: tl.constexpr, GATE: tl.constexpr, DECAY: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """The decayed state, what is written to it, and the decay."""
-    kept, bias, rate = 1.0, 0.0, 0.0
-    if DECAY == RATE:
-        rate = tl.load(log_rate + head).to(tl.float32)
-    if GATE == SCALAR_GATE:
+    """What is given for the decay, its bias and the head's log rate; [K, PLACES] for a vector, whose first place counts."""
+    given, bias, rate = 0.0, 0.0, 0.0
+    if GATE == VECTOR_GATE:
+        place, side = beside(i, PLACES)
+        inside = in_keys[:, None] & (side == 0)
+        given = tl.load(decay_base + place, mask=inside, other=0.0).to(tl.float32)
+        if DECAY == RATE:
+            bias = tl.load(decay_bias + head * K + place, mask=inside, other=0.0).to(tl.float32)
+    elif GATE == SCALAR_GATE:
+        given = tl.load(decay_base).to(tl.float32)
         if DECAY == RATE:
             bias = tl.load(decay_bias + head).to(tl.float32)
-        log_decay, time_step = log_decay_of(tl.load(decay_base).to(tl.float32), bias, rate, scale, DECAY)
+    if GATE and DECAY == RATE:
+        rate = tl.load(log_rate + head).to(tl.float32)
+    return given, bias, rate
+
+
+@triton.jit
+def first_place(x_KP, PLACES: tl.constexpr):
+    """[K] of [K, PLACES]."""
+    if PLACES == 1:
+        x_K = tl.reshape(x_KP, [x_KP.shape[0]])
+    else:
+        even_KP, _ = tl.split(tl.reshape(x_KP, [x_KP.shape[0], PLACES // 2, 2]))
+        x_K = first_place(even_KP, PLACES // 2)
+    return x_K
+
+
+@triton.jit
+def decayed(
+    state_KV, u_V, given, bias, rate, scale, GATE: tl.constexpr, DECAY: tl.constexpr, STEPPED: tl.constexpr, PLACES: tl.constexpr
+):  # fmt: skip
+    """The decayed state, what is written to it, and the decay."""
+    kept = 1.0
+    if GATE:
+        log_decay, time_step = log_decay_of(given, bias, rate, scale, DECAY)
+        kept = tl.exp(log_decay)
+        if GATE == VECTOR_GATE:
+            kept = tl.sum(tl.where(tl.arange(0, PLACES)[None, :] == 0, kept, 0.0), 1)
+            state_KV *= kept[:, None]
+        else:
+            state_KV *= kept
         if STEPPED:
             u_V *= time_step
-        kept = tl.exp(log_decay)
-        state_KV *= kept
-    elif GATE == VECTOR_GATE:
-        if DECAY == RATE:
-            bias = tl.load(decay_bias + head * K + i, mask=in_keys, other=0.0).to(tl.float32)
-        given_K = tl.load(decay_base + i, mask=in_keys, other=0.0).to(tl.float32)
-        kept = tl.exp(log_decay_of(given_K, bias, rate, scale, DECAY)[0])
-        state_KV *= kept[:, None]
     return state_KV, u_V, kept
 
 
@@ -192,10 +229,11 @@ def norm_raw(
 @triton.jit
 def write_output(
     y_V, raw, o, weight, bias, gate, j, in_values, eps,
-    V: tl.constexpr, NORM: tl.constexpr, HEAD_NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    V: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     OUTPUT_GATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The output of these columns, or, where others are needed to norm them, its raw numbers."""
+    HEAD_NORM: tl.constexpr = NORM == RMS_NORM or NORM == LAYER_NORM  # noqa: PLR1714 - Triton has no `in`
     if NORM == ROW_NORM:
         tl.store(raw + j, opened(y_V, gate, j, in_values, OUTPUT_GATE), mask=in_values)
     elif TOGETHER == PER_HEAD and HEAD_NORM:
@@ -219,3 +257,26 @@ def is_last(arrived, head_index, batch, heads, TILES: tl.constexpr, TOGETHER: tl
     if TOGETHER == PER_HEAD:
         return tl.atomic_add(arrived + head_index, 1) == TILES - 1
     return tl.atomic_add(arrived + batch, 1) == heads * TILES - 1
+
+
+@triton.jit
+def finish(
+    q_base, tail_base, taps, new_tail_base, q_at, k_at, width, channel, inside, channels, inputs, new_sums, sums_K, in_keys,
+    raw_row, o_row, raw_head, o_head, row_width, weight, bias, weight_head, bias_head, gate_row, gate_head, eps,
+    V: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr,
+    OUTPUT_GATE: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """What only the last program of a group can do: overwrite what all have read, norm what all have written."""
+    if NORM == SUM_NORM:
+        tl.debug_barrier()
+        tl.store(new_sums, sums_K.to(new_sums.dtype.element_ty), mask=in_keys)
+    if TAPS > 1:
+        if TOGETHER == PER_ROW:
+            move_on(q_base, tail_base, taps, new_tail_base, q_at, q_at + width, channels, TAPS)
+            move_on(q_base, tail_base, taps, new_tail_base, k_at, k_at + width, channels, TAPS)
+        else:
+            keep(new_tail_base, channel, inside, channels, inputs, TAPS)
+    if NORM == ROW_NORM:
+        norm_raw(raw_row, weight, bias, gate_row, o_row, row_width, eps, NORM, NORM_WEIGHT, NORM_BIAS, NO_OUTPUT_GATE)
+    elif TOGETHER == PER_HEAD and (NORM == RMS_NORM or NORM == LAYER_NORM):  # noqa: PLR1714, SIM109 - Triton has no `in`
+        norm_raw(raw_head, weight_head, bias_head, gate_head, o_head, V, eps, NORM, NORM_WEIGHT, NORM_BIAS, OUTPUT_GATE)

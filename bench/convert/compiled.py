@@ -32,7 +32,7 @@ def compile_parts(student: Any, teacher: Any, stage: Stage, *, backend: str = "i
     """
     modules, methods = _parts(student, teacher, stage)
     settings: dict[str, Any] = {"backend": backend, "dynamic": False}
-    undo: list[Callable[[], None]] = []
+    undo = [_room_for_variants(len(modules) + len(methods))]
     for module in modules:
         module.compile(**settings)
         undo.append(lambda module=module: setattr(module, "_compiled_call_impl", None))
@@ -46,6 +46,18 @@ def compile_parts(student: Any, teacher: Any, stage: Stage, *, backend: str = "i
             step()
 
     return restore
+
+
+def _room_for_variants(parts: int) -> Callable[[], None]:
+    """Lets every part have code of its own, for a whole and a last, smaller batch; returns what takes that back.
+
+    Layers that differ, as in which of their heads look far, share a function but not its code, and what exceeds torch's limit of
+    variants, 8, would run uncompiled from then on.
+    """
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    config.recompile_limit = max(before, 2 * parts)
+    return lambda: setattr(config, "recompile_limit", before)
 
 
 def _parts(student: Any, teacher: Any, stage: Stage) -> tuple[list[nn.Module], list[tuple[nn.Module, str]]]:

@@ -24,6 +24,8 @@ HIDDEN = 64
 GRID = 256.0
 """Scores are compared on a grid of 1 / GRID nats: equal tokens of the first layer have equal scores however they are summed, and
 the newer key wins."""
+PIECE = 2048
+"""Tokens that are mixed at once where no gradient is wanted: which key each query still sees is a matrix of queries by keys."""
 FLOOR = -9.0
 """Log-probability below which attention counts as none."""
 
@@ -56,6 +58,13 @@ class KeptKeys(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """Mixes a segment: [B, H, T, K] and the new state."""
         sizes = {"device": q_BHTK.device, "dtype": q_BHTK.dtype}
+        if q_BHTK.shape[2] > PIECE and not torch.is_grad_enabled():
+            running: State | None = self.init_state(len(q_BHTK), **sizes) if state is None else state
+            outputs: list[Tensor] = []
+            for q, k, v, x in zip(*(a.split(PIECE, 2) for a in (q_BHTK, k_BGTK, v_BGTK)), x_BTD.split(PIECE, 1), strict=True):
+                o, running = self(q, k, v, running, x)
+                outputs.append(o)
+            return torch.cat(outputs, 2), None if state is None else running
         given = self._empty(len(q_BHTK), 0, **sizes) if state is None else state
         new = {"k": k_BGTK, "v": v_BGTK, "score": (self.scores(x_BTD).detach() * GRID).round()}
         near = {name: torch.cat((given[name], a.to(given[name].dtype)), 2) for name, a in new.items()}

@@ -78,11 +78,12 @@ class StageLoop:
         """
         trainer, device = self.trainer, self.trainer.device
         started = saved = shown = time.monotonic()
-        before, losses = trainer.tokens, {}
+        before, losses, first = trainer.tokens, {}, 0.0
         with interrupted_between_steps() as stopping:
-            while (share := parallel.agreed(self._share(started), device)) < 1:
+            while (share := parallel.agreed(self._share(started, first), device)) < 1:
                 losses = step(trainer, share)
                 now = time.monotonic()
+                first = first or now - started
                 stop = parallel.agreed(float(bool(stopping)), device)
                 if stop or parallel.agreed(now - saved, device) > self.checkpoint_seconds:
                     self.on_checkpoint(self._spent(started))
@@ -106,10 +107,17 @@ class StageLoop:
     def _spent(self, started: float) -> float:
         return self.elapsed + time.monotonic() - started
 
-    def _share(self, started: float) -> float:
-        """Share of the stage that is done, by tokens or by time, whichever is further."""
+    def _share(self, started: float, first: float) -> float:
+        """Share of the stage that is done, by tokens or by time, whichever is further.
+
+        The time limit holds for everything, but the first step, in which the stage may be compiled, is no progress: the learning
+        rate would have fallen when training begins.
+        """
         tokens = self.trainer.tokens / self.trainer.stage.tokens
-        return tokens if self.limit is None else max(tokens, self._spent(started) / self.limit)
+        if self.limit is None:
+            return tokens
+        spent = self._spent(started)
+        return 1.0 if spent >= self.limit else max(tokens, (spent - first) / (self.limit - first))
 
     def _progress(self, losses: dict[str, float], rate: float, started: float) -> Progress:
         trainer = self.trainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from bench.convert.student import LinearizedForCausalLM, build_student
 PROBE = 8
 """Tokens of the shorter of two prefills from which the growth of a cache is read."""
 SINKS = 4
+MOST_LOGITS = 1 << 28
+"""Of a forward pass on a GPU, where one sequence at a time would leave the device waiting for launches."""
 
 
-@torch.no_grad()
 def agreement(student: Any, teacher: Any, tokens_BT: Tensor, *, bf16: bool = False) -> dict[str, float]:
     """How close a student's next-token distributions are to its teacher's.
 
@@ -35,18 +37,27 @@ def agreement(student: Any, teacher: Any, tokens_BT: Tensor, *, bf16: bool = Fal
     Returns:
         `kl`, nats per token; `top1`, share of tokens with the same first choice; `ppl` and `teacher_ppl` on the text.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
-    for row in tokens_BT.to(teacher.device).split(1):
+    means = {name: fmean(values) for name, values in agreement_by_row(student, teacher, tokens_BT, bf16=bf16).items()}
+    ppl = {name: math.exp(min(means.pop(nll), 50)) for name, nll in (("ppl", "nll"), ("teacher_ppl", "teacher_nll"))}
+    return means | ppl
+
+
+@torch.no_grad()
+def agreement_by_row(student: Any, teacher: Any, tokens_BT: Tensor, *, bf16: bool = False) -> dict[str, list[float]]:
+    """`kl`, `top1`, `nll` and `teacher_nll` (nats per token) of every row; see `agreement`."""
+    found: dict[str, list[float]] = {"kl": [], "top1": [], "nll": [], "teacher_nll": []}
+    rows = 1 if teacher.device.type == "cpu" else max(1, MOST_LOGITS // (tokens_BT.shape[1] * teacher.config.vocab_size))
+    for some_BT in tokens_BT.to(teacher.device).split(rows):
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
-            found, wanted = (model(input_ids=row, use_cache=False).logits for model in (student, teacher))
-        log_p, log_q = (logits[0, :-1].float().log_softmax(-1) for logits in (found, wanted))
-        target = row[0, 1:, None]
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-        same = log_p.argmax(-1) == log_q.argmax(-1)
-        parts = (kl.mean(), same.float().mean(), -log_p.gather(1, target).mean(), -log_q.gather(1, target).mean())
-        sums += torch.stack(parts).double().cpu()
-    kl, top1, nll, teacher_nll = (sums / len(tokens_BT)).tolist()
-    return {"kl": kl, "top1": top1, "ppl": math.exp(min(nll, 50)), "teacher_ppl": math.exp(min(teacher_nll, 50))}
+            logits = [model(input_ids=some_BT, use_cache=False).logits[:, :-1] for model in (student, teacher)]
+        log_p, log_q = (part.float().log_softmax(-1) for part in logits)
+        target = some_BT[:, 1:, None]
+        kl_BT = (log_q.exp() * (log_q - log_p)).sum(-1)
+        same_BT = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+        parts = (kl_BT, same_BT, -log_p.gather(2, target)[..., 0], -log_q.gather(2, target)[..., 0])
+        for name, part_BT in zip(found, parts, strict=True):
+            found[name] += part_BT.double().mean(1).tolist()
+    return found
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def sharded(student: Any, stage: Stage) -> Any:
             fully_shard(copied.blocks()[index], mesh=mesh)
             continue
         fully_shard(layer, mesh=mesh)
-        for method in ("segment", "heads_output", "matrix"):
+        for method in ("segment", "heads_output", "matrix", "score_loss"):
             register_fsdp_forward_method(layer, method)
     return copied
 

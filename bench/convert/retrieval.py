@@ -100,8 +100,8 @@ def find_far_heads(
     gates = {index: GatedReach(layer.shape, near, length) for index, layer in student.converted().items()}
     for index, layer in student.converted().items():
         layer.add_module("window", gates[index].to(teacher.device))
-    if count > sum(len(reach.gate_G) for reach in gates.values()):
-        raise UserError(f"plan.far_heads={plan.far_heads} asks for more key heads than this model has.")
+    if count > (heads := sum(len(reach.gate_G) for reach in gates.values())):
+        raise UserError(f"plan.far_heads={plan.far_heads} asks for more key heads than this model has, which are {heads}.")
     parameters = [reach.gate_G for reach in gates.values()]
     optimizer = torch.optim.Adam(parameters, lr=LR)
     draw, cuts = np.random.default_rng(data.seed), _cuts(data, length)

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from lm_eval.models import huggingface
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.judge.likelihood import continuation, log_likelihoods
 
 CPU_TOKENS = 4096
 """Tokens of a batch on a CPU, where larger batches only cost memory."""
@@ -18,6 +21,8 @@ LOGIT_BYTES = 14
 ACTIVATIONS = 48
 """Bytes of activations of a layer over its width, at its peak."""
 MOST_ROWS = 256
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
+"""cuDNN's attention, torch's first choice on a Hopper GPU, plans anew for every shape that it meets, and items have all lengths."""
 HFLM: Any = huggingface.HFLM
 
 
@@ -55,17 +60,17 @@ class BudgetLM(HFLM):
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         return self.generating_rows or self.rows(self.max_length, scored=True)
 
+    @sdpa_kernel(WITHOUT_PLANS)
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        if self.batch_size != "auto" or override_bs is not None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        found: list[Any] = [None] * len(requests)
-        for length, indices in _buckets([len(context) + len(more) for _, context, more in requests]).items():
-            rows = self.rows(length, scored=True)
-            part = super()._loglikelihood_tokens([requests[i] for i in indices], disable_tqdm=True, override_bs=rows)
-            for index, value in zip(indices, part, strict=True):
-                found[index] = value
+        fixed = override_bs if self.batch_size == "auto" else self.batch_size
+        asked = [continuation(context, more, self.max_length) for _, context, more in requests]
+        found = log_likelihoods(self.model, asked, lambda length: fixed or self.rows(length, scored=True), self.softmax_dtype)
+        for (text, *_), answer in zip(requests, found, strict=True):
+            if text is not None:  # parts of a rolling likelihood have none
+                self.cache_hook.add_partial("loglikelihood", text, answer)
         return found
 
+    @sdpa_kernel(WITHOUT_PLANS)
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Answers by generation; see `HFLM.generate_until`."""
         if self.batch_size != "auto":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.convert.data import HELD_OUT
-from bench.convert.measure import agreement
+from bench.convert.measure import agreement_by_row
 from bench.convert.resolve import parse_source
 from bench.convert.texts import documents
 from bench.errors import UserError
@@ -69,15 +69,11 @@ def teacher_agreement(model: Any, teacher: Any, tokens_BT: Tensor) -> tuple[list
     Returns:
         The metrics, and a value of each for each sequence; perplexity there as nats per token.
     """
-    rows = [agreement(model, teacher, row) for row in tokens_BT.split(1)]
-    values = {
-        "kl": [row["kl"] for row in rows],
-        "top1": [row["top1"] for row in rows],
-        "nll": [math.log(row["ppl"]) for row in rows],
-    }
+    values = agreement_by_row(model, teacher, tokens_BT)
+    del values["teacher_nll"]
     means = {name: fmean(found) for name, found in values.items()}
     errors = {name: stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None for name, found in values.items()}
-    n = len(rows)
+    n = len(tokens_BT)
     metrics = [
         EvalMetric(name=name, value=means[name], stderr=errors[name], n=n, higher_is_better=name == "top1") for name in values
     ]

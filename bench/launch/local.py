@@ -1,4 +1,4 @@
-"""Trains fleets in worker processes of this machine: one per core on a CPU, one per GPU where there are GPUs.
+"""Trains fleets in worker processes of this machine: one per core on a CPU, or several that share each GPU.
 
 Workers train and store; the parent only hands out fleets and listens, so a killed worker loses one fleet in flight, and a
 killed parent makes its workers save checkpoints and leave.
@@ -17,12 +17,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from bench.device import compiles
 from bench.launch import STOP_SECONDS, Event, Fleet, Workers
 from bench.provenance import usable_cores
 from bench.spec import RunSpec
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864"}
 """glibc keeps the memory of a training step for the next one instead of returning it to the system: 5 to 12 % of a step."""
+MOST_A_GPU, CORES_EACH = 6, 2
+"""Workers of a GPU, unless told: some train while the others compile, for which each needs cores."""
 
 
 @dataclass
@@ -33,18 +36,22 @@ class _Worker:
 
 
 def worker_devices(device: str, jobs: int | None) -> list[str]:
-    """The device of each worker: every GPU, or `jobs` (by default one per core) times the CPU.
+    """The device of each worker.
 
     Args:
-        device: "cpu", "cuda" or "cuda:1".
-        jobs: workers wanted; on GPUs they are spread round-robin.
+        device: "cpu", "cuda" for every GPU, or "cuda:1".
+        jobs: workers wanted, spread round-robin over the GPUs; None for one per core of a CPU, and one per GPU, or where fleets
+            are compiled as many as its share of the cores can keep compiling.
     """
+    if device == "cpu":
+        return ["cpu"] * (jobs or usable_cores())
+    gpus = [device]
     if device == "cuda":
         import torch
 
         gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        return [gpus[index % len(gpus)] for index in range(jobs or len(gpus))]
-    return [device] * (jobs or (usable_cores() if device == "cpu" else 1))
+    a_gpu = min(MOST_A_GPU, usable_cores() // (CORES_EACH * len(gpus))) if compiles(device) else 1
+    return [gpus[index % len(gpus)] for index in range(jobs or len(gpus) * max(1, a_gpu))]
 
 
 class LocalWorkers(Workers):
@@ -70,8 +77,9 @@ class LocalWorkers(Workers):
     def _start(self, device: str) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_worker_main, args=(theirs, device, self.threads, str(self.store)), daemon=True)
-        with _environment(self.variables):
+        own, seen = _own_gpu(device)
+        process = context.Process(target=_worker_main, args=(theirs, own, self.threads, str(self.store)), daemon=True)
+        with _environment({key: os.environ.get(key, value) for key, value in self.variables.items()} | seen):
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -122,16 +130,31 @@ class LocalWorkers(Workers):
         self.workers = []
 
 
+def _own_gpu(device: str) -> tuple[str, dict[str, str]]:
+    """What a worker calls its device, and the variable that lets it see no other.
+
+    Compiled code names the number of its GPU: where every GPU is number 0 to its worker, one compiler's cache serves them all.
+    """
+    if not device.startswith("cuda:"):
+        return device, {}
+    index = device.removeprefix("cuda:")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "cuda:0", {"CUDA_VISIBLE_DEVICES": seen.split(",")[int(index)].strip() if seen else index}
+
+
 @contextlib.contextmanager
-def _environment(defaults: dict[str, str]) -> Iterator[None]:
-    """Variables for a process that starts inside, unless the user has set them."""
-    added = {key: value for key, value in defaults.items() if key not in os.environ}
-    os.environ.update(added)
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for a process that starts inside."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _end(code: int | None) -> str:

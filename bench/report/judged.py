@@ -113,7 +113,7 @@ def _pairs(found: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]
 
 def _difference(found: Difference, cell: Cell | None) -> dict[str, Any]:
     if found.mean is None or cell is None:
-        return {"value": None, "text": "–", "title": found.verdict, "sure": False}
+        return {"value": None, "text": "–", "p": "", "title": found.verdict, "sure": False}
     share = cell.metric not in ("ppl", "word_perplexity", "bits_per_byte", "nll", "kl")
     mean = f"{100 * found.mean:+.1f}" if share else f"{found.mean:+.3g}"
     p = "" if found.p_value is None else f"p {p_text(found.p_value)}"

@@ -23,13 +23,9 @@ convert() { # NAMES...: as many side by side as $JOBS says
     wait
     tail -n 2 $(printf "$OUT/%s.log " "$@")
 }
-page() { # NAMES...: records for the report, one after the other, because they hold speeds
-    for name in "$@"; do
-        python3 -m bench.cli eval --model "$RUNS/$name" --tasks "$PAGE" --lengths 1024,2048 --limit "${ITEMS:-64}" --rows "${ROWS:-student}" \
-            --no-report --store "$OUT/page" >"$OUT/$name.page.log" 2>&1
-    done
+page() { # NAMES...: records for the report, one after the other, because they hold speeds; finished ones are skipped
+    quality page $(printf "$RUNS/%s " "$@") --out "$OUT/page" --items "${ITEMS:-64}" >"$OUT/page.log" 2>&1
 }
-PAGE=agreement,memory_and_speed,bench_needle,bench_phone_book,bench_needle_generated
 named() { python3 -c "from tests.benchmarks.convert_quality import EXPERIMENTS as e; print(*(n for n in e if n.startswith('$1-')))"; }
 mkdir -p "$OUT"
 
@@ -55,9 +51,8 @@ main) # three seeds of `far_heads` and what becomes of it without one of its par
     JOBS="${JOBS:-5}" # the referees are one of them
     convert $(named main) $(named far)
     ;;
-page) # records for the report
-    ROWS=student,teacher,window page main-0
-    page main-1 main-2
+page) # records for the report, of what is there of main, mixers and recipes
+    cd "$RUNS" && found=$(ls -d main-* mixer-* recipe-* 2>/dev/null) && cd - >/dev/null && page $found
     ;;
 judge) # the referees, and any folders of $RUNS that were not judged
     judge teacher window:252 "$RUNS"/*-*/

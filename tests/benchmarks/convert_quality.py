@@ -30,6 +30,7 @@ from bench.cli import app
 from bench.convert.data import load_data
 from bench.convert.measure import ablated, agreement, cache_bytes, window_student
 from bench.convert.spec import Source
+from bench.judge.harness import language_model
 from tests.benchmarks.convert_recall import recall
 
 TEXT = {"news": 0.2, "faq": 0.15, "docs": 0.15}
@@ -51,13 +52,13 @@ def budget(first: int, second: int, batch: int, micro: int, length: int = 2048) 
 
 TINY = [*OURS, *budget(1_000_000, 2_900_000, 16_384, 4096), "--seconds", "240"]
 FASTER = ["--set", "stages.2.lr=3e-4", "--set", "stages.2.mixer_lr=1e-3"]
-FAR = ["--recipe", "far_heads", *budget(1_500_000, 2_500_000, 16_384, 8192, 4096), "--seconds", "110"]
+FAR = ["--recipe", "far_heads", *budget(1_500_000, 1_048_576, 16_384, 16_384, 4096)]
 STILL = ["--set", "stages.2.tokens=1", "--set", "stages.2.lr=1e-9"]
 """A second stage of one step that moves nothing: the teacher's weights under another attention."""
 BESIDE = ["--window", "119", "--set", "plan.far_window=631", "--set", "plan.groups=share", "--set", "plan.projections=copy"]
 BESIDE += ["--set", "plan.rope=drop", "--set", "plan.combine=gate", "--set", "stages.2.mixer_lr=2e-3"]
-EQUAL = budget(300_000, 600_000, 16_384, 8192)
-SHORT = ["--tokens", "900000", "--set", "stages.batch_tokens=16384", "--set", "stages.micro_tokens=8192"]
+EQUAL = budget(300_000, 600_000, 16_384, 16_384)
+SHORT = ["--tokens", "900000", "--set", "stages.batch_tokens=16384", "--set", "stages.micro_tokens=16384"]
 EXPERIMENTS: dict[str, list[str]] = {
     "try-gentle": TINY,
     "try-copy": [*TINY, *FASTER],
@@ -125,16 +126,18 @@ def judged(name: str, given: argparse.Namespace, teacher: Any, tokenizer: Any, k
 def tasks(model: Any, tokenizer: Any, hub: Path) -> dict[str, Any]:
     """lm-eval's own scores on item sets in a folder shaped like the hub, zero-shot."""
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    # Of lm-eval's 14,000 task files only these: reading all of them takes longer than the tasks.
+    own = Path(lm_eval.__file__).parent / "tasks"
+    index = TaskManager(include_path=[own / name for name in ("arc", "lambada", "hellaswag")], include_defaults=False)
     before = Path.cwd()
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
     os.chdir(hub)
     try:
-        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=128, max_length=2048)
-        found = lm_eval.simple_evaluate(
-            judge, tasks=["arc_easy", "lambada_openai", "hellaswag"], bootstrap_iters=0, log_samples=False
-        )
+        judge = language_model(model, tokenizer, batch_size="auto", max_length=2048)
+        names = ["arc_easy", "lambada_openai", "hellaswag"]
+        found = lm_eval.simple_evaluate(judge, tasks=names, task_manager=index, bootstrap_iters=0, log_samples=False)
     finally:
         os.chdir(before)
     assert found is not None
@@ -165,10 +168,39 @@ def judge(given: argparse.Namespace) -> None:
         print(name, result["held_out"], shown, result.get("tasks"), flush=True)
 
 
+PAGE = "agreement,memory_and_speed,bench_needle,bench_phone_book"
+"""What a point of the page needs: bytes, speed, what was kept, and recall."""
+
+
+def page(given: argparse.Namespace) -> None:
+    """Evaluates for the page, one model after the other, because the records hold speeds."""
+    for index, name in enumerate(given.names):
+        rows = "student" if index else "student,teacher,window"
+        arguments = [
+            "eval",
+            "--model",
+            name,
+            "--tasks",
+            PAGE,
+            "--lengths",
+            "1024,2048",
+            "--limit",
+            str(given.items),
+            "--rows",
+            rows,
+        ]
+        try:
+            app([*arguments, "--no-report", "--store", str(given.out)], standalone_mode=False)
+        except Exception as error:
+            print(f"{name}: {error}", flush=True)
+
+
 def table(given: argparse.Namespace) -> None:
     """Prints the judged models as Markdown, each beside teacher and window; names choose the rows."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))}
-    baseline = next(result for name, result in found.items() if name.startswith("window"))
+    baseline = next((result for name, result in found.items() if name.startswith("window")), None)
+    if baseline is None:
+        raise SystemExit("No window in --out to compare with: judge window:252 too.")
     distances = list(baseline["recall"])
     print("| model | state, MB | ppl | top-1 | KL | tasks |", " | ".join(distances), "| beyond the window, p |")
     print("|" + " --- |" * (7 + len(distances)))
@@ -178,10 +210,44 @@ def table(given: argparse.Namespace) -> None:
         row = [name, f"{result['state_bytes'] / 1e6:.2f}", f"{held['ppl']:.2f}", f"{held['top1']:.1%}", f"{held['kl']:.4f}"]
         row.append(f"{sum(scores) / len(scores):.4f}" if scores else "")
         row += [f"{sum(result['recall'][key]) / len(result['recall'][key]):.2f}" for key in distances]
-        pairs = [pair for key in distances for pair in zip(result["recall"][key], baseline["recall"][key], strict=True)]
+        # An item depends on its number alone, so a model that was asked fewer was asked the first ones.
+        pairs = [pair for key in distances for pair in zip(result["recall"][key], baseline["recall"][key], strict=False)]
         better, worse = (sum(pair == wanted for pair in pairs) for wanted in ((1, 0), (0, 1)))
         row.append(f"{better}:{worse}, {binomtest(better, better + worse).pvalue:.1e}" if better + worse else "no difference")
         print("| " + " | ".join(row) + " |")
+    for stem, members in _seeds(found).items():
+        print(f"\n{stem}, {len(members)} seeds: {seeds_against(members, baseline['recall'])}")
+
+
+def _seeds(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Results that differ in their seed alone, by their common name."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, result in found.items():
+        stem, _, seed = name.rpartition("-")
+        if seed.isdigit():
+            groups.setdefault(stem, []).append(result)
+    return {stem: members for stem, members in groups.items() if len(members) > 1}
+
+
+def seeds_against(members: list[dict[str, Any]], baseline: dict[str, list[int]]) -> str:
+    """Recall of several seeds against a model that has none: an exact sign test over items, each with its mean over the seeds.
+
+    Items that all seeds are asked are no further items, so each counts once.
+    """
+    said = []
+    for family in ("needle", "lookup"):
+        keys = [key for key in baseline if key.startswith(family)]
+        shares = [float(np.mean([member["recall"][key] for member in members])) for key in keys]
+        ahead = [
+            np.mean([member["recall"][key][item] for member in members]) - baseline[key][item]
+            for key in keys
+            for item in range(len(baseline[key]))
+        ]
+        better, worse = sum(a > 0 for a in ahead), sum(a < 0 for a in ahead)
+        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+        listed = ", ".join(f"{key} {share:.3f}" for key, share in zip(keys, shares, strict=True))
+        said.append(f"{listed}; {better} of {len(ahead)} items better, {worse} worse, p = {p:.1e}")
+    return "; ".join(said)
 
 
 def _headline(scores: dict[str, float]) -> float:
@@ -196,7 +262,7 @@ def _device(model: Any) -> str:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "judge", "table"])
+    parser.add_argument("what", choices=["train", "judge", "page", "table"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--model")
     parser.add_argument("--corpora", type=Path)
@@ -208,7 +274,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of bench convert")
     given = parser.parse_args()
-    {"train": train, "judge": judge, "table": table}[given.what](given)
+    {"train": train, "judge": judge, "page": page, "table": table}[given.what](given)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import sdpa_kernel
+
+from bench.judge.budget import WITHOUT_PLANS
 
 SYLLABLES = ("ar", "en", "ol", "ist", "um", "ax", "eth", "yr", "ost", "im", "ul", "anc", "erd", "ov", "ish", "ent")
 BEFORE = 256
@@ -54,6 +57,7 @@ def item(tokenizer: Any, text: np.ndarray, family: str, distance: int, index: in
 
 
 @torch.no_grad()
+@sdpa_kernel(WITHOUT_PLANS)
 def recall(model: Any, tokenizer: Any, text: np.ndarray, distances: list[int], n: int, batch_tokens: int) -> dict[str, list[int]]:
     """For every family and distance, whether each item was answered: lists of 0 and 1 by `family distance`."""
     found: dict[str, list[int]] = {}

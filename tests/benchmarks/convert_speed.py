@@ -5,6 +5,7 @@
 
 Records: tokens/s of a stage on the teacher's stream and of a stage on logits; milliseconds a decoded token of student and
 teacher at several contexts; and the operations that take most of the time, which is the profile that shows the bound.
+A recipe that looks for far heads takes them from --far-heads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from bench import pretrained, provenance
 from bench.convert.data import Corpus, TrainingData
+from bench.convert.far import automatic
 from bench.convert.gate import check_model
 from bench.convert.loop import step
 from bench.convert.plans import layer_plans
@@ -36,6 +38,8 @@ from bench.judge.decoding import decoder
 WARM_UP, TIMED = 3, 10
 DECODE_BATCH, DECODE_STEPS = 32, 32
 SHOWN = ("what", "tokens_per_second", "step_seconds", "first_steps_seconds", "device_seconds", "context", "ms_per_step")
+FAR_HEADS = "0.0,7.2,8.0,14.0,15.2,17.0,17.1,18.2,20.1,20.2,21.2,23.0"
+"""What the recipe far_heads finds in SmolLM2-135M-Instruct."""
 LISTED, NAME = 40, 120
 """Operations of a profile that are recorded, and letters of their names."""
 
@@ -97,14 +101,14 @@ def training(recipe: Any, teacher: Any, data: TrainingData, given: argparse.Name
 
 
 @torch.no_grad()
-def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> Iterator[dict[str, Any]]:
-    """Milliseconds a decoding step of student and teacher after prefills of several lengths, each as one CUDA graph."""
+def decoding(recipe: Any, teacher: Any, contexts: list[int], *, beside: bool) -> Iterator[dict[str, Any]]:
+    """Milliseconds a decoding step of student and perhaps teacher after prefills of several lengths, each as one CUDA graph."""
     teacher = teacher.to(torch.bfloat16)
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).to(torch.bfloat16).eval()
     token = torch.ones(DECODE_BATCH, dtype=torch.long, device="cuda")
     for context in contexts:
         prompt = torch.randint(5, 1000, (1, context), device="cuda")
-        for name, model in (("student", student), ("teacher", teacher)):
+        for name, model in ((recipe.name, student), *([("teacher", teacher)] if beside else [])):
             cache = None
             for piece in prompt.split(2048, dim=1):
                 cache = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1).cache
@@ -117,7 +121,7 @@ def decoding(recipe: Any, teacher: Any, contexts: list[int]) -> Iterator[dict[st
             torch.cuda.empty_cache()
 
 
-def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
+def checked(case: str, teacher: Any, far_heads: str) -> tuple[Any, dict[str, float]]:
     """The recipe of a case such as `align_distill:retention`, and the gate's errors on the untrained student.
 
     Raises:
@@ -125,6 +129,8 @@ def checked(case: str, teacher: Any) -> tuple[Any, dict[str, float]]:
     """
     name, _, mixer = case.partition(":")
     recipe = resolve_recipe(name, mixer=mixer or None)
+    if automatic(recipe.plan):
+        recipe = resolve_recipe(name, mixer=mixer or None, settings=[f"plan.far_heads={far_heads}"])
     student = build_student(teacher, layer_plans(recipe.plan, len(teacher.model.layers))).eval()
     gate = check_model(student, torch.randint(5, 1000, (3, 200), device="cuda"))
     print(case, gate.sentence(), flush=True)
@@ -141,7 +147,10 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--micro-tokens", type=int, help="of a forward pass from end to end, if the batch does not fit")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded by the first case")
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded, by the teacher beside the first case"
+    )
+    parser.add_argument("--far-heads", default=FAR_HEADS)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     teacher: Any = pretrained.load(given.model, dtype=torch.float32, device="cuda")[0].requires_grad_(False)
@@ -155,10 +164,10 @@ def main() -> None:
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(given.case):
-        recipe, errors = checked(case, teacher)
+        recipe, errors = checked(case, teacher, given.far_heads)
         records: list[dict[str, Any]] = []
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
-        decoded = decoding(recipe, copy.deepcopy(teacher), given.contexts) if number == 0 else ()
+        decoded = decoding(recipe, copy.deepcopy(teacher), given.contexts, beside=number == 0)
         for record in itertools.chain(training(recipe, teacher, data, given), decoded):
             records.append(record)
             given.out.write_text(json.dumps(content, indent=1))

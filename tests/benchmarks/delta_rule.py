@@ -1,8 +1,8 @@
-"""Times the Triton delta rule on a CUDA device: python -m tests.benchmarks.delta_rule OUT.json [--sweep].
+"""Times the Triton delta rule on a CUDA device: python -m tests.benchmarks.delta_rule OUT.json.
 
 Each row is the median over replays of a CUDA graph with a flushed L2 cache, beside the time that the bytes and the
-floating-point operations of the definition would take at the copy and matrix-product rates measured in the same run.
---sweep times every kernel by itself with many configurations instead of the shipped ones.
+floating-point operations of the definition would take at the copy and matrix-product rates measured in the same run. Before it
+is timed, a row is compared with the torch form in fp64 on a part of its length.
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from triton.testing import do_bench
 
-from bench import provenance
-from kernels import _replay, delta
-from kernels.delta import Config, Launch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
-from tests.benchmarks.linear_recurrence import ceilings, graph_ms
+from tests.benchmarks.facts import facts
+from tests.benchmarks.linear_recurrence import ceilings
+from tests.kernels.oracle import rms_error
 
 # batch, length, heads, key and value width
 SHAPES = (
@@ -44,6 +40,10 @@ SHAPES = (
 GATES = ("none", "scalar")
 CHUNK_OF_FLOPS = 64
 SEED = 0
+REPLAYS_MS = 100
+# Relative RMS errors: of outputs, of gradients, of those of betas and decays.
+LIMITS = {"o": 5e-3, "beta_BTH": 2e-2, "log_decay": 2e-2}
+GRADIENT = 8e-3
 
 
 def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> tuple[float, float]:
@@ -57,25 +57,58 @@ def floors_ms(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> 
     return first * 1e3, both * 1e3
 
 
-def calls(shape: tuple[int, ...], gate: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward pass, and forward and backward, on random inputs."""
+def draw(shape: tuple[int, ...], gate: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """Random inputs, and the gradient of the output."""
     batch, length, heads, width = shape
     torch.manual_seed(SEED)
     q, k, v = (torch.randn(batch, length, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    leaves = {"q_BTGK": F.normalize(q, dim=-1), "k_BTGK": F.normalize(k, dim=-1), "v_BTHV": v}
-    leaves["beta_BTH"] = torch.rand(batch, length, heads, device="cuda")
+    inputs = {"q_BTGK": F.normalize(q, dim=-1), "k_BTGK": F.normalize(k, dim=-1), "v_BTHV": v}
+    inputs["beta_BTH"] = torch.rand(batch, length, heads, device="cuda")
     if gate == "scalar":
-        leaves["log_decay"] = -torch.rand(batch, length, heads, device="cuda") / 8
-    do = torch.randn_like(v)
-    trained = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+        inputs["log_decay"] = -torch.rand(batch, length, heads, device="cuda") / 8
+    return inputs, torch.randn_like(v)
+
+
+def calls(shape: tuple[int, ...], gate: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward pass, and forward and backward, on random inputs."""
+    inputs, do = draw(shape, gate)
+    trained = {name: x.clone().requires_grad_() for name, x in inputs.items()}
 
     def forward() -> object:
-        return linear_recurrence(**leaves)
+        return linear_recurrence(**inputs)
 
     def both() -> object:
         return torch.autograd.grad(linear_recurrence(**trained)[0], list(trained.values()), do)
 
     return forward, both
+
+
+def errors(shape: tuple[int, ...], gate: str) -> dict[str, float]:
+    """Relative errors of the output and the gradients against the torch form in fp64, on a quarter of the tokens."""
+    batch, length, heads, width = shape
+    inputs, do = draw((max(1, batch // 4), length if batch > 1 else length // 4, heads, width), gate)
+    sides = []
+    for dtype, backend in ((None, "triton"), (torch.float64, "chunked")):
+        leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in inputs.items()}
+        with use_backend(backend):
+            o, _ = linear_recurrence(**leaves)
+        sides.append([o, *torch.autograd.grad(o, list(leaves.values()), do.to(o))])
+    return {name: rms_error(got, want) for name, got, want in zip(["o", *inputs], *sides, strict=True)}
+
+
+def replayed(call: Callable[[], object], part: str) -> dict[str, float]:
+    """Median milliseconds of a call replayed as a CUDA graph, the times below which 5 and 95 % are, and the number of replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = torch.tensor(do_bench(graph.replay, warmup=20, rep=REPLAYS_MS, return_mode="all"))
+    middle, low, high = times.quantile(torch.tensor([0.5, 0.05, 0.95])).tolist()
+    return {f"{part}_ms": middle, f"{part}_ms_p05": low, f"{part}_ms_p95": high, f"{part}_n": len(times)}
 
 
 def kernel_us(call: Callable[[], object], times: int = 10) -> dict[str, float]:
@@ -89,76 +122,35 @@ def kernel_us(call: Callable[[], object], times: int = 10) -> dict[str, float]:
     return {event.key[:40]: event.device_time_total / times for event in seen.key_averages() if event.device_time_total}
 
 
-def shipped(rates: tuple[float, float]) -> list[dict]:
-    """Every shape and gate with the shipped configurations."""
-    rows = []
-    for shape, gate in itertools.product(SHAPES, GATES):
-        forward, both = calls(shape, gate)
-        times = {"forward_ms": graph_ms(forward), "both_ms": graph_ms(both)}
-        floor = floors_ms(shape, gate, rates)
-        ratios = {"forward_x": times["forward_ms"] / floor[0], "both_x": times["both_ms"] / floor[1]}
-        rows.append({"shape": shape, "gate": gate, **times, **ratios, "kernel_us": kernel_us(both)})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
-
-
-def candidates() -> list[tuple[Config, int, str]]:
-    """Configurations, widths and gates of a sweep."""
-    return [
-        (delta.SIXTEEN_BIT[width]._replace(forward=Launch(tile, 4)), width, gate)
-        for width, gate, tile in itertools.product((64, 128), GATES, (32, 64))
-    ]
-
-
-def try_one(candidate: tuple[Config, int, str], batch: int, length: int, heads: int) -> dict:
-    """Times the kernels of one configuration, or says why it cannot run."""
-    config, width, gate = candidate
-    delta.SIXTEEN_BIT[width] = config
-    _replay.forget()
-    record = {"config": config, "width": width, "gate": gate}
-    try:
-        return record | kernel_us(calls((batch, length, heads, width), gate)[1])
-    except (triton.runtime.errors.OutOfResources, RuntimeError):
-        return record | {"error": traceback.format_exc()[-800:]}
-
-
-def compile_one(candidate: tuple[Config, int, str]) -> dict:
-    """Leaves the compiled kernels in Triton's cache on disk, and finds what would take the process down."""
-    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
-    with use_backend("triton"):
-        return try_one(candidate, 1, 64, 1)
-
-
-def sweep() -> list[dict]:
-    """The main shape with every candidate that can run, compiled by processes of their own beforehand."""
-    with ProcessPoolExecutor(14, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        tried = list(pool.map(compile_one, candidates()))
-    rows = []
-    for candidate, small in zip(candidates(), tried, strict=True):
-        rows.append(small if "error" in small else try_one(candidate, 8, 2048, 16))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+def row(shape: tuple[int, ...], gate: str, rates: tuple[float, float]) -> dict[str, object]:
+    """Errors, and times if they are small enough."""
+    found = errors(shape, gate)
+    if not all(error <= LIMITS.get(name, GRADIENT) for name, error in found.items()):
+        return {"errors": found, "refused": "an error is too large"}
+    forward, both = calls(shape, gate)
+    times = replayed(forward, "forward") | replayed(both, "both")
+    first, whole = floors_ms(shape, gate, rates)
+    ratios = {"forward_x": times["forward_ms"] / first, "both_x": times["both_ms"] / whole}
+    return {"errors": found, **times, **ratios, "kernel_us": kernel_us(both)}
 
 
 def main() -> None:
-    """Writes the rows with the versions and the ceilings they were measured beside."""
+    """Writes the rows, one by one, with the versions and the ceilings they were measured beside."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     rates = ceilings()
-    with use_backend("triton"):
-        rows = sweep() if arguments.sweep else shipped(rates)
-    record = {
-        "commit": provenance.git_state()[0],
-        "versions": provenance.versions(),
-        "seed": SEED,
-        "device": torch.cuda.get_device_name(),
+    record = facts("python -m tests.benchmarks.delta_rule OUT.json", SEED) | {
+        "n": f"replays of a CUDA graph within {REPLAYS_MS} ms, as many as a row says, L2 flushed before each; median, 5 and 95 %",
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
-        "rows": rows,
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    rows = []
+    for shape, gate in itertools.product(SHAPES, GATES):
+        with use_backend("triton"):
+            rows.append({"shape": shape, "gate": gate, **row(shape, gate, rates)})
+        arguments.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

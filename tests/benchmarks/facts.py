@@ -9,8 +9,10 @@ import torch
 from bench import provenance
 
 
-def facts(command: str) -> dict[str, object]:
-    """Commit, versions, device and time, and how a number was taken."""
+def facts(command: str, seed: int | None = None) -> dict[str, object]:
+    """Commit, versions, device, time, how a number was taken, and the seed, if any, from which inputs are drawn from here on."""
+    if seed is not None:
+        torch.manual_seed(seed)
     commit, dirty, _ = provenance.git_state()
     return {
         "command": command,
@@ -19,5 +21,6 @@ def facts(command: str) -> dict[str, object]:
         "versions": provenance.versions(),
         "device": torch.cuda.get_device_name(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "n": "median of the replays of a CUDA graph within 100 ms, L2 flushed before each; random inputs, not seeded",
+        "seed": seed,
+        "n": "median of the replays of a CUDA graph within 100 ms, L2 flushed before each; random inputs",
     }

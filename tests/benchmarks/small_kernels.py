@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -30,9 +30,8 @@ from kernels import (
     cross_entropy_triton,
     long_conv_triton,
     scan_operator,
-    scan_segments_triton,
     scan_triton,
-    selective_scan_triton,
+    selective_scan_launch,
 )
 from kernels.attention import attention, attention_reference, band_mask, banded_attention
 from kernels.conv import long_conv, short_conv
@@ -133,17 +132,18 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "scan": (scan_case, ((4, 256, 256, 256), (1, 8, 2048, 4096))),
 }
 
-SWEEPS: dict[str, list[tuple[tuple[ModuleType, ...], dict[str, int]]]] = {
+SWEEPS: dict[str, list[tuple[tuple[ModuleType, ...], dict[str, Any]]]] = {
     "cross_entropy": [((cross_entropy_triton,), {"LARGEST_BLOCK": block}) for block in (1024, 2048, 4096, 16_384)],
     "short_conv": [
-        ((conv_triton,), {"TILE": tile, "CHANNELS": channels}) for tile, channels in ((8, 64), (8, 128), (32, 64), (16, 128))
+        ((conv_triton,), {"FORWARD": (16, forward), "BACKWARD": (8, backward)})
+        for forward, backward in ((1, 4), (4, 8), (8, 16), (2, 2))
     ],
     "long_conv": [
         ((long_conv_triton,), {"COLUMNS": columns, "WARPS": warps, "GRADIENT_COLUMNS": turned})
         for columns, warps, turned in ((64, 4, 64), (128, 4, 64), (128, 8, 64), (256, 8, 128))
     ],
-    "selective_scan": [((selective_scan_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
-    "scan": [((scan_triton, scan_segments_triton, scan_operator), {"TILE": tile}) for tile in (8, 32)],
+    "selective_scan": [((selective_scan_launch, scan_operator), {"TILE": tile}) for tile in (8, 32)],
+    "scan": [((scan_triton,), {"FORWARD_TILE": tile, "BACKWARD_TILE": tile}) for tile in (8, 16, 32)],
 }
 
 
@@ -197,7 +197,7 @@ def row(kernel: str, shape: tuple[int, ...], rate: float, *, torch_form: bool) -
 
 
 @contextmanager
-def patched(modules: tuple[ModuleType, ...], values: dict[str, int]) -> Iterator[None]:
+def patched(modules: tuple[ModuleType, ...], values: dict[str, Any]) -> Iterator[None]:
     """Constants of a kernel's modules replaced."""
     with ExitStack() as stack:
         for module, (name, value) in itertools.product(modules, values.items()):

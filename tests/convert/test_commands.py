@@ -79,20 +79,13 @@ def test_stock_lm_eval_scores_and_generates(teacher_folder: Path, text: Path, wo
         assert score == pytest.approx(wanted.item(), abs=1e-3)
 
 
-def two_processes_train_what_one_does(teacher_folder: Path, text: Path, device: str, tolerance: float):
-    """Both stages of LoLCATs, the second with adapters, by one process and by two; in the current folder."""
-    arguments = ["convert", "--model", str(teacher_folder), "--data", f"text:{text}", "--device", device, "--recipe", "lolcats"]
-    arguments += [
-        "--precision",
-        "fp32",
-        "--tokens",
-        "800",
-        "--set",
-        "stages.seq_len=32",
-        "--set",
-        "stages.batch_tokens=128",
-        "--out",
-    ]
+FAR = ["far_heads", "--window", "16", "--set", "plan.far_window=40", "--set", "plan.far_heads=0.0,1.1", "--set", "stages.2.lr=1e-3"]
+
+
+def two_processes_train_what_one_does(teacher_folder: Path, text: Path, device: str, tolerance: float, recipe: list[str]):
+    """Both stages of a recipe (the second of LoLCATs with adapters) by one process and by two; in the current folder."""
+    arguments = ["convert", "--model", str(teacher_folder), "--data", f"text:{text}", "--device", device, "--precision", "fp32"]
+    arguments += ["--recipe", *recipe, "--tokens", "800", "--set", "stages.seq_len=32", "--set", "stages.batch_tokens=128", "--out"]
     assert call(*arguments, "one")[0] == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
@@ -108,13 +101,14 @@ def two_processes_train_what_one_does(teacher_folder: Path, text: Path, device: 
 
 
 def test_two_processes_train_what_one_does(teacher_folder: Path, text: Path, work: Path):
-    two_processes_train_what_one_does(teacher_folder, text, "cpu", 1e-3)
+    two_processes_train_what_one_does(teacher_folder, text, "cpu", 1e-3, ["lolcats"])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_train_what_one_does(teacher_folder: Path, text: Path, work: Path):
-    two_processes_train_what_one_does(teacher_folder, text, "cuda", 3e-3)
+@pytest.mark.parametrize("recipe", [["lolcats"], FAR], ids=["lolcats", "far_heads"])
+def test_two_gpus_train_what_one_does(teacher_folder: Path, text: Path, work: Path, recipe: list[str]):
+    two_processes_train_what_one_does(teacher_folder, text, "cuda", 3e-3, recipe)
 
 
 def test_the_teachers_control_run_converts_nothing(teacher_folder: Path, text: Path, work: Path):

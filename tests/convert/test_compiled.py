@@ -51,3 +51,25 @@ def test_compiled_stages_train_alike(plan: str, stage: str, monkeypatch: pytest.
     counters = torch._dynamo.utils.counters
     assert 0 < counters["frames"]["ok"] <= 4, "two layers share their compiled functions"
     assert not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_every_layout_of_far_heads_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """More layers that differ than torch keeps variants of a function: none of them may fall back to plain Python."""
+    monkeypatch.setattr(stages, "compile_parts", partial(compile_parts, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layouts = ("", "0", "1", "2", "0 1", "0 2", "1 2", "0 1 2", "")
+    far = ",".join(f"{layer}.{head}" for layer, heads in enumerate(layouts) for head in heads.split())
+    teacher = tiny(num_hidden_layers=9, hidden_size=48, num_attention_heads=3, num_key_value_heads=3).requires_grad_(False)
+    student = build_student(teacher, [PLANS["far"].model_copy(update={"far_heads": far})] * 9)
+    corpus = Corpus(Source(kind="text", where="x"), torch.randint(1, 280, (5000,)).int().numpy())
+    used = STAGES["logits"].model_copy(update={"seq_len": 32, "batch_tokens": 64, "schedule": "constant"})
+    limit = torch._dynamo.config.recompile_limit
+    trainer = StageTrainer(student, teacher, used, 0, TrainingData([corpus], None, 0), "fp32", compiled=True)
+    for _ in range(2):
+        trainer.step(0.0)
+    trainer.finish()
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == 9, "eight layouts and the teacher's block"
+    assert torch._dynamo.config.recompile_limit == limit

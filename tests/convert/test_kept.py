@@ -69,6 +69,20 @@ def test_pieces_are_the_whole(pieces: list[int], changes: dict):
     assert {name: a.shape for name, a in state.items()} == sizes
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [4, 100])
+def test_long_texts_go_in_pieces(kept: int, monkeypatch: pytest.MonkeyPatch):
+    """With a state and without one; the state after is that of one pass."""
+    branch, (q, k, v, x) = kept_keys(kept=kept), inputs(40)
+    first = branch.init_state(2, device="cpu", dtype=torch.float32)
+    whole, state = branch(q, k, v, first, x)
+    monkeypatch.setattr("bench.convert.kept.PIECE", 16)
+    for given in (None, first):
+        o, found = branch(q, k, v, given, x)
+        torch.testing.assert_close(o, whole)
+        torch.testing.assert_close(found, None if given is None else state)
+
+
 def test_of_equal_scores_the_newer_key_stays():
     branch, (q, k, v, x) = kept_keys(), inputs(40)
     x = x[:, :1].expand_as(x)

@@ -4,6 +4,8 @@ import itertools
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -269,3 +271,22 @@ def test_turns_are_spread_over_the_layers():
 def test_replacing_belongs_to_logits():
     with pytest.raises(ValueError, match="replace belongs to a stage that captures logits"):
         Stage(capture="mixer_out", replace=(0.5, 1.0))
+
+
+def test_compiling_is_no_progress_but_takes_time(monkeypatch: pytest.MonkeyPatch):
+    """Of 100 s the first step takes 60: the learning rate falls over the other 40, and the stage ends in time."""
+    clock, shares = [0.0], []
+    monkeypatch.setattr("bench.convert.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def step(trainer: SimpleNamespace, share: float) -> dict[str, float]:
+        clock[0] += 1.0 if shares else 60.0
+        shares.append(share)
+        trainer.tokens += 10
+        return {"loss": 1.0}
+
+    monkeypatch.setattr("bench.convert.loop.step", step)
+    stage = Stage(capture="mixer_out", tokens=1_000_000)
+    trainer: Any = SimpleNamespace(device=torch.device("cpu"), stage=stage, index=0, tokens=0, step_number=0)
+    stage_loop = loop.StageLoop(trainer, 1, 100.0, 0.0, lambda _: None, lambda _: None, 1e9)
+    assert stage_loop.run()["seconds"] == 100.0
+    assert shares == pytest.approx([0.0, *(i / 40 for i in range(40))], abs=1e-4)

@@ -1,5 +1,8 @@
 """What is timed computes the same as the parallel pass; batches by budget change no score; letters and chance are counted right."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +87,27 @@ def test_batches_by_budget_change_no_score(tokenizer):
     assert free.generate_until(asked) == one.generate_until(asked)
     assert free.loglikelihood_rolling(rolled) == pytest.approx(one.loglikelihood_rolling(rolled), abs=1e-2)
     assert free.rows(4096, scored=True) == 1 and free.rows(512, scored=True) == 8
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("batch_size", ["auto", 8])
+def test_likelihoods_are_those_of_stock_lm_eval(tokenizer, converted: bool, batch_size: int | str):
+    from lm_eval.models import huggingface
+
+    from bench.judge.budget import BudgetLM
+
+    plan = LayerPlan(mixer=None, combine="sum", window=7, sinks=2, far_heads="0.1,1.1", far_window=20, far_keys="best")
+    model = build_student(tiny(), [plan] * 2).eval() if converted else tiny()
+    draw = np.random.default_rng(0)
+    sizes = [(int(draw.integers(1, 90)), int(draw.integers(1, 9))) for _ in range(30)]
+    asked = [(("", str(i)), draw.integers(1, 280, a).tolist(), draw.integers(1, 280, b).tolist()) for i, (a, b) in enumerate(sizes)]
+    asked += [(("letter", str(i)), asked[0][1], [i + 5]) for i in range(4)]  # the same input, read once
+    named = {"tokenizer": tokenizer, "max_length": 64, "softmax_dtype": "float32"}  # shorter than some requests
+    stock: Any = huggingface.HFLM
+    wanted = stock(model, batch_size=8, backend="causal", **named)._loglikelihood_tokens(asked, disable_tqdm=True)
+    found = BudgetLM(model, batch_size=batch_size, **named)._loglikelihood_tokens(asked)
+    for mine, other in zip(found, wanted, strict=True):
+        assert mine == (pytest.approx(other[0], abs=1e-4), other[1])
 
 
 def sample(answers: list, target: object, **fields: object) -> dict:

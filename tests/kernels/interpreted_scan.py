@@ -24,8 +24,8 @@ def test_shapes(shape: tuple[int, ...], with_state: bool):
 @pytest.mark.parametrize("with_state", [False, True])
 def test_segments(monkeypatch: pytest.MonkeyPatch, with_state: bool):
     monkeypatch.setattr(scan_segments_triton, "SHORTEST_SEGMENT", 16)
-    assert scan_segments_triton.share_out(1, 40, 1) == (2, 2)
-    cases.check((1, 40, 3), "cpu", torch.float32, with_state=with_state)
+    assert scan_segments_triton.share_out(1, 40, 1, 16) == (2, 2)
+    cases.check((1, 75, 3), "cpu", torch.float32, with_state=with_state)
 
 
 def test_members():

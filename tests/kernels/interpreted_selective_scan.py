@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import selective_scan_gluon, selective_scan_triton
+from kernels import selective_scan_gluon, selective_scan_launch
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
 from kernels.selective_scan_rows import over_channels
@@ -16,7 +16,7 @@ from tests.kernels.gluon_on_cpu import OnCpu
 @pytest.fixture(autouse=True)
 def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
     """The interpreter scans element by element, so programs own fewer channels here."""
-    monkeypatch.setattr(selective_scan_triton, "CHANNELS", 4)
+    monkeypatch.setattr(selective_scan_launch, "CHANNELS", 4)
     forward = OnCpu(selective_scan_gluon.selective_scan_forward, (selective_scan_gluon,))
     monkeypatch.setattr(selective_scan_gluon, "selective_scan_forward", forward)
 
@@ -30,6 +30,17 @@ def test_shapes(shape: tuple[int, int, int, int]):
 @pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])
 def test_weak_and_strong_decay(strength: float):
     cases.check((1, 17, 3, 2), "cpu", torch.float32, strength=strength)
+
+
+def test_states_are_kept_for_gradients_only():
+    x, dt, rate, b, c, _ = cases.draw(1, 33, 3, 2)
+    call = torch.ops.mixer_bench.selective_scan.default
+    plain = call(x, dt, rate[None], b, c, None, None, None, None, False)
+    trained = call(x.requires_grad_(), dt, rate[None], b, c, None, None, None, None, False)
+    assert plain[2].shape == (1, 0, 2, 3)
+    assert trained[2].shape == (1, 4, 2, 3)
+    assert torch.equal(plain[0], trained[0])
+    assert torch.equal(plain[1], trained[1])
 
 
 def test_members():
@@ -52,7 +63,7 @@ def test_operator_is_registered_right():
     scanned = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
     around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
     for more in ((None, None, None), around):
-        torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more))
+        torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more, False))
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from kernels import chosen_grad_triton as chosen
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
 from kernels.indexed_decode_triton import join_kernel, part_kernel
@@ -13,9 +14,15 @@ from kernels.operands import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
-WHOLE = {"starts": "*i64+", "words": "*i32+", "lists": "*i32+", "counts": "*i32+"}
+WHOLE = {"starts": "*i64+", **dict.fromkeys(("words", "lists", "counts", "tokens"), "*i32+")}
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
-KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "far": far_kernel}
+KERNELS = {
+    "forward": forward_kernel,
+    "query": query_kernel,
+    "key": key_kernel,
+    "far": far_kernel,
+    "token": chosen.chosen_key_kernel,
+}
 SMEM = 227 * 1024
 
 
@@ -63,13 +70,19 @@ def check(name, width, dtype, *, listed, spill, **flags):
         assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
+def test_chosen_blocks_in_sixteen_bit():
+    check("token", 128, torch.bfloat16, listed=True, spill=60)
+
+
 @pytest.mark.parametrize(("name", "spill"), [("forward", 24), ("query", 60), ("key", 60), ("far", 0)])
 def test_a_window_in_sixteen_bit(name, spill):
     check(name, 128, torch.bfloat16, listed=False, spill=spill)
 
 
 @pytest.mark.parametrize(
-    "kernel", [*KERNELS.values(), compact_kernel, part_kernel, join_kernel], ids=lambda kernel: kernel.__name__
+    "kernel",
+    [*KERNELS.values(), compact_kernel, part_kernel, join_kernel, chosen.choosers_kernel, chosen.add_parts_kernel],
+    ids=lambda kernel: kernel.__name__,
 )
 def test_no_integer_is_specialised(kernel):
     """A batch of one, or a length that 16 divides, is no other kernel."""

@@ -47,6 +47,7 @@ def test_other_items_are_not_compared(tmp_path: Path):
     assert found.warnings == ["bench_needle: window 200 + 4 sinks, untrained left out, asked other items or in another precision"]
     row = next(row for row in found.rows if row.info.kind == "window")
     assert row.cell(found.recall[0]) is None and "bench_needle" not in row.records
+    assert '<td class="num" title="no matched pairs">–' in build_report(store, tmp_path / "r.html").path.read_text("utf-8")
 
 
 def test_a_model_that_was_first_judged_alone_still_meets_its_referees(tmp_path: Path):

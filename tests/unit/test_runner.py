@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from bench import runner
 from bench.fleet import StackedFleet
-from bench.launch.local import LocalWorkers
+from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
 from bench.outcome import identity_of
 from bench.records import RunRecord
@@ -94,11 +97,12 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
 ) -> None:
     """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
     original = StackedFleet.step_on
+    errors = itertools.cycle([torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: out of memory\nSearch for it")])
 
     def limited(self: StackedFleet, *arguments: object) -> None:
         limit = 2 if fits == 0.5 else fits
         if len(self.model) / self.micro_batches > limit:
-            raise torch.OutOfMemoryError("out of memory")
+            raise next(errors)
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(StackedFleet, "step_on", limited)
@@ -121,3 +125,50 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     record = runner.record_death(spec(), CPU, Store(tmp_path), "signal 9")
     assert record is not None
     assert (record.status, record.reason) == ("failed", "its worker process died twice (signal 9)")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "seen"), [(None, "cuda:1", "1"), ("3,5", "cuda:1", "5"), ("GPU-a, GPU-b", "cuda:0", "GPU-a")]
+)
+def test_a_worker_sees_its_own_gpu_as_the_first(
+    visible: str | None, device: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started: list[tuple[str, str | None]] = []
+
+    class Process:
+        def __init__(self, args: tuple, **_: object) -> None:
+            self.device = args[1]
+
+        def start(self) -> None:
+            started.append((self.device, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
+    LocalWorkers([device], Path())._start(device)
+    assert started == [("cuda:0", seen)]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.parametrize(
+    ("device", "jobs", "cores", "compiled", "found"),
+    [
+        ("cpu", None, 3, "1", ["cpu"] * 3),
+        ("cpu", 2, 3, "1", ["cpu"] * 2),
+        ("cuda", None, 16, "1", ["cuda:0", "cuda:1"] * 4),
+        ("cuda", None, 64, "1", ["cuda:0", "cuda:1"] * 6),
+        ("cuda", None, 3, "1", ["cuda:0", "cuda:1"]),
+        ("cuda", None, 64, "0", ["cuda:0", "cuda:1"]),
+        ("cuda", 3, 64, "1", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", None, 8, "1", ["cuda:1"] * 4),
+    ],
+)
+def test_workers_of_a_device(
+    device: str, jobs: int | None, cores: int, compiled: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.launch.local.usable_cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("BENCH_COMPILE", compiled)
+    assert worker_devices(device, jobs) == found

@@ -122,12 +122,28 @@ def test_early_stop() -> None:
 
 def test_a_compiled_fleet_gets_smaller_when_that_pays() -> None:
     trainer = FleetTrainer([spec(epochs=32), spec(epochs=32, seed=1)], CPU)
-    trainer.epoch = 12  # 20 left
-    for seconds, pays in (([40.0], False), ([40.0, 2.0], False), ([20.0, 2.0], True), ([2.0, 2.0], True)):
-        trainer._epoch_seconds = seconds
+    trainer.epoch, trainer._epoch_seconds = 12, 2.0  # 20 left
+    for compiling, pays in ((40.0, False), (18.0, True)):
+        trainer._compile_seconds = compiling
         assert trainer._pays(0.5) == pays
-    trainer._epoch_seconds = [40.0, 2.0]
     assert trainer._pays(0.0) and not trainer._pays(0.9)
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    pair = [spec(), spec(seed=1)]
+    rehearsed, fresh = FleetTrainer(pair, CPU), FleetTrainer(pair, CPU)
+    for trainer in (rehearsed, fresh):
+        trainer.fleet.sums_E3.fill_(3.0)
+    for cell in (0, 1):
+        rehearsed.fleet.rehearse(cell)
+    for got, want in zip(rehearsed.fleet.states(), fresh.fleet.states(), strict=True):
+        for name, value in vars(want).items():
+            assert torch.equal(getattr(got, name), value), name
+    for trainer in (rehearsed, fresh):
+        trainer.fleet.sums_E3.zero_()
+    for (got, curve), (want, want_curve) in zip(finish(rehearsed), finish(fresh), strict=True):
+        assert curve == want_curve
+        assert all(torch.equal(got[key], value) for key, value in want.items())
 
 
 def test_linear_maps_with_a_bias_answer_in_bf16_in_a_fleet_too() -> None:
