@@ -38,8 +38,8 @@ def prepare_kernel(
     """Grid: (B * H * N,). A first launch takes every chunk for a gentle one, one with ROUGH those that it found rough.
 
     Strides count UNIT elements. factors gets those of the rows of states, [B, H, N, 2, KP], levels the log2 of the tokens of
-    gentle blocks, [B, H, N]; reads, writes and erases get Q', W and K', [B, H, N, C, KP], scores P and systems M transposed, [B, H, N, C, C]. OWN says that f
-    holds the keys of the erasure, TERMS is for `in_terms`.
+    gentle blocks, [B, H, N]; reads, writes and erases get Q', W and K', [B, H, N, C, KP], scores P and systems M transposed,
+    [B, H, N, C, C]. OWN says that f holds the keys of the erasure, TERMS is for `in_terms`.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)

@@ -42,7 +42,7 @@ def test_equals_the_token_loop(shape: tuple[int, int, int, int, int], gate: str,
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("delta", [False, True])
 def test_decays_at_the_limit_of_gentle_chunks(monkeypatch: pytest.MonkeyPatch, delta: bool):
-    """As for bf16 operands; the factors of two chunks multiplied would be below all fp32 numbers, masked products above."""
+    """As for bf16 operands: masked products overflow. That no factor underflows only a GPU sees, here factors are in fp64."""
     monkeypatch.setattr(vector_gate, "gentle_limit", lambda _: vector_gate_config.gentle_limit(torch.bfloat16))
     cases.check((1, 200, 1, 24, 24), "middle", "cpu", torch.float32, delta=delta, state=True)
 
