@@ -62,7 +62,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
 def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
     """Starts to copy blocks into shared memory; the barrier tells when all have arrived."""
     mbarrier.expect(bar, BYTES)
-    for index in gl.static_range(len(places)):
+    for index in gl.static_range(len(sources)):
         tma.async_copy_global_to_shared(sources[index], places[index], bar, targets[index])
 
 
