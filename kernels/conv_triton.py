@@ -22,7 +22,7 @@ from kernels._members import even_rows
 from kernels.parts_triton import MANY, add_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-FORWARD, BACKWARD = (16, 2), (8, 8)
+FORWARD, BACKWARD = (16, 4), (8, 8)
 """Tokens of a tile, and tiles that a program goes through."""
 CHANNELS = 64
 STEP_CHANNELS = 256

@@ -184,18 +184,17 @@ def _chosen_key_gradients(
     )
     tiles, pack = -(-n_keys // config.keys), pack_of(group)
     parts, share = share_out(n_index * tiles, length, config.queries // pack)
-    sums = (dk, dv) if parts == 1 else tuple(delta.new_empty(parts, *x.shape) for x in (dk, dv))
+    sums = tuple(delta.new_empty(parts, *x.shape) for x in (dk, dv))  # in fp32 even if there is one part: the same kernel
     widths = {name: value for name, value in _constants(q, k, v, index, None, unit, config).items() if name in WALK}
     lists = (index.block, index_rows, n_index * n_keys, share, parts)
     chosen_grad_triton.chosen_key_kernel[(n_index * parts * tiles,)](
         q, k, v, tokens, counts, lse, dy, delta, *sums, *strides, length, n_keys, k.shape[1], group, pack, n_keys - length, *lists,
         **widths, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
-    if parts > 1:
-        chosen_grad_triton.add_parts_kernel[(-(-n_index * n_keys // ROWS_TO_ADD),)](
-            *sums, counts, dk, dv, n_keys, k.shape[1], *lists, **{name: widths[name] for name in ("K", "V", "BK", "BV")},
-            ROWS=ROWS_TO_ADD, num_warps=4,
-        )  # fmt: skip
+    chosen_grad_triton.add_parts_kernel[(-(-n_index * n_keys // ROWS_TO_ADD),)](
+        *sums, counts, dk, dv, n_keys, k.shape[1], *lists, **{name: widths[name] for name in ("K", "V", "BK", "BV")},
+        ROWS=ROWS_TO_ADD, num_warps=4,
+    )  # fmt: skip
 
 
 def share_out(walks: int, length: int, tokens: int) -> tuple[int, int]:

@@ -110,7 +110,8 @@ def backward(
     )  # fmt: skip
     drate_MDN, db_BTN, dc_BTN = (x.new_empty(x.shape) for x in (rate_MDN, b_BTN, c_BTN))
     add_parts((drate_BND,), (drate_MDN,), (n_states * width, batch // members * n_states * width), batch // members)
-    add_parts((db_PBNT, dc_PBNT), (db_BTN, dc_BTN), (batch * n_states * row, n_states * row), n_blocks)
+    for parts_PBNT, sum_BTN in ((db_PBNT, db_BTN), (dc_PBNT, dc_BTN)):
+        sum_BTN.copy_(parts_PBNT.sum(0, dtype=torch.float32)[..., :length].mT)
     found = dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN
     if gate is None:
         return *found, *(x_BTD.new_empty(0) for _ in range(3))

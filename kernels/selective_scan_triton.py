@@ -121,11 +121,13 @@ def _walk_states(
 ):  # fmt: skip
     """All recurrences of a tile: gradients of u, the sums of the gradients of log decays times their rates, and the outputs.
 
-    Sums over channels are made one state element late, so that nothing waits for them.
+    Sums over channels are made one state element late, so that nothing waits for them. In 16 bit their factors are rounded before
+    they are multiplied, two at a time.
     """
     SUMMED: tl.constexpr = tl.bfloat16 if DOTS else tl.float32
     du_LC, decayed_LC, y_LC = tl.zeros_like(dt_LC), tl.zeros_like(dt_LC), tl.zeros_like(dt_LC)
     dt, u, dy = unstack(dt_LC, TILE, CHANNELS), unstack(u_LC, TILE, CHANNELS), unstack(dy_LC, TILE, CHANNELS)
+    narrow_u_LC, narrow_dy_LC = u_LC.to(SUMMED), dy_LC.to(SUMMED)
     wrote_LC, read_LC = tl.zeros([TILE, CHANNELS], SUMMED), tl.zeros([TILE, CHANNELS], SUMMED)
     coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, 0, width, inside_C)
     for n in range(n_states):
@@ -145,7 +147,7 @@ def _walk_states(
         summed = (token_L >= 0) & (n > 0)
         tl.store(db_ptr + (n - 1) * row + token_L, db_L.to(db_ptr.dtype.element_ty), mask=summed)
         tl.store(dc_ptr + (n - 1) * row + token_L, dc_L.to(dc_ptr.dtype.element_ty), mask=summed)
-        wrote_LC, read_LC = (dh_LC * u_LC).to(SUMMED), (h_LC * dy_LC).to(SUMMED)
+        wrote_LC, read_LC = dh_LC.to(SUMMED) * narrow_u_LC, h_LC.to(SUMMED) * narrow_dy_LC
     last = (n_states - 1) * row
     tl.store(db_ptr + last + token_L, over_channels(wrote_LC, TILE, CHANNELS, DOTS))
     tl.store(dc_ptr + last + token_L, over_channels(read_LC, TILE, CHANNELS, DOTS))
@@ -214,6 +216,8 @@ def selective_scan_backward(
         dy_LC = tl.load(dy_ptr + place_LC, mask=inside_LC, other=0.0).to(tl.float32)
         if GATED:
             dy_LC *= _opened(gate_ptr, gate_LC, inside_LC)[0]
+        if not GATED:  # times one, which the compiler does not know: it then keeps both dtypes of dy and converts once
+            dy_LC *= tl.minimum(n_tokens, 1).to(tl.float32)
         du_LC, decayed_LC, y_LC = _walk_states(
             dt_LC, u_LC, dy_LC, states_ptr + channel_C, dstate_ptr, kept_ptr, drate_ptr, b_ptr, c_ptr, db_ptr, dc_ptr, n_states,
             width, row, token_L, inside_C, GATED, TILE, CHANNELS, DOTS,

@@ -31,8 +31,8 @@ class Config(NamedTuple):
 
 
 CONFIG = Config(8192, 4)
-WHOLE_HEAD = Config(16_384, 8, 128)
-"""Of a layer that norms its heads: one program for a head of 128 x 128, so that nobody waits, and two of them on an SM."""
+WHOLE_HEAD = Config(16_384, 4)
+"""Of a layer that norms its heads: one program for a head of 128 x 128, so that nobody waits for other programs."""
 
 DECAYS = {"log": pieces.LOG, "rate": pieces.RATE, "sigmoid": pieces.SIGMOID}
 NORMS = {

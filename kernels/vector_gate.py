@@ -122,17 +122,18 @@ class Call:
         from kernels.vector_gate_prepare import prepare_kernel
         from kernels.vector_gate_solve import solve_kernel
 
-        kept, tile = self.kept, self.config.prepare
+        kept = self.kept
         rows, strides, unit = _rows(*self.keys)
         merge = (
             torch.float32 if self.dtype == torch.float32 else torch.float16
         )  # the digits of H, see `kernels.delta_coupling_triton`
         systems = torch.empty_like(kept.couplings, dtype=merge)
-        prepare_kernel[(self.blocks,)](
-            *rows, *kept[:6], systems, *strides, self.length, self.heads,
-            **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
-            **tile.options(),
-        )  # fmt: skip
+        for rough, tile in ((False, self.config.prepare), (True, self.config.rough)):
+            prepare_kernel[(self.blocks,)](
+                *rows, *kept[:6], systems, *strides, self.length, self.heads,
+                **self.flags, **self.gate_flags, BK=min(tile.width, self.wide_k), UNIT=unit, GENTLE=gentle_limit(self.dtype),
+                ROUGH=rough, **tile.options(),
+            )  # fmt: skip
         if self.delta:
             solve_kernel[(self.blocks,)](
                 self.beta, systems, kept.couplings, self.length, self.heads,
@@ -232,14 +233,15 @@ class Call:
 
         inputs = (self.q, self.k, self.erase, self.gate)
         found = tuple(_nothing(self.v) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        kept, tile = self.kept, self.config.gradient
+        kept = self.kept
         rows, strides, unit = _rows(*self.keys, *_narrow(self.dtype, kept.errors if self.delta else self.v, do))
-        part_k, part_v = min(tile.width, self.wide_k), min(tile.values or tile.width, self.wide_v)
-        gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
-            *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
-            **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=part_v,
-            UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, STAGES=tile.stages, **tile.options(),
-        )  # fmt: skip
+        for rough, tile in ((False, self.config.gradient), (True, self.config.rough)):
+            part_k = min(tile.width, self.wide_k)
+            gradient_kernel[(self.blocks * (self.wide_k // part_k),)](
+                *rows, self.beta, dv, *kept[:5], kept.states, dstates, *found, *strides, self.length, self.heads,
+                **self.flags, **self.gate_flags, V=self.v_dim, VP=self.wide_v, BK=part_k, BV=min(tile.width, self.wide_v),
+                UNIT=unit, SPLIT=0 if self.dtype == torch.float32 else 2, ROUGH=rough, STAGES=tile.stages, **tile.options(),
+            )  # fmt: skip
         return found
 
 
@@ -311,4 +313,6 @@ def backward(
     call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV, kept)
     dv, dbeta, dfirst, dstates = call.reverse(do_BTHV, dfinal_BHKV)
     dq, dk, derase, dgate = call.gradients(do_BTHV, dv, dstates)
-    return dq, dk, dv, dgate, _nothing(v_BTHV) if beta_BTH is None else dbeta.sum(0).to(beta_BTH.dtype), derase, dfirst
+    if beta_BTH is not None:
+        dbeta = (dbeta.sum(0) if len(dbeta) > 1 else dbeta[0]).to(beta_BTH.dtype)
+    return dq, dk, dv, dgate, dbeta, derase, dfirst

@@ -20,14 +20,12 @@ class Tile(NamedTuple):
         warps: warps of a program.
         stages: depth of its software pipeline.
         registers: most registers of a thread, or None for the compiler's choice.
-        values: of the gradients, values that a program takes at once; None for `width`.
     """
 
     width: int
     warps: int
     stages: int
     registers: int | None = None
-    values: int | None = None
 
     def options(self) -> dict[str, int | None]:
         """Launch options."""
@@ -43,6 +41,7 @@ class Config(NamedTuple):
         walk: of the forward walk; the width is that of the state's columns.
         reverse: of the walk back, likewise.
         gradient: of the gradients of queries and keys.
+        rough: of both preparation and gradients of rough chunks.
     """
 
     chunk: int
@@ -50,26 +49,28 @@ class Config(NamedTuple):
     walk: Tile
     reverse: Tile
     gradient: Tile
+    rough: Tile
 
 
 # Without and with the delta rule, by the widest of K and V (the first at least as large counts), for 16-bit and for fp32 operands.
+ROUGH = Tile(64, 4, 1)
 SIXTEEN_BIT = (
     {
-        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
-        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168)),
-        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), ROUGH),
+        128: Config(64, Tile(64, 4, 1, 168), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1, 168), ROUGH),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), ROUGH),
     },
     {
-        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1)),
-        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2)),
-        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1)),
+        64: Config(64, Tile(64, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), ROUGH),
+        128: Config(64, Tile(128, 4, 1), Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 2), ROUGH),
+        256: Config(64, Tile(64, 4, 1), Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), ROUGH),
     },
 )
 FP32 = (
     {
-        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1)),
-        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1)),
+        64: Config(16, Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        128: Config(16, Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+        256: Config(16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
     },
 ) * 2
 

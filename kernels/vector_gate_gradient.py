@@ -229,11 +229,12 @@ def gradient_kernel(
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, OWN: tl.constexpr,
-    TERMS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, SPLIT: tl.constexpr, ROUGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * N * key tiles,); the key tiles of a chunk are neighbours and share the L2 cache. u is V or E.
 
-    OWN says that f holds the keys of the erasure, TERMS and SPLIT are for `in_terms` of log decays and of their gradients.
+    ROUGH is for the rough chunks, a launch without it takes the others. OWN says that f holds the keys of the erasure, TERMS and
+    SPLIT are for `in_terms` of log decays and of their gradients.
     """
     TILES: tl.constexpr = KP // BK
     block, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
@@ -252,15 +253,9 @@ def gradient_kernel(
     reads, writes, erases = reads + block * C * KP, writes + block * C * KP, erases + block * C * KP
     beta, dv, factors, states, dstates = beta + row, dv + row * V, factors + block * 2 * KP, states + state, dstates + state
     level = tl.load(levels + block)
-    if level == LEVELS:  # a branch each, so that the registers of the other are not missed
+    if (level != LEVELS) == ROUGH:
         _gradients(
             q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, u, u_t * UNIT, do, do_t * UNIT, beta, dv, factors,
             reads, writes, erases, states, dstates, dq, dk, df, dgate, level, tile, length, heads, left,
-            K, V, KP, VP, BK, BV, C, LEVELS, DELTA, OWN, TERMS, SPLIT, False, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        _gradients(
-            q, q_t * UNIT, k, k_t * UNIT, f, f_t * UNIT, gate, gate_t * UNIT, u, u_t * UNIT, do, do_t * UNIT, beta, dv, factors,
-            reads, writes, erases, states, dstates, dq, dk, df, dgate, level, tile, length, heads, left,
-            K, V, KP, VP, BK, BV, C, LEVELS, DELTA, OWN, TERMS, SPLIT, True, DOT, PRECISION, STAGES,
+            K, V, KP, VP, BK, BV, C, LEVELS, DELTA, OWN, TERMS, SPLIT, ROUGH, DOT, PRECISION, STAGES,
         )  # fmt: skip

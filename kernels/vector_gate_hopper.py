@@ -170,7 +170,7 @@ def _write(
 
 @gluon.jit
 def _leave(
-    rows, u_CV, asked, state_KV, fade_K, work, o, at_o, DELTA: gl.constexpr, OUT: gl.constexpr, DOT: gl.constexpr
+    rows, u_CV, asked, state_KV, leave_K, enter_K, work, o, at_o, DELTA: gl.constexpr, OUT: gl.constexpr, DOT: gl.constexpr
 ):  # fmt: skip
     """The next state, also in shared memory; starts to store outputs."""
     state_buffer, out_buffer, _ = work
@@ -180,7 +180,7 @@ def _leave(
         state_KV, asked = warpgroup_mma_wait(1, [state, asked])
     else:
         state_KV = warpgroup_mma_wait(0, [state])
-    state_KV = state_KV * fade_K[:, None]
+    state_KV = state_KV * leave_K[:, None] * enter_K[:, None]  # one after the other: their product may be below all numbers
     if not DELTA:
         tma.store_wait(0)  # the state that was kept, and the outputs of the chunk before
     thread_barrier()  # all warps must have read the old state, and with the delta rule what outputs take the place of
@@ -236,8 +236,8 @@ def walk_kernel(
         if DELTA:
             beta_C = beta_of(beta, n, i, length, heads, C)
             u_CV, asked = _write(rows, erased, asked, work, beta_C, errors, at_o, layout, KEEP, OUT, DOT)
-        fade_K = leave_K * gl.where(n < n_last, enter_K, 1.0)
-        state_KV = _leave(rows, u_CV, asked, state_KV * carry_K[:, None], fade_K, work, o, at_o, DELTA, OUT, DOT)
+        enter_K = gl.where(n < n_last, enter_K, 1.0)
+        state_KV = _leave(rows, u_CV, asked, state_KV * carry_K[:, None], leave_K, enter_K, work, o, at_o, DELTA, OUT, DOT)
         carry_K, leave_K = next_carry_K, next_leave_K
     arrived(bars, n_last - n_first + 1, STAGES - 1, STAGES)
     tma.store_wait(0)

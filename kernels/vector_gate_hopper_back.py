@@ -127,7 +127,8 @@ def reverse_kernel(
             grad = _store_rows(du, grad, out_buffer, dv, [batch, n * C, head, e_start], DOT)
         if OUT:
             tma.store_wait(1)  # the gradient of the state
-        grad_KV = warpgroup_mma_wait(0, [grad]) * (enter_K * gl.where(n > n_first, next_leave_K, 1.0))[:, None]
+        # One factor after the other: their product may be below all numbers.
+        grad_KV = warpgroup_mma_wait(0, [grad]) * enter_K[:, None] * gl.where(n > n_first, next_leave_K, 1.0)[:, None]
         thread_barrier()  # all warps must have read the old one
         grad_buffer.store(grad_KV.to(DOT))
         fence_async_shared()

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 CHUNK, GROUP = delta_hopper_launch.CHUNK, 64
 """Tokens of a chunk, and the most columns of the state that a warp group takes; they are what one product of it covers."""
-FEW = 8
-"""Segments from which on carrying states between them is less than what they save; before, programs take fewer columns."""
+FEW, FEW_WIDE = 2, 8
+"""Segments from which on carrying states between them costs less than they save, of narrow heads and of wide ones, whose programs
+take fewer columns before that."""
 
 
 class Plan(NamedTuple):
@@ -40,7 +41,7 @@ def plan(call: Call) -> Plan:
     walks, device = call.batch * call.heads, call.v.device
     chunks, free = call.blocks // walks, delta_hopper_launch.multiprocessors(device) // walks
     segments = delta_hopper_launch.segments_of(walks, chunks, device)
-    if call.delta and segments >= FEW:
+    if call.delta and segments >= (FEW if call.wide_v <= GROUP else FEW_WIDE):
         per = -(-chunks // segments)
         return Plan(-(-chunks // per), per, call.wide_v)
     tile = 32 if free >= 4 else 64 if free >= 2 else 128

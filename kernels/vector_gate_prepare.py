@@ -32,13 +32,14 @@ def prepare_kernel(
     f_b: tl.int64, f_t: tl.int32, f_h: tl.int64, gate_b: tl.int64, gate_t: tl.int32, gate_h: tl.int64,
     length: tl.int32, heads: tl.int32,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, OWN: tl.constexpr, TERMS: tl.constexpr, GENTLE: tl.constexpr, ROUGH: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * N,). Strides count UNIT elements. Every chunk is taken for a gentle one, and a rough one once more.
+    """Grid: (B * H * N,). A first launch takes every chunk for a gentle one, one with ROUGH those that it found rough.
 
-    factors gets those of the rows of states, [B, H, N, 2, KP], levels the log2 of the tokens of gentle blocks, [B, H, N]; reads,
-    writes and erases get Q', W and K', [B, H, N, C, KP], scores P and systems M transposed, [B, H, N, C, C]. OWN says that f
-    holds the keys of the erasure, TERMS is for `in_terms`.
+    Strides count UNIT elements. factors gets those of the rows of states, [B, H, N, 2, KP], levels the log2 of the tokens of
+    gentle blocks, [B, H, N]; reads, writes and erases get Q', W and K', [B, H, N, C, KP], scores P and systems M transposed,
+    [B, H, N, C, C]. OWN says that f holds the keys of the erasure, TERMS is for `in_terms`.
     """
     chunks = tl.cdiv(length, C)
     block = tl.program_id(0).to(tl.int64)
@@ -53,18 +54,19 @@ def prepare_kernel(
     f += (batch * f_b + head * f_h + start * f_t) * UNIT
     reads, writes, erases = reads + block * C * KP, writes + block * C * KP, erases + block * C * KP
     scores, systems, level = scores + block * C * C, systems + block * C * C, tl.full([], LEVELS, tl.int32)
-    lowest = _keys_and_scores(
-        q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, scores, systems,
-        i_C, token_C, left, level, K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, False, DOT, PRECISION,
-    )  # fmt: skip
-    if lowest < -GENTLE:
-        tl.debug_barrier()  # what is written again may have been written by other threads
+    if not ROUGH:
+        lowest = _keys_and_scores(
+            q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, scores, systems,
+            i_C, token_C, left, level, K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, False, DOT, PRECISION,
+        )  # fmt: skip
+        tl.store(levels + block, tl.where(lowest < -GENTLE, -1, LEVELS))
+    elif tl.load(levels + block) < 0:
         level = _gentle_level(gate, gate_t * UNIT, i_C, token_C, left, K, KP, BK, TERMS, LEVELS, GENTLE)
         _keys_and_scores(
             q, k, f, gate, q_t * UNIT, k_t * UNIT, f_t * UNIT, gate_t * UNIT, factors, reads, writes, erases, scores, systems,
             i_C, token_C, left, level, K, KP, BK, C, LEVELS, DELTA, OWN, TERMS, GENTLE, True, DOT, PRECISION,
         )  # fmt: skip
-    tl.store(levels + block, level)
+        tl.store(levels + block, level)
 
 
 @triton.jit

@@ -50,13 +50,14 @@ def agreement_by_row(student: Any, teacher: Any, tokens_BT: Tensor, *, bf16: boo
     for some_BT in tokens_BT.to(teacher.device).split(rows):
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
             logits = [model(input_ids=some_BT, use_cache=False).logits[:, :-1] for model in (student, teacher)]
-        log_p, log_q = (part.float().log_softmax(-1) for part in logits)
-        target = some_BT[:, 1:, None]
-        kl_BT = (log_q.exp() * (log_q - log_p)).sum(-1)
-        same_BT = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-        parts = (kl_BT, same_BT, -log_p.gather(2, target)[..., 0], -log_q.gather(2, target)[..., 0])
-        for name, part_BT in zip(found, parts, strict=True):
-            found[name] += part_BT.double().mean(1).tolist()
+        for row_T, *pair in zip(some_BT, *logits, strict=True):  # in fp32 one row at a time
+            log_p, log_q = (part.float().log_softmax(-1) for part in pair)
+            target = row_T[1:, None]
+            kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+            same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+            parts = (kl.mean(), same.mean(), -log_p.gather(1, target).mean(), -log_q.gather(1, target).mean())
+            for name, value in zip(found, torch.stack(parts).tolist(), strict=True):
+                found[name].append(value)
     return found
 
 

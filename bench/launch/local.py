@@ -18,12 +18,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from bench.device import compiles
-from bench.launch import STOP_SECONDS, Event, Fleet, Workers
+from bench.launch import STOP_SECONDS, Event, Fleet, LaunchError, Workers
 from bench.provenance import usable_cores
 from bench.spec import RunSpec
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864"}
 """glibc keeps the memory of a training step for the next one instead of returning it to the system: 5 to 12 % of a step."""
+START_HELP = 'see what it printed. A script that starts a sweep must do so under `if __name__ == "__main__":`.'
 MOST_A_GPU, CORES_EACH = 6, 2
 """Workers of a GPU, unless told: some train while the others compile, for which each needs cores."""
 
@@ -33,6 +34,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     fleet: Fleet = ()
+    started: bool = False
 
 
 def worker_devices(device: str, jobs: int | None) -> list[str]:
@@ -111,8 +113,15 @@ class LocalWorkers(Workers):
                 kind, content = worker.pipe.recv()
             except (EOFError, ConnectionResetError):
                 worker.process.join()
+                end = _end(worker.process.exitcode)
+                if not worker.started:  # no fault of the fleet's, which it has not seen
+                    yield Event("broken", fleet, LaunchError(f"A worker process could not start ({end}); {START_HELP}"))
+                    continue
                 self.workers[index] = self._start(self.devices[index])
-                yield Event("died", fleet, _end(worker.process.exitcode))
+                yield Event("died", fleet, end)
+                continue
+            if kind == "started":
+                worker.started = True
                 continue
             if kind == "finished":
                 worker.fleet = ()
@@ -174,6 +183,7 @@ def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> Non
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a gone parent is noticed by `should_stop`
             pipe.send((kind, content))
 
+    tell("started")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # probabilities of a confident model are denormal and slow a CPU step by a tenth
     while True:

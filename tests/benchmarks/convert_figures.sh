@@ -23,9 +23,6 @@ convert() { # NAMES...: as many side by side as $JOBS says
     wait
     tail -n 2 $(printf "$OUT/%s.log " "$@")
 }
-page() { # NAMES...: records for the report, one after the other, because they hold speeds; finished ones are skipped
-    quality page $(printf "$RUNS/%s " "$@") --out "$OUT/page" --items "${ITEMS:-64}" >"$OUT/page.log" 2>&1
-}
 named() { python3 -c "from tests.benchmarks.convert_quality import EXPERIMENTS as e; print(*(n for n in e if n.startswith('$1-')))"; }
 mkdir -p "$OUT"
 
@@ -35,7 +32,7 @@ checks) # one minute
     exit
     ;;
 speed) # two minutes a case; decoding is timed with the first
-    python3 -m tests.benchmarks.convert_speed --model "$MODEL" --case align_distill --case lolcats --out "$OUT/convert_speed.json"
+    python3 -m tests.benchmarks.convert_speed --model "$MODEL" --case align_distill --case far_heads --out "$OUT/convert_speed.json"
     exit
     ;;
 esac
@@ -51,8 +48,10 @@ main) # three seeds of `far_heads` and what becomes of it without one of its par
     JOBS="${JOBS:-5}" # the referees are one of them
     convert $(named main) $(named far)
     ;;
-page) # records for the report, of what is there of main, mixers and recipes
-    cd "$RUNS" && found=$(ls -d main-* mixer-* recipe-* 2>/dev/null) && cd - >/dev/null && page $found
+page) # what was judged, on one page
+    python3 -m tests.benchmarks.convert_page "$OUT/judged" --store "$OUT/page"
+    python3 -m bench.cli report --store "$OUT/page" -o "$OUT/page.html"
+    exit
     ;;
 judge) # the referees, and any folders of $RUNS that were not judged
     judge teacher window:252 "$RUNS"/*-*/

@@ -168,33 +168,6 @@ def judge(given: argparse.Namespace) -> None:
         print(name, result["held_out"], shown, result.get("tasks"), flush=True)
 
 
-PAGE = "agreement,memory_and_speed,bench_needle,bench_phone_book"
-"""What a point of the page needs: bytes, speed, what was kept, and recall."""
-
-
-def page(given: argparse.Namespace) -> None:
-    """Evaluates for the page, one model after the other, because the records hold speeds."""
-    for index, name in enumerate(given.names):
-        rows = "student" if index else "student,teacher,window"
-        arguments = [
-            "eval",
-            "--model",
-            name,
-            "--tasks",
-            PAGE,
-            "--lengths",
-            "1024,2048",
-            "--limit",
-            str(given.items),
-            "--rows",
-            rows,
-        ]
-        try:
-            app([*arguments, "--no-report", "--store", str(given.out)], standalone_mode=False)
-        except Exception as error:
-            print(f"{name}: {error}", flush=True)
-
-
 def table(given: argparse.Namespace) -> None:
     """Prints the judged models as Markdown, each beside teacher and window; names choose the rows."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))}
@@ -262,7 +235,7 @@ def _device(model: Any) -> str:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "judge", "page", "table"])
+    parser.add_argument("what", choices=["train", "judge", "table"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--model")
     parser.add_argument("--corpora", type=Path)
@@ -274,7 +247,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of bench convert")
     given = parser.parse_args()
-    {"train": train, "judge": judge, "page": page, "table": table}[given.what](given)
+    {"train": train, "judge": judge, "table": table}[given.what](given)
 
 
 if __name__ == "__main__":

@@ -211,10 +211,12 @@ def geometric_mean(speeds: Speeds) -> Iterator[str]:
 
 def small_table(found: dict[str, Any]) -> Iterator[str]:
     """Eager and graph times of the small shape, in microseconds."""
-    yield head("recurrence", "eager", "met (100 / 350)", "graph", "x bound", f"within {SMALL_FLOOR_RATIO}", "launches")
+    yield head(
+        "recurrence", "eager", "met (100 / 350)", "both, one thread", "graph", "x bound", f"within {SMALL_FLOOR_RATIO}", "launches"
+    )
     for one in found["rows"]:
         if "error" in one:
-            yield row(one["kernel"], one["error"], *["-"] * 5)
+            yield row(one["kernel"], one["error"], *["-"] * 6)
             continue
         eager = [one[f"{mode}_eager_us"] for mode in SMALL_GOALS]
         bounds = [
@@ -224,10 +226,11 @@ def small_table(found: dict[str, Any]) -> Iterator[str]:
             one["kernel"],
             pair(eager, 0),
             " / ".join("yes" if time <= goal else "no" for time, goal in zip(eager, SMALL_GOALS.values(), strict=True)),
+            text(one.get("both_one_thread_us"), 0),
             pair([one[f"{mode}_graph_us"] for mode in SMALL_GOALS], 1),
             pair(bounds, 1),
             " / ".join("?" if ratio is None else "yes" if ratio <= SMALL_FLOOR_RATIO else "no" for ratio in bounds),
-            f"{one['forward_launches']} / {one['both_launches']}",
+            " / ".join(str(one.get(f"{mode}_launches", "-")) for mode in SMALL_GOALS),
         )
 
 

@@ -100,8 +100,9 @@ def two_processes_train_what_one_does(teacher_folder: Path, text: Path, device: 
     assert json.loads(Path("two/report.json").read_text())["stages"][0]["processes"] == 2
 
 
-def test_two_processes_train_what_one_does(teacher_folder: Path, text: Path, work: Path):
-    two_processes_train_what_one_does(teacher_folder, text, "cpu", 1e-3, ["lolcats"])
+@pytest.mark.parametrize("recipe", [["lolcats"], pytest.param(FAR, marks=pytest.mark.slow)], ids=["lolcats", "far_heads"])
+def test_two_processes_train_what_one_does(teacher_folder: Path, text: Path, work: Path, recipe: list[str]):
+    two_processes_train_what_one_does(teacher_folder, text, "cpu", 1e-3, recipe)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def test_equals_the_token_loop(shape: tuple[int, int, int, int, int], delta: boo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("gate", cases.GATES_OF_PAIRS)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_diagonal_plus_rank_one(shape: tuple[int, int, int, int, int], gate: str, dtype: torch.dtype) -> None:
     cases.check_dplr(shape, gate, "cuda", dtype, state=True)
@@ -73,7 +73,7 @@ def test_walks_of_hopper(shape: tuple[int, int, int, int, int], delta: bool, gat
 @pytest.mark.parametrize("width", [64, 128])
 def test_segments_of_the_delta_rule(width: int, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one is shorter."""
-    monkeypatch.setattr(vector_gate_hopper_launch, "FEW", 2)
+    monkeypatch.setattr(vector_gate_hopper_launch, "FEW_WIDE", 2)
     with _replay.forgetful():
         for state in (False, True):
             cases.check((1, 1100, 1, width, width), gate, "cuda", torch.bfloat16, delta=True, state=state)

@@ -17,6 +17,8 @@ from tests.kernels.oracle import poisoned, require_close, rms_error
 NARROW = ("q", "k", "v", "a", "b")
 GATES = {"zero": 0.0, "weak": 0.1, "middle": 3.0, "strong": 10.0, "abrupt": 1e5}
 """Log decays are drawn between 0 and the negative of these."""
+GATES_OF_PAIRS = [gate for gate in GATES if gate != "abrupt"]
+"""Those of diagonal plus rank one, see docs/log.md on decays that are stronger."""
 SINGLE = {"log_decay": 5e-5, "log_decay_BTHK": 5e-5, "beta_BTH": 2e-5, "other": 1e-5}
 SIXTEEN_BIT = {"o": 5e-3, "final": 5e-3, "log_decay": 2e-2, "log_decay_BTHK": 2e-2, "beta_BTH": 2e-2, "other": 5e-3}
 SIXTEEN_BIT_DELTA = SIXTEEN_BIT | {"other": 8e-3}

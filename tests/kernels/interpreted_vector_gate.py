@@ -22,7 +22,7 @@ def test_shapes(shape: tuple[int, int, int, int, int], delta: bool):
     cases.check(shape, "weak", "cpu", torch.float32, delta=delta, state=False)
 
 
-@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("gate", cases.GATES_OF_PAIRS)
 def test_diagonal_plus_rank_one(gate: str):
     cases.check_dplr((1, 19, 2, 20, 17), gate, "cpu", torch.float32, state=True)
 

@@ -39,6 +39,14 @@ def test_equals_the_token_loop(shape: tuple[int, int, int, int, int], gate: str,
         cases.check(shape, gate, "cpu", torch.float32, delta=delta, state=state)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("delta", [False, True])
+def test_decays_at_the_limit_of_gentle_chunks(monkeypatch: pytest.MonkeyPatch, delta: bool):
+    """As for bf16 operands: masked products overflow. That no factor underflows only a GPU sees, here factors are in fp64."""
+    monkeypatch.setattr(vector_gate, "gentle_limit", lambda _: vector_gate_config.gentle_limit(torch.bfloat16))
+    cases.check((1, 200, 1, 24, 24), "middle", "cpu", torch.float32, delta=delta, state=True)
+
+
 @pytest.mark.parametrize("width", [32, 64])
 def test_programs_with_some_of_the_columns(monkeypatch: pytest.MonkeyPatch, width: int):
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 128 // width)
@@ -48,7 +56,7 @@ def test_programs_with_some_of_the_columns(monkeypatch: pytest.MonkeyPatch, widt
 @pytest.mark.parametrize("state", [False, True])
 def test_segments(monkeypatch: pytest.MonkeyPatch, state: bool):
     """With the delta rule; the last segment is shorter."""
-    monkeypatch.setattr(vector_gate_hopper_launch, "FEW", 3)
+    monkeypatch.setattr(vector_gate_hopper_launch, "FEW_WIDE", 3)
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: 3)
     cases.check((1, 64 * 4 + 9, 1, 72, 96), "weak", "cpu", torch.float32, delta=True, state=state)
 

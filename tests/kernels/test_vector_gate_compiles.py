@@ -22,11 +22,13 @@ SMEM = 227 * 1024
 HALF_OF_AN_SM = 228 * 1024 // 2 - 1024
 # kernel, the entry of its configuration, flags
 KERNELS = {
-    "prepare": (prepare_kernel, "prepare", {}),
+    "prepare": (prepare_kernel, "prepare", {"ROUGH": False}),
+    "prepare, rough": (prepare_kernel, "rough", {"ROUGH": True}),
     "walk": (walk_kernel, "walk", {"KEEP": False, "OUT": True}),
     "walk, keeping": (walk_kernel, "walk", {"KEEP": True, "OUT": True}),
     "reverse": (reverse_kernel, "reverse", {"OUT": True}),
-    "gradient": (gradient_kernel, "gradient", {}),
+    "gradient": (gradient_kernel, "gradient", {"ROUGH": False}),
+    "gradient, rough": (gradient_kernel, "rough", {"ROUGH": True}),
 }
 
 
@@ -70,9 +72,11 @@ def check(name: str, width: int, dtype: torch.dtype, spill: int, *, delta: bool)
     return used
 
 
-# Rough chunks, which have a branch of their own, are rare and may spill.
-SPILLS = {"prepare": 1500, "gradient": 3400}
-SPILLS_OF_THE_DELTA_RULE = {"prepare": 1800, "walk": 250, "walk, keeping": 250, "reverse": 300, "gradient": 4200}
+# Rough chunks are rare and may spill.
+SPILLS = {"prepare, rough": 200, "gradient, rough": 2600, "gradient": 300}
+SPILLS_OF_THE_DELTA_RULE = {
+    "prepare, rough": 600, "walk": 250, "walk, keeping": 250, "reverse": 300, "gradient": 100, "gradient, rough": 4200,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -98,7 +102,7 @@ def test_couplings(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["prepare", "gradient"])
 def test_single_precision(name: str) -> None:
-    check(name, 64, torch.float32, 60, delta=True)
+    check(name, 64, torch.float32, 0, delta=True)
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,20 @@ def test_workers_of_a_device(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("BENCH_COMPILE", compiled)
     assert worker_devices(device, jobs) == found
+
+
+def test_a_worker_that_cannot_start_is_no_fault_of_its_runs(tmp_path: Path) -> None:
+    """A script without a guard starts a sweep in each of its own workers too, which ends them."""
+    script = tmp_path / "sweep.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "from bench.launch.local import LocalWorkers\n"
+        "from tests.unit.small_runs import spec\n"
+        "with LocalWorkers(['cpu'], pathlib.Path(sys.argv[1])) as workers:\n"
+        "    workers.submit((spec(),), {})\n"
+        "    print([(event.kind, str(event.content)) for event in workers.events(60.0)])\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, check=False)
+    assert "('broken', 'A worker process could not start (exit code 1)" in done.stdout, done.stderr
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("*/record.json"))
