@@ -136,12 +136,14 @@ def forward(
     gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
     wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
     on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
-    if on_hopper and delta_hopper_launch.couples(k_dim, kept, v):
-        delta_hopper_launch.forward_beside(q, k, v, beta, gate, kept, first, o, last, **wanted)
-        return o, last, kept
-    _couple(k, beta, gate, kept, _gate_kind(log_decay))
-    launch = delta_hopper_launch.forward if on_hopper else _walk
-    launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
+    transposed = on_hopper and delta_hopper_launch.transposes(k_dim, kept, v)
+    if not transposed or not delta_hopper_launch.solvers_of(v.shape[3], gated=log_decay is not None):
+        _couple(k, beta, gate, kept, _gate_kind(log_decay))
+    if transposed:
+        delta_hopper_launch.forward_transposed(q, k, v, beta, gate, kept, first, o, last, **wanted)
+    else:
+        launch = delta_hopper_launch.forward if on_hopper else _walk
+        launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     return o, last, kept
 
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "heads", "group", "segments", "span"]
+SIZES = ["length", "heads", "group", "segments", "span", "gate_b", "gate_t", "gate_every"]
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the latter from Triton 3.7 on
 
@@ -26,6 +26,12 @@ thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barr
 def sums_layout(width, groups=1):
     """Registers of sums that are `width` columns wide, of which each of the warp groups has its part."""
     return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
+
+
+@gluon.constexpr_function
+def turned_layout(width):
+    """Registers of sums of 64 rows and `width` columns in one warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
 @gluon.constexpr_function
@@ -43,11 +49,11 @@ def place(part, per_head, segments, span, n_chunks, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """Barriers on which copies report their bytes."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """Barriers on which copies report their bytes, or partitions that they have arrived."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(COUNT):
-        mbarrier.init(bars.index(index), count=1)
+        mbarrier.init(bars.index(index), count=ARRIVALS)
     fence_async_shared()
     return bars
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels._replay import give_context
-from kernels.operands import _rows, _triton_dtype, padded
+from kernels.operands import _triton_dtype, padded
 
 if TYPE_CHECKING:
     from kernels.delta import Config, Kept, Launch
@@ -20,8 +20,8 @@ WIDTH = 128
 """The widest heads that fit on chip."""
 SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
-BESIDE = {"W": 4, "REGISTERS": 216, "STAGES": 3}
-"""Warps that make couplings beside the walk of a head up to 64 wide, their registers, and chunks that are on their way or read."""
+STAGES = 3
+"""Chunks whose queries and keys are on their way or read in a transposed walk."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -77,10 +77,14 @@ def _forward_plan(walks: int, kept: Kept, wide: bool) -> tuple[int, int]:
     return segments, (32 if free >= 4 else CHUNK if free >= 2 else WIDTH) if wide and segments == 1 else WIDTH
 
 
-def couples(k_dim: int, kept: Kept, v: Tensor) -> bool:
-    """Whether `forward_beside` runs: for narrow heads, unless their sequences are cut."""
-    wide = max(k_dim, v.shape[3]) > CHUNK
-    return not wide and _forward_plan(v.shape[0] * v.shape[2], kept, wide)[0] == 1
+def transposes(k_dim: int, kept: Kept, v: Tensor) -> bool:
+    """Whether `forward_transposed` runs: where heads fill the chip, so that a program has a whole sequence and all columns."""
+    return _forward_plan(v.shape[0] * v.shape[2], kept, max(k_dim, v.shape[3]) > CHUNK) == (1, WIDTH)
+
+
+def solvers_of(v_dim: int, *, gated: bool) -> int:
+    """Warp groups that make couplings beside a transposed walk; none where decays need the registers that they would take."""
+    return 2 if v_dim <= CHUNK else 0 if gated else 1
 
 
 def _split(kept: Kept, segments: int) -> tuple[int, int]:
@@ -138,21 +142,20 @@ def _constants(k: Tensor, v: Tensor, *, gated: bool, return_state: bool, keep: b
     return constants | {"GATED": gated, "LAST": return_state, "KEEP": keep}
 
 
-def forward_beside(
+def forward_transposed(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Gate, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor,
     *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
-    """Couplings and the forward walk in one launch; writes o, last, decays, and what is kept."""
-    from kernels import delta_hopper_couplings
+    """The forward walk, and couplings unless there are no solvers; writes o, last, decays, and what is kept."""
+    from kernels import delta_hopper_transposed
 
-    batch, _, heads, v_dim = v.shape
-    constants, tile = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
-    rows, strides, unit = _rows(k)
-    delta_hopper_couplings.forward_kernel[(batch * heads,)](
-        *_described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep), *rows, beta, gate.log_decay, kept.decays,
-        v if first is None else first, last, *strides, *gate.strides, gate.every, v.shape[1], heads, heads // k.shape[2],
-        **constants, **BESIDE, BV=tile, GROUPS=tile // 32, UNIT=unit, MERGE=_triton_dtype(torch.float16),
-        FIRST=first is not None, num_warps=tile // 8,
+    batch, length, heads, v_dim = v.shape
+    constants = _constants(k, v, gated=gated, return_state=return_state, keep=keep)
+    delta_hopper_transposed.forward_kernel[(batch * heads,)](
+        *_described_rows(q, k, v, o, kept, constants["BK"], CHUNK, keep=keep), beta, gate.log_decay, kept.decays,
+        v if first is None else first, last, *gate.strides, gate.every, length, heads, heads // k.shape[2],
+        1, kept.couplings.shape[2], **constants, STAGES=STAGES, WALKS=-(-v_dim // CHUNK), SOLVERS=solvers_of(v_dim, gated=gated),
+        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The forward walk of the delta rule for Hopper, in Gluon, with couplings from memory or made beside it.
+"""The forward walk of the delta rule for Hopper where heads are few, in Gluon: with some columns of the values, or a segment.
 
 Rows of the next chunks are on their way while one is computed. A chunk's chain of products is K S, H beta R, the next state;
 Q K^T runs while the errors before the chunk's own writes are prepared, Q S while the writes are, and the outputs' last product
@@ -64,9 +64,9 @@ def _bring(
     bars, sources, stages, place, n, step,
     BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Starts to copy what a chunk needs into its stage: queries, keys and values, and H unless it is made on chip."""
+    """Starts to copy what a chunk needs into its stage: queries, keys, values and H."""
     batch, head, shared_head, chunk_0, e_start = place
-    BYTES: gl.constexpr = 2 * C * (2 * BK + BV + C * (len(stages) - 3))
+    BYTES: gl.constexpr = 2 * C * (2 * BK + BV + C)
     key_row = [batch, n * C, shared_head, 0]
     places = (key_row, key_row, [batch, n * C, head, e_start], [chunk_0 + n, 0, 0])
     fetch(bars.index(step % STAGES), BYTES, sources, places, at_stage(stages, step % STAGES))
@@ -153,15 +153,11 @@ def _leave(o, at_o, work, state, written, g_C, GATED: gl.constexpr, DOT: gl.cons
 
 @gluon.jit
 def walk(
-    sources, results, pointers, place, bounds, stages, work, bars, made, state_KV, length, heads,
-    BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, BESIDE: gl.constexpr,
+    sources, results, pointers, place, bounds, stages, work, bars, state_KV, length, heads,
+    BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Walks over the chunks of a segment; returns the state that leaves it.
-
-    `made` is (H, barriers): of 2 * BESIDE chunks, made beside the walk, of which BESIDE at a time are said to be ready and to
-    be free again; or H is copied in like the rest.
-    """
+    """Walks over the chunks of a segment; returns the state that leaves it."""
     o, errors, states = results
     beta, g = pointers
     n_first, n_last = bounds
@@ -172,8 +168,6 @@ def walk(
     none_CC = gl.zeros([C, C], gl.float32, sums_layout(C, GROUPS))
     for early in gl.static_range(STAGES - 1):
         _bring(bars, sources, stages, place, gl.minimum(n_first + early, n_last), early, BK, BV, C, STAGES)
-    if BESIDE:
-        mbarrier.wait(made[1].index(0), 0)
     beta_C, g_C, g_all = factors_of(beta, g, n_first, i, length, heads, C, GATED)
     state_buffer.store(state_KV.to(DOT))
     if GATED:
@@ -182,8 +176,7 @@ def walk(
     for n in range(n_first, n_last + 1):
         step, following, at_o = n - n_first, gl.minimum(n + 1, n_last), [batch, n * C, head, e_start]
         rows = at_stage(stages, step % STAGES)
-        q_CK, k_CK, v_CV = rows[0], rows[1], rows[2]
-        h_CC = made[0].index(step % (2 * BESIDE)) if BESIDE else rows[3]
+        q_CK, k_CK, v_CV, h_CC = rows
         mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
         read = warpgroup_mma(k_CK, state_buffer, none_CV, use_acc=False, is_async=True)
         scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
@@ -193,16 +186,11 @@ def walk(
         _bring(
             bars, sources, stages, place, gl.minimum(n + STAGES - 1, n_last), step + STAGES - 1, BK, BV, C, STAGES
         )  # fmt: skip
-        if BESIDE:
-            ahead = following - n_first
-            mbarrier.wait(made[1].index(ahead // BESIDE % 2), ahead // BESIDE // 2 % 2)
         next_beta_C, next_g_C, next_g_all = factors_of(beta, g, following, i, length, heads, C, GATED)
         error_CV, asked = _errors(read, scores, q_CK, v_CV, h_CC, work, beta_C, g_C, C, BV, GROUPS, GATED, DOT)
         state, written = _write(
             errors, at_o, k_CK, v_CV, work, state_KV, error_CV, asked, beta_C, g_C, g_all, GATED, KEEP, DOT
         )  # fmt: skip
-        if BESIDE:
-            mbarrier.arrive(made[2].index(step // BESIDE % 2), count=1, pred=step % BESIDE == BESIDE - 1)
         beta_C, g_C, g_all = next_beta_C, next_g_C, next_g_all
         state_KV = _leave(o, at_o, work, state, written, g_C, GATED, DOT)
     steps = n_last - n_first + 1
@@ -234,9 +222,9 @@ def forward_kernel(
     layout: gl.constexpr = sums_layout(BV, GROUPS)
     state_KV = walk(
         (q, k, v, h), (o, errors, states), (beta, g), (batch, head, head // group, chunk_0, e_start), (n_first, n_last),
-        (rows[0], rows[1], rows[2], h_buffers), work, barriers(STAGES), (),
+        (rows[0], rows[1], rows[2], h_buffers), work, barriers(STAGES),
         given_state(first, part, layout, e_start, V, K, BK, BV, FIRST), length, heads,
-        BK, BV, GROUPS, C, STAGES, 0, GATED, KEEP, DOT,
+        BK, BV, GROUPS, C, STAGES, GATED, KEEP, DOT,
     )  # fmt: skip
     if LAST:
         offsets, inside = columns_of(layout, e_start, V, K, BK, BV)

@@ -23,6 +23,7 @@ SHAPES = (
     (2, 129, 1, 4, 128, 64),
     (1, 75, 1, 1, 60, 100),
     (1, 130, 1, 1, 64, 65),
+    (34, 70, 2, 2, 128, 128),
     (1, 100, 1, 1, 256, 256),
     (1, 70, 1, 1, 64, 256),
 )
@@ -139,7 +140,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_couplings, delta_hopper_walk, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_transposed, delta_hopper_walk, delta_triton
     from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
@@ -148,7 +149,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_triton.reverse_kernel,
         gradients_kernel,
         delta_hopper_walk.forward_kernel,
-        delta_hopper_couplings.forward_kernel,
+        delta_hopper_transposed.forward_kernel,
         delta_hopper_backward.backward_kernel,
     )
 

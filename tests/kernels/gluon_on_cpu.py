@@ -89,8 +89,10 @@ class Shared:
 
 @dataclass
 class Barrier:
-    """Counts bytes or arrivals; copies wait in it for the thread that waits."""
+    """Counts bytes or arrivals, so many a phase; copies wait in it for the thread that waits."""
 
+    count: int = 1
+    arrived: int = 0
     expected: int = 0
     phase: int = 0
     copies: list[Any] = field(default_factory=list)
@@ -139,7 +141,11 @@ class Program:
             async_copy_global_to_shared=self.copy_in, async_copy_shared_to_global=self.copy_out, store_wait=self.store_wait
         )
         self.mbarrier = types.SimpleNamespace(
-            init=lambda bar, count: None, expect=self.expect, wait=self.wait, arrive=self.arrive, MBarrierLayout=lambda: "barrier"
+            init=lambda bar, count: setattr(bar, "count", count),
+            expect=self.expect,
+            wait=self.wait,
+            arrive=self.arrive,
+            MBarrierLayout=lambda: "barrier",
         )
 
     @property
@@ -205,16 +211,24 @@ class Program:
         assert not bar.expected, "two phases at once"
         bar.expected = size
 
-    @staticmethod
-    def copy_in(source: Descriptor, at: list[Any], bar: Barrier, target: Shared) -> None:
+    def copy_in(self, source: Descriptor, at: list[Any], bar: Barrier, target: Shared) -> None:
         target.x.fill_(float("nan"))
         bar.copies.append((source, at, target))
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets partitions that wait look again."""
+        with self.turn:
+            self.turn.notify_all()
 
     def arrive(self, bar: Barrier, *, count: int = 1, pred: Any = True) -> None:
         assert count == 1
-        if pred:
-            bar.phase += 1
-            self.turn.notify_all()
+        if not pred:
+            return
+        bar.arrived += 1
+        if bar.arrived == bar.count:
+            bar.arrived, bar.phase = 0, bar.phase + 1
+            self.wake()
 
     def wait(self, bar: Barrier, phase: Any) -> None:
         while not bar.copies and int(phase) == bar.phase % 2:
@@ -228,6 +242,7 @@ class Program:
             part, block = source.inside(at, target.x)
             block.copy_(part)
         bar.copies, bar.expected, bar.phase = [], 0, bar.phase + 1
+        self.wake()
 
     def copy_out(self, target: Descriptor, at: list[Any], source: Shared) -> None:
         self.stores.append((target, at, source.of_accelerators()))

@@ -6,9 +6,11 @@ from kernels import (
     delta,
     delta_hopper,
     delta_hopper_backward,
+    delta_hopper_beside,
     delta_hopper_carry,
-    delta_hopper_couplings,
     delta_hopper_launch,
+    delta_hopper_solve,
+    delta_hopper_transposed,
     delta_hopper_walk,
 )
 from kernels.dispatch import use_backend
@@ -19,7 +21,9 @@ from tests.kernels.oracle import poisoned
 KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_walk, ("forward_kernel",)),
-    (delta_hopper_couplings, ("forward_kernel",)),
+    (delta_hopper_beside, ()),
+    (delta_hopper_solve, ()),
+    (delta_hopper_transposed, ("forward_kernel",)),
     (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
     (delta_hopper_backward, ("backward_kernel",)),
 )

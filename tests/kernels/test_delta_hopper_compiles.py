@@ -3,7 +3,7 @@
 import pytest
 import triton.language as tl
 
-from kernels import delta_hopper_couplings, delta_hopper_launch, delta_hopper_walk
+from kernels import delta_hopper_launch, delta_hopper_transposed, delta_hopper_walk
 from kernels.delta_hopper import shared_layout
 from kernels.delta_hopper_backward import backward_kernel
 from kernels.delta_hopper_carry import combine_kernel, forward_carry_kernel, reverse_carry_kernel
@@ -11,26 +11,27 @@ from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
 C = delta_hopper_launch.CHUNK
-FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "KEEP": True}
-FORWARD, BESIDE = delta_hopper_walk.forward_kernel, delta_hopper_couplings.forward_kernel
+FLAGS = {"FIRST": False, "LAST": False, "DLAST": False}
+FORWARD, TRANSPOSED = delta_hopper_walk.forward_kernel, delta_hopper_transposed.forward_kernel
 
 
 def described(*block):
     return f"tensordesc<bf16{list(block)},{shared_layout(block[-1], len(block))!r}>"
 
 
-def compile_one(kernel, width, *, gated, tile=None):
+def compile_one(kernel, width, *, gated, tile=None, keep=True):
     """One kernel with K = V = width, as training without a state runs it."""
-    whole = kernel in (FORWARD, BESIDE, backward_kernel)
+    whole = kernel in (FORWARD, backward_kernel)
     tile = tile or (width if whole else C)
     groups = 2 if whole and tile == width else 1
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     if kernel is not combine_kernel:
         runtime |= dict.fromkeys(("q", "k", "dq", "dk"), described(1, C, 1, width)) | {"h": described(1, C, C)}
         runtime |= dict.fromkeys(("v", "o", "errors", "do", "dv"), described(1, C, 1, tile))
-        runtime |= {"states": described(1, width, tile), "k_rows": "*bf16+"}
+        runtime |= {"states": described(1, width, tile)}
     constants = {"K": width, "V": width, "BK": width, "BV": tile, "D": width, "C": C, "TILE": 16, "DOT": tl.bfloat16}
-    constants |= {"GROUPS": groups, "MERGE": tl.float16, "UNIT": 8} | delta_hopper_launch.BESIDE
+    constants |= {"GROUPS": groups, "MERGE": tl.float16, "KEEP": keep, "STAGES": delta_hopper_launch.STAGES}
+    constants |= {"WALKS": width // C, "SOLVERS": delta_hopper_launch.solvers_of(width, gated=gated)}
     if kernel is FORWARD:
         constants |= {"STAGES": delta_hopper_launch.stages_of(tile, width)}
     arguments = runtime | constants | FLAGS | {"GATED": gated, "GATE_GRAD": gated}
@@ -43,13 +44,14 @@ KERNELS = (FORWARD, backward_kernel, forward_carry_kernel, reverse_carry_kernel,
 SPILLS = {FORWARD: 0, backward_kernel: 120, forward_carry_kernel: 0, reverse_carry_kernel: 20, combine_kernel: 80}
 
 
-def check(kernel, width, *, gated, tile=None, spilled=0):
-    used = compile_one(kernel, width, gated=gated, tile=tile)
+def check(kernel, width, *, gated, tile=None, keep=True, spilled=0):
+    used = compile_one(kernel, width, gated=gated, tile=tile, keep=keep)
     assert used.spilled <= spilled, used.spilled
     assert used.shared <= SMEM
     if kernel is not combine_kernel:
         assert "wgmma.mma_async" in used.ptx
-        assert ("mma.sync" in used.ptx.replace("wgmma.mma_async.sync", "")) == (kernel is BESIDE)
+        solves = kernel is TRANSPOSED and delta_hopper_launch.solvers_of(width, gated=gated) > 0  # in blocks of 16 x 16
+        assert ("mma.sync" in used.ptx.replace("wgmma.mma_async.sync", "")) == solves
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
@@ -57,9 +59,17 @@ def test_the_main_configuration(kernel):
     check(kernel, 128, gated=True, spilled=SPILLS[kernel])
 
 
-@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_couplings_beside_the_walk(gated):
-    check(BESIDE, 64, gated=gated, spilled=60 if gated else 0)
+OTHERS = [(width, gated, keep) for width in (64, 128) for gated in (False, True) for keep in (False, True)]
+# Bytes, by width and decays.
+BESIDE_SPILLS = {(64, False): 20, (64, True): 40, (128, False): 120, (128, True): 0}
+
+
+@pytest.mark.parametrize(
+    ("width", "gated", "keep"),
+    [(128, False, True), *(pytest.param(width, gated, keep, marks=pytest.mark.slow) for width, gated, keep in OTHERS)],
+)
+def test_transposed_walks(width, gated, keep):
+    check(TRANSPOSED, width, gated=gated, keep=keep, spilled=BESIDE_SPILLS[width, gated])
 
 
 @pytest.mark.slow
