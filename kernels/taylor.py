@@ -103,7 +103,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, eps: float | None, state: Sums | No
     if state is None:
         return taylor_op.taylor_attention(q, k, v, None, None, *flags)[0], None
     row_F, weight_F = _rows_of_features(k.shape[-1], v.device)
-    feature_R = _features_of_rows(row_F, k.shape[-1])
+    feature_R = torch.argsort(row_F)  # for each row the feature of its monomial
     first = (state[0].float() / weight_F[:, None])[:, :, feature_R]
     first_norm = (state[1].float() / weight_F)[:, :, feature_R] if norm else None
     o, _, _, _, last, last_norm = taylor_op.taylor_attention(q, k, v, first, first_norm, *flags)
@@ -118,21 +118,10 @@ def _rows_of_features(k_dim: int, device: torch.device) -> tuple[Tensor, Tensor]
     wrapped = shift > k_dim // 2
     pair = torch.where(wrapped, k_dim - shift, shift) * k_dim + torch.where(wrapped, second, first) + k_dim
     linear = torch.arange(k_dim, device=device)
-    row_F = torch.cat((torch.full_like(linear[:1], k_dim * (k_dim // 2 + 2)), linear, pair))
+    row_F = torch.cat((torch.full_like(linear[:1], k_dim + k_dim * (k_dim + 1) // 2), linear, pair))
     weight = torch.where(first == second, 0.5**0.5, 1.0) * k_dim**-0.5
     ones = torch.ones(k_dim, device=device)
     return row_F, torch.cat((ones[:1], ones * k_dim**-0.25, weight))
-
-
-def _features_of_rows(row_F: Tensor, k_dim: int) -> Tensor:
-    """For each row of the kernels' sums the feature of its monomial; for even K the pairs of the last shift have two rows."""
-    n_rows = k_dim * (k_dim // 2 + 2) + 1
-    feature_R = torch.zeros(n_rows, dtype=torch.long, device=row_F.device)
-    feature_R[row_F] = torch.arange(row_F.shape[0], device=row_F.device)
-    if k_dim % 2 == 0:
-        last = k_dim * (k_dim // 2 + 1)
-        feature_R[last + k_dim // 2 : last + k_dim] = feature_R[last : last + k_dim // 2]
-    return feature_R
 
 
 def _obstacle(k: Tensor, v: Tensor) -> str | None:

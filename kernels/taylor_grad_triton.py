@@ -24,10 +24,10 @@ def query_kernel(
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ROW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Dq of one tile of queries, and shift = -d if NORM, which later kernels read. Grid: (B * H * ceil(T / BM),)."""
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     program = tl.program_id(0)
     blocks = tl.cdiv(length, BM)
     head_index, start = program // blocks, program % blocks * BM
@@ -62,7 +62,7 @@ def query_kernel(
         dq_MK = tl.dot(ds_MN.to(DOT), k_NK, dq_MK, input_precision=PRECISION)
     dq_MK = dq_MK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=ROW_STAGES):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)
@@ -128,13 +128,13 @@ def key_kernel(
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, LAST: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ROW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Dk and dv of one tile of keys; `leaving` is the gradient of the sums behind a chunk. Grid: (B * H * ceil(T / BN),).
 
     LAST: the sums behind the last chunk have a gradient too. BN divides the chunk, BM divides BN.
     """
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     program = tl.program_id(0)
     blocks = tl.cdiv(length, BN)
     head_index, start = program // blocks, program % blocks * BN
@@ -162,7 +162,7 @@ def key_kernel(
         )  # fmt: skip
     dk_NK = dk_NK * K**-0.5
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=1):
+    for first_row in tl.range(0, ROWS if LAST else tl.where(n < chunks - 1, ROWS, 0), BF, num_stages=ROW_STAGES):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         dstate_FV = tl.load(leaving + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

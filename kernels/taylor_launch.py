@@ -26,6 +26,7 @@ class Config(NamedTuple):
         warps: warps of a program.
         stages: depth of the software pipeline that loads tiles.
         registers: most registers of a thread, None for as many as the compiler likes; fewer let more programs share an SM.
+        row_stages: depth of the pipeline that loads tiles of the sums that enter a chunk.
     """
 
     queries: int
@@ -34,6 +35,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    row_stages: int = 1
 
 
 class Configs(NamedTuple):
@@ -47,7 +49,9 @@ class Configs(NamedTuple):
 
 # By the width of v (the first at least as large counts), for 16-bit and for fp32 operands.
 SIXTEEN_BIT = {
-    64: Configs(Config(128, 64, 64, 4, 3), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 2), Config(64, 64, 64, 4, 2)),
+    64: Configs(
+        Config(64, 64, 32, 4, 3, registers=128), Config(0, 64, 64, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 2)
+    ),
     128: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
     256: Configs(Config(128, 64, 64, 8, 2), Config(0, 64, 64, 4, 2), Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)),
 }
@@ -74,7 +78,7 @@ def chunk_length(k_dim: int) -> int:
 
 def n_rows(k_dim: int) -> int:
     """R, the rows of the sums of monomials."""
-    return k_dim * (k_dim // 2 + 2) + 1
+    return 1 + k_dim + k_dim * (k_dim + 1) // 2
 
 
 class _Call(NamedTuple):
@@ -138,7 +142,8 @@ def forward(
     taylor_triton.forward_kernel[(call.batch * call.heads * blocks,)](
         q, k, v, entering[0], entering[1], y, scale, *strides, call.length, call.heads, call.chunk, call.chunks, eps,
         **call.constants(), BV=tile, BF=config.rows, UNIT=unit, BM=config.queries, BN=config.keys, NORM=norm,
-        FIRST=first is not None, STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
+        FIRST=first is not None, STAGES=config.stages, ROW_STAGES=config.row_stages, num_warps=config.warps,
+        maxnreg=config.registers,
     )  # fmt: skip
     return y, scale, *entering
 
@@ -178,14 +183,16 @@ def backward(
     query, key = chosen.query, chosen.key
     taylor_grad_triton.query_kernel[(call.batch * call.heads * -(-call.length // query.queries),)](
         q, k, v, entering, entering_norm, y, dy, scale, dq, shift, *strides, *sizes, **shared, BF=query.rows,
-        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages, num_warps=query.warps, maxnreg=query.registers,
+        BM=query.queries, BN=query.keys, FIRST=first, STAGES=query.stages,
+        ROW_STAGES=query.row_stages, num_warps=query.warps, maxnreg=query.registers,
     )  # fmt: skip
     leaving, leaving_norm, dfirst, dfirst_norm = _entering(
         call, q_BTHK, dy_BTHV, (scale, shift), dlast, dlast_norm, norm=norm, last=first
     )
     taylor_grad_triton.key_kernel[(call.batch * call.heads * -(-call.length // key.keys),)](
         q, k, v, leaving, leaving_norm, dy, scale, shift, dk, dv, *strides, *sizes, **shared, BF=key.rows,
-        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages, num_warps=key.warps, maxnreg=key.registers,
+        BM=key.queries, BN=key.keys, LAST=dlast is not None, STAGES=key.stages,
+        ROW_STAGES=key.row_stages, num_warps=key.warps, maxnreg=key.registers,
     )  # fmt: skip
     return dq, dk, dv, dfirst, dfirst_norm
 
@@ -208,8 +215,8 @@ def _entering(
         return c.new_empty(0, dtype=call.wide), *(_fresh(c, 0) for _ in range(3))
     rows = n_rows(call.k_dim)
     shape = (call.batch, call.heads, call.chunks, rows)
-    sums, norms = _fresh(c, *shape, call.v_dim), _fresh(c, *shape if norm else (0,))
-    entering, entering_norm = torch.empty_like(sums, dtype=call.wide), torch.empty_like(norms)
+    sums, norms = c.new_empty(*shape, call.v_dim, dtype=call.wide), _fresh(c, *shape if norm else (0,))
+    entering, entering_norm = torch.empty_like(sums), torch.empty_like(norms)
     end, end_norm = (_fresh(c, *size) if last else _fresh(c, 0) for size in ((*shape[:2], rows, call.v_dim), (*shape[:2], rows)))
     end_norm = end_norm if norm else _fresh(c, 0)
     if high > low:

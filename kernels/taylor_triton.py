@@ -7,8 +7,8 @@ chunk. All three are parallel over chunks.
 
 A monomial x_a x_b is the product of two columns of (x E1) and (x E2), where E1 and E2 hold one 1 in each column: the tensor
 cores select columns exactly, and their accumulators have the layout that the next product wants. Rows of the sums are
-the K monomials x_a, then those of x_a x_(a+d mod K) for d = 0 .. K/2, and the constant 1; for even K the last d has each
-pair twice, at half the weight. The sums are of plain monomials; `weights` of a row multiply what is read from them.
+the K monomials x_a, then those of x_a x_(a+d mod K) for d = 0 .. K/2, and the constant 1; for even K the last d has only half
+as many, since the others are the same pairs. The sums are of plain monomials; `weights` of a row multiply what is read from them.
 
 Shape legend: B batch, T time, H heads, C tokens of a chunk, N chunks, K width of q and k, V width of v, R rows of the sums,
 M and N queries and keys of a tile, F rows of a tile.
@@ -37,25 +37,25 @@ def load_tile(base, stride, t_M, cols, length, WIDTH: tl.constexpr):
 @triton.jit
 def first_factor(i, f, K: tl.constexpr, DOT: tl.constexpr):
     """E1 at rows i and columns f, which broadcast against each other."""
-    return ((i == f % K) & (f < K * (K // 2 + 2))).to(DOT)
+    return ((i == f % K) & (f < K + K * (K + 1) // 2)).to(DOT)
 
 
 @triton.jit
 def second_factor(i, f, K: tl.constexpr, DOT: tl.constexpr):
     """E2 at rows i and columns f, which broadcast against each other."""
-    return ((i == (f + f // K - 1) % K) & (f >= K) & (f < K * (K // 2 + 2))).to(DOT)
+    return ((i == (f + f // K - 1) % K) & (f >= K) & (f < K + K * (K + 1) // 2)).to(DOT)
 
 
 @triton.jit
 def first_one(f, K: tl.constexpr):
     """1 for the constant row, whose first factor is no column of x."""
-    return (f == K * (K // 2 + 2)).to(tl.float32)
+    return (f == K + K * (K + 1) // 2).to(tl.float32)
 
 
 @triton.jit
 def second_one(f, K: tl.constexpr):
     """1 for the rows whose second factor is no column of x."""
-    return ((f < K) | (f == K * (K // 2 + 2))).to(tl.float32)
+    return ((f < K) | (f == K + K * (K + 1) // 2)).to(tl.float32)
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def polynomial(score, K: tl.constexpr):
 def weights(f, K: tl.constexpr):
     """Weight of a row: 1 + s + s^2 / 2 = sum_f weight_f monomial_f(q) monomial_f(k)."""
     shift = f // K - 1
-    pair = tl.where((shift == 0) | (2 * shift == K), 0.5 / K, 1.0 / K)
-    return tl.where(f < K, K**-0.5, tl.where(f < K * (K // 2 + 2), pair, 1.0))
+    pair = tl.where(shift == 0, 0.5 / K, 1.0 / K)
+    return tl.where(f < K, K**-0.5, tl.where(f < K + K * (K + 1) // 2, pair, 1.0))
 
 
 @entry(do_not_specialize=SIZES)
@@ -93,7 +93,7 @@ def state_kernel(
 
     Grid: (B * H * some_chunks * tiles of rows * tiles of V,). Strides of x and c count UNIT elements.
     """
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     ROW_TILES: tl.constexpr = (ROWS + BF - 1) // BF
     TILES: tl.constexpr = ROW_TILES * ((V + BV - 1) // BV)
     program = tl.program_id(0)
@@ -126,7 +126,7 @@ def state_kernel(
                 phi_FT *= tl.load(scale + scalar + t.to(tl.int64) * heads, mask=t < length, other=0.0)[None, :]
         sums_FV = tl.dot(phi_FT.to(WIDE), c_TV, sums_FV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * all_chunks + n) * ROWS + f
-    tl.store(sums + row[:, None] * V + e[None, :], sums_FV, mask=(f < ROWS)[:, None] & (e < V)[None, :])
+    tl.store(sums + row[:, None] * V + e[None, :], sums_FV.to(sums.dtype.element_ty), mask=(f < ROWS)[:, None] & (e < V)[None, :])
     if NORM and tile // ROW_TILES == 0:
         tl.store(norms + row, norms_F, mask=f < ROWS)
 
@@ -137,7 +137,7 @@ def _scan(
     WIDTH: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Running sums over chunks of one tile of elements; chunks outside low .. high have no sums of their own."""
-    SIZE: tl.constexpr = (K * (K // 2 + 2) + 1) * WIDTH
+    SIZE: tl.constexpr = (K + K * (K + 1) // 2 + 1) * WIDTH
     inside = element < SIZE
     weight = weights(element // WIDTH, K)
     carry = tl.zeros(element.shape, tl.float32)
@@ -149,7 +149,7 @@ def _scan(
         n = (all_chunks - 1 - step) if REVERSE else step
         offset = (head_index * all_chunks + n) * SIZE + element
         tl.store(entering + offset, (carry * weight).to(entering.dtype.element_ty), mask=inside)
-        carry += tl.load(sums + offset, mask=inside & (n >= low) & (n < high), other=0.0)
+        carry += tl.load(sums + offset, mask=inside & (n >= low) & (n < high), other=0.0).to(tl.float32)
     if LAST:
         if REVERSE:
             carry = carry * weight
@@ -168,7 +168,7 @@ def scan_kernel(
     `first` and `last` are plain sums in time's direction and gradients of plain sums in reverse.
     Grid: (B * H * (tiles of the sums + tiles of the normaliser's sums),).
     """
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     SUM_TILES: tl.constexpr = (ROWS * V + BLOCK - 1) // BLOCK
     TILES: tl.constexpr = SUM_TILES + ((ROWS + BLOCK - 1) // BLOCK if NORM else 0)
     program = tl.program_id(0)
@@ -193,14 +193,14 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, chunk: tl.int32, chunks: tl.int32, eps: tl.float32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
-    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ROW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one tile of queries, and scale = 1 / (sum of the weights + eps) if NORM.
 
     Grid: (B * H * ceil(T / BM) * tiles of V,). FIRST: sums enter the first chunk too. BM divides the chunk.
     """
     VALUE_TILES: tl.constexpr = (V + BV - 1) // BV
-    ROWS: tl.constexpr = K * (K // 2 + 2) + 1
+    ROWS: tl.constexpr = K + K * (K + 1) // 2 + 1
     program = tl.program_id(0)
     value_tile, outer = program % VALUE_TILES, program // VALUE_TILES
     blocks = tl.cdiv(length, BM)
@@ -229,7 +229,7 @@ def forward_kernel(
         z_M += tl.sum(p_MN, 1)
         o_MV = tl.dot(p_MN.to(DOT), v_NV, o_MV, input_precision=PRECISION)
     row = (head_index.to(tl.int64) * chunks + n) * ROWS
-    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=1):
+    for first_row in tl.range(0, ROWS if FIRST else tl.where(n > 0, ROWS, 0), BF, num_stages=ROW_STAGES):
         f = first_row + tl.arange(0, BF)
         in_rows = (f < ROWS)[:, None] & (e < V)[None, :]
         state_FV = tl.load(entering + (row + f)[:, None] * V + e[None, :], mask=in_rows, other=0.0)

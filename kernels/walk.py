@@ -1,6 +1,7 @@
 """Linear attention with scalar decays by the walks of `kernels.walk_triton`: allocations, strides and launches.
 
-Heads that share their keys take `kernels.walk_grouped` instead where it suits.
+The forward pass of most 16-bit heads on Hopper is that of `kernels.walk_hopper_launch`, and heads that share their keys take
+`kernels.walk_grouped`, where it suits.
 
 Shape legend: B batch, T time, H heads of v, G heads of q and k, K key, V value width, M rows of a constant decay.
 """
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import walk_grouped
+from kernels import walk_grouped, walk_hopper_launch
 from kernels.operands import (
     _dot_dtype,
     _gate_kind,
@@ -85,6 +86,8 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     q, k, v, log_decay, state, starts = inputs
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if walk_hopper_launch.suits(inputs):
+        return walk_hopper_launch.forward(inputs, o, return_state=return_state)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
     if walk_grouped.suits(q, k, v, starts):
         return walk_grouped.forward(q, k, v, log_decay, state, o, return_state=return_state)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from kernels import walk_hopper_launch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -136,6 +137,20 @@ def test_segments_of_long_rows(k_dim: int, v_dim: int, gate: str) -> None:
         assert rms_error(a, b) < (2e-2 if name == "log_decay" else 5e-3), (name, rms_error(a, b))
 
 
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (128, 128), (128, 64)])
+def test_the_plain_walks_where_copies_cannot_be_described(k_dim: int, v_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other devices run for every 16-bit head; Hopper only for widths that 8 does not divide, and packed sequences."""
+    monkeypatch.setattr(walk_hopper_launch, "suits", lambda _: False)
+    for shape, gate in (((1, 300, 1, 4, k_dim, v_dim), "scalar"), ((2, 129, 2, 2, k_dim, v_dim), "strong")):
+        tensors = draw(shape, gate, torch.bfloat16, state=True)
+        exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+        with use_backend("triton"):
+            got = outputs_and_gradients(linear_recurrence, tensors, state=True)
+        want = outputs_and_gradients(linear_recurrence_reference, exact, state=True)
+        for name, a, b in zip(("o", "final", *tensors), got, want, strict=True):
+            assert rms_error(a, b) < (2e-2 if name == "log_decay" else 5e-3), (shape, name, rms_error(a, b))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", ["none", "scalar", "strong"])
 def test_packed_sequences_are_separate_ones(gate: str, dtype: torch.dtype) -> None:
@@ -193,10 +208,10 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import walk_forward_triton, walk_gradients_triton
+    from kernels import walk_forward_triton, walk_gradients_triton, walk_hopper
 
     gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
-    kernels = (walk_forward_triton.forward_kernel, *gradients)
+    kernels = (walk_forward_triton.forward_kernel, *gradients, walk_hopper.forward_kernel)
 
     def run(batch: int, length: int, heads: int) -> None:
         q, k, v = (torch.randn(batch, length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))

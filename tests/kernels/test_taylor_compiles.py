@@ -28,6 +28,7 @@ def compile_kernel(name, k_dim, v_dim, dtype, config=None, **flags):
     constants = {"K": k_dim, "V": v_dim, "BK": padded(k_dim), "BV": tile, "BF": config.rows, "UNIT": 8}
     constants |= {"BM": config.queries, "BN": config.keys, "BT": config.keys, "NORM": True, "WEIGHTED": True}
     constants |= {"FIRST": False, "LAST": False, "DOT": dot, "WIDE": DTYPES[wide][1], "STAGES": config.stages}
+    constants |= {"ROW_STAGES": config.row_stages}
     arguments = runtime | constants | {"PRECISION": tl.constexpr(_precision(dtype))} | flags
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=config.warps, maxnreg=config.registers)
 

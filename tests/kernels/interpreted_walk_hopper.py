@@ -1,0 +1,52 @@
+"""The forward walk for Hopper, followed on the CPU, against the token loop in fp64: outputs and states."""
+
+import pytest
+import triton.language as tl
+
+from kernels import delta_hopper, delta_hopper_walk, walk_hopper, walk_hopper_launch, walk_hopper_parts
+from kernels.dispatch import use_backend
+from kernels.recurrence import linear_recurrence
+from kernels.reference import linear_recurrence_reference
+from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from tests.kernels.interpreted_linear_recurrence import call, draw
+from tests.kernels.oracle import SINGLE, poisoned, rms_error
+
+MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch):
+    monkeypatch.setattr(walk_hopper, "forward_kernel", OnCpu(walk_hopper.forward_kernel, MODULES))
+    monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
+    monkeypatch.setattr(walk_hopper_launch, "suits", lambda _: True)
+    monkeypatch.setattr(walk_hopper_launch, "FORWARD", dict.fromkeys((64, 128), walk_hopper_launch.FORWARD[64]))
+    with use_backend("triton"), poisoned():
+        yield
+
+
+def check(shape, gate):
+    exact = draw(shape, gate, state=True)
+    single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
+    for name, a, b in zip(("o", "final"), call(linear_recurrence, single), call(linear_recurrence_reference, exact), strict=True):
+        assert rms_error(a, b) <= SINGLE, (shape, name)
+
+
+# batch, length, groups, heads, key width, value width
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong", "zero"])
+@pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 1, 72, 96)], ids=str)
+def test_equals_the_token_loop(shape, gate):
+    check(shape, gate)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "strong"])
+def test_scalings_that_are_cut(monkeypatch, gate):
+    """Every chunk decays by more than the scalings may hold."""
+    monkeypatch.setattr(walk_hopper_parts, "LIMIT", tl.constexpr(1.0))
+    check((2, 70, 1, 1, 24, 16), gate)
+
+
+def test_rows_that_copies_cannot_take():
+    """A transposed projection is copied first."""
+    exact = draw((1, 40, 2, 2, 16, 24), "none", state=True)
+    single = {name: x.detach().float().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for name, x in exact.items()}
+    assert rms_error(call(linear_recurrence, single)[0], call(linear_recurrence_reference, exact)[0]) <= SINGLE
