@@ -60,8 +60,8 @@ def test_the_main_configuration(kernel):
 
 
 OTHERS = [(width, gated, keep) for width in (64, 128) for gated in (False, True) for keep in (False, True)]
-# Bytes, by width and decays.
-BESIDE_SPILLS = {(64, False): 20, (64, True): 40, (128, False): 120, (128, True): 0}
+# Bytes of spilled registers by width and decays, at most; ptxas 13.5 spills 20, 20, 80 and 0.
+BESIDE_SPILLS = {(64, False): 20, (64, True): 160, (128, False): 120, (128, True): 20}
 
 
 @pytest.mark.parametrize(
