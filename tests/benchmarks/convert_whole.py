@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import provenance
 from bench.store import Store
 from tests.benchmarks.convert_quality import RECALL, TEXT
@@ -80,6 +82,7 @@ def record(given: argparse.Namespace, folder: Path, commands: list[dict[str, Any
         "dirty": dirty,
         "versions": provenance.versions(),
         "hardware": f"{provenance.cpu_name()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if given.where == "gpu" else None,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         **json.loads(text),
         "evaluation": rows,

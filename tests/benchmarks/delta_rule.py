@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from triton.testing import do_bench
 
+from bench.throughput.clock import MEASURED_MS, replays
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from tests.benchmarks.facts import facts
@@ -40,7 +40,6 @@ SHAPES = (
 GATES = ("none", "scalar")
 CHUNK_OF_FLOPS = 64
 SEED = 0
-REPLAYS_MS = 100
 # Relative RMS errors: of outputs, of gradients, of those of betas and decays.
 LIMITS = {"o": 5e-3, "beta_BTH": 2e-2, "log_decay": 2e-2}
 GRADIENT = 8e-3
@@ -97,18 +96,14 @@ def errors(shape: tuple[int, ...], gate: str) -> dict[str, float]:
 
 
 def replayed(call: Callable[[], object], part: str) -> dict[str, float]:
-    """Median milliseconds of a call replayed as a CUDA graph, the times below which 5 and 95 % are, and the number of replays."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = torch.tensor(do_bench(graph.replay, warmup=20, rep=REPLAYS_MS, return_mode="all"))
-    middle, low, high = times.quantile(torch.tensor([0.5, 0.05, 0.95])).tolist()
-    return {f"{part}_ms": middle, f"{part}_ms_p05": low, f"{part}_ms_p95": high, f"{part}_n": len(times)}
+    """Median milliseconds of a call replayed as a CUDA graph, the times below which 20 and 80 % are, and the number of replays."""
+    time = replays(call)
+    return {
+        f"{part}_ms": time.median_us / 1e3,
+        f"{part}_ms_p20": time.low_us / 1e3,
+        f"{part}_ms_p80": time.high_us / 1e3,
+        f"{part}_n": time.n,
+    }
 
 
 def kernel_us(call: Callable[[], object], times: int = 10) -> dict[str, float]:
@@ -141,7 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rates = ceilings()
     record = facts("python -m tests.benchmarks.delta_rule OUT.json", SEED) | {
-        "n": f"replays of a CUDA graph within {REPLAYS_MS} ms, as many as a row says, L2 flushed before each; median, 5 and 95 %",
+        "n": f"replays of a CUDA graph within {MEASURED_MS} ms, as many as a row says, L2 flushed before each; median, 20 and 80 %",
         "copy_bytes_per_s": rates[0],
         "product_flop_per_s": rates[1],
     }

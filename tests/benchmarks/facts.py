@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import torch
 
 from bench import provenance
+from bench.throughput.clock import MEASURED_MS
 
 
 def facts(command: str, seed: int | None = None) -> dict[str, object]:
@@ -22,5 +23,5 @@ def facts(command: str, seed: int | None = None) -> dict[str, object]:
         "device": torch.cuda.get_device_name(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "n": "median of the replays of a CUDA graph within 100 ms, L2 flushed before each; random inputs",
+        "n": f"median of the replays of a CUDA graph within {MEASURED_MS} ms, L2 flushed before each; random inputs",
     }

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from triton.testing import do_bench
 
+from bench.throughput.clock import replays
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from tests.benchmarks.facts import facts
@@ -44,15 +44,7 @@ CHUNK_OF_FLOPS = 64
 
 def graph_ms(call: Callable[[], object]) -> float:
     """Median milliseconds of a call replayed as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return do_bench(graph.replay, warmup=20, rep=100, return_mode="median")
+    return replays(call).median_us / 1e3
 
 
 def ceilings() -> tuple[float, float]:

@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton.testing import do_bench
 
 from kernels import (
     _replay,
@@ -39,6 +38,7 @@ from kernels.cross_entropy import labelled_cross_entropy
 from kernels.dispatch import use_backend
 from kernels.scan import scan, selective_scan
 from tests.benchmarks.facts import facts
+from tests.benchmarks.linear_recurrence import graph_ms
 
 
 class Case(NamedTuple):
@@ -145,19 +145,6 @@ SWEEPS: dict[str, list[tuple[tuple[ModuleType, ...], dict[str, Any]]]] = {
     "selective_scan": [((selective_scan_launch, scan_operator), {"TILE": tile}) for tile in (8, 32)],
     "scan": [((scan_triton,), {"FORWARD_TILE": tile, "BACKWARD_TILE": tile}) for tile in (8, 16, 32)],
 }
-
-
-def graph_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds of a call replayed as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return do_bench(graph.replay, warmup=20, rep=100, return_mode="median")  # type: ignore[return-value]
 
 
 def copy_rate() -> float:
