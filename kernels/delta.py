@@ -133,17 +133,15 @@ def forward(
     last = _state_like(v_BTHV, k_dim) if return_state else _nothing(v_BTHV)
     (q, k, v), _, _ = _rows(q_BTGK, k_BTGK, v_BTHV)
     beta, first = beta_BTH.contiguous(), None if state_BHKV is None else state_BHKV.contiguous()
-    gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
-    wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
-    on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
-    transposed = on_hopper and delta_hopper_launch.transposes(k_dim, kept, v)
-    if not transposed or not delta_hopper_launch.solvers_of(v.shape[3], gated=log_decay is not None):
+    gate, gated = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v)), log_decay is not None
+    wanted = {"gated": gated, "return_state": return_state, "keep": keep}
+    plan = delta_hopper_launch.plan_of(k, v, gated=gated) if delta_hopper_launch.fit(k_dim, q, k, v) else None
+    if plan is None or not plan.solvers:
         _couple(k, beta, gate, kept, _gate_kind(log_decay))
-    if transposed:
-        delta_hopper_launch.forward_transposed(q, k, v, beta, gate, kept, first, o, last, **wanted)
+    if plan is None:
+        _walk(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     else:
-        launch = delta_hopper_launch.forward if on_hopper else _walk
-        launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
+        delta_hopper_launch.forward(q, k, v, beta, gate, kept, first, o, last, plan, **wanted)
     return o, last, kept
 
 

@@ -20,8 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._entry import entry
-from kernels.delta_hopper import sums_layout, thread_barrier
-from kernels.delta_hopper_walk import at_stage
+from kernels.delta_hopper import at_stage, sums_layout, thread_barrier
 from kernels.walk_hopper_parts import bring, buffers_of, decays_of, enter, gate_of, mended, seen, start_of, steps_of
 from kernels.walk_triton import NO_GATE
 

@@ -14,8 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta_hopper import barriers, fetch, shared_layout
-from kernels.delta_hopper_walk import at_stage
+from kernels.delta_hopper import at_stage, barriers, fetch, shared_layout
 from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
 LIMIT = tl.constexpr(60.0)

@@ -140,7 +140,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_transposed, delta_hopper_walk, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_carry, delta_hopper_transposed, delta_triton
     from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
@@ -148,7 +148,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
         gradients_kernel,
-        delta_hopper_walk.forward_kernel,
+        delta_hopper_carry.carry_kernel,
         delta_hopper_transposed.forward_kernel,
         delta_hopper_backward.backward_kernel,
     )

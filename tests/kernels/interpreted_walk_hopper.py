@@ -3,7 +3,7 @@
 import pytest
 import triton.language as tl
 
-from kernels import delta_hopper, delta_hopper_walk, walk_hopper, walk_hopper_launch, walk_hopper_parts
+from kernels import delta_hopper, walk_hopper, walk_hopper_launch, walk_hopper_parts
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -11,7 +11,7 @@ from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_linear_recurrence import call, draw
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
-MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
+MODULES = (delta_hopper, walk_hopper_parts, walk_hopper)
 
 
 @pytest.fixture(autouse=True)

@@ -19,14 +19,15 @@ REGISTER = re.compile(r"\bR(\d+)\b")
 WRITES_NOTHING = ("ST", "RED", "BAR", "ISETP", "FSETP", "R2UR", "R2P", "PLOP3", "LDGSTS", "WARPGROUP")
 
 
-def disassembled(ptx: str, assembler: Path) -> str:
-    """SASS for sm_90a of one kernel, in listing order."""
+def disassembled(ptx: str, assembler: Path) -> tuple[str, str]:
+    """SASS for sm_90a of one kernel, in listing order, and what the assembler said."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        subprocess.run([str(assembler), "--gpu-name=sm_90a", str(source), "-o", str(binary)], check=True, capture_output=True)
+        command = [str(assembler), "--gpu-name=sm_90a", str(source), "-o", str(binary)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         reader = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        return subprocess.run([str(reader), "-c", str(binary)], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(reader), "-c", str(binary)], check=True, capture_output=True, text=True).stdout, said
 
 
 def unwritten(listing: str) -> list[str]:
