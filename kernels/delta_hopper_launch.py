@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         segments: of each sequence.
         walks: warp groups of a program that walk, with 64 columns of the values each.
         solvers: those that make couplings; without any these are made before.
-        stages: chunks whose queries and keys are on their way or read.
+        stages: chunks whose queries and keys are on their way or read; a multiple of solvers.
         depth: chunks whose values, and couplings made before, are.
     """
 
@@ -96,8 +96,9 @@ def plan_of(k: Tensor, v: Tensor, *, gated: bool) -> Plan:
         return Plan(segments, tiles, 0, *((3, 2) if wide else (4, 4)))
     if wide and free >= 2:
         return Plan(1, 1, 0, 3, 4)
-    solvers = 2 if tiles == 1 else 0 if gated else 1
-    return Plan(1, tiles, solvers, *((3, 2) if wide or gated else (4, 3)))
+    if tiles == 1:
+        return Plan(1, 1, 2, 4, 2 if wide else 3)
+    return Plan(1, tiles, 0 if gated else 1, 3, 2)
 
 
 def _split(chunks: int, segments: int) -> tuple[int, int]:

@@ -198,6 +198,9 @@ def forward_kernel(
     each, and SOLVERS make H, one beside two walks and two beside one; without these H and g come from memory. A segment is
     `span` chunks; `first` holds the states that enter them.
     """
+    # A solver waits for the keys of its own chunks only. The parity of a phase tells it from the one before, so it has to see
+    # every phase of the stages that it waits for.
+    gl.static_assert(STAGES % max(SOLVERS, 1) == 0)
     TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
     HELD: gl.constexpr = 2 if SOLVERS > 0 else DEPTH
     part, e_start = gl.program_id(0) // TILES, gl.program_id(0) % TILES * 64 * WALKS

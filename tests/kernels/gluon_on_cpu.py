@@ -89,13 +89,19 @@ class Shared:
 
 @dataclass
 class Barrier:
-    """Counts bytes or arrivals, so many a phase; copies wait in it for the thread that waits."""
+    """Counts bytes or arrivals, so many a phase; copies wait in it for the thread that waits.
+
+    A phase is waited for by its parity, which is also that of the phase before the last: `seen` has, for each partition, the
+    parity that it waited for last.
+    """
 
     count: int = 1
     arrived: int = 0
     expected: int = 0
     phase: int = 0
     copies: list[Any] = field(default_factory=list)
+    filled: bool = False
+    seen: dict[int, int] = field(default_factory=dict)
 
 
 class Program:
@@ -121,6 +127,7 @@ class Program:
             sum=lambda x, axis: x.sum(axis),
             convert_layout=lambda x, _: x,
             static_range=range,
+            static_assert=_assert,
             load=self.load,
             store=self.store,
             allocate_shared_memory=self.allocate,
@@ -209,7 +216,7 @@ class Program:
     @staticmethod
     def expect(bar: Barrier, size: int) -> None:
         assert not bar.expected, "two phases at once"
-        bar.expected = size
+        bar.expected, bar.filled = size, True
 
     def copy_in(self, source: Descriptor, at: list[Any], bar: Barrier, target: Shared) -> None:
         target.x.fill_(float("nan"))
@@ -231,6 +238,9 @@ class Program:
             self.wake()
 
     def wait(self, bar: Barrier, phase: Any) -> None:
+        parity, before = int(phase), bar.seen.get(threading.get_ident(), 1 if bar.filled else None)
+        assert before is None or parity != before, "a phase is waited for by who has not seen the one before"
+        bar.seen[threading.get_ident()] = parity
         while not bar.copies and int(phase) == bar.phase % 2:
             assert self.alive > 1 and self.turn.wait(timeout=20), "waits for what nobody brings"
         if not bar.copies:
@@ -303,6 +313,10 @@ class OnCpu:
                         patches.enter_context(patch.object(module, name, getattr(x, "value", getattr(x, "fn", x))))
             self.kernel.fn(**arguments)
         program.check()
+
+
+def _assert(condition: bool) -> None:
+    assert condition
 
 
 def _argument(x: Any) -> Any:
