@@ -157,10 +157,10 @@ def test_repeats_are_equal_to_the_bit(shape, gate) -> None:
     batch, length, heads, width = shape
     k_dim, v_dim = width if isinstance(width, tuple) else (width, width)
     tensors = draw((batch, length, heads, heads, k_dim, v_dim), gate, torch.bfloat16, state=False)
-    more = {name: x for name, x in tensors.items() if name not in "qkv"}
+    decay, beta = tensors.get("log_decay"), tensors["beta_BTH"]
 
     def forward() -> torch.Tensor:
-        return linear_recurrence(tensors["q"], tensors["k"], tensors["v"], **more)[0]
+        return linear_recurrence(tensors["q"], tensors["k"], tensors["v"], log_decay=decay, beta_BTH=beta)[0]
 
     def both() -> list[torch.Tensor]:
         o = forward()
