@@ -171,7 +171,8 @@ def _entering(
     x_BTD, _, rate_MDN, *_ = scanned
     if segments[0] > 1:
         return entering_states(*scanned, first_BDN, segments, TILE, gated=gated, reverse=reverse), (x_BTD.shape[2], 1)
-    return (x_BTD, (0, 0)) if first_BDN is None else (first_BDN, (1, rate_MDN.shape[2]))
+    # of nothing the dtype counts, with which the kernel is compiled that takes states in fp32 too
+    return (rate_MDN, (0, 0)) if first_BDN is None else (first_BDN, (1, rate_MDN.shape[2]))
 
 
 def _around(gate: Gate | None, x_BTD: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
