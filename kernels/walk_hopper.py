@@ -1,9 +1,10 @@
-"""The forward walk of `kernels.walk_triton` for Hopper, in Gluon: rows come by themselves, and products run on their own.
+"""The walk of `kernels.walk_triton` for Hopper, in Gluon: rows come by themselves, and products run on their own.
 
 A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
 of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
 
-Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip.
+Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip, D rows and E columns of a
+state.
 """
 
 from __future__ import annotations
@@ -22,111 +23,203 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_hopper import sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
-from kernels.walk_hopper_parts import bring, buffers_of, decays_of, enter, gate_of, mended, seen, start_of, steps_of
-from kernels.walk_triton import NO_GATE
+from kernels.walk_hopper_parts import (
+    bring,
+    bring_probe,
+    buffers_of,
+    entering,
+    falls,
+    half_of,
+    rate_of,
+    seen,
+    start_of,
+    state_layout,
+)
+from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
+NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "heads", "gate_every"]
+SIZES = ["length", "batches", "heads", "gate_every"]
 
 
 @gluon.jit
-def _leave(o, at, out_buffer, o_CV, leave_C, GATE: gl.constexpr, DOT: gl.constexpr):
+def _leave(out, at, out_buffer, out_CE, DOT: gl.constexpr):
     """Starts to store outputs."""
-    if GATE != NO_GATE:
-        o_CV = o_CV * gl.exp2(leave_C)[:, None]
     tma.store_wait(0)
     thread_barrier()
-    out_buffer.store(o_CV.to(DOT))
+    out_buffer.store(out_CE.to(DOT))
     fence_async_shared()
-    tma.async_copy_shared_to_global(o, at, out_buffer)
+    tma.async_copy_shared_to_global(out, at, out_buffer)
 
 
 @gluon.jit
-def _late(state_KV, own, out_buffer, decays, narrow: gl.constexpr, DOT: gl.constexpr):
-    """The state behind a chunk, with what the cut scalings of a rough one left out."""
-    state_KV = state_KV * gl.exp2(decays[2])
-    if decays[4]:
-        tma.store_wait(0)
-        thread_barrier()
-        late_C = gl.convert_layout(gl.exp2(decays[2] - decays[1]) - gl.exp2(decays[2]), gl.SliceLayout(1, narrow))
-        out_buffer.store((own[2].load(narrow).to(gl.float32) * late_C[:, None]).to(DOT))
-        fence_async_shared()
-        more = warpgroup_mma(own[1].permute([1, 0]), out_buffer, state_KV, is_async=True)
-        state_KV = warpgroup_mma_wait(0, [more])
-        thread_barrier()
-    return state_KV
+def _pairs_of_keys(pairs_CC, scores_buffer, square: gl.constexpr):
+    """What keys of a chunk get from its own queries, of products K Q^T and the same rounded scores that made dq."""
+    return gl.sum(pairs_CC * scores_buffer.permute([1, 0]).load(square).to(gl.float32), 1)
 
 
-@entry(do_not_specialize=SIZES, gluon=True)
-def forward_kernel(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
-    q, k, v, o, gate, first, last, length: tl.int32, heads: tl.int32, gate_every: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, DOT: gl.constexpr,
+@gluon.jit
+def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
+    rows, probe, out, lines, rate, given, last, rowsum, place, buffers, length, heads,
+    D: gl.constexpr, E: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, GIVEN: gl.constexpr,
+    LAST: gl.constexpr, PROBE: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, on descriptors of blocks [C, W] of a chunk, of GROUPS warp groups. Grid: (B * H,)."""
-    head, batch = gl.program_id(0) % heads, gl.program_id(0) // heads
-    gate = gate_of(gate, batch, head, length, heads, gate_every, GATE)
-    stages, work, bars = buffers_of(W, C, STAGES, DOT)
-    state_buffer, out_buffer, scores_buffer, line_buffer = work
+    """One head's walk; `rows` are descriptors of a, b and c, and of the lines of decays under a scalar gate."""
+    batch, head = place
+    stages, work, of_probe, bars = buffers
+    state_buffer, out_buffer, scores_buffer = work
     square: gl.constexpr = sums_layout(C, GROUPS)
     narrow: gl.constexpr = sums_layout(W, GROUPS)
+    tall: gl.constexpr = state_layout(W, GROUPS) if GATE != NO_GATE else narrow
     of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
-    sources, steps = (q, k, v), (length + C - 1) // C
-    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    none_CV, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    steps = (length + C - 1) // C
+    none_CE, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    for early in gl.static_range(SLOTS if PROBE else 0):
+        bring_probe(probe, of_probe, batch, head, start_of(early, steps, C, REVERSE), early, W, C, SLOTS)
     for early in gl.static_range(STAGES - 1):
-        bring(bars, sources, stages, batch, head, start_of(early, steps, C), early, W, C, STAGES)
-    d, e = gl.arange(0, W, of_rows), gl.arange(0, W, gl.SliceLayout(0, narrow))
-    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-    at_state, state_KV = (batch * heads + head).to(gl.int64) * K * V + offsets, gl.zeros([W, W], gl.float32, narrow)
-    if FIRST:
-        state_KV += gl.load(first + at_state, mask=inside, other=0.0)
-    decays, next_step_C = (rows.to(gl.float32), rows.to(gl.float32), 0.0, 0.0, False), cols.to(gl.float32)
-    t = start_of(0, steps, C)
-    if GATE != NO_GATE:
-        decays = decays_of(steps_of(gate, t, length, heads, cols, GATE), rows, cols)
-        next_step_C = steps_of(gate, start_of(1, steps, C), length, heads, cols, GATE)
+        bring(bars, rows, stages, batch, head, heads, start_of(early, steps, C, REVERSE), early, W, C, STAGES, GATE)
+    d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
+    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    at_state, state_DE = (batch * heads + head).to(gl.int64) * D * E + offsets, gl.zeros([W, W], gl.float32, tall)
+    if GIVEN:
+        state_DE += gl.load(given + at_state, mask=inside, other=0.0)
+    t = start_of(0, steps, C, REVERSE)
+    half = half_of(lines, rate, batch, head, heads, t, steps, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
-    early_scores = warpgroup_mma(stages[0].index(0), stages[1].index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
-    if GATE != NO_GATE:
-        enter(stages[2].index(0), decays[0], narrow, DOT)
-        state_KV = state_KV * gl.exp2(decays[3])
+    first = at_stage(stages, 0)
+    early_scores = warpgroup_mma(first[0], first[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
     early_CC = warpgroup_mma_wait(0, [early_scores])
-    scores_buffer.store(seen(early_CC, decays, rows, cols, line_buffer, square, GATE).to(DOT))
-    state_buffer.store(state_KV.to(DOT))
+    scores_buffer.store(seen(early_CC, first, rate, half, t, length, square, C, GATE, REVERSE, FACTORS).to(DOT))
+    state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
+        t_next = start_of(step + 1, steps, C, REVERSE)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, steps, length, C, GATE)
+        probe_CE = own[2]
+        read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
+        if GATE == NO_GATE:
+            read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
+            state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
+        else:
+            b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
+            state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
+        t_far = start_of(step + STAGES - 1, steps, C, REVERSE)
+        bring(bars, rows, stages, batch, head, heads, t_far, step + STAGES - 1, W, C, STAGES, GATE)
+        sum_C = gl.zeros([C], gl.float32, of_rows)
+        if PROBE:
+            probe_CE = of_probe[0].index(step % SLOTS)
+            mbarrier.wait(of_probe[1].index(step % SLOTS), step // SLOTS % 2)
         if GATE != NO_GATE:
-            state_KV = state_KV * gl.exp2(decays[2] - decays[3])
-        read = warpgroup_mma(own[0], state_buffer, none_CV, use_acc=False, is_async=True)
-        read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
-        state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_KV, is_async=True)
-        t_far = start_of(step + STAGES - 1, steps, C)
-        bring(bars, sources, stages, batch, head, t_far, step + STAGES - 1, W, C, STAGES)
+            fall_C = falls(own, rate, t, length, C, GATE, of_rows)
+            read_CE, state = warpgroup_mma_wait(1, [read, state])
+            read_CE = read_CE * gl.exp2((half - fall_C) if REVERSE else (half + fall_C))[:, None]
+            if PROBE == STATE_PROBE:
+                sum_C = -gl.sum(read_CE * probe_CE.load(narrow).to(gl.float32), 1)
+            read = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
+        if CHECK == 1:
+            thread_barrier()
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        next_decays = decays
-        if GATE != NO_GATE:
-            next_decays = decays_of(next_step_C, rows, cols)
-            next_step_C = steps_of(gate, start_of(step + 2, steps, C), length, heads, cols, GATE)
-            enter(following[2], next_decays[0], narrow, DOT)
-        o_CV, state, scores = warpgroup_mma_wait(2, [read, state, scores])
-        o_CV = mended(o_CV, own[0], state_buffer, none_CV, decays, of_rows, GATE)
-        _leave(o, [batch, t, head, 0], out_buffer, o_CV, gl.convert_layout(decays[0], of_rows), GATE, DOT)
-        state_KV, scores = warpgroup_mma_wait(1, [state, scores])
-        if GATE != NO_GATE:
-            state_KV = _late(state_KV, own, out_buffer, decays, narrow, DOT)
-            state_KV = state_KV * gl.exp2(gl.where(step == steps - 1, 0.0, next_decays[3]))
-        thread_barrier()  # all warps' products have read the state
-        state_buffer.store(state_KV.to(DOT))
-        scores_CC = warpgroup_mma_wait(0, [scores])
-        scores_buffer.store(seen(scores_CC, next_decays, rows, cols, line_buffer, square, GATE).to(DOT))
+        if GATE == NO_GATE:
+            if CHECK == 2:
+                out_CE, state, scores = warpgroup_mma_wait(0, [read, state, scores])
+            else:
+                out_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
+            _leave(out, [batch, t, head, 0], out_buffer, out_CE, DOT)
+            state_DE, scores = warpgroup_mma_wait(1, [state, scores])
+            thread_barrier()  # all warps' products have read the state
+            if CHECK == 3:
+                fence_async_shared()
+            state_buffer.store(state_DE.to(DOT))
+            scores_CC = warpgroup_mma_wait(0, [scores])
+        elif PROBE == PAIRS_PROBE:
+            pairs = warpgroup_mma(own[2], probe_CE.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+            state_DE, read, scores, pairs = warpgroup_mma_wait(3, [state, read, scores, pairs])
+            thread_barrier()  # all warps' products have read the state
+            state_buffer.store(state_DE.to(DOT))
+            out_CE, scores, pairs = warpgroup_mma_wait(2, [read, scores, pairs])
+            _leave(out, [batch, t, head, 0], out_buffer, out_CE, DOT)
+            sum_C = gl.sum(out_CE * probe_CE.load(narrow).to(gl.float32), 1)
+            scores_CC, pairs_CC = warpgroup_mma_wait(0, [scores, pairs])
+            sum_C -= gl.convert_layout(_pairs_of_keys(pairs_CC, scores_buffer, square), of_rows)
+            thread_barrier()  # all warps have read the scores
+        else:
+            state_DE, read, scores = warpgroup_mma_wait(2, [state, read, scores])
+            thread_barrier()  # all warps' products have read the state
+            state_buffer.store(state_DE.to(DOT))
+            out_CE, scores = warpgroup_mma_wait(1, [read, scores])
+            _leave(out, [batch, t, head, 0], out_buffer, out_CE, DOT)
+            scores_CC = warpgroup_mma_wait(0, [scores])
+        scores_buffer.store(seen(scores_CC, following, rate, next_half, t_next, length, square, C, GATE, REVERSE, FACTORS).to(DOT))
         fence_async_shared()
-        decays = next_decays
-        t = start_of(step + 1, steps, C)
+        if PROBE:
+            i = gl.arange(0, C, of_rows)
+            gl.store(rowsum + t + i, sum_C, mask=t + i < length)
+            thread_barrier()  # all warps have read the probe
+            bring_probe(probe, of_probe, batch, head, start_of(step + SLOTS, steps, C, REVERSE), step + SLOTS, W, C, SLOTS)
+        half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    for rest in gl.static_range(SLOTS if PROBE else 0):
+        mbarrier.wait(of_probe[1].index((steps + rest) % SLOTS), (steps + rest) // SLOTS % 2)
     tma.store_wait(0)
     if LAST:
-        gl.store(last + at_state, state_KV, mask=inside)
+        gl.store(last + at_state, state_DE, mask=inside)
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def forward_kernel(
+    q, k, v, o, falls_of, lines, gate, first, last, length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Outputs, on descriptors of blocks [C, W] of a chunk, of GROUPS warp groups. Grid: (B * H,)."""
+    head, batch = gl.program_id(0) % heads, gl.program_id(0) // heads
+    rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
+    walk(
+        (q, k, v, falls_of) if GATE == SCALAR_GATE else (q, k, v), v, o, lines, rate, first, last, last, (batch, head),
+        buffers_of(W, C, STAGES, 0, GATE, DOT), length, heads,
+        K, V, W, GROUPS, C, STAGES, 0, GATE, False, False, FIRST, LAST, NO_PROBE, FACTORS, CHECK, DOT,
+    )  # fmt: skip
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def backward_kernel(
+    q, k, v, do, dq, dk, dv, falls_of, lines, gate, first, dlast, dfirst, rowsums,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, GATE_GRAD: gl.constexpr,
+    FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, keys and values, each by a walk. Grid: (B * H * 3,), neighbours share a head and the L2 cache.
+
+    `rowsums` [2, B, H, T] sum to the gradient of the cumulated decays; `dfirst` is written with FIRST.
+    """
+    part, head, batch = gl.program_id(0) % 3, gl.program_id(0) // 3 % heads, gl.program_id(0) // 3 // heads
+    rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
+    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * length
+    rowsum_later = rowsum + batches.to(gl.int64) * heads * length
+    PAIRS: gl.constexpr = PAIRS_PROBE if GATE_GRAD else NO_PROBE
+    LATER: gl.constexpr = STATE_PROBE if GATE_GRAD else NO_PROBE
+    buffers = buffers_of(W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT)
+    if part == 0:
+        walk(
+            (do, v, k, falls_of) if GATE == SCALAR_GATE else (do, v, k), q, dq, lines, rate, first, first, rowsum, (batch, head),
+            buffers, length, heads,
+            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, False, True, FIRST, False, PAIRS, FACTORS, CHECK, DOT,
+        )  # fmt: skip
+    elif part == 1:
+        walk(
+            (v, do, q, falls_of) if GATE == SCALAR_GATE else (v, do, q), q, dk, lines, rate, dlast, first, rowsum, (batch, head),
+            buffers, length, heads,
+            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, False, NO_PROBE, FACTORS, CHECK, DOT,
+        )  # fmt: skip
+    else:
+        walk(
+            (k, q, do, falls_of) if GATE == SCALAR_GATE else (k, q, do), v, dv, lines, rate, dlast, dfirst, rowsum_later,
+            (batch, head), buffers, length, heads,
+            K, V, W, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, FIRST, LATER, FACTORS, CHECK, DOT,
+        )  # fmt: skip
