@@ -30,16 +30,18 @@ from kernels.walk_hopper_parts import (
     entering,
     falls,
     half_of,
+    program,
     rate_of,
     seen,
     start_of,
     state_layout,
+    state_of,
 )
 from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
 NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "batches", "heads", "gate_every"]
+SIZES = ["length", "batches", "heads", "gate_every", "segments", "span"]
 
 
 @gluon.jit
@@ -60,33 +62,36 @@ def _pairs_of_keys(pairs_CC, scores_buffer, square: gl.constexpr):
 
 @gluon.jit
 def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
-    rows, probe, out, lines, rate, given, last, rowsum, place, buffers, length, heads,
+    rows, probe, out, lines, rate, given, last, entered, sums, decays, rowsum, place, buffers, length, heads, segments, span,
     D: gl.constexpr, E: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, GIVEN: gl.constexpr,
-    LAST: gl.constexpr, PROBE: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
+    SLOTS: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr,
+    CUT: gl.constexpr, ENTER: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk; `rows` are descriptors of a, b and c, and of the lines of decays under a scalar gate."""
-    batch, head = place
+    batch, head, piece = place
     stages, work, of_probe, bars = buffers
     state_buffer, out_buffer, scores_buffer = work
     square: gl.constexpr = sums_layout(C, GROUPS)
     narrow: gl.constexpr = sums_layout(W, GROUPS)
     tall: gl.constexpr = state_layout(W, GROUPS) if GATE != NO_GATE else narrow
     of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
-    steps = (length + C - 1) // C
+    n_first, steps = piece * span, gl.minimum(span, (length + C - 1) // C - piece * span)
     none_CE, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
-        bring_probe(probe, of_probe, batch, head, start_of(early, steps, C, REVERSE), early, W, C, SLOTS)
+        bring_probe(probe, of_probe, batch, head, start_of(n_first, early, steps, C, REVERSE), early, W, C, SLOTS)
     for early in gl.static_range(STAGES - 1):
-        bring(bars, rows, stages, batch, head, heads, start_of(early, steps, C, REVERSE), early, W, C, STAGES, GATE)
+        bring(bars, rows, stages, batch, head, heads, start_of(n_first, early, steps, C, REVERSE), early, W, C, STAGES, GATE)
     d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
-    at_state, state_DE = (batch * heads + head).to(gl.int64) * D * E + offsets, gl.zeros([W, W], gl.float32, tall)
-    if GIVEN:
-        state_DE += gl.load(given + at_state, mask=inside, other=0.0)
-    t = start_of(0, steps, C, REVERSE)
-    half = half_of(lines, rate, batch, head, heads, t, steps, length, C, GATE)
+    state_DE = state_of(
+        given, sums, decays, place, heads, segments, offsets, inside, tall, D * E, W, START, CUT, REVERSE
+    )
+    if ENTER:
+        index = (batch * segments + piece) * heads + head
+        gl.store(entered + index.to(gl.int64) * D * E + offsets, state_DE, mask=inside)
+    t = start_of(n_first, 0, steps, C, REVERSE)
+    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
     first = at_stage(stages, 0)
     early_scores = warpgroup_mma(first[0], first[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
@@ -96,8 +101,8 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     fence_async_shared()
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
-        t_next = start_of(step + 1, steps, C, REVERSE)
-        next_half = half_of(lines, rate, batch, head, heads, t_next, steps, length, C, GATE)
+        t_next = start_of(n_first, step + 1, steps, C, REVERSE)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         probe_CE = own[2]
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
         if GATE == NO_GATE:
@@ -106,7 +111,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         else:
             b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
             state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
-        t_far = start_of(step + STAGES - 1, steps, C, REVERSE)
+        t_far = start_of(n_first, step + STAGES - 1, steps, C, REVERSE)
         bring(bars, rows, stages, batch, head, heads, t_far, step + STAGES - 1, W, C, STAGES, GATE)
         sum_C = gl.zeros([C], gl.float32, of_rows)
         if PROBE:
@@ -159,7 +164,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             i = gl.arange(0, C, of_rows)
             gl.store(rowsum + t + i, sum_C, mask=t + i < length)
             thread_barrier()  # all warps have read the probe
-            bring_probe(probe, of_probe, batch, head, start_of(step + SLOTS, steps, C, REVERSE), step + SLOTS, W, C, SLOTS)
+            bring_probe(probe, of_probe, batch, head, start_of(n_first, step + SLOTS, steps, C, REVERSE), step + SLOTS, W, C, SLOTS)
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
@@ -167,38 +172,46 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         mbarrier.wait(of_probe[1].index((steps + rest) % SLOTS), (steps + rest) // SLOTS % 2)
     tma.store_wait(0)
     if LAST:
-        gl.store(last + at_state, state_DE, mask=inside)
+        ending = (piece == 0) if REVERSE else (piece == segments - 1)
+        gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & ending)
 
 
 @entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
-    q, k, v, o, falls_of, lines, gate, first, last, length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    q, k, v, o, falls_of, lines, gate, first, last, entered, sums, decays,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
+    GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, LAST: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr,
+    DOT: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, on descriptors of blocks [C, W] of a chunk, of GROUPS warp groups. Grid: (B * H,)."""
-    head, batch = gl.program_id(0) % heads, gl.program_id(0) // heads
+    """Outputs, on descriptors of blocks [C, W] of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
+
+    A segment is `span` chunks. With CUT `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`, and the
+    state that enters each segment is kept.
+    """
+    _, head, piece, batch = program(heads, segments, 1)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     walk(
-        (q, k, v, falls_of) if GATE == SCALAR_GATE else (q, k, v), v, o, lines, rate, first, last, last, (batch, head),
-        buffers_of(W, C, STAGES, 0, GATE, DOT), length, heads,
-        K, V, W, GROUPS, C, STAGES, 0, GATE, False, False, FIRST, LAST, NO_PROBE, FACTORS, CHECK, DOT,
+        (q, k, v, falls_of) if GATE == SCALAR_GATE else (q, k, v), v, o, lines, rate, first, last, entered, sums, decays, last,
+        (batch, head, piece), buffers_of(W, C, STAGES, 0, GATE, DOT), length, heads, segments, span,
+        K, V, W, GROUPS, C, STAGES, 0, GATE, False, False, START, CUT, CUT, LAST, NO_PROBE, FACTORS, CHECK, DOT,
     )  # fmt: skip
 
 
 @entry(do_not_specialize=SIZES, gluon=True)
 def backward_kernel(
-    q, k, v, do, dq, dk, dv, falls_of, lines, gate, first, dlast, dfirst, rowsums,
-    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    q, k, v, do, dq, dk, dv, falls_of, lines, gate, first, dlast, dfirst, sums, decays, rowsums,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr, GATE_GRAD: gl.constexpr,
-    FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
+    SLOTS: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr,
+    GATE_GRAD: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, keys and values, each by a walk. Grid: (B * H * 3,), neighbours share a head and the L2 cache.
+    """Gradients of queries, keys and values, each by a walk. Grid: (B * P * H * 3,), neighbours share a head and the L2 cache.
 
-    `rowsums` [2, B, H, T] sum to the gradient of the cumulated decays; `dfirst` is written with FIRST.
+    `first` starts the walk of queries (START), `dlast` (DLAST) with `sums` and `decays` (CUT) those of keys and values; `dfirst`
+    is written with LAST. `rowsums` [2, B, H, T] sum to the gradient of the cumulated decays.
     """
-    part, head, batch = gl.program_id(0) % 3, gl.program_id(0) // 3 % heads, gl.program_id(0) // 3 // heads
+    part, head, piece, batch = program(heads, segments, 3)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     rowsum = rowsums + (batch.to(gl.int64) * heads + head) * length
     rowsum_later = rowsum + batches.to(gl.int64) * heads * length
@@ -207,19 +220,19 @@ def backward_kernel(
     buffers = buffers_of(W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT)
     if part == 0:
         walk(
-            (do, v, k, falls_of) if GATE == SCALAR_GATE else (do, v, k), q, dq, lines, rate, first, first, rowsum, (batch, head),
-            buffers, length, heads,
-            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, False, True, FIRST, False, PAIRS, FACTORS, CHECK, DOT,
+            (do, v, k, falls_of) if GATE == SCALAR_GATE else (do, v, k), q, dq, lines, rate, first, first, first, sums, decays,
+            rowsum, (batch, head, piece), buffers, length, heads, segments, span,
+            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, False, PAIRS, FACTORS, CHECK, DOT,
         )  # fmt: skip
     elif part == 1:
         walk(
-            (v, do, q, falls_of) if GATE == SCALAR_GATE else (v, do, q), q, dk, lines, rate, dlast, first, rowsum, (batch, head),
-            buffers, length, heads,
-            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, False, NO_PROBE, FACTORS, CHECK, DOT,
+            (v, do, q, falls_of) if GATE == SCALAR_GATE else (v, do, q), q, dk, lines, rate, dlast, first, first, sums, decays,
+            rowsum, (batch, head, piece), buffers, length, heads, segments, span,
+            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, CUT, False, False, NO_PROBE, FACTORS, CHECK, DOT,
         )  # fmt: skip
     else:
         walk(
-            (k, q, do, falls_of) if GATE == SCALAR_GATE else (k, q, do), v, dv, lines, rate, dlast, dfirst, rowsum_later,
-            (batch, head), buffers, length, heads,
-            K, V, W, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, FIRST, LATER, FACTORS, CHECK, DOT,
+            (k, q, do, falls_of) if GATE == SCALAR_GATE else (k, q, do), v, dv, lines, rate, dlast, dfirst, first, sums, decays,
+            rowsum_later, (batch, head, piece), buffers, length, heads, segments, span,
+            K, V, W, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, CUT, False, LAST, LATER, FACTORS, CHECK, DOT,
         )  # fmt: skip

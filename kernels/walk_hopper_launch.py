@@ -13,7 +13,8 @@ from torch import Tensor
 from kernels.delta_hopper_launch import ALIGNED, _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype, padded
 from kernels.walk_decays import gate_every, gate_of
-from kernels.walk_pieces import n_segments
+from kernels.walk_pieces import Pieces
+from kernels.walk_segments import segments
 
 if TYPE_CHECKING:
     from kernels.walk import Inputs
@@ -48,24 +49,46 @@ BACKWARD = {NARROW: Config(1, 3, 2), WIDTH: Config(2, 3, 1)}
 TRIAL = {"FACTORS": False, "CHECK": 0}
 
 
+LEAST_SEGMENT, PROGRAMS = 512, 128
+"""Tokens below which the states between segments would cost more than they gain, and walks for which long rows are cut."""
+
+
 def suits(inputs: Inputs) -> bool:
     """Whether the Hopper walks take these inputs: what is known of fake tensors too."""
     q, k, v, _, _, starts = inputs
     if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
         return False
-    if any(x.dtype != torch.bfloat16 or x.shape[3] % ALIGNED for x in (q, k, v)):
-        return False
-    if k.shape[2] != v.shape[2] or n_segments(k, v) > 1:
+    if any(x.dtype != torch.bfloat16 or x.shape[3] % ALIGNED for x in (q, k, v)) or k.shape[2] != v.shape[2]:
         return False
     least, most = sorted((k.shape[3], v.shape[3]))
     return (least > NARROW and most <= WIDTH) or (most <= NARROW and v.shape[1] >= LONG)
 
 
+def share_out(v: Tensor) -> Pieces:
+    """Whole rows, or segments of whole chunks of long rows of few heads."""
+    from kernels.walk_triton import SEGMENTS, WHOLE
+
+    batch, length, heads, _ = v.shape
+    number = max(1, min(PROGRAMS // (batch * heads), length // LEAST_SEGMENT))
+    span = -(-length // (number * CHUNK)) * CHUNK
+    number = -(-length // span)
+    return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None)
+
+
 def entering_like(inputs: Inputs) -> Tensor:
-    """Room for what `forward` keeps for `backward`: lines of scalar decays, [B * H, N * C]."""
-    (batch, length, heads, _), gate = inputs.v.shape, inputs.log_decay
-    kept = (batch * heads, -(-length // CHUNK) * CHUNK) if gate is not None and gate.ndim == 3 else (0,)
-    return inputs.v.new_empty(kept, dtype=torch.float32)
+    """Room for what `forward` keeps for `backward`, in fp32.
+
+    States that enter the segments [B, P, H, K, V], behind the lines of scalar decays [B * H, N * C], as one row of numbers.
+    """
+    return inputs.v.new_empty(sum(_sizes(inputs)), dtype=torch.float32)
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int]:
+    """Numbers of the lines and of the states that are kept."""
+    (batch, length, heads, v_dim), gate = inputs.v.shape, inputs.log_decay
+    pieces = share_out(inputs.v)
+    lines = batch * heads * -(-length // CHUNK) * CHUNK if gate is not None and gate.ndim == 3 else 0
+    return lines, batch * pieces.number * heads * inputs.k.shape[3] * v_dim if pieces.number > 1 else 0
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -74,61 +97,66 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _lines(inputs: Inputs) -> Tensor:
-    """The log decays as the walks read them."""
+def _make_lines(inputs: Inputs, lines: Tensor) -> None:
+    """Writes the log decays as the walks read them."""
     from kernels.walk_lines_triton import lines_kernel
 
-    lines, gate = entering_like(inputs), inputs.log_decay
+    gate = inputs.log_decay
     if gate is not None and gate.ndim == 3:
         batch, length, heads = gate.shape
         chunks = -(-length // CHUNK)
         lines_kernel[(batch * chunks * -(-heads // LINE_HEADS),)](
             gate.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, num_warps=4
         )
-    return lines
 
 
-def _lines_described(lines: Tensor, spare: Any) -> Any:
+def _lines_described(lines: Tensor, rows: int, spare: Any) -> Any:
     """Lines of decays in blocks of a chunk, or anything."""
-    if lines.ndim == 1:
+    if not lines.numel():
         return spare
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    lines = lines.view(rows, -1)
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [1, CHUNK], NVMMASharedLayout(0, 32, rank=2))
 
 
-def _constants(inputs: Inputs, configs: dict[int, Config]) -> dict[str, Any]:
+def _constants(inputs: Inputs, configs: dict[int, Config], pieces: Pieces) -> dict[str, Any]:
     k_dim, v_dim = inputs.k.shape[3], inputs.v.shape[3]
     width = max(padded(k_dim), padded(v_dim), NARROW)
     config = configs[width]
     return {
         "K": k_dim, "V": v_dim, "W": width, "C": CHUNK, "GATE": _gate_kind(inputs.log_decay), "DOT": _triton_dtype(inputs.v.dtype),
-        "GROUPS": config.groups, "STAGES": config.stages, "num_warps": 4 * config.groups, **TRIAL,
+        "GROUPS": config.groups, "STAGES": config.stages, "num_warps": 4 * config.groups, "CUT": pieces.number > 1, **TRIAL,
     }  # fmt: skip
 
 
 def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.walk.forward`; `o` is written, and the lines of scalar decays are kept."""
+    """See `kernels.walk.forward`; `o` is written."""
     from kernels import walk_hopper
 
     q, k, v = (_aligned(x) for x in (inputs.q, inputs.k, inputs.v))
-    (batch, length, heads, _), k_dim = v.shape, k.shape[3]
-    constants, lines = _constants(inputs, FORWARD), _lines(inputs)
+    (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
+    pieces, kept, gate = share_out(v), entering_like(inputs), gate_of(inputs.log_decay, v)
+    constants = _constants(inputs, FORWARD, pieces)
+    lines, entered = kept.split(_sizes(inputs))
+    _make_lines(inputs, lines)
+    sums, decays = segments(k, v, gate, constants["GATE"], pieces, CHUNK, reverse=False)
     last = _state_like(v, k_dim) if return_state else _nothing(v)
     described = [_described(x, [1, CHUNK, 1, constants["W"]]) for x in (q, k, v, o)]
-    walk_hopper.forward_kernel[(batch * heads,)](
-        *described, _lines_described(lines, described[0]), lines, gate_of(inputs.log_decay, v),
-        v if inputs.state is None else inputs.state.contiguous(), last, length, batch, heads, gate_every(inputs.log_decay, batch),
-        **constants, FIRST=inputs.state is not None, LAST=return_state,
+    walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
+        *described, _lines_described(lines, batch * heads, described[0]), lines, gate,
+        v if state is None else state.contiguous(), last, entered, sums, decays,
+        length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        **constants, START=int(state is not None), LAST=return_state,
     )  # fmt: skip
-    return o, last, lines
+    return o, last, kept
 
 
 def backward(
     narrow: tuple[Tensor, ...],
     inputs: Inputs,
-    lines: Tensor,
+    kept: Tensor,
     dlast: Tensor | None,
     dv: Tensor,
     dfirst: Tensor,
@@ -140,17 +168,23 @@ def backward(
     See `kernels.walk._walk_back`; `narrow` are q, k, v and do.
     """
     from kernels import walk_hopper
+    from kernels.walk_hopper_parts import EACH_GIVEN
 
     q, k, v, do = (_aligned(x) for x in narrow)
     (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
-    constants = _constants(inputs, BACKWARD)
+    pieces, gate = share_out(v), gate_of(inputs.log_decay, v)
+    constants = _constants(inputs, BACKWARD, pieces)
+    lines, entered = kept.split(_sizes(inputs))
+    sums, decays = segments(q, do, gate, constants["GATE"], pieces, CHUNK, reverse=True)
+    first = entered if pieces.number > 1 else v if state is None else state.contiguous()
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
     described = [_described(x, [1, CHUNK, 1, constants["W"]]) for x in (q, k, v, do, dq, dk, dv)]
-    walk_hopper.backward_kernel[(batch * heads * 3,)](
-        *described, _lines_described(lines, described[0]), lines, gate_of(inputs.log_decay, v),
-        v if state is None else state.contiguous(), v if dlast is None else dlast, dfirst, rowsums,
-        length, batch, heads, gate_every(inputs.log_decay, batch),
-        **constants, SLOTS=BACKWARD[constants["W"]].slots, FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
+    walk_hopper.backward_kernel[(batch * pieces.number * heads * 3,)](
+        *described, _lines_described(lines, batch * heads, described[0]), lines, gate,
+        first, v if dlast is None else dlast, dfirst, sums, decays, rowsums,
+        length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        **constants, SLOTS=BACKWARD[constants["W"]].slots, START=EACH_GIVEN.value if pieces.number > 1 else int(state is not None),
+        DLAST=int(dlast is not None), LAST=state is not None, GATE_GRAD=gate_grad,
     )  # fmt: skip
     return dq, dk, rowsums

@@ -20,6 +20,7 @@ from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
 LIMIT = tl.constexpr(100.0)
 """Largest exponent of two factors that stand for the decay of a pair, which fp32 can hold."""
+FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @gluon.constexpr_function
@@ -35,10 +36,17 @@ def state_layout(width, groups):
 
 
 @gluon.jit
-def start_of(step, steps, C: gl.constexpr, REVERSE: gl.constexpr):
-    """First token of a step's chunk; steps beyond the last stay at it."""
+def start_of(n_first, step, steps, C: gl.constexpr, REVERSE: gl.constexpr):
+    """First token of a step's chunk in a walk from chunk n_first on; steps beyond the last stay at it."""
     step = gl.minimum(step, steps - 1)
-    return ((steps - 1 - step) if REVERSE else step) * C
+    return (n_first + ((steps - 1 - step) if REVERSE else step)) * C
+
+
+@gluon.jit
+def program(heads, segments, PARTS: gl.constexpr):
+    """Part, head, segment and batch of a program; the parts of a head are neighbours, which share the L2 cache."""
+    own, rest = gl.program_id(0) % PARTS, gl.program_id(0) // PARTS
+    return own, rest % heads, rest // heads % segments, rest // heads // segments
 
 
 @gluon.jit
@@ -93,11 +101,12 @@ def rate_of(gate, batch, head, heads, gate_every, LOADED: gl.constexpr):
 
 
 @gluon.jit
-def half_of(lines, rate, batch, head, heads, t, steps, length, C: gl.constexpr, GATE: gl.constexpr):
+def half_of(lines, rate, batch, head, heads, t, length, C: gl.constexpr, GATE: gl.constexpr):
     """Half of a chunk's log2 decay."""
     half = 0.0
     if GATE == SCALAR_GATE:
-        half = gl.load(lines + ((batch * heads + head).to(gl.int64) * steps * C + t + C - 1))
+        chunks = (length + C - 1) // C
+        half = gl.load(lines + ((batch * heads + head).to(gl.int64) * chunks * C + t + C - 1))
     elif GATE != NO_GATE:
         half = 0.5 * rate * gl.minimum(length - t, C).to(gl.float32)
     return half
@@ -147,3 +156,25 @@ def entering(
     fall_C = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, left))
     keep_C = gl.exp2((half + fall_C) if REVERSE else (half - fall_C))
     return (b_CD.permute([1, 0]).load(left).to(gl.float32) * keep_C[None, :]).to(DOT)
+
+
+@gluon.jit
+def state_of(
+    given, sums, decays, place, heads, segments, offsets, inside, tall: gl.constexpr,
+    SIZE: gl.constexpr, W: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """The state that a walk starts from: zero, given to each sequence or segment, and what the segments before make of it."""
+    batch, head, piece = place
+    state_DE = gl.zeros([W, W], gl.float32, tall)
+    if START == EACH_GIVEN:
+        index = (batch * segments + piece) * heads + head
+        state_DE += gl.load(given + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    else:
+        if START == GIVEN:
+            state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        if CUT:
+            for n in range((segments - 1 - piece) if REVERSE else piece):
+                index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+                added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+                state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    return state_DE

@@ -20,7 +20,7 @@ def _hopper(monkeypatch):
     for name in ("forward_kernel", "backward_kernel"):
         monkeypatch.setattr(walk_hopper, name, OnCpu(getattr(walk_hopper, name), MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
-    monkeypatch.setattr(walk_hopper_launch, "_lines_described", lambda x, spare: spare if x.ndim == 1 else Descriptor(x, [1, C]))
+    monkeypatch.setattr(walk_hopper_launch, "_lines_described", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare)
     monkeypatch.setattr(walk_hopper_launch, "suits", lambda _: True)
     with use_backend("triton"), poisoned():
         yield
@@ -46,6 +46,13 @@ def test_scalings_that_are_cut(monkeypatch, gate):
     """Every chunk decays by more than the scalings may hold."""
     monkeypatch.setattr(walk_hopper_parts, "LIMIT", tl.constexpr(1.0))
     check((2, 70, 1, 1, 24, 16), gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_segments_of_long_rows(monkeypatch, gate):
+    """Three segments, the last of which is short."""
+    monkeypatch.setattr(walk_hopper_launch, "LEAST_SEGMENT", 64)
+    check((1, 300, 2, 2, 20, 33), gate)
 
 
 def test_rows_that_copies_cannot_take():
