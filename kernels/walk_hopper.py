@@ -3,8 +3,8 @@
 A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
 of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
 
-Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip, D rows and E columns of a
-state.
+Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, D rows and E columns of a state, BD and BE
+the same on chip.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
 NO_PROBE, STATE_PROBE, PAIRS_PROBE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "batches", "heads", "gate_every", "segments", "span"]
+SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"]
 
 
 @gluon.jit
@@ -62,30 +62,30 @@ def _pairs_of_keys(pairs_CC, scores_buffer, square: gl.constexpr):
 
 @gluon.jit
 def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
-    rows, probe, out, lines, rate, given, last, entered, sums, decays, rowsum, place, buffers, length, heads, segments, span,
-    D: gl.constexpr, E: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    rows, probe, out, states, lines, rate, given, last, entered, sums, decays, rowsum, place, buffers, length, heads, segments, span,
+    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     SLOTS: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr,
-    CUT: gl.constexpr, ENTER: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
+    CUT: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk; `rows` are descriptors of a, b and c, and of the lines of decays under a scalar gate."""
-    batch, head, piece = place
+    batch, head, piece, _ = place
     stages, work, of_probe, bars = buffers
     state_buffer, out_buffer, scores_buffer = work
     square: gl.constexpr = sums_layout(C, GROUPS)
-    narrow: gl.constexpr = sums_layout(W, GROUPS)
-    tall: gl.constexpr = state_layout(W, GROUPS) if GATE != NO_GATE else narrow
+    narrow: gl.constexpr = sums_layout(BE, GROUPS)
+    tall: gl.constexpr = state_layout(BD, BE, GROUPS) if GATE != NO_GATE else narrow
     of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
     n_first, steps = piece * span, gl.minimum(span, (length + C - 1) // C - piece * span)
-    none_CE, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
-        bring_probe(probe, of_probe, batch, head, start_of(n_first, early, steps, C, REVERSE), early, W, C, SLOTS)
+        bring_probe(probe, of_probe, batch, head, start_of(n_first, early, steps, C, REVERSE), early, BE, C, SLOTS)
     for early in gl.static_range(STAGES - 1):
-        bring(bars, rows, stages, batch, head, heads, start_of(n_first, early, steps, C, REVERSE), early, W, C, STAGES, GATE)
-    d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
+        bring(bars, rows, stages, place, heads, start_of(n_first, early, steps, C, REVERSE), early, BD, BE, C, STAGES, GATE)
+    d, e = gl.arange(0, BD, gl.SliceLayout(1, tall)), gl.arange(0, BE, gl.SliceLayout(0, tall))
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
     state_DE = state_of(
-        given, sums, decays, place, heads, segments, offsets, inside, tall, D * E, W, START, CUT, REVERSE
+        given, sums, decays, place, heads, segments, offsets, inside, tall, D * E, BD, BE, START, CUT, REVERSE
     )
     if ENTER:
         index = (batch * segments + piece) * heads + head
@@ -111,8 +111,11 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         else:
             b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
             state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
+        if KEEP:
+            chunks = (length + C - 1) // C
+            tma.async_copy_shared_to_global(states, [(batch * chunks + t // C) * heads + head, 0, 0], state_buffer)
         t_far = start_of(n_first, step + STAGES - 1, steps, C, REVERSE)
-        bring(bars, rows, stages, batch, head, heads, t_far, step + STAGES - 1, W, C, STAGES, GATE)
+        bring(bars, rows, stages, place, heads, t_far, step + STAGES - 1, BD, BE, C, STAGES, GATE)
         sum_C = gl.zeros([C], gl.float32, of_rows)
         if PROBE:
             probe_CE = of_probe[0].index(step % SLOTS)
@@ -135,6 +138,8 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
                 out_CE, state, scores = warpgroup_mma_wait(2, [read, state, scores])
             _leave(out, [batch, t, head, 0], out_buffer, out_CE, DOT)
             state_DE, scores = warpgroup_mma_wait(1, [state, scores])
+            if KEEP:
+                tma.store_wait(0)
             thread_barrier()  # all warps' products have read the state
             if CHECK == 3:
                 fence_async_shared()
@@ -143,6 +148,8 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         elif PROBE == PAIRS_PROBE:
             pairs = warpgroup_mma(own[2], probe_CE.permute([1, 0]), none_CC, use_acc=False, is_async=True)
             state_DE, read, scores, pairs = warpgroup_mma_wait(3, [state, read, scores, pairs])
+            if KEEP:
+                tma.store_wait(0)
             thread_barrier()  # all warps' products have read the state
             state_buffer.store(state_DE.to(DOT))
             out_CE, scores, pairs = warpgroup_mma_wait(2, [read, scores, pairs])
@@ -153,6 +160,8 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             thread_barrier()  # all warps have read the scores
         else:
             state_DE, read, scores = warpgroup_mma_wait(2, [state, read, scores])
+            if KEEP:
+                tma.store_wait(0)
             thread_barrier()  # all warps' products have read the state
             state_buffer.store(state_DE.to(DOT))
             out_CE, scores = warpgroup_mma_wait(1, [read, scores])
@@ -164,7 +173,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             i = gl.arange(0, C, of_rows)
             gl.store(rowsum + t + i, sum_C, mask=t + i < length)
             thread_barrier()  # all warps have read the probe
-            bring_probe(probe, of_probe, batch, head, start_of(n_first, step + SLOTS, steps, C, REVERSE), step + SLOTS, W, C, SLOTS)
+            bring_probe(probe, of_probe, batch, head, start_of(n_first, step + SLOTS, steps, C, REVERSE), step + SLOTS, BE, C, SLOTS)
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
@@ -178,23 +187,24 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
 
 @entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
-    q, k, v, o, falls_of, lines, gate, first, last, entered, sums, decays,
-    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, LAST: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr,
+    q, k, v, o, states, falls_of, lines, gate, first, last, entered, sums, decays,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr,
     DOT: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, on descriptors of blocks [C, W] of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
+    """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
-    A segment is `span` chunks. With CUT `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`, and the
-    state that enters each segment is kept.
+    A segment is `span` chunks. With CUT `sums` and `decays` are those of `kernels.walk_forward_triton.segment_kernel`. ENTER
+    writes the state that enters each segment, KEEP that before each chunk in 16 bit, [B * N * H, K, V].
     """
     _, head, piece, batch = program(heads, segments, 1)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     walk(
-        (q, k, v, falls_of) if GATE == SCALAR_GATE else (q, k, v), v, o, lines, rate, first, last, entered, sums, decays, last,
-        (batch, head, piece), buffers_of(W, C, STAGES, 0, GATE, DOT), length, heads, segments, span,
-        K, V, W, GROUPS, C, STAGES, 0, GATE, False, False, START, CUT, CUT, LAST, NO_PROBE, FACTORS, CHECK, DOT,
+        (q, k, v, falls_of) if GATE == SCALAR_GATE else (q, k, v), v, o, states, lines, rate, first, last, entered, sums, decays,
+        last, (batch, head, piece, head // group), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT), length, heads, segments, span,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, False, START, CUT, ENTER, KEEP, LAST, NO_PROBE, FACTORS, CHECK, DOT,
     )  # fmt: skip
 
 
@@ -217,22 +227,22 @@ def backward_kernel(
     rowsum_later = rowsum + batches.to(gl.int64) * heads * length
     PAIRS: gl.constexpr = PAIRS_PROBE if GATE_GRAD else NO_PROBE
     LATER: gl.constexpr = STATE_PROBE if GATE_GRAD else NO_PROBE
-    buffers = buffers_of(W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT)
+    buffers = buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT)
     if part == 0:
         walk(
-            (do, v, k, falls_of) if GATE == SCALAR_GATE else (do, v, k), q, dq, lines, rate, first, first, first, sums, decays,
-            rowsum, (batch, head, piece), buffers, length, heads, segments, span,
-            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, False, PAIRS, FACTORS, CHECK, DOT,
+            (do, v, k, falls_of) if GATE == SCALAR_GATE else (do, v, k), q, dq, q, lines, rate, first, first, first, sums, decays,
+            rowsum, (batch, head, piece, head), buffers, length, heads, segments, span,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, False, False, PAIRS, FACTORS, CHECK, DOT,
         )  # fmt: skip
     elif part == 1:
         walk(
-            (v, do, q, falls_of) if GATE == SCALAR_GATE else (v, do, q), q, dk, lines, rate, dlast, first, first, sums, decays,
-            rowsum, (batch, head, piece), buffers, length, heads, segments, span,
-            V, K, W, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, CUT, False, False, NO_PROBE, FACTORS, CHECK, DOT,
+            (v, do, q, falls_of) if GATE == SCALAR_GATE else (v, do, q), q, dk, q, lines, rate, dlast, first, first, sums, decays,
+            rowsum, (batch, head, piece, head), buffers, length, heads, segments, span,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, True, DLAST, CUT, False, False, False, NO_PROBE, FACTORS, CHECK, DOT,
         )  # fmt: skip
     else:
         walk(
-            (k, q, do, falls_of) if GATE == SCALAR_GATE else (k, q, do), v, dv, lines, rate, dlast, dfirst, first, sums, decays,
-            rowsum_later, (batch, head, piece), buffers, length, heads, segments, span,
-            K, V, W, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, CUT, False, LAST, LATER, FACTORS, CHECK, DOT,
+            (k, q, do, falls_of) if GATE == SCALAR_GATE else (k, q, do), v, dv, q, lines, rate, dlast, dfirst, first, sums, decays,
+            rowsum_later, (batch, head, piece, head), buffers, length, heads, segments, span,
+            K, V, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, False, DLAST, CUT, False, False, LAST, LATER, FACTORS, CHECK, DOT,
         )  # fmt: skip

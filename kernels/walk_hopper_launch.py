@@ -46,6 +46,8 @@ class Config(NamedTuple):
 FORWARD = {NARROW: Config(1, 4), WIDTH: Config(2, 3)}
 BACKWARD = {NARROW: Config(1, 3, 2), WIDTH: Config(2, 3, 1)}
 """By the width of keys and values on chip."""
+SHARED = Config(2, 3)
+KEEP, SUITS_SHARED = True, True
 TRIAL = {"FACTORS": False, "CHECK": 0}
 
 
@@ -53,12 +55,22 @@ LEAST_SEGMENT, PROGRAMS = 512, 128
 """Tokens below which the states between segments would cost more than they gain, and walks for which long rows are cut."""
 
 
-def suits(inputs: Inputs) -> bool:
-    """Whether the Hopper walks take these inputs: what is known of fake tensors too."""
+def _can(inputs: Inputs) -> bool:
     q, k, v, _, _, starts = inputs
     if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
         return False
-    if any(x.dtype != torch.bfloat16 or x.shape[3] % ALIGNED for x in (q, k, v)) or k.shape[2] != v.shape[2]:
+    return all(x.dtype == torch.bfloat16 and x.shape[3] % ALIGNED == 0 and x.shape[3] <= WIDTH for x in (q, k, v))
+
+
+def suits_shared(inputs: Inputs) -> bool:
+    """Whether the forward walk takes heads that share keys, beside `kernels.walk_grouped`."""
+    return _can(inputs) and SUITS_SHARED
+
+
+def suits(inputs: Inputs) -> bool:
+    """Whether the Hopper walks take these inputs: what is known of fake tensors too."""
+    k, v = inputs.k, inputs.v
+    if not _can(inputs) or k.shape[2] != v.shape[2]:
         return False
     least, most = sorted((k.shape[3], v.shape[3]))
     return (least > NARROW and most <= WIDTH) or (most <= NARROW and v.shape[1] >= LONG)
@@ -121,12 +133,14 @@ def _lines_described(lines: Tensor, rows: int, spare: Any) -> Any:
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [1, CHUNK], NVMMASharedLayout(0, 32, rank=2))
 
 
-def _constants(inputs: Inputs, configs: dict[int, Config], pieces: Pieces) -> dict[str, Any]:
-    k_dim, v_dim = inputs.k.shape[3], inputs.v.shape[3]
-    width = max(padded(k_dim), padded(v_dim), NARROW)
-    config = configs[width]
+def _width(x: Tensor) -> int:
+    """Of rows on chip."""
+    return max(padded(x.shape[3]), NARROW)
+
+
+def _constants(inputs: Inputs, config: Config, pieces: Pieces) -> dict[str, Any]:
     return {
-        "K": k_dim, "V": v_dim, "W": width, "C": CHUNK, "GATE": _gate_kind(inputs.log_decay), "DOT": _triton_dtype(inputs.v.dtype),
+        "K": inputs.k.shape[3], "V": inputs.v.shape[3], "C": CHUNK, "GATE": _gate_kind(inputs.log_decay), "DOT": _triton_dtype(inputs.v.dtype),
         "GROUPS": config.groups, "STAGES": config.stages, "num_warps": 4 * config.groups, "CUT": pieces.number > 1, **TRIAL,
     }  # fmt: skip
 
@@ -137,20 +151,26 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
 
     q, k, v = (_aligned(x) for x in (inputs.q, inputs.k, inputs.v))
     (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
-    pieces, kept, gate = share_out(v), entering_like(inputs), gate_of(inputs.log_decay, v)
-    constants = _constants(inputs, FORWARD, pieces)
+    shared, wide_k, wide_v = heads // k.shape[2], _width(k), _width(v)
+    pieces, gate = share_out(v), gate_of(inputs.log_decay, v)
+    constants = _constants(inputs, SHARED if shared > 1 else FORWARD[max(wide_k, wide_v)], pieces)
+    kept = v.new_empty(sum(_sizes(inputs)), dtype=torch.float32)
     lines, entered = kept.split(_sizes(inputs))
+    keep = shared > 1 and KEEP
+    states = v.new_empty(batch * -(-length // CHUNK) * heads, k_dim, v.shape[3]) if keep else o
     _make_lines(inputs, lines)
     sums, decays = segments(k, v, gate, constants["GATE"], pieces, CHUNK, reverse=False)
     last = _state_like(v, k_dim) if return_state else _nothing(v)
-    described = [_described(x, [1, CHUNK, 1, constants["W"]]) for x in (q, k, v, o)]
+    described = [_described(x, [1, CHUNK, 1, width]) for x, width in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
+    described += [_described(states, [1, wide_k, wide_v]) if keep else described[3]]
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, _lines_described(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, entered, sums, decays,
-        length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
-        **constants, START=int(state is not None), LAST=return_state,
+        length, batch, heads, shared, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        **constants, BK=wide_k, BV=wide_v, START=int(state is not None), ENTER=pieces.number > 1 and shared == 1, KEEP=keep,
+        LAST=return_state,
     )  # fmt: skip
-    return o, last, kept
+    return o, last, states.view(batch, -1, heads, *states.shape[1:]) if keep else kept
 
 
 def backward(
@@ -173,18 +193,19 @@ def backward(
     q, k, v, do = (_aligned(x) for x in narrow)
     (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
     pieces, gate = share_out(v), gate_of(inputs.log_decay, v)
-    constants = _constants(inputs, BACKWARD, pieces)
+    width = max(_width(k), _width(v))
+    constants = _constants(inputs, BACKWARD[width], pieces)
     lines, entered = kept.split(_sizes(inputs))
     sums, decays = segments(q, do, gate, constants["GATE"], pieces, CHUNK, reverse=True)
     first = entered if pieces.number > 1 else v if state is None else state.contiguous()
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
-    described = [_described(x, [1, CHUNK, 1, constants["W"]]) for x in (q, k, v, do, dq, dk, dv)]
+    described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
     walk_hopper.backward_kernel[(batch * pieces.number * heads * 3,)](
         *described, _lines_described(lines, batch * heads, described[0]), lines, gate,
         first, v if dlast is None else dlast, dfirst, sums, decays, rowsums,
         length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
-        **constants, SLOTS=BACKWARD[constants["W"]].slots, START=EACH_GIVEN.value if pieces.number > 1 else int(state is not None),
+        **constants, W=width, SLOTS=BACKWARD[width].slots, START=EACH_GIVEN.value if pieces.number > 1 else int(state is not None),
         DLAST=int(dlast is not None), LAST=state is not None, GATE_GRAD=gate_grad,
     )  # fmt: skip
     return dq, dk, rowsums

@@ -5,7 +5,7 @@ them), or follow from one rate. Each thread reads from the line what its rows an
 exchanged in the walk. All exponents are <= 0: rows that enter the state are decayed on their way into registers, rows that are
 read from it when they are, and pairs of a chunk where their scores are.
 
-Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, W width of all rows on chip.
+Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, BD and BE widths on chip of a and b, and of c and the outputs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def line_layout():
 
 
 @gluon.constexpr_function
-def state_layout(width, groups):
-    """Registers of a state, of whose rows each of the warp groups has its part."""
+def state_layout(rows, width, groups):
+    """Registers of a state, of whose rows each of the warp groups has its part, or of its columns where rows are few."""
+    if rows < 64 * groups:
+        return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
     return gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, width, 16])
 
 
@@ -51,44 +53,46 @@ def program(heads, segments, PARTS: gl.constexpr):
 
 @gluon.jit
 def buffers_of(
-    W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr
+    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr,
+    DOT: gl.constexpr,
 ):  # fmt: skip
     """Shared memory: rows of each stage, and a line of decays; the state, outputs, scores; slots of the probe; barriers."""
-    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
-    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
-    c_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    c_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE))
     stages = (a_buffers, b_buffers, c_buffers)
     if GATE == SCALAR_GATE:
         stages = (a_buffers, b_buffers, c_buffers, gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()))
-    state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
+    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
     scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
     slots, slot_bars = out_buffer, out_buffer
     if SLOTS > 0:
-        slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, W], shared_layout(W)), barriers(SLOTS)
+        slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, BE], shared_layout(BE)), barriers(SLOTS)
     return stages, (state_buffer, out_buffer, scores_buffer), (slots, slot_bars), barriers(STAGES)
 
 
 @gluon.jit
 def bring(
-    bars, sources, stages, batch, head, heads, t, step,
-    W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    bars, sources, stages, place, heads, t, step,
+    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
 ):  # fmt: skip
     """Starts to copy a chunk's rows of a, b and c, and its line, into their stage."""
-    row = [batch, t, head, 0]
+    batch, head, _, shared = place
+    ab_row, c_row = [batch, t, shared, 0], [batch, t, head, 0]
     targets = at_stage(stages, step % STAGES)
     if GATE == SCALAR_GATE:
-        places = (row, row, row, [batch * heads + head, t])
-        fetch(bars.index(step % STAGES), 2 * C * 3 * W + 4 * C, sources, places, targets)
+        places = (ab_row, ab_row, c_row, [batch * heads + head, t])
+        fetch(bars.index(step % STAGES), 2 * C * (2 * BD + BE) + 4 * C, sources, places, targets)
     else:
-        fetch(bars.index(step % STAGES), 2 * C * 3 * W, sources, (row, row, row), targets)
+        fetch(bars.index(step % STAGES), 2 * C * (2 * BD + BE), sources, (ab_row, ab_row, c_row), targets)
 
 
 @gluon.jit
-def bring_probe(probe, of_probe, batch, head, t, step, W: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr):
+def bring_probe(probe, of_probe, batch, head, t, step, BE: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr):
     """Starts to copy a chunk's rows of the probe, which are read late in the chunk's turn, into their slot."""
     slot = step % SLOTS
-    fetch(of_probe[1].index(slot), 2 * C * W, (probe,), ([batch, t, head, 0],), (of_probe[0].index(slot),))
+    fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t, head, 0],), (of_probe[0].index(slot),))
 
 
 @gluon.jit
@@ -161,11 +165,11 @@ def entering(
 @gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, tall: gl.constexpr,
-    SIZE: gl.constexpr, W: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """The state that a walk starts from: zero, given to each sequence or segment, and what the segments before make of it."""
-    batch, head, piece = place
-    state_DE = gl.zeros([W, W], gl.float32, tall)
+    batch, head, piece, _ = place
+    state_DE = gl.zeros([BD, BE], gl.float32, tall)
     if START == EACH_GIVEN:
         index = (batch * segments + piece) * heads + head
         state_DE += gl.load(given + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)

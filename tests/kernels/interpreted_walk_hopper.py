@@ -1,9 +1,10 @@
 """The forward walk for Hopper, followed on the CPU, against the token loop in fp64: outputs and states."""
 
 import pytest
+import torch
 import triton.language as tl
 
-from kernels import delta_hopper, delta_hopper_walk, walk_hopper, walk_hopper_launch, walk_hopper_parts
+from kernels import delta_hopper, delta_hopper_walk, walk_grouped, walk_hopper, walk_hopper_launch, walk_hopper_parts
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -21,7 +22,8 @@ def _hopper(monkeypatch):
         monkeypatch.setattr(walk_hopper, name, OnCpu(getattr(walk_hopper, name), MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
     monkeypatch.setattr(walk_hopper_launch, "_lines_described", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare)
-    monkeypatch.setattr(walk_hopper_launch, "suits", lambda _: True)
+    monkeypatch.setattr(walk_hopper_launch, "suits", lambda inputs: inputs.k.shape[2] == inputs.v.shape[2])
+    monkeypatch.setattr(walk_hopper_launch, "suits_shared", lambda _: True)
     with use_backend("triton"), poisoned():
         yield
 
@@ -53,6 +55,15 @@ def test_segments_of_long_rows(monkeypatch, gate):
     """Three segments, the last of which is short."""
     monkeypatch.setattr(walk_hopper_launch, "LEAST_SEGMENT", 64)
     check((1, 300, 2, 2, 20, 33), gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
+@pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
+def test_heads_that_share_keys(monkeypatch, gate, shape):
+    """Their states are kept for `kernels.walk_grouped`."""
+    monkeypatch.setattr(walk_hopper_launch, "LEAST_SEGMENT", 128)
+    monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
+    check(shape, gate)
 
 
 def test_rows_that_copies_cannot_take():
