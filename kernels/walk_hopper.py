@@ -84,9 +84,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     d, e = gl.arange(0, BD, gl.SliceLayout(1, tall)), gl.arange(0, BE, gl.SliceLayout(0, tall))
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
-    state_DE = state_of(
-        given, sums, decays, place, heads, segments, offsets, inside, tall, D * E, BD, BE, START, CUT, REVERSE
-    )
+    state_DE = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, D * E, BD, BE, START, CUT, REVERSE)
     if ENTER:
         index = (batch * segments + piece) * heads + head
         gl.store(entered + index.to(gl.int64) * D * E + offsets, state_DE, mask=inside)
@@ -105,9 +103,12 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         probe_CE = own[2]
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
-        if GATE == NO_GATE:
+        if GATE == NO_GATE and CHECK != 4:
             read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
             state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
+        elif GATE == NO_GATE:
+            state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
+            read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         else:
             b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
             state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
@@ -131,7 +132,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         if CHECK == 1:
             thread_barrier()
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        if GATE == NO_GATE:
+        if GATE == NO_GATE and CHECK != 4:
             if CHECK == 2:
                 out_CE, state, scores = warpgroup_mma_wait(0, [read, state, scores])
             else:
@@ -173,7 +174,9 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             i = gl.arange(0, C, of_rows)
             gl.store(rowsum + t + i, sum_C, mask=t + i < length)
             thread_barrier()  # all warps have read the probe
-            bring_probe(probe, of_probe, batch, head, start_of(n_first, step + SLOTS, steps, C, REVERSE), step + SLOTS, BE, C, SLOTS)
+            bring_probe(
+                probe, of_probe, batch, head, start_of(n_first, step + SLOTS, steps, C, REVERSE), step + SLOTS, BE, C, SLOTS
+            )
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)

@@ -5,7 +5,6 @@ Shape legend: B batch, T time, H heads, N chunks of C tokens.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from kernels._entry import entry
