@@ -25,11 +25,14 @@ from kernels.delta_hopper import sums_layout, thread_barrier
 from kernels.delta_hopper_walk import at_stage
 from kernels.walk_hopper_parts import (
     bring,
+    bring_pair,
     bring_probe,
     buffers_of,
     entering,
     falls,
     half_of,
+    pair_buffers_of,
+    pairs_seen,
     program,
     rate_of,
     seen,
@@ -126,7 +129,9 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             read_CE, state = warpgroup_mma_wait(1, [read, state])
             read_CE = read_CE * gl.exp2((half - fall_C) if REVERSE else (half + fall_C))[:, None]
             if PROBE == STATE_PROBE:
-                sum_C = -gl.sum(read_CE * probe_CE.load(narrow).to(gl.float32), 1)
+                sum_C = gl.sum(read_CE * probe_CE.load(narrow).to(gl.float32), 1)
+                if REVERSE:
+                    sum_C = -sum_C
             read = warpgroup_mma(scores_buffer, own[2], read_CE, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         if CHECK == 1:
@@ -209,6 +214,128 @@ def forward_kernel(
         last, (batch, head, piece, head // group), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT), length, heads, segments, span,
         K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, False, START, CUT, ENTER, KEEP, LAST, NO_PROBE, FACTORS, CHECK, DOT,
     )  # fmt: skip
+
+
+@gluon.jit
+def walk_pair(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
+    rows, outs, lines, rate, given, last, sums, decays, rowsum, rowsum_pairs, place, buffers, length, heads, segments, span,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """One head's reverse walk for all of dk and dv, which read the same gradient of the state."""
+    batch, head, piece, _ = place
+    stages, work, bars = buffers
+    state_buffer, dk_buffer, dv_buffer, kq_buffer, vo_buffer = work
+    dk, dv = outs
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    narrow: gl.constexpr = sums_layout(W, GROUPS)
+    tall: gl.constexpr = state_layout(W, W, GROUPS) if GATE != NO_GATE else narrow
+    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    n_first, steps = piece * span, gl.minimum(span, (length + C - 1) // C - piece * span)
+    none_CW, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    for early in gl.static_range(STAGES - 1):
+        bring_pair(bars, rows, stages, place, heads, start_of(n_first, early, steps, C, True), early, W, C, STAGES, GATE)
+    d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
+    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, START, CUT, True)
+    t = start_of(n_first, 0, steps, C, True)
+    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
+    mbarrier.wait(bars.index(0), 0)
+    first = at_stage(stages, 0)
+    early_kq = warpgroup_mma(first[1], first[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    early_vo = warpgroup_mma(first[2], first[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    kq_CC, vo_CC = warpgroup_mma_wait(0, [early_kq, early_vo])
+    kq_CC, vo_CC, of_keys, of_queries = pairs_seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, PROBE)
+    kq_buffer.store(kq_CC.to(DOT))
+    vo_buffer.store(vo_CC.to(DOT))
+    state_buffer.store(state_KV.to(DOT))
+    fence_async_shared()
+    i, j = gl.arange(0, C, gl.SliceLayout(0, square)), gl.arange(0, C, of_rows)
+    if PROBE:
+        gl.store(rowsum_pairs + t + i, of_queries, mask=t + i < length)
+    for step in range(steps):
+        own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
+        t_next = start_of(n_first, step + 1, steps, C, True)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
+        dv_read = warpgroup_mma(own[1], state_buffer, none_CW, use_acc=False, is_async=True)
+        dk_read = warpgroup_mma(own[2], state_buffer.permute([1, 0]), none_CW, use_acc=False, is_async=True)
+        if GATE == NO_GATE:
+            state = warpgroup_mma(own[0].permute([1, 0]), own[3], state_KV, is_async=True)
+        else:
+            q_KC = entering(own[0], own, rate, half, t, length, tall, C, GATE, True, DOT)
+            state = warpgroup_mma(q_KC, own[3], state_KV * gl.exp2(2.0 * half), is_async=True)
+        t_far = start_of(n_first, step + STAGES - 1, steps, C, True)
+        bring_pair(bars, rows, stages, place, heads, t_far, step + STAGES - 1, W, C, STAGES, GATE)
+        if GATE != NO_GATE:
+            read_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, of_rows))
+            dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
+            dv_CW = dv_CW * read_C[:, None]
+            dk_CW = dk_CW * read_C[:, None]
+            if PROBE:
+                sum_C = gl.sum(dv_CW * own[2].load(narrow).to(gl.float32), 1)
+                sum_C = -sum_C - gl.convert_layout(of_keys, of_rows)
+                gl.store(rowsum + t + j, sum_C, mask=t + j < length)
+            dv_read, dk_read = dv_CW, dk_CW
+        dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
+        dk_sums = warpgroup_mma(vo_buffer, own[0], dk_read, is_async=True)
+        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
+        kq = warpgroup_mma(following[1], following[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        vo = warpgroup_mma(following[2], following[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
+        tma.store_wait(0)
+        thread_barrier()  # all warps' products have read the state
+        state_buffer.store(state_KV.to(DOT))
+        dv_CW, dk_CW, kq, vo = warpgroup_mma_wait(2, [dv_sums, dk_sums, kq, vo])
+        dv_buffer.store(dv_CW.to(DOT))
+        dk_buffer.store(dk_CW.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dv, [batch, t, head, 0], dv_buffer)
+        tma.async_copy_shared_to_global(dk, [batch, t, head, 0], dk_buffer)
+        thread_barrier()  # all warps' products have read the scores
+        kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
+        kq_CC, vo_CC, of_keys, of_queries = pairs_seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, PROBE)
+        kq_buffer.store(kq_CC.to(DOT))
+        vo_buffer.store(vo_CC.to(DOT))
+        fence_async_shared()
+        if PROBE:
+            gl.store(rowsum_pairs + t_next + i, of_queries, mask=t_next + i < length)
+        half, t = next_half, t_next
+    for rest in gl.static_range(STAGES - 2):
+        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    tma.store_wait(0)
+    if LAST:
+        gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & (piece == 0))
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def pair_kernel(
+    q, k, v, do, dq, dk, dv, falls_of, lines, gate, first, dlast, dfirst, sums, decays, rowsums,
+    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    PAIR_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
+    DLAST: gl.constexpr, LAST: gl.constexpr, GATE_GRAD: gl.constexpr, FACTORS: gl.constexpr, CHECK: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """`backward_kernel` with keys and values in one walk. Grid: (B * P * H * 2,). `rowsums` are [3, B, H, T]."""
+    part, head, piece, batch = program(heads, segments, 2)
+    rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
+    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * length
+    size = batches.to(gl.int64) * heads * length
+    LATER: gl.constexpr = STATE_PROBE if GATE_GRAD else NO_PROBE
+    if part == 0:
+        walk_pair(
+            (q, k, v, do, falls_of) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv), lines, rate, dlast, dfirst, sums, decays,
+            rowsum + size, rowsum + 2 * size, (batch, head, piece, head), pair_buffers_of(W, C, PAIR_STAGES, GATE, DOT),
+            length, heads, segments, span,
+            K, V, W, GROUPS, C, PAIR_STAGES, GATE, DLAST, CUT, LAST, GATE_GRAD, DOT,
+        )  # fmt: skip
+    else:
+        walk(
+            (do, v, k, falls_of) if GATE == SCALAR_GATE else (do, v, k), q, dq, q, lines, rate, first, first, first, sums, decays,
+            rowsum, (batch, head, piece, head), buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
+            length, heads, segments, span,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, False, True, START, False, False, False, False, LATER, FACTORS, CHECK, DOT,
+        )  # fmt: skip
 
 
 @entry(do_not_specialize=SIZES, gluon=True)

@@ -47,6 +47,7 @@ FORWARD = {NARROW: Config(1, 4), WIDTH: Config(2, 3)}
 BACKWARD = {NARROW: Config(1, 3, 2), WIDTH: Config(2, 3, 1)}
 """By the width of keys and values on chip."""
 SHARED = Config(2, 3)
+PAIR = 2
 KEEP, SUITS_SHARED = True, True
 TRIAL = {"FACTORS": False, "CHECK": 0}
 
@@ -199,9 +200,13 @@ def backward(
     sums, decays = segments(q, do, gate, constants["GATE"], pieces, CHUNK, reverse=True)
     first = entered if pieces.number > 1 else v if state is None else state.contiguous()
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
-    rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
+    parts = 3 if PAIR else 2
+    rowsums = v.new_empty((parts, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
-    walk_hopper.backward_kernel[(batch * pieces.number * heads * 3,)](
+    kernel, grid = (walk_hopper.pair_kernel, 2) if PAIR else (walk_hopper.backward_kernel, 3)
+    if PAIR:
+        constants["PAIR_STAGES"] = PAIR
+    kernel[(batch * pieces.number * heads * grid,)](
         *described, _lines_described(lines, batch * heads, described[0]), lines, gate,
         first, v if dlast is None else dlast, dfirst, sums, decays, rowsums,
         length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,

@@ -73,6 +73,65 @@ def buffers_of(
 
 
 @gluon.jit
+def pair_buffers_of(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory of the joint walk: q, k, v and do of each stage, and a line of decays; the state, two outputs, two scores."""
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    do_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    stages = (q_buffers, k_buffers, v_buffers, do_buffers)
+    if GATE == SCALAR_GATE:
+        lines = gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout())
+        stages = (q_buffers, k_buffers, v_buffers, do_buffers, lines)
+    state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
+    dk_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
+    dv_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
+    kq_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    vo_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    return stages, (state_buffer, dk_buffer, dv_buffer, kq_buffer, vo_buffer), barriers(STAGES)
+
+
+@gluon.jit
+def bring_pair(
+    bars, sources, stages, place, heads, t, step, W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr
+):  # fmt: skip
+    """Starts to copy a chunk's rows of q, k, v and do, and its line, into their stage."""
+    batch, head, _, _ = place
+    row = [batch, t, head, 0]
+    targets = at_stage(stages, step % STAGES)
+    if GATE == SCALAR_GATE:
+        places = (row, row, row, row, [batch * heads + head, t])
+        fetch(bars.index(step % STAGES), 2 * C * 4 * W + 4 * C, sources, places, targets)
+    else:
+        fetch(bars.index(step % STAGES), 2 * C * 4 * W, sources, (row, row, row, row), targets)
+
+
+@gluon.jit
+def pairs_seen(
+    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr
+):  # fmt: skip
+    """Scores of keys and later queries, and their gradients, decayed; and what pairs give to the gradient of the decays.
+
+    The latter is the sum of their products for each key and for each query, without a token's own, which has no decay.
+    """
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    is_seen = rows[:, None] <= cols[None, :]
+    of_keys, of_queries = rows.to(gl.float32), cols.to(gl.float32)
+    if GATE != NO_GATE:
+        of_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
+        of_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
+        decay_CC = gl.exp2(gl.where(is_seen, of_cols[None, :] - of_rows[:, None], float("-inf")))
+        kq_CC = kq_CC * decay_CC
+        if PROBE:
+            pairs_CC = gl.where(rows[:, None] == cols[None, :], 0.0, kq_CC * vo_CC)
+            of_keys, of_queries = gl.sum(pairs_CC, 1), gl.sum(pairs_CC, 0)
+        vo_CC = vo_CC * decay_CC
+    else:
+        kq_CC, vo_CC = gl.where(is_seen, kq_CC, 0.0), gl.where(is_seen, vo_CC, 0.0)
+    return kq_CC, vo_CC, of_keys, of_queries
+
+
+@gluon.jit
 def bring(
     bars, sources, stages, place, heads, t, step,
     BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
@@ -120,7 +179,7 @@ def half_of(lines, rate, batch, head, heads, t, length, C: gl.constexpr, GATE: g
 def falls(stage, rate, t, length, C: gl.constexpr, GATE: gl.constexpr, LAYOUT: gl.constexpr):
     """Log2 decays of a chunk up to and with each token, less half of the chunk's; padding does not decay."""
     if GATE == SCALAR_GATE:
-        return stage[3]._reinterpret(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LAYOUT)
+        return stage[-1]._reinterpret(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LAYOUT)
     count = gl.minimum(length - t, C).to(gl.float32)
     return rate * (gl.minimum((gl.arange(0, C, LAYOUT) + 1).to(gl.float32), count) - 0.5 * count)
 

@@ -18,7 +18,7 @@ MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    for name in ("forward_kernel", "backward_kernel"):
+    for name in ("forward_kernel", "backward_kernel", "pair_kernel"):
         monkeypatch.setattr(walk_hopper, name, OnCpu(getattr(walk_hopper, name), MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
     monkeypatch.setattr(walk_hopper_launch, "_lines_described", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare)
