@@ -79,7 +79,7 @@ def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
+def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
@@ -178,6 +178,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         scores_CC = warpgroup_mma_wait(0, [scores])
         scores_buffer.store(_seen(scores_CC, following, rate, t_next, length, square, C, GATE).to(DOT))
         fence_async_shared()
+        thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
         if PROBE:
             slot, t_far = step % SLOTS, _start(n_first, step + SLOTS, steps, C)
             fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(slot),))
@@ -195,9 +196,9 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
 def forward_kernel(
     q, k, v, o, states, line_rows, lines, gate, first, last, entered, sums, decays,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
-    DOT: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr,
+    LAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 

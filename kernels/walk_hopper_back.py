@@ -179,6 +179,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         kq_buffer.store(kq_CC.to(DOT))
         vo_buffer.store(vo_CC.to(DOT))
         fence_async_shared()
+        thread_barrier()  # see `kernels.walk_hopper.walk`
         if PROBE:
             gl.store(rowsum_queries + t_next + i, of_queries, mask=t_next + i < length)
         half, t = next_half, t_next
