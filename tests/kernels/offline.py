@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kernels.assembler import _installed, version_of
-from tests.kernels.sass import disassembled, unwritten
+from tests.kernels.sass import disassembled, unwaited, unwritten
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     source = source_of(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
-    assert not (found := unwritten(disassembled(ptx, newest_assembler()))), found
+    listing = disassembled(ptx, newest_assembler())
+    assert not (found := [*unwritten(listing), *unwaited(listing)]), found
     return Resources(*_assemble(ptx), compiled.metadata.shared, ptx)
 
 
