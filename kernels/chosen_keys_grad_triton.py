@@ -1,0 +1,142 @@
+"""Gradients of attention to chosen blocks in one walk by key: dk and dv stay on chip, a token's dq is left in shares.
+
+Scores and weights are recomputed once for all three gradients. A program walks over the tokens of a span that chose its keys;
+sums over spans (in fp32) and over a token's shares are added up in order by kernels of their own.
+
+Shape legend, lists and slots: as in `kernels.chosen_triton`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels._entry import entry
+from kernels.chosen_triton import COUNTS as FORWARD_COUNTS
+from kernels.chosen_triton import place_of
+from kernels.indexed_triton import LOG2_E, load_rows
+
+STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "dy") for axis in "bht")
+SIZES = (*STRIDES, *FORWARD_COUNTS, "n_rows")
+
+
+@entry(do_not_specialize=("y_b", "y_h", "y_t", "dy_b", "dy_h", "dy_t", "rows", "length", "heads"))
+def delta_kernel(
+    y, dy, delta, y_b: tl.int64, y_h: tl.int64, y_t: tl.int64, dy_b: tl.int64, dy_h: tl.int64, dy_t: tl.int64,
+    rows: tl.int64, length: tl.int32, heads: tl.int32, V: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Products y . dy of the rows, [B, H, T]. Grid: (tiles of ROWS rows,), heads innermost."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside, e = row < rows, tl.arange(0, BV)
+    head, t, batch = row % heads, row // heads % length, row // heads // length
+    y_RV = load_rows(y, (batch * y_b + head * y_h + t * y_t) * UNIT, e, inside, V).to(tl.float32)
+    dy_RV = load_rows(dy, (batch * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(tl.float32)
+    tl.store(delta + (batch * heads + head) * length + t, tl.sum(y_RV * dy_RV, 1), mask=inside)
+
+
+@triton.jit
+def walk_choosers(
+    k_NK, v_NV, q, dy, lse, delta, dq_shares, slots, count, s, kv_head, batch, first_slot,
+    q_b, q_h, q_t, dy_b, dy_h, dy_t, length, heads, group, pack, past, most, ratio,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """dk, still without its scale, and dv of the keys at `s`, from the tokens of a list, whose shares of dq are stored."""
+    i, e, r = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, M)
+    dk_NK, dv_NV = tl.zeros([N, BK], tl.float32), tl.zeros([N, BV], tl.float32)
+    visits = tl.cdiv(count, M // pack)
+    for n in tl.range(visits * (group // pack), num_stages=STAGES):
+        place, member = n % visits * (M // pack) + r // pack, n // visits * pack + r % pack
+        inside, head = place < count, kv_head * group + member
+        slot = tl.load(slots + place, mask=inside, other=0)
+        t = slot // most
+        q_MK = load_rows(q, (batch * q_b + head * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
+        dy_MV = load_rows(dy, (batch * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)
+        scalar = (batch * heads + head) * length + t
+        lse_M = tl.load(lse + scalar, mask=inside, other=0.0)
+        delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
+        score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
+        dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
+        seen = inside[None, :] & (t[None, :] + past >= s[:, None])
+        p_NM = tl.exp2(tl.where(seen, score_NM - lse_M[None, :], float("-inf")))
+        dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
+        ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(DOT)
+        dk_NK = tl.dot(ds_NM, q_MK, dk_NK, input_precision=PRECISION)
+        if FLIP:
+            dq_MK = tl.trans(tl.dot(tl.trans(k_NK), ds_NM, input_precision=PRECISION))
+        else:
+            dq_MK = tl.dot(tl.trans(ds_NM), k_NK, input_precision=PRECISION)
+        share = (first_slot + slot.to(tl.int64) * ratio) * group + member
+        dq_MK = (dq_MK * K**-0.5).to(DOT)
+        tl.store(dq_shares + share[:, None] * K + i[None, :], dq_MK, mask=inside[:, None] & (i < K)[None, :])
+    return dk_NK, dv_NV
+
+
+@entry(do_not_specialize=SIZES)
+def chosen_backward_kernel(
+    q, k, v, slots, counts, lse, dy, delta, dq_shares, dk, dv,
+    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
+    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64, dy_b: tl.int64, dy_h: tl.int64, dy_t: tl.int64,
+    n_index: tl.int32, length: tl.int32, n_keys: tl.int32, kv_heads: tl.int32, group: tl.int32, pack: tl.int32, past: tl.int32,
+    block: tl.int32, index_rows: tl.int32, most: tl.int32, span: tl.int32, spans: tl.int32, first_span: tl.int32, room: tl.int32,
+    n_rows: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """Sums dk [P, B, S, G, K] and dv [P, B, S, G, V] of each span, and shares of dq [B G, room, group, K].
+
+    A span whose tokens did not choose a tile of keys writes nothing of it. Grid: (spans * B * G * tiles of keys,).
+    """
+    ratio = block // N
+    key_tiles = tl.cdiv(n_keys, block) * ratio
+    program = tl.program_id(0)
+    key_tile, outer = program % key_tiles, program // key_tiles
+    kv_index, span_index = outer % n_index, first_span + outer // n_index
+    batch, kv_head = (kv_index // kv_heads).to(tl.int64), kv_index % kv_heads
+    row = place_of(key_tile, kv_index, span_index, index_rows, spans, n_keys, block, N)
+    count = tl.load(counts + row)
+    if count > 0:
+        first_slot = kv_index.to(tl.int64) * room + key_tile % ratio - first_span.to(tl.int64) * span * most * ratio
+        s = key_tile * N + tl.arange(0, N)
+        i, e = tl.arange(0, BK), tl.arange(0, BV)
+        k_NK = load_rows(k, (batch * k_b + kv_head * k_h + s * k_t) * UNIT, i, s < n_keys, K).to(DOT)
+        v_NV = load_rows(v, (batch * v_b + kv_head * v_h + s * v_t) * UNIT, e, s < n_keys, V).to(DOT)
+        dk_NK, dv_NV = walk_choosers(
+            k_NK, v_NV, q, dy, lse, delta, dq_shares, slots + row * span, count, s, kv_head, batch, first_slot,
+            q_b, q_h, q_t, dy_b, dy_h, dy_t, length, kv_heads * group, group, pack, past, most, ratio,
+            K, V, BK, BV, UNIT, M, N, DOT, PRECISION, STAGES, FLIP,
+        )  # fmt: skip
+        rows = span_index.to(tl.int64) * n_rows + (batch * n_keys + s) * kv_heads + kv_head
+        dk_NK = dk_NK * K**-0.5
+        tl.store(dk + rows[:, None] * K + i[None, :], dk_NK, mask=(s < n_keys)[:, None] & (i < K)[None, :])
+        tl.store(dv + rows[:, None] * V + e[None, :], dv_NV, mask=(s < n_keys)[:, None] & (e < V)[None, :])
+
+
+@triton.jit
+def add_spans(parts, out, counts, list_R, row_R, inside_R, spans, n_blocks, n_rows, WIDTH: tl.constexpr, BW: tl.constexpr):
+    """Rows of `out` as sums over the spans whose tokens chose them."""
+    i = tl.arange(0, BW)
+    place = row_R[:, None] * WIDTH + i[None, :]
+    total = tl.zeros([row_R.shape[0], BW], tl.float32)
+    for _ in range(spans):
+        chosen_R = tl.load(counts + list_R, mask=inside_R, other=0) > 0
+        total += tl.load(parts + place, mask=chosen_R[:, None] & (i < WIDTH)[None, :], other=0.0)
+        parts += n_rows.to(tl.int64) * WIDTH
+        list_R += n_blocks
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside_R[:, None] & (i < WIDTH)[None, :])
+
+
+@entry(do_not_specialize=("n_keys", "kv_heads", "block", "index_rows", "n_rows", "spans"))
+def add_spans_kernel(
+    dk_parts, dv_parts, counts, dk, dv,
+    n_keys: tl.int32, kv_heads: tl.int32, block: tl.int32, index_rows: tl.int32, n_rows: tl.int32, spans: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Dk [B, S, G, K] and dv [B, S, G, V]. Grid: (tiles of ROWS rows,)."""
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    s_R, kv_R = row_R // kv_heads % n_keys, row_R // kv_heads // n_keys * kv_heads + row_R % kv_heads
+    n_blocks = tl.cdiv(n_keys, block)
+    list_R = kv_R % index_rows * spans * n_blocks + s_R // block
+    inside_R = row_R < n_rows
+    add_spans(dk_parts, dk, counts, list_R, row_R, inside_R, spans, n_blocks, n_rows, K, BK)
+    add_spans(dv_parts, dv, counts, list_R, row_R, inside_R, spans, n_blocks, n_rows, V, BV)

@@ -1,0 +1,196 @@
+"""Softmax attention to chosen blocks, walked by key: a tile of keys is read once for all tokens of a span that chose it.
+
+A tile of queries that walks over its tokens' keys reads 4 times the bytes of its queries for each key that one token alone
+chose. Here a program keeps a tile of keys, takes the tokens that chose it from a list, and leaves a share of their outputs and
+its log-sum-exp; a second kernel adds up a token's shares in order, so that repeats are equal to the bit.
+
+A token's share has a slot, t * most + rank, rank being the number of blocks before this one that it chose; the list of a block
+is one of slots. A block is `ratio` tiles of keys, each with a share of its own.
+
+Shape legend and packing of heads: as in `kernels.indexed_triton`; P spans of tokens, C the most blocks of a token.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels._entry import entry
+from kernels.indexed_triton import LOG2_E, load_rows, packed_rows
+
+STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v") for axis in "bht")
+COUNTS = ("n_index", "length", "n_keys", "kv_heads", "group", "pack", "past", "block", "index_rows", "most", "span", "spans", "first_span", "room")
+SIZES = (*STRIDES, *COUNTS)
+
+
+@triton.jit
+def ones(word):
+    """Number of set bits of a word."""
+    x = word.to(tl.uint32)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@entry(do_not_specialize=("rows", "n_blocks", "n_words"))
+def pack_kernel(chosen, words, rows: tl.int32, n_blocks: tl.int32, n_words: tl.int32, ROWS: tl.constexpr):
+    """Bits [rows, n_words] of a choice [rows, n_blocks] of bytes. Grid: (tiles of ROWS rows * n_words,)."""
+    program = tl.program_id(0)
+    word, row = program % n_words, program // n_words * ROWS + tl.arange(0, ROWS)
+    bit = tl.arange(0, 32)
+    block = word * 32 + bit
+    inside = (row < rows)[:, None] & (block < n_blocks)[None, :]
+    flag = tl.load(chosen + row.to(tl.int64)[:, None] * n_blocks + block[None, :], mask=inside, other=0) != 0
+    tl.store(words + row.to(tl.int64) * n_words + word, tl.sum(flag.to(tl.int32) << bit[None, :], 1), mask=row < rows)
+
+
+@entry(do_not_specialize=("rows", "n_words"))
+def ranks_kernel(words, before, rows: tl.int32, n_words: tl.int32, ROWS: tl.constexpr):
+    """Blocks that a token chose in earlier words, and in all: [rows, n_words + 1]. Grid: (tiles of ROWS rows,)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    words += row.to(tl.int64) * n_words
+    before += row.to(tl.int64) * (n_words + 1)
+    found = tl.zeros([ROWS], tl.int32)
+    for n in range(n_words):
+        tl.store(before + n, found, mask=inside)
+        found += ones(tl.load(words + n, mask=inside, other=0))
+    tl.store(before + n_words, found, mask=inside)
+
+
+@entry(do_not_specialize=("length", "n_words", "n_blocks", "most", "span", "spans"))
+def choosers_kernel(
+    words, before, slots, counts, length: tl.int32, n_words: tl.int32, n_blocks: tl.int32, most: tl.int32,
+    span: tl.int32, spans: tl.int32, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Slots of a span's tokens that chose a block, in order, [index rows, P, blocks, span], and their number.
+
+    Grid: (index rows * P * groups of BLOCKS blocks,). BLOCKS divides 32.
+    """
+    groups = tl.cdiv(n_blocks, BLOCKS)
+    program = tl.program_id(0)
+    outer = (program // groups).to(tl.int64)
+    block = program % groups * BLOCKS + tl.arange(0, BLOCKS)
+    word, exists = program % groups * BLOCKS // 32, block < n_blocks
+    words += outer // spans * length * n_words + word
+    before += outer // spans * length * (n_words + 1) + word
+    lists = (outer * n_blocks + block) * span
+    first = (outer % spans).to(tl.int32) * span
+    found = tl.zeros([BLOCKS], tl.int32)
+    for start in range(0, span, TOKENS):
+        place = start + tl.arange(0, TOKENS)
+        t = first + place
+        inside = (place < span) & (t < length)
+        word_T = tl.load(words + t.to(tl.int64) * n_words, mask=inside, other=0).to(tl.uint32)
+        before_T = tl.load(before + t.to(tl.int64) * (n_words + 1), mask=inside, other=0)
+        bit = block % 32
+        rank = before_T[:, None] + ones(word_T[:, None] << (31 - bit)[None, :] << 1)
+        flag = (word_T[:, None] >> bit[None, :]).to(tl.int32) & (rank < most).to(tl.int32) & exists[None, :].to(tl.int32)
+        position = found[None, :] + tl.cumsum(flag, 0) - 1
+        tl.store(slots + lists[None, :] + position, t[:, None] * most + rank, mask=flag != 0)
+        found += tl.sum(flag, 0)
+    tl.store(counts + outer * n_blocks + block, found, mask=exists)
+
+
+@triton.jit
+def place_of(key_tile, kv_index, span_index, index_rows, spans, n_keys, block, N: tl.constexpr):
+    """The list of a tile of keys."""
+    return ((kv_index % index_rows).to(tl.int64) * spans + span_index) * tl.cdiv(n_keys, block) + key_tile * N // block
+
+
+@entry(do_not_specialize=SIZES)
+def chosen_forward_kernel(
+    q, k, v, slots, counts, shares, lse_shares,
+    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
+    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64,
+    n_index: tl.int32, length: tl.int32, n_keys: tl.int32, kv_heads: tl.int32, group: tl.int32, pack: tl.int32, past: tl.int32,
+    block: tl.int32, index_rows: tl.int32, most: tl.int32, span: tl.int32, spans: tl.int32, first_span: tl.int32, room: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Shares in the outputs [B G, room, group, V] and their base-2 log-sum-exp [B G, room, group], of spans from `first_span` on.
+
+    Grid: (spans * B * G * tiles of keys,).
+    """
+    SCALE: tl.constexpr = K**-0.5 * LOG2_E
+    ratio = block // N
+    key_tiles = tl.cdiv(n_keys, block) * ratio
+    program = tl.program_id(0)
+    key_tile, outer = program % key_tiles, program // key_tiles
+    kv_index, span_index = outer % n_index, first_span + outer // n_index
+    batch, kv_head = (kv_index // kv_heads).to(tl.int64), kv_index % kv_heads
+    row = place_of(key_tile, kv_index, span_index, index_rows, spans, n_keys, block, N)
+    count, slots = tl.load(counts + row), slots + row * span
+    if count > 0:
+        first_slot = kv_index.to(tl.int64) * room + key_tile % ratio - first_span.to(tl.int64) * span * most * ratio
+        s = key_tile * N + tl.arange(0, N)
+        i, e, r = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, M)
+        k_NK = load_rows(k, (batch * k_b + kv_head * k_h + s * k_t) * UNIT, i, s < n_keys, K).to(DOT)
+        v_NV = load_rows(v, (batch * v_b + kv_head * v_h + s * v_t) * UNIT, e, s < n_keys, V).to(DOT)
+        visits = tl.cdiv(count, M // pack)
+        for n in tl.range(visits * (group // pack), num_stages=STAGES):
+            place, member = n % visits * (M // pack) + r // pack, n // visits * pack + r % pack
+            inside = place < count
+            slot = tl.load(slots + place, mask=inside, other=0)
+            t = slot // most
+            q_MK = load_rows(q, (batch * q_b + (kv_head * group + member) * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
+            score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
+            score_MN = tl.where(t[:, None] + past >= s[None, :], score_MN, float("-inf"))
+            highest_M = tl.max(score_MN, 1) * SCALE
+            base_M = tl.where(highest_M == float("-inf"), 0.0, highest_M)
+            p_MN = tl.exp2(score_MN * SCALE - base_M[:, None])
+            total_M = tl.sum(p_MN, 1)
+            safe_M = tl.where(total_M == 0.0, 1.0, total_M)
+            o_MV = tl.dot(p_MN.to(DOT), v_NV, input_precision=PRECISION) / safe_M[:, None]
+            share = (first_slot + slot.to(tl.int64) * ratio) * group + member
+            tl.store(shares + share[:, None] * V + e[None, :], o_MV.to(DOT), mask=inside[:, None] & (e < V)[None, :])
+            tl.store(lse_shares + share, highest_M + tl.log2(safe_M), mask=inside)
+
+
+@entry(do_not_specialize=("length", "kv_heads", "group", "pack", "index_rows", "n_words", "ratio", "most", "first", "stop", "room"))
+def join_kernel(
+    shares, lse_shares, before, y, lse,
+    length: tl.int32, kv_heads: tl.int32, group: tl.int32, pack: tl.int32, index_rows: tl.int32, n_words: tl.int32,
+    ratio: tl.int32, most: tl.int32, first: tl.int32, stop: tl.int32, room: tl.int64,
+    V: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, WEIGHTED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows [B, T, H, V] of the tokens first .. stop from their shares, and lse [B, H, T].
+
+    WEIGHTED: shares are outputs with a log-sum-exp each; else they are gradients of q, to be added. Grid: (B * G * bundles * tiles,).
+    """
+    bundles, tiles = group // pack, tl.cdiv(stop - first, M // pack)
+    program = tl.program_id(0)
+    tile, outer = program % tiles, program // tiles
+    kv_index, bundle = outer // bundles, outer % bundles
+    batch, kv_head = (kv_index // kv_heads).to(tl.int64), kv_index % kv_heads
+    t, member, _ = packed_rows(tile, bundle * pack, pack, length, M)
+    t += first
+    inside, head = t < stop, kv_head * group + member
+    index_row = (kv_index % index_rows).to(tl.int64)
+    count = tl.load(before + (index_row * length + t) * (n_words + 1) + n_words, mask=inside, other=0)
+    count = tl.minimum(count, most) * ratio
+    share = (kv_index.to(tl.int64) * room + (t - first).to(tl.int64) * most * ratio) * group + member
+    e = tl.arange(0, BV)
+    highest_M = tl.full([M], float("-inf"), tl.float32)
+    total_M = tl.zeros([M], tl.float32)
+    o_MV = tl.zeros([M, BV], tl.float32)
+    for n in tl.range(tl.max(count, 0), num_stages=STAGES):
+        place, exists = share + n * group, n < count
+        share_MV = load_rows(shares, place * V, e, exists, V).to(tl.float32)
+        if WEIGHTED:
+            lse_M = tl.load(lse_shares + place, mask=exists, other=float("-inf"))
+            higher_M = tl.maximum(highest_M, lse_M)
+            base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)
+            shrink_M, weight_M = tl.exp2(highest_M - base_M), tl.exp2(lse_M - base_M)
+            total_M = total_M * shrink_M + weight_M
+            o_MV = o_MV * shrink_M[:, None] + share_MV * weight_M[:, None]
+            highest_M = higher_M
+        else:
+            o_MV += share_MV
+    rows = (batch * length + t) * kv_heads * group + head
+    if WEIGHTED:
+        safe_M = tl.where(total_M == 0.0, 1.0, total_M)
+        o_MV = o_MV / safe_M[:, None]
+        tl.store(lse + (batch * kv_heads * group + head) * length + t, highest_M + tl.log2(safe_M), mask=inside)
+    tl.store(y + rows[:, None] * V + e[None, :], o_MV.to(y.dtype.element_ty), mask=inside[:, None] & (e < V)[None, :])
