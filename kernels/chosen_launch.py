@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     spans: int = 8
     launches: int = 1
     flip: bool = True
+    listing: tuple[int, int, int] = (8, 256, 4)
 
 
 class Lists(NamedTuple):
@@ -47,8 +48,8 @@ def lists_of(index: Listed, n_keys: int, length: int, most: int, plan: Plan) -> 
     before = words.new_empty(rows, length, n_words + 1)
     chosen_triton.ranks_kernel[(-(-rows * length // 128),)](words, before, rows * length, n_words, ROWS=128, num_warps=4)
     slots, counts = words.new_empty(rows, spans, n_blocks, span), words.new_empty(rows, spans, n_blocks)
-    chosen_triton.choosers_kernel[(rows * spans * -(-n_blocks // 8),)](
-        words, before, slots, counts, length, n_words, n_blocks, most, span, spans, BLOCKS=8, TOKENS=256, num_warps=4
+    chosen_triton.choosers_kernel[(rows * spans * -(-n_blocks // plan.listing[0]),)](
+        words, before, slots, counts, length, n_words, n_blocks, most, span, spans, BLOCKS=plan.listing[0], TOKENS=plan.listing[1], num_warps=plan.listing[2]
     )
     return Lists(before, slots, counts, span, spans)
 
