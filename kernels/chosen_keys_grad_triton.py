@@ -45,14 +45,19 @@ def walk_choosers(
     i, e, r = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, M)
     dk_NK, dv_NV = tl.zeros([N, BK], tl.float32), tl.zeros([N, BV], tl.float32)
     visits = tl.cdiv(count, M // pack)
+    q += (batch * q_b + kv_head * group * q_h) * UNIT
+    dy += (batch * dy_b + kv_head * group * dy_h) * UNIT
+    lse += (batch * heads + kv_head * group) * length
+    delta += (batch * heads + kv_head * group) * length
+    dq_shares += first_slot * group * K
     for n in tl.range(visits * (group // pack), num_stages=STAGES):
         place, member = n % visits * (M // pack) + r // pack, n // visits * pack + r % pack
-        inside, head = place < count, kv_head * group + member
+        inside = place < count
         slot = tl.load(slots + place, mask=inside, other=0)
         t = slot // most
-        q_MK = load_rows(q, (batch * q_b + head * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
-        dy_MV = load_rows(dy, (batch * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)
-        scalar = (batch * heads + head) * length + t
+        q_MK = load_rows(q, (member * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
+        dy_MV = load_rows(dy, (member * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)
+        scalar = member.to(tl.int64) * length + t
         lse_M = tl.load(lse + scalar, mask=inside, other=0.0)
         delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
         score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
@@ -66,7 +71,7 @@ def walk_choosers(
             dq_MK = tl.trans(tl.dot(tl.trans(k_NK), ds_NM, input_precision=PRECISION))
         else:
             dq_MK = tl.dot(tl.trans(ds_NM), k_NK, input_precision=PRECISION)
-        share = (first_slot + slot.to(tl.int64) * ratio) * group + member
+        share = slot.to(tl.int64) * (ratio * group) + member
         dq_MK = (dq_MK * K**-0.5).to(DOT)
         tl.store(dq_shares + share[:, None] * K + i[None, :], dq_MK, mask=inside[:, None] & (i < K)[None, :])
     return dk_NK, dv_NV

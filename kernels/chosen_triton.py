@@ -129,12 +129,15 @@ def chosen_forward_kernel(
         k_NK = load_rows(k, (batch * k_b + kv_head * k_h + s * k_t) * UNIT, i, s < n_keys, K).to(DOT)
         v_NV = load_rows(v, (batch * v_b + kv_head * v_h + s * v_t) * UNIT, e, s < n_keys, V).to(DOT)
         visits = tl.cdiv(count, M // pack)
+        q += (batch * q_b + kv_head * group * q_h) * UNIT
+        shares += first_slot * group * V
+        lse_shares += first_slot * group
         for n in tl.range(visits * (group // pack), num_stages=STAGES):
             place, member = n % visits * (M // pack) + r // pack, n // visits * pack + r % pack
             inside = place < count
             slot = tl.load(slots + place, mask=inside, other=0)
             t = slot // most
-            q_MK = load_rows(q, (batch * q_b + (kv_head * group + member) * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
+            q_MK = load_rows(q, (member * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
             score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
             score_MN = tl.where(t[:, None] + past >= s[None, :], score_MN, float("-inf"))
             highest_M = tl.max(score_MN, 1) * SCALE
@@ -143,7 +146,7 @@ def chosen_forward_kernel(
             total_M = tl.sum(p_MN, 1)
             safe_M = tl.where(total_M == 0.0, 1.0, total_M)
             o_MV = tl.dot(p_MN.to(DOT), v_NV, input_precision=PRECISION) / safe_M[:, None]
-            share = (first_slot + slot.to(tl.int64) * ratio) * group + member
+            share = slot.to(tl.int64) * (ratio * group) + member
             tl.store(shares + share[:, None] * V + e[None, :], o_MV.to(DOT), mask=inside[:, None] & (e < V)[None, :])
             tl.store(lse_shares + share, highest_M + tl.log2(safe_M), mask=inside)
 
