@@ -1,148 +1,268 @@
-"""Launches the walks by key of attention to chosen blocks on torch tensors: lists, spans of tokens and room for shares.
+"""Attention to chosen blocks on torch tensors: lists made from the choice, and a walk by query or by key.
+
+Walked by query (`kernels.indexed_launch`), a tile of tokens visits the keys that any of them chose, which is little more than
+each chose as long as there are few blocks to choose from. Walked by key (`kernels.chosen_triton`), each key is read once for
+many tokens, and a token's outputs come in shares.
 
 Shape legend: B batch, H heads of q, G heads of k and v, T queries, S keys, K width of q and k, V width of v, R rows of the
-index (1, or one for each of B G), W words of a token, P spans of tokens, C the most blocks of a token.
+index (1, or one for each of B G), N blocks, W words of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.indexed_launch import Config, pack_of
+from kernels import indexed_launch
+from kernels.indexed_launch import Config, list_tile, pack_of
 from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
 from kernels.sparse_index import Listed
 
+WALKS, MAX_PARTS, SHORTEST_SPAN = 2048, 8, 64
+"""Walks that keep a device busy, spans of tokens at a time at most (gradients of keys have an fp32 part for each), fewest tokens."""
+SHARE_BYTES = 1 << 29
+"""Room for shares at a time."""
+ROWS_OF_DELTA, ROWS_TO_SUM, TOKENS_TO_PACK = 64, 16, 64
+BLOCKS_TO_LIST, TOKENS_TO_LIST = 8, 256
+JOIN = Config(32, 0, 4, 3)
+BY_KEY_FROM = 4
+"""Blocks for each one that a token reads, from which on outputs are walked by key."""
+MAX_WIDTH = 128
+"""Widest heads that are walked by key."""
 
-class Plan(NamedTuple):
-    """What a trial turns: configurations, spans, bytes of shares at a time."""
 
-    forward: Config = Config(64, 64, 4, 3)
-    backward: Config = Config(32, 64, 4, 3)
-    join: Config = Config(32, 0, 4, 3)
-    spans: int = 8
-    launches: int = 1
-    flip: bool = True
-    listing: tuple[int, int, int] = (8, 256, 4)
+class Chosen(NamedTuple):
+    """Which keys a token sees by choice.
+
+    Args:
+        chosen: [R, T, N] bool, whether a token chose a block.
+        block: keys of a block.
+        most: blocks that a token reads at most.
+    """
+
+    chosen: Tensor
+    block: int
+    most: int
 
 
 class Lists(NamedTuple):
-    """Who chose what; see `kernels.chosen_triton`."""
+    """Who chose a block; see `kernels.chosen_lists_triton`."""
 
     before: Tensor
     slots: Tensor
     counts: Tensor
     span: int
     spans: int
+    parts: int
+    most: int
 
 
-def lists_of(index: Listed, n_keys: int, length: int, most: int, plan: Plan) -> Lists:
-    from kernels import chosen_triton
+class Walk(NamedTuple):
+    """What the launches of a walk by key share."""
 
-    words = index.words.contiguous()
-    rows, n_words, n_blocks = words.shape[0], words.shape[2], -(-n_keys // index.block)
-    span = -(-length // plan.spans)
-    spans = -(-length // span)
-    before = words.new_empty(rows, length, n_words + 1)
-    chosen_triton.ranks_kernel[(-(-rows * length // 128),)](words, before, rows * length, n_words, ROWS=128, num_warps=4)
-    slots, counts = words.new_empty(rows, spans, n_blocks, span), words.new_empty(rows, spans, n_blocks)
-    chosen_triton.choosers_kernel[(rows * spans * -(-n_blocks // plan.listing[0]),)](
-        words, before, slots, counts, length, n_words, n_blocks, most, span, spans, BLOCKS=plan.listing[0], TOKENS=plan.listing[1], num_warps=plan.listing[2]
-    )
-    return Lists(before, slots, counts, span, spans)
+    n_index: int
+    length: int
+    n_keys: int
+    kv_heads: int
+    group: int
+    block: int
+    index_rows: int
+    ratio: int
 
+    @property
+    def key_tiles(self) -> int:
+        """Tiles of keys of one head, of all its blocks."""
+        return -(-self.n_keys // self.block) * self.ratio
 
-def _widths(q: Tensor, k: Tensor, v: Tensor, unit: int, config: Config) -> dict[str, object]:
-    k_dim, v_dim, dot = k.shape[3], v.shape[3], _dot_dtype(q, k, v)
-    tiles = {"BK": product_width(k_dim, dot), "BV": product_width(v_dim, dot), "UNIT": unit, "M": config.queries, "N": config.keys}
-    return {"K": k_dim, "V": v_dim, **tiles, "DOT": _triton_dtype(dot), "PRECISION": _precision(dot), "STAGES": config.stages}
-
-
-def _join(
-    shares: Tensor, lse_shares: Tensor | None, lists: Lists, out: Tensor, lse: Tensor | None, index: Listed, sizes: tuple[int, ...],
-    tokens: tuple[int, int], plan: Plan,
-) -> None:  # fmt: skip
-    """Adds up what tokens have in shares: outputs if there is a log-sum-exp, else gradients of q."""
-    from kernels import chosen_triton
-
-    kv_heads, group, pack, most, ratio = sizes
-    length, width = out.shape[1], out.shape[3]
-    n_index, room = shares.shape[:2]
-    tiles = -(-(tokens[1] - tokens[0]) * pack // plan.join.queries)
-    chosen_triton.join_kernel[(n_index * (group // pack) * tiles,)](
-        shares, shares if lse_shares is None else lse_shares, lists.before, out, out if lse is None else lse,
-        length, kv_heads, group, pack, index.words.shape[0], index.words.shape[2], ratio, most, *tokens, room,
-        V=width, BV=product_width(width, shares.dtype), M=plan.join.queries, WEIGHTED=lse is not None,
-        STAGES=plan.join.stages, num_warps=plan.join.warps,
-    )  # fmt: skip
+    def sizes(self, lists: Lists, first: int, room: int) -> tuple[int, ...]:
+        """The kernels' run-time integers, for the spans from `first` on."""
+        sizes = (self.n_index, self.length, self.n_keys, self.kv_heads, self.group, pack_of(self.group), self.n_keys - self.length)
+        return *sizes, self.block, self.index_rows, lists.most, lists.span, lists.spans, first, room
 
 
-def _parts(lists: Lists, length: int, launches: int) -> list[tuple[int, int, int, int]]:
-    """First span, number of spans, first token and last of each launch."""
-    each = -(-lists.spans // launches)
-    firsts = range(0, lists.spans, each)
-    return [(n, min(each, lists.spans - n), n * lists.span, min((n + each) * lists.span, length)) for n in firsts]
+# By the larger of the widths of k and v, for 16-bit and for fp32 operands: the walk for outputs, and that for gradients.
+SIXTEEN_BIT = {64: (Config(64, 64, 4, 3), Config(32, 64, 4, 3)), 128: (Config(64, 64, 4, 3), Config(32, 64, 4, 3))}
+FP32 = {64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1)), 128: (Config(16, 16, 4, 1), Config(16, 16, 4, 1))}
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, index: Listed, most: int, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Outputs [B, H, T, V] and base-2 log-sum-exp [B, H, T]."""
-    from kernels import chosen_triton
+def key_configs(width: int, dtype: torch.dtype, block: int) -> tuple[Config, Config] | None:
+    """The configurations of the walks by key, None if there are none for these heads and blocks."""
+    table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
+    found = next((pair for limit, pair in table.items() if width <= limit), None)
+    return found if found and block % found[0].keys == 0 else None
 
-    (batch, heads, length), (kv_heads, n_keys), v_dim = q.shape[:3], k.shape[1:3], v.shape[3]
-    y, lse = q.new_empty(batch, length, heads, v_dim), q.new_empty(batch, heads, length, dtype=torch.float32)
-    dot = _dot_dtype(q, k, v)
-    (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
-    lists, config = lists_of(index, n_keys, length, most, plan), plan.forward
-    group, ratio = heads // kv_heads, index.block // config.keys
-    pack, n_index = pack_of(group), batch * kv_heads
-    parts = _parts(lists, length, plan.launches)
-    room = parts[0][1] * lists.span * most * ratio
-    shares, lse_shares = q.new_empty(n_index, room, group, v_dim), lse.new_empty(n_index, room, group)
-    for first, spans, *tokens in parts:
-        chosen_triton.chosen_forward_kernel[(spans * n_index * -(-n_keys // index.block) * ratio,)](
-            q, k, v, lists.slots, lists.counts, shares, lse_shares, *strides, n_index, length, n_keys, kv_heads, group, pack,
-            n_keys - length, index.block, index.words.shape[0], most, lists.span, lists.spans, first, room,
-            **_widths(q, k, v, unit, config), num_warps=config.warps, maxnreg=config.registers,
-        )  # fmt: skip
-        _join(shares, lse_shares, lists, y, lse, index, (kv_heads, group, pack, most, ratio), tuple(tokens), plan)
-    return y.transpose(1, 2), lse
+
+def forward(q: Tensor, k: Tensor, v: Tensor, index: Chosen) -> tuple[Tensor, Tensor]:
+    """Attention to chosen blocks.
+
+    Args:
+        q: queries [B, H, T, K].
+        k: keys [B, G, S, K].
+        v: values [B, G, S, V].
+        index: which keys a query sees.
+
+    Returns:
+        The outputs [B, H, T, V] in the dtype of q, stored as [B, T, H, V], and the base-2 log-sum-exp [B, H, T].
+    """
+    pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
+    if pair is None or index.chosen.shape[2] < BY_KEY_FROM * index.most:
+        return indexed_launch.forward(q, k, v, None, listed(index, q, k, v))
+    return _forward_by_key(q, k, v, index, pair[0])
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, index: Listed, y: Tensor, lse: Tensor, dy: Tensor, most: int, plan: Plan
+    q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each stored with time before heads."""
-    from kernels import chosen_keys_grad_triton as kernels
+    pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
+    if pair is None:
+        return indexed_launch.backward(q, k, v, None, listed(index, q, k, v), y, lse, dy)
+    return _backward_by_key(q, k, v, index, y, lse, dy, pair[1])
 
-    (batch, heads, length), (kv_heads, n_keys), v_dim = q.shape[:3], k.shape[1:3], v.shape[3]
+
+def listed(index: Chosen, q: Tensor, k: Tensor, v: Tensor) -> Listed:
+    """The choice as bits, and which pairs of tiles hold any."""
+    from kernels import chosen_lists_triton
+
+    tokens, keys = list_tile(q, k, v)
+    rows, length, n_blocks = index.chosen.shape
+    touched = index.chosen.new_empty(rows, -(-length // tokens), n_blocks, dtype=torch.uint8)
+    words, _ = _packed(index.chosen, touched, tokens)
+    if index.block > keys:
+        touched = touched.repeat_interleave(index.block // keys, -1)[..., : -(-k.shape[2] // keys)]
+    elif index.block < keys:
+        wide = torch.nn.functional.pad(touched, (0, -n_blocks % (keys // index.block)))
+        touched = wide.unflatten(-1, (-1, keys // index.block)).amax(-1)
+    return Listed(words, touched, index.block)
+
+
+def _packed(chosen: Tensor, tiles: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """Bits of a choice, and how many of a token's come before a word if there are no tiles of tokens to fill."""
+    from kernels import chosen_lists_triton
+
+    chosen = chosen.contiguous().view(torch.uint8)
+    rows, length, n_blocks = chosen.shape
+    n_words = -(-n_blocks // 32)
+    words = chosen.new_empty(rows, length, n_words, dtype=torch.int32)
+    before = words if tiles is not None else words.new_empty(rows, length, n_words + 1)
+    chosen_lists_triton.pack_kernel[(rows * -(-length // TOKENS_TO_PACK),)](
+        chosen, words, chosen if tiles is None else tiles, before, length, n_blocks, n_words,
+        TOKENS=tokens, ROWS=TOKENS_TO_PACK, num_warps=4,
+    )  # fmt: skip
+    return words, before
+
+
+def _lists(index: Chosen, walk: Walk, token_bytes: int) -> Lists:
+    """Tokens of each block by spans, of which so many are walked at a time that the bytes of their shares have room."""
+    from kernels import chosen_lists_triton
+
+    words, before = _packed(index.chosen, None, 0)
+    (rows, length, n_words), n_blocks = words.shape, index.chosen.shape[2]
+    span, parts = share_out(walk, token_bytes)
+    spans = -(-length // span)
+    slots, counts = words.new_empty(rows, spans, n_blocks, span), words.new_empty(rows, spans, n_blocks)
+    chosen_lists_triton.choosers_kernel[(rows * spans * -(-n_blocks // BLOCKS_TO_LIST),)](
+        words, before, slots, counts, length, n_words, n_blocks, index.most, span, spans,
+        BLOCKS=BLOCKS_TO_LIST, TOKENS=TOKENS_TO_LIST, num_warps=4,
+    )  # fmt: skip
+    return Lists(before, slots, counts, span, spans, parts, index.most)
+
+
+def share_out(walk: Walk, token_bytes: int) -> tuple[int, int]:
+    """Tokens of a span, and how many spans are walked at a time, from the shape alone."""
+    parts = max(1, min(WALKS // (walk.n_index * walk.key_tiles), MAX_PARTS, walk.length // SHORTEST_SPAN))
+    launches = -(-walk.length * token_bytes // SHARE_BYTES)
+    span = -(-walk.length // (parts * launches))
+    return span, min(parts, -(-walk.length // span))
+
+
+def _walk(q: Tensor, k: Tensor, index: Chosen, config: Config) -> Walk:
+    (batch, heads, length), (kv_heads, n_keys) = q.shape[:3], k.shape[1:3]
+    ratio = index.block // config.keys
+    return Walk(batch * kv_heads, length, n_keys, kv_heads, heads // kv_heads, index.block, index.chosen.shape[0], ratio)
+
+
+def _launches(walk: Walk, lists: Lists) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """First span, number of programs, and first and last token of each launch."""
+    for first in range(0, lists.spans, lists.parts):
+        spans = min(lists.parts, lists.spans - first)
+        tokens = first * lists.span, min((first + spans) * lists.span, walk.length)
+        yield first, spans * walk.n_index * walk.key_tiles, tokens
+
+
+def _forward_by_key(q: Tensor, k: Tensor, v: Tensor, index: Chosen, config: Config) -> tuple[Tensor, Tensor]:
+    from kernels import chosen_triton
+
+    (batch, heads, length), v_dim = q.shape[:3], v.shape[3]
+    y, lse = q.new_empty(batch, length, heads, v_dim), q.new_empty(batch, heads, length, dtype=torch.float32)
+    (q, k, v), strides, unit = _rows(*_narrow(_dot_dtype(q, k, v), q, k, v))
+    walk = _walk(q, k, index, config)
+    slot = index.most * walk.ratio
+    lists = _lists(index, walk, walk.n_index * slot * walk.group * (v_dim * q.element_size() + 4))
+    room = lists.parts * lists.span * slot
+    shares, lse_shares = q.new_empty(walk.n_index, room, walk.group, v_dim), lse.new_empty(walk.n_index, room, walk.group)
+    for first, programs, tokens in _launches(walk, lists):
+        chosen_triton.chosen_forward_kernel[(programs,)](
+            q, k, v, lists.slots, lists.counts, shares, lse_shares, *strides, *walk.sizes(lists, first, room),
+            **_constants(q, k, v, unit, config), num_warps=config.warps, maxnreg=config.registers,
+        )  # fmt: skip
+        _join(walk, lists, tokens, shares, lse_shares, y, lse)
+    return y.transpose(1, 2), lse
+
+
+def _backward_by_key(
+    q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Tensor, dy: Tensor, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels import chosen_grad_triton
+
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
     (q, k, v, y, dy), strides, unit = _rows(*_narrow(_dot_dtype(q, k, v), q, k, v, y, dy))
-    delta = torch.empty_like(lse)
-    rows = batch * heads * length
-    widths = _widths(q, k, v, unit, plan.backward)
-    kernels.delta_kernel[(-(-rows // 64),)](
-        y, dy, delta, *strides[9:], rows, length, heads, V=v_dim, BV=widths["BV"], UNIT=unit, ROWS=64, num_warps=4
-    )
-    lists, config = lists_of(index, n_keys, length, most, plan), plan.backward
-    group, ratio = heads // kv_heads, index.block // config.keys
-    pack, n_index = pack_of(group), batch * kv_heads
-    parts = _parts(lists, length, plan.launches)
-    room = parts[0][1] * lists.span * most * ratio
-    shares = q.new_empty(n_index, room, group, q.shape[3])
-    sums = tuple(delta.new_empty(lists.spans, *x.shape) for x in (dk, dv))
-    for first, spans, *tokens in parts:
-        kernels.chosen_backward_kernel[(spans * n_index * -(-n_keys // index.block) * ratio,)](
+    walk, constants = _walk(q, k, index, config), _constants(q, k, v, unit, config)
+    delta, rows = torch.empty_like(lse), lse.numel()
+    chosen_grad_triton.delta_kernel[(-(-rows // ROWS_OF_DELTA),)](
+        y, dy, delta, *strides[9:], rows, walk.length, q.shape[1], V=v.shape[3], BV=constants["BV"], UNIT=unit, ROWS=ROWS_OF_DELTA,
+        num_warps=4,
+    )  # fmt: skip
+    slot = index.most * walk.ratio
+    lists = _lists(index, walk, walk.n_index * slot * walk.group * k.shape[3] * q.element_size())
+    room = lists.parts * lists.span * slot
+    shares = q.new_empty(walk.n_index, room, walk.group, k.shape[3])
+    sums = tuple(delta.new_empty(lists.parts, *x.shape) for x in (dk, dv))
+    n_rows = walk.n_index * walk.n_keys
+    for first, programs, tokens in _launches(walk, lists):
+        chosen_grad_triton.chosen_backward_kernel[(programs,)](
             q, k, v, lists.slots, lists.counts, lse, dy, delta, shares, *sums, *strides[:9], *strides[12:],
-            n_index, length, n_keys, kv_heads, group, pack, n_keys - length, index.block, index.words.shape[0], most,
-            lists.span, lists.spans, first, room, n_index * n_keys, **widths, FLIP=plan.flip,
-            num_warps=config.warps, maxnreg=config.registers,
+            *walk.sizes(lists, first, room), lists.parts, n_rows, **constants, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
-        _join(shares, None, lists, dq, None, index, (kv_heads, group, pack, most, ratio), tuple(tokens), plan)
-    n_rows = n_index * n_keys
-    kernels.add_spans_kernel[(-(-n_rows // 16),)](
-        *sums, lists.counts, dk, dv, n_keys, kv_heads, index.block, index.words.shape[0], n_rows, lists.spans,
-        **{name: widths[name] for name in ("K", "V", "BK", "BV")}, ROWS=16, num_warps=4,
+        _join(walk, lists, tokens, shares, None, dq, None)
+    chosen_grad_triton.sum_parts_kernel[(-(-n_rows // ROWS_TO_SUM),)](
+        *sums, lists.counts, dk, dv, walk.n_keys, walk.kv_heads, walk.block, walk.index_rows, lists.parts, lists.spans, n_rows,
+        **{name: constants[name] for name in ("K", "V", "BK", "BV")}, ROWS=ROWS_TO_SUM, num_warps=4,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _join(
+    walk: Walk, lists: Lists, tokens: tuple[int, int], shares: Tensor, lse_shares: Tensor | None, rows: Tensor, lse: Tensor | None
+) -> None:
+    """Outputs of some tokens from their shares, or gradients of q where there is no log-sum-exp."""
+    from kernels import chosen_triton
+
+    pack, width = pack_of(walk.group), rows.shape[3]
+    tiles = -(-(tokens[1] - tokens[0]) * pack // JOIN.queries)
+    chosen_triton.join_kernel[(walk.n_index * (walk.group // pack) * tiles,)](
+        shares, shares if lse_shares is None else lse_shares, lists.before, rows, rows if lse is None else lse,
+        walk.length, walk.kv_heads, walk.group, pack, walk.index_rows, lists.before.shape[2] - 1, walk.ratio, lists.most,
+        *tokens, shares.shape[1], V=width, BV=product_width(width, shares.dtype), M=JOIN.queries, WEIGHTED=lse is not None,
+        STAGES=JOIN.stages, num_warps=JOIN.warps,
+    )  # fmt: skip
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, unit: int, config: Config) -> dict[str, object]:
+    """The compile-time arguments of a walk by key."""
+    k_dim, v_dim, dot = k.shape[3], v.shape[3], q.dtype
+    tiles = {"BK": product_width(k_dim, dot), "BV": product_width(v_dim, dot), "UNIT": unit, "M": config.queries, "N": config.keys}
+    return {"K": k_dim, "V": v_dim, **tiles, "DOT": _triton_dtype(dot), "PRECISION": _precision(dot), "STAGES": config.stages}

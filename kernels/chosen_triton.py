@@ -1,13 +1,13 @@
 """Softmax attention to chosen blocks, walked by key: a tile of keys is read once for all tokens of a span that chose it.
 
-A tile of queries that walks over its tokens' keys reads 4 times the bytes of its queries for each key that one token alone
-chose. Here a program keeps a tile of keys, takes the tokens that chose it from a list, and leaves a share of their outputs and
-its log-sum-exp; a second kernel adds up a token's shares in order, so that repeats are equal to the bit.
+Where neighbouring tokens choose different blocks, a tile of queries that visits the keys of its tokens reads all keys of a
+block for one token. Here a program keeps a tile of keys, takes the tokens that chose it from a list, and leaves a share of
+their outputs and its log-sum-exp; a second kernel joins a token's shares in order, so that repeats are equal to the bit.
 
 A token's share has a slot, t * most + rank, rank being the number of blocks before this one that it chose; the list of a block
-is one of slots. A block is `ratio` tiles of keys, each with a share of its own.
+is one of slots. A block is `ratio` tiles of keys, each with a share of its own. A launch has room for the shares of some spans.
 
-Shape legend and packing of heads: as in `kernels.indexed_triton`; P spans of tokens, C the most blocks of a token.
+Shape legend and packing of heads: as in `kernels.indexed_triton`; P spans of tokens.
 """
 
 from __future__ import annotations
@@ -19,78 +19,11 @@ from kernels._entry import entry
 from kernels.indexed_triton import LOG2_E, load_rows, packed_rows
 
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v") for axis in "bht")
-COUNTS = ("n_index", "length", "n_keys", "kv_heads", "group", "pack", "past", "block", "index_rows", "most", "span", "spans", "first_span", "room")
+COUNTS = (
+    "n_index", "length", "n_keys", "kv_heads", "group", "pack", "past", "block", "index_rows",
+    "most", "span", "spans", "first_span", "room",
+)  # fmt: skip
 SIZES = (*STRIDES, *COUNTS)
-
-
-@triton.jit
-def ones(word):
-    """Number of set bits of a word."""
-    x = word.to(tl.uint32)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@entry(do_not_specialize=("rows", "n_blocks", "n_words"))
-def pack_kernel(chosen, words, rows: tl.int32, n_blocks: tl.int32, n_words: tl.int32, ROWS: tl.constexpr):
-    """Bits [rows, n_words] of a choice [rows, n_blocks] of bytes. Grid: (tiles of ROWS rows * n_words,)."""
-    program = tl.program_id(0)
-    word, row = program % n_words, program // n_words * ROWS + tl.arange(0, ROWS)
-    bit = tl.arange(0, 32)
-    block = word * 32 + bit
-    inside = (row < rows)[:, None] & (block < n_blocks)[None, :]
-    flag = tl.load(chosen + row.to(tl.int64)[:, None] * n_blocks + block[None, :], mask=inside, other=0) != 0
-    tl.store(words + row.to(tl.int64) * n_words + word, tl.sum(flag.to(tl.int32) << bit[None, :], 1), mask=row < rows)
-
-
-@entry(do_not_specialize=("rows", "n_words"))
-def ranks_kernel(words, before, rows: tl.int32, n_words: tl.int32, ROWS: tl.constexpr):
-    """Blocks that a token chose in earlier words, and in all: [rows, n_words + 1]. Grid: (tiles of ROWS rows,)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    words += row.to(tl.int64) * n_words
-    before += row.to(tl.int64) * (n_words + 1)
-    found = tl.zeros([ROWS], tl.int32)
-    for n in range(n_words):
-        tl.store(before + n, found, mask=inside)
-        found += ones(tl.load(words + n, mask=inside, other=0))
-    tl.store(before + n_words, found, mask=inside)
-
-
-@entry(do_not_specialize=("length", "n_words", "n_blocks", "most", "span", "spans"))
-def choosers_kernel(
-    words, before, slots, counts, length: tl.int32, n_words: tl.int32, n_blocks: tl.int32, most: tl.int32,
-    span: tl.int32, spans: tl.int32, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Slots of a span's tokens that chose a block, in order, [index rows, P, blocks, span], and their number.
-
-    Grid: (index rows * P * groups of BLOCKS blocks,). BLOCKS divides 32.
-    """
-    groups = tl.cdiv(n_blocks, BLOCKS)
-    program = tl.program_id(0)
-    outer = (program // groups).to(tl.int64)
-    block = program % groups * BLOCKS + tl.arange(0, BLOCKS)
-    word, exists = program % groups * BLOCKS // 32, block < n_blocks
-    words += outer // spans * length * n_words + word
-    before += outer // spans * length * (n_words + 1) + word
-    lists = (outer * n_blocks + block) * span
-    first = (outer % spans).to(tl.int32) * span
-    found = tl.zeros([BLOCKS], tl.int32)
-    for start in range(0, span, TOKENS):
-        place = start + tl.arange(0, TOKENS)
-        t = first + place
-        inside = (place < span) & (t < length)
-        word_T = tl.load(words + t.to(tl.int64) * n_words, mask=inside, other=0).to(tl.uint32)
-        before_T = tl.load(before + t.to(tl.int64) * (n_words + 1), mask=inside, other=0)
-        bit = block % 32
-        rank = before_T[:, None] + ones(word_T[:, None] << (31 - bit)[None, :] << 1)
-        flag = (word_T[:, None] >> bit[None, :]).to(tl.int32) & (rank < most).to(tl.int32) & exists[None, :].to(tl.int32)
-        position = found[None, :] + tl.cumsum(flag, 0) - 1
-        tl.store(slots + lists[None, :] + position, t[:, None] * most + rank, mask=flag != 0)
-        found += tl.sum(flag, 0)
-    tl.store(counts + outer * n_blocks + block, found, mask=exists)
 
 
 @triton.jit
@@ -151,7 +84,7 @@ def chosen_forward_kernel(
             tl.store(lse_shares + share, highest_M + tl.log2(safe_M), mask=inside)
 
 
-@entry(do_not_specialize=("length", "kv_heads", "group", "pack", "index_rows", "n_words", "ratio", "most", "first", "stop", "room"))
+@entry
 def join_kernel(
     shares, lse_shares, before, y, lse,
     length: tl.int32, kv_heads: tl.int32, group: tl.int32, pack: tl.int32, index_rows: tl.int32, n_words: tl.int32,

@@ -23,7 +23,7 @@ class Listed(NamedTuple):
 
     Args:
         words: [R, T, W] int32, bit n % 32 of word n // 32 is set if the token chose block n.
-        tiles: [R, I, J] bool, whether any token of a tile of queries chose a key of a tile of keys.
+        tiles: [R, I, J] bool or bytes, whether any token of a tile of queries chose a key of a tile of keys.
         block: keys of a block; a multiple or a divisor of the keys of a tile.
     """
 

@@ -124,11 +124,11 @@ def test_one_token(dtype: torch.dtype) -> None:
 
 def test_many_heads_and_long_sequences() -> None:
     many = torch.randn(70_000, 1, 3, 16, device="cuda", dtype=torch.bfloat16)
-    y, _ = indexed_attention(many, many, many, None, None, None, "band", [2, 0, 0, 0])
+    y, _ = indexed_attention(many, many, many, None, None, "band", [2, 0, 0, 0])
     visible = band_mask(3, 3, window=2, device="cuda")
     assert rms_error(y[-7:], attention_reference(*[many[-7:].double()] * 3, visible)) < 5e-3
     long = torch.randn(1, 20, 1_000_000, 128, device="cuda", dtype=torch.bfloat16)  # more than 2^31 elements
-    y, _ = indexed_attention(long, long, long, None, None, None, "band", [64, 0, 0, 0])
+    y, _ = indexed_attention(long, long, long, None, None, "band", [64, 0, 0, 0])
     tail = long[:, :, -200:].double()
     want = attention_reference(tail, tail, tail, band_mask(200, 200, window=64, device="cuda"))
     assert rms_error(y[:, :, -100:], want[:, :, -100:]) < 5e-3
@@ -141,7 +141,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
 
     def run(batch: int, heads: int, kv_heads: int, length: int) -> None:
         q, k, v = draw((batch, heads, kv_heads, length, 64), torch.bfloat16)
-        indexed_attention(q, k, v, None, None, None, "band", [64, 0, 0, 0])[0].float().sum().backward()
+        indexed_attention(q, k, v, None, None, "band", [64, 0, 0, 0])[0].float().sum().backward()
 
     def compiled() -> int:
         return sum(len(kernel.device_caches[0][0]) for kernel in kernels)

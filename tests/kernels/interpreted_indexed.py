@@ -180,7 +180,7 @@ def test_compiles_without_graph_breaks():
 def test_torch_accepts_the_operators():
     q, k, v = draw(1, 2, 1, 20, 16)
     operator = torch.ops.mixer_bench.indexed_attention.default
-    torch.library.opcheck(operator, (q, k, v, None, None, None, "band", [9, 2, 0, 0]))
+    torch.library.opcheck(operator, (q, k, v, None, None, "band", [9, 2, 0, 0]))
     seen = torch.ones(1, 1, 20, dtype=torch.bool)
     torch.library.opcheck(torch.ops.mixer_bench.decode_attention.default, (q[:, :, 0].detach(), k.detach(), v.detach(), seen))
 
