@@ -113,9 +113,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Chosen) -> tuple[Tensor, Ten
     return _forward_by_key(q, k, v, index, pair[0])
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each stored with time before heads."""
     pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
     if pair is None:

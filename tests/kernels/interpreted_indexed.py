@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import indexed_launch
+from kernels import chosen_launch, indexed_launch
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
 from kernels.sparse_masks import mask
+from kernels.values import checked_values
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 
@@ -107,6 +108,35 @@ def test_chosen_blocks(block, heads, kv_heads, width):
     close(lambda q, k, v: block_attention(q, k, v, chosen, block=block), tensors, share_heads(visible, heads))
 
 
+@pytest.mark.parametrize(
+    ("block", "heads", "kv_heads", "share_bytes"), [(64, 2, 1, 50_000), (32, 2, 2, 1 << 29), (32, 32, 1, 1 << 29)]
+)
+def test_chosen_blocks_are_walked_by_key(monkeypatch, block, heads, kv_heads, share_bytes):
+    """Blocks of two tiles of keys, more than one launch, spans beyond the end, key heads of their own, and more heads than a bundle."""
+    length = 100 if heads < 16 else 40
+    for name, value in {"BY_KEY_FROM": 1, "SHARE_BYTES": share_bytes, "SHORTEST_SPAN": 30, "TOKENS_TO_LIST": 16}.items():
+        monkeypatch.setattr(chosen_launch, name, value)
+    chosen, visible = choose(1, kv_heads, length, block)
+    most = int(chosen.sum(-1).max())
+    tensors = draw(1, heads, kv_heads, length, 20, 24)
+    close(lambda q, k, v: block_attention(q, k, v, chosen, block=block, most=most), tensors, share_heads(visible, heads))
+
+
+def test_blocks_beyond_the_most_are_not_read(monkeypatch):
+    monkeypatch.setattr(chosen_launch, "BY_KEY_FROM", 1)
+    chosen = torch.ones(1, 1, 128, 4, dtype=torch.bool)
+    q, k, v = (x.detach() for x in draw(1, 1, 1, 128, 16))
+    with checked_values(False):
+        got = block_attention(q, k, v, chosen, block=32, most=2)
+    first = torch.zeros_like(chosen)
+    first[..., :2] = True
+    torch.testing.assert_close(got, block_attention(q, k, v, first, block=32))
+    with pytest.raises(ValueError, match="most=2, but a token chose 4 blocks"):
+        block_attention(q, k, v, chosen, block=32, most=2)
+    with pytest.raises(ValueError, match="most=0: a token reads at least one block"):
+        block_attention(q, k, v, chosen, block=32, most=0)
+
+
 def test_tiles_are_listed_in_parts(monkeypatch):
     monkeypatch.setattr(indexed_launch, "FLAGS_AT_ONCE", 2)
     chosen, visible = choose(1, 1, 75, 8)
@@ -181,6 +211,7 @@ def test_torch_accepts_the_operators():
     q, k, v = draw(1, 2, 1, 20, 16)
     operator = torch.ops.mixer_bench.indexed_attention.default
     torch.library.opcheck(operator, (q, k, v, None, None, "band", [9, 2, 0, 0]))
+    torch.library.opcheck(operator, (q, k, v, None, torch.ones(1, 20, 2, dtype=torch.bool), "chosen", [16, 2]))
     seen = torch.ones(1, 1, 20, dtype=torch.bool)
     torch.library.opcheck(torch.ops.mixer_bench.decode_attention.default, (q[:, :, 0].detach(), k.detach(), v.detach(), seen))
 
