@@ -19,13 +19,13 @@ from torch import Tensor
 from kernels import indexed_launch
 from kernels.indexed_launch import Config, list_tile, pack_of
 from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
-from kernels.sparse_index import Listed
+from kernels.sparse_index import Listed, pack, packed
 
 WALKS, MAX_PARTS, SHORTEST_SPAN = 2048, 8, 64
-"""Walks that keep a device busy, spans of tokens at a time at most (gradients of keys have an fp32 part for each), fewest tokens."""
+"""Walks that keep a device busy; spans of tokens at a time at most, with an fp32 part of gradients of keys each; fewest tokens."""
 SHARE_BYTES = 1 << 29
 """Room for shares at a time."""
-ROWS_OF_DELTA, ROWS_TO_SUM, TOKENS_TO_PACK = 64, 16, 64
+ROWS_OF_DELTA, ROWS_TO_SUM = 64, 16
 BLOCKS_TO_LIST, TOKENS_TO_LIST = 8, 256
 JOIN = Config(32, 0, 4, 3)
 BY_KEY_FROM = 4
@@ -109,7 +109,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Chosen) -> tuple[Tensor, Ten
     """
     pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
     if pair is None or index.chosen.shape[2] < BY_KEY_FROM * index.most:
-        return indexed_launch.forward(q, k, v, None, listed(index, q, k, v))
+        return indexed_launch.forward(q, k, v, None, _listed(index, q, k, v))
     return _forward_by_key(q, k, v, index, pair[0])
 
 
@@ -117,47 +117,19 @@ def backward(q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Ten
     """Gradients of q, k and v, each stored with time before heads."""
     pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
     if pair is None:
-        return indexed_launch.backward(q, k, v, None, listed(index, q, k, v), y, lse, dy)
+        return indexed_launch.backward(q, k, v, None, _listed(index, q, k, v), y, lse, dy)
     return _backward_by_key(q, k, v, index, y, lse, dy, pair[1])
 
 
-def listed(index: Chosen, q: Tensor, k: Tensor, v: Tensor) -> Listed:
-    """The choice as bits, and which pairs of tiles hold any."""
-    from kernels import chosen_lists_triton
-
-    tokens, keys = list_tile(q, k, v)
-    rows, length, n_blocks = index.chosen.shape
-    touched = index.chosen.new_empty(rows, -(-length // tokens), n_blocks, dtype=torch.uint8)
-    words, _ = _packed(index.chosen, touched, tokens)
-    if index.block > keys:
-        touched = touched.repeat_interleave(index.block // keys, -1)[..., : -(-k.shape[2] // keys)]
-    elif index.block < keys:
-        wide = torch.nn.functional.pad(touched, (0, -n_blocks % (keys // index.block)))
-        touched = wide.unflatten(-1, (-1, keys // index.block)).amax(-1)
-    return Listed(words, touched, index.block)
-
-
-def _packed(chosen: Tensor, tiles: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
-    """Bits of a choice, and how many of a token's come before a word if there are no tiles of tokens to fill."""
-    from kernels import chosen_lists_triton
-
-    chosen = chosen.contiguous().view(torch.uint8)
-    rows, length, n_blocks = chosen.shape
-    n_words = -(-n_blocks // 32)
-    words = chosen.new_empty(rows, length, n_words, dtype=torch.int32)
-    before = words if tiles is not None else words.new_empty(rows, length, n_words + 1)
-    chosen_lists_triton.pack_kernel[(rows * -(-length // TOKENS_TO_PACK),)](
-        chosen, words, chosen if tiles is None else tiles, before, length, n_blocks, n_words,
-        TOKENS=tokens, ROWS=TOKENS_TO_PACK, num_warps=4,
-    )  # fmt: skip
-    return words, before
+def _listed(index: Chosen, q: Tensor, k: Tensor, v: Tensor) -> Listed:
+    return packed(index.chosen, index.block, list_tile(q, k, v), k.shape[2])
 
 
 def _lists(index: Chosen, walk: Walk, token_bytes: int) -> Lists:
     """Tokens of each block by spans, of which so many are walked at a time that the bytes of their shares have room."""
     from kernels import chosen_lists_triton
 
-    words, before = _packed(index.chosen, None, 0)
+    words, before = pack(index.chosen)
     (rows, length, n_words), n_blocks = words.shape, index.chosen.shape[2]
     span, parts = share_out(walk, token_bytes)
     spans = -(-length // span)

@@ -23,12 +23,12 @@ def ones(word):
 
 @entry
 def pack_kernel(
-    chosen, words, tiles, before, length: tl.int32, n_blocks: tl.int32, n_words: tl.int32, TOKENS: tl.constexpr, ROWS: tl.constexpr
+    chosen, words, other, length: tl.int32, n_blocks: tl.int32, n_words: tl.int32, TOKENS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Bits [R, T, W] of a choice [R, T, N], and what a walk needs besides. Grid: (R * tiles of ROWS tokens,).
+    """Bits [R, T, W] of a choice [R, T, N], and another tensor. Grid: (R * tiles of ROWS tokens,).
 
-    By query: whether any of the TOKENS tokens of a tile, which divide ROWS, chose a block, [R, I, N]. By key, where TOKENS is 0:
-    how many blocks a token chose in earlier words, and in all, [R, T, W + 1].
+    For walks by query it says whether any of the TOKENS tokens of a tile, which divide ROWS, chose a block, [R, I, N]; for those
+    by key, where TOKENS is 0, how many blocks a token chose in earlier words, and in all, [R, T, W + 1].
     """
     row_tiles = tl.cdiv(length, ROWS)
     program = tl.program_id(0)
@@ -45,12 +45,12 @@ def pack_kernel(
             tile = first // TOKENS + tl.arange(0, ROWS // TOKENS)
             place = (index_row * tl.cdiv(length, TOKENS) + tile)[:, None] * n_blocks + block[None, :]
             exists = (tile * TOKENS < length)[:, None] & (block < n_blocks)[None, :]
-            tl.store(tiles + place, tl.max(tl.reshape(flag, [ROWS // TOKENS, TOKENS, 32]), 1).to(tl.uint8), mask=exists)
+            tl.store(other + place, tl.max(tl.reshape(flag, [ROWS // TOKENS, TOKENS, 32]), 1).to(tl.uint8), mask=exists)
         else:
-            tl.store(before + row * (n_words + 1) + n, found, mask=t < length)
+            tl.store(other + row * (n_words + 1) + n, found, mask=t < length)
             found += tl.sum(flag, 1)
     if not TOKENS:
-        tl.store(before + row * (n_words + 1) + n_words, found, mask=t < length)
+        tl.store(other + row * (n_words + 1) + n_words, found, mask=t < length)
 
 
 @entry

@@ -93,7 +93,7 @@ def join_kernel(
 ):  # fmt: skip
     """Rows [B, T, H, V] of the tokens first .. stop from their shares, and lse [B, H, T].
 
-    WEIGHTED: shares are outputs with a log-sum-exp each; else they are gradients of q, to be added. Grid: (B * G * bundles * tiles,).
+    WEIGHTED: shares are outputs with a log-sum-exp each; else gradients of q, to be added. Grid: (B * G * bundles * tiles,).
     """
     bundles, tiles = group // pack, tl.cdiv(stop - first, M // pack)
     program = tl.program_id(0)

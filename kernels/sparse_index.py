@@ -23,7 +23,7 @@ class Listed(NamedTuple):
 
     Args:
         words: [R, T, W] int32, bit n % 32 of word n // 32 is set if the token chose block n.
-        tiles: [R, I, J] bool or bytes, whether any token of a tile of queries chose a key of a tile of keys.
+        tiles: [R, I, J] bytes, whether any token of a tile of queries chose a key of a tile of keys.
         block: keys of a block; a multiple or a divisor of the keys of a tile.
     """
 
@@ -32,6 +32,8 @@ class Listed(NamedTuple):
     block: int
 
 
+TOKENS_TO_PACK = 64
+"""Tokens that a program packs into bits."""
 KEPT = 32
 """Static indices that stay; the oldest goes when there is one more."""
 
@@ -39,7 +41,7 @@ _kept: dict[tuple[object, ...], Listed] = {}
 
 
 def packed(chosen_RTN: Tensor, block: int, tile: tuple[int, int], n_keys: int) -> Listed:
-    """The index of a choice.
+    """The index of a choice for walks by query.
 
     Args:
         chosen_RTN: bool, whether a token chose a block.
@@ -48,15 +50,38 @@ def packed(chosen_RTN: Tensor, block: int, tile: tuple[int, int], n_keys: int) -
         n_keys: number of keys.
     """
     tokens, keys = tile
-    length, n_blocks = chosen_RTN.shape[1:]
-    bits = F.pad(chosen_RTN, (0, -n_blocks % 32)).unflatten(-1, (-1, 32)).to(torch.int32)
-    words = (bits << torch.arange(32, dtype=torch.int32, device=bits.device)).sum(-1, dtype=torch.int32)
-    any_RIN = F.pad(chosen_RTN, (0, 0, 0, -length % tokens)).unflatten(1, (-1, tokens)).any(2)
+    words, touched_RIN = pack(chosen_RTN, tokens)
+    n_tiles = -(-n_keys // keys)
     if block >= keys:
-        tiles = any_RIN.repeat_interleave(block // keys, -1)
-    else:
-        tiles = F.pad(any_RIN, (0, -n_blocks % (keys // block))).unflatten(-1, (-1, keys // block)).any(-1)
-    return Listed(words, tiles[..., : -(-n_keys // keys)], block)
+        return Listed(
+            words, touched_RIN.repeat_interleave(block // keys, -1)[..., :n_tiles] if block > keys else touched_RIN, block
+        )
+    wide = F.pad(touched_RIN, (0, -touched_RIN.shape[2] % (keys // block)))
+    return Listed(words, wide.unflatten(-1, (-1, keys // block)).amax(-1)[..., :n_tiles], block)
+
+
+def pack(chosen_RTN: Tensor, tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """Bits of a choice and what walks need besides; see `kernels.chosen_lists_triton.pack_kernel`.
+
+    Args:
+        chosen_RTN: bool, whether a token chose a block.
+        tokens: of a tile, at most `TOKENS_TO_PACK`.
+
+    Returns:
+        [R, T, W] int32; and whether any token of a tile chose a block, [R, I, N] bytes, or without tiles how many blocks a token
+        chose in earlier words, and in all, [R, T, W + 1] int32.
+    """
+    from kernels import chosen_lists_triton
+
+    chosen = chosen_RTN.contiguous().view(torch.uint8)
+    rows, length, n_blocks = chosen.shape
+    n_words = -(-n_blocks // 32)
+    words = chosen.new_empty(rows, length, n_words, dtype=torch.int32)
+    other = chosen.new_empty(rows, -(-length // tokens), n_blocks) if tokens else words.new_empty(rows, length, n_words + 1)
+    chosen_lists_triton.pack_kernel[(rows * -(-length // TOKENS_TO_PACK),)](
+        chosen, words, other, length, n_blocks, n_words, TOKENS=tokens, ROWS=TOKENS_TO_PACK, num_warps=4
+    )
+    return words, other
 
 
 def static_index(pattern: str, numbers: tuple[int, ...], length: int, tile: tuple[int, int], device: torch.device) -> Listed:

@@ -112,7 +112,7 @@ def test_chosen_blocks(block, heads, kv_heads, width):
     ("block", "heads", "kv_heads", "share_bytes"), [(64, 2, 1, 50_000), (32, 2, 2, 1 << 29), (32, 32, 1, 1 << 29)]
 )
 def test_chosen_blocks_are_walked_by_key(monkeypatch, block, heads, kv_heads, share_bytes):
-    """Blocks of two tiles of keys, more than one launch, spans beyond the end, key heads of their own, and more heads than a bundle."""
+    """Blocks of two tiles of keys and more than one launch, key heads of their own, more heads than a bundle."""
     length = 100 if heads < 16 else 40
     for name, value in {"BY_KEY_FROM": 1, "SHARE_BYTES": share_bytes, "SHORTEST_SPAN": 30, "TOKENS_TO_LIST": 16}.items():
         monkeypatch.setattr(chosen_launch, name, value)

@@ -5,11 +5,12 @@ import torch
 import triton.language as tl
 
 from kernels import chosen_launch
-from kernels.chosen_grad_triton import chosen_backward_kernel, delta_kernel, sum_parts_kernel
-from kernels.chosen_lists_triton import choosers_kernel, pack_kernel
-from kernels.chosen_triton import chosen_forward_kernel, join_kernel as join_shares_kernel
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
+from kernels.chosen_grad_triton import chosen_backward_kernel, delta_kernel, sum_parts_kernel
+from kernels.chosen_lists_triton import choosers_kernel, pack_kernel
+from kernels.chosen_triton import chosen_forward_kernel
+from kernels.chosen_triton import join_kernel as join_shares_kernel
 from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
 from kernels.indexed_triton import compact_kernel, forward_kernel
