@@ -9,6 +9,7 @@ Shape legend: B batch, H heads of q, G heads of k and v, T queries, S keys, K wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,6 +54,18 @@ def _(q: Tensor, k: Tensor, v: Tensor, *index: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length = q.shape[:3]
     y = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
     return y, q.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@indexed_attention.register_sizes
+def _(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, chosen: Tensor | None, index: str, numbers: list[int]
+) -> Iterator[tuple[Any, ...]]:
+    """Few and many blocks to choose one from, which are walked by query and by key."""
+    if chosen is not None:
+        for n_blocks in (1, chosen_launch.BY_KEY_FROM):
+            length = n_blocks * numbers[0]
+            sized = (x.new_empty(1, x.shape[1], length, x.shape[3]).requires_grad_(x.requires_grad) for x in (q, k, v))
+            yield *sized, None, chosen.new_empty(k.shape[1], length, n_blocks), index, [numbers[0], 1]
 
 
 @operator("mixer_bench::indexed_attention_backward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import chosen_launch
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
@@ -75,7 +76,10 @@ def test_a_band_continues(sinks: int) -> None:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_key", [False, True], ids=["by query", "by key"])
+def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype, by_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen_launch, "BY_KEY_FROM", 0 if by_key else 1 << 20)
+    monkeypatch.setattr(chosen_launch, "SHARE_BYTES", 1 << 20)  # several launches
     batch, heads, kv_heads, length, _ = shape
     token = torch.arange(length, device="cuda")
     for block in (16, 64):
@@ -84,7 +88,23 @@ def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         chosen = torch.rand(batch, kv_heads, length, len(index), device="cuda") < 0.4
         chosen = (chosen & (index < token[:, None] // block)) | own
         visible = share_heads(chosen.repeat_interleave(block, -1)[..., :length] & (token[:, None] >= token), heads)
-        close(lambda q, k, v, c=chosen, b=block: block_attention(q, k, v, c, block=b), draw(shape, dtype), visible)
+        most = int(chosen.sum(-1).max())
+        close(lambda q, k, v, c=chosen, b=block, m=most: block_attention(q, k, v, c, block=b, most=m), draw(shape, dtype), visible)
+
+
+def test_many_blocks_to_choose_from() -> None:
+    """The last tokens of a long sequence, whose shares take several launches."""
+    length, block, most = 100_000, 64, 4
+    q, k, v = (x.detach() for x in draw((1, 16, 1, length, 128), torch.bfloat16))
+    token, index = torch.arange(length, device="cuda"), torch.arange(-(-length // block), device="cuda")
+    own = token[:, None] // block == index
+    past = torch.rand(length, 3, device="cuda") * (token // block)[:, None]
+    chosen = torch.zeros_like(own).scatter(1, past.long(), True) | own
+    with use_backend("triton"):
+        y = block_attention(q, k, v, chosen[None, None], block=block, most=most)
+    visible = chosen[-100:].repeat_interleave(block, 1)[:, :length] & (token <= token[-100:, None])
+    want = attention_reference(q[:, :, -100:].double(), *(share_heads(x.double(), 16) for x in (k, v)), visible)
+    assert rms_error(y[:, :, -100:], want) < 5e-3
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_window_in_sixteen_bit(name, spill):
         join_shares_kernel,
         delta_kernel,
         sum_parts_kernel,
-    ],  # fmt: skip
+    ],
     ids=lambda kernel: kernel.__name__,
 )
 def test_no_integer_is_specialised(kernel):
