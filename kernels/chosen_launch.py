@@ -1,8 +1,8 @@
-"""Attention to chosen blocks on torch tensors: lists made from the choice, and a walk by query or by key.
+"""Attention to chosen blocks on torch tensors: lists made from the choice, and gradients walked by query or by key.
 
 Walked by query (`kernels.indexed_launch`), a tile of tokens visits the keys that any of them chose, which is little more than
-each chose as long as there are few blocks to choose from. Walked by key (`kernels.chosen_triton`), each key is read once for
-many tokens, and a token's outputs come in shares.
+each chose as long as there are few blocks to choose from. With many, gradients are walked by key (`kernels.chosen_shares_triton`):
+each key is read once for many tokens, and a token's dq comes in shares.
 
 Shape legend: B batch, H heads of q, G heads of k and v, T queries, S keys, K width of q and k, V width of v, R rows of the
 index (1, or one for each of B G), N blocks, W words of a token.
@@ -21,17 +21,19 @@ from kernels.indexed_launch import Config, list_tile, pack_of
 from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, product_width
 from kernels.sparse_index import Listed, pack, packed
 
-WALKS, MAX_PARTS, SHORTEST_SPAN = 2048, 8, 64
-"""Walks that keep a device busy; spans of tokens at a time at most, with an fp32 part of gradients of keys each; fewest tokens."""
-SHARE_BYTES = 1 << 29
+BY_KEY_FROM = 8
+"""Blocks for each one that a token reads, from which on gradients are walked by key."""
+SPANS, SHORTEST_SPAN = 8, 64
+"""Spans of tokens at a time, with an fp32 part of the gradients of keys each, and fewest tokens of one."""
+SHARE_BYTES = 1 << 31
 """Room for shares at a time."""
 ROWS_OF_DELTA, ROWS_TO_SUM = 64, 16
 BLOCKS_TO_LIST, TOKENS_TO_LIST = 8, 256
-JOIN = Config(32, 0, 4, 3)
-BY_KEY_FROM = 4
-"""Blocks for each one that a token reads, from which on outputs are walked by key."""
-MAX_WIDTH = 128
-"""Widest heads that are walked by key."""
+SHARES = Config(32, 0, 4, 3)
+"""How shares are summed."""
+# By the larger of the widths of k and v, for 16-bit and for fp32 operands; wider heads are walked by query.
+SIXTEEN_BIT = {128: Config(32, 64, 4, 3)}
+FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1)}
 
 
 class Chosen(NamedTuple):
@@ -40,7 +42,7 @@ class Chosen(NamedTuple):
     Args:
         chosen: [R, T, N] bool, whether a token chose a block.
         block: keys of a block.
-        most: blocks that a token reads at most.
+        most: blocks that a token chose at most.
     """
 
     chosen: Tensor
@@ -78,21 +80,17 @@ class Walk(NamedTuple):
         return -(-self.n_keys // self.block) * self.ratio
 
     def sizes(self, lists: Lists, first: int, room: int) -> tuple[int, ...]:
-        """The kernels' run-time integers, for the spans from `first` on."""
+        """The kernel's run-time integers, for the spans from `first` on."""
         sizes = (self.n_index, self.length, self.n_keys, self.kv_heads, self.group, pack_of(self.group), self.n_keys - self.length)
-        return *sizes, self.block, self.index_rows, lists.most, lists.span, lists.spans, first, room
+        own = (lists.most, lists.span, lists.spans, first, room, lists.parts, self.n_index * self.n_keys)
+        return *sizes, self.block, self.index_rows, *own
 
 
-# By the larger of the widths of k and v, for 16-bit and for fp32 operands: the walk for outputs, and that for gradients.
-SIXTEEN_BIT = {64: (Config(64, 64, 4, 3), Config(32, 64, 4, 3)), 128: (Config(64, 64, 4, 3), Config(32, 64, 4, 3))}
-FP32 = {64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1)), 128: (Config(16, 16, 4, 1), Config(16, 16, 4, 1))}
-
-
-def key_configs(width: int, dtype: torch.dtype, block: int) -> tuple[Config, Config] | None:
-    """The configurations of the walks by key, None if there are none for these heads and blocks."""
+def key_config(width: int, dtype: torch.dtype, block: int) -> Config | None:
+    """The configuration of the walk by key, None if there is none for these heads and blocks."""
     table = FP32 if dtype == torch.float32 else SIXTEEN_BIT
-    found = next((pair for limit, pair in table.items() if width <= limit), None)
-    return found if found and block % found[0].keys == 0 else None
+    found = next((config for limit, config in table.items() if width <= limit), None)
+    return found if found and block % found.keys == 0 else None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, index: Chosen) -> tuple[Tensor, Tensor]:
@@ -107,18 +105,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Chosen) -> tuple[Tensor, Ten
     Returns:
         The outputs [B, H, T, V] in the dtype of q, stored as [B, T, H, V], and the base-2 log-sum-exp [B, H, T].
     """
-    pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
-    if pair is None or index.chosen.shape[2] < BY_KEY_FROM * index.most:
-        return indexed_launch.forward(q, k, v, None, _listed(index, q, k, v))
-    return _forward_by_key(q, k, v, index, pair[0])
+    return indexed_launch.forward(q, k, v, None, _listed(index, q, k, v))
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each stored with time before heads."""
-    pair = key_configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
-    if pair is None:
+    config = key_config(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), index.block)
+    if config is None or index.chosen.shape[2] < BY_KEY_FROM * index.most:
         return indexed_launch.backward(q, k, v, None, _listed(index, q, k, v), y, lse, dy)
-    return _backward_by_key(q, k, v, index, y, lse, dy, pair[1])
+    return _backward_by_key(q, k, v, index, y, lse, dy, config)
 
 
 def _listed(index: Chosen, q: Tensor, k: Tensor, v: Tensor) -> Listed:
@@ -134,7 +129,7 @@ def _lists(index: Chosen, walk: Walk, token_bytes: int) -> Lists:
     span, parts = share_out(walk, token_bytes)
     spans = -(-length // span)
     slots, counts = words.new_empty(rows, spans, n_blocks, span), words.new_empty(rows, spans, n_blocks)
-    chosen_lists_triton.choosers_kernel[(rows * spans * -(-n_blocks // BLOCKS_TO_LIST),)](
+    chosen_lists_triton.slots_kernel[(rows * spans * -(-n_blocks // BLOCKS_TO_LIST),)](
         words, before, slots, counts, length, n_words, n_blocks, index.most, span, spans,
         BLOCKS=BLOCKS_TO_LIST, TOKENS=TOKENS_TO_LIST, num_warps=4,
     )  # fmt: skip
@@ -143,7 +138,7 @@ def _lists(index: Chosen, walk: Walk, token_bytes: int) -> Lists:
 
 def share_out(walk: Walk, token_bytes: int) -> tuple[int, int]:
     """Tokens of a span, and how many spans are walked at a time, from the shape alone."""
-    parts = max(1, min(WALKS // (walk.n_index * walk.key_tiles), MAX_PARTS, walk.length // SHORTEST_SPAN))
+    parts = max(1, min(SPANS, walk.length // SHORTEST_SPAN))
     launches = -(-walk.length * token_bytes // SHARE_BYTES)
     span = -(-walk.length // (parts * launches))
     return span, min(parts, -(-walk.length // span))
@@ -163,36 +158,16 @@ def _launches(walk: Walk, lists: Lists) -> Iterator[tuple[int, int, tuple[int, i
         yield first, spans * walk.n_index * walk.key_tiles, tokens
 
 
-def _forward_by_key(q: Tensor, k: Tensor, v: Tensor, index: Chosen, config: Config) -> tuple[Tensor, Tensor]:
-    from kernels import chosen_triton
-
-    (batch, heads, length), v_dim = q.shape[:3], v.shape[3]
-    y, lse = q.new_empty(batch, length, heads, v_dim), q.new_empty(batch, heads, length, dtype=torch.float32)
-    (q, k, v), strides, unit = _rows(*_narrow(_dot_dtype(q, k, v), q, k, v))
-    walk = _walk(q, k, index, config)
-    slot = index.most * walk.ratio
-    lists = _lists(index, walk, walk.n_index * slot * walk.group * (v_dim * q.element_size() + 4))
-    room = lists.parts * lists.span * slot
-    shares, lse_shares = q.new_empty(walk.n_index, room, walk.group, v_dim), lse.new_empty(walk.n_index, room, walk.group)
-    for first, programs, tokens in _launches(walk, lists):
-        chosen_triton.chosen_forward_kernel[(programs,)](
-            q, k, v, lists.slots, lists.counts, shares, lse_shares, *strides, *walk.sizes(lists, first, room),
-            **_constants(q, k, v, unit, config), num_warps=config.warps, maxnreg=config.registers,
-        )  # fmt: skip
-        _join(walk, lists, tokens, shares, lse_shares, y, lse)
-    return y.transpose(1, 2), lse
-
-
 def _backward_by_key(
     q: Tensor, k: Tensor, v: Tensor, index: Chosen, y: Tensor, lse: Tensor, dy: Tensor, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from kernels import chosen_grad_triton
+    from kernels import chosen_shares_triton
 
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
     (q, k, v, y, dy), strides, unit = _rows(*_narrow(_dot_dtype(q, k, v), q, k, v, y, dy))
     walk, constants = _walk(q, k, index, config), _constants(q, k, v, unit, config)
     delta, rows = torch.empty_like(lse), lse.numel()
-    chosen_grad_triton.delta_kernel[(-(-rows // ROWS_OF_DELTA),)](
+    chosen_shares_triton.delta_kernel[(-(-rows // ROWS_OF_DELTA),)](
         y, dy, delta, *strides[9:], rows, walk.length, q.shape[1], V=v.shape[3], BV=constants["BV"], UNIT=unit, ROWS=ROWS_OF_DELTA,
         num_warps=4,
     )  # fmt: skip
@@ -203,31 +178,28 @@ def _backward_by_key(
     sums = tuple(delta.new_empty(lists.parts, *x.shape) for x in (dk, dv))
     n_rows = walk.n_index * walk.n_keys
     for first, programs, tokens in _launches(walk, lists):
-        chosen_grad_triton.chosen_backward_kernel[(programs,)](
+        chosen_shares_triton.shares_kernel[(programs,)](
             q, k, v, lists.slots, lists.counts, lse, dy, delta, shares, *sums, *strides[:9], *strides[12:],
-            *walk.sizes(lists, first, room), lists.parts, n_rows, **constants, num_warps=config.warps, maxnreg=config.registers,
+            *walk.sizes(lists, first, room), **constants, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
-        _join(walk, lists, tokens, shares, None, dq, None)
-    chosen_grad_triton.sum_parts_kernel[(-(-n_rows // ROWS_TO_SUM),)](
+        _sum_shares(walk, lists, tokens, shares, dq)
+    chosen_shares_triton.sum_parts_kernel[(-(-n_rows // ROWS_TO_SUM),)](
         *sums, lists.counts, dk, dv, walk.n_keys, walk.kv_heads, walk.block, walk.index_rows, lists.parts, lists.spans, n_rows,
         **{name: constants[name] for name in ("K", "V", "BK", "BV")}, ROWS=ROWS_TO_SUM, num_warps=4,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _join(
-    walk: Walk, lists: Lists, tokens: tuple[int, int], shares: Tensor, lse_shares: Tensor | None, rows: Tensor, lse: Tensor | None
-) -> None:
-    """Outputs of some tokens from their shares, or gradients of q where there is no log-sum-exp."""
-    from kernels import chosen_triton
+def _sum_shares(walk: Walk, lists: Lists, tokens: tuple[int, int], shares: Tensor, dq: Tensor) -> None:
+    """Gradients of q of some tokens from their shares."""
+    from kernels import chosen_shares_triton
 
-    pack, width = pack_of(walk.group), rows.shape[3]
-    tiles = -(-(tokens[1] - tokens[0]) * pack // JOIN.queries)
-    chosen_triton.join_kernel[(walk.n_index * (walk.group // pack) * tiles,)](
-        shares, shares if lse_shares is None else lse_shares, lists.before, rows, rows if lse is None else lse,
-        walk.length, walk.kv_heads, walk.group, pack, walk.index_rows, lists.before.shape[2] - 1, walk.ratio, lists.most,
-        *tokens, shares.shape[1], V=width, BV=product_width(width, shares.dtype), M=JOIN.queries, WEIGHTED=lse is not None,
-        STAGES=JOIN.stages, num_warps=JOIN.warps,
+    pack, width = pack_of(walk.group), dq.shape[3]
+    tiles = -(-(tokens[1] - tokens[0]) * pack // SHARES.queries)
+    chosen_shares_triton.sum_shares_kernel[(walk.n_index * (walk.group // pack) * tiles,)](
+        shares, lists.before, dq, walk.length, walk.kv_heads, walk.group, pack, walk.index_rows, lists.before.shape[2] - 1,
+        walk.ratio, lists.most, *tokens, shares.shape[1], K=width, BK=product_width(width, shares.dtype), M=SHARES.queries,
+        STAGES=SHARES.stages, num_warps=SHARES.warps,
     )  # fmt: skip
 
 

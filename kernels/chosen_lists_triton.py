@@ -54,7 +54,7 @@ def pack_kernel(
 
 
 @entry
-def choosers_kernel(
+def slots_kernel(
     words, before, slots, counts, length: tl.int32, n_words: tl.int32, n_blocks: tl.int32, most: tl.int32,
     span: tl.int32, spans: tl.int32, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip

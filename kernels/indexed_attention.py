@@ -65,8 +65,8 @@ def block_attention(
         v_BGTV: values.
         chosen_BGTN: bool, whether a token reads block n, keys n * block and on; every token sees something.
         block: keys of a block.
-        most: blocks that a token chose at most, if that is known: with few of many, kernels read less. Only the checked mode
-            looks whether it is true.
+        most: blocks that a token chose at most, if that is known: gradients of few chosen out of many are made faster. Only the
+            checked mode looks whether it is true.
 
     Returns:
         [B, H, T, V].

@@ -20,6 +20,10 @@ WALK = ("K", "V", "BK", "BV", "UNIT", "M", "N", "DOT", "PRECISION", "STAGES")
 """Compile-time arguments of a walk over a band among the keys themselves."""
 FLAGS_AT_ONCE = 256
 """Tiles that a program lists at a time, the same at every length, so that a new one compiles nothing."""
+TOKENS_AT_ONCE, ROWS_TO_ADD = 1024, 16
+"""Tokens that a program lists at a time, and rows of gradients that it adds up."""
+WALKS, MAX_PARTS, SHORTEST_PART = 2048, 8, 8
+"""Walks over tokens that keep a device busy; most parts of one, since each is stored in fp32; fewest tiles of a part."""
 
 
 class Config(NamedTuple):
@@ -41,11 +45,12 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """The configurations of the forward walk, of the walk for dq, and of that for dk and dv."""
+    """The configurations of the forward walk, of the walk for dq, and of those for dk and dv: over tiles and over tokens."""
 
     forward: Config
     query: Config
     key: Config
+    token: Config | None = None
 
 
 class Band(NamedTuple):
@@ -72,14 +77,14 @@ BAND_16 = {
 }
 # All three kernels share the tiles of a list; the last may take a tile of queries in parts.
 LISTED_16 = {
-    64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
-    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
+    64: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    128: Configs(Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 64, 4, 3)),
+    256: Configs(Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
 }
 FP32 = {
-    64: Configs(*[Config(32, 32, 4, 1)] * 3),
-    128: Configs(*[Config(16, 16, 4, 1)] * 3),
-    256: Configs(*[Config(16, 16, 4, 1)] * 3),
+    64: Configs(*[Config(32, 32, 4, 1)] * 4),
+    128: Configs(*[Config(16, 16, 4, 1)] * 4),
+    256: Configs(*[Config(16, 16, 4, 1)] * 4),
 }
 
 
@@ -149,6 +154,9 @@ def backward(
         **_constants(q, k, v, index, start_B, unit, config), num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     walked = (q, k, v, lse_BHT, dy, delta)
+    if isinstance(index, Listed) and chosen.token and index.block % chosen.token.keys == 0:
+        _chosen_key_gradients(walked, index, (*strides[:9], *strides[12:]), unit, chosen.token, dk, dv)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     config = chosen.key
     constants = _constants(q, k, v, index, start_B, unit, config)
     n_index, parts, *far = _far_gradients(walked, index, (*strides[:9], *strides[12:]), sizes, constants, config)
@@ -158,6 +166,43 @@ def backward(
         SPLIT=chosen.query.queries // config.queries if isinstance(index, Listed) else 1, FAR=parts > 0,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _chosen_key_gradients(
+    walked: tuple[Tensor, ...], index: Listed, strides: tuple[int, ...], unit: int, config: Config, dk: Tensor, dv: Tensor
+) -> None:
+    """Gradients of keys and values from the tokens that chose them; see `kernels.chosen_grad_triton`."""
+    from kernels import chosen_grad_triton
+
+    q, k, v, lse, dy, delta = walked
+    n_index, n_keys, length, (index_rows, _, n_words) = k.shape[0] * k.shape[1], k.shape[2], q.shape[2], index.words.shape
+    n_blocks, group = -(-n_keys // index.block), q.shape[1] // k.shape[1]
+    tokens = index.words.new_empty(index_rows, n_blocks, length)
+    counts = index.words.new_empty(index_rows, n_blocks)
+    chosen_grad_triton.choosers_kernel[(index_rows * n_blocks,)](
+        index.words.contiguous(), tokens, counts, length, n_words, n_blocks, BLOCK=TOKENS_AT_ONCE, num_warps=4
+    )
+    tiles, pack = -(-n_keys // config.keys), pack_of(group)
+    parts, share = share_out(n_index * tiles, length, config.queries // pack)
+    sums = tuple(delta.new_empty(parts, *x.shape) for x in (dk, dv))  # in fp32 even if there is one part: the same kernel
+    widths = {name: value for name, value in _constants(q, k, v, index, None, unit, config).items() if name in WALK}
+    lists = (index.block, index_rows, n_index * n_keys, share, parts)
+    chosen_grad_triton.chosen_key_kernel[(n_index * parts * tiles,)](
+        q, k, v, tokens, counts, lse, dy, delta, *sums, *strides, length, n_keys, k.shape[1], group, pack, n_keys - length, *lists,
+        **widths, num_warps=config.warps, maxnreg=config.registers,
+    )  # fmt: skip
+    chosen_grad_triton.add_parts_kernel[(-(-n_index * n_keys // ROWS_TO_ADD),)](
+        *sums, counts, dk, dv, n_keys, k.shape[1], *lists, **{name: widths[name] for name in ("K", "V", "BK", "BV")},
+        ROWS=ROWS_TO_ADD, num_warps=4,
+    )  # fmt: skip
+
+
+def share_out(walks: int, length: int, tokens: int) -> tuple[int, int]:
+    """Into how many parts the longest walk over tokens may be cut, and tokens of a part, from the shape alone."""
+    tiles = -(-length // tokens)
+    parts = max(1, min(WALKS // walks, MAX_PARTS, tiles // SHORTEST_PART))
+    share = -(-tiles // parts)
+    return -(-tiles // share), share * tokens
 
 
 def _far_gradients(

@@ -60,7 +60,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *index: Any) -> tuple[Tensor, Tensor]:
 def _(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, chosen: Tensor | None, index: str, numbers: list[int]
 ) -> Iterator[tuple[Any, ...]]:
-    """Few and many blocks to choose one from, which are walked by query and by key."""
+    """Few and many blocks to choose one from, whose gradients are walked by query and by key."""
     if chosen is not None:
         for n_blocks in (1, chosen_launch.BY_KEY_FROM):
             length = n_blocks * numbers[0]

@@ -92,21 +92,6 @@ def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype, by_key: bool,
         close(lambda q, k, v, c=chosen, b=block, m=most: block_attention(q, k, v, c, block=b, most=m), draw(shape, dtype), visible)
 
 
-def test_many_blocks_to_choose_from() -> None:
-    """The last tokens of a long sequence, whose shares take several launches."""
-    length, block, most = 100_000, 64, 4
-    q, k, v = (x.detach() for x in draw((1, 16, 1, length, 128), torch.bfloat16))
-    token, index = torch.arange(length, device="cuda"), torch.arange(-(-length // block), device="cuda")
-    own = token[:, None] // block == index
-    past = torch.rand(length, 3, device="cuda") * (token // block)[:, None]
-    chosen = torch.zeros_like(own).scatter(1, past.long(), True) | own
-    with use_backend("triton"):
-        y = block_attention(q, k, v, chosen[None, None], block=block, most=most)
-    visible = chosen[-100:].repeat_interleave(block, 1)[:, :length] & (token <= token[-100:, None])
-    want = attention_reference(q[:, :, -100:].double(), *(share_heads(x.double(), 16) for x in (k, v)), visible)
-    assert rms_error(y[:, :, -100:], want) < 5e-3
-
-
 @pytest.mark.parametrize(
     ("pattern", "options"),
     [

@@ -4,39 +4,38 @@ import pytest
 import torch
 import triton.language as tl
 
+from kernels import chosen_grad_triton as chosen
 from kernels import chosen_launch
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
-from kernels.chosen_grad_triton import chosen_backward_kernel, delta_kernel, sum_parts_kernel
-from kernels.chosen_lists_triton import choosers_kernel, pack_kernel
-from kernels.chosen_triton import chosen_forward_kernel
-from kernels.chosen_triton import join_kernel as join_shares_kernel
+from kernels.chosen_lists_triton import pack_kernel, slots_kernel
+from kernels.chosen_shares_triton import delta_kernel, shares_kernel, sum_parts_kernel, sum_shares_kernel
 from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
 from kernels.indexed_triton import compact_kernel, forward_kernel
 from kernels.operands import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
-NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "shares", "dq_shares")
-WHOLE = {"starts": "*i64+", **dict.fromkeys(("words", "lists", "counts", "slots"), "*i32+")}
+NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "dq_shares")
+WHOLE = {"starts": "*i64+", **dict.fromkeys(("words", "lists", "counts", "tokens", "slots"), "*i32+")}
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
 KERNELS = {
     "forward": forward_kernel,
     "query": query_kernel,
     "key": key_kernel,
     "far": far_kernel,
-    "chosen forward": chosen_forward_kernel,
-    "chosen backward": chosen_backward_kernel,
+    "token": chosen.chosen_key_kernel,
+    "shares": shares_kernel,
 }
-WALKS_BY_KEY = ("chosen forward", "chosen backward")
+LISTS_BY_KEY = [pack_kernel, slots_kernel, delta_kernel, sum_parts_kernel, sum_shares_kernel]
 SMEM = 227 * 1024
 
 
 def compile_kernel(name, width, dtype, *, listed, **flags):
     """One kernel with K = V = width, for a band with neither sinks nor stored keys unless flags say so."""
     kernel = KERNELS[name]
-    if name in WALKS_BY_KEY:
-        config = dict(zip(WALKS_BY_KEY, chosen_launch.key_configs(width, dtype, 64), strict=True))[name]
+    if name == "shares":
+        config = chosen_launch.key_config(width, dtype, 64)
     else:
         config = getattr(launch.configs(width, dtype, listed=listed), "key" if name == "far" else name)
     pointer, dot = DTYPES[dtype]
@@ -79,7 +78,7 @@ def check(name, width, dtype, *, listed, spill, **flags):
         assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
-@pytest.mark.parametrize(("name", "spill"), [("chosen forward", 0), ("chosen backward", 200)])
+@pytest.mark.parametrize(("name", "spill"), [("token", 60), ("shares", 200)])
 def test_chosen_blocks_in_sixteen_bit(name, spill):
     check(name, 128, torch.bfloat16, listed=True, spill=spill)
 
@@ -91,17 +90,7 @@ def test_a_window_in_sixteen_bit(name, spill):
 
 @pytest.mark.parametrize(
     "kernel",
-    [
-        *KERNELS.values(),
-        compact_kernel,
-        part_kernel,
-        join_kernel,
-        pack_kernel,
-        choosers_kernel,
-        join_shares_kernel,
-        delta_kernel,
-        sum_parts_kernel,
-    ],
+    [*KERNELS.values(), compact_kernel, part_kernel, join_kernel, chosen.choosers_kernel, chosen.add_parts_kernel, *LISTS_BY_KEY],
     ids=lambda kernel: kernel.__name__,
 )
 def test_no_integer_is_specialised(kernel):
@@ -125,7 +114,7 @@ def test_no_integer_is_specialised(kernel):
         (True, {"ROWWISE": False}),
     ],
 )
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in WALKS_BY_KEY])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "shares"])
 def test_every_configuration_compiles(name, listed, flags, width, dtype):
     check(name, width, dtype, listed=listed, spill=1000, **flags)
 
@@ -133,9 +122,8 @@ def test_every_configuration_compiles(name, listed, flags, width, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 60, 64, 128])
-@pytest.mark.parametrize("name", WALKS_BY_KEY)
-def test_every_walk_by_key_compiles(name, width, dtype):
-    used = compile_kernel(name, width, dtype, listed=True)
+def test_every_walk_by_key_compiles(width, dtype):
+    used = compile_kernel("shares", width, dtype, listed=True)
     assert used.spilled <= 1000
     assert used.shared <= SMEM
 
