@@ -22,35 +22,44 @@ def ones(word):
 
 
 @entry
-def pack_kernel(
-    chosen, words, other, length: tl.int32, n_blocks: tl.int32, n_words: tl.int32, TOKENS: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Bits [R, T, W] of a choice [R, T, N], and another tensor. Grid: (R * tiles of ROWS tokens,).
-
-    For walks by query it says whether any of the TOKENS tokens of a tile, which divide ROWS, chose a block, [R, I, N]; for those
-    by key, where TOKENS is 0, how many blocks a token chose in earlier words, and in all, [R, T, W + 1].
-    """
-    row_tiles = tl.cdiv(length, ROWS)
-    program = tl.program_id(0)
-    index_row, first = (program // row_tiles).to(tl.int64), program % row_tiles * ROWS
-    t, bit = first + tl.arange(0, ROWS), tl.arange(0, 32)
-    row = index_row * length + t
+def pack_kernel(chosen, words, before, rows: tl.int32, n_blocks: tl.int32, n_words: tl.int32, ROWS: tl.constexpr):
+    """Bits [rows, W] of a choice [rows, N], and how many come before a word, and in all, [rows, W + 1]. Grid: (tiles of rows,)."""
+    row, bit = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 32)
+    inside = row < rows
+    chosen += row.to(tl.int64)[:, None] * n_blocks
+    words += row.to(tl.int64) * n_words
+    before += row.to(tl.int64) * (n_words + 1)
     found = tl.zeros([ROWS], tl.int32)
     for n in range(n_words):
-        block = n * 32 + bit
-        inside = (t < length)[:, None] & (block < n_blocks)[None, :]
-        flag = (tl.load(chosen + row[:, None] * n_blocks + block[None, :], mask=inside, other=0) != 0).to(tl.int32)
-        tl.store(words + row * n_words + n, tl.sum(flag << bit[None, :], 1), mask=t < length)
-        if TOKENS:
-            tile = first // TOKENS + tl.arange(0, ROWS // TOKENS)
-            place = (index_row * tl.cdiv(length, TOKENS) + tile)[:, None] * n_blocks + block[None, :]
-            exists = (tile * TOKENS < length)[:, None] & (block < n_blocks)[None, :]
-            tl.store(other + place, tl.max(tl.reshape(flag, [ROWS // TOKENS, TOKENS, 32]), 1).to(tl.uint8), mask=exists)
-        else:
-            tl.store(other + row * (n_words + 1) + n, found, mask=t < length)
-            found += tl.sum(flag, 1)
-    if not TOKENS:
-        tl.store(other + row * (n_words + 1) + n_words, found, mask=t < length)
+        block = (n * 32 + bit)[None, :]
+        flag = (tl.load(chosen + block, mask=inside[:, None] & (block < n_blocks), other=0) != 0).to(tl.int32)
+        tl.store(words + n, tl.sum(flag << bit[None, :], 1), mask=inside)
+        tl.store(before + n, found, mask=inside)
+        found += tl.sum(flag, 1)
+    tl.store(before + n_words, found, mask=inside)
+
+
+@entry
+def tiles_kernel(
+    words, tiles, length: tl.int32, n_blocks: tl.int32, n_words: tl.int32, tokens: tl.int32, TILES: tl.constexpr
+):  # fmt: skip
+    """Whether any of the tokens of a tile chose a block, bytes [R, I, N]. Grid: (R * groups of TILES tiles * W,)."""
+    n_tiles = tl.cdiv(length, tokens)
+    groups = tl.cdiv(n_tiles, TILES)
+    program = tl.program_id(0)
+    word, outer = program % n_words, program // n_words
+    index_row, tile = (outer // groups).to(tl.int64), outer % groups * TILES + tl.arange(0, TILES)
+    words += index_row * length * n_words + word
+    any_T = tl.zeros([TILES], tl.int32)
+    for n in range(tokens):
+        t = tile * tokens + n
+        any_T |= tl.load(words + t.to(tl.int64) * n_words, mask=t < length, other=0)
+    bit = tl.arange(0, 32)
+    block = (word * 32 + bit)[None, :]
+    place = (index_row * n_tiles + tile)[:, None] * n_blocks + block
+    tl.store(
+        tiles + place, ((any_T[:, None] >> bit[None, :]) & 1).to(tl.uint8), mask=(tile < n_tiles)[:, None] & (block < n_blocks)
+    )
 
 
 @entry

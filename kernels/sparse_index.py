@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import _ahead
 from kernels.sparse_masks import MASKS
 
 ROWS_AT_ONCE = 1024
@@ -32,8 +33,8 @@ class Listed(NamedTuple):
     block: int
 
 
-TOKENS_TO_PACK = 64
-"""Tokens that a program packs into bits."""
+ROWS_TO_PACK, TILES_AT_ONCE = 64, 64
+"""Tokens that a program packs into bits, and tiles of tokens that one looks at."""
 KEPT = 32
 """Static indices that stay; the oldest goes when there is one more."""
 
@@ -50,7 +51,8 @@ def packed(chosen_RTN: Tensor, block: int, tile: tuple[int, int], n_keys: int) -
         n_keys: number of keys.
     """
     tokens, keys = tile
-    words, touched_RIN = pack(chosen_RTN, tokens)
+    words, _ = pack(chosen_RTN)
+    touched_RIN = _touched(words, chosen_RTN.shape[2], tokens)
     n_tiles = -(-n_keys // keys)
     if block >= keys:
         return Listed(
@@ -60,28 +62,31 @@ def packed(chosen_RTN: Tensor, block: int, tile: tuple[int, int], n_keys: int) -
     return Listed(words, wide.unflatten(-1, (-1, keys // block)).amax(-1)[..., :n_tiles], block)
 
 
-def pack(chosen_RTN: Tensor, tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """Bits of a choice and what walks need besides; see `kernels.chosen_lists_triton.pack_kernel`.
-
-    Args:
-        chosen_RTN: bool, whether a token chose a block.
-        tokens: of a tile, at most `TOKENS_TO_PACK`.
-
-    Returns:
-        [R, T, W] int32; and whether any token of a tile chose a block, [R, I, N] bytes, or without tiles how many blocks a token
-        chose in earlier words, and in all, [R, T, W + 1] int32.
-    """
+def pack(chosen_RTN: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits of a choice [R, T, W], and how many of a token's come before a word, and in all, [R, T, W + 1]; both int32."""
     from kernels import chosen_lists_triton
 
     chosen = chosen_RTN.contiguous().view(torch.uint8)
     rows, length, n_blocks = chosen.shape
     n_words = -(-n_blocks // 32)
     words = chosen.new_empty(rows, length, n_words, dtype=torch.int32)
-    other = chosen.new_empty(rows, -(-length // tokens), n_blocks) if tokens else words.new_empty(rows, length, n_words + 1)
-    chosen_lists_triton.pack_kernel[(rows * -(-length // TOKENS_TO_PACK),)](
-        chosen, words, other, length, n_blocks, n_words, TOKENS=tokens, ROWS=TOKENS_TO_PACK, num_warps=4
+    before = words.new_empty(rows, length, n_words + 1)
+    chosen_lists_triton.pack_kernel[(-(-rows * length // ROWS_TO_PACK),)](
+        chosen, words, before, rows * length, n_blocks, n_words, ROWS=ROWS_TO_PACK, num_warps=4
     )
-    return words, other
+    return words, before
+
+
+def _touched(words: Tensor, n_blocks: int, tokens: int) -> Tensor:
+    """Whether any token of a tile chose a block, [R, I, N] bytes."""
+    from kernels import chosen_lists_triton
+
+    rows, length, n_words = words.shape
+    tiles = words.new_empty(rows, -(-length // tokens), n_blocks, dtype=torch.uint8)
+    chosen_lists_triton.tiles_kernel[(rows * -(-tiles.shape[1] // TILES_AT_ONCE) * n_words,)](
+        words, tiles, length, n_blocks, n_words, tokens, TILES=TILES_AT_ONCE, num_warps=4
+    )
+    return tiles
 
 
 def static_index(pattern: str, numbers: tuple[int, ...], length: int, tile: tuple[int, int], device: torch.device) -> Listed:
@@ -94,7 +99,8 @@ def static_index(pattern: str, numbers: tuple[int, ...], length: int, tile: tupl
     rows = -(-ROWS_AT_ONCE // tile[0]) * tile[0]
     parts = [packed(mask(query[:, None], position, **options)[None], 1, tile, length) for query in position.split(rows)]
     index = Listed(torch.cat([part.words for part in parts], 1), torch.cat([part.tiles for part in parts], 1), 1)
-    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # a graph owns what is made inside it
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # a graph owns what is made inside it
+    if not is_capturing and not isinstance(_ahead.state(), _ahead.Wanted):  # which launches nothing, so nothing was written
         if len(_kept) == KEPT:
             del _kept[next(iter(_kept))]
         _kept[key] = index

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import chosen_launch
+from kernels._replay import forget
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
@@ -80,6 +81,7 @@ def test_a_band_continues(sinks: int) -> None:
 def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype, by_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chosen_launch, "BY_KEY_FROM", 0 if by_key else 1 << 20)
     monkeypatch.setattr(chosen_launch, "SHARE_BYTES", 1 << 20)  # several launches
+    forget()
     batch, heads, kv_heads, length, _ = shape
     token = torch.arange(length, device="cuda")
     for block in (16, 64):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import chosen_launch, indexed_launch
+from kernels import _ahead, chosen_launch, indexed_launch, sparse_index
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
@@ -89,6 +89,17 @@ def test_static_patterns(pattern, options):
     visible = mask(pattern, 70, **options)
     for _ in range(2):  # the second call reads the kept index
         close(lambda q, k, v: sparse_attention(q, k, v, pattern=pattern, **options), draw(1, 2, 1, 70, 16), visible)
+
+
+def test_an_index_that_nobody_wrote_is_not_kept(monkeypatch):
+    """While kernels are only compiled, nothing is launched."""
+    monkeypatch.setattr(sparse_index, "_kept", {})
+    arguments = ("strided", (6,), 40, (16, 16), torch.device("cpu"))
+    with _ahead._set(_ahead.Wanted()):
+        sparse_index.static_index(*arguments)
+    assert not sparse_index._kept
+    index = sparse_index.static_index(*arguments)
+    assert list(sparse_index._kept.values()) == [index]
 
 
 def choose(batch, kv_heads, length, block):

@@ -8,7 +8,7 @@ from kernels import chosen_grad_triton as chosen
 from kernels import chosen_launch
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
-from kernels.chosen_lists_triton import pack_kernel, slots_kernel
+from kernels.chosen_lists_triton import pack_kernel, slots_kernel, tiles_kernel
 from kernels.chosen_shares_triton import delta_kernel, shares_kernel, sum_parts_kernel, sum_shares_kernel
 from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
@@ -27,7 +27,7 @@ KERNELS = {
     "token": chosen.chosen_key_kernel,
     "shares": shares_kernel,
 }
-LISTS_BY_KEY = [pack_kernel, slots_kernel, delta_kernel, sum_parts_kernel, sum_shares_kernel]
+LISTS_BY_KEY = [pack_kernel, tiles_kernel, slots_kernel, delta_kernel, sum_parts_kernel, sum_shares_kernel]
 SMEM = 227 * 1024
 
 
