@@ -25,13 +25,30 @@ COLUMNS = 256
 """Columns of a program: chunks of sequences."""
 GRADIENT_COLUMNS = 32
 WARPS = 4
+SIDE = 64
+"""Rows and columns of a tile that is turned on chip."""
+
+
+@entry(do_not_specialize=["x_b", "x_r", "rows", "columns", "row"])
+def turn_kernel(
+    x, out, x_b: tl.int64, x_r: tl.int64, rows: tl.int32, columns: tl.int32, row: tl.int32, SIDE: tl.constexpr,
+):  # fmt: skip
+    """X [B, rows, columns] as [B, columns, row], with zeros behind the last of the rows. Grid: (B * tiles of both sides,)."""
+    across, down = tl.cdiv(columns, SIDE), tl.cdiv(row, SIDE)
+    c, rest = tl.program_id(0) % across * SIDE + tl.arange(0, SIDE), tl.program_id(0) // across
+    r, sequence = rest % down * SIDE + tl.arange(0, SIDE), (rest // down).to(tl.int64)
+    there = (r < rows)[:, None] & (c < columns)[None, :]
+    x_RC = tl.load(x + sequence * x_b + r[:, None] * x_r + c[None, :], mask=there, other=0.0)
+    target = out + (sequence * columns + c)[None, :] * row + r[:, None]
+    tl.store(target, x_RC, mask=(r < row)[:, None] & (c < columns)[None, :])
 
 
 @entry(do_not_specialize=["batch", "width", "chunks"])
 def toeplitz_kernel(
-    x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32, C: tl.constexpr, COLUMNS: tl.constexpr,
+    x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32,
+    BACK: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (M * D * tiles of B * N columns,); x and y are [M B, D, L], taps [M, D, L]."""
+    """Grid: (M * D * tiles of B * N columns,); x and y are [M B, D, L], taps [M, D, L]; BACK runs backwards in time."""
     tiles = (batch * chunks + COLUMNS - 1) // COLUMNS
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     member, channel = row // width, row % width
@@ -43,9 +60,12 @@ def toeplitz_kernel(
     i = tl.arange(0, C)
     acc = tl.zeros((C, COLUMNS), tl.float32)
     for m in range(0, chunks):
-        lag = m * C + i[:, None] - i[None, :]
+        if BACK:
+            lag, source, there = m * C + i[None, :] - i[:, None], first + m * C, inside & (chunk + m < chunks)
+        else:
+            lag, source, there = m * C + i[:, None] - i[None, :], first - m * C, inside & (chunk >= m)
         matrix = tl.load(own_taps + lag, mask=lag >= 0, other=0.0)
-        seen = tl.load(x + (first - m * C)[None, :] + i[:, None], mask=(inside & (chunk >= m))[None, :], other=0.0)
+        seen = tl.load(x + source[None, :] + i[:, None], mask=there[None, :], other=0.0)
         acc = tl.dot(matrix, seen, acc)
     tl.store(y + first[None, :] + i[:, None], acc.to(y.dtype.element_ty), mask=inside[None, :])
 
@@ -84,9 +104,8 @@ def forward(x_BTD: Tensor, taps_MDL: Tensor) -> Tensor:
 def backward(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the filters; the former is the convolution run backwards in time."""
     length = x_BTD.shape[1]
-    turned = _columns(dy_BTD.to(x_BTD.dtype).flip(1))
-    dx_BTD = _rows(_convolved(turned, _padded(taps_MDL, length, x_BTD.dtype)), length).flip(1)
     x_BDL, dy_BDL = _columns(x_BTD), _columns(dy_BTD.to(x_BTD.dtype))
+    dx_BTD = _rows(_convolved(dy_BDL, _padded(taps_MDL, length, x_BTD.dtype), back=True), length)
     members, width, n_taps = taps_MDL.shape
     chunks = x_BDL.shape[2] // CHUNK
     sums = x_BDL.new_empty(members, width, chunks, 2, CHUNK, dtype=torch.float32)
@@ -99,24 +118,33 @@ def backward(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, T
     return dx_BTD, F.pad(dtaps, (0, n_taps - dtaps.shape[2])).to(taps_MDL.dtype)
 
 
-def _convolved(x_BDL: Tensor, taps_MDL: Tensor) -> Tensor:
+def _convolved(x_BDL: Tensor, taps_MDL: Tensor, *, back: bool = False) -> Tensor:
     members, width, length = taps_MDL.shape
     batch, chunks = len(x_BDL) // members, length // CHUNK
     y_BDL = torch.empty_like(x_BDL)
     toeplitz_kernel[(members * width * triton.cdiv(batch * chunks, COLUMNS),)](
-        x_BDL, taps_MDL, y_BDL, batch, width, chunks, C=CHUNK, COLUMNS=COLUMNS, num_warps=WARPS
+        x_BDL, taps_MDL, y_BDL, batch, width, chunks, BACK=back, C=CHUNK, COLUMNS=COLUMNS, num_warps=WARPS
     )
     return y_BDL
 
 
 def _columns(x_BTD: Tensor) -> Tensor:
     """[B, D, L]: tokens side by side, with zeros up to a whole chunk."""
-    missing = -x_BTD.shape[1] % CHUNK  # padding by nothing would be a copy
-    return (F.pad(x_BTD.mT, (0, missing)) if missing else x_BTD.mT).contiguous()
+    return _turned(x_BTD, x_BTD.shape[1] + -x_BTD.shape[1] % CHUNK)
 
 
 def _rows(y_BDL: Tensor, length: int) -> Tensor:
-    return y_BDL[..., :length].mT.contiguous()
+    return _turned(y_BDL[..., :length], y_BDL.shape[1])
+
+
+def _turned(x_BRC: Tensor, row: int) -> Tensor:
+    """[B, C, row], the last two axes changed places; rows behind the last are zero."""
+    x = x_BRC if x_BRC.stride(2) == 1 or x_BRC.shape[2] == 1 else x_BRC.contiguous()
+    batch, rows, columns = x.shape
+    out = x.new_empty(batch, columns, row)
+    grid = batch * -(-columns // SIDE) * -(-row // SIDE)
+    turn_kernel[(grid,)](x, out, x.stride(0), x.stride(1), rows, columns, row, SIDE=SIDE, num_warps=WARPS)
+    return out
 
 
 def _padded(taps_MDL: Tensor, length: int, dtype: torch.dtype) -> Tensor:
