@@ -18,7 +18,7 @@ from kernels.rows import pick_rows
 from kernels.step_form import StepForm
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
-from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
+from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
 
 
 class SSDBlock(Mixer):
@@ -82,7 +82,7 @@ class SSDBlock(Mixer):
     def scan_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """The output of `scan` from nothing and the gate at some positions only, [B, M, E] each; as for `Mixer.at_rows`."""
         gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
-        xbc, dt = F.linear(x_BTD, rest).split((self.conv.dim, self.n_heads), dim=-1)
+        xbc, dt = project(x_BTD, rest, (self.conv.dim, self.n_heads))
         return pick_rows(self._scan(xbc, dt, None)[0], rows_BM), F.linear(x_BMD, gate)
 
     def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
@@ -155,7 +155,8 @@ class SSDBlock(Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""
-        return self.in_proj(x).split((self.d_inner, self.conv.dim, self.n_heads), dim=-1)
+        z, xbc, dt = project(x, self.in_proj.weight, (self.d_inner, self.conv.dim, self.n_heads))
+        return z, xbc, dt
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [..., H, P], and B and C [..., G, N]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kernels.rows import pick_rows
 from kernels.scan import gated_selective_scan
 from mixers._base import Mixer, State, mixer
-from mixers._layers import ShortConv, refuse_context, time_step_bias, widen
+from mixers._layers import ShortConv, project, refuse_context, time_step_bias, widen
 
 
 @mixer("mamba")
@@ -107,5 +107,5 @@ class Mamba(Mixer):
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The time step before bias and softplus [..., E], and the vectors B and C [..., N] that write and read the state."""
-        dt, b, c = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, b, c = project(x, self.x_proj.weight, (self.dt_rank, self.d_state, self.d_state))
         return self.dt_proj(dt), b, c
