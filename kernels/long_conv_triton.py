@@ -43,12 +43,15 @@ def turn_kernel(
     tl.store(target, x_RC, mask=(r < row)[:, None] & (c < columns)[None, :])
 
 
-@entry(do_not_specialize=["batch", "width", "chunks"])
+@entry(do_not_specialize=["batch", "width", "chunks", "reach"])
 def toeplitz_kernel(
-    x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32,
+    x, taps, y, batch: tl.int32, width: tl.int32, chunks: tl.int32, reach: tl.int32,
     BACK: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (M * D * tiles of B * N columns,); x and y are [M B, D, L], taps [M, D, L]; BACK runs backwards in time."""
+    """Grid: (M * D * tiles of B * N columns,); x and y are [M B, D, L], taps [M, D, L]; BACK runs backwards in time.
+
+    Taps reach over `reach` distances of blocks.
+    """
     tiles = (batch * chunks + COLUMNS - 1) // COLUMNS
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     member, channel = row // width, row % width
@@ -59,7 +62,7 @@ def toeplitz_kernel(
     own_taps = taps + row.to(tl.int64) * chunks * C
     i = tl.arange(0, C)
     acc = tl.zeros((C, COLUMNS), tl.float32)
-    for m in range(0, chunks):
+    for m in range(0, reach):
         if BACK:
             lag, source, there = m * C + i[None, :] - i[:, None], first + m * C, inside & (chunk + m < chunks)
         else:
@@ -70,12 +73,12 @@ def toeplitz_kernel(
     tl.store(y + first[None, :] + i[:, None], acc.to(y.dtype.element_ty), mask=inside[None, :])
 
 
-@entry(do_not_specialize=["batch", "width", "chunks"])
+@entry(do_not_specialize=["batch", "width", "chunks", "reach"])
 def taps_gradient_kernel(
-    x, dy, sums, batch: tl.int32, width: tl.int32, chunks: tl.int32, C: tl.constexpr, COLUMNS: tl.constexpr,
+    x, dy, sums, batch: tl.int32, width: tl.int32, chunks: tl.int32, reach: tl.int32, C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (M * D * N,), a distance m each; sums [M, D, N, 2, C] of the lags m C + i and (m - 1) C + i."""
-    row, m = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    """Grid: (M * D * R,), a distance m each; sums [M, D, R, 2, C] of the lags m C + i and (m - 1) C + i."""
+    row, m = tl.program_id(0) // reach, tl.program_id(0) % reach
     member, channel = row // width, row % width
     i = tl.arange(0, C)
     acc = tl.zeros((C, C), tl.float32)
@@ -90,7 +93,7 @@ def taps_gradient_kernel(
     # row i of the turned matrix holds the pair (i, j) in column (i - j) mod C
     turned = tl.gather(acc, (i[:, None] - i[None, :] + C) % C, 1)
     same = i[:, None] >= i[None, :]
-    out = sums + (row.to(tl.int64) * chunks + m) * 2 * C
+    out = sums + (row.to(tl.int64) * reach + m) * 2 * C
     tl.store(out + i, tl.sum(tl.where(same, turned, 0.0), 0))
     tl.store(out + C + i, tl.sum(tl.where(same, 0.0, turned), 0))
 
@@ -98,33 +101,40 @@ def taps_gradient_kernel(
 def forward(x_BTD: Tensor, taps_MDL: Tensor) -> Tensor:
     """Each member's sequences, one after the other, through its own filters; returns [B, T, D]."""
     length = x_BTD.shape[1]
-    return _rows(_convolved(_columns(x_BTD), _padded(taps_MDL, length, x_BTD.dtype)), length)
+    return _rows(_convolved(_columns(x_BTD), taps_MDL), length)
 
 
 def backward(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the filters; the former is the convolution run backwards in time."""
     length = x_BTD.shape[1]
     x_BDL, dy_BDL = _columns(x_BTD), _columns(dy_BTD.to(x_BTD.dtype))
-    dx_BTD = _rows(_convolved(dy_BDL, _padded(taps_MDL, length, x_BTD.dtype), back=True), length)
+    dx_BTD = _rows(_convolved(dy_BDL, taps_MDL, back=True), length)
     members, width, n_taps = taps_MDL.shape
     chunks = x_BDL.shape[2] // CHUNK
-    sums = x_BDL.new_empty(members, width, chunks, 2, CHUNK, dtype=torch.float32)
-    taps_gradient_kernel[(members * width * chunks,)](
-        x_BDL, dy_BDL, sums, len(x_BTD) // members, width, chunks, C=CHUNK, COLUMNS=GRADIENT_COLUMNS, num_warps=WARPS
+    reach = _reach(n_taps, chunks)
+    sums = x_BDL.new_empty(members, width, reach, 2, CHUNK, dtype=torch.float32)
+    taps_gradient_kernel[(members * width * reach,)](
+        x_BDL, dy_BDL, sums, len(x_BTD) // members, width, chunks, reach, C=CHUNK, COLUMNS=GRADIENT_COLUMNS, num_warps=WARPS
     )
     dtaps = sums[..., 0, :]
     dtaps[:, :, :-1] += sums[:, :, 1:, 1]
-    dtaps = dtaps.flatten(2)[..., :length]
+    dtaps = dtaps.flatten(2)[..., : min(length, n_taps)]
     return dx_BTD, F.pad(dtaps, (0, n_taps - dtaps.shape[2])).to(taps_MDL.dtype)
 
 
+def _reach(n_taps: int, chunks: int) -> int:
+    """Distances of blocks at which there is a tap: those of whole blocks, and one that it shares with the next."""
+    return min(chunks, triton.cdiv(n_taps - 1, CHUNK) + 1)
+
+
 def _convolved(x_BDL: Tensor, taps_MDL: Tensor, *, back: bool = False) -> Tensor:
-    members, width, length = taps_MDL.shape
-    batch, chunks = len(x_BDL) // members, length // CHUNK
+    members, width, n_taps = taps_MDL.shape
+    batch, chunks = len(x_BDL) // members, x_BDL.shape[2] // CHUNK
     y_BDL = torch.empty_like(x_BDL)
     toeplitz_kernel[(members * width * triton.cdiv(batch * chunks, COLUMNS),)](
-        x_BDL, taps_MDL, y_BDL, batch, width, chunks, BACK=back, C=CHUNK, COLUMNS=COLUMNS, num_warps=WARPS
-    )
+        x_BDL, _padded(taps_MDL, x_BDL.shape[2], x_BDL.dtype), y_BDL, batch, width, chunks, _reach(n_taps, chunks),
+        BACK=back, C=CHUNK, COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
     return y_BDL
 
 
@@ -147,7 +157,7 @@ def _turned(x_BRC: Tensor, row: int) -> Tensor:
     return out
 
 
-def _padded(taps_MDL: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _padded(taps_MDL: Tensor, row: int, dtype: torch.dtype) -> Tensor:
     """The taps that are read, with zeros up to a whole chunk, in the dtype of the products."""
-    taps_MDL = taps_MDL[..., :length].to(dtype)
-    return F.pad(taps_MDL, (0, length + -length % CHUNK - taps_MDL.shape[2])).contiguous()
+    taps_MDL = taps_MDL[..., :row].to(dtype)
+    return F.pad(taps_MDL, (0, row - taps_MDL.shape[2])).contiguous()
