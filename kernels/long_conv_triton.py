@@ -25,8 +25,8 @@ COLUMNS = 256
 """Columns of a program: chunks of sequences."""
 GRADIENT_COLUMNS = 32
 WARPS = 4
-SIDE = 64
-"""Rows and columns of a tile that is turned on chip."""
+SIDE, TURN_WARPS = 64, 8
+"""Rows and columns of a tile that is turned on chip, and warps that turn it."""
 
 
 @entry(do_not_specialize=["x_b", "x_r", "rows", "columns", "row"])
@@ -153,7 +153,7 @@ def _turned(x_BRC: Tensor, row: int) -> Tensor:
     batch, rows, columns = x.shape
     out = x.new_empty(batch, columns, row)
     grid = batch * -(-columns // SIDE) * -(-row // SIDE)
-    turn_kernel[(grid,)](x, out, x.stride(0), x.stride(1), rows, columns, row, SIDE=SIDE, num_warps=WARPS)
+    turn_kernel[(grid,)](x, out, x.stride(0), x.stride(1), rows, columns, row, SIDE=SIDE, num_warps=TURN_WARPS)
     return out
 
 
