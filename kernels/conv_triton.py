@@ -1,13 +1,13 @@
 """The short causal depthwise convolution in Triton, with its SiLU; a launch forward, one and a sum backward, one to decode.
 
-A program owns a tile of tokens and channels of one sequence and reads it once for every tap, of which all but the first
-reading come from the cache. Backward recomputes what went into the SiLU at each of the K later tokens that an input
-reaches, K^2 products in all, rather than write it to memory.
+A warp owns a run of tokens of one sequence and some channels, and walks along time: the last K inputs of a channel, and backward
+the last K gradients too, are a thread's registers, so that everything is read once and every SiLU made once. Tokens are asked
+for several at a time, which is what hides the memory's latency.
 
 Bytes: forward reads x and writes y, backward reads x and dy and writes dx.
 
-Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, M members (each B / M sequences); L tokens
-and C channels of a tile.
+Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, M members (each B / M sequences); C channels of
+a program.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _last(rows, LENGTH: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _convolve(rows, weights, bias_C, u: tl.constexpr, TAPS: tl.constexpr):
-    """bias + sum_j weight_j x_{t-K+1+j}, where rows[u] is x_{t-K+1}."""
+    """The sum bias + sum_j weight_j x_{t-K+1+j}, where rows[u] is x_{t-K+1}."""
     z_C = bias_C
     for tap in tl.static_range(TAPS):
         z_C += rows[u + tap] * weights[tap]
@@ -129,7 +129,7 @@ def _before_silu(dy_C, rows, weights, bias_C, u: tl.constexpr, TAPS: tl.constexp
 
 @triton.jit
 def _store_gradient(dx_ptr, gradients, weights, u: tl.constexpr, token, first, channel_C, n_tokens, width, TAPS: tl.constexpr):
-    """dx of a token from dz of it and the next ones, gradients[u] and on, if it is one of the run's."""
+    """The gradient dx of a token from dz of it and the next ones, gradients[u] and on, if it is one of the run's."""
     dx_C = gradients[u] * weights[TAPS - 1]
     for ahead in tl.static_range(1, TAPS):
         dx_C += gradients[u + ahead] * weights[TAPS - 1 - ahead]
@@ -145,8 +145,7 @@ def short_conv_backward(
 ):  # fmt: skip
     """RUN tokens of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward.
 
-    A thread walks along time with the last inputs and gradients of its channels in registers, so that each is read once, and
-    each SiLU made once; the K - 1 tokens behind the run give the rest of its last tokens' gradients.
+    The K - 1 tokens behind the run give the rest of its last tokens' gradients.
     """
     run, sequence, first, channel_C = _place(n_tokens, width, RUN, CHANNELS)
     member = sequence // sequences_per_member
@@ -158,7 +157,7 @@ def short_conv_backward(
     before = _tokens(x_ptr, x_stride, first - (TAPS - 1), channel_C, n_tokens, width, TAPS - 1)
     none_C = tl.zeros([CHANNELS], tl.float32)
     shares, behind = (none_C,), ()
-    for tap in tl.static_range(TAPS):
+    for _ in tl.static_range(TAPS):
         shares = shares + (none_C,)  # noqa: RUF005
     for _ in tl.static_range(TAPS - 1):
         behind = behind + (none_C,)  # noqa: RUF005

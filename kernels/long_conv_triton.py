@@ -124,7 +124,7 @@ def backward(dy_BTD: Tensor, x_BTD: Tensor, taps_MDL: Tensor) -> tuple[Tensor, T
 
 def _reach(n_taps: int, chunks: int) -> int:
     """Distances of blocks at which there is a tap: those of whole blocks, and one that it shares with the next."""
-    return min(chunks, triton.cdiv(n_taps - 1, CHUNK) + 1)
+    return min(chunks, -(-(n_taps - 1) // CHUNK) + 1)
 
 
 def _convolved(x_BDL: Tensor, taps_MDL: Tensor, *, back: bool = False) -> Tensor:

@@ -116,7 +116,7 @@ class ShortConv(nn.Module):
 
 
 def project(x: Tensor, weight: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """x W^T in parts of the given widths, made with spare outputs up to a multiple of eight.
+    """The map x W^T in parts of the given widths, made with spare outputs up to a multiple of eight.
 
     Tensor cores' fast products want rows that begin on 16 bytes, and so do kernels that read a part.
     """

@@ -140,7 +140,7 @@ class H3(Mixer):
         return torch.addcmul(shifted, k, self.shift_skip.to(k.dtype))
 
     def _products(self, k_BTD: Tensor, v_BTD: Tensor) -> Tensor:
-        """k v^T of each head, [B, I, J, T, H]."""
+        """The products k v^T of each head, [B, I, J, T, H]."""
         return self._split(k_BTD)[:, :, None] * self._split(v_BTD)[:, None]
 
     def _recalled(self, kv_BIJTH: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from tests.kernels.offline import Resources, compile_sm90
 def compile_kernel(kernel: Any, dtype: str, warps: int = shipped.WARPS, **constants: Any) -> Resources:
     """One specialisation."""
     pointers = dict.fromkeys(("x", "y", "dy", "taps", "out"), f"*{dtype}+") | {"sums": "*fp32+"}
-    sizes = dict.fromkeys(("batch", "width", "chunks", "reach", "rows", "columns", "row"), "i32") | dict.fromkeys(("x_b", "x_r"), "i64")
+    sizes = dict.fromkeys(("batch", "width", "chunks", "reach", "rows", "columns", "row"), "i32") | dict.fromkeys(
+        ("x_b", "x_r"), "i64"
+    )
     arguments = pointers | sizes | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
 
