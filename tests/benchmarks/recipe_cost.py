@@ -6,8 +6,8 @@ A later record's times replace an earlier one's. A step is taken apart into toke
 tokens, timed with 16 and 64 pairs, tell what a row costs, the same for all mixers, and each mixer's own cells of 64 and 256
 tokens what the rest costs, taken as linear in between. A mixer that was not timed at a width or a size of fleet counts as the
 mean share of those that were, in the middle between two widths. One seed is a fleet of four learning rates and a reported run
-alone; three seeds are a fleet of twelve and one of three, left out if no such fleet was timed. Training and its validation at every epoch: 32 epochs, no early stop,
-and no compiling, which overlaps with training where several workers share a GPU.
+alone; three seeds are a fleet of twelve and one of three, left out if no such fleet was timed. Training and its validation at
+every epoch: 32 epochs, no early stop, and no compiling, which overlaps with training where several workers share a GPU.
 """
 
 from __future__ import annotations
