@@ -52,9 +52,10 @@ def model(name: str, result: dict[str, Any]) -> JudgedModel:
 
 def planned(arguments: list[str]) -> Any:
     """The layer plan of a command line of `bench convert`."""
-    given = {name: value for name, value in zip(arguments[::2], arguments[1::2], strict=True) if name != "--set"}
-    named = {"mixer": given.get("--mixer"), "layers": given.get("--layers")}
+    pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
+    given, settings = dict(pairs), [value for name, value in pairs if name == "--set"]
     window = int(given["--window"]) if "--window" in given else None
+    named = {"mixer": given.get("--mixer"), "layers": given.get("--layers"), "settings": settings}
     return resolve_recipe(given["--recipe"], window=window, **named).plan
 
 
