@@ -106,7 +106,7 @@ def test_what_is_scored_is_what_is_generated(judged):
 def test_the_page_shows_it(judged):
     page = judged[2].read_text("utf-8")
     assert 'id="h-judged"' in page and "Paired differences" in page
-    for text in ("untrained", "window only", "mixer only", "chance", "Answers by letter", "decode tokens per second"):
+    for text in ("untrained", "window only", "mixer only", "chance", "Answers by letter", "Decode, tokens/s"):
         assert text in page
     assert 'id="h-bridge"' not in page
 
