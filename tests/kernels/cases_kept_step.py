@@ -29,7 +29,8 @@ def draw(shape: tuple[int, ...], *, device: str, dtype: torch.dtype, stored_dtyp
     sizes = (*k.shape[:2], room)
     kept_k, kept_v = (torch.randn(*sizes, width, device=device).to(stored_dtype or dtype) for width in (k_dim, v_dim))
     scores = [torch.randint(-4, 4, size, device=device).float() for size in (sizes, (*k.shape[:2], shape[3]), k.shape[:2])]
-    empty = torch.tensor([1.0, 0.5, 0.0], device=device)[:, None, None] * room > torch.arange(room, device=device)
+    share_B = torch.tensor([1.0, 0.5, 0.0], device=device).repeat(len(q))[-len(q) :]
+    empty = share_B[:, None, None] * room > torch.arange(room, device=device)
     return q, k, v, scores[2], stored, Kept(kept_k, kept_v, scores[0].masked_fill(empty, float("-inf")), scores[1])
 
 
