@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded, by the teacher beside the first case"
     )
+    parser.add_argument("--decoding", action="store_true", help="without training")
     parser.add_argument("--far-heads", default=FAR_HEADS)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -170,7 +171,7 @@ def main() -> None:
         records: list[dict[str, Any]] = []
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
         decoded = decoding(recipe, copy.deepcopy(teacher), given.contexts, beside=number == 0)
-        for record in itertools.chain(training(recipe, teacher, data, given), decoded):
+        for record in itertools.chain([] if given.decoding else training(recipe, teacher, data, given), decoded):
             records.append(record)
             given.out.write_text(json.dumps(content, indent=1))
             print(json.dumps({key: value for key, value in record.items() if key in SHOWN}), flush=True)
