@@ -63,7 +63,7 @@ def built(name: str, report: dict[str, Any], teacher: Any) -> Any:
 def main() -> None:
     """Measures every plan once; writes after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("judged", nargs="+", type=Path, help="folders of `convert_quality judge`")
+    parser.add_argument("judged", nargs="+", type=Path, help="folders of `convert_quality judge`, or files of them")
     parser.add_argument("--model", required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--out", type=Path, required=True)
@@ -72,8 +72,12 @@ def main() -> None:
     # On the CPU until its turn: a peak of GPU memory is that of one model.
     teacher: Any = pretrained.load(given.model, dtype=torch.bfloat16, device="cpu")[0].requires_grad_(False)
     size = replace(SIZES[device], measured=tuple(given.lengths))
-    found = {path.stem: json.loads(path.read_text())["report"] for folder in given.judged for path in sorted(folder.glob("*.json"))}
-    found = {"teacher": {}} | found
+    paths = [
+        path
+        for given_path in given.judged
+        for path in ([given_path] if given_path.is_file() else sorted(given_path.glob("*.json")))
+    ]
+    found = {"teacher": {}} | {path.stem: json.loads(path.read_text())["report"] for path in paths}
     content: dict[str, Any] = {"commit": provenance.git_state()[0], "versions": provenance.versions(), "precision": "bf16"}
     content |= {"device": torch.cuda.get_device_name() if device == "cuda" else provenance.cpu_name(), "models": {}}
     measured: dict[str, list[dict[str, Any]]] = {}
