@@ -54,25 +54,25 @@ class Descriptor:
 
 
 class Shared:
-    """A view of shared memory; `unfenced` is common to all views of an allocation."""
+    """A view of shared memory; `unfenced` is common to all views of an allocation, a number has `size` bytes."""
 
-    def __init__(self, x: Tensor, unfenced: set[int]):
-        self.x, self.unfenced = x, unfenced
+    def __init__(self, x: Tensor, unfenced: set[int], size: int = 2):
+        self.x, self.unfenced, self.size = x, unfenced, size
 
     def index(self, i: Any) -> Shared:
-        return Shared(self.x[int(i)], self.unfenced)
+        return Shared(self.x[int(i)], self.unfenced, self.size)
 
     def permute(self, order: list[int]) -> Shared:
-        return Shared(self.x.permute(order), self.unfenced)
+        return Shared(self.x.permute(order), self.unfenced, self.size)
 
     def reshape(self, shape: list[int]) -> Shared:
-        return Shared(self.x.view(shape), self.unfenced)
+        return Shared(self.x.view(shape), self.unfenced, self.size)
 
     def _reinterpret(self, _: Any, shape: list[int], __: Any) -> Shared:
         return self.reshape(shape)
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.x.narrow(dim, start, length), self.unfenced)
+        return Shared(self.x.narrow(dim, start, length), self.unfenced, self.size)
 
     def load(self, _: Any) -> Tensor:
         return self.x.clone()
@@ -217,7 +217,7 @@ class Program:
         if layout == "barrier":
             bars = [Barrier() for _ in range(shape[0])]
             return types.SimpleNamespace(index=bars.__getitem__)
-        return Shared(torch.full(shape, float("nan"), dtype=torch.float64), self.unfenced)
+        return Shared(torch.full(shape, float("nan"), dtype=torch.float64), self.unfenced, 4 if dtype == torch.float32 else 2)
 
     def fence(self) -> None:
         self.unfenced.clear()
@@ -255,7 +255,7 @@ class Program:
         if not bar.copies:
             return
         assert int(phase) == bar.phase % 2, "waits for another phase"
-        assert bar.expected == sum(2 * target.x.numel() for *_, target in bar.copies), "bytes"
+        assert bar.expected == sum(target.size * target.x.numel() for *_, target in bar.copies), "bytes"
         for source, at, target in bar.copies:
             target.x.zero_()
             part, block = source.inside(at, target.x)

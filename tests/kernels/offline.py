@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kernels.assembler import _installed, version_of
-from tests.kernels.sass import disassembled, unwritten
+from tests.kernels.sass import disassembled, unwaited, unwritten
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
     listing, said = disassembled(ptx, newest_assembler())
-    assert not (found := unwritten(listing)), found
+    assert not (found := [*unwritten(listing), *unwaited(listing)]), found
     return Resources(*_assemble(ptx), compiled.metadata.shared, ptx, "wgmma.mma_async instructions are serialized" in said)
 
 
