@@ -146,7 +146,14 @@ def test_memory_is_given_back_in_between(add: Any) -> None:
         repeated(torch.ones(4))
     (plan,) = repeated.plans.values()
     assert isinstance(plan, Plan)
-    assert [dead for _, dead in plan.steps] == [(), (1,), (2,)]
+    assert [line.split(" = ")[0].strip() for line in plan.source.splitlines()[1:]] == [
+        "t1",
+        "t2",
+        "del t1",
+        "t3",
+        "del t2",
+        "return t3",
+    ]
 
 
 def test_descriptions_do_not_pile_up(add: Any) -> None:
