@@ -5,14 +5,11 @@ Shape legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
-
-ALIGNED = 128
-"""Bytes on which each part starts; the tensor memory accelerator wants 16."""
 
 Part = tuple[Sequence[int], torch.dtype]
 
@@ -29,17 +26,27 @@ def memory_for(parts: Sequence[Part], like: Tensor) -> Tensor:
     return like.new_empty(like.shape[0], sum(_row_bytes(part) for part in parts), dtype=torch.uint8)
 
 
-def parts_of(memory: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
-    """The parts that lie in memory made for them, each dense."""
-    at, (batch, _) = 0, memory.shape
-    flat = memory.view(-1)
-    for shape, dtype in parts:
+def parts_of(memory: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """The parts that lie in memory made for them, each dense.
+
+    They lie one behind the other without gaps, first those whose rows are multiples of the largest power of two, so that each
+    starts on a multiple of its own.
+    """
+    flat, at = memory.view(-1), 0
+    found: dict[int, Tensor] = {}
+    for number in sorted(range(len(parts)), key=lambda number: -_power_of_two(_row_bytes(parts[number]))):
+        shape, dtype = parts[number]
         size = dtype.itemsize * prod(shape)
-        yield flat[at : at + size].view(dtype).view(*shape)
-        at += batch * _row_bytes((shape, dtype))
+        found[number] = flat[at : at + size].view(dtype).view(*shape)
+        at += size
+    return [found[number] for number in range(len(parts))]
 
 
 def _row_bytes(part: Part) -> int:
     shape, dtype = part
-    size = dtype.itemsize * prod(shape)
-    return -(-size // (max(1, shape[0]) * ALIGNED)) * ALIGNED if size else 0
+    return dtype.itemsize * prod(shape[1:]) if shape[0] else 0
+
+
+def _power_of_two(size: int) -> int:
+    """The largest that divides it."""
+    return size & -size
