@@ -220,7 +220,7 @@ def _shares_memory(x: Tensor, of: Tensor) -> bool:
 
 
 def _described(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What a plan depends on; None where nothing is repeated."""
+    """What a plan depends on; None where nothing is repeated. Strides of dense tensors follow from their shapes."""
     key: list[Any] = []
     index = FIRST_DEVICE - 1
     for x in args:
@@ -228,7 +228,7 @@ def _described(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             index = x.get_device()
             if index < FIRST_DEVICE:
                 return None
-            key.append((index, x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
+            key += index, x.shape, x.is_contiguous() or x.stride(), x.dtype, x.data_ptr() % 16 == 0
         else:
             key.append(tuple(x) if isinstance(x, list) else x)
     if index != current_device():  # Triton launches on the current device
