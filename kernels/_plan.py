@@ -8,37 +8,19 @@ offset, and small temporaries share one allocation. Descriptors for the tensor m
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from kernels._descriptors import Described, Encoder, Place
 
 SMALL = 1 << 25
 """Bytes of temporaries up to which they share one allocation; more are given back one by one, as soon as nobody reads them."""
 ALIGNED = 256
 """Bytes on which each of them starts."""
-ENCODED = 64
-"""Addresses for which one descriptor is kept encoded; then all of them are forgotten."""
 LITERALS = (int, bool, str, type(None))
-_thread = threading.local()
-
-
-class Place(NamedTuple):
-    """A tensor of a call: the arguments come first, then what the steps make."""
-
-    at: int
-
-
-class Described(NamedTuple):
-    """A descriptor without its tensor, and the place of that."""
-
-    template: Any
-    base: Place
-    device: torch.device
 
 
 class Allocation(NamedTuple):
@@ -195,17 +177,16 @@ class _Writer:
     def _launch(self, step: Launch) -> None:
         """A launch without Triton's Python where its C function is known: nobody listens, so there is nothing to tell."""
         launcher, compiled = step.compiled.run, step.compiled
-        direct = _c_function(launcher)
-        metas = iter(getattr(getattr(compiled, "metadata", None), "tensordesc_meta", None) or ())
+        metas = list(getattr(getattr(compiled, "metadata", None), "tensordesc_meta", None) or ())
+        is_encoded = len(metas) == sum(isinstance(x, Described) for x in step.args)
+        direct = _c_function(launcher) if is_encoded else None
         args = []
         for x in step.args:
             if isinstance(x, Place):
                 args.append(self._address(x.at))
             elif isinstance(x, Described):
-                encoded: dict[int, Any] = {}
-                encode = partial(_encode, x, next(metas, None) if direct else None, encoded)
-                address = self._address(x.base.at)
-                args.append(f"*({self._name(encoded)}.get({address}) or {self._name(encode)}({address}))")
+                encoder, address = Encoder(x, metas.pop(0) if direct else None), self._address(x.base.at)
+                args.append(f"*({self._name(encoder.known)}.get({address}) or {self._name(encoder.encode)}({address}))")
             else:
                 args.append(self._text(x))
         head = [str(size) for size in step.grid]
@@ -259,46 +240,3 @@ def _c_function(launcher: Any) -> Any:
     if launch is None or hasattr(launcher, "arg_annotations") or launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
     return inspect.getclosurevars(launch).nonlocals.get("launcher") if inspect.isfunction(launch) else launch
-
-
-class _Address(NamedTuple):
-    """Stands for a tensor of which only the address is asked."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        """See `torch.Tensor.data_ptr`."""
-        return self.address
-
-
-def _encode(described: Described, meta: Any, encoded: dict[int, Any], address: int) -> Sequence[Any]:
-    """The arguments of a launch that stand for a descriptor: as Triton's C function takes them, or, without `meta`, itself."""
-    give_context(described.device)
-    made = with_base(described.template, _Address(address))
-    if meta is None:
-        found: Sequence[Any] = (made,)
-    else:
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        found = make_tensordesc_arg(made, meta)
-    if len(encoded) >= ENCODED:
-        encoded.clear()
-    encoded[address] = found
-    return found
-
-
-def with_base(descriptor: Any, base: Any) -> Any:
-    """The descriptor of another tensor of the same kind; what its class checks was checked for the first."""
-    made = object.__new__(type(descriptor))
-    made.__dict__.update(descriptor.__dict__, base=base)
-    return made
-
-
-def give_context(device: torch.device) -> None:
-    """Gives the thread a CUDA context: a launch sees to it itself, but descriptors of tensors are made before.
-
-    Autograd's thread has none where all kernels were loaded by other threads.
-    """
-    if getattr(_thread, "context", None) is None:
-        with _disable_current_modes():
-            _thread.context = torch.zeros(1, device=device)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels._ahead import Later, together
-from kernels._plan import Allocation, Described, Launch, Operation, Place, Plan, Step, View, with_base, written
+from kernels._descriptors import Described, Place, with_base
+from kernels._plan import Allocation, Launch, Operation, Plan, Step, View, written
 
 FIRST_DEVICE = 0
 """Index of the first device on which calls are repeated; a CPU, where Triton's interpreter runs kernels, is -1."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels._plan import give_context
+from kernels._descriptors import give_context
 from kernels.operands import _triton_dtype, padded
 
 if TYPE_CHECKING:
