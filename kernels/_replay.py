@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
         if func._schema.name.removeprefix("aten::") in FRESH:
             self.steps.append(Allocation(indices[0], new[0]))
         elif isinstance(found, Tensor) and new and given and isinstance(given[0], Place) and _shares_memory(found, args[0]):
-            self.steps.append(View(indices[0], given[0].at, found.data_ptr() - args[0].data_ptr(), operation))
+            self.steps.append(View(indices[0], given[0].at, _start(found) - _start(args[0]), operation))
         else:
             self.steps.append(operation)
         return found
@@ -218,6 +218,11 @@ def _listeners() -> Any:
 
 def _shares_memory(x: Tensor, of: Tensor) -> bool:
     return x.untyped_storage()._cdata == of.untyped_storage()._cdata
+
+
+def _start(x: Tensor) -> int:
+    """Bytes before it in its memory; of a tensor without elements the address would not tell."""
+    return x.storage_offset() * x.element_size()
 
 
 def _described(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
