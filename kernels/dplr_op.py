@@ -31,8 +31,7 @@ def dplr_recurrence(
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.dplr`: outputs, and the final state in fp32 or an empty tensor."""
-    o, final, *_ = _dplr(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, state_BHKV, return_state, False)
-    return o[:, 1::2], final
+    return _dplr(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK, state_BHKV, return_state, False)[:2]
 
 
 def _pair_parts(rows: tuple[int, int, int], k_dim: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> list[Part]:
@@ -60,7 +59,7 @@ def _dplr(
     return_state: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs of both tokens of each pair, the final state, the memory of the pairs, and that of `kernels.vector_gate.forward`."""
+    """Outputs, every second row of their memory; the final state; memory of the pairs, and of `kernels.vector_gate.forward`."""
     from kernels import dplr_triton
 
     with torch.cuda.device_of(v):  # Triton launches on the current device
@@ -71,7 +70,7 @@ def _dplr(
         dplr_triton.pairs((q, k, v, a, b, log_decay), (queries, keys, values, decays, erase, strength))
         inputs = (queries, keys, values, decays, strength, erase, state)
         o, final, memory = vector_gate.forward(*inputs, return_state=return_state, keep=keep)
-    return o, final, pairs, memory
+        return o[:, 1::2], final, pairs, memory
 
 
 @_dplr.register_fake
@@ -81,7 +80,7 @@ def _(q, k, v, a, b, log_decay, state, return_state, keep) -> Four:
     values = v.new_empty(v.shape[0], 2 * v.shape[1], *v.shape[2:])
     queries, keys = (values.new_empty(*values.shape[:3], k.shape[3], dtype=parts[i][1]) for i in range(2))
     memory = vector_gate.kept_memory(queries, keys, values, delta=True, keep=keep)
-    return values, v.new_empty(final, dtype=torch.float32), memory_for(parts, k), memory
+    return values[:, 1::2], v.new_empty(final, dtype=torch.float32), memory_for(parts, k), memory
 
 
 @operator("mixer_bench::dplr_backward")
@@ -100,9 +99,9 @@ def _dplr_backward(
     from kernels import dplr_triton
 
     with torch.cuda.device_of(do):
-        batch, twice, heads, _ = do.shape
-        parts = _pair_parts((batch, twice // 2, heads), k_dim, (queries_dtype, keys_dtype, decays_dtype))
+        parts = _pair_parts(do.shape[:3], k_dim, (queries_dtype, keys_dtype, decays_dtype))
         queries, keys, erase, decays, strength = parts_of(pairs, parts)
+        do = dplr_triton.spread(do)
         inputs = (queries, keys, do, decays, strength, erase, state)
         dq, dk, dv, dgate, _, derase, dstate = vector_gate.backward(*inputs, memory, do, dfinal)
         return *dplr_triton.halves(dq, dk, dv, dgate, derase), dstate
@@ -110,8 +109,7 @@ def _dplr_backward(
 
 @_dplr_backward.register_fake
 def _(pairs, state, memory, do, dfinal, k_dim, queries_dtype, keys_dtype, decays_dtype) -> tuple[Tensor, ...]:
-    batch, twice, heads, v_dim = do.shape
-    rows = (batch, twice // 2, heads)
+    *rows, v_dim = do.shape
     dtypes = (queries_dtype, keys_dtype, None, keys_dtype, keys_dtype, decays_dtype)
     found = (do.new_empty(*rows, v_dim if dtype is None else k_dim, dtype=dtype or do.dtype) for dtype in dtypes)
     return *found, do.new_empty(0 if state is None else state.shape, dtype=torch.float32)

@@ -80,6 +80,28 @@ def halves_kernel(
     _half(decays, log_decay, row_R, first_R, 1, key_K, inside_RK, K)
 
 
+@entry
+def spread_kernel(
+    source, target, n_rows: tl.int64, heads: tl.int32, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Rows of tokens as those of the second token of each pair, zeros as the first's. Grid: (rows / ROWS,)."""
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_R = 2 * (row_R // heads) * heads + row_R % heads
+    value_V = tl.arange(0, BV)
+    inside_RV = (row_R < n_rows)[:, None] & (value_V < V)[None, :]
+    _copy(source, target, row_R, first_R, first_R + heads, 1, 1, value_V, inside_RV, V)
+
+
+def spread(x_BTHV: Tensor) -> Tensor:
+    """[B, 2 T, H, V]: zeros, then the row of a token, for each."""
+    batch, length, heads, v_dim = x_BTHV.shape
+    found, rows = x_BTHV.new_empty(batch, 2 * length, heads, v_dim), batch * length * heads
+    spread_kernel[(triton.cdiv(rows, ROWS),)](
+        x_BTHV.contiguous(), found, rows, heads, V=v_dim, BV=triton.next_power_of_2(v_dim), ROWS=ROWS, num_warps=4
+    )
+    return found
+
+
 def pairs(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
     """Writes queries, keys, values, log decays, keys of the erasure and write strengths of 1, all dense, [B, 2 T, H, ...].
 

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from kernels import vector_gate_config, walk
-from kernels.dplr_triton import ROWS, halves_kernel, pairs_kernel
+from kernels.dplr_triton import ROWS, halves_kernel, pairs_kernel, spread_kernel
 from kernels.vector_gate_gradient import gradient_kernel
 from kernels.vector_gate_prepare import prepare_kernel
 from kernels.vector_gate_solve import solve_kernel
@@ -118,7 +118,8 @@ def test_every_configuration_compiles(name: str, width: int, delta: bool, dtype:
 def test_pairs_of_tokens(dtype: torch.dtype, width: int):
     pointer, _ = DTYPES[dtype]
     sizes = {"K": width, "V": width, "BK": width, "BV": width, "ROWS": ROWS}
-    for kernel in (pairs_kernel, halves_kernel):
+    for kernel in (pairs_kernel, halves_kernel, spread_kernel):
         arguments: dict[str, Any] = {p.name: p.annotation_type or pointer for p in kernel.params if not p.is_constexpr}
         arguments |= {name: "*fp32+" for name in ("log_decay", "decays", "strength") if name in arguments}
-        assert compile_sm90(kernel, arguments | sizes, warps=4).spilled == 0
+        constants = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+        assert compile_sm90(kernel, arguments | constants, warps=4).spilled == 0
