@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bench.errors import UserError, unknown
 from bench.provenance import cpu_name
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,16 @@ def resolve_device(wanted: str) -> Device:
             "--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch."
         )
     return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels (no CUDA device was found).")
+
+
+def taken_by_others(device: torch.device) -> int:
+    """Bytes of a GPU's memory that other processes hold; none on a CPU."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
 def compiles(device: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.claims import Claims
-from bench.device import compiles
+from bench.device import compiles, taken_by_others
 from bench.member import Member
 from bench.outcome import Clock, Outcome, identity_of, make_record
 from bench.records import RunRecord
@@ -29,6 +30,10 @@ MAX_MICRO_BATCHES = 8
 PROGRESS_FILE_SECONDS = 2.0
 CHECKPOINT_SECONDS = 60.0
 """Training that a killed process loses at most; `BENCH_CHECKPOINT_SECONDS` changes it."""
+CROWD = 1 << 30
+"""Bytes of a GPU that others hold from which on a lack of memory may be theirs, not the fleet's."""
+PATIENCE, LOOKS, LOOK_SECONDS = 4, 24, 5.0
+"""How often a fleet waits for them before it is halved, and how long each time at most."""
 
 Tell = Callable[[str, Any], None]
 
@@ -46,7 +51,8 @@ def execute(
 
     A run is claimed first, so that no other process trains it at the same time, and left alone if its record is there already.
     Members whose checkpoints are at different steps are trained one group after another. A fleet that does not fit the
-    memory, or in which something fails, is trained in halves; a single run that does not fit, with its batch in parts.
+    memory, or in which something fails, is trained in halves; a single run that does not fit, with its batch in parts. Where
+    other processes hold memory of the same GPU, it first waits for theirs, a few times.
 
     Args:
         specs: runs that differ in seed and learning rate only.
@@ -76,8 +82,8 @@ Checkpoint = dict[str, Any]
 
 
 def _is_memory(error: Exception) -> bool:
-    """Whether the device's memory was short; a driver that has none left for a graph or a kernel says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
+    """Whether the device's memory was short; where there is none left for a graph or a kernel, words only say so."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(r"CUDA\b.*out of memory", str(error)))
 
 
 def _one_line(error: Exception) -> str:
@@ -95,6 +101,7 @@ class _Job:
     def __init__(self, device: torch.device, store: Store, claims: Claims, tell: Tell, should_stop: Callable[[], bool]) -> None:
         self.device, self.store, self.claims, self.tell, self.should_stop = device, store, claims, tell, should_stop
         self.compiled = compiles(device.type)
+        self.patience = PATIENCE
         self.ended: set[str] = set()
         self.unsound: set[str] = set()
 
@@ -134,6 +141,8 @@ class _Job:
                     self.compiled = False
                     self.tell("note", f"Goes on without torch.compile, which failed: {_one_line(error)}")
                     groups.insert(0, left)
+                elif memory and self.made_room():
+                    groups.insert(0, left)
                 elif len(left) > 1:
                     half = len(left) // 2
                     groups[:0] = [left[:half], left[half:]]
@@ -142,6 +151,18 @@ class _Job:
                     groups.insert(0, left)
                 else:
                     self.fail(left[0][0], error, parts)
+        return True
+
+    def made_room(self) -> bool:
+        """Waits until processes that share the GPU hold less; whether it is worth another try as it is."""
+        taken = taken_by_others(self.device)
+        if taken < CROWD or self.patience == 0:
+            return False
+        self.patience -= 1
+        for _ in range(LOOKS):
+            if self.stops() or taken_by_others(self.device) < 0.9 * taken:
+                break
+            time.sleep(LOOK_SECONDS)
         return True
 
     def stops(self) -> bool:

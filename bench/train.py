@@ -191,9 +191,9 @@ class FleetTrainer:
             if stopped():
                 raise Interrupted(self.checkpoints())
             self.fleet.rehearse(cell)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # a fleet that compiles or waits leaves the memory to those that train
         self._compile_seconds = time.monotonic() - began
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # a fleet that waits leaves the memory to those that train
         if turn is not None and not turn.take(stopped):
             raise Interrupted(self.checkpoints())
 

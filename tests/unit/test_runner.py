@@ -99,7 +99,7 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
 ) -> None:
     """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
     original = StackedFleet.step_on
-    errors = itertools.cycle([torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: out of memory\nSearch for it")])
+    errors = itertools.cycle(map(error_of_memory, range(3)))
 
     def limited(self: StackedFleet, *arguments: object) -> None:
         limit = 2 if fits == 0.5 else fits
@@ -112,6 +112,37 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
     assert {record.status for record in records} == {status}
     assert {record.fleet_size for record in records} == sizes
     assert max(record.micro_batches for record in records) == parts
+
+
+def error_of_memory(kind: int) -> RuntimeError:
+    """What torch, its driver's and Triton's launches say where memory is short."""
+    words = "CUDA error: out of memory\nSearch for it", "Triton Error [CUDA]: out of memory"
+    return RuntimeError(words[kind - 1]) if kind else torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize(("held", "size"), [([9, 9, 1], 3), ([9] * 99, 2)])
+def test_memory_that_others_hold_is_waited_for_before_a_fleet_is_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: list[int], size: int
+) -> None:
+    """Others hold so many GiB at each look; while they hold more than one, three models do not fit."""
+    original, looks, now = StackedFleet.step_on, iter(held), [9]
+
+    def look(_: torch.device) -> int:
+        now[0] = next(looks)
+        return now[0] << 30
+
+    def limited(self: StackedFleet, *arguments: object) -> None:
+        if len(self.model) > 2 and now[0] > 1:
+            raise error_of_memory(0)
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "taken_by_others", look)
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "LOOKS", 3)
+    monkeypatch.setattr(StackedFleet, "step_on", limited)
+    records = execute(tmp_path, *(spec(seed=seed) for seed in range(3)))
+    assert {record.status for record in records} == {"done"}
+    assert max(record.fleet_size for record in records) == size
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
