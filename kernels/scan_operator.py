@@ -109,6 +109,20 @@ def _differentiate(ctx, dy_BTD: Tensor | None, dfinal_BDN: Tensor | None, _dstat
 selective_scan_operator.register_autograd(_differentiate, setup_context=_save, keep=True)
 
 
+@selective_scan_operator.register_sizes
+def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> list[tuple[Any, ...]]:
+    """Few channels are scanned by kernels of their own, and long rows of them in segments."""
+    channels = min(x_BTD.shape[2], 64 + x_BTD.shape[2] % 16)  # kernels ask whether 16 divides it
+    rate_DN, bias_D, skip_D = (None if x is None else x[:1, :channels] for x in (rate_MDN, bias_MD, skip_MD))
+    found = []
+    for sizes in (Sizes(1, 16, 1, 1), Sizes(1, 4096, 1, 1), Sizes(1024, 16, 1, 1)):
+        x, dt, gate = (sizes.of(None if t is None else t[..., :channels], "BT") for t in (x_BTD, dt_BTD, gate_BTD))
+        b, c = sizes.of(b_BTN, "BT"), sizes.of(c_BTN, "BT")
+        start = sizes.of(None if start_BDN is None else start_BDN[:, :channels], "B")
+        found.append((x, dt, rate_DN, b, c, start, bias_D, skip_D, gate, keep))
+    return found
+
+
 @selective_scan_operator.register_vmap
 def _(info, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     *tensors, keep = arguments

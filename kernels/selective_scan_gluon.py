@@ -53,7 +53,7 @@ def fetch(ptr, first, stride, n_tokens, columns, start, L: gl.constexpr, COLUMNS
 @gluon.jit
 def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
     """softplus(raw dt + bias), and 0 beyond the end."""
-    raw_LC += bias_C[None, :]
+    raw_LC = raw_LC + bias_C[None, :]
     high_LC = gl.maximum(raw_LC, 0.0)
     dt_LC = high_LC + log_1p(gl.exp2((raw_LC - 2.0 * high_LC) * LOG2_E))  # max(x, 0) + log(1 + exp(-|x|))
     token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))

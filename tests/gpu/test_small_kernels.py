@@ -116,7 +116,9 @@ def test_cross_entropy_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 8, 1, 2), (3, 17, 40, 3), (2, 300, 256, 16), (70_000, 2, 5, 1), (1, 5000, 33, 64)])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 1, 2), (3, 17, 40, 3), (2, 300, 256, 16), (1, 1000, 72, 16), (70_000, 2, 5, 1), (1, 5000, 33, 64)]
+)
 def test_selective_scan(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     cases_selective_scan.check(shape, "cuda", dtype)
     cases_selective_scan.check_gated(shape, "cuda", dtype)

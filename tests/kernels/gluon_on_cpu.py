@@ -106,20 +106,24 @@ class Program:
         self.own = threading.local()
         self.turn = threading.Condition()
         self.alive, self.failed = 1, []
-        numbers = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32}
+        numbers = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bfloat16": torch.float64}
         self.gl = types.SimpleNamespace(
             **numbers,
             constexpr=None,
             program_id=lambda _: torch.tensor(index),
             arange=lambda start, stop, _=None: torch.arange(start, stop),
             zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=torch.float64),
+            full=lambda shape, x, *_: torch.full(shape, x, dtype=torch.float64),
             where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
             minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             exp2=torch.exp2,
             log=torch.log,
             sum=lambda x, axis: x.sum(axis),
-            convert_layout=lambda x, _: x,
+            fma=lambda a, b, c: a * b + c,
+            join=lambda a, b: torch.stack((a, b), -1),
+            split=lambda x: (x[..., 0], x[..., 1]),
+            convert_layout=lambda x, *_, **__: x,
             static_range=range,
             load=self.load,
             store=self.store,
@@ -130,6 +134,8 @@ class Program:
                     "SliceLayout",
                     "BlockedLayout",
                     "DotOperandLayout",
+                    "DistributedLinearLayout",
+                    "SharedLinearLayout",
                     "NVMMADistributedLayout",
                     "NVMMASharedLayout",
                     "SwizzledSharedLayout",
@@ -260,8 +266,8 @@ class Program:
         return self.products[-1]
 
     @staticmethod
-    def small_product(a: Tensor, b: Tensor, sums: Tensor) -> Tensor:
-        return a @ b + sums
+    def small_product(a: Tensor, b: Tensor, sums: Tensor, input_precision: str | None = None) -> Tensor:
+        return a.double() @ b.double() + sums
 
     def products_wait(self, pending: int, results: list[Any]) -> Any:
         while len(self.products) > pending:

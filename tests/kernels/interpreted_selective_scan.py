@@ -5,12 +5,21 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import selective_scan_gluon, selective_scan_launch
+from kernels import (
+    selective_scan_gluon,
+    selective_scan_launch,
+    selective_scan_quads,
+    selective_scan_quads_backward,
+    selective_scan_quads_forward,
+)
+from kernels import selective_scan_segments as segments
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
 from kernels.selective_scan_rows import over_channels
 from tests.kernels import cases_selective_scan as cases
 from tests.kernels.gluon_on_cpu import OnCpu
+
+QUADS = (selective_scan_gluon, selective_scan_quads, selective_scan_quads_backward, selective_scan_quads_forward, segments)
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +30,50 @@ def _narrow_programs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selective_scan_gluon, "selective_scan_forward", forward)
 
 
+@pytest.fixture
+def four_lanes(monkeypatch: pytest.MonkeyPatch):
+    """Kernels for few channels, in programs of one warp, in fp32 too: what they round to bf16 is not rounded here."""
+    monkeypatch.setattr(selective_scan_launch, "few_channels", lambda *_: True)
+    monkeypatch.setattr(selective_scan_launch, "CHANNELS", 8)
+    for module, name in ((selective_scan_launch, "QUAD_WARPS"), (segments, "WARPS")):
+        monkeypatch.setattr(module, name, 1)
+    for module, name in (
+        (selective_scan_quads_forward, "quads_forward"),
+        (selective_scan_quads_backward, "quads_backward"),
+        (segments, "segment_ends"),
+    ):
+        monkeypatch.setattr(module, name, OnCpu(getattr(module, name), QUADS))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 16, 4, 1), (1, 33, 5, 3)])
 def test_shapes(shape: tuple[int, int, int, int]):
     cases.check(shape, "cpu", torch.float32)
     cases.check_gated(shape, "cpu", torch.float32)
+
+
+@pytest.mark.usefixtures("four_lanes")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 33, 9, 16)])
+def test_shapes_of_few_channels(shape: tuple[int, int, int, int]):
+    cases.check(shape, "cpu", torch.float32)
+    cases.check_gated(shape, "cpu", torch.float32)
+
+
+@pytest.mark.usefixtures("four_lanes")
+@pytest.mark.parametrize("programs", [2, 64])
+def test_segments(programs: int, monkeypatch: pytest.MonkeyPatch):
+    """Of three tiles and the ragged rest, and of one; states and their gradients enter from both ends."""
+    monkeypatch.setattr(segments, "PROGRAMS", programs)
+    monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 1)
+    assert segments.share_out(1, 5, 1) == ((2, 3) if programs == 2 else (5, 1))
+    cases.check((1, 65, 5, 3), "cpu", torch.float32)
+    cases.check_gated((1, 65, 5, 3), "cpu", torch.float32)
+
+
+@pytest.mark.usefixtures("four_lanes")
+def test_segments_of_members_with_strong_decay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 1)
+    cases.check_members("cpu")
+    cases.check((2, 40, 3, 2), "cpu", torch.float32, strength=10.0)
 
 
 @pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])

@@ -13,7 +13,10 @@ from kernels.scan_operator import CHANNELS, TILE
 from kernels.scan_segments_triton import segments_kernel
 from kernels.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
 from kernels.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
-from kernels.selective_scan_launch import WARPS
+from kernels.selective_scan_launch import QUAD_WARPS, WARPS, few_channels
+from kernels.selective_scan_quads_backward import quads_backward
+from kernels.selective_scan_quads_forward import quads_forward
+from kernels.selective_scan_segments import BLOCK, ENOUGH, PROGRAMS, SHORTEST_SEGMENT, enter_segments, segment_ends, share_out
 from kernels.selective_scan_triton import selective_scan_backward
 from kernels.selective_scan_turn_triton import STATES, TOKENS, turn_kernel
 from tests.kernels.offline import compile_sm90
@@ -67,6 +70,67 @@ def test_backward_exchanges_values_only_to_sum_over_channels(dtype: str, gated: 
         assert exchanges == 2 * TILE * 5  # db and dc of every token of a tile, in five steps
     else:
         assert exchanges <= TILE, "the sums are products"
+
+
+def compiled_quads(kernel, dtype: str, *, gated: bool, **constants: bool):
+    """x, y, b, c, the gate and raw time steps in `dtype`, parts of sums in bf16, the rest in fp32."""
+    narrow = ("x", "dx", "y", "dy", "b", "c", "gate", "dgate", *(("dt", "ddt") if gated else ()))
+    every = {name: "*fp32+" for name in kernel.arg_names if name.endswith("_ptr")} | {f"{name}_ptr": dtype for name in narrow}
+    every |= dict.fromkeys(("db_ptr", "dc_ptr"), "*bf16+") | SIZES | dict.fromkeys(("width", "n_states", "gate_stride"), "i32+")
+    every |= dict.fromkeys(("segment_tiles", "state_stride", "channel_stride"), "i32") | constants
+    every |= {"GATED": gated, "C": CHANNELS, "L": TILE, "WARPS": QUAD_WARPS}
+    return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=QUAD_WARPS)
+
+
+MORE_QUADS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("*bf16+", False), ("*fp16+", True), ("*fp16+", False))]
+
+
+@pytest.mark.parametrize(("dtype", "gated"), [("*bf16+", True), *MORE_QUADS])
+def test_few_channels_are_summed_by_tensor_cores(dtype: str, gated: bool):
+    forward = compiled_quads(quads_forward, dtype, gated=gated, KEEP=True)
+    assert forward.spilled == 0
+    assert forward.registers <= 128
+    assert forward.shared <= 227 * 1024 // 4
+    assert forward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == TILE
+    assert "shfl" not in forward.ptx
+    backward = compiled_quads(quads_backward, dtype, gated=gated)
+    assert backward.spilled <= (260 if gated else 130)
+    assert backward.shared <= 227 * 1024 // 2
+    # two or three sums over states of a token; two over channels, in two products for each of a warp's tokens
+    assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == TILE * (2 + gated) + 4 * TILE // QUAD_WARPS
+    # bias and skip are summed over the tile's tokens
+    assert ("shfl" in backward.ptx) == gated
+
+
+@pytest.mark.parametrize("reverse", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ends_of_segments_stay_inside_of_threads(reverse: bool):
+    assert compiled_quads(segment_ends, "*bf16+", gated=True, REVERSE=reverse).spilled == 0
+    every = SIZES | {name: "*fp32+" for name in enter_segments.arg_names if name.endswith("_ptr")}
+    every |= {"FIRST": True, "REVERSE": reverse, "BLOCK": BLOCK}
+    used = compile_sm90(enter_segments, {name: every[name] for name in enter_segments.arg_names}, warps=4)
+    assert used.spilled == used.shared == 0
+
+
+def test_segments_are_cut_where_few_programs_are_left():
+    assert share_out(ENOUGH, 1000, 1) == (1, 1000)
+    assert share_out(1, 2 * SHORTEST_SEGMENT - 1, 1) == (1, 2 * SHORTEST_SEGMENT - 1)
+    n_segments, tiles = share_out(1, 100_000, 1)
+    assert PROGRAMS // 2 <= n_segments <= PROGRAMS
+    assert (n_segments - 1) * tiles < 100_000 <= n_segments * tiles
+
+
+@pytest.mark.parametrize(
+    ("batch", "n_states", "dtype", "few"),
+    [
+        (2, 16, torch.bfloat16, True),
+        (8, 16, torch.bfloat16, False),
+        (2, 16, torch.float32, False),
+        (2, 32, torch.float16, False),
+    ],
+)
+def test_channels_are_few_below_a_full_device(batch: int, n_states: int, dtype: torch.dtype, few: bool):
+    x, b = (torch.empty(batch, 5, width, dtype=dtype, device="meta") for width in (4096, n_states))
+    assert few_channels(x, b) == few
 
 
 @pytest.mark.parametrize("dtype", ["*bf16+", "*fp16+", "*fp32+"])
