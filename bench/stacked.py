@@ -115,7 +115,12 @@ class StackedModel:
 
 def compile_for_cells(function: Function) -> Function:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
+    from torch._inductor import config
+
+    from bench.long_sums import CutLongSums
+
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    config.post_grad_custom_post_pass = CutLongSums()
     return cast(Function, torch.compile(function, dynamic=False))
 
 

@@ -193,7 +193,7 @@ def _banded_by_triton(
     front, past = (0, 0) if start_B is None else (n_sinks, k.shape[-2] - q.shape[-2])
     if front:
         k, v = torch.cat((sinks[0], k), -2), torch.cat((sinks[1], v), -2)
-    return indexed_attention(q, k, v, start_B, None, None, "band", [window, n_sinks, front, past])[0]
+    return indexed_attention(q, k, v, start_B, None, "band", [window, n_sinks, front, past])[0]
 
 
 def _banded_at_once(

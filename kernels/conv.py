@@ -15,7 +15,7 @@ from kernels.dispatch import pick
 from kernels.long_conv_operator import long_conv_operator
 
 MOST_TAPS = 4
-"""Of the Triton form, whose backward makes K^2 products for every element."""
+"""Of the Triton form, whose threads keep as many inputs, gradients and sums in registers."""
 LONGEST_TOEPLITZ = 2048
 """Tokens up to which T^2 multiply-adds on tensor cores take less time than an FFT's trips to memory."""
 

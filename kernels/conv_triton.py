@@ -1,13 +1,13 @@
 """The short causal depthwise convolution in Triton, with its SiLU; a launch forward, one and a sum backward, one to decode.
 
-A program owns a tile of tokens and channels of one sequence and reads it once for every tap, of which all but the first
-reading come from the cache. Backward recomputes what went into the SiLU at each of the K later tokens that an input
-reaches, K^2 products in all, rather than write it to memory.
+A warp owns a run of tokens of one sequence and some channels, and walks along time: the last K inputs of a channel, and backward
+the last K gradients too, are a thread's registers, so that everything is read once and every SiLU made once. Tokens are asked
+for several at a time, which is what hides the memory's latency.
 
 Bytes: forward reads x and writes y, backward reads x and dy and writes dx.
 
-Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, M members (each B / M sequences); L tokens
-and C channels of a tile.
+Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, M members (each B / M sequences); C channels of
+a program.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from kernels._members import even_rows
 from kernels.parts_triton import MANY, add_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-FORWARD, BACKWARD = (16, 4), (8, 8)
-"""Tokens of a tile, and tiles that a program goes through."""
-CHANNELS = 64
+RUN, AHEAD = 64, 8
+"""Tokens that a program walks along, and how many of them it asks for at once."""
+CHANNELS, WARPS = 64, 1
 STEP_CHANNELS = 256
 LENGTHS = ("n_tokens", "sequences_per_member")
 
@@ -40,20 +40,37 @@ def _taps_of(weight_ptr, channel_C, width, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, before: tl.constexpr):
-    """X so many tokens earlier."""
-    source_L1 = token_L[:, None] - before
-    seen_LC = (source_L1 >= 0) & (source_L1 < n_tokens) & (channel_C < width)[None, :]
-    return tl.load(x_ptr + source_L1.to(tl.int64) * x_stride + channel_C[None, :], mask=seen_LC, other=0.0).to(tl.float32)
+def _token(ptr, stride, token, channel_C, n_tokens, width):
+    """The channels of one token; zero where there is none."""
+    seen_C = (channel_C < width) & (token >= 0) & (token < n_tokens)
+    return tl.load(ptr + tl.cast(token, tl.int64) * stride + channel_C, mask=seen_C, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _convolve(x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS: tl.constexpr):
-    """The tile bias + sum_j weight_j x_{t-K+1+j}."""
-    z_LC = tl.zeros([token_L.shape[0], channel_C.shape[0]], tl.float32) + bias_C[None, :]
+def _tokens(ptr, stride, first, channel_C, n_tokens, width, COUNT: tl.constexpr):
+    """COUNT tokens from `first` on, as a tuple: they are asked for together, and waited for once."""
+    found = ()
+    for u in tl.static_range(COUNT):
+        found = found + (_token(ptr, stride, first + u, channel_C, n_tokens, width),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _last(rows, LENGTH: tl.constexpr, COUNT: tl.constexpr):
+    """The last COUNT of LENGTH rows."""
+    found = ()
+    for u in tl.static_range(COUNT):
+        found = found + (rows[LENGTH - COUNT + u],)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _convolve(rows, weights, bias_C, u: tl.constexpr, TAPS: tl.constexpr):
+    """The sum bias + sum_j weight_j x_{t-K+1+j}, where rows[u] is x_{t-K+1}."""
+    z_C = bias_C
     for tap in tl.static_range(TAPS):
-        z_LC += _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, TAPS - 1 - tap) * weights[tap][None, :]
-    return z_LC
+        z_C += rows[u + tap] * weights[tap]
+    return z_C
 
 
 @triton.jit
@@ -65,81 +82,108 @@ def _bias_of(bias_ptr, channel_C, width, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _place(n_tokens, width, TILE: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of a program: its run of tiles among all, sequence, first tokens, and channels."""
+def _place(n_tokens, width, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of a program: its run of tokens among all, sequence, first token, and channels."""
     n_blocks = tl.cdiv(width, CHANNELS)
-    run, n_runs = tl.program_id(0) // n_blocks, tl.cdiv(n_tokens, TILE * RUN)
-    first_L = run % n_runs * (TILE * RUN) + tl.arange(0, TILE)
+    run, n_runs = tl.program_id(0) // n_blocks, tl.cdiv(n_tokens, RUN)
     channel_C = tl.program_id(0) % n_blocks * CHANNELS + tl.arange(0, CHANNELS)
-    return run.to(tl.int64), (run // n_runs).to(tl.int64), first_L, channel_C
+    return run.to(tl.int64), (run // n_runs).to(tl.int64), run % n_runs * RUN, channel_C
 
 
 @entry(do_not_specialize=LENGTHS)
 def short_conv_forward(
     x_ptr, x_stride, weight_ptr, bias_ptr, y_ptr,
     n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """RUN tiles of outputs. Grid: (B * runs * blocks of channels,)."""
-    _, sequence, first_L, channel_C = _place(n_tokens, width, TILE, RUN, CHANNELS)
+    """RUN tokens of outputs, AHEAD at a time. Grid: (B * runs * blocks of channels,)."""
+    _, sequence, first, channel_C = _place(n_tokens, width, RUN, CHANNELS)
     member = sequence // sequences_per_member
     x_ptr += sequence * n_tokens * x_stride
+    y_ptr += sequence * n_tokens * width
     weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
     bias_C = _bias_of(bias_ptr + member * width, channel_C, width, BIAS)
-    for turn in range(RUN):
-        token_L = first_L + turn * TILE
-        y_LC = _convolve(x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS)
-        if SILU:
-            y_LC = y_LC / (1 + tl.exp2(-y_LC * LOG2_E))
-        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-        inside_LC = (token_L < n_tokens)[:, None] & (channel_C < width)[None, :]
-        tl.store(y_ptr + place_LC, y_LC.to(y_ptr.dtype.element_ty), mask=inside_LC)
+    before = _tokens(x_ptr, x_stride, first - (TAPS - 1), channel_C, n_tokens, width, TAPS - 1)
+    for turn in range(RUN // AHEAD):
+        start = first + turn * AHEAD
+        rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
+        for u in tl.static_range(AHEAD):
+            y_C = _convolve(rows, weights, bias_C, u, TAPS)
+            if SILU:
+                y_C = y_C / (1 + tl.exp2(-y_C * LOG2_E))
+            place_C = tl.cast(start + u, tl.int64) * width + channel_C
+            tl.store(y_ptr + place_C, y_C.to(y_ptr.dtype.element_ty), mask=(channel_C < width) & (start + u < n_tokens))
+        before = _last(rows, TAPS - 1 + AHEAD, TAPS - 1)
 
 
 @triton.jit
-def _before_silu(dz_LC, x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS: tl.constexpr):
+def _before_silu(dy_C, rows, weights, bias_C, u: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr):
     """The gradient of what went into the SiLU, which is made again."""
-    z_LC = _convolve(x_ptr, x_stride, weights, bias_C, token_L, channel_C, n_tokens, width, TAPS)
-    gate_LC = 1 / (1 + tl.exp2(-z_LC * LOG2_E))
-    return dz_LC * (gate_LC * (1 + z_LC * (1 - gate_LC)))
+    dz_C = dy_C
+    if SILU:
+        z_C = _convolve(rows, weights, bias_C, u, TAPS)
+        gate_C = 1 / (1 + tl.exp2(-z_C * LOG2_E))
+        dz_C = dy_C * (gate_C * (1 + z_C * (1 - gate_C)))
+    return dz_C
+
+
+@triton.jit
+def _store_gradient(dx_ptr, gradients, weights, u: tl.constexpr, token, first, channel_C, n_tokens, width, TAPS: tl.constexpr):
+    """The gradient dx of a token from dz of it and the next ones, gradients[u] and on, if it is one of the run's."""
+    dx_C = gradients[u] * weights[TAPS - 1]
+    for ahead in tl.static_range(1, TAPS):
+        dx_C += gradients[u + ahead] * weights[TAPS - 1 - ahead]
+    mine_C = (channel_C < width) & (token >= first) & (token < n_tokens)
+    tl.store(dx_ptr + tl.cast(token, tl.int64) * width + channel_C, dx_C.to(dx_ptr.dtype.element_ty), mask=mine_C)
 
 
 @entry(do_not_specialize=LENGTHS)
 def short_conv_backward(
     dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
     n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """RUN tiles of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward."""
-    run, sequence, first_L, channel_C = _place(n_tokens, width, TILE, RUN, CHANNELS)
-    inside_C = channel_C < width
+    """RUN tokens of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward.
+
+    The K - 1 tokens behind the run give the rest of its last tokens' gradients.
+    """
+    run, sequence, first, channel_C = _place(n_tokens, width, RUN, CHANNELS)
     member = sequence // sequences_per_member
     x_ptr += sequence * n_tokens * x_stride
+    dy_ptr += sequence * n_tokens * width
+    dx_ptr += sequence * n_tokens * width
     weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
     bias_C = _bias_of(bias_ptr + member * width, channel_C, width, BIAS)
-    shares = ()
-    for _ in tl.static_range(TAPS + 1):
-        shares = shares + (tl.zeros([TILE, CHANNELS], tl.float32),)  # noqa: RUF005
-    for turn in range(RUN):
-        token_L = first_L + turn * TILE
-        place_LC = (sequence * n_tokens + token_L[:, None]) * width + channel_C[None, :]
-        dx_LC = tl.zeros([TILE, CHANNELS], tl.float32)
-        for ahead in tl.static_range(TAPS):
-            inside_LC = (token_L + ahead < n_tokens)[:, None] & inside_C[None, :]
-            dz_LC = tl.load(dy_ptr + place_LC + ahead * width, mask=inside_LC, other=0.0).to(tl.float32)
-            if SILU:
-                dz_LC = _before_silu(dz_LC, x_ptr, x_stride, weights, bias_C, token_L + ahead, channel_C, n_tokens, width, TAPS)
-            dx_LC += dz_LC * weights[TAPS - 1 - ahead][None, :]
-            if ahead == 0:
-                more = ()
-                for tap in tl.static_range(TAPS):
-                    x_LC = _inputs(x_ptr, x_stride, token_L, channel_C, n_tokens, width, TAPS - 1 - tap)
-                    more = more + (shares[tap] + dz_LC * x_LC,)  # noqa: RUF005
-                shares = more + (shares[TAPS] + dz_LC,)  # noqa: RUF005
-        inside_LC = (token_L < n_tokens)[:, None] & inside_C[None, :]
-        tl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
+    before = _tokens(x_ptr, x_stride, first - (TAPS - 1), channel_C, n_tokens, width, TAPS - 1)
+    none_C = tl.zeros([CHANNELS], tl.float32)
+    shares, behind = (none_C,), ()
+    for _ in tl.static_range(TAPS):
+        shares = shares + (none_C,)  # noqa: RUF005
+    for _ in tl.static_range(TAPS - 1):
+        behind = behind + (none_C,)  # noqa: RUF005
+    for turn in range(RUN // AHEAD):
+        start = first + turn * AHEAD
+        rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
+        own = _tokens(dy_ptr, width, start, channel_C, n_tokens, width, AHEAD)
+        gradients = behind
+        for u in tl.static_range(AHEAD):
+            dz_C = _before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU)
+            gradients = gradients + (dz_C,)  # noqa: RUF005
+            more = ()
+            for tap in tl.static_range(TAPS):
+                more = more + (shares[tap] + dz_C * rows[u + tap],)  # noqa: RUF005
+            shares = more + (shares[TAPS] + dz_C,)  # noqa: RUF005
+            _store_gradient(dx_ptr, gradients, weights, u, start + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
+        before = _last(rows, TAPS - 1 + AHEAD, TAPS - 1)
+        behind = _last(gradients, TAPS - 1 + AHEAD, TAPS - 1)
+    end = first + RUN
+    rows = before + _tokens(x_ptr, x_stride, end, channel_C, n_tokens, width, TAPS - 1)
+    own = _tokens(dy_ptr, width, end, channel_C, n_tokens, width, TAPS - 1)
+    for u in tl.static_range(TAPS - 1):
+        behind = behind + (_before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU),)  # noqa: RUF005
+        _store_gradient(dx_ptr, behind, weights, u, end + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
     for tap in tl.static_range(TAPS + 1):
-        tl.store(parts_ptr + (run * (TAPS + 1) + tap) * width + channel_C, tl.sum(shares[tap], axis=0), mask=inside_C)
+        tl.store(parts_ptr + (run * (TAPS + 1) + tap) * width + channel_C, shares[tap], mask=channel_C < width)
 
 
 @entry(do_not_specialize=["sequences_per_member"])
@@ -178,13 +222,13 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
     batch, length, width = x_BTD.shape
     y_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
-    tile, run = FORWARD
-    n_programs = batch * -(-length // (tile * run)) * -(-width // CHANNELS)
+    n_programs = batch * -(-length // RUN) * -(-width // CHANNELS)
     if n_programs:
         short_conv_forward[(n_programs,)](
             x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(), y_BTD,
             length, width, batch // weight_MDK.shape[0],
-            TAPS=weight_MDK.shape[-1], BIAS=bias_MD is not None, SILU=silu, TILE=tile, RUN=run, CHANNELS=CHANNELS,
+            TAPS=weight_MDK.shape[-1], BIAS=bias_MD is not None, SILU=silu, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
+            num_warps=WARPS,
         )  # fmt: skip
     return y_BTD
 
@@ -197,8 +241,7 @@ def backward(
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
-    tile, run = BACKWARD
-    n_runs = batch * -(-length // (tile * run))
+    n_runs = batch * -(-length // RUN)
     parts = x_BTD.new_empty(n_runs, taps + 1, width, dtype=torch.float32)
     dweight_MDK = torch.zeros_like(weight_MDK) if not parts.numel() else torch.empty_like(weight_MDK)
     dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_zeros(bias_MD.shape)
@@ -206,7 +249,8 @@ def backward(
         short_conv_backward[(n_runs * -(-width // CHANNELS),)](
             dy_BTD.contiguous(), x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(),
             dx_BTD, parts, length, width, batch // members,
-            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, TILE=tile, RUN=run, CHANNELS=CHANNELS,
+            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
+            num_warps=WARPS,
         )  # fmt: skip
         strides, own = ((taps + 1) * width, n_runs // members * (taps + 1) * width), n_runs // members
         add_parts((parts,), (dweight_MDK,), strides, own, at_once=MANY)

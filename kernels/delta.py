@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import delta_hopper_launch
+from kernels._kept import Part, memory_for, parts_of
 from kernels.operands import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
 
 
@@ -77,26 +78,43 @@ class Kept(NamedTuple):
         decays: cumulated log2 decays [B, H, N, C] in fp32, or empty.
         errors: E [B, T, H, V].
         states: the state that enters each chunk [B, H, N, K, V].
+        memory: in which all of these lie.
     """
 
     couplings: Tensor
     decays: Tensor
     errors: Tensor
     states: Tensor
+    memory: Tensor
 
 
 def kept_like(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
     """Unwritten tensors of the sizes that `forward` returns."""
+    return kept_in(kept_memory(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep), q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)
+
+
+def kept_memory(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Tensor:
+    """Unwritten memory for all of it, see `kernels._kept`."""
+    return memory_for(_kept_parts(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep), v_BTHV)
+
+
+def kept_in(memory: Tensor, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
+    """What lies in it."""
+    return Kept(*parts_of(memory, _kept_parts(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)), memory)
+
+
+def _kept_parts(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> list[Part]:
+    """Shapes and dtypes of `Kept`."""
     batch, length, heads, v_dim = v_BTHV.shape
     dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
     chunk = config_of(k_BTGK.shape[3], v_dim, dot).chunk
-    chunks = -(-length // chunk)
-    return Kept(
-        v_BTHV.new_empty(batch, heads, chunks, chunk, chunk, dtype=dot),
-        v_BTHV.new_empty(0 if log_decay is None else (batch, heads, chunks, chunk), dtype=torch.float32),
-        v_BTHV.new_empty(v_BTHV.shape if keep else 0, dtype=dot),
-        v_BTHV.new_empty((batch, heads, chunks, k_BTGK.shape[3], v_dim) if keep else 0, dtype=dot),
-    )
+    blocks, none = (batch, heads, -(-length // chunk)), (0,)
+    return [
+        ((*blocks, chunk, chunk), dot),
+        (none if log_decay is None else (*blocks, chunk), torch.float32),
+        (v_BTHV.shape if keep else none, dot),
+        ((*blocks, k_BTGK.shape[3], v_dim) if keep else none, dot),
+    ]
 
 
 def forward(
@@ -133,17 +151,15 @@ def forward(
     last = _state_like(v_BTHV, k_dim) if return_state else _nothing(v_BTHV)
     (q, k, v), _, _ = _rows(q_BTGK, k_BTGK, v_BTHV)
     beta, first = beta_BTH.contiguous(), None if state_BHKV is None else state_BHKV.contiguous()
-    gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
-    wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
-    on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
-    transposed = on_hopper and delta_hopper_launch.transposes(k_dim, kept, v)
-    if not transposed or not delta_hopper_launch.solvers_of(v.shape[3], gated=log_decay is not None):
+    gate, gated = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v)), log_decay is not None
+    wanted = {"gated": gated, "return_state": return_state, "keep": keep}
+    plan = delta_hopper_launch.plan_of(k, v, gated=gated) if delta_hopper_launch.fit(k_dim, q, k, v) else None
+    if plan is None or not plan.solvers:
         _couple(k, beta, gate, kept, _gate_kind(log_decay))
-    if transposed:
-        delta_hopper_launch.forward_transposed(q, k, v, beta, gate, kept, first, o, last, **wanted)
+    if plan is None:
+        _walk(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     else:
-        launch = delta_hopper_launch.forward if on_hopper else _walk
-        launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
+        delta_hopper_launch.forward(q, k, v, beta, gate, kept, first, o, last, plan, **wanted)
     return o, last, kept
 
 

@@ -67,6 +67,15 @@ def fetch(bar, BYTES: gl.constexpr, sources, places, targets):
 
 
 @gluon.jit
+def at_stage(buffers, index):
+    """Of buffers with a place for each stage, those of one stage."""
+    views = ()
+    for buffer in gl.static_range(len(buffers)):
+        views = views + (buffers[buffer].index(index),)  # noqa: RUF005
+    return views
+
+
+@gluon.jit
 def factors_of(beta, g, n, i, length, heads, C: gl.constexpr, GATED: gl.constexpr):
     """Beta of a chunk, zero beyond the end; its cumulated log2 decays, and the last of them."""
     t_C = n * C + i
@@ -75,12 +84,6 @@ def factors_of(beta, g, n, i, length, heads, C: gl.constexpr, GATED: gl.constexp
     if GATED:
         g_C, g_all = gl.load(g + t_C), gl.load(g + n * C + C - 1)
     return beta_C, g_C, g_all
-
-
-@gluon.jit
-def scaled(x, g_C, GATED: gl.constexpr):
-    """Rows decayed by log2 factors."""
-    return x * gl.exp2(g_C)[:, None] if GATED else x
 
 
 @gluon.jit

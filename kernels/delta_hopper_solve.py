@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.delta_hopper import thread_barrier, turned_layout
-from kernels.delta_hopper_beside import S, decays, vectors
+from kernels.delta_hopper_beside import S, bring_first, bring_next, decays, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -107,14 +107,29 @@ def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.const
 
 
 @gluon.jit
+def _solved(
+    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
+):  # fmt: skip
+    """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
+    square: gl.constexpr = turned_layout(C)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+    own = _on_diagonal(gram_CC, C)
+    thread_barrier()
+    a, h_own = _solve_diagonal(own, beta_C, g_buffer, zero, C, GATED, MERGE)
+    a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
+    own_buffer.store(h_own.to(MERGE))
+    return a, h_own
+
+
+@gluon.jit
 def solve(
     h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
     C: gl.constexpr, STAGES: gl.constexpr, SOLVER: gl.constexpr, SOLVERS: gl.constexpr, GATED: gl.constexpr,
     KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The partition that makes H of every SOLVERS-th chunk, and keeps it for training."""
-    square: gl.constexpr = turned_layout(C)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
     beta, gate = pointers[0], pointers[1]
     x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
     beta_buffer, step_buffer, g_buffer = (
@@ -123,8 +138,7 @@ def solve(
         inner[2].index(SOLVER * 3 + 4),
     )
     zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
-    none_CC = gl.zeros([C, C], gl.float32, square)
+    none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
     steps = bounds[1] - bounds[0] + 1
     first = gl.minimum(SOLVER, steps - 1)
     beta_C, step_C = vectors(beta, gate, gate_t, bounds[0] + first, length, heads, C, GATED)
@@ -139,12 +153,7 @@ def solve(
         following = bounds[0] + gl.minimum(step + SOLVERS, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         gram_CC = warpgroup_mma_wait(0, [gram])
-        x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
-        own = _on_diagonal(gram_CC, C)
-        thread_barrier()
-        a, h_own = _solve_diagonal(own, beta_buffer, g_buffer, zero, C, GATED, MERGE)
-        a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
-        own_buffer.store(h_own.to(MERGE))
+        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, zero, C, GATED, MERGE)
         mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
         if KEEP:
             tma.store_wait(0)
@@ -155,5 +164,52 @@ def solve(
         mbarrier.arrive(handed[0].index(part), count=1)
         if KEEP:
             tma.async_copy_shared_to_global(h, [chunk_0 + bounds[0] + step, 0, 0], made[0].index(part))
+    if KEEP:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def score_and_solve(
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The partition that does what `kernels.delta_hopper_beside.score` and `solve` do, without decays.
+
+    Two partitions would leave the walks too few registers for products that run on.
+    """
+    square: gl.constexpr = turned_layout(C)
+    beta, gate, _ = pointers
+    x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    steps = bounds[1] - bounds[0] + 1
+    bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, 1)
+    beta_C, _ = vectors(beta, gate, gate_t, bounds[0], length, heads, C, False)
+    for step in range(steps):
+        part, q_CK, k_CK = step % 2, rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
+        h_CC, beta_buffer = made[0].index(part), made[2].index(part)
+        mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
+        bring_next(sources, h, rows, place, bounds, chunk_0, made[0], step, BK, C, STAGES, DEPTH, WALKS, 1)
+        mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
+        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffer.store(beta_C)
+        following = bounds[0] + gl.minimum(step + 1, steps - 1)
+        beta_C, _ = vectors(beta, gate, gate_t, following, length, heads, C, False)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC, 0.0).to(DOT))
+        gram_CC = warpgroup_mma_wait(0, [gram])
+        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, zero, C, False, MERGE)
+        if KEEP:
+            tma.store_wait(0)
+        thread_barrier()
+        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(handed[0].index(part), count=1)
+        if KEEP:
+            tma.async_copy_shared_to_global(h, [chunk_0 + bounds[0] + step, 0, 0], h_CC)
     if KEEP:
         tma.store_wait(0)

@@ -16,9 +16,9 @@ from kernels import dispatch
 from kernels._arguments import BOOLS, check_arguments, check_axes
 from kernels.attention import attention, attention_reference, share_heads
 from kernels.indexed_launch import list_tile
-from kernels.sparse_index import option_names, packed
+from kernels.sparse_index import option_names
 from kernels.sparse_masks import MASKS
-from kernels.values import check_seen, check_values, is_checking
+from kernels.values import check_most, check_seen, check_values, is_checking
 from kernels.walk import MAX_WIDTH
 
 
@@ -49,12 +49,14 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
         from kernels.indexed_op import indexed_attention
 
         numbers = [options[name] for name in option_names(pattern)]
-        return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, None, None, pattern, numbers)[0]
+        return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, None, pattern, numbers)[0]
     position = torch.arange(q_BHTK.shape[2], device=q_BHTK.device)
     return _masked(backend, q_BHTK, k_BGTK, v_BGTV, MASKS[pattern](position[:, None], position, **options))
 
 
-def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN: Tensor, *, block: int) -> Tensor:
+def block_attention(
+    q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN: Tensor, *, block: int, most: int | None = None
+) -> Tensor:
     """Causal attention to the blocks of keys that each token chose.
 
     Args:
@@ -63,6 +65,8 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
         v_BGTV: values.
         chosen_BGTN: bool, whether a token reads block n, keys n * block and on; every token sees something.
         block: keys of a block.
+        most: blocks that a token chose at most, if that is known: gradients of few chosen out of many are made faster. Only the
+            checked mode looks whether it is true.
 
     Returns:
         [B, H, T, V].
@@ -76,6 +80,7 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
     if tuple(chosen_BGTN.shape) != wanted:
         raise ValueError(f"chosen has the shape {list(chosen_BGTN.shape)}; with block={block} it must be {list(wanted)}")
     check_arguments(q_BHTK, {"chosen": (chosen_BGTN, wanted)}, first="q", dtypes={"chosen": BOOLS})
+    most = _most(chosen_BGTN, most)
     tile = list_tile(q_BHTK, k_BGTK, v_BGTV)
     obstacle = _width_obstacle(k_BGTK, v_BGTV)
     if block % tile[1] and tile[1] % block:
@@ -84,11 +89,22 @@ def block_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, chosen_BGTN:
     if backend == "triton":
         from kernels.indexed_op import indexed_attention
 
-        index = packed(chosen_BGTN.flatten(0, 1), block, tile, length)
-        return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, index.words, index.tiles, "listed", [block])[0]
+        return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, chosen_BGTN.flatten(0, 1), "chosen", [block, most])[0]
     visible = chosen_BGTN.repeat_interleave(block, -1)[..., :length]
     visible = visible & torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
     return _masked(backend, q_BHTK, k_BGTK, v_BGTV, visible.repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1))
+
+
+def _most(chosen: Tensor, most: int | None) -> int:
+    """Blocks that a token chose at most, all of them if nobody said."""
+    n_blocks = chosen.shape[3]
+    if most is None:
+        return n_blocks
+    if most < 1:
+        raise ValueError(f"most={most}: a token reads at least one block")
+    if is_checking():
+        check_most(chosen, most)
+    return min(most, n_blocks)
 
 
 def choose_blocks(q_BHTK: Tensor, mean_BGNK: Tensor, position: Tensor, *, block: int, top_k: int) -> Tensor:

@@ -28,3 +28,14 @@ def product_over_rows(a_MND: Tensor, b_MNE: Tensor) -> Tensor:
     # only CUDA adds up in fp32 and keeps it
     found = torch.bmm(a.mT, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else (a.mT @ b).to(wide)
     return found.view(members, shares, *found.shape[1:]).sum(1)
+
+
+@torch.library.custom_op("mixer_bench::product_over_rows", mutates_args=())
+def product_operator(a_MND: Tensor, b_MNE: Tensor) -> Tensor:
+    """`product_over_rows` in the dtype of a; for graphs that a compiler has taken apart already, so it has no gradient."""
+    return product_over_rows(a_MND, b_MNE).to(a_MND.dtype)
+
+
+@product_operator.register_fake
+def _(a_MND: Tensor, b_MNE: Tensor) -> Tensor:
+    return a_MND.new_empty(a_MND.shape[0], a_MND.shape[2], b_MNE.shape[2])

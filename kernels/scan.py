@@ -133,7 +133,9 @@ def gated_selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """What lies between the projections of Mamba's block: (S6(x, softplus(raw dt + bias)) + skip x) silu(gate).
 
-    The Triton form makes time steps, outputs and gate where the scan has them in registers, so none is written in fp32.
+    The Triton form makes time steps, outputs and gate where the scan has them in registers. A compiler is given them apart from the
+    scan instead: it joins them with their neighbours, and the gradient of the scan alone, which has more registers, takes half the
+    time (docs/kernels_small.md).
 
     Args:
         x_BTD: input.
@@ -157,14 +159,23 @@ def gated_selective_scan(
     width = x_BTD.shape[2:]
     around = {"dt_bias": (dt_bias_D, width), "skip": (skip_D, width), "gate": (gate_BTD, x_BTD.shape)}
     _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"raw_dt": (raw_dt_BTD, x_BTD.shape)} | around)
-    if pick("selective_scan", x_BTD) == "triton":
+    if not torch.compiler.is_compiling() and pick("selective_scan", x_BTD) == "triton":
         tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
         y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
-    wide = torch.promote_types(x_BTD.dtype, torch.float32)
-    dt_BTD = F.softplus(raw_dt_BTD.to(wide) + dt_bias_D)
+    dt_BTD = time_steps(raw_dt_BTD, dt_bias_D)
     y_BTD, final_BDN = selective_scan(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
-    return ((y_BTD + skip_D * x_BTD) * F.silu(gate_BTD)).to(x_BTD.dtype), final_BDN
+    return skip_and_gate(y_BTD, x_BTD, skip_D, gate_BTD), final_BDN
+
+
+def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:
+    """softplus(raw + bias), at least in fp32."""
+    return F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)) + bias_D)
+
+
+def skip_and_gate(y: Tensor, x: Tensor, skip_D: Tensor, gate: Tensor) -> Tensor:
+    """(y + skip x) silu(gate) in the dtype of x."""
+    return (y + skip_D * x).to(x.dtype) * F.silu(gate).to(x.dtype)
 
 
 class _SelectiveScan(torch.autograd.Function):

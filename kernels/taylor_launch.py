@@ -61,6 +61,10 @@ FP32 = {
     256: Configs(*[Config(16, 16, 16, 4, 1)] * 4),
 }
 VALUE_TILE = 128
+WALKED, WALK_STEP, WALK_ROWS, WALK_WARPS, WALK_STAGES = (16, 64), 128, 32, 8, 3
+"""Widths of heads whose sequences are walked whole where they fill the chip; tokens of a step, rows of a tile, warps, stages."""
+WALKED_FROM, MULTIPROCESSORS = 2048, 132
+"""Fewest tokens of such a sequence, and how many are walked at a time on the device where that was measured."""
 # Tokens of a chunk by the width of q: features cost about K^2 / 2 rows a token, scores half a chunk of them.
 CHUNKS = {8: 256, 16: 512, 24: 1024, 32: 2048, 64: 8192}
 
@@ -132,6 +136,8 @@ def forward(
     from kernels import taylor_triton
 
     call = _call(q_BTHK, k_BTHK, v_BTHV)
+    if not (norm or last) and first is None and walks(call):
+        return _walk(call, q_BTHK, k_BTHK, v_BTHV)
     config = configs(call.v_dim, call.dot).forward
     y = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
     scale = _fresh(v_BTHV, *(call.batch, call.length, call.heads) if norm else (0,))
@@ -146,6 +152,29 @@ def forward(
         maxnreg=config.registers,
     )  # fmt: skip
     return y, scale, *entering
+
+
+def walks(call: _Call) -> bool:
+    """Whether each program walks over a sequence: long ones, as many as leave few multiprocessors idle."""
+    sequences = call.batch * call.heads
+    waves = -(-sequences // MULTIPROCESSORS)
+    fits = (call.k_dim, call.v_dim) == WALKED and call.dot == torch.bfloat16 and call.length >= WALKED_FROM
+    return fits and sequences >= 0.9 * waves * MULTIPROCESSORS
+
+
+def _walk(call: _Call, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> tuple[Tensor, ...]:
+    """What `forward` returns without a division, and without sums before or after the tokens."""
+    from kernels import taylor_walk_triton
+
+    y = torch.empty_like(v_BTHV, memory_format=torch.contiguous_format)
+    shape = (call.batch, call.heads, call.chunks, n_rows(call.k_dim), call.v_dim)
+    entering, nothing = v_BTHV.new_empty(shape, dtype=call.wide), [_fresh(v_BTHV, 0) for _ in range(4)]
+    (q, k, v), strides, unit = _rows(*_narrow(call.dot, q_BTHK, k_BTHK, v_BTHV))
+    taylor_walk_triton.walk_kernel[(call.batch * call.heads,)](
+        q, k, v, entering, y, *strides, call.length, call.heads, call.chunk, call.chunks, **call.constants(),
+        BV=product_width(call.v_dim, call.dot), F=WALK_ROWS, UNIT=unit, C=WALK_STEP, STAGES=WALK_STAGES, num_warps=WALK_WARPS,
+    )  # fmt: skip
+    return y, nothing[0], entering, *nothing[1:]
 
 
 def backward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import taylor_launch
-from kernels._ahead import other_sizes
+from kernels._ahead import Sizes, other_sizes
 from kernels._members import fold_members
 from kernels._operator import operator
 
@@ -113,8 +113,9 @@ taylor_attention.register_autograd(_differentiate, setup_context=_save)
 def _(
     q: Tensor, k: Tensor, v: Tensor, first: Any, first_norm: Any, norm: bool, eps: float, last: bool
 ) -> Iterator[tuple[Any, ...]]:
-    """Rows of more than a chunk have sums that enter chunks."""
-    for other in other_sizes(v.shape[2], v.shape[2]):
+    """Rows of more than a chunk have sums that enter chunks; as many long ones as multiprocessors are walked whole."""
+    walked = Sizes(taylor_launch.MULTIPROCESSORS, taylor_launch.WALKED_FROM, 1, 1)
+    for other in (*other_sizes(v.shape[2], v.shape[2]), walked):
         rows, sums = [other.of(x, "BTH") for x in (q, k, v)], [other.of(x, "BH") for x in (first, first_norm)]
         yield *rows, *sums, norm, eps, last
 

@@ -109,6 +109,13 @@ def check_seen(name: str, seen: Tensor) -> None:
         raise ValueError(f"{name} has {int((~found.any(-1)).sum())} rows that see nothing; every row must see a key")
 
 
+def check_most(chosen: Tensor, most: int) -> None:
+    """Raises ValueError if a token, a row of `chosen`, chose more than that."""
+    found = _concrete(chosen)
+    if found is not None and (highest := int(found.sum(-1).max())) > most:
+        raise ValueError(f"most={most}, but a token chose {highest} blocks; most must not be exceeded")
+
+
 def _concrete(x: Tensor) -> Tensor | None:
     """The tensor under the wrappers of torch.func, or None if it has no values."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):

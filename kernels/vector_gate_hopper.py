@@ -24,8 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._entry import entry
-from kernels.delta_hopper import barriers, columns_of, fetch, place, shared_layout, sums_layout, thread_barrier
-from kernels.delta_hopper_walk import at_stage
+from kernels.delta_hopper import at_stage, barriers, columns_of, fetch, place, shared_layout, sums_layout, thread_barrier
 from kernels.vector_gate_rows import SIZES
 
 

@@ -20,8 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._entry import entry
-from kernels.delta_hopper import barriers, columns_of, place, sums_layout, thread_barrier
-from kernels.delta_hopper_walk import at_stage
+from kernels.delta_hopper import at_stage, barriers, columns_of, place, sums_layout, thread_barrier
 from kernels.vector_gate_hopper import arrived, beta_of, bring, factors_of, sources_of, stage_buffers, start_of, work_buffers
 from kernels.vector_gate_rows import SIZES
 

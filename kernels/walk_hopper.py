@@ -1,9 +1,10 @@
-"""The forward walk of `kernels.walk_triton` for Hopper, in Gluon: rows come by themselves, and products run on their own.
+"""The walk of `kernels.walk_triton` for Hopper, in Gluon: rows come by themselves, and products run on their own.
 
 A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
 of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
 
-Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip.
+Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, K key, V value width, D rows and E columns of a
+state, BD and BE (BK and BV) the same on chip.
 """
 
 from __future__ import annotations
@@ -20,113 +21,175 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._entry import entry
-from kernels.delta_hopper import sums_layout, thread_barrier
-from kernels.delta_hopper_walk import at_stage
-from kernels.walk_hopper_parts import bring, buffers_of, decays_of, enter, gate_of, mended, seen, start_of, steps_of
-from kernels.walk_triton import NO_GATE
-
-# What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "heads", "gate_every"]
-
-
-@gluon.jit
-def _leave(o, at, out_buffer, o_CV, leave_C, GATE: gl.constexpr, DOT: gl.constexpr):
-    """Starts to store outputs."""
-    if GATE != NO_GATE:
-        o_CV = o_CV * gl.exp2(leave_C)[:, None]
-    tma.store_wait(0)
-    thread_barrier()
-    out_buffer.store(o_CV.to(DOT))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o, at, out_buffer)
+from kernels.delta_hopper import at_stage, barriers, fetch, shared_layout, sums_layout, thread_barrier
+from kernels.walk_hopper_parts import (
+    SIZES,
+    bring,
+    entering,
+    falls,
+    half_of,
+    line_layout,
+    rate_of,
+    state_layout,
+    state_of,
+)
+from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
 
 @gluon.jit
-def _late(state_KV, own, out_buffer, decays, narrow: gl.constexpr, DOT: gl.constexpr):
-    """The state behind a chunk, with what the cut scalings of a rough one left out."""
-    state_KV = state_KV * gl.exp2(decays[2])
-    if decays[4]:
-        tma.store_wait(0)
-        thread_barrier()
-        late_C = gl.convert_layout(gl.exp2(decays[2] - decays[1]) - gl.exp2(decays[2]), gl.SliceLayout(1, narrow))
-        out_buffer.store((own[2].load(narrow).to(gl.float32) * late_C[:, None]).to(DOT))
-        fence_async_shared()
-        more = warpgroup_mma(own[1].permute([1, 0]), out_buffer, state_KV, is_async=True)
-        state_KV = warpgroup_mma_wait(0, [more])
-        thread_barrier()
-    return state_KV
-
-
-@entry(do_not_specialize=SIZES, gluon=True)
-def forward_kernel(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
-    q, k, v, o, gate, first, last, length: tl.int32, heads: tl.int32, gate_every: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, DOT: gl.constexpr,
+def buffers_of(
+    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr,
+    DOT: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, on descriptors of blocks [C, W] of a chunk, of GROUPS warp groups. Grid: (B * H,)."""
-    head, batch = gl.program_id(0) % heads, gl.program_id(0) // heads
-    gate = gate_of(gate, batch, head, length, heads, gate_every, GATE)
-    stages, work, bars = buffers_of(W, C, STAGES, DOT)
-    state_buffer, out_buffer, scores_buffer, line_buffer = work
-    square: gl.constexpr = sums_layout(C, GROUPS)
-    narrow: gl.constexpr = sums_layout(W, GROUPS)
-    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
-    sources, steps = (q, k, v), (length + C - 1) // C
+    """Shared memory: rows and a line of decays of each stage; the state, outputs, scores; slots of the probe; barriers."""
+    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    stages = (a_buffers, b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)))
+    if GATE == SCALAR_GATE:
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    slots, slot_bars = out_buffer, out_buffer
+    if SLOTS > 0:
+        slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, BE], shared_layout(BE)), barriers(SLOTS)
+    return stages, (state_buffer, out_buffer, scores_buffer), (slots, slot_bars), barriers(STAGES)
+
+
+@gluon.jit
+def _start(step, steps, C: gl.constexpr):
+    """First token of a step's chunk; steps beyond the last stay at it."""
+    return gl.minimum(step, steps - 1) * C
+
+
+@gluon.jit
+def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
+    """Scores of tokens and earlier ones, decayed."""
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    none_CV, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    is_seen = rows[:, None] >= cols[None, :]
+    if GATE == NO_GATE:
+        return gl.where(is_seen, scores_CC, 0.0)
+    fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
+    fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
+    # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+    return scores_CC * gl.exp2(gl.where(is_seen, fall_rows[:, None] - fall_cols[None, :], float("-inf")))
+
+
+@gluon.jit
+def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
+    sources, probe, out, pointers, rate, place, sizes, buffers,
+    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
+    LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """One head's walk; see `kernels.walk_triton`.
+
+    Args:
+        sources: descriptors of a, b and c, and of the lines of scalar decays.
+        probe: descriptor of rows whose products with what is read from the state are summed (PROBE), or any.
+        out: descriptor of the outputs.
+        pointers: lines of decays, the first state (FIRST), the last one, which is written (LAST), sums of the probe [B, H, T].
+        rate: of constant decays.
+        place: batch and head.
+        sizes: length and heads.
+        buffers: of `buffers_of`.
+        TURNED: whether states in memory are transposed, [E, D].
+    """
+    lines, given, last, rowsum = pointers
+    batch, head = place
+    length, heads = sizes
+    stages, work, of_probe, bars = buffers
+    state_buffer, out_buffer, scores_buffer = work
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    narrow: gl.constexpr = sums_layout(BE, GROUPS)
+    tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(BD, BE, GROUPS)
+    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
+    steps = (length + C - 1) // C
+    none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    for early in gl.static_range(SLOTS if PROBE else 0):
+        t_far = _start(early, steps, C)
+        fetch(of_probe[1].index(early), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(early),))
     for early in gl.static_range(STAGES - 1):
-        bring(bars, sources, stages, batch, head, start_of(early, steps, C), early, W, C, STAGES)
-    d, e = gl.arange(0, W, of_rows), gl.arange(0, W, gl.SliceLayout(0, narrow))
-    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-    at_state, state_KV = (batch * heads + head).to(gl.int64) * K * V + offsets, gl.zeros([W, W], gl.float32, narrow)
-    if FIRST:
-        state_KV += gl.load(first + at_state, mask=inside, other=0.0)
-    decays, next_step_C = (rows.to(gl.float32), rows.to(gl.float32), 0.0, 0.0, False), cols.to(gl.float32)
-    t = start_of(0, steps, C)
-    if GATE != NO_GATE:
-        decays = decays_of(steps_of(gate, t, length, heads, cols, GATE), rows, cols)
-        next_step_C = steps_of(gate, start_of(1, steps, C), length, heads, cols, GATE)
+        t_far = _start(early, steps, C)
+        row = [batch, t_far, head, 0]
+        bring(bars, sources, stages, (row, row, row), [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
+    d, e = gl.arange(0, BD, gl.SliceLayout(1, tall)), gl.arange(0, BE, gl.SliceLayout(0, tall))
+    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    at_state = (batch * heads + head).to(gl.int64) * D * E + offsets
+    state_DE = state_of(given, at_state, inside, tall, BD, BE, FIRST)
+    t = _start(0, steps, C)
+    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
-    early_scores = warpgroup_mma(stages[0].index(0), stages[1].index(0).permute([1, 0]), none_CC, use_acc=False, is_async=True)
-    if GATE != NO_GATE:
-        enter(stages[2].index(0), decays[0], narrow, DOT)
-        state_KV = state_KV * gl.exp2(decays[3])
+    first = at_stage(stages, 0)
+    early_scores = warpgroup_mma(first[0], first[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
     early_CC = warpgroup_mma_wait(0, [early_scores])
-    scores_buffer.store(seen(early_CC, decays, rows, cols, line_buffer, square, GATE).to(DOT))
-    state_buffer.store(state_KV.to(DOT))
+    scores_buffer.store(_seen(early_CC, first, rate, t, length, square, C, GATE).to(DOT))
+    state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
+        t_next, t_far = _start(step + 1, steps, C), _start(step + STAGES - 1, steps, C)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
+        read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
+        if GATE == NO_GATE:
+            state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
+        else:
+            b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, False, DOT)
+            state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
+        row = [batch, t_far, head, 0]
+        bring(bars, sources, stages, (row, row, row), [batch * heads + head, t_far], step + STAGES - 1, BYTES, C, STAGES, GATE)
+        if PROBE:
+            mbarrier.wait(of_probe[1].index(step % SLOTS), step // SLOTS % 2)
         if GATE != NO_GATE:
-            state_KV = state_KV * gl.exp2(decays[2] - decays[3])
-        read = warpgroup_mma(own[0], state_buffer, none_CV, use_acc=False, is_async=True)
-        read = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
-        state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_KV, is_async=True)
-        t_far = start_of(step + STAGES - 1, steps, C)
-        bring(bars, sources, stages, batch, head, t_far, step + STAGES - 1, W, C, STAGES)
+            fall_C = falls(own, rate, t, length, C, GATE, of_rows)
+            read_CE, state = warpgroup_mma_wait(1, [read, state])
+            read = read_CE * gl.exp2(half + fall_C)[:, None]
+            if PROBE:
+                i = gl.arange(0, C, of_rows)
+                sum_C = gl.sum(read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32), 1)
+                gl.store(rowsum + t + i, sum_C, mask=t + i < length)
+        outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        next_decays = decays
-        if GATE != NO_GATE:
-            next_decays = decays_of(next_step_C, rows, cols)
-            next_step_C = steps_of(gate, start_of(step + 2, steps, C), length, heads, cols, GATE)
-            enter(following[2], next_decays[0], narrow, DOT)
-        o_CV, state, scores = warpgroup_mma_wait(2, [read, state, scores])
-        o_CV = mended(o_CV, own[0], state_buffer, none_CV, decays, of_rows, GATE)
-        _leave(o, [batch, t, head, 0], out_buffer, o_CV, gl.convert_layout(decays[0], of_rows), GATE, DOT)
-        state_KV, scores = warpgroup_mma_wait(1, [state, scores])
-        if GATE != NO_GATE:
-            state_KV = _late(state_KV, own, out_buffer, decays, narrow, DOT)
-            state_KV = state_KV * gl.exp2(gl.where(step == steps - 1, 0.0, next_decays[3]))
+        state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         thread_barrier()  # all warps' products have read the state
-        state_buffer.store(state_KV.to(DOT))
-        scores_CC = warpgroup_mma_wait(0, [scores])
-        scores_buffer.store(seen(scores_CC, next_decays, rows, cols, line_buffer, square, GATE).to(DOT))
+        state_buffer.store(state_DE.to(DOT))
+        out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
+        tma.store_wait(0)
+        thread_barrier()  # and the scores, and copies the outputs of the chunk before
+        out_buffer.store(out_CE.to(DOT))
         fence_async_shared()
-        decays = next_decays
-        t = start_of(step + 1, steps, C)
+        tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        scores_buffer.store(_seen(scores_CC, following, rate, t_next, length, square, C, GATE).to(DOT))
+        fence_async_shared()
+        thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
+        if PROBE:
+            slot, t_far = step % SLOTS, _start(step + SLOTS, steps, C)
+            fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(slot),))
+        half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    for rest in gl.static_range(SLOTS if PROBE else 0):
+        mbarrier.wait(of_probe[1].index((steps + rest) % SLOTS), (steps + rest) // SLOTS % 2)
     tma.store_wait(0)
     if LAST:
-        gl.store(last + at_state, state_KV, mask=inside)
+        gl.store(last + at_state, state_DE, mask=inside)
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def forward_kernel(
+    q, k, v, o, line_rows, lines, gate, first, last, length: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * H,)."""
+    head, batch = gl.program_id(0) % heads, gl.program_id(0) // heads
+    walk(
+        (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, (lines, first, last, last),
+        rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE), (batch, head), (length, heads),
+        buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, LAST, False, DOT,
+    )  # fmt: skip

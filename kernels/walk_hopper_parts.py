@@ -1,111 +1,99 @@
-"""What the Hopper walk of `kernels.walk_hopper` is made of, in Gluon: memory on chip and decays.
+"""What the Hopper walks of `kernels.walk_hopper` and `kernels.walk_hopper_back` share, in Gluon: places, decays, first states.
 
-Decays are scalings of what enters the sums and of what leaves them (`decays_of`): values are scaled where they lie in shared
-memory, before any product reads them, and outputs when they are done. No pair of tokens is decayed on its own, unless a
-chunk decays by more than 16-bit scalings can hold, which is mended after the fact.
+Cumulated decays of a chunk come as a line of numbers, less half of the whole chunk's, beside the rows
+(`kernels.walk_lines_triton`), or follow from one rate. Each thread reads from the line what its rows and columns need, so that
+nothing is summed or exchanged in a walk. All exponents that are used are <= 0: rows that enter the state are decayed on their
+way into registers, rows that were read from it when they are there, and pairs of a chunk where their scores are.
 
-Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip.
+Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, D rows and E columns of a state.
 """
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta_hopper import barriers, fetch, shared_layout
-from kernels.delta_hopper_walk import at_stage
+from kernels.delta_hopper import at_stage, fetch
 from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
-LIMIT = tl.constexpr(60.0)
-"""Largest exponent of the scalings that stand for a decay, which bf16 can hold."""
+# What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
+SIZES = ["length", "batches", "heads", "gate_every"]
+
+
+@gluon.constexpr_function
+def line_layout():
+    """A line of fp32 numbers as copies bring it."""
+    return gl.NVMMASharedLayout(0, 32, rank=2)
+
+
+@gluon.constexpr_function
+def state_layout(rows, width, groups):
+    """Registers of a state, of whose rows each of the warp groups has its part, or of its columns where rows are few."""
+    if rows < 64 * groups:
+        return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, width, 16])
 
 
 @gluon.jit
-def gate_of(gate, batch, head, length, heads, gate_every, GATE: gl.constexpr):
-    """Where a head's log decays start."""
-    return gate + ((batch.to(gl.int64) * length * heads + head) if GATE == SCALAR_GATE else (batch // gate_every * heads + head))
-
-
-@gluon.jit
-def start_of(step, steps, C: gl.constexpr):
-    """First token of a step's chunk; steps beyond the last stay at it."""
-    return gl.minimum(step, steps - 1) * C
-
-
-@gluon.jit
-def buffers_of(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DOT: gl.constexpr):
-    """Shared memory: q, k and v of each stage; the state, outputs, scores and a line of numbers; barriers."""
-    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
-    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
-    v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
-    state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
-    out_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
-    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
-    line_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return (q_buffers, k_buffers, v_buffers), (state_buffer, out_buffer, scores_buffer, line_buffer), barriers(STAGES)
-
-
-@gluon.jit
-def bring(bars, sources, stages, batch, head, t, step, W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
-    """Starts to copy a chunk's rows of q, k and v into their stage."""
-    row = [batch, t, head, 0]
-    fetch(bars.index(step % STAGES), 2 * C * 3 * W, sources, (row, row, row), at_stage(stages, step % STAGES))
-
-
-@gluon.jit
-def steps_of(gate, t, length, heads, cols, GATE: gl.constexpr):
-    """Log2 decays of a chunk's tokens, as columns; padding does not decay."""
+def bring(
+    bars, sources, stages, rows, line, step, BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr
+):  # fmt: skip
+    """Starts to copy rows of a chunk, and its line of scalar decays, into their stage."""
+    bar, targets = bars.index(step % STAGES), at_stage(stages, step % STAGES)
     if GATE == SCALAR_GATE:
-        return gl.load(gate + (t + cols).to(gl.int64) * heads, mask=t + cols < length, other=0.0) * LOG2_E
-    return gl.load(gate + 0 * cols, mask=t + cols < length, other=0.0) * LOG2_E
+        fetch(bar, BYTES + 4 * C, sources, rows + (line,), targets)  # noqa: RUF005
+    else:
+        fetch(bar, BYTES, sources, rows, targets)
 
 
 @gluon.jit
-def decays_of(step_C, rows, cols):
-    """A chunk's decays as scalings of what enters the sums and of what leaves them, all in log2, for rows of scores.
-
-    Row j gives exp(G_i - G_j) v_j to row i, and that is leave_i enter_j with leave = exp(G - middle) and enter = 1 / leave. Both
-    are cut at 2^LIMIT; a chunk that decays by more is rough, and `rest` is what is missing.
-
-    Returns:
-        The exponent of leave (that of enter is its negative), `rest`, half of the chunk's exponent, the part of that half by
-        which the state is scaled for its reader, and whether the chunk is rough.
-    """
-    g_C = gl.sum(gl.where(rows[:, None] >= cols[None, :], step_C[None, :], 0.0), 1)
-    half = 0.5 * gl.sum(step_C, 0)
-    whole_C = g_C - half
-    leave_C = gl.minimum(gl.maximum(whole_C, -LIMIT), LIMIT)
-    return leave_C, whole_C - leave_C, half, gl.maximum(half, -LIMIT), half < -LIMIT
+def rate_of(gate, batch, head, heads, gate_every, CONSTANT: gl.constexpr):
+    """Log2 decay of a token under a constant gate, else zero."""
+    rate = 0.0
+    if CONSTANT:
+        rate = gl.load(gate + (batch // gate_every * heads + head)) * LOG2_E
+    return rate
 
 
 @gluon.jit
-def enter(v_CV, leave_C, narrow: gl.constexpr, DOT: gl.constexpr):
-    """Scales values where they lie, for the sums that they enter."""
-    factor_C = gl.exp2(-gl.convert_layout(leave_C, gl.SliceLayout(1, narrow)))
-    v_CV.store((v_CV.load(narrow).to(gl.float32) * factor_C[:, None]).to(DOT))
+def half_of(lines, rate, batch, head, heads, t, length, C: gl.constexpr, GATE: gl.constexpr):
+    """Half of a chunk's log2 decay."""
+    half = 0.0
+    if GATE == SCALAR_GATE:
+        chunks = (length + C - 1) // C
+        half = gl.load(lines + ((batch * heads + head).to(gl.int64) * chunks * C + t + C - 1))
+    elif GATE != NO_GATE:
+        half = 0.5 * rate * gl.minimum(length - t, C).to(gl.float32)
+    return half
 
 
 @gluon.jit
-def seen(scores_CC, decays, rows, cols, line_buffer, square: gl.constexpr, GATE: gl.constexpr):
-    """Scores of pairs that see each other, with what the cut scalings lack of their decay."""
-    is_seen = rows[:, None] >= cols[None, :]
-    scores_CC = gl.where(is_seen, scores_CC, 0.0)
-    if GATE != NO_GATE:  # noqa: SIM102 - one is known to the compiler, the other to the chip
-        if decays[4]:
-            line_buffer.store(decays[1])
-            fall_CC = decays[1][:, None] - line_buffer.load(gl.SliceLayout(0, square))[None, :]
-            scores_CC = scores_CC * gl.exp2(gl.where(is_seen, fall_CC, 0.0))
-    return scores_CC
+def falls(stage, rate, t, length, C: gl.constexpr, GATE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Log2 decays of a chunk up to and with each token, less half of the chunk's; padding does not decay."""
+    if GATE == SCALAR_GATE:
+        return stage[-1]._reinterpret(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LAYOUT)
+    count = gl.minimum(length - t, C).to(gl.float32)
+    return rate * (gl.minimum((gl.arange(0, C, LAYOUT) + 1).to(gl.float32), count) - 0.5 * count)
 
 
 @gluon.jit
-def mended(o_CV, q_CK, state_buffer, none_CV, decays, of_rows: gl.constexpr, GATE: gl.constexpr):
-    """Outputs of a chunk with what earlier chunks give decayed as it should be, where a rough chunk's scalings were cut."""
-    if GATE != NO_GATE:  # noqa: SIM102
-        if decays[4]:
-            factor_C = gl.exp2(gl.convert_layout(decays[2] + decays[1] - decays[3], of_rows))
-            again = warpgroup_mma(q_CK, state_buffer, none_CV, use_acc=False, is_async=True)
-            o_CV += warpgroup_mma_wait(0, [again]) * (factor_C - 1.0)[:, None]
-    return o_CV
+def entering(
+    rows_CD, stage, rate, half, t, length, tall: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Rows of a chunk transposed, and decayed to where the state leaves it, as the left operand of the state's product."""
+    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
+    fall_C = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, left))
+    keep_C = gl.exp2((half + fall_C) if REVERSE else (half - fall_C))
+    return (rows_CD.permute([1, 0]).load(left).to(gl.float32) * keep_C[None, :]).to(DOT)
+
+
+@gluon.jit
+def state_of(
+    given, at_state, inside, layout: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr
+):  # fmt: skip
+    """The state that a walk starts from: the given one, or zero."""
+    state_DE = gl.zeros([BD, BE], gl.float32, layout)
+    if GIVEN:
+        state_DE += gl.load(given + at_state, mask=inside, other=0.0)
+    return state_DE

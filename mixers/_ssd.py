@@ -18,7 +18,7 @@ from kernels.rows import pick_rows
 from kernels.step_form import StepForm
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
-from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, time_step_bias, widen
+from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
 
 
 class SSDBlock(Mixer):
@@ -77,13 +77,15 @@ class SSDBlock(Mixer):
         """
         z, xbc, dt = self._project(x_BTD)
         y, x, state = self._scan(xbc, dt, state)
-        return y, x, z, state
+        return self._with_skip(y, x), x.flatten(-2), z, state
 
     def scan_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """The output of `scan` from nothing and the gate at some positions only, [B, M, E] each; as for `Mixer.at_rows`."""
         gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
-        xbc, dt = F.linear(x_BTD, rest).split((self.conv.dim, self.n_heads), dim=-1)
-        return pick_rows(self._scan(xbc, dt, None)[0], rows_BM), F.linear(x_BMD, gate)
+        xbc, dt = project(x_BTD, rest, (self.conv.dim, self.n_heads))
+        y_BTHP, x_BTHP, _ = self._scan(xbc, dt, None)
+        y_BMHP, x_BMHP = (pick_rows(a.flatten(-2), rows_BM).unflatten(-1, (self.n_heads, -1)) for a in (y_BTHP, x_BTHP))
+        return self._with_skip(y_BMHP, x_BMHP), F.linear(x_BMD, gate)
 
     def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         """One token of `scan`, by the recurrence: [B, E] three times, and the state's part."""
@@ -139,7 +141,7 @@ class SSDBlock(Mixer):
         return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
 
     def _scan(self, xbc: Tensor, dt: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
-        """`scan` of a projected segment."""
+        """`scan` of a projected segment, heads apart and without the skip."""
         xbc, tail = self.conv(xbc, None if state is None else state["conv"])
         x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
         dt_BTH, log_decay_BTH = self._time_step(dt)
@@ -150,12 +152,16 @@ class SSDBlock(Mixer):
             log_decay=log_decay_BTH,
             state_BHKV=None if state is None else state["s"],
         )
-        y_BTHP = (y_BTHP + self.skip[:, None] * x_BTHP).to(x_BTHP.dtype)
-        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), None if state is None else {"s": s_BHNP, "conv": tail}
+        return y_BTHP, x_BTHP, None if state is None else {"s": s_BHNP, "conv": tail}
+
+    def _with_skip(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the scan made of its inputs and their own share, [..., H, P] each, as [..., E]."""
+        return (y + self.skip[:, None] * x).to(x.dtype).flatten(-2)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""
-        return self.in_proj(x).split((self.d_inner, self.conv.dim, self.n_heads), dim=-1)
+        z, xbc, dt = project(x, self.in_proj.weight, (self.d_inner, self.conv.dim, self.n_heads))
+        return z, xbc, dt
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [..., H, P], and B and C [..., G, N]."""

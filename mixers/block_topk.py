@@ -62,7 +62,8 @@ class BlockTopK(Mixer):
             whole = F.pad(k.detach(), (0, 0, 0, -length % self.block))
             mean_BHNK = whole.unflatten(2, (-1, self.block)).mean(3)
             position = torch.arange(length, device=q.device)
-            y = block_attention(q, k, v, self._chosen(q, mean_BHNK, position), block=self.block)
+            chosen = self._chosen(q, mean_BHNK, position)
+            y = block_attention(q, k, v, chosen, block=self.block, most=self.top_k + 1)
         else:
             position = new_positions(state, x_BTD)
             index = (position // self.block)[:, None, :, None].expand_as(k)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.conv import long_conv
@@ -58,10 +59,11 @@ class H3(Mixer):
             raise ValueError("h3 reads its own input only; context_BSD belongs to the cross patterns")
         q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
         if state is None:
-            _, y_BIJTH = self._recall(k, v, long_conv(k, self.shift_taps))
-            return self._read(q, y_BIJTH), None
+            kv_BIJTH = self._products(self._with_skip(long_conv(k, self.shift_taps), k), v)
+            return self._read(q, self._recalled(kv_BIJTH) + self._skipped(kv_BIJTH)), None
         shifted, past = continue_conv(k, self.shift_taps, state["shift"])
-        kv_BIJTH, y_BIJTH = self._recall(k, v, shifted)
+        kv_BIJTH = self._products(self._with_skip(shifted, k), v)
+        y_BIJTH = self._recalled(kv_BIJTH) + self._skipped(kv_BIJTH)
         step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
         before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
         power_HMT = torch.exp(step_HM[..., None] * torch.arange(x_BTD.shape[1], device=x_BTD.device))
@@ -73,12 +75,15 @@ class H3(Mixer):
         return self._read(q, y_BIJTH + recalled.to(y_BIJTH.dtype)), new_state
 
     def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
-        """See `Mixer.at_rows`: what follows the long convolution is left out elsewhere."""
-        q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
-        _, y_BIJTH = self._recall(k, v, long_conv(k, self.shift_taps))
+        """See `Mixer.at_rows`: queries and what follows the long convolution are left out elsewhere."""
+        parts = (self.d_model, 2 * self.d_model)
+        (to_q, to_kv), (q_bias, kv_bias) = self.qkv_proj.weight.split(parts), self.qkv_proj.bias.split(parts)
+        k, v = F.linear(x_BTD, to_kv, kv_bias.to(x_BTD.dtype)).chunk(2, -1)
+        k = self._with_skip(long_conv(k, self.shift_taps), k)
         rows = rows_BM[:, None, None].expand(-1, self.head_dim, self.head_dim, -1)
-        y_BIJMH = pick_rows(y_BIJTH.flatten(0, 2), rows.flatten(0, 2)).unflatten(0, rows.shape[:3])
-        return self._read(pick_rows(q, rows_BM), y_BIJMH)
+        y_BIJMH = pick_rows(self._recalled(self._products(k, v)).flatten(0, 2), rows.flatten(0, 2)).unflatten(0, rows.shape[:3])
+        kv_BIJMH = self._products(pick_rows(k, rows_BM), pick_rows(v, rows_BM))
+        return self._read(F.linear(x_BMD, to_q, q_bias.to(x_BMD.dtype)), y_BIJMH + self._skipped(kv_BIJMH))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
@@ -130,13 +135,22 @@ class H3(Mixer):
         """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
         return a_BTD.unflatten(-1, (self.head_dim, self.n_heads)).transpose(1, 2)
 
-    def _recall(self, k: Tensor, v: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
-        """The products k v^T of shifted keys and values, and what the diagonal SSM makes of them from nothing: [B, I, J, T, H]."""
-        k, v = self._split(torch.addcmul(shifted, k, self.shift_skip.to(k.dtype))), self._split(v)
-        kv_BIJTH = k[:, :, None] * v[:, None]
-        kernel_HT = _impulse_response(*self._modes(), torch.arange(k.shape[2], device=k.device))
-        y_BIJTH = long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH)
-        return kv_BIJTH, y_BIJTH + kv_BIJTH * self.skip.to(kv_BIJTH.dtype)
+    def _with_skip(self, shifted: Tensor, k: Tensor) -> Tensor:
+        """Keys after the shift SSM."""
+        return torch.addcmul(shifted, k, self.shift_skip.to(k.dtype))
+
+    def _products(self, k_BTD: Tensor, v_BTD: Tensor) -> Tensor:
+        """The products k v^T of each head, [B, I, J, T, H]."""
+        return self._split(k_BTD)[:, :, None] * self._split(v_BTD)[:, None]
+
+    def _recalled(self, kv_BIJTH: Tensor) -> Tensor:
+        """What the diagonal SSM makes of products from nothing, without its skip: [B, I, J, T, H]."""
+        kernel_HT = _impulse_response(*self._modes(), torch.arange(kv_BIJTH.shape[3], device=kv_BIJTH.device))
+        return long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH)
+
+    def _skipped(self, kv: Tensor) -> Tensor:
+        """The products' own share."""
+        return kv * self.skip.to(kv.dtype)
 
     def _read(self, q_BTD: Tensor, y_BIJTH: Tensor) -> Tensor:
         """The output of queries."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.rows import pick_rows
-from kernels.scan import gated_selective_scan
+from kernels.scan import gated_selective_scan, selective_scan, skip_and_gate, time_steps
 from mixers._base import Mixer, State, mixer
-from mixers._layers import ShortConv, refuse_context, time_step_bias, widen
+from mixers._layers import ShortConv, project, refuse_context, time_step_bias, widen
 
 
 @mixer("mamba")
@@ -66,8 +66,13 @@ class Mamba(Mixer):
         return self.out_proj(y_BTE), state
 
     def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
-        """See `Mixer.at_rows`: the output projection is left out elsewhere."""
-        return self.out_proj(pick_rows(self._scan(x_BTD, None)[0], rows_BM))
+        """See `Mixer.at_rows`: the skip, the gate and the output projection are left out elsewhere."""
+        to_scan, to_gate = self.in_proj.weight.chunk(2)
+        x_BTE, _ = self.conv(F.linear(x_BTD, to_scan))
+        dt_BTE, b_BTN, c_BTN = self._select(x_BTE)
+        y_BTE, _ = selective_scan(x_BTE, time_steps(dt_BTE, self.dt_bias), self.log_rate.exp(), b_BTN, c_BTN)
+        y_BME, x_BME = pick_rows(y_BTE, rows_BM), pick_rows(x_BTE, rows_BM)
+        return self.out_proj(skip_and_gate(y_BME, x_BME, self.skip, F.linear(x_BMD, to_gate)))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
@@ -107,5 +112,5 @@ class Mamba(Mixer):
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The time step before bias and softplus [..., E], and the vectors B and C [..., N] that write and read the state."""
-        dt, b, c = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, b, c = project(x, self.x_proj.weight, (self.dt_rank, self.d_state, self.d_state))
         return self.dt_proj(dt), b, c

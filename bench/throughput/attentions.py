@@ -98,7 +98,7 @@ class ChosenBlocks:
 
         return Problem(
             inputs,
-            lambda own: {"o": block_attention(own["q"], own["k"], own["v"], chosen, block=self.block)},
+            lambda own: {"o": block_attention(own["q"], own["k"], own["v"], chosen, block=self.block, most=self.chosen)},
             definition,
             learned,
             dict(TOLERANCES[precision_of(draw.dtype)]),

@@ -78,7 +78,7 @@ def window_row(shape: tuple[int, ...], rates: tuple[float, float]) -> dict:
     """A causal window beside FlexAttention."""
     *sizes, length, width, window = shape
     tensors = qkv(*sizes, length, width)
-    ours = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, None, "band", [window, 0, 0, 0])[0], tensors)
+    ours = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, "band", [window, 0, 0, 0])[0], tensors)
 
     def visible(b, h, query, key):
         return (query >= key) & (query - key < window)
@@ -101,8 +101,8 @@ def choice_row(shape: tuple[int, ...], rates: tuple[float, float]) -> dict:
         return choose_blocks(q, mean, token, block=block, top_k=n_chosen - 1)
 
     chosen = choose(*tensors[:2])
-    ours = timed(lambda q, k, v: block_attention(q, k, v, chosen, block=block), tensors)
-    whole = timed(lambda q, k, v: block_attention(q, k, v, choose(q, k), block=block), tensors)
+    ours = timed(lambda q, k, v: block_attention(q, k, v, chosen, block=block, most=n_chosen), tensors)
+    whole = timed(lambda q, k, v: block_attention(q, k, v, choose(q, k), block=block, most=n_chosen), tensors)
     dense = timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), tensors)
     seen = float((token // block).clamp_max(n_chosen - 1).double().mean() * block + (block + 1) / 2)
     row = record("chosen blocks", shape, ours, floors_ms(tensors, seen, rates), "dense", dense)
@@ -176,7 +176,7 @@ def try_one(candidate: Candidate, batch: int, length: int) -> dict:
     row = {"kernel": name, "config": config, "width": width}
     try:
         tensors = qkv(batch, 16, 16, length, width)
-        times = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, None, "band", [128, 0, 0, 0])[0], tensors)
+        times = timed(lambda q, k, v: indexed_attention(q, k, v, None, None, "band", [128, 0, 0, 0])[0], tensors)
         return row | {"forward_ms": times[0], "both_ms": times[1]}
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return row | {"error": str(error)[:200]}

@@ -2,82 +2,146 @@
 
     python -m tests.benchmarks.recipe_cost RECORD.json [MORE.json ...]
 
-A step of four learning rates is taken apart into tokens and labelled rows: attention's cells of 256 tokens, timed with 16 and 64
-pairs, tell what a row costs, the same for all mixers, and each mixer's own cells of 64 and 256 tokens what the rest costs, taken
-as linear in between. Widths 64 and 256 count as the shares of width 128 that a prototype of this trainer took (results/measured
-has no record of it); the reported run, alone, as the share that attention and BASED take alone. Training only: 32 epochs, no
-early stop, no validation, no compiling, which overlap with it where several workers share a GPU.
+A later record's times replace an earlier one's. A step is taken apart into tokens and labelled rows: attention's cells of 256
+tokens, timed with 16 and 64 pairs, tell what a row costs, the same for all mixers, and each mixer's own cells of 64 and 256
+tokens what the rest costs, taken as linear in between. A mixer that was not timed at a width or a size of fleet counts as the
+mean share of those that were, in the middle between two widths. One seed is a fleet of four learning rates and a reported run
+alone; three seeds are a fleet of twelve and one of three, left out if no such fleet was timed. Training and its validation at
+every epoch: 32 epochs, no early stop, and no compiling, which overlaps with training where several workers share a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 from bench.recipes.readme_plot import readme_plot
 
 EPOCHS = 32
 STEPS = {(64, 4): 391, (128, 8): 79, (256, 16): 79, (256, 32): 79, (256, 64): 79}
 """Steps of an epoch by tokens and pairs."""
-WIDTH_SHARES = {48: 0.53, 64: 0.59, 128: 1.0, 256: 1.93}
-FAMILIES = {"sliding_window": "attention", "delta_net": "gated_delta_net"}
+USUAL, LRS, SEEDS = 128, 4, 3
+STANDS_FOR = {"sliding_window": "attention", "delta_net": "gated_delta_net"}
 """Mixers that were not timed, and whose steps stand for theirs."""
 
 
-def seconds_of_fleets(rows: list[dict]) -> dict[str, float]:
-    """Seconds that four runs of width 128 train together, by mixer."""
-    timed = {row["mixer"].split(":")[0].split("*")[0]: row["cells"] for row in rows if (row["width"], row["members"]) == (128, 4)}
-    attention = next(
-        row["cells"]
-        for row in rows
-        if (row["mixer"], row["width"], row["members"]) == ("attention", 128, 4) and "256x64" in row["cells"]
-    )
-    a_pair = (attention["256x64"]["ms"] - attention["256x16"]["ms"]) / 48
+class Fleet(NamedTuple):
+    """A fleet that was timed."""
 
-    def epoch(cells: dict) -> float:
-        short, long = cells["64x4"]["ms"] - 4 * a_pair, cells["256x16"]["ms"] - 16 * a_pair
-        steps = ((short + (long - short) * (tokens - 64) / 192 + pairs * a_pair, count) for (tokens, pairs), count in STEPS.items())
+    mixer: str
+    width: int
+    members: int
+
+
+class Costs:
+    """Seconds of fleets, from the rows of records.
+
+    Args:
+        rows: of timed fleets.
+        validation: rows of timed validations, of one epoch each.
+    """
+
+    def __init__(self, rows: list[dict], validation: list[dict]) -> None:
+        cells: dict[Fleet, dict] = defaultdict(dict)
+        for row in rows:
+            cells[Fleet(row["mixer"], row["width"], row["members"])].update(row["cells"])
+        whole = cells[Fleet("attention", USUAL, LRS)]
+        self.a_pair = (whole["256x64"]["ms"] - whole["256x16"]["ms"]) / 48 / LRS
+        """Milliseconds of a labelled row of each example, for each member."""
+        self.training = {
+            fleet: EPOCHS * self._epoch(found, fleet.members)
+            for fleet, found in cells.items()
+            if {"64x4", "256x16"} <= found.keys()
+        }
+        usual = [(row, self.training.get(Fleet(row["mixer"], USUAL, LRS))) for row in validation]
+        self.validation = mean(EPOCHS * row["ms"] / 1e3 / seconds for row, seconds in usual if seconds) if usual else 0.0
+        """Share of a fleet's training that its validation takes."""
+        self.shares = {
+            (width, members): found
+            for width in sorted({fleet.width for fleet in self.training})
+            for members in (1, SEEDS, LRS, LRS * SEEDS)
+            if (found := self._shares(width, members))
+        }
+        """By width and members, the time of a fleet as a share of the usual one's, by mixer."""
+
+    def _epoch(self, cells: dict, members: int) -> float:
+        pair = self.a_pair * members
+        short, long = cells["64x4"]["ms"] - 4 * pair, cells["256x16"]["ms"] - 16 * pair
+        steps = ((short + (long - short) * (tokens - 64) / 192 + pairs * pair, count) for (tokens, pairs), count in STEPS.items())
         return sum(ms * count for ms, count in steps) / 1e3
 
-    return {mixer: EPOCHS * epoch(cells) for mixer, cells in timed.items()}
+    def _shares(self, width: int, members: int) -> dict[str, float]:
+        timed = {fleet.mixer: seconds for fleet, seconds in self.training.items() if fleet[1:] == (width, members)}
+        usual = {mixer: self.training.get(Fleet(mixer, USUAL, LRS)) for mixer in timed}
+        return {mixer: timed[mixer] / seconds for mixer, seconds in usual.items() if seconds}
+
+    def mixer_of(self, expression: str) -> str | None:
+        """The timed mixer that stands for one of the recipe: itself, another of its family, or its substitute."""
+        timed = [fleet.mixer for fleet in self.training if fleet[1:] == (USUAL, LRS)]
+        family = _family(expression)
+        family = STANDS_FOR.get(family, family)
+        return expression if expression in timed else next((mixer for mixer in timed if _family(mixer) == family), None)
+
+    def seconds(self, mixer: str, width: int, members: int) -> float:
+        """A fleet of a timed mixer, validation included."""
+        known = Fleet(mixer, width, members)
+        if known in self.training:
+            return self.training[known] * (1 + self.validation)
+        share = self._width_share(mixer, width) * (1.0 if members == LRS else self._own(mixer, USUAL, members))
+        return self.training[Fleet(mixer, USUAL, LRS)] * share * (1 + self.validation)
+
+    def _width_share(self, mixer: str, width: int) -> float:
+        widths = sorted({width for width, members in self.shares if members == LRS})
+        if width in widths:
+            return self._own(mixer, width, LRS)
+        below = max(w for w in (0, *widths) if w < width)
+        above = min(w for w in widths if w > width)
+        least = self._own(mixer, below, LRS) if below else 0.0
+        return least + (self._own(mixer, above, LRS) - least) * (width - below) / (above - below)
+
+    def _own(self, mixer: str, width: int, members: int) -> float:
+        found = self.shares[width, members]
+        return found.get(mixer, mean(found.values()))
 
 
-def alone(rows: list[dict]) -> float:
-    """Share of a fleet's time that a single run takes, over those that were timed both ways on all cells."""
-    totals = {
-        (row["mixer"], row["members"]): sum(
-            row["cells"][f"{tokens}x{pairs}"]["ms"] * count for (tokens, pairs), count in STEPS.items()
-        )
-        for row in rows
-        if row["width"] == 128 and len(row["cells"]) == len(STEPS)
-    }
-    both = [mixer for mixer, members in totals if members == 1 and (mixer, 4) in totals]
-    return sum(totals[mixer, 1] for mixer in both) / sum(totals[mixer, 4] for mixer in both)
+def _family(expression: str) -> str:
+    return re.split("[:*]", expression, maxsplit=1)[0]
 
 
 def main() -> None:
     """Prints seconds of a fleet and minutes of the recipe, by family."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", type=Path, nargs="+")
-    rows = [row for path in parser.parse_args().records for row in json.loads(path.read_text())["fleets"]]
-    fleet, share = seconds_of_fleets(rows), alone(rows)
-    models: dict[str, list[float]] = defaultdict(list)
+    records = [json.loads(path.read_text()) for path in parser.parse_args().records]
+    costs = Costs([row for r in records for row in r["fleets"]], [row for r in records for row in r.get("validation", [])])
+    plans = {"one seed": (LRS, 1), "three seeds": (LRS * SEEDS, SEEDS)}
+    plans = {name: sizes for name, sizes in plans.items() if all((USUAL, members) in costs.shares for members in sizes)}
+    models: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for experiment in readme_plot().experiments:
-        models[experiment.model.mixer()].append(WIDTH_SHARES[experiment.model.d_model])
-    total = 0.0
-    for mixer, widths in models.items():
-        seconds = fleet.get(FAMILIES.get(mixer, mixer))
-        if seconds is None:
-            print(f"{mixer:16} {len(widths):3} models, not timed")
+        model = experiment.model
+        models[_family(model.alias)].append((model.alias, model.d_model))
+    totals = dict.fromkeys(plans, 0.0)
+    for family, shapes in models.items():
+        timed = [(mixer, width) for expression, width in shapes if (mixer := costs.mixer_of(expression))]
+        if not timed:
+            print(f"{family:16} {len(shapes):3} models, not timed")
             continue
-        minutes = seconds * sum(widths) / 60
-        total += minutes * (1 + share)
-        print(
-            f"{mixer:16} {len(widths):3} models, {seconds:5.0f} s a fleet of width 128, {minutes:5.1f} + {minutes * share:4.1f} min"
-        )
-    print(f"in all {total:.0f} min of training; a single run takes {share:.2f} of its fleet")
+        found = {
+            name: [sum(costs.seconds(mixer, width, members) for mixer, width in timed) / 60 for members in plan]
+            for name, plan in plans.items()
+        }
+        for name, minutes in found.items():
+            totals[name] += sum(minutes)
+        usual = mean(costs.seconds(mixer, USUAL, LRS) for mixer, _ in timed)
+        parts = "; ".join(f"{name} {a:5.1f} + {b:4.1f} min" for name, (a, b) in found.items())
+        print(f"{family:16} {len(shapes):3} models, {usual:5.0f} s a fleet of width {USUAL}; {parts}")
+    for name, minutes in totals.items():
+        print(f"{name}: {minutes:.0f} min of training and validation, which is {100 * costs.validation:.1f} % of training")
 
 
 if __name__ == "__main__":

@@ -139,8 +139,46 @@ def test_many_heads_and_long_sequences() -> None:
         assert rms_error(o[:, -10:], want[:, -10:]) < 5e-3
 
 
+# Forms of the Hopper walks: heads fill the chip, narrow and wide; few wide heads; sequences that are cut.
+REPEATED = [
+    (1024, 256, 2, 64),
+    (64, 300, 4, 128),
+    (2, 2048, 16, 128),
+    (2, 2048, 16, 64),
+    (1, 4096, 8, 128),
+    (64, 300, 4, (128, 64)),
+]
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+@pytest.mark.parametrize("shape", REPEATED, ids=str)
+def test_repeats_are_equal_to_the_bit(shape, gate) -> None:
+    """What depends on which copy lands first shows in one call of many."""
+    batch, length, heads, width = shape
+    k_dim, v_dim = width if isinstance(width, tuple) else (width, width)
+    tensors = draw((batch, length, heads, heads, k_dim, v_dim), gate, torch.bfloat16, state=False)
+    decay, beta = tensors.get("log_decay"), tensors["beta_BTH"]
+
+    def forward() -> torch.Tensor:
+        return linear_recurrence(tensors["q"], tensors["k"], tensors["v"], log_decay=decay, beta_BTH=beta)[0]
+
+    def both() -> list[torch.Tensor]:
+        o = forward()
+        return [o, *torch.autograd.grad(o, list(tensors.values()), torch.ones_like(o))]
+
+    with use_backend("triton"):
+        first = both()
+        with torch.no_grad():
+            wanted = forward()
+        for turn in range(300):
+            with torch.no_grad():
+                assert torch.equal(forward(), wanted), turn
+            if turn % 10 == 0:
+                assert all(map(torch.equal, both(), first)), turn
+
+
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_transposed, delta_hopper_walk, delta_triton
+    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_carry, delta_hopper_transposed, delta_triton
     from kernels.delta_gradients_triton import gradients_kernel
 
     kernels = (
@@ -148,7 +186,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_triton.forward_kernel,
         delta_triton.reverse_kernel,
         gradients_kernel,
-        delta_hopper_walk.forward_kernel,
+        delta_hopper_carry.carry_kernel,
         delta_hopper_transposed.forward_kernel,
         delta_hopper_backward.backward_kernel,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import chosen_launch
+from kernels._replay import forget
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
@@ -75,7 +77,11 @@ def test_a_band_continues(sinks: int) -> None:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_key", [False, True], ids=["by query", "by key"])
+def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype, by_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen_launch, "BY_KEY_FROM", 0 if by_key else 1 << 20)
+    monkeypatch.setattr(chosen_launch, "SHARE_BYTES", 1 << 20)  # several launches
+    forget()
     batch, heads, kv_heads, length, _ = shape
     token = torch.arange(length, device="cuda")
     for block in (16, 64):
@@ -84,7 +90,8 @@ def test_chosen_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         chosen = torch.rand(batch, kv_heads, length, len(index), device="cuda") < 0.4
         chosen = (chosen & (index < token[:, None] // block)) | own
         visible = share_heads(chosen.repeat_interleave(block, -1)[..., :length] & (token[:, None] >= token), heads)
-        close(lambda q, k, v, c=chosen, b=block: block_attention(q, k, v, c, block=b), draw(shape, dtype), visible)
+        most = int(chosen.sum(-1).max())
+        close(lambda q, k, v, c=chosen, b=block, m=most: block_attention(q, k, v, c, block=b, most=m), draw(shape, dtype), visible)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +131,11 @@ def test_one_token(dtype: torch.dtype) -> None:
 
 def test_many_heads_and_long_sequences() -> None:
     many = torch.randn(70_000, 1, 3, 16, device="cuda", dtype=torch.bfloat16)
-    y, _ = indexed_attention(many, many, many, None, None, None, "band", [2, 0, 0, 0])
+    y, _ = indexed_attention(many, many, many, None, None, "band", [2, 0, 0, 0])
     visible = band_mask(3, 3, window=2, device="cuda")
     assert rms_error(y[-7:], attention_reference(*[many[-7:].double()] * 3, visible)) < 5e-3
     long = torch.randn(1, 20, 1_000_000, 128, device="cuda", dtype=torch.bfloat16)  # more than 2^31 elements
-    y, _ = indexed_attention(long, long, long, None, None, None, "band", [64, 0, 0, 0])
+    y, _ = indexed_attention(long, long, long, None, None, "band", [64, 0, 0, 0])
     tail = long[:, :, -200:].double()
     want = attention_reference(tail, tail, tail, band_mask(200, 200, window=64, device="cuda"))
     assert rms_error(y[:, :, -100:], want[:, :, -100:]) < 5e-3
@@ -141,7 +148,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
 
     def run(batch: int, heads: int, kv_heads: int, length: int) -> None:
         q, k, v = draw((batch, heads, kv_heads, length, 64), torch.bfloat16)
-        indexed_attention(q, k, v, None, None, None, "band", [64, 0, 0, 0])[0].float().sum().backward()
+        indexed_attention(q, k, v, None, None, "band", [64, 0, 0, 0])[0].float().sum().backward()
 
     def compiled() -> int:
         return sum(len(kernel.device_caches[0][0]) for kernel in kernels)

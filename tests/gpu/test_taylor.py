@@ -56,6 +56,22 @@ def outputs_and_gradients(tensors: list[torch.Tensor], *, norm: bool) -> list[to
     return [x.detach() for x in (*results, *torch.autograd.grad(loss, tensors))]
 
 
+def test_a_walk_over_whole_sequences() -> None:
+    shape = (taylor_launch.MULTIPROCESSORS, taylor_launch.WALKED_FROM + 100, 1, 16, 64)
+    tensors = draw(shape, torch.bfloat16, norm=False, state=False)
+    with use_backend("triton"):
+        got, again = (outputs_and_gradients(tensors, norm=False) for _ in range(2))
+    part = [x.detach()[::40].double().requires_grad_() for x in tensors]
+    g = torch.Generator("cuda").manual_seed(1)
+    weight = torch.randn(got[0].shape, generator=g, device="cuda").bfloat16()[::40].double()
+    with use_backend("chunked"):
+        o, _ = taylor_attention(*part, eps=None)
+        want = [o.detach(), *torch.autograd.grad((o * weight).sum(), part)]
+    for index, (a, b, c) in enumerate(zip(got, want, again, strict=True)):
+        assert torch.equal(a, c), f"{index} differs from run to run"
+        assert rms_error(a[::40], b) < 5e-3, index
+
+
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for norm, state in ((True, False), (True, True), (False, True)) if shape == SHAPES[1] else ((True, True),):

@@ -9,8 +9,8 @@ from kernels.conv import long_conv
 from kernels.dispatch import use_backend
 from tests.kernels.oracle import SIXTEEN_BIT, poisoned, require_close
 
-SHAPES = ((1, 1, 1, 1), (2, 5, 3, 9), (3, 64, 2, 64), (2, 130, 3, 100))
-"""Batch, length, channels and taps: whole and broken chunks, filters shorter and longer than the sequence."""
+SHAPES = ((1, 1, 1, 1), (2, 5, 3, 9), (3, 64, 2, 64), (2, 130, 3, 100), (1, 200, 2, 20))
+"""Batch, length, channels and taps: whole and broken chunks, filters shorter, much shorter and longer than the sequence."""
 
 
 def run(x: Tensor, taps: Tensor, weight: Tensor) -> dict[str, Tensor]:

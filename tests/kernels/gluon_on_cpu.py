@@ -54,25 +54,25 @@ class Descriptor:
 
 
 class Shared:
-    """A view of shared memory; `unfenced` is common to all views of an allocation."""
+    """A view of shared memory; `unfenced` is common to all views of an allocation, a number has `size` bytes."""
 
-    def __init__(self, x: Tensor, unfenced: set[int]):
-        self.x, self.unfenced = x, unfenced
+    def __init__(self, x: Tensor, unfenced: set[int], size: int = 2):
+        self.x, self.unfenced, self.size = x, unfenced, size
 
     def index(self, i: Any) -> Shared:
-        return Shared(self.x[int(i)], self.unfenced)
+        return Shared(self.x[int(i)], self.unfenced, self.size)
 
     def permute(self, order: list[int]) -> Shared:
-        return Shared(self.x.permute(order), self.unfenced)
+        return Shared(self.x.permute(order), self.unfenced, self.size)
 
     def reshape(self, shape: list[int]) -> Shared:
-        return Shared(self.x.view(shape), self.unfenced)
+        return Shared(self.x.view(shape), self.unfenced, self.size)
 
     def _reinterpret(self, _: Any, shape: list[int], __: Any) -> Shared:
         return self.reshape(shape)
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.x.narrow(dim, start, length), self.unfenced)
+        return Shared(self.x.narrow(dim, start, length), self.unfenced, self.size)
 
     def load(self, _: Any) -> Tensor:
         return self.x.clone()
@@ -89,13 +89,19 @@ class Shared:
 
 @dataclass
 class Barrier:
-    """Counts bytes or arrivals, so many a phase; copies wait in it for the thread that waits."""
+    """Counts bytes or arrivals, so many a phase; copies wait in it for the thread that waits.
+
+    A phase is waited for by its parity, which is also that of the phase before the last: `seen` has, for each partition, the
+    parity that it waited for last.
+    """
 
     count: int = 1
     arrived: int = 0
     expected: int = 0
     phase: int = 0
     copies: list[Any] = field(default_factory=list)
+    filled: bool = False
+    seen: dict[int, int] = field(default_factory=dict)
 
 
 class Program:
@@ -125,6 +131,7 @@ class Program:
             split=lambda x: (x[..., 0], x[..., 1]),
             convert_layout=lambda x, *_, **__: x,
             static_range=range,
+            static_assert=_assert,
             load=self.load,
             store=self.store,
             allocate_shared_memory=self.allocate,
@@ -207,7 +214,7 @@ class Program:
         if layout == "barrier":
             bars = [Barrier() for _ in range(shape[0])]
             return types.SimpleNamespace(index=bars.__getitem__)
-        return Shared(torch.full(shape, float("nan"), dtype=torch.float64), self.unfenced)
+        return Shared(torch.full(shape, float("nan"), dtype=torch.float64), self.unfenced, 4 if dtype == torch.float32 else 2)
 
     def fence(self) -> None:
         self.unfenced.clear()
@@ -215,7 +222,7 @@ class Program:
     @staticmethod
     def expect(bar: Barrier, size: int) -> None:
         assert not bar.expected, "two phases at once"
-        bar.expected = size
+        bar.expected, bar.filled = size, True
 
     def copy_in(self, source: Descriptor, at: list[Any], bar: Barrier, target: Shared) -> None:
         target.x.fill_(float("nan"))
@@ -237,12 +244,15 @@ class Program:
             self.wake()
 
     def wait(self, bar: Barrier, phase: Any) -> None:
+        parity, before = int(phase), bar.seen.get(threading.get_ident(), 1 if bar.filled else None)
+        assert before is None or parity != before, "a phase is waited for by who has not seen the one before"
+        bar.seen[threading.get_ident()] = parity
         while not bar.copies and int(phase) == bar.phase % 2:
             assert self.alive > 1 and self.turn.wait(timeout=20), "waits for what nobody brings"
         if not bar.copies:
             return
         assert int(phase) == bar.phase % 2, "waits for another phase"
-        assert bar.expected == sum(2 * target.x.numel() for *_, target in bar.copies), "bytes"
+        assert bar.expected == sum(target.size * target.x.numel() for *_, target in bar.copies), "bytes"
         for source, at, target in bar.copies:
             target.x.zero_()
             part, block = source.inside(at, target.x)
@@ -309,6 +319,10 @@ class OnCpu:
                         patches.enter_context(patch.object(module, name, getattr(x, "value", getattr(x, "fn", x))))
             self.kernel.fn(**arguments)
         program.check()
+
+
+def _assert(condition: bool) -> None:
+    assert condition
 
 
 def _argument(x: Any) -> Any:

@@ -11,7 +11,6 @@ from kernels import (
     delta_hopper_launch,
     delta_hopper_solve,
     delta_hopper_transposed,
-    delta_hopper_walk,
 )
 from kernels.dispatch import use_backend
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
@@ -20,13 +19,13 @@ from tests.kernels.oracle import poisoned
 
 KERNELS = (
     (delta_hopper, ()),
-    (delta_hopper_walk, ("forward_kernel",)),
     (delta_hopper_beside, ()),
     (delta_hopper_solve, ()),
     (delta_hopper_transposed, ("forward_kernel",)),
-    (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
+    (delta_hopper_carry, ("carry_kernel",)),
     (delta_hopper_backward, ("backward_kernel",)),
 )
+SEGMENTS = delta_hopper_launch.segments_of
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +56,24 @@ def test_more_couplings_than_there_is_room_for(gate, v_dim):
     assert_equal((1, 64 * 13 + 5, 1, 1, 24, v_dim), gate, state=True)
 
 
-@pytest.mark.parametrize(("processors", "width"), [(1, 72), (2, 72)])
-def test_programs_with_all_columns_or_half(monkeypatch, processors, width):
+# Of one head: walks over 64 columns, which read couplings, and both walks of a program over segments.
+@pytest.mark.parametrize(("processors", "length", "gate"), [(2, 300, "scalar"), (2, 200, "none"), (8, 64 * 17, "scalar")])
+def test_few_wide_heads(monkeypatch, processors, length, gate):
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: processors)
-    assert_equal((1, 200, 1, 1, width, width), "scalar", state=True)
+    monkeypatch.setattr(delta_hopper_launch, "segments_of", SEGMENTS)
+    assert_equal((1, length, 1, 1, 72, 96), gate, state=True)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_many_wide_heads(monkeypatch, gate):
+    monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 1)
+    assert_equal((1, 300, 1, 1, 72, 96), gate, state=True)
 
 
 @pytest.mark.parametrize(("length", "segments"), [(130, 2), (200, 4)])
 @pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
-def test_segments(monkeypatch, length, segments, gate, state):
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(24, 40), (72, 40)])
+def test_segments(monkeypatch, length, segments, gate, state, k_dim, v_dim):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
-    assert_equal((1, length, 1, 1, 24, 40), gate, state=state)
+    assert_equal((1, length, 1, 1, k_dim, v_dim), gate, state=state)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import indexed_launch
+from kernels import _ahead, chosen_launch, indexed_launch, sparse_index
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
@@ -91,6 +91,17 @@ def test_static_patterns(pattern, options):
         close(lambda q, k, v: sparse_attention(q, k, v, pattern=pattern, **options), draw(1, 2, 1, 70, 16), visible)
 
 
+def test_an_index_that_nobody_wrote_is_not_kept(monkeypatch):
+    """While kernels are only compiled, nothing is launched."""
+    monkeypatch.setattr(sparse_index, "_kept", {})
+    arguments = ("strided", (6,), 40, (16, 16), torch.device("cpu"))
+    with _ahead._set(_ahead.Wanted()):
+        sparse_index.static_index(*arguments)
+    assert not sparse_index._kept
+    index = sparse_index.static_index(*arguments)
+    assert list(sparse_index._kept.values()) == [index]
+
+
 def choose(batch, kv_heads, length, block):
     """Random blocks, the own one always: the choice, and the mask that it means."""
     token, index = torch.arange(length), torch.arange(-(-length // block))
@@ -105,6 +116,29 @@ def test_chosen_blocks(block, heads, kv_heads, width):
     chosen, visible = choose(2, kv_heads, length, block)
     tensors = draw(2, heads, kv_heads, length, width)
     close(lambda q, k, v: block_attention(q, k, v, chosen, block=block), tensors, share_heads(visible, heads))
+
+
+@pytest.mark.parametrize(
+    ("block", "heads", "kv_heads", "share_bytes"), [(64, 2, 1, 50_000), (32, 2, 2, 1 << 29), (32, 32, 1, 1 << 29)]
+)
+def test_chosen_blocks_are_walked_by_key(monkeypatch, block, heads, kv_heads, share_bytes):
+    """Blocks of two tiles of keys and more than one launch, key heads of their own, more heads than a bundle."""
+    length = 100 if heads < 16 else 40
+    for name, value in {"BY_KEY_FROM": 0, "SHARE_BYTES": share_bytes, "SHORTEST_SPAN": 30, "TOKENS_TO_LIST": 16}.items():
+        monkeypatch.setattr(chosen_launch, name, value)
+    chosen, visible = choose(1, kv_heads, length, block)
+    most = int(chosen.sum(-1).max())
+    tensors = draw(1, heads, kv_heads, length, 20, 24)
+    close(lambda q, k, v: block_attention(q, k, v, chosen, block=block, most=most), tensors, share_heads(visible, heads))
+
+
+def test_the_most_is_checked():
+    chosen = torch.ones(1, 1, 128, 4, dtype=torch.bool)
+    q, k, v = (x.detach() for x in draw(1, 1, 1, 128, 16))
+    with pytest.raises(ValueError, match="most=2, but a token chose 4 blocks"):
+        block_attention(q, k, v, chosen, block=32, most=2)
+    with pytest.raises(ValueError, match="most=0: a token reads at least one block"):
+        block_attention(q, k, v, chosen, block=32, most=0)
 
 
 def test_tiles_are_listed_in_parts(monkeypatch):
@@ -180,7 +214,8 @@ def test_compiles_without_graph_breaks():
 def test_torch_accepts_the_operators():
     q, k, v = draw(1, 2, 1, 20, 16)
     operator = torch.ops.mixer_bench.indexed_attention.default
-    torch.library.opcheck(operator, (q, k, v, None, None, None, "band", [9, 2, 0, 0]))
+    torch.library.opcheck(operator, (q, k, v, None, None, "band", [9, 2, 0, 0]))
+    torch.library.opcheck(operator, (q, k, v, None, torch.ones(1, 20, 2, dtype=torch.bool), "chosen", [16, 2]))
     seen = torch.ones(1, 1, 20, dtype=torch.bool)
     torch.library.opcheck(torch.ops.mixer_bench.decode_attention.default, (q[:, :, 0].detach(), k.detach(), v.detach(), seen))
 

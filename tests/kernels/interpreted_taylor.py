@@ -69,6 +69,30 @@ def test_equals_the_definition(norm, state):
             assert rms_error(a, b) <= SINGLE, (shape, index)
 
 
+def test_a_walk_over_whole_sequences(monkeypatch):
+    """In fp32, which ships with chunks of their own; the last step is not whole, and the backward pass reads what was kept."""
+    for name, value in {"walks": lambda call: True, "WALK_STEP": 16, "WALK_ROWS": 32}.items():
+        monkeypatch.setattr(taylor_launch, name, value)
+    for shape in ((1, 75, 2, 16, 16), (1, 40, 1, 5, 20)):
+        exact = draw(shape, norm=False, state=False)
+        got = run([x.float() for x in exact], norm=False)
+        with use_backend("reference"):
+            want = run(exact, norm=False)
+        for index, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert rms_error(a, b) <= SINGLE, (shape, index)
+
+
+def test_walked_are_long_sequences_that_fill_the_chip():
+    def walks(batch, length, heads, dtype=torch.bfloat16, k_dim=16):
+        q, v = (torch.empty(batch, length, heads, width, dtype=dtype, device="meta") for width in (k_dim, 64))
+        return taylor_launch.walks(taylor_launch._call(q, q, v))
+
+    assert walks(8, 2048, 16)
+    assert walks(16, 4000, 16)
+    assert not any((walks(9, 2048, 16), walks(2, 8192, 16), walks(32, 512, 16)))
+    assert not any((walks(8, 2048, 16, torch.float16), walks(8, 2048, 16, torch.float32), walks(8, 2048, 16, k_dim=8)))
+
+
 def test_a_strided_projection_and_the_future():
     qkv = torch.randn(2, 70, 3, 2, 16)
     before = call(*qkv.unbind(2))[0]

@@ -6,7 +6,6 @@ import torch
 from kernels import (
     delta_hopper,
     delta_hopper_launch,
-    delta_hopper_walk,
     vector_gate,
     vector_gate_config,
     vector_gate_hopper,
@@ -16,7 +15,7 @@ from kernels import (
 from tests.kernels import cases_vector_gate as cases
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 
-MODULES = (vector_gate_hopper, vector_gate_hopper_back, delta_hopper, delta_hopper_walk)
+MODULES = (vector_gate_hopper, vector_gate_hopper_back, delta_hopper)
 
 
 @pytest.fixture(autouse=True)

@@ -1,25 +1,33 @@
-"""The forward walk for Hopper, followed on the CPU, against the token loop in fp64: outputs and states."""
+"""The walks for Hopper, followed on the CPU, against the token loop in fp64: outputs, states, gradients."""
 
 import pytest
-import triton.language as tl
 
-from kernels import delta_hopper, delta_hopper_walk, walk_hopper, walk_hopper_launch, walk_hopper_parts
+from kernels import (
+    delta_hopper,
+    walk_hopper,
+    walk_hopper_back,
+    walk_hopper_launch,
+    walk_hopper_parts,
+)
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
-from tests.kernels.interpreted_linear_recurrence import call, draw
+from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
-MODULES = (delta_hopper, delta_hopper_walk, walk_hopper_parts, walk_hopper)
+C = walk_hopper_launch.CHUNK
+MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back)
 
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    monkeypatch.setattr(walk_hopper, "forward_kernel", OnCpu(walk_hopper.forward_kernel, MODULES))
+    for module, name in ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel")):
+        monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
-    monkeypatch.setattr(walk_hopper_launch, "suits", lambda _: True)
-    monkeypatch.setattr(walk_hopper_launch, "FORWARD", dict.fromkeys((64, 128), walk_hopper_launch.FORWARD[64]))
+    monkeypatch.setattr(walk_hopper_launch, "_line_rows", lambda x, spare: Descriptor(x, [1, C]) if x.numel() else spare)
+    for suits in ("suits", "suits_forward"):
+        monkeypatch.setattr(walk_hopper_launch, suits, lambda _: True)
     with use_backend("triton"), poisoned():
         yield
 
@@ -27,8 +35,9 @@ def _hopper(monkeypatch):
 def check(shape, gate):
     exact = draw(shape, gate, state=True)
     single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
-    for name, a, b in zip(("o", "final"), call(linear_recurrence, single), call(linear_recurrence_reference, exact), strict=True):
-        assert rms_error(a, b) <= SINGLE, (shape, name)
+    names = ("o", "final", *exact)
+    for name, a, b in zip(names, run(linear_recurrence, single), run(linear_recurrence_reference, exact), strict=True):
+        assert rms_error(a, b) <= (1e-3 if name == "log_decay" else 5 * SINGLE), (shape, name, rms_error(a, b))
 
 
 # batch, length, groups, heads, key width, value width
@@ -36,13 +45,6 @@ def check(shape, gate):
 @pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 1, 72, 96)], ids=str)
 def test_equals_the_token_loop(shape, gate):
     check(shape, gate)
-
-
-@pytest.mark.parametrize("gate", ["scalar", "strong"])
-def test_scalings_that_are_cut(monkeypatch, gate):
-    """Every chunk decays by more than the scalings may hold."""
-    monkeypatch.setattr(walk_hopper_parts, "LIMIT", tl.constexpr(1.0))
-    check((2, 70, 1, 1, 24, 16), gate)
 
 
 def test_rows_that_copies_cannot_take():

@@ -17,17 +17,21 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kernels.assembler import _installed, version_of
-from tests.kernels.sass import disassembled, unwritten
+from tests.kernels.sass import disassembled, unwaited, unwritten
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers of a thread, bytes of spilled registers, bytes of shared memory of a program."""
+    """What a compiled kernel takes: registers of a thread, bytes of spilled registers, bytes of shared memory of a program.
+
+    Asynchronous products are `serialised`, each waited for at once, where the newest assembler has too few registers for them.
+    """
 
     registers: int
     spilled: int
     shared: int
     ptx: str
+    serialised: bool
 
 
 def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **options: int | None) -> Resources:
@@ -48,8 +52,9 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     source = source_of(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     ptx = compiled.asm["ptx"]
-    assert not (found := unwritten(disassembled(ptx, newest_assembler()))), found
-    return Resources(*_assemble(ptx), compiled.metadata.shared, ptx)
+    listing, said = disassembled(ptx, newest_assembler())
+    assert not (found := [*unwritten(listing), *unwaited(listing)]), found
+    return Resources(*_assemble(ptx), compiled.metadata.shared, ptx, "wgmma.mma_async instructions are serialized" in said)
 
 
 @cache

@@ -1,7 +1,9 @@
-"""Reads the machine code of a kernel: operands that are stored or multiplied from registers which nothing has written.
+"""Reads the machine code of a kernel for two faults of the assembler (docs/kernels.md, The assembler).
 
-ptxas of CUDA 13.3 to 13.5 makes such code where a product's left operand has elements that are zero at compile time: the
-zeros are written after the operand was stored (docs/kernels.md, The assembler).
+`unwritten`: operands that are stored or multiplied from registers which nothing has written. ptxas of CUDA 13.3 to 13.5 makes
+such code where a product's left operand has elements that are zero at compile time: the zeros are written after the operand was
+stored. `unwaited`: fences that may still run when a barrier is passed. An instruction that takes long counts on one of a warp's
+six scoreboards, and whoever needs its end waits for that; on the way back to the top of a loop ptxas 13.5 forgets it.
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ import triton
 
 INSTRUCTION = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);")
 REGISTER = re.compile(r"\bR(\d+)\b")
+ENCODED = re.compile(r"\*/\s+(?P<text>[^;/]*?)\s*;.*\n\s*/\* 0x(?P<high>[0-9a-f]{16}) \*/|^(?P<label>\.L_x_\d+):", re.MULTILINE)
+BRANCH = re.compile(r"^(?P<condition>@!?U?P\d+ )?BRA.*`\((?P<label>\.L_x_\d+)\)")
+MEETING = re.compile(r"(@!?U?P\d+ )?(BAR\.|SYNCS\.ARRIVE|UTMASTG)")
+NO_SCOREBOARD = 7
 WRITES_NOTHING = ("ST", "RED", "BAR", "ISETP", "FSETP", "R2UR", "R2P", "PLOP3", "LDGSTS", "WARPGROUP")
 
 
-def disassembled(ptx: str, assembler: Path) -> str:
-    """SASS for sm_90a of one kernel, in listing order."""
+def disassembled(ptx: str, assembler: Path) -> tuple[str, str]:
+    """SASS for sm_90a of one kernel with its encoding, in listing order, and what the assembler said."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        subprocess.run([str(assembler), "--gpu-name=sm_90a", str(source), "-o", str(binary)], check=True, capture_output=True)
+        command = [str(assembler), "--gpu-name=sm_90a", str(source), "-o", str(binary)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         reader = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        return subprocess.run([str(reader), "-c", str(binary)], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(reader), "-c", "-hex", str(binary)], check=True, capture_output=True, text=True).stdout, said
 
 
 def unwritten(listing: str) -> list[str]:
@@ -61,3 +68,38 @@ def _width(name: str) -> int:
     if "WIDE" in name or ".64" in name or name.startswith("CS2R") or "88.2" in name:
         return 2
     return 4 if ".128" in name or "88.4" in name else 1
+
+
+def unwaited(listing: str) -> list[str]:
+    """Barriers, signals and copies that a fence for accelerators may still run at, as nothing on the way waits for its end."""
+    code: list[tuple[str, int, int]] = []
+    labels: dict[str, int] = {}
+    for match in ENCODED.finditer(listing):
+        if match["label"]:
+            labels[match["label"]] = len(code)
+            continue
+        control = int(match["high"], 16) >> 41
+        code.append((match["text"], control >> 5 & 7, control >> 11 & 63))
+    found = []
+    for start, (text, scoreboard, _) in enumerate(code):
+        if not text.startswith("FENCE.VIEW.ASYNC"):
+            continue
+        assert scoreboard != NO_SCOREBOARD, text
+        todo, seen = _after(code[start][0], start, labels), set()
+        while todo:
+            at = todo.pop()
+            if at in seen or at >= len(code) or code[at][2] >> scoreboard & 1:
+                continue
+            seen.add(at)
+            if MEETING.match(code[at][0]):
+                found.append(code[at][0])
+            else:
+                todo += _after(code[at][0], at, labels)
+    return found
+
+
+def _after(text: str, at: int, labels: dict[str, int]) -> list[int]:
+    """Where an instruction may lead."""
+    if match := BRANCH.match(text):
+        return [labels[match["label"]], *([at + 1] if match["condition"] else [])]
+    return [] if text.startswith("EXIT") else [at + 1]

@@ -6,7 +6,7 @@ import pytest
 
 from kernels.assembler import SAFE, version_of
 from tests.kernels.offline import newest_assembler
-from tests.kernels.sass import unwritten
+from tests.kernels.sass import NO_SCOREBOARD, unwaited, unwritten
 
 LISTING = """
         /*0060*/                   MOV R93, RZ ;
@@ -30,3 +30,28 @@ def test_a_product_of_an_unwritten_register_is_found() -> None:
 
 def test_compilations_are_read_with_an_assembler_that_users_get() -> None:
     assert (version_of(newest_assembler()) or (0, 0)) >= SAFE
+
+
+def instruction(text: str, *, counts_on: int = NO_SCOREBOARD, waits_for: int = 0) -> str:
+    """One line of a listing and its encoding, of which only the scoreboards matter."""
+    control = counts_on << 5 | waits_for << 11
+    return f"        /*0000*/ {text} ; /* 0x0 */\n /* 0x{control << 41:016x} */"
+
+
+FENCE, BARRIER, BACK = instruction("FENCE.VIEW.ASYNC.S", counts_on=4), "BAR.SYNC.DEFER_BLOCKING 0x0", "@P4 BRA `(.L_x_8)"
+WAITS = {"waits_for": 1 << 4}
+
+
+@pytest.mark.parametrize(
+    ("top", "end", "found"),
+    [
+        (instruction(BARRIER, **WAITS), instruction(BACK), []),
+        (instruction(BARRIER), instruction(BACK, **WAITS), []),
+        (instruction(BARRIER), instruction(BACK), [BARRIER]),
+        (instruction(BARRIER, waits_for=1 << 3), instruction(BACK), [BARRIER]),
+    ],
+)
+def test_a_fence_that_no_barrier_waits_for_is_found(top: str, end: str, found: list[str]) -> None:
+    """It ends a loop; behind the loop somebody waits."""
+    after = [instruction(BARRIER, **WAITS), instruction("EXIT")]
+    assert unwaited("\n".join([".L_x_8:", top, instruction("NOP"), FENCE, end, *after])) == found

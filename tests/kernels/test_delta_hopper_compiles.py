@@ -1,87 +1,98 @@
 """What the delta rule's Hopper kernels take on sm_90, found by the compiler without a GPU."""
 
+import itertools
+
 import pytest
+import torch
 import triton.language as tl
 
-from kernels import delta_hopper_launch, delta_hopper_transposed, delta_hopper_walk
+from kernels import delta_hopper_launch
 from kernels.delta_hopper import shared_layout
 from kernels.delta_hopper_backward import backward_kernel
-from kernels.delta_hopper_carry import combine_kernel, forward_carry_kernel, reverse_carry_kernel
+from kernels.delta_hopper_carry import carry_kernel, combine_kernel
+from kernels.delta_hopper_transposed import forward_kernel
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
 C = delta_hopper_launch.CHUNK
-FLAGS = {"FIRST": False, "LAST": False, "DLAST": False}
-FORWARD, TRANSPOSED = delta_hopper_walk.forward_kernel, delta_hopper_transposed.forward_kernel
+FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "GIVEN": False}
 
 
 def described(*block):
     return f"tensordesc<bf16{list(block)},{shared_layout(block[-1], len(block))!r}>"
 
 
-def compile_one(kernel, width, *, gated, tile=None, keep=True):
+def compile_one(kernel, width, *, gated, **more):
     """One kernel with K = V = width, as training without a state runs it."""
-    whole = kernel in (FORWARD, backward_kernel)
-    tile = tile or (width if whole else C)
-    groups = 2 if whole and tile == width else 1
+    tile = width if kernel is backward_kernel else C
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     if kernel is not combine_kernel:
         runtime |= dict.fromkeys(("q", "k", "dq", "dk"), described(1, C, 1, width)) | {"h": described(1, C, C)}
         runtime |= dict.fromkeys(("v", "o", "errors", "do", "dv"), described(1, C, 1, tile))
         runtime |= {"states": described(1, width, tile)}
     constants = {"K": width, "V": width, "BK": width, "BV": tile, "D": width, "C": C, "TILE": 16, "DOT": tl.bfloat16}
-    constants |= {"GROUPS": groups, "MERGE": tl.float16, "KEEP": keep, "STAGES": delta_hopper_launch.STAGES}
-    constants |= {"WALKS": width // C, "SOLVERS": delta_hopper_launch.solvers_of(width, gated=gated)}
-    if kernel is FORWARD:
-        constants |= {"STAGES": delta_hopper_launch.stages_of(tile, width)}
-    arguments = runtime | constants | FLAGS | {"GATED": gated, "GATE_GRAD": gated}
-    warps = 8 if kernel is combine_kernel else 4 * groups
+    constants |= {"MERGE": tl.float16, "KEEP": True, "GATED": gated, "GATE_GRAD": gated}
+    arguments = runtime | constants | FLAGS | more
+    warps = 8 if kernel in (combine_kernel, backward_kernel) else 4
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
 
 
-KERNELS = (FORWARD, backward_kernel, forward_carry_kernel, reverse_carry_kernel, combine_kernel)
-# Bytes of spilled registers at width 128: what the compilers of Triton 3.6 and 3.7 give at most, rounded up; none at 64.
-SPILLS = {FORWARD: 0, backward_kernel: 120, forward_carry_kernel: 0, reverse_carry_kernel: 20, combine_kernel: 80}
-
-
-def check(kernel, width, *, gated, tile=None, keep=True, spilled=0):
-    used = compile_one(kernel, width, gated=gated, tile=tile, keep=keep)
+def check(kernel, width, *, gated, spilled=0, **more):
+    used = compile_one(kernel, width, gated=gated, **more)
     assert used.spilled <= spilled, used.spilled
     assert used.shared <= SMEM
     if kernel is not combine_kernel:
         assert "wgmma.mma_async" in used.ptx
-        solves = kernel is TRANSPOSED and delta_hopper_launch.solvers_of(width, gated=gated) > 0  # in blocks of 16 x 16
-        assert ("mma.sync" in used.ptx.replace("wgmma.mma_async.sync", "")) == solves
+        # Couplings are made in blocks of 16 x 16.
+        assert ("mma.sync" in used.ptx.replace("wgmma.mma_async.sync", "")) == (more.get("SOLVERS", 0) > 0)
+        assert not used.serialised
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
-def test_the_main_configuration(kernel):
-    check(kernel, 128, gated=True, spilled=SPILLS[kernel])
+MANY, FEW, CUT = (8, 2048, 16), (2, 8192, 16), (1, 32768, 16)  # heads fill the chip; do not; a sequence is cut
 
 
-OTHERS = [(width, gated, keep) for width in (64, 128) for gated in (False, True) for keep in (False, True)]
-# Bytes of spilled registers by width and decays, at most; ptxas 13.5 spills 20, 20, 80 and 0.
-BESIDE_SPILLS = {(64, False): 20, (64, True): 160, (128, False): 120, (128, True): 20}
+def planned(monkeypatch, sizes, width, *, gated):
+    """The constants of the forward walk of such a batch, length and number of heads."""
+    batch, length, heads = sizes
+    monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 132)
+    rows = torch.empty(batch, length, heads, width, device="meta")
+    found = delta_hopper_launch.plan_of(rows, rows, gated=gated)
+    return {"STAGES": found.stages, "DEPTH": found.depth, "WALKS": found.walks, "SOLVERS": found.solvers}
+
+
+WALKS = list(itertools.product((MANY, FEW, CUT), (64, 128), (False, True), (False, True)))
+# Bytes of spilled registers by width and decays, at most, with the assembler of Triton 3.7; ptxas 13.5 spills 20, 160, 8 and 0.
+FORWARD_SPILLS = {(64, False): 20, (64, True): 160, (128, False): 40, (128, True): 20}
 
 
 @pytest.mark.parametrize(
-    ("width", "gated", "keep"),
-    [(128, False, True), *(pytest.param(width, gated, keep, marks=pytest.mark.slow) for width, gated, keep in OTHERS)],
+    ("sizes", "width", "gated", "keep"),
+    [(MANY, 128, False, True), *(pytest.param(*walk, marks=pytest.mark.slow) for walk in WALKS)],
 )
-def test_transposed_walks(width, gated, keep):
-    check(TRANSPOSED, width, gated=gated, keep=keep, spilled=BESIDE_SPILLS[width, gated])
+def test_forward_walks(monkeypatch, sizes, width, gated, keep):
+    constants = planned(monkeypatch, sizes, width, gated=gated)
+    check(forward_kernel, width, gated=gated, KEEP=keep, spilled=FORWARD_SPILLS[width, gated], **constants)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tile", [32, 64])
-def test_walks_over_some_of_the_columns(tile, gated):
-    check(FORWARD, 128, gated=gated, tile=tile, spilled=20)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_carries(reverse):
+    check(carry_kernel, 128, gated=True, REVERSE=reverse, STAGES=delta_hopper_launch.CARRY_STAGES[reverse], spilled=20)
+
+
+# Bytes of spilled registers at width 128: what the compilers of Triton 3.6 and 3.7 give at most, rounded up; none at 64.
+SPILLS = {backward_kernel: 120, combine_kernel: 80}
+
+
+@pytest.mark.parametrize("kernel", SPILLS, ids=lambda kernel: kernel.__name__)
+def test_the_main_configuration(kernel):
+    check(kernel, 128, gated=True, spilled=SPILLS[kernel])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [*SPILLS, carry_kernel], ids=lambda kernel: kernel.__name__)
 def test_every_configuration(kernel, width, gated):
-    check(kernel, width, gated=gated, spilled=SPILLS[kernel] if width > C else 0)
+    for reverse in (False, True) if kernel is carry_kernel else (False,):
+        spilled = SPILLS.get(kernel, 20) if width > C else 0
+        check(kernel, width, gated=gated, REVERSE=reverse, STAGES=delta_hopper_launch.CARRY_STAGES[reverse], spilled=spilled)

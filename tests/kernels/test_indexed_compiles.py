@@ -5,16 +5,19 @@ import torch
 import triton.language as tl
 
 from kernels import chosen_grad_triton as chosen
+from kernels import chosen_launch
 from kernels import indexed_decode as decode
 from kernels import indexed_launch as launch
+from kernels.chosen_lists_triton import pack_kernel, slots_kernel, tiles_kernel
+from kernels.chosen_shares_triton import delta_kernel, shares_kernel, sum_parts_kernel, sum_shares_kernel
 from kernels.indexed_decode_triton import join_kernel, part_kernel
 from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
 from kernels.indexed_triton import compact_kernel, forward_kernel
 from kernels.operands import _precision, product_width
 from tests.kernels.offline import compile_sm90
 
-NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
-WHOLE = {"starts": "*i64+", **dict.fromkeys(("words", "lists", "counts", "tokens"), "*i32+")}
+NARROW = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "dq_shares")
+WHOLE = {"starts": "*i64+", **dict.fromkeys(("words", "lists", "counts", "tokens", "slots"), "*i32+")}
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}
 KERNELS = {
     "forward": forward_kernel,
@@ -22,14 +25,19 @@ KERNELS = {
     "key": key_kernel,
     "far": far_kernel,
     "token": chosen.chosen_key_kernel,
+    "shares": shares_kernel,
 }
+LISTS_BY_KEY = [pack_kernel, tiles_kernel, slots_kernel, delta_kernel, sum_parts_kernel, sum_shares_kernel]
 SMEM = 227 * 1024
 
 
-def compile_kernel(name, width, dtype, *, listed, config=None, **flags):
+def compile_kernel(name, width, dtype, *, listed, **flags):
     """One kernel with K = V = width, for a band with neither sinks nor stored keys unless flags say so."""
     kernel = KERNELS[name]
-    config = config or getattr(launch.configs(width, dtype, listed=listed), "key" if name == "far" else name)
+    if name == "shares":
+        config = chosen_launch.key_config(width, dtype, 64)
+    else:
+        config = getattr(launch.configs(width, dtype, listed=listed), "key" if name == "far" else name)
     pointer, dot = DTYPES[dtype]
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     runtime |= dict.fromkeys(NARROW, pointer) | WHOLE
@@ -70,8 +78,9 @@ def check(name, width, dtype, *, listed, spill, **flags):
         assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
 
 
-def test_chosen_blocks_in_sixteen_bit():
-    check("token", 128, torch.bfloat16, listed=True, spill=60)
+@pytest.mark.parametrize(("name", "spill"), [("token", 60), ("shares", 200)])
+def test_chosen_blocks_in_sixteen_bit(name, spill):
+    check(name, 128, torch.bfloat16, listed=True, spill=spill)
 
 
 @pytest.mark.parametrize(("name", "spill"), [("forward", 24), ("query", 60), ("key", 60), ("far", 0)])
@@ -81,7 +90,7 @@ def test_a_window_in_sixteen_bit(name, spill):
 
 @pytest.mark.parametrize(
     "kernel",
-    [*KERNELS.values(), compact_kernel, part_kernel, join_kernel, chosen.choosers_kernel, chosen.add_parts_kernel],
+    [*KERNELS.values(), compact_kernel, part_kernel, join_kernel, chosen.choosers_kernel, chosen.add_parts_kernel, *LISTS_BY_KEY],
     ids=lambda kernel: kernel.__name__,
 )
 def test_no_integer_is_specialised(kernel):
@@ -105,9 +114,18 @@ def test_no_integer_is_specialised(kernel):
         (True, {"ROWWISE": False}),
     ],
 )
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "shares"])
 def test_every_configuration_compiles(name, listed, flags, width, dtype):
     check(name, width, dtype, listed=listed, spill=1000, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 60, 64, 128])
+def test_every_walk_by_key_compiles(width, dtype):
+    used = compile_kernel("shares", width, dtype, listed=True)
+    assert used.spilled <= 1000
+    assert used.shared <= SMEM
 
 
 @pytest.mark.slow

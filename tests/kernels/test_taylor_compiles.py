@@ -8,6 +8,7 @@ from kernels import taylor_launch as launch
 from kernels.operands import _precision, padded, product_width
 from kernels.taylor_grad_triton import key_kernel, query_kernel
 from kernels.taylor_triton import forward_kernel, scan_kernel, state_kernel
+from kernels.taylor_walk_triton import walk_kernel
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "x", "c", "y", "dy", "dq", "dk", "dv")
@@ -47,6 +48,17 @@ def test_sixteen_bit(name):
     check(name, 16, 64, torch.bfloat16, 0)
 
 
+def test_the_walk_fits():
+    runtime = {p.name: p.annotation_type or "*bf16+" for p in walk_kernel.params if not p.is_constexpr}
+    constants = {"K": 16, "V": 64, "BK": 16, "BV": 64, "F": launch.WALK_ROWS, "UNIT": 8, "C": launch.WALK_STEP}
+    constants |= {"DOT": tl.bfloat16, "WIDE": tl.bfloat16, "PRECISION": None, "STAGES": launch.WALK_STAGES}
+    arguments = runtime | constants
+    used = compile_sm90(walk_kernel, {name: arguments[name] for name in walk_kernel.arg_names}, warps=launch.WALK_WARPS)
+    assert used.spilled <= 16
+    assert used.shared <= SMEM
+    assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+
+
 def test_the_scan_streams():
     constants = {"K": 16, "V": 64, "BLOCK": launch.SCAN_BLOCK, "NORM": True, "REVERSE": False, "FIRST": True, "LAST": True}
     runtime = {p.name: p.annotation_type or "*fp32+" for p in scan_kernel.params if not p.is_constexpr}
@@ -56,7 +68,7 @@ def test_the_scan_streams():
     assert "ld.global.v4" in used.ptx.replace(".L1::no_allocate", "")
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS.values(), scan_kernel], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [*KERNELS.values(), scan_kernel, walk_kernel], ids=lambda kernel: kernel.__name__)
 def test_no_integer_is_specialised(kernel):
     """A batch of one, or a length that 16 divides, is no other kernel."""
     integers = [p for p in kernel.params if p.annotation in ("i32", "i64")]

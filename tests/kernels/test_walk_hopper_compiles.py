@@ -1,42 +1,54 @@
-"""What the Hopper walk of linear attention takes on sm_90, found by the compiler without a GPU."""
+"""What the Hopper walks of linear attention take on sm_90, found by the compiler without a GPU."""
 
 import pytest
 import triton.language as tl
+from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import walk_hopper, walk_hopper_launch
+from kernels import walk_hopper, walk_hopper_back, walk_hopper_launch
 from kernels.delta_hopper import shared_layout
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
 C = walk_hopper_launch.CHUNK
-FORWARD = walk_hopper.forward_kernel
+FORWARD, BACKWARD = walk_hopper.forward_kernel, walk_hopper_back.backward_kernel
 
 
-def compile_one(width, gate):
-    """The kernel as a call without a state runs it; gate is 0, 1 or 2."""
-    config = walk_hopper_launch.FORWARD[width]
-    runtime = {p.name: p.annotation_type or "*fp32+" for p in FORWARD.params if not p.is_constexpr}
-    block = f"tensordesc<bf16{[1, C, 1, width]},{shared_layout(width, 4)!r}>"
-    runtime |= dict.fromkeys(("q", "k", "v", "o"), block)
-    constants = {"K": width, "V": width, "W": width, "C": C, "DOT": tl.bfloat16, "GROUPS": config.groups, "STAGES": config.stages}
-    constants |= {"GATE": gate, "FIRST": False, "LAST": False}
-    arguments = runtime | constants
-    return compile_sm90(FORWARD, {name: arguments[name] for name in FORWARD.arg_names}, warps=4 * config.groups)
+def compile_one(kernel, gate, config, widths, constants):
+    """The kernel as a call without states runs it; gate is 0, 1 or 2."""
+    wide_k, wide_v = widths
+    runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
+    blocks = {width: f"tensordesc<bf16{[1, C, 1, width]},{shared_layout(width, 4)!r}>" for width in widths}
+    described = dict.fromkeys(("q", "k", "dq", "dk"), blocks[wide_k]) | dict.fromkeys(("v", "o", "do", "dv"), blocks[wide_v])
+    described["line_rows"] = f"tensordesc<fp32{[1, C]},{NVMMASharedLayout(0, 32, rank=2)!r}>" if gate == 2 else blocks[wide_k]
+    runtime |= {name: block for name, block in described.items() if name in runtime}
+    shared = {"K": wide_k, "V": wide_v, "BK": wide_k, "BV": wide_v, "W": wide_k, "C": C, "DOT": tl.bfloat16, "GATE": gate}
+    flags = {**dict.fromkeys(("FIRST", "LAST", "DLAST"), False), "GATE_GRAD": gate == 2}
+    arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
+
+
+def check(used, programs, spilled=0):
+    assert used.spilled <= spilled, used.spilled
+    assert SMEM // (programs + 1) < used.shared <= SMEM // programs, "so many programs share an SM"
+    assert "wgmma.mma_async" in used.ptx
+    assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+
+
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("width", "gate", "spilled"),
-    [
-        (64, 1, 0),
-        (128, 2, 80),
-        pytest.param(64, 0, 0, marks=pytest.mark.slow),
-        pytest.param(128, 0, 0, marks=pytest.mark.slow),
-        pytest.param(128, 1, 80, marks=pytest.mark.slow),
-    ],
+    ("width", "gate"),
+    [(64, 1), (128, 2), *(pytest.param(*case, marks=slow) for case in ((64, 0), (64, 2), (128, 0), (128, 1)))],
 )
-def test_what_ships(width, gate, spilled):
-    used = compile_one(width, gate)
-    assert used.spilled <= spilled, used.spilled
-    assert SMEM // 2 < used.shared <= SMEM, "one program has an SM for itself"
-    assert "wgmma.mma_async" in used.ptx
-    assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
+def test_forward(width, gate):
+    check(compile_one(FORWARD, gate, walk_hopper_launch.FORWARD[width], (width, width), {}), 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "gate"), [(128, 2), *(pytest.param(*case, marks=slow) for case in ((64, 0), (64, 1), (64, 2), (128, 0), (128, 1)))]
+)
+def test_backward(width, gate):
+    config = walk_hopper_launch.BACKWARD[width]
+    used = compile_one(BACKWARD, gate, config, (width, width), {"BACK_STAGES": config.back, "SLOTS": config.slots})
+    check(used, *((1, 8) if width == 128 else (2,)))
