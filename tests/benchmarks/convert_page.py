@@ -71,13 +71,13 @@ def write(store: Store, name: str, result: dict[str, Any], asked: int, speeds: d
     """The records of one model; its speeds are of a run of their own."""
     info = model(name, result)
     state = float(result["state_bytes"] + result["bytes_per_token"] * LONGEST)
-    measured = [EvalMetric(name="state_bytes", slice=str(LONGEST), value=state, n=1)]
+    measured, origin = [EvalMetric(name="state_bytes", slice=str(LONGEST), value=state, n=1)], result
     if speeds and name in speeds["models"]:
-        measured = [EvalMetric.model_validate(metric) for metric in speeds["models"][name]]
+        measured, origin = [EvalMetric.model_validate(metric) for metric in speeds["models"][name]], speeds
     held = [
         EvalMetric(name=key, value=result["held_out"][key], n=1, higher_is_better=key == "top1") for key in ("top1", "kl", "ppl")
     ]
-    save(store, info, speeds or result, MEMORY_AND_SPEED, "state_bytes", measured)
+    save(store, info, origin, MEMORY_AND_SPEED, "state_bytes", measured)
     save(store, info, result, AGREEMENT, "top1", held)
     for family, task in TASKS.items():
         right = {int(key.split()[1]) + BEFORE: hits[:asked] for key, hits in result["recall"].items() if key.startswith(family)}
