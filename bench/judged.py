@@ -214,8 +214,8 @@ def _comparison(records: list[EvalRecord], store: Store) -> Comparison:
 
 
 def _ordered(rows: list[JudgedRow]) -> list[JudgedRow]:
-    """Teacher and control, then each student followed by its own referees."""
-    students = [row for row in rows if row.info.kind == "converted"]
+    """Teacher and control, then each student, by name, followed by its own referees."""
+    students = sorted((row for row in rows if row.info.kind == "converted"), key=lambda row: row.name)
     found = [row for row in rows if row.info.kind in ("plain", "control")]
     for student in students:
         mine = [row for row in rows if row.info.fingerprint in student.info.referees.values()]

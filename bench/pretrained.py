@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+QUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
+"""Attributes of a model that was read from quantised weights."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -223,10 +225,17 @@ def _unpack_gguf(transformers: Any, path: Path, target: Path, digest: str) -> No
     except Exception as error:
         raise UserError(_reason(str(path), error)) from error
     # The weights are plain fp32 by now; transformers refuses to save a model that still calls itself quantized.
-    del model.config.quantization_config
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
+    for owner, name in ((model.config, "quantization_config"), *((model, name) for name in QUANTIZED)):
+        if hasattr(owner, name):
+            delattr(owner, name)
     model.config.source = {"gguf": path.name, "sha256": digest}
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    _drop_made_up_tokens(target / "tokenizer.json", model.config.vocab_size)
+
+
+def _drop_made_up_tokens(path: Path, vocab_size: int) -> None:
+    """Takes out tokens that the file does not have: transformers gives a vocabulary without `<|endoftext|>` that one."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -41,9 +41,15 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the operator: directly where nothing but autograd can be interested, else through torch's dispatcher."""
-        if torch.compiler.is_compiling() or not _is_plain(args):
+        if torch.compiler.is_compiling() or _is_watched():
             return self.overload(*args)
-        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+        differentiable = False
+        for x in args:
+            if isinstance(x, Tensor):
+                if type(x) not in PLAIN:
+                    return self.overload(*args)
+                differentiable = differentiable or x.requires_grad
+        if not (differentiable and torch.is_grad_enabled()):
             return self.repeated(*args)
         return self.overload(*args) if self.gradient is None else self.gradient.apply(*args)
 
@@ -132,10 +138,7 @@ class Saved:
         """Gradients that there are not are None."""
 
 
-def _is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether arguments are ordinary tensors, and no mode, trace or transform of torch is to see what happens to them."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(type(x) in PLAIN for x in args if isinstance(x, Tensor))
+def _is_watched() -> bool:
+    """Whether a mode or transform of torch is to see what happens."""
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(watched) or torch._C._functorch.peek_interpreter_stack() is not None

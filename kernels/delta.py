@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import delta_hopper_launch
+from kernels._kept import Part, memory_for, parts_of
 from kernels.operands import _dot_dtype, _gate, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, padded
 
 
@@ -77,26 +78,43 @@ class Kept(NamedTuple):
         decays: cumulated log2 decays [B, H, N, C] in fp32, or empty.
         errors: E [B, T, H, V].
         states: the state that enters each chunk [B, H, N, K, V].
+        memory: in which all of these lie.
     """
 
     couplings: Tensor
     decays: Tensor
     errors: Tensor
     states: Tensor
+    memory: Tensor
 
 
 def kept_like(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
     """Unwritten tensors of the sizes that `forward` returns."""
+    return kept_in(kept_memory(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep), q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)
+
+
+def kept_memory(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Tensor:
+    """Unwritten memory for all of it, see `kernels._kept`."""
+    return memory_for(_kept_parts(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep), v_BTHV)
+
+
+def kept_in(memory: Tensor, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> Kept:
+    """What lies in it."""
+    return Kept(*parts_of(memory, _kept_parts(q_BTGK, k_BTGK, v_BTHV, log_decay, keep=keep)), memory)
+
+
+def _kept_parts(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, *, keep: bool) -> list[Part]:
+    """Shapes and dtypes of `Kept`."""
     batch, length, heads, v_dim = v_BTHV.shape
     dot = operand_dtype(q_BTGK, k_BTGK, v_BTHV)
     chunk = config_of(k_BTGK.shape[3], v_dim, dot).chunk
-    chunks = -(-length // chunk)
-    return Kept(
-        v_BTHV.new_empty(batch, heads, chunks, chunk, chunk, dtype=dot),
-        v_BTHV.new_empty(0 if log_decay is None else (batch, heads, chunks, chunk), dtype=torch.float32),
-        v_BTHV.new_empty(v_BTHV.shape if keep else 0, dtype=dot),
-        v_BTHV.new_empty((batch, heads, chunks, k_BTGK.shape[3], v_dim) if keep else 0, dtype=dot),
-    )
+    blocks, none = (batch, heads, -(-length // chunk)), (0,)
+    return [
+        ((*blocks, chunk, chunk), dot),
+        (none if log_decay is None else (*blocks, chunk), torch.float32),
+        (v_BTHV.shape if keep else none, dot),
+        ((*blocks, k_BTGK.shape[3], v_dim) if keep else none, dot),
+    ]
 
 
 def forward(

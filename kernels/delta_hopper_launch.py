@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels._replay import give_context
+from kernels._descriptors import give_context
 from kernels.operands import _triton_dtype, padded
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _described(x: Tensor, block: list[int]) -> Any:
     """What the tensor memory accelerator has to know of a tensor that it moves in blocks."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    give_context(x)
+    give_context(x.device)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(block[-1], len(block)))
 
 

@@ -42,18 +42,18 @@ def _delta_rule(
     state: Tensor | None,
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.delta.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
         o, final, kept = delta.forward(q, k, v, beta, log_decay, state, return_state=return_state, keep=keep)
-    return o, final, kept.couplings, kept.decays, kept.errors, kept.states
+    return o, final, kept.memory
 
 
 @_delta_rule.register_fake
-def _(q, k, v, beta, log_decay, state, return_state, keep) -> Six:
+def _(q, k, v, beta, log_decay, state, return_state, keep) -> tuple[Tensor, Tensor, Tensor]:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
-    kept = delta.kept_like(q, k, v, log_decay, keep=keep)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), kept.couplings, kept.decays, kept.errors, kept.states
+    memory = delta.kept_memory(q, k, v, log_decay, keep=keep)
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), memory
 
 
 @operator("mixer_bench::delta_rule_backward")
@@ -63,43 +63,40 @@ def _delta_rule_backward(
     beta: Tensor,
     log_decay: Tensor | None,
     state: Tensor | None,
-    couplings: Tensor,
-    decays: Tensor,
-    errors: Tensor,
-    states: Tensor,
+    memory: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.delta.backward`."""
-    kept = delta.Kept(couplings, decays, errors, states)
     with torch.cuda.device_of(do):
+        kept = delta.kept_in(memory, q, k, do, log_decay, keep=True)
         return delta.backward(q, k, beta, log_decay, state, kept, do, dfinal, gate_grad=gate_grad)
 
 
 @_delta_rule_backward.register_fake
-def _(q, k, beta, log_decay, state, couplings, decays, errors, states, do, dfinal, gate_grad) -> Six:
+def _(q, k, beta, log_decay, state, memory, do, dfinal, gate_grad) -> Six:
     dgate = log_decay if gate_grad else None
     more = (do.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (dgate, state))
     dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, do, beta))
     return dq, dk, dv, dbeta, *more
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keeps what the forward pass kept; the errors stand for the values."""
     q, k, v, beta, log_decay, state, *_ = inputs
     ctx.shape, ctx.dtype = v.shape, v.dtype
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # zeros for what is kept would be most of the memory that is written
-    ctx.save_for_backward(q, k, beta, log_decay, state, *output[2:])
+    ctx.save_for_backward(q, k, beta, log_decay, state, output[2])
 
 
-def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, beta, log_decay, state, *kept = ctx.saved_tensors
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _memory: None) -> tuple[Tensor | None, ...]:
+    q, k, beta, log_decay, state, memory = ctx.saved_tensors
     gate_grad = log_decay is not None and ctx.needs_input_grad[4]
     if do is None:
         do = q.new_zeros(ctx.shape, dtype=ctx.dtype)
-    dq, dk, dv, dbeta, dgate, dstate = _delta_rule_backward(q, k, beta, log_decay, state, *kept, do, dfinal, gate_grad)
+    dq, dk, dv, dbeta, dgate, dstate = _delta_rule_backward(q, k, beta, log_decay, state, memory, do, dfinal, gate_grad)
     return dq, dk, dv, dbeta, dgate if gate_grad else None, None if state is None else dstate, None, None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import chunked, dispatch, dplr_op, reference, vector_gate_op
+from kernels import chunked, dispatch, dplr_op, reference
 from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.step import is_step, recurrent_step
 from kernels.walk import MAX_WIDTH
@@ -70,11 +70,10 @@ def dplr_recurrence(
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Erasures and writes as tokens of their own, in the operator's arguments."""
-    queries, keys, values, decays, erase, strength = dplr_op.pairs(q, k, v, a, b, log_decay)
+    """The operator's fp32 states."""
     wide = None if state is None else state.float()
-    o, final = vector_gate_op.vector_gate_recurrence(queries, keys, values, decays, strength, erase, wide, state is not None)
-    return o[:, 1::2], None if state is None else final.to(state.dtype)
+    o, final = dplr_op.dplr_recurrence(q, k, v, a, b, log_decay, wide, state is not None)
+    return o, None if state is None else final.to(state.dtype)
 
 
 @remembered

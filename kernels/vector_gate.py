@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import vector_gate_hopper_launch
+from kernels._kept import Part, memory_for, parts_of
 from kernels.operands import _dot_dtype, _narrow, _nothing, _precision, _rows, _state_like, _triton_dtype
 from kernels.vector_gate_config import PROGRAMS, SEGMENT, Tile, config, gate_terms, gentle_limit, tile_width
 
@@ -51,24 +52,34 @@ class Segments(NamedTuple):
     chunks: int
 
 
-def kept_like(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, keep: bool) -> Kept:
-    """Unwritten tensors of the sizes that `forward` returns."""
+def kept_memory(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, keep: bool) -> Tensor:
+    """Unwritten memory for what `forward` keeps, see `kernels._kept`."""
+    return memory_for(_kept_parts(q_BTHK, k_BTHK, v_BTHV, delta=delta, keep=keep), v_BTHV)
+
+
+def kept_in(memory: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, keep: bool) -> Kept:
+    """What lies in it."""
+    return Kept(*parts_of(memory, _kept_parts(q_BTHK, k_BTHK, v_BTHV, delta=delta, keep=keep)))
+
+
+def _kept_parts(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, delta: bool, keep: bool) -> list[Part]:
+    """Shapes and dtypes of `Kept`."""
     batch, length, heads, v_dim = v_BTHV.shape
     dtype = _dot_dtype(q_BTHK, k_BTHK, v_BTHV)
     chunk = config(k_BTHK.shape[3], v_dim, dtype, delta=delta).chunk
     wide_k, wide_v = (tile_width(width, dtype) for width in (k_BTHK.shape[3], v_dim))
-    blocks = (batch, heads, -(-length // chunk))
-    return Kept(
-        v_BTHV.new_empty(blocks, dtype=torch.int32),
-        v_BTHV.new_empty(*blocks, 2, wide_k, dtype=torch.float32),
-        v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
-        v_BTHV.new_empty(*blocks, chunk, wide_k, dtype=dtype),
-        v_BTHV.new_empty((*blocks, chunk, wide_k) if delta else 0, dtype=dtype),
-        v_BTHV.new_empty(*blocks, chunk, chunk, dtype=dtype),
-        v_BTHV.new_empty((*blocks, chunk, chunk) if delta else 0, dtype=dtype),
-        v_BTHV.new_empty((*blocks, wide_k, wide_v) if keep else 0, dtype=dtype),
-        v_BTHV.new_empty(v_BTHV.shape if keep and delta else 0, dtype=dtype),
-    )
+    blocks, none = (batch, heads, -(-length // chunk)), (0,)
+    return [
+        (blocks, torch.int32),
+        ((*blocks, 2, wide_k), torch.float32),
+        ((*blocks, chunk, wide_k), dtype),
+        ((*blocks, chunk, wide_k), dtype),
+        ((*blocks, chunk, wide_k) if delta else none, dtype),
+        ((*blocks, chunk, chunk), dtype),
+        ((*blocks, chunk, chunk) if delta else none, dtype),
+        ((*blocks, wide_k, wide_v) if keep else none, dtype),
+        (v_BTHV.shape if keep and delta else none, dtype),
+    ]
 
 
 class Call:
@@ -256,7 +267,7 @@ def forward(
     *,
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Kept]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence of `kernels.reference` with a vector decay.
 
     Args:
@@ -272,13 +283,15 @@ def forward(
         keep: whether `backward` will run.
 
     Returns:
-        The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and what
-        `backward` needs.
+        The outputs [B, T, H, V] in the dtype of v, the final state [B, H, K, V] in fp32 or an empty tensor, and the memory of
+        what `backward` needs.
     """
-    kept = kept_like(q_BTHK, k_BTHK, v_BTHV, delta=beta_BTH is not None, keep=keep)
+    flags = {"delta": beta_BTH is not None, "keep": keep}
+    memory = kept_memory(q_BTHK, k_BTHK, v_BTHV, **flags)
+    kept = kept_in(memory, q_BTHK, k_BTHK, v_BTHV, **flags)
     call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV, kept)
     call.prepare()
-    return *call.walk(return_state=return_state, keep=keep), kept
+    return *call.walk(return_state=return_state, keep=keep), memory
 
 
 def backward(
@@ -289,7 +302,7 @@ def backward(
     beta_BTH: Tensor | None,
     erase_BTHK: Tensor | None,
     state_BHKV: Tensor | None,
-    kept: Kept,
+    memory: Tensor,
     do_BTHV: Tensor,
     dfinal_BHKV: Tensor | None,
 ) -> tuple[Tensor, ...]:
@@ -303,13 +316,14 @@ def backward(
         beta_BTH: write strengths.
         erase_BTHK: keys of the erasure.
         state_BHKV: S_0.
-        kept: what `forward` kept.
+        memory: of what `forward` kept.
         do_BTHV: gradient of the outputs.
         dfinal_BHKV: gradient of the final state, or None for zero.
 
     Returns:
         Gradients of q, k, v, log_decay, beta, erase and state in their dtypes, empty where those are None.
     """
+    kept = kept_in(memory, q_BTHK, k_BTHK, v_BTHV, delta=beta_BTH is not None, keep=True)
     call = Call(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, beta_BTH, erase_BTHK, state_BHKV, kept)
     dv, dbeta, dfirst, dstates = call.reverse(do_BTHV, dfinal_BHKV)
     dq, dk, derase, dgate = call.gradients(do_BTHV, dv, dstates)

@@ -42,19 +42,17 @@ def _recurrence(
     state: Tensor | None,
     return_state: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.vector_gate.forward`."""
     with torch.cuda.device_of(v):  # Triton launches on the current device
-        o, final, kept = vector_gate.forward(q, k, v, log_decay, beta, erase, state, return_state=return_state, keep=keep)
-    found: Any = (o, final, *kept)
-    return found
+        return vector_gate.forward(q, k, v, log_decay, beta, erase, state, return_state=return_state, keep=keep)
 
 
 @_recurrence.register_fake
-def _(q, k, v, log_decay, beta, erase, state, return_state, keep) -> tuple[Tensor, ...]:
+def _(q, k, v, log_decay, beta, erase, state, return_state, keep) -> tuple[Tensor, Tensor, Tensor]:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
-    kept = vector_gate.kept_like(q, k, v, delta=beta is not None, keep=keep)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), *kept
+    memory = vector_gate.kept_memory(q, k, v, delta=beta is not None, keep=keep)
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), memory
 
 
 @operator("mixer_bench::vector_gate_recurrence_backward")
@@ -66,22 +64,13 @@ def _recurrence_backward(
     beta: Tensor | None,
     erase: Tensor | None,
     state: Tensor | None,
-    levels: Tensor,
-    factors: Tensor,
-    reads: Tensor,
-    writes: Tensor,
-    erases: Tensor,
-    scores: Tensor,
-    couplings: Tensor,
-    states: Tensor,
-    errors: Tensor,
+    memory: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.vector_gate.backward`."""
-    kept = vector_gate.Kept(levels, factors, reads, writes, erases, scores, couplings, states, errors)
     with torch.cuda.device_of(do):
-        found: Any = vector_gate.backward(q, k, v, log_decay, beta, erase, state, kept, do, dfinal)
+        found: Any = vector_gate.backward(q, k, v, log_decay, beta, erase, state, memory, do, dfinal)
     return found
 
 
@@ -93,14 +82,14 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return *(x.new_empty(x.shape) for x in (q, k, v, log_decay)), *more
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keeps the inputs, and what the forward pass kept."""
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # zeros for what is kept would be most of the memory that is written
-    ctx.save_for_backward(*inputs[:7], *output[2:])
+    ctx.save_for_backward(*inputs[:7], output[2])
 
 
-def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _memory: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     found = _recurrence_backward(*saved, torch.zeros_like(saved[2]) if do is None else do, dfinal)
     return *(None if x is None else dx for x, dx in zip(saved[:7], found, strict=True)), None, None

@@ -45,8 +45,8 @@ class Stored(NamedTuple):
     sink_v_BGPV: Tensor | None = None
 
 
-def _obstacle(q: Tensor, k: Tensor, v: Tensor, stored: Stored) -> str | None:
-    """What keeps a token from the kernel."""
+def window_obstacle(q: Tensor, k: Tensor, v: Tensor, stored: Stored) -> str | None:
+    """What keeps a token from the kernels that walk a window."""
     if (length := stored.k_BGLK.shape[2]) > MAX_STORED:
         return f"a window of {length} stored keys is above {MAX_STORED}"
     limit = min(TILES) if q.dtype == torch.float32 else max(TILES)
@@ -77,9 +77,9 @@ def window_step(q_BHK: Tensor, k_BGK: Tensor, v_BGV: Tensor, stored: Stored, *, 
     Raises:
         ValueError: shapes or devices do not match.
     """
-    _check(q_BHK, k_BGK, v_BGV, stored)
+    check_window(q_BHK, k_BGK, v_BGV, stored)
     inputs = (q_BHK, k_BGK, v_BGV)
-    if dispatch.pick(OPERATION, q_BHK, obstacle=_obstacle(*inputs, stored)) != "triton":
+    if dispatch.pick(OPERATION, q_BHK, obstacle=window_obstacle(*inputs, stored)) != "triton":
         y, new = _torch_step(*inputs, stored, window)
         if not may_write():
             return y, new
@@ -105,7 +105,8 @@ def _torch_step(q: Tensor, k: Tensor, v: Tensor, stored: Stored, window: int) ->
     return y_BH1V[:, :, 0], Stored(k_BGSK[:, :, 1:], v_BGSV[:, :, 1:], position + 1, sink_k, sink_v)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, stored: Stored) -> None:
+def check_window(q: Tensor, k: Tensor, v: Tensor, stored: Stored) -> None:
+    """Raises ValueError if a token and a window's storage do not belong together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "B heads width")
     batch, groups, k_dim = k.shape

@@ -43,6 +43,48 @@ def store_rows(base, rows, inside, cols, x, WIDTH: tl.constexpr):
     tl.store(base + rows[:, None] * WIDTH + cols[None, :], x, mask=inside[:, None] & (cols < WIDTH)[None, :])
 
 
+@triton.jit
+def walk_window(
+    old_k, old_v, new_k, new_v, k_K, v_V, start, stored, i, e, q_MK, highest_M, total_M, o_MV,
+    K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends to a head's stored keys, moves them on by one row and appends the token's own."""
+    for first in range(0, stored, N):
+        s = first + tl.arange(0, N)
+        inside = s < stored
+        k_NK = load_seen(old_k, s, inside, i, K)
+        v_NV = load_seen(old_v, s, inside, e, V)
+        seen = inside & (start - stored + s >= 0)
+        highest_M, total_M, o_MV = attend(q_MK, k_NK, v_NV, seen, highest_M, total_M, o_MV, SCALE, DOT, PRECISION)
+        tl.debug_barrier()  # every thread has read its rows
+        moved = inside & (s >= 1)
+        store_rows(new_k, s - 1, moved, i, k_NK, K)
+        store_rows(new_v, s - 1, moved, e, v_NV, V)
+    if stored > 0:
+        tl.store(new_k + (stored - 1) * K + i, k_K, mask=i < K)
+        tl.store(new_v + (stored - 1) * V + e, v_V, mask=e < V)
+    return highest_M, total_M, o_MV
+
+
+@triton.jit
+def read_sinks(
+    old_k, old_v, new_k, new_v, k_K, v_V, start, sinks, window, i, e, q_MK, highest_M, total_M, o_MV,
+    K: tl.constexpr, V: tl.constexpr, BP: tl.constexpr, SCALE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends to the sinks that have left the window; the token becomes one of them if it is among the first."""
+    p = tl.arange(0, BP)
+    is_sink = p < sinks
+    k_PK = load_seen(old_k, p, is_sink, i, K)
+    v_PV = load_seen(old_v, p, is_sink, e, V)
+    left = is_sink & (start - p >= window)
+    highest_M, total_M, o_MV = attend(q_MK, k_PK, v_PV, left, highest_M, total_M, o_MV, SCALE, DOT, PRECISION)
+    tl.debug_barrier()
+    own = (p == start)[:, None]
+    store_rows(new_k, p, is_sink, i, tl.where(own, k_K[None, :], k_PK), K)
+    store_rows(new_v, p, is_sink, e, tl.where(own, v_V[None, :], v_PV), V)
+    return highest_M, total_M, o_MV
+
+
 @entry(do_not_specialize=SIZES)
 def window_step_kernel(
     q, k, v, old_k, old_v, old_sink_k, old_sink_v, position, new_k, new_v, new_sink_k, new_sink_v, y,
@@ -69,35 +111,16 @@ def window_step_kernel(
     highest_M = tl.sum(q_MK.to(tl.float32) * k_K.to(DOT).to(tl.float32)[None, :], 1) * SCALE
     total_M = tl.full([M], 1.0, tl.float32)
     o_MV = tl.zeros([M, BV], tl.float32) + v_V.to(DOT).to(tl.float32)[None, :]
-    old_k += index * stored * K
-    new_k += index * stored * K
-    old_v += index * stored * V
-    new_v += index * stored * V
-    for first in range(0, stored, N):
-        s = first + tl.arange(0, N)
-        inside = s < stored
-        k_NK = load_seen(old_k, s, inside, i, K)
-        v_NV = load_seen(old_v, s, inside, e, V)
-        seen = inside & (start - stored + s >= 0)
-        highest_M, total_M, o_MV = attend(q_MK, k_NK, v_NV, seen, highest_M, total_M, o_MV, SCALE, DOT, PRECISION)
-        tl.debug_barrier()  # every thread has read its rows
-        moved = inside & (s >= 1)
-        store_rows(new_k, s - 1, moved, i, k_NK, K)
-        store_rows(new_v, s - 1, moved, e, v_NV, V)
-    if stored > 0:
-        tl.store(new_k + (stored - 1) * K + i, k_K, mask=i < K)
-        tl.store(new_v + (stored - 1) * V + e, v_V, mask=e < V)
+    near, sink = index * stored, index * sinks
+    highest_M, total_M, o_MV = walk_window(
+        old_k + near * K, old_v + near * V, new_k + near * K, new_v + near * V, k_K, v_V, start, stored, i, e,
+        q_MK, highest_M, total_M, o_MV, K, V, N, SCALE, DOT, PRECISION,
+    )  # fmt: skip
     if BP > 0:
-        p = tl.arange(0, BP)
-        is_sink = p < sinks
-        k_PK = load_seen(old_sink_k + index * sinks * K, p, is_sink, i, K)
-        v_PV = load_seen(old_sink_v + index * sinks * V, p, is_sink, e, V)
-        left = is_sink & (start - p >= window)  # the window
-        highest_M, total_M, o_MV = attend(q_MK, k_PK, v_PV, left, highest_M, total_M, o_MV, SCALE, DOT, PRECISION)
-        tl.debug_barrier()
-        own = (p == start)[:, None]
-        store_rows(new_sink_k + index * sinks * K, p, is_sink, i, tl.where(own, k_K[None, :], k_PK), K)
-        store_rows(new_sink_v + index * sinks * V, p, is_sink, e, tl.where(own, v_V[None, :], v_PV), V)
+        highest_M, total_M, o_MV = read_sinks(
+            old_sink_k + sink * K, old_sink_v + sink * V, new_sink_k + sink * K, new_sink_v + sink * V, k_K, v_V, start, sinks,
+            window, i, e, q_MK, highest_M, total_M, o_MV, K, V, BP, SCALE, DOT, PRECISION,
+        )  # fmt: skip
     y_rows = (index * group + member)[:, None] * V + e[None, :]
     y_mask = (member < group)[:, None] & (e < V)[None, :]
     tl.store(y + y_rows, (o_MV / total_M[:, None]).to(y.dtype.element_ty), mask=y_mask)

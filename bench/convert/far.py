@@ -126,4 +126,6 @@ def window_branch(plan: LayerPlan, shape: AttentionShape, far: list[int]) -> Win
 
 def _pick(a_BHTK: Tensor, heads: list[int], each: int = 1) -> Tensor:
     """The rows of some key heads, `each` neighbouring rows a head; slices, because an index would be copied to the device."""
+    if heads[-1] - heads[0] == len(heads) - 1:  # neighbours, which need no copy
+        return a_BHTK[:, heads[0] * each : (heads[-1] + 1) * each]
     return torch.cat([a_BHTK[:, head * each : (head + 1) * each] for head in heads], 1)

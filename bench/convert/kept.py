@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.chosen_keys import seen, top_keys
+from kernels.kept_step import Kept, kept_step
+from kernels.step import is_step
+from kernels.window_step import Stored
 from mixers import State
-from mixers._cache import fill_sinks, repeat_heads, window_cache
+from mixers._cache import STORED, fill_sinks, repeat_heads, window_cache
 from mixers._layers import widen
 
 HIDDEN = 64
@@ -26,6 +29,8 @@ GRID = 256.0
 the newer key wins."""
 PIECE = 2048
 """Tokens that are mixed at once where no gradient is wanted: which key each query still sees is a matrix of queries by keys."""
+KEPT = ("kept_k", "kept_v", "kept_score", "score")
+"""Names of what is stored beside the window, in the order of `Kept`."""
 FLOOR = -9.0
 """Log-probability below which attention counts as none."""
 
@@ -65,8 +70,10 @@ class KeptKeys(nn.Module):
                 o, running = self(q, k, v, running, x)
                 outputs.append(o)
             return torch.cat(outputs, 2), None if state is None else running
+        if state is not None and is_step(q_BHTK.shape[2], state["k"], q_BHTK, k_BGTK, v_BGTK):
+            return self._step(q_BHTK, k_BGTK, v_BGTK, state, x_BTD)
         given = self._empty(len(q_BHTK), 0, **sizes) if state is None else state
-        new = {"k": k_BGTK, "v": v_BGTK, "score": (self.scores(x_BTD).detach() * GRID).round()}
+        new = {"k": k_BGTK, "v": v_BGTK, "score": self._on_grid(x_BTD)}
         near = {name: torch.cat((given[name], a.to(given[name].dtype)), 2) for name, a in new.items()}
         held = near | {name: given[name] for name in ("kept_k", "kept_v", "kept_score")} | fill_sinks(given, k_BGTK, v_BGTK)
         visible_BGTN = self._visible(held, given["position"], q_BHTK.shape[2])
@@ -76,6 +83,19 @@ class KeptKeys(nn.Module):
         )
         o_BHTK = attention(q_BHTK, k, v, mask_TS=visible_BGTN.repeat_interleave(q_BHTK.shape[1] // self.n_kv_heads, 1))
         return o_BHTK, None if state is None else self._stored(held, given["position"], q_BHTK.shape[2])
+
+    def _on_grid(self, x_BTD: Tensor) -> Tensor:
+        return (self.scores(x_BTD).detach() * GRID).round()
+
+    def _step(self, q_BH1K: Tensor, k_BG1K: Tensor, v_BG1K: Tensor, state: State, x_B1D: Tensor) -> tuple[Tensor, State]:
+        """One decoded token."""
+        sinks = [state[f"sink_{a}"] if self.sinks else None for a in ("k", "v")]
+        stored = Stored(state["k"], state["v"], state["position"], *sinks)
+        kept = Kept(*(state[name] for name in KEPT))
+        token = (q_BH1K[:, :, 0], k_BG1K[:, :, 0], v_BG1K[:, :, 0], self._on_grid(x_B1D)[:, :, 0])
+        y_BHK, stored, kept = kept_step(*token, stored, kept)
+        named = dict(zip((*STORED, *KEPT), (*stored, *kept), strict=True))
+        return y_BHK[:, :, None], {name: state[name] if a is None else a for name, a in named.items()}
 
     def loss(self, q_BHTK: Tensor, k_BGTK: Tensor, x_BTD: Tensor) -> Tensor:
         """Mean squared error of the scores against the largest log-probability that a key draws from beyond the window."""
@@ -130,8 +150,6 @@ class KeptKeys(nn.Module):
         place is put before those that leave.
         """
         kept_BGP, leaving_BGT = held["kept_score"], held["score"][:, :, : n_new - 1]
-        if n_new == 1:  # a decoded token, before which nothing leaves
-            return (kept_BGP > float("-inf"))[:, :, None], torch.zeros_like(held["score"], dtype=torch.bool)[:, :, None]
         empty = torch.full_like(held["score"][:, :, :1], float("-inf"))
         filled_BGT = filled_BR[:, None, : n_new - 1].expand_as(leaving_BGT)
         filled = torch.cat((kept_BGP > float("-inf"), empty > 0, filled_BGT), 2).flatten(0, 1)

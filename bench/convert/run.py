@@ -87,7 +87,7 @@ class Conversion:
         *,
         on_progress: Callable[[Progress], None] = lambda _: None,
         say: Callable[[str], None] = lambda _: None,
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        checkpoint_seconds: float | None = None,
     ) -> GateResult | None:
         """Trains, checks and saves; continues from a checkpoint if one is there.
 
@@ -98,6 +98,7 @@ class Conversion:
             UserError: out of memory, or a checkpoint of another conversion.
             KeyboardInterrupt: after the checkpoint is stored.
         """
+        every = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
         check_transplant(self.teacher, self.held)
         restored = saving.load_checkpoint(self.out, self.identity(), self.device)
         first = 0
@@ -110,7 +111,7 @@ class Conversion:
         for index in range(first, len(self.stages)):
             if self._must_choose(index, restored):
                 self._choose_layers(say)
-            self._train(index, restored, on_progress, checkpoint_seconds)
+            self._train(index, restored, on_progress, every)
             restored = None
         gate = self._finish(say) if parallel.rank() == 0 else None
         parallel.wait()

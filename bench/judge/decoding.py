@@ -18,6 +18,8 @@ from bench.convert.decode import Decoder
 from bench.convert.student import LinearizedForCausalLM
 
 WARM_UP_STEPS = 3
+ALIGNED = 64
+"""Keys that a static cache holds a multiple of: attention loads a mask of another width more slowly."""
 
 
 class KeyValueDecoder:
@@ -33,7 +35,8 @@ class KeyValueDecoder:
     def __init__(self, model: Any, cache: Any, batch: int, room: int) -> None:
         self.model = model
         self.seen = int(cache.get_seq_length())
-        self.static: Any = StaticCache(config=model.config, max_cache_len=self.seen + room + WARM_UP_STEPS + 1)
+        length = -(-(self.seen + room + WARM_UP_STEPS + 1) // ALIGNED) * ALIGNED
+        self.static: Any = StaticCache(config=model.config, max_cache_len=length)
         for mine, full in zip(self.static.layers, cache.layers, strict=True):
             mine.lazy_initialization(*(tensor.expand(batch, -1, -1, -1) for tensor in (full.keys, full.values)))
             mine.keys[:, :, : self.seen].copy_(full.keys.expand(batch, -1, -1, -1))

@@ -263,7 +263,8 @@ def _cannot_load(missing: dict[str, Exception], rest: list[str]) -> UserError:
     parts = [f"{', '.join(names)} cannot be loaded ({reason})" for reason, names in reasons.items() if reason != "hub"]
     others = f"run the rest with --tasks {','.join(rest)}" if rest else ""
     if "hub" in reasons:
-        parts.insert(0, f"{', '.join(reasons['hub'])} need {', '.join(sets)} from the hub, which cannot be reached")
+        verb = "needs" if len(reasons["hub"]) == 1 else "need"
+        parts.insert(0, f"{', '.join(reasons['hub'])} {verb} {', '.join(sets)} from the hub, which cannot be reached")
         fix = f"give a folder that holds it with --data-dir, or use --suite {OFFLINE}, which needs no hub"
         others = f"{fix}, or {others}" if others else fix
     return UserError("; ".join(parts) + (f": {others}." if others else "."))

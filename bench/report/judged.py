@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.judge.suites import MEMORY_AND_SPEED
 from bench.judged import Cell, Column, Comparison, JudgedRow, comparisons
 from bench.records import EvalRecord
 from bench.report.frames import human_bytes
+from bench.report.judged_speeds import decoding, fullest, speed_table
+from bench.report.labels import apart, ends
 from bench.report.styles import Style
 from bench.stats import Difference, pareto_front
 from bench.store import Store
@@ -57,7 +58,8 @@ def _section(found: Comparison, styles: dict[str, Style]) -> dict[str, Any]:
         "by_length": _pairs(found, found.recall[1:]),
         "lengths": _table(found, found.recall[1:]),
         "length_names": [column.name for column in found.recall[1:]],
-        "speeds": _speeds(found),
+        "speeds": speed_table(found.rows),
+        "decoded": next((fast[0] for row in found.rows if (fast := fullest(row))), ""),
         "answers": _answers(found),
         "facts": _facts(found),
     }
@@ -69,6 +71,7 @@ def _row(row: JudgedRow, found: Comparison, columns: Sequence[Column], styles: d
     info = row.info
     made = [f"{info.mixer or 'no mixer'}"] if info.kind == "converted" else []
     made += [f"window {info.window}"] if info.window and info.kind == "converted" else []
+    fast = fullest(row)
     made += [f"recipe {info.conversion['recipe_name']}"] if info.conversion.get("recipe_name") else []
     return {
         "name": row.name,
@@ -79,6 +82,7 @@ def _row(row: JudgedRow, found: Comparison, columns: Sequence[Column], styles: d
         "parameters": f"{info.parameters:,}",
         "state_bytes": row.state_bytes,
         "state_text": "–" if row.state_bytes is None else human_bytes(row.state_bytes),
+        "decode_text": "–" if fast is None else f"{fast[1]:,.0f}",
         "recall": None if recall is None else recall.value,
         "recall_error": None if recall is None else recall.stderr,
         "cells": [_cell(row.cell(column)) for column in columns],
@@ -132,33 +136,6 @@ def _table(found: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]
     return [{"name": row.name, "cells": [_cell(row.cell(column)) for column in columns]} for row in found.rows] if columns else []
 
 
-def _speeds(found: Comparison) -> dict[str, Any]:
-    """Memory and speed: a column for each measured quantity and place."""
-    columns: dict[tuple[str, str], None] = {}
-    rows = []
-    for row in found.rows:
-        record = row.records.get(MEMORY_AND_SPEED)
-        cells = {(item.name, _place(item.slice)): item for item in (record.metrics if record else [])}
-        columns |= dict.fromkeys(cells)
-        rows.append((row, cells))
-    return {
-        "columns": [f"{name.replace('_', ' ')} {place}".strip() for name, place in columns],
-        "rows": [{"name": row.name, "cells": [_speed(cells.get(key)) for key in columns]} for row, cells in rows if cells],
-    }
-
-
-def _place(text: str) -> str:
-    """How decoding was run differs between models; their columns must not."""
-    return text.removesuffix(", CUDA graph").removesuffix(", eager")
-
-
-def _speed(item: Any) -> dict[str, Any]:
-    if item is None or item.value is None:
-        return {"value": None, "text": "–", "title": ""}
-    text = human_bytes(item.value) if item.name.endswith("_bytes") else f"{item.value:,.0f}"
-    return {"value": item.value, "text": text, "title": item.slice}
-
-
 def _answers(found: Comparison) -> list[dict[str, Any]]:
     """Answers by letter of every multiple choice, one row a model and task."""
     rows = []
@@ -193,6 +170,7 @@ def _charts(prefix: str, found: Comparison, rows: list[dict[str, Any]]) -> list[
     if points:
         flags = pareto_front([point["x"] for point in points], [point["y"] for point in points])
         values = [{**point, "front": "yes" if flag else ""} for point, flag in zip(points, flags, strict=True)]
+        apart(values, x="x", y="y", log_x=True, first=lambda value: (not value["front"], value["kind"] != "model", -value["y"]))
         charts.append(
             {"id": f"{prefix}-state", "spec": "judged_pareto", "title": f"Recall against state, {found.title}", "values": values}
         )
@@ -203,8 +181,20 @@ def _charts(prefix: str, found: Comparison, rows: list[dict[str, Any]]) -> list[
         if (cell := row.cell(column)) is not None
     ]
     if lines:
+        ends(lines)
         charts.append(
             {"id": f"{prefix}-length", "spec": "judged_lengths", "title": f"Recall by length, {found.title}", "values": lines}
+        )
+    speeds = [
+        {**_drawn(made), "x": context, "y": item.value, "batch": batch, "how": item.slice.rpartition(", ")[2]}
+        for row, made in zip(found.rows, rows, strict=True)
+        for batch, by_context in list(decoding(row).items())[-1:]
+        for context, item in sorted(by_context.items())
+    ]
+    if speeds:
+        ends(speeds, log_y=True)
+        charts.append(
+            {"id": f"{prefix}-speed", "spec": "judged_speed", "title": f"Decoding by context, {found.title}", "values": speeds}
         )
     bars = [
         {"name": item["name"], "task": item["task"], "answer": letter, "share": share, "what": what, "n": item["n"]}

@@ -15,7 +15,13 @@ _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 
 def specs() -> dict[str, Any]:
     """Every specification, by the name that a chart's data give."""
-    made = {"judged_pareto": _pareto(), "judged_lengths": _lengths(), "judged_answers": _answers(), "bridge": _bridge()}
+    made = {
+        "judged_pareto": _pareto(),
+        "judged_lengths": _lengths(),
+        "judged_speed": _speed(),
+        "judged_answers": _answers(),
+        "bridge": _bridge(),
+    }
     found = {name: chart.to_dict() for name, chart in made.items()}
     for spec in found.values():
         spec.pop("config", None)
@@ -68,20 +74,36 @@ def _pareto() -> LayeredChart:
 
 def _lengths() -> LayeredChart:
     x = alt.X("x:O", title="Length of the item, tokens", axis=alt.Axis(labelAngle=0, grid=True))
-    base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
-    colour = alt.Color("name:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=400))
     tooltip = [*_tooltips(x="length", n="items"), alt.Tooltip("y:Q", title="recall", format=".1%")]
-    bars = base.mark_rule(strokeWidth=1.5, opacity=0.5).encode(y=_share("low", "Recall"), y2="high:Q", color=colour)
+    bars = (
+        alt.Chart(alt.NamedData(name="values"))
+        .mark_rule(strokeWidth=1.5, opacity=0.5)
+        .encode(x=x, y=_share("low", "Recall"), y2="high:Q", stroke=alt.Stroke(**_literal("color")))
+    )
+    said = "Mean accuracy over the recall items of each length, one line a model; see the table."
+    return _lines(x, _share("y", "Recall"), tooltip, said, bars)
+
+
+def _speed() -> LayeredChart:
+    x = alt.X("x:O", title="Context, tokens", axis=alt.Axis(labelAngle=0, grid=True))
+    y = alt.Y("y:Q", title="Decoded tokens/s, all rows (log scale)", scale=alt.Scale(type="log", nice=False, padding=12))
+    tooltip = [*_tooltips(x="context", batch="batch", how="run as"), alt.Tooltip("y:Q", title="tokens/s", format=",.0f")]
+    return _lines(x, y, tooltip, "Speed of decoding at the largest batch by context, one line a model; see the table.")
+
+
+def _lines(x: alt.X, y: alt.Y, tooltip: list[alt.Tooltip], said: str, *below: alt.Chart) -> LayeredChart:
+    """A line with points for every model, named at its end where there is room."""
+    base = alt.Chart(alt.NamedData(name="values")).encode(x=x, y=y)
+    stroke = alt.Stroke(**_literal("color"))
     dash = alt.StrokeDash(
         "kind:N", scale=alt.Scale(domain=["model", "student", "untrained", "ablation"], range=DASHES), legend=None
     )
-    line = base.mark_line(strokeWidth=2, point=True).encode(y=_share("y", "Recall"), color=colour, strokeDash=dash, tooltip=tooltip)
-    return alt.layer(bars, line).properties(
-        width="container",
-        height=320,
-        autosize=_FIT,
-        description="Mean accuracy over the recall items of each length, one line a model; see the table.",
+    line = base.mark_line(strokeWidth=2).encode(stroke=stroke, strokeDash=dash, detail="name:N")
+    marks = base.mark_point(size=60, strokeWidth=2, opacity=1).encode(
+        stroke=stroke, fill=alt.Fill(**_literal("color")), shape=alt.Shape(**_literal("shape")), tooltip=tooltip
     )
+    names = base.mark_text(align="left", dx=9, style="name").encode(text="label:N")
+    return alt.layer(*below, line, marks, names).properties(width="container", height=340, autosize=_FIT, description=said)
 
 
 def _answers() -> alt.FacetChart:

@@ -48,8 +48,10 @@ main) # three seeds of `far_heads` and what becomes of it without one of its par
     JOBS="${JOBS:-5}" # the referees are one of them
     convert $(named main) $(named far)
     ;;
-page) # what was judged, on one page
-    python3 -m tests.benchmarks.convert_page "$OUT/judged" --store "$OUT/page"
+page) # what was judged, on one page, after memory and speed of each, two minutes
+    speeds="$OUT/convert_students_speed.json"
+    python3 -m tests.benchmarks.convert_students_speed "$OUT/judged" --model "$MODEL" --out "$speeds"
+    python3 -m tests.benchmarks.convert_page "$OUT/judged" --speeds "$speeds" --store "$OUT/page"
     python3 -m bench.cli report --store "$OUT/page" -o "$OUT/page.html"
     exit
     ;;

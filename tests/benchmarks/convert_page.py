@@ -1,6 +1,7 @@
-"""What `convert_quality judge` wrote, as a store that `bench report --store` reads: state, agreement and recall beyond the window.
+"""What `convert_quality judge` and `convert_students_speed` wrote, as a store that `bench report --store` reads.
 
-    python -m tests.benchmarks.convert_page results/measured/convert_{main,equal_tokens}_h200 --store page
+    python -m tests.benchmarks.convert_page results/measured/convert_{main,equal_tokens}_h200 --store page \
+        --speeds results/measured/convert_students_speed_h200.json
     bench report --store page -o page.html
 
 Nothing is measured here. Of every family and distance the first items are taken that all models were asked, so that rows pair.
@@ -52,9 +53,10 @@ def model(name: str, result: dict[str, Any]) -> JudgedModel:
 
 def planned(arguments: list[str]) -> Any:
     """The layer plan of a command line of `bench convert`."""
-    given = {name: value for name, value in zip(arguments[::2], arguments[1::2], strict=True) if name != "--set"}
-    named = {"mixer": given.get("--mixer"), "layers": given.get("--layers")}
+    pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
+    given, settings = dict(pairs), [value for name, value in pairs if name == "--set"]
     window = int(given["--window"]) if "--window" in given else None
+    named = {"mixer": given.get("--mixer"), "layers": given.get("--layers"), "settings": settings}
     return resolve_recipe(given["--recipe"], window=window, **named).plan
 
 
@@ -65,16 +67,17 @@ def metric(name: str, values: list[float], at: str = "") -> EvalMetric:
     return EvalMetric(name=name, slice=at, value=mean, stderr=error, n=n, higher_is_better=True)
 
 
-def write(store: Store, name: str, result: dict[str, Any], asked: int) -> None:
-    """The records of one model."""
+def write(store: Store, name: str, result: dict[str, Any], asked: int, speeds: dict[str, Any] | None) -> None:
+    """The records of one model; its speeds are of a run of their own."""
     info = model(name, result)
     state = float(result["state_bytes"] + result["bytes_per_token"] * LONGEST)
+    measured = [EvalMetric(name="state_bytes", slice=str(LONGEST), value=state, n=1)]
+    if speeds and name in speeds["models"]:
+        measured = [EvalMetric.model_validate(metric) for metric in speeds["models"][name]]
     held = [
         EvalMetric(name=key, value=result["held_out"][key], n=1, higher_is_better=key == "top1") for key in ("top1", "kl", "ppl")
     ]
-    save(
-        store, info, result, MEMORY_AND_SPEED, "state_bytes", [EvalMetric(name="state_bytes", slice=str(LONGEST), value=state, n=1)]
-    )
+    save(store, info, speeds or result, MEMORY_AND_SPEED, "state_bytes", measured)
     save(store, info, result, AGREEMENT, "top1", held)
     for family, task in TASKS.items():
         right = {int(key.split()[1]) + BEFORE: hits[:asked] for key, hits in result["recall"].items() if key.startswith(family)}
@@ -130,12 +133,14 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("judged", nargs="+", type=Path, help="folders of `convert_quality judge`")
+    parser.add_argument("--speeds", type=Path, help="the record of `convert_students_speed`")
     parser.add_argument("--store", type=Path, required=True)
     given = parser.parse_args()
     found = {path.stem: json.loads(path.read_text()) for folder in given.judged for path in sorted(folder.glob("*.json"))}
     asked = min(len(hits) for result in found.values() for hits in result["recall"].values())
+    speeds = json.loads(given.speeds.read_text()) if given.speeds else None
     for name, result in found.items():
-        write(Store(given.store), name, result, asked)
+        write(Store(given.store), name, result, asked, speeds)
     print(f"{len(found)} models, {asked} items a family and distance: {given.store}")
 
 

@@ -35,7 +35,7 @@ from bench.convert.stage import StageTrainer, products_like_tf32
 from bench.convert.student import build_student
 from bench.judge.decoding import decoder
 
-WARM_UP, TIMED = 3, 10
+WARM_UP, TIMED, SEED = 3, 10, 0
 DECODE_BATCH, DECODE_STEPS = 32, 32
 SHOWN = ("what", "tokens_per_second", "step_seconds", "first_steps_seconds", "device_seconds", "context", "ms_per_step")
 FAR_HEADS = "0.0,7.2,8.0,14.0,15.2,17.0,17.1,18.2,20.1,20.2,21.2,23.0"
@@ -150,16 +150,19 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=int, nargs="*", default=[1024, 4096, 16384, 65536], help="decoded, by the teacher beside the first case"
     )
+    parser.add_argument("--decoding", action="store_true", help="without training")
     parser.add_argument("--far-heads", default=FAR_HEADS)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    torch.manual_seed(SEED)
     teacher: Any = pretrained.load(given.model, dtype=torch.float32, device="cuda")[0].requires_grad_(False)
-    tokens = np.random.default_rng(0).integers(5, teacher.config.vocab_size, 1_000_000).astype(np.int32)
-    data = TrainingData([Corpus(Source(kind="text", where="random"), tokens)], None, 0)
+    tokens = np.random.default_rng(SEED).integers(5, teacher.config.vocab_size, 1_000_000).astype(np.int32)
+    data = TrainingData([Corpus(Source(kind="text", where="random"), tokens)], None, SEED)
     content: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "versions": provenance.versions(),
         "commit": provenance.git_state()[0],
+        "seed": SEED,
         "cases": {},
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ def main() -> None:
         records: list[dict[str, Any]] = []
         content["cases"][case] = {"recipe": recipe.model_dump(mode="json"), "gate": errors, "records": records}
         decoded = decoding(recipe, copy.deepcopy(teacher), given.contexts, beside=number == 0)
-        for record in itertools.chain(training(recipe, teacher, data, given), decoded):
+        for record in itertools.chain([] if given.decoding else training(recipe, teacher, data, given), decoded):
             records.append(record)
             given.out.write_text(json.dumps(content, indent=1))
             print(json.dumps({key: value for key, value in record.items() if key in SHOWN}), flush=True)

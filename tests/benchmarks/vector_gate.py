@@ -88,7 +88,9 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, object]:
     """Graph times of each kernel, and the kinds of the chunks."""
     q, k, v, gate, beta = (None if x is None else x.detach() for x in (*leaves.values(), *[None] * (5 - len(leaves))))
     do = torch.randn_like(v)
-    call = vector_gate.Call(q, k, v, gate, beta, None, None, vector_gate.kept_like(q, k, v, delta=beta is not None, keep=True))
+    flags = {"delta": beta is not None, "keep": True}
+    kept = vector_gate.kept_in(vector_gate.kept_memory(q, k, v, **flags), q, k, v, **flags)
+    call = vector_gate.Call(q, k, v, gate, beta, None, None, kept)
     call.prepare()
     call.walk(return_state=False, keep=True)
     dv, _, _, dstates = call.reverse(do, None)

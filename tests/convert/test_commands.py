@@ -82,14 +82,25 @@ def test_stock_lm_eval_scores_and_generates(teacher_folder: Path, text: Path, wo
 FAR = ["far_heads", "--window", "16", "--set", "plan.far_window=40", "--set", "plan.far_heads=0.0,1.1", "--set", "stages.2.lr=1e-3"]
 
 
+def processes(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module with its arguments in two processes that know of each other."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    return subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+
+def arguments_of(teacher_folder: Path, text: Path, device: str, recipe: list[str]) -> list[str]:
+    """A short conversion without its --out."""
+    sizes = ["--tokens", "800", "--set", "stages.seq_len=32", "--set", "stages.batch_tokens=128"]
+    named = ["--model", str(teacher_folder), "--data", f"text:{text}", "--device", device, "--precision", "fp32"]
+    return ["convert", *named, "--recipe", *recipe, *sizes, "--out"]
+
+
 def two_processes_train_what_one_does(teacher_folder: Path, text: Path, device: str, tolerance: float, recipe: list[str]):
     """Both stages of a recipe (the second of LoLCATs with adapters) by one process and by two; in the current folder."""
-    arguments = ["convert", "--model", str(teacher_folder), "--data", f"text:{text}", "--device", device, "--precision", "fp32"]
-    arguments += ["--recipe", *recipe, "--tokens", "800", "--set", "stages.seq_len=32", "--set", "stages.batch_tokens=128", "--out"]
+    arguments = arguments_of(teacher_folder, text, device, recipe)
     assert call(*arguments, "one")[0] == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    done = subprocess.run([*launch, *arguments, "two"], capture_output=True, text=True, timeout=240, check=False, env=environment)
+    done = processes("bench.cli", *arguments, "two")
     assert done.returncode == 0, done.stderr
     one, two = (load_file(Path(name, "model.safetensors")) for name in ("one", "two"))
     teacher = load_file(teacher_folder / "model.safetensors")
@@ -103,6 +114,20 @@ def two_processes_train_what_one_does(teacher_folder: Path, text: Path, device: 
 @pytest.mark.parametrize("recipe", [["lolcats"], pytest.param(FAR, marks=pytest.mark.slow)], ids=["lolcats", "far_heads"])
 def test_two_processes_train_what_one_does(teacher_folder: Path, text: Path, work: Path, recipe: list[str]):
     two_processes_train_what_one_does(teacher_folder, text, "cpu", 1e-3, recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [2, 5], ids=["first stage", "second stage"])
+def test_two_killed_processes_end_like_undisturbed_ones(checkpoints: int, teacher_folder: Path, text: Path, work: Path):
+    arguments = arguments_of(teacher_folder, text, "cpu", ["lolcats"])
+    assert processes("bench.cli", *arguments, "whole").returncode == 0
+    assert processes("tests.convert.killed", str(checkpoints), *arguments, "cut").returncode != 0
+    assert {path.name for path in work.iterdir()} == {"whole", ".cut.partial"}
+    done = processes("tests.convert.killed", "0", *arguments, "cut")
+    assert done.returncode == 0, done.stderr
+    assert "from its checkpoint" in done.stdout
+    whole, cut = (load_file(work / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.gpu

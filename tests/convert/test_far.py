@@ -38,6 +38,14 @@ def test_unequal_windows_are_one_function(heads: str, changes: dict, teacher, tm
     assert result.passed, result.sentence()
 
 
+@pytest.mark.parametrize("keys", ["newest", "best"])
+@pytest.mark.parametrize("heads", ["0.1,1.2", "0.0,0.2,1.0,1.1"])
+def test_far_heads_need_not_be_neighbours(heads: str, keys: str):
+    model = tiny(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+    result = check_model(build_student(model, [far(heads, far_keys=keys)] * 2).eval(), tokens())
+    assert result.passed, result.sentence()
+
+
 def test_each_head_sees_as_far_as_the_plan_says(teacher):
     """A changed token moves a head's output as long as it is within that head's window."""
     layer = build_student(teacher, [far("0.1", sinks=0)] * 2).eval().converted()[0]

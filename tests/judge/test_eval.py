@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from bench.cli import app
 from bench.errors import UserError
 from bench.judge import harness, run
+from bench.judge.suites import TASK_FOLDER
 from bench.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval and datasets warn on import
@@ -106,7 +107,7 @@ def test_what_is_scored_is_what_is_generated(judged):
 def test_the_page_shows_it(judged):
     page = judged[2].read_text("utf-8")
     assert 'id="h-judged"' in page and "Paired differences" in page
-    for text in ("untrained", "window only", "mixer only", "chance", "Answers by letter", "decode tokens per second"):
+    for text in ("untrained", "window only", "mixer only", "chance", "Answers by letter", "Decode, tokens/s"):
         assert text in page
     assert 'id="h-bridge"' not in page
 
@@ -210,12 +211,29 @@ def test_an_own_task_runs_from_an_include_path(teacher_folder: Path, work: Path)
     assert Store(Path("runs")).load_evals()[0][0].items == 3
 
 
+def test_stock_lm_eval_runs_our_tasks(student_folder: Path):
+    """As its command line does: the arguments of the model, given to the tasks, name the tokenizer."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from bench.judge.tasks import functions
+
+    given = {"pretrained": str(student_folder), "trust_remote_code": True}
+    sizes = {"max_seq_lengths": [512], "items_per_length": 2}
+    index = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata={**given, **sizes})
+    asked = ["bench_passkey", "bench_passkey_generated"]
+    found = lm_eval.simple_evaluate("hf", {**given, "device": "cpu"}, tasks=asked, task_manager=index, bootstrap_iters=0)
+    assert found is not None and all(found["results"][task]["sample_len"] == 2 for task in asked)
+    with pytest.raises(ValueError, match="bench_needle is made in a tokenizer; name one with --metadata"):
+        functions.needle()
+
+
 BAD = [
     (["--suite", "ofline"], "Did you mean 'offline'?"),
     (["--tasks", "hellaswg"], "Did you mean 'hellaswag'?"),
     (
         ["--tasks", "piqa,bench_passkey"],
-        "piqa need baber/piqa from the hub, which cannot be reached: give a folder that holds it with --data-dir, or use --suite "
+        "piqa needs baber/piqa from the hub, which cannot be reached: give a folder that holds it with --data-dir, or use --suite "
         "offline, which needs no hub, or run the rest with --tasks bench_passkey.",
     ),
     (["--rows", "techer"], "Did you mean 'teacher'?"),

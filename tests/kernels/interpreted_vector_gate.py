@@ -30,7 +30,8 @@ def test_diagonal_plus_rank_one(gate: str):
 def test_pairs_of_tokens():
     q, k, a, b, z = (torch.randn(2, 3, 2, 20, requires_grad=True) for _ in range(5))
     v = torch.randn(2, 3, 2, 17, requires_grad=True)
-    torch.library.opcheck(torch.ops.mixer_bench.dplr_pairs.default, (q, k, v, a, b, z))
+    state = torch.randn(2, 2, 20, 17, requires_grad=True)
+    torch.library.opcheck(torch.ops.mixer_bench.dplr.default, (q, k, v, a, b, z.detach().abs().neg(), state, True, False))
 
     def call(q: torch.Tensor) -> torch.Tensor:
         return dplr_recurrence(q, k, v, a, b, log_decay_BTHK=-z.abs())[0]

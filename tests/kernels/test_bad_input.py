@@ -20,6 +20,7 @@ from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
 from kernels.gated_conv import gated_conv
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
+from kernels.kept_step import Kept, kept_step
 from kernels.labelled_head import labelled_head
 from kernels.layer_step import Apart, Conv, Packed, layer_step
 from kernels.norms import norm_pair
@@ -111,6 +112,16 @@ DOORS = {
             **qkv(B, H),
             **{"stored k": r(B, H, 2, K), "stored v": r(B, H, 2, V), "position": torch.ones(B, dtype=torch.long)},
             **{"sink k": r(B, H, 1, K), "sink v": r(B, H, 1, V)},
+        },
+    ),
+    "kept_step": Door(
+        lambda q, k, v, score, *stored: kept_step(q, k, v, score, Stored(*stored[:5]), Kept(*stored[5:])),
+        {
+            **qkv(B, H),
+            "score": r(B, H),
+            **{"stored k": r(B, H, 2, K), "stored v": r(B, H, 2, V), "position": torch.ones(B, dtype=torch.long)},
+            **{"sink k": r(B, H, 1, K), "sink v": r(B, H, 1, V)},
+            **{"kept k": r(B, H, 3, K), "kept v": r(B, H, 3, V), "kept score": r(B, H, 3), "near score": r(B, H, 2)},
         },
     ),
     "scan": Door(scan, {"a": r(B, T, D), "x": r(B, T, D), "state": r(B, D)}),

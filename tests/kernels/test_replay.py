@@ -146,7 +146,32 @@ def test_memory_is_given_back_in_between(add: Any) -> None:
         repeated(torch.ones(4))
     (plan,) = repeated.plans.values()
     assert isinstance(plan, Plan)
-    assert [dead for _, dead in plan.steps] == [(), (1,), (2,)]
+    assert [line.split(" = ")[0].strip() for line in plan.source.splitlines()[1:]] == [
+        "t1",
+        "t2",
+        "del t1",
+        "t3",
+        "del t2",
+        "return t3",
+    ]
+
+
+def test_parts_of_a_tensor_lie_where_they_lay(add: Any) -> None:
+    def cut(x: Tensor, y: Tensor) -> Tensor:
+        both = x.new_empty(8)
+        add[(4,)](x[4:], y[:4], both[4:], 0)
+        add[(0,)](x[4:4], y[8:], both[4:4], 0)  # parts without elements have no address
+        add[(4,)](both[4:], y[4:], both[:4], 1)
+        return both
+
+    repeated, _ = counted(cut)
+    for _ in range(4):
+        x, y = inputs(8)
+        later = x[4:] + y[:4]
+        torch.testing.assert_close(repeated(x, y), torch.cat((later + y[4:] + 1, later)))
+    (plan,) = repeated.plans.values()
+    assert isinstance(plan, Plan)
+    assert "-" not in plan.source
 
 
 def test_descriptions_do_not_pile_up(add: Any) -> None:

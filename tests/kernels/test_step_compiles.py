@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from kernels.kept_step_triton import kept_step_kernel
 from kernels.operands import _precision
 from kernels.step_form import StepForm
 from kernels.step_launch import NOTHING_AROUND, config_of, constants, spread, tile_widths, together
@@ -97,12 +98,16 @@ def test_every_configuration_compiles(widths: tuple[int, int], gate: int, delta:
 
 
 @pytest.mark.parametrize(("width", "dtype", "spill"), [(64, torch.bfloat16, 0), (256, torch.bfloat16, 0), (128, torch.float32, 32)])
-def test_a_window_fits(width: int, dtype: torch.dtype, spill: int):
+@pytest.mark.parametrize("kernel", [window_step_kernel, kept_step_kernel], ids=["window", "kept"])
+def test_a_window_fits(kernel: Any, width: int, dtype: torch.dtype, spill: int):
     keys, warps = tile_of(width, dtype)
     pointer, dot = ("*fp32+", tl.float32) if dtype == torch.float32 else ("*bf16+", tl.bfloat16)
-    runtime = {p.name: p.annotation_type or pointer for p in window_step_kernel.params if not p.is_constexpr}
-    constants = {"K": width, "V": width, "BK": width, "BV": width, "M": 16, "N": keys, "BP": 16, "DOT": dot}
-    arguments = runtime | constants | {"position": "*i64+", "PRECISION": tl.constexpr(_precision(dtype))}
-    used = compile_sm90(window_step_kernel, {name: arguments[name] for name in window_step_kernel.arg_names}, warps=warps)
+    runtime = {p.name: p.annotation_type or pointer for p in kernel.params if not p.is_constexpr}
+    sizes = {"K": width, "V": width, "BK": width, "BV": width, "M": 16, "N": keys, "DOT": dot}
+    sizes |= {"PRECISION": tl.constexpr(_precision(dtype))}
+    rows = {"BP": 16} if kernel is window_step_kernel else {"BS": 16, "BP": 512, "BL": 256}
+    scores = dict.fromkeys(("score", "kept_score", "near_score"), "*fp32+")
+    arguments = runtime | sizes | rows | scores | {"position": "*i64+"}
+    used = compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
     assert used.spilled <= spill
     assert "wgmma" not in used.ptx  # sixteen rows are too few for it

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from kernels import vector_gate_config, walk
-from kernels.dplr_triton import ROWS, pairs_kernel
+from kernels.dplr_triton import ROWS, halves_kernel, pairs_kernel, spread_kernel
 from kernels.vector_gate_gradient import gradient_kernel
 from kernels.vector_gate_prepare import prepare_kernel
 from kernels.vector_gate_solve import solve_kernel
@@ -117,7 +117,9 @@ def test_every_configuration_compiles(name: str, width: int, delta: bool, dtype:
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 64), (torch.float32, 256)])
 def test_pairs_of_tokens(dtype: torch.dtype, width: int):
     pointer, _ = DTYPES[dtype]
-    arguments: dict[str, Any] = {p.name: p.annotation_type or pointer for p in pairs_kernel.params if not p.is_constexpr}
-    arguments |= {"log_decay": "*fp32+", "decays": "*fp32+", "strength": "*fp32+"}
-    found = compile_sm90(pairs_kernel, arguments | {"K": width, "V": width, "BK": width, "BV": width, "ROWS": ROWS}, warps=4)
-    assert found.spilled == 0
+    sizes = {"K": width, "V": width, "BK": width, "BV": width, "ROWS": ROWS}
+    for kernel in (pairs_kernel, halves_kernel, spread_kernel):
+        arguments: dict[str, Any] = {p.name: p.annotation_type or pointer for p in kernel.params if not p.is_constexpr}
+        arguments |= {name: "*fp32+" for name in ("log_decay", "decays", "strength") if name in arguments}
+        constants = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+        assert compile_sm90(kernel, arguments | constants, warps=4).spilled == 0

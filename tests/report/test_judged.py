@@ -14,6 +14,7 @@ from bench.judged import comparisons
 from bench.points import points
 from bench.report.bridge import bridge, interpolated
 from bench.report.build import build_report
+from bench.report.labels import ends
 from bench.stats import paired_items
 from bench.store import Store
 
@@ -79,7 +80,13 @@ def test_the_page_has_both_sections_and_a_table_for_every_chart(store: Store, tm
     for section in ("judged", "bridge", "pareto", "table"):
         assert f'id="h-{section}"' in page
     data = page_data(page)
-    assert [chart["spec"] for chart in data["extras"]] == ["judged_pareto", "judged_lengths", "judged_answers", "bridge"]
+    assert [chart["spec"] for chart in data["extras"]] == [
+        "judged_pareto",
+        "judged_lengths",
+        "judged_speed",
+        "judged_answers",
+        "bridge",
+    ]
     for chart in data["extras"]:
         assert chart["spec"] in data["specs"] and chart["values"]
         assert f'data-task="{chart["id"]}"' in page
@@ -93,8 +100,20 @@ def test_the_page_has_both_sections_and_a_table_for_every_chart(store: Store, tm
         assert f'aria-label="{table}"' in page
     table = re.search(r'aria-label="Models made of teacher0">(.*?)</table>', page, re.S)
     assert table and table.group(1).count("<tr") == 2 + 2 + 2 * len(fake_evals.STUDENTS)
+    assert '<th scope="col" class="num" title="batch 32, context 2k">Decode, tokens/s</th>' in page and "90,000</td>" in page
     assert "<b>+" in page  # a difference with p below 0.01
     assert build_report(store, tmp_path / "one.html", task="mqar").evaluations == 0
+
+
+def test_names_that_would_meet_are_left_to_the_tooltip():
+    values = [
+        {"name": n, "label": n, "kind": "student", "x": x, "y": y} for n, x, y in (("a", 1, 0.50), ("b", 1, 0.51), ("c", 9, 0.9))
+    ]
+    ends(values)
+    assert [value["label"] for value in values] == ["", "b", "c"]
+    lines = [{"name": "a", "label": "a", "kind": "model", "x": x, "y": y} for x, y in ((1024, 3.0), (4096, 1.0))]
+    ends(lines, log_y=True)
+    assert [value["label"] for value in lines] == ["", "a"]
 
 
 def test_a_page_of_evaluations_alone(tmp_path: Path):

