@@ -91,8 +91,7 @@ class Shared:
 class Barrier:
     """Counts bytes or arrivals, so many a phase; copies wait in it for the thread that waits.
 
-    A phase is waited for by its parity, which is also that of the phase before the last: `seen` has, for each partition, the
-    parity that it waited for last.
+    A phase is waited for by its parity, which is also that of the phase before the last, so who waits has to see every phase.
     """
 
     count: int = 1
@@ -101,7 +100,6 @@ class Barrier:
     phase: int = 0
     copies: list[Any] = field(default_factory=list)
     filled: bool = False
-    seen: dict[int, int] = field(default_factory=dict)
 
 
 class Program:
@@ -165,6 +163,11 @@ class Program:
     def products(self) -> list[dict[str, Any]]:
         """Products of this partition that run."""
         return self.own.__dict__.setdefault("products", [])
+
+    @property
+    def seen(self) -> dict[int, int]:
+        """The parity for which this partition waited last, by barrier."""
+        return self.own.__dict__.setdefault("seen", {})
 
     @property
     def stores(self) -> list[Any]:
@@ -244,9 +247,9 @@ class Program:
             self.wake()
 
     def wait(self, bar: Barrier, phase: Any) -> None:
-        parity, before = int(phase), bar.seen.get(threading.get_ident(), 1 if bar.filled else None)
+        parity, before = int(phase), self.seen.get(id(bar), 1 if bar.filled else None)
         assert before is None or parity != before, "a phase is waited for by who has not seen the one before"
-        bar.seen[threading.get_ident()] = parity
+        self.seen[id(bar)] = parity
         while not bar.copies and int(phase) == bar.phase % 2:
             assert self.alive > 1 and self.turn.wait(timeout=20), "waits for what nobody brings"
         if not bar.copies:
