@@ -18,6 +18,7 @@ from bench.spec import digest
 from bench.speed_records import Bound, GateResult, Peer, SpeedRecord
 from bench.throughput import clock, peers
 from bench.throughput import mixers as whole
+from bench.throughput.attentions import ChosenBlocks
 from bench.throughput.bounds import Cost, Shape
 from bench.throughput.draws import Draw
 from bench.throughput.kernels import OPERATIONS
@@ -25,6 +26,7 @@ from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
 from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
 from bench.throughput.tuning import tune_by_width
+from kernels.chosen_launch import BY_KEY_FROM
 from kernels.dispatch import watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +36,8 @@ PEER_GATE_BATCH = 8
 GATE_LENGTHS = {"cuda": 193, "cpu": 37}
 """Of what is run token by token; attention is compared at a length that several blocks of its window fit in."""
 ATTENTION_LENGTH = 300
+FEW_CHOSEN, MANY_BLOCKS_LENGTH = 2, 1100
+"""Blocks that a token chooses, and the length, where a row's tokens choose few of many: kernels walk otherwise there."""
 UNCHECKED = GateResult(passed=False, against="", worst="", error=None, tolerance=0.0)
 
 
@@ -117,11 +121,11 @@ class Session:
 
     def _gate(self, row: Row, subject: _Kernel | _Mixer) -> GateResult:
         """The correctness gate; rows that differ in batch and length only share it."""
-        key = (row.kind, row.name, row.mode, row.heads if row.kind == "mixer" else 0, row.width, row.dtype)
+        key = (row.kind, row.name, row.mode, row.heads if row.kind == "mixer" else 0, row.width, row.dtype, subject.few_of_many)
         if key not in self.gates:
             seed = secrets.randbits(32)
             self.generator.manual_seed(seed)
-            problem, against = subject.small()
+            problem, against = subject.few_chosen() if isinstance(subject, _Kernel) and subject.few_of_many else subject.small()
             self.gates[key] = check(problem, gradients=row.mode == "train", against=f"{against}, fp64, seed {seed}")
         return self.gates[key]
 
@@ -217,6 +221,19 @@ class _Kernel:
             shape = self.kernel.shape(batch, length, heads, self.row.width)
         return self.operation.problem(shape, self.row.mode, self.draw), f"definition at {_sizes_text(shape.sizes())}"
 
+    @property
+    def few_of_many(self) -> bool:
+        """Whether tokens choose few of many blocks, whose gradients other kernels make."""
+        operation = self.operation
+        return isinstance(operation, ChosenBlocks) and self.row.length >= BY_KEY_FROM * operation.chosen * operation.block
+
+    def few_chosen(self) -> tuple[Problem, str]:
+        """The problem of the gate for such rows."""
+        operation = replace(cast(ChosenBlocks, self.operation), chosen=FEW_CHOSEN)
+        shape = self.kernel.shape(GATE_BATCH, MANY_BLOCKS_LENGTH, GATE_HEADS, self.row.width)
+        against = f"definition at {_sizes_text(shape.sizes())}, {FEW_CHOSEN} blocks chosen"
+        return operation.problem(shape, self.row.mode, self.draw), against
+
     def full(self) -> Problem:
         """The problem that is timed."""
         return self.operation.problem(self.shape, self.row.mode, self.draw)
@@ -224,6 +241,8 @@ class _Kernel:
 
 class _Mixer:
     """A mixer's row."""
+
+    few_of_many = False
 
     def __init__(self, row: Row, session: Session) -> None:
         self.row, self.session = row, session

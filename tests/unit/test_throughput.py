@@ -17,6 +17,7 @@ from bench.throughput.mixers import problem as mixer_problem
 from bench.throughput.names import KERNELS
 from bench.throughput.plan import Row, SpeedRequest, plan
 from bench.throughput.problem import check, relative_error
+from kernels.chosen_launch import BY_KEY_FROM
 from kernels.dispatch import watched
 from kernels.recurrence import linear_recurrence
 
@@ -169,6 +170,19 @@ def test_robust_errors_forgive_single_rows_only():
     assert relative_error(got, want) > 0.1
     assert relative_error(got, want, robust=True) == 0
     assert relative_error(1.1 * want, want, robust=True) > 0.05
+
+
+def test_rows_that_choose_few_of_many_blocks_have_such_a_gate():
+    """The kernels of a small problem, whose tokens read all blocks, are not those of a long one."""
+    session = Session(torch.device("cpu"), with_peers=False)
+    long, short = (
+        measure._Kernel(Row("kernel", "chosen_blocks", "train", 1, length, 16, 8, "fp32"), session) for length in (8192, 2048)
+    )
+    assert (long.few_of_many, short.few_of_many) == (True, False)
+    problem, against = long.few_chosen()
+    length, most = problem.inputs["q"].shape[2], problem.inputs["blocks"].shape[-1]
+    assert length // 64 >= BY_KEY_FROM * most
+    assert check(problem, gradients=True, against=against).passed
 
 
 def test_a_row_that_cannot_run_is_a_record_with_its_reason():
