@@ -34,6 +34,8 @@ CROWD = 1 << 30
 """Bytes of a GPU that others hold from which on a lack of memory may be theirs, not the fleet's."""
 PATIENCE, LOOKS, LOOK_SECONDS = 4, 24, 5.0
 """How often a fleet waits for them before it is halved, and how long each time at most."""
+REASON = 120
+"""Letters of a device's own words that a record of a lack of memory keeps."""
 
 Tell = Callable[[str, Any], None]
 
@@ -197,7 +199,8 @@ class _Job:
         """Stores the record of a run that could not be trained."""
         outcome = Outcome()
         if _is_memory(error):
-            outcome.status, outcome.reason = "oom", f"out of memory even with the batch in {parts} parts"
+            outcome.status = "oom"
+            outcome.reason = f"out of memory even with the batch in {parts} parts: {_one_line(error)[:REASON]}"
         else:
             outcome.status, outcome.reason = "failed", _one_line(error)
             print("".join(traceback.format_exception(error)), file=sys.stderr)
