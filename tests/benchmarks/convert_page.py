@@ -1,7 +1,7 @@
 """What `convert_quality judge` and `convert_students_speed` wrote, as a store that `bench report --store` reads.
 
     python -m tests.benchmarks.convert_page results/measured/convert_{main,equal_tokens}_h200 --store page \
-        --speeds results/measured/convert_students_speed_h200.json
+        --speeds results/measured/convert_students_speed{,_mixers}_h200.json
     bench report --store page -o page.html
 
 Nothing is measured here. Of every family and distance the first items are taken that all models were asked, so that rows pair.
@@ -72,7 +72,7 @@ def write(store: Store, name: str, result: dict[str, Any], asked: int, speeds: d
     info = model(name, result)
     state = float(result["state_bytes"] + result["bytes_per_token"] * LONGEST)
     measured, origin = [EvalMetric(name="state_bytes", slice=str(LONGEST), value=state, n=1)], result
-    if speeds and name in speeds["models"]:
+    if speeds:
         measured, origin = [EvalMetric.model_validate(metric) for metric in speeds["models"][name]], speeds
     held = [
         EvalMetric(name=key, value=result["held_out"][key], n=1, higher_is_better=key == "top1") for key in ("top1", "kl", "ppl")
@@ -133,14 +133,17 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("judged", nargs="+", type=Path, help="folders of `convert_quality judge`")
-    parser.add_argument("--speeds", type=Path, help="the record of `convert_students_speed`")
+    parser.add_argument(
+        "--speeds", nargs="+", type=Path, default=[], help="records of `convert_students_speed`; of a model in several, the last"
+    )
     parser.add_argument("--store", type=Path, required=True)
     given = parser.parse_args()
     found = {path.stem: json.loads(path.read_text()) for folder in given.judged for path in sorted(folder.glob("*.json"))}
     asked = min(len(hits) for result in found.values() for hits in result["recall"].values())
-    speeds = json.loads(given.speeds.read_text()) if given.speeds else None
+    records = [json.loads(path.read_text()) for path in given.speeds]
+    speeds = {name: record for record in records for name in record["models"]}
     for name, result in found.items():
-        write(Store(given.store), name, result, asked, speeds)
+        write(Store(given.store), name, result, asked, speeds.get(name))
     print(f"{len(found)} models, {asked} items a family and distance: {given.store}")
 
 
