@@ -190,7 +190,7 @@ def run_once(row: Row, sizes: dict[str, int], functions: list[Any]) -> None:
 
     from bench.throughput.draws import Draw
     from bench.throughput.kernels import OPERATIONS
-    from bench.throughput.measure import timed_call
+    from bench.throughput.measure import one_line, timed_call
     from bench.throughput.names import KERNELS
     from bench.throughput.subjects import DTYPES
 
@@ -201,7 +201,7 @@ def run_once(row: Row, sizes: dict[str, int], functions: list[Any]) -> None:
             timed_call(problem, gradients=row.mode == "train", function=function)()
             torch.cuda.synchronize()
         except Exception as error:  # what does not run has its reason in the record later
-            print(f"{row.text()}: {measure.one_line(error)}", flush=True)
+            print(f"{row.text()}: {one_line(error)}", flush=True)
     del problem
     torch.cuda.empty_cache()
 
