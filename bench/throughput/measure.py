@@ -17,27 +17,15 @@ from bench.outcome import hardware
 from bench.spec import digest
 from bench.speed_records import Bound, GateResult, Peer, SpeedRecord
 from bench.throughput import clock, peers
-from bench.throughput import mixers as whole
-from bench.throughput.attentions import ChosenBlocks
-from bench.throughput.bounds import Cost, Shape
-from bench.throughput.draws import Draw
-from bench.throughput.kernels import OPERATIONS
-from bench.throughput.names import KERNELS, KernelName
+from bench.throughput.bounds import Cost
 from bench.throughput.plan import Row
 from bench.throughput.problem import Function, Problem, Tensors, check, weights_for
+from bench.throughput.subjects import KernelRow, MixerRow
 from bench.throughput.tuning import tune_by_width
-from kernels.chosen_launch import BY_KEY_FROM
 from kernels.dispatch import watched
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GATE_BATCH, GATE_HEADS, GATE_CHANNELS = 2, 2, 48
 PEER_GATE_BATCH = 8
 """At most, as the token loops of a definition in double precision need memory."""
-GATE_LENGTHS = {"cuda": 193, "cpu": 37}
-"""Of what is run token by token; attention is compared at a length that several blocks of its window fit in."""
-ATTENTION_LENGTH = 300
-FEW_CHOSEN, MANY_BLOCKS_LENGTH = 2, 1100
-"""Blocks that a token chooses, and the length, where a row's tokens choose few of many: kernels walk otherwise there."""
 UNCHECKED = GateResult(passed=False, against="", worst="", error=None, tolerance=0.0)
 
 
@@ -62,7 +50,7 @@ class Session:
 
     def measure(self, row: Row) -> SpeedRecord:
         """Measures a row; a wrong result, an error or a lack of memory is a record too, and has no times."""
-        subject = _Kernel(row, self) if row.kind == "kernel" else _Mixer(row, self)
+        subject = KernelRow(row, self) if row.kind == "kernel" else MixerRow(row, self)
         record = self._record(row)
         try:
             subject.prepare()
@@ -119,17 +107,17 @@ class Session:
         by = "bytes" if by_bytes >= by_flops else "flops"
         return Bound(bytes=cost.bytes, flops=cost.flops, microseconds=1e6 * max(by_bytes, by_flops), by=by)
 
-    def _gate(self, row: Row, subject: _Kernel | _Mixer) -> GateResult:
+    def _gate(self, row: Row, subject: KernelRow | MixerRow) -> GateResult:
         """The correctness gate; rows that differ in batch and length only share it."""
         key = (row.kind, row.name, row.mode, row.heads if row.kind == "mixer" else 0, row.width, row.dtype, subject.few_of_many)
         if key not in self.gates:
             seed = secrets.randbits(32)
             self.generator.manual_seed(seed)
-            problem, against = subject.few_chosen() if isinstance(subject, _Kernel) and subject.few_of_many else subject.small()
+            problem, against = subject.few_chosen() if isinstance(subject, KernelRow) and subject.few_of_many else subject.small()
             self.gates[key] = check(problem, gradients=row.mode == "train", against=f"{against}, fp64, seed {seed}")
         return self.gates[key]
 
-    def _first(self, row: Row, subject: _Kernel | _Mixer) -> tuple[Problem, Callable[[], Tensors], dict[str, Any]]:
+    def _first(self, row: Row, subject: KernelRow | MixerRow) -> tuple[Problem, Callable[[], Tensors], dict[str, Any]]:
         """The problem, its call, the seconds until its first result, and the form that ran; nothing was compiled before."""
         problem = subject.full()
         clock.synchronize(self.device)
@@ -140,7 +128,7 @@ class Session:
         clock.synchronize(self.device)
         return problem, call, {"first_call_seconds": time.perf_counter() - began, "path": path_text(seen)}
 
-    def _times(self, row: Row, subject: _Kernel | _Mixer, problem: Problem, call: Callable[[], Tensors]) -> dict[str, Any]:
+    def _times(self, row: Row, subject: KernelRow | MixerRow, problem: Problem, call: Callable[[], Tensors]) -> dict[str, Any]:
         """Everything that is measured with clocks, and whether the outputs at the timed shape are finite."""
         with clock.peak_memory(self.device) as peak:
             outputs = call()
@@ -157,11 +145,11 @@ class Session:
         clocked = found.get("graph") or found["eager"]
         tokens = row.batch * (1 if row.mode == "decode" else row.length)
         found["tokens_per_second"] = tokens / clocked.median_us * 1e6
-        if self.with_peers and isinstance(subject, _Kernel):
+        if self.with_peers and isinstance(subject, KernelRow):
             found["peers"] = [self._peer(row, subject, problem, peer) for peer in peers.peers_of(cast(Any, row.name), row.mode)]
         return found
 
-    def _peer(self, row: Row, subject: _Kernel, problem: Problem, peer: peers.PublicPeer) -> Peer:
+    def _peer(self, row: Row, subject: KernelRow, problem: Problem, peer: peers.PublicPeer) -> Peer:
         """Times a peer on the same inputs, then checks it on the small problem."""
         gradients = row.mode == "train"
         record = Peer(name=peer.name, version=peers.installed(peer.package) or "")
@@ -181,7 +169,7 @@ class Session:
             return record.model_copy(update={"error": result.error, "reason": wrong_text(result)})
         return record.model_copy(update=times | {"error": result.error})
 
-    def _peer_gate(self, row: Row, subject: _Kernel, peer: peers.PublicPeer) -> GateResult:
+    def _peer_gate(self, row: Row, subject: KernelRow, peer: peers.PublicPeer) -> GateResult:
         """The gate of a peer, with the row's heads and at best its batch, since public kernels compile and tune anew for others."""
         key = (peer.name, row.name, row.mode, row.heads, row.width, row.dtype)
         if key not in self.gates:
@@ -190,87 +178,6 @@ class Session:
                 small = replace(small, definition=partial(peer.equals, small.definition))
             self.gates[key] = check(small, gradients=row.mode == "train", against=against, function=peer.function)
         return self.gates[key]
-
-
-class _Kernel:
-    """A kernel's row: its problems at the timed shape and at the gate's."""
-
-    def __init__(self, row: Row, session: Session) -> None:
-        self.row, self.session = row, session
-        self.kernel, self.operation = KERNELS[cast(KernelName, row.name)], OPERATIONS[cast(KernelName, row.name)]
-        self.draw = Draw(session.device, DTYPES[row.dtype], session.generator)
-        self.shape = self.kernel.shape(row.batch, row.length, row.heads, row.width)
-
-    def prepare(self) -> None:
-        """Nothing to build."""
-
-    def facts(self) -> dict[str, Any]:
-        """The bound and the state."""
-        item = DTYPES[self.row.dtype].itemsize
-        cost = self.operation.cost(self.shape, self.row.mode, item)
-        return {"bound": self.session.bound(cost), "state_bytes": self.operation.state_bytes(self.shape, item)}
-
-    def small(self, batch: int = GATE_BATCH, heads: int = GATE_HEADS) -> tuple[Problem, str]:
-        """The problem of the gate, and its definition in words."""
-        length = GATE_LENGTHS[self.session.device.type]
-        if self.row.name in ("attention", "window", "chosen_blocks"):
-            length = ATTENTION_LENGTH
-        if self.kernel.layout in ("channels", "states"):
-            shape = Shape(batch, length, GATE_CHANNELS, key=self.shape.key)
-        else:
-            shape = self.kernel.shape(batch, length, heads, self.row.width)
-        return self.operation.problem(shape, self.row.mode, self.draw), f"definition at {_sizes_text(shape.sizes())}"
-
-    @property
-    def few_of_many(self) -> bool:
-        """Whether tokens choose few of many blocks, whose gradients other kernels make."""
-        operation = self.operation
-        return isinstance(operation, ChosenBlocks) and self.row.length >= BY_KEY_FROM * operation.chosen * operation.block
-
-    def few_chosen(self) -> tuple[Problem, str]:
-        """The problem of the gate for such rows."""
-        operation = replace(cast(ChosenBlocks, self.operation), chosen=FEW_CHOSEN)
-        shape = self.kernel.shape(GATE_BATCH, MANY_BLOCKS_LENGTH, GATE_HEADS, self.row.width)
-        against = f"definition at {_sizes_text(shape.sizes())}, {FEW_CHOSEN} blocks chosen"
-        return operation.problem(shape, self.row.mode, self.draw), against
-
-    def full(self) -> Problem:
-        """The problem that is timed."""
-        return self.operation.problem(self.shape, self.row.mode, self.draw)
-
-
-class _Mixer:
-    """A mixer's row."""
-
-    few_of_many = False
-
-    def __init__(self, row: Row, session: Session) -> None:
-        self.row, self.session = row, session
-
-    def prepare(self) -> None:
-        """Builds the mixers; what they refuse is the row's reason."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            longest = max(self.row.length, GATE_LENGTHS[self.session.device.type]) + 1
-            self.stack = whole.Stack(self.row.layers, self.row.width, longest)
-        self.stack = self.stack.to(self.session.device, DTYPES[self.row.dtype])
-
-    def facts(self) -> dict[str, Any]:
-        """The bound and the state."""
-        row, dtype = self.row, DTYPES[self.row.dtype]
-        cost = whole.cost(self.stack, row.mode, row.batch, row.length, dtype)
-        return {"bound": self.session.bound(cost), "state_bytes": self.stack.counts(row.length, dtype)["state_bytes"]}
-
-    def small(self) -> tuple[Problem, str]:
-        """The problem of the gate, and its definition in words."""
-        length = GATE_LENGTHS[self.session.device.type]
-        problem = whole.problem(self.stack, self.row.mode, GATE_BATCH, length, generator=self.session.generator)
-        return problem, f"Mixer.step, token by token, at {_sizes_text({'batch': GATE_BATCH, 'length': length})}"
-
-    def full(self) -> Problem:
-        """The problem that is timed."""
-        row = self.row
-        return whole.problem(self.stack, row.mode, row.batch, row.length, generator=self.session.generator)
 
 
 def timed_call(problem: Problem, *, gradients: bool, function: Function | None = None) -> Callable[[], Tensors]:
@@ -314,7 +221,3 @@ def one_line(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text}"[:300]
-
-
-def _sizes_text(sizes: dict[str, int]) -> str:
-    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)

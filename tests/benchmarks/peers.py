@@ -167,7 +167,8 @@ def compile_row(row: Row, part: int) -> float:
     SHARE.part = part
     for tuner in TUNERS:
         tuner.cache.clear()
-    from bench.throughput import measure
+    from bench.throughput.measure import PEER_GATE_BATCH
+    from bench.throughput.subjects import ATTENTION_LENGTH
 
     began = time.monotonic()
     theirs = [peer.function for peer in peers_of(row)]
@@ -176,7 +177,7 @@ def compile_row(row: Row, part: int) -> float:
     length = row.length if row.name in LENGTH_MATTERS else min(row.length, ENOUGH)
     run_once(row, {**_sizes(row), "length": length}, theirs)
     if row.name == "window" and row.mode == "train":  # torch.compile asks for every shape, and whether there are gradients
-        gate = {**_sizes(row), "batch": min(row.batch, measure.PEER_GATE_BATCH), "length": measure.ATTENTION_LENGTH}
+        gate = {**_sizes(row), "batch": min(row.batch, PEER_GATE_BATCH), "length": ATTENTION_LENGTH}
         for sizes in (gate, _sizes(row)):
             for mode in ("forward", "train"):
                 run_once(replace(row, mode=mode), sizes, theirs)
@@ -187,18 +188,20 @@ def run_once(row: Row, sizes: dict[str, int], functions: list[Any]) -> None:
     """Runs functions, None being our own, on a problem of these sizes."""
     import torch
 
-    from bench.throughput import measure
     from bench.throughput.draws import Draw
     from bench.throughput.kernels import OPERATIONS
+    from bench.throughput.measure import one_line, timed_call
+    from bench.throughput.names import KERNELS
+    from bench.throughput.subjects import DTYPES
 
-    draw = Draw(torch.device("cuda"), measure.DTYPES[row.dtype], torch.Generator("cuda"))
-    problem = OPERATIONS[row.name].problem(measure.KERNELS[row.name].shape(**sizes), row.mode, draw)  # type: ignore[index]
+    draw = Draw(torch.device("cuda"), DTYPES[row.dtype], torch.Generator("cuda"))
+    problem = OPERATIONS[row.name].problem(KERNELS[row.name].shape(**sizes), row.mode, draw)  # type: ignore[index]
     for function in functions:
         try:
-            measure.timed_call(problem, gradients=row.mode == "train", function=function)()
+            timed_call(problem, gradients=row.mode == "train", function=function)()
             torch.cuda.synchronize()
         except Exception as error:  # what does not run has its reason in the record later
-            print(f"{row.text()}: {measure.one_line(error)}", flush=True)
+            print(f"{row.text()}: {one_line(error)}", flush=True)
     del problem
     torch.cuda.empty_cache()
 

@@ -7,7 +7,8 @@ import torch
 
 from bench.errors import UserError
 from bench.spec import LayerSpec
-from bench.throughput import bounds, measure
+from bench.throughput import bounds, subjects
+from bench.throughput import mixers as whole
 from bench.throughput.bounds import Cost, Shape
 from bench.throughput.draws import Draw
 from bench.throughput.kernels import OPERATIONS, Recurrence
@@ -82,10 +83,10 @@ def test_a_mixer_costs_its_ends_weights_and_products():
     stack = Stack((LayerSpec(mixer="gla"),), 16, 33)
     weights = sum(p.numel() for p in stack.parameters())
     linear = sum(m.weight.numel() for m in stack.modules() if isinstance(m, torch.nn.Linear))
-    cost = measure.whole.cost(stack, "train", 2, 32, torch.float32)
+    cost = whole.cost(stack, "train", 2, 32, torch.float32)
     assert cost == Cost(4 * (2 * 2 * 64 * 16 + 3 * weights), 6 * 64 * linear)
     state = 2 * 4 * 8
-    assert measure.whole.cost(stack, "decode", 2, 32, torch.float32).bytes == 4 * (2 * 2 * 16 + weights) + 2 * 2 * state * 4
+    assert whole.cost(stack, "decode", 2, 32, torch.float32).bytes == 4 * (2 * 2 * 16 + weights) + 2 * 2 * state * 4
 
 
 def test_plan_keeps_tokens_equal_over_lengths():
@@ -176,7 +177,7 @@ def test_rows_that_choose_few_of_many_blocks_have_such_a_gate():
     """The kernels of a small problem, whose tokens read all blocks, are not those of a long one."""
     session = Session(torch.device("cpu"), with_peers=False)
     long, short = (
-        measure._Kernel(Row("kernel", "chosen_blocks", "train", 1, length, 16, 8, "fp32"), session) for length in (8192, 2048)
+        subjects.KernelRow(Row("kernel", "chosen_blocks", "train", 1, length, 16, 8, "fp32"), session) for length in (8192, 2048)
     )
     assert (long.few_of_many, short.few_of_many) == (True, False)
     problem, against = long.few_chosen()
