@@ -19,6 +19,7 @@ from kernels._arguments import check_arguments
 from kernels.indexed_attention import decode_attention
 from kernels.operands import _dot_dtype, _precision, _triton_dtype, padded
 from kernels.step import may_write
+from kernels.values import check_values, is_checking
 from kernels.window_step import Stored, check_window, tile_of, window_obstacle
 
 OPERATION = "kept_step"
@@ -132,9 +133,11 @@ def _check(k: Tensor, v: Tensor, score: Tensor, stored: Stored, kept: Kept) -> N
         "near score": (kept.near_score_BGL, (*sizes, stored.k_BGLK.shape[2])),
     }
     check_arguments(k, expected, first="k", dtypes=dict.fromkeys(("score", "near score"), (torch.float32,)))
-    # Minus infinity is a value that these may have.
+    # Minus infinity, that of a place that is free, is a value that these may have.
     kept_score = {"kept score": (kept.score_BGP, (*sizes, room))}
     check_arguments(k, kept_score, first="k", dtypes={"kept score": (torch.float32,)}, values=False)
+    if is_checking():
+        check_values("kept score", kept.score_BGP.masked_fill(kept.score_BGP == -torch.inf, 0.0))
 
 
 @torch.library.custom_op(
