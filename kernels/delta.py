@@ -136,14 +136,12 @@ def forward(
     gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
     wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
     on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
-    transposed = on_hopper and delta_hopper_launch.transposes(k_dim, kept, v)
-    if not transposed or not delta_hopper_launch.solvers_of(v.shape[3], gated=log_decay is not None):
+    if not on_hopper or not delta_hopper_launch.plan_of(k, v, gated=log_decay is not None, keep=keep).solvers:
         _couple(k, beta, gate, kept, _gate_kind(log_decay))
-    if transposed:
+    if on_hopper:
         delta_hopper_launch.forward_transposed(q, k, v, beta, gate, kept, first, o, last, **wanted)
     else:
-        launch = delta_hopper_launch.forward if on_hopper else _walk
-        launch(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
+        _walk(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     return o, last, kept
 
 

@@ -1,8 +1,9 @@
 """What a segment of a long sequence does to a state, for Hopper: where heads are few, segments of a sequence run at once.
 
 A segment takes the state S that enters it to R S + C, and the gradient of the state that leaves it to that of the one that
-enters in the same form. A program walks over a segment with some columns of the state: from zero for C, and from columns of
-the identity, with values (or gradients of outputs) of zero, for R. Then `combine_kernel` goes through the segments.
+enters in the same form. A warp group walks over a segment with 64 columns of the state, transposed as in
+`kernels.delta_hopper_transposed`: from zero for C, and from columns of the identity, without values (or gradients of outputs),
+for R. Two share a program's keys and couplings, and a third brings them. Then `combine_kernel` goes through the segments.
 
 Segments are counted in the order of the walk: the first starts with the state given, or zero, and needs no R; what the last
 leaves is left to the walk proper. `ends` is [B * H, segments - 1, K, columns of C and then of R] in fp32.
@@ -23,183 +24,262 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._entry import entry
-from kernels.delta_hopper import (
-    SIZES,
-    barriers,
-    columns_of,
-    factors_of,
-    fetch,
-    place,
-    scaled,
-    shared_layout,
-    sums_layout,
-)
+from kernels.delta_hopper import SIZES, barriers, factors_of, fetch, place, shared_layout, thread_barrier, turned_layout
+from kernels.delta_hopper_beside import given_decays, line_layout
+from kernels.delta_hopper_transposed import operand, start_errors, start_state, state_places, token_factors, whole_decay
+
+UNITS = tl.constexpr(2)
 
 
 @gluon.jit
-def _start(
-    first, head_index, order, e_start,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GIVEN: gl.constexpr,
-):  # fmt: skip
-    """The columns of a state with which a program starts: of the state given, of zero or of the identity."""
-    VALUES: gl.constexpr = (V + BV - 1) // BV * BV
-    d, e = gl.arange(0, BK, gl.SliceLayout(1, sums_layout(BV))), e_start + gl.arange(0, BV, gl.SliceLayout(0, sums_layout(BV)))
-    state_KV = gl.where(d[:, None] == e[None, :] - VALUES, 1.0, 0.0)
-    if GIVEN:
-        offsets, inside = columns_of(sums_layout(BV), e_start, V, K, BK, BV)
-        state_KV += gl.load(first + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
-    return state_KV
-
-
-@entry(do_not_specialize=SIZES, gluon=True)
-def forward_carry_kernel(
-    k, v, h, beta, g, first, ends,
-    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    GATED: gl.constexpr, FIRST: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
-    TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
-    BYTES: gl.constexpr = 2 * C * (BK + BV + C)
-    slot, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
-    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, False)
-    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
-    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
-    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    v_buffers = gl.allocate_shared_memory(DOT, [2, C, BV], shared_layout(BV))
-    h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
-    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
-    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    bars = barriers(2)
-
-    state_KV = _start(first, head_index, order, e_start, K, V, BK, BV, FIRST)
-    none_CV = gl.zeros([C, BV], gl.float32, sums_layout(BV))
-    places = ([batch, n_first * C, head // group, 0], [batch, n_first * C, head, e_start], [chunk_0 + n_first, 0, 0])
-    fetch(bars.index(0), BYTES, (k, v, h), places, (k_buffers.index(0), v_buffers.index(0), h_buffers.index(0)))
-    for step in range(span):
-        n, now, then = n_first + step, step % 2, (step + 1) % 2
-        following = gl.minimum(n + 1, n_last)
-        beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
-        state_buffer.store(state_KV.to(DOT))
-        fence_async_shared()
-        mbarrier.wait(bars.index(now), step // 2 % 2)
-        read = warpgroup_mma(k_buffers.index(now), state_buffer, none_CV, use_acc=False, is_async=True)
-        places = ([batch, following * C, head // group, 0], [batch, following * C, head, e_start], [chunk_0 + following, 0, 0])
-        fetch(bars.index(then), BYTES, (k, v, h), places, (k_buffers.index(then), v_buffers.index(then), h_buffers.index(then)))
-        read_CV = scaled(warpgroup_mma_wait(0, [read]), g_C, GATED)
-        error_CV = v_buffers.index(now).load(sums_layout(BV)).to(gl.float32) - read_CV
-        error_buffer.store((error_CV * beta_C[:, None]).to(DOT))
-        fence_async_shared()
-        spread = warpgroup_mma(h_buffers.index(now), error_buffer, none_CV, use_acc=False, is_async=True)
-        write_CV = scaled((error_CV - warpgroup_mma_wait(0, [spread])) * beta_C[:, None], g_all - g_C, GATED)
-        if GATED:
-            state_KV = state_KV * gl.exp2(g_all)
-        write_buffer.store(write_CV.to(DOT))
-        fence_async_shared()
-        state = warpgroup_mma(k_buffers.index(now).permute([1, 0]), write_buffer, state_KV, is_async=True)
-        state_KV = warpgroup_mma_wait(0, [state])
-    mbarrier.wait(bars.index(span % 2), span // 2 % 2)
-    offsets, inside = columns_of(sums_layout(BV), e_start, TILES * BV, K, BK, BV)
-    gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
+def _buffers(BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory: keys, values, H and queries of each stage with barriers; scores and factors of two chunks; barriers."""
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES * TILES, C, 64], shared_layout(64))
+    h_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+    q_buffers, p_buffers = k_buffers, h_buffers
+    if REVERSE:
+        q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+        p_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    beta_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    since_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    until_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    whole_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    made = (h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers, g_buffer)
+    return (k_buffers, v_buffers, q_buffers), made, (barriers(STAGES), barriers(2), barriers(2, UNITS))
 
 
 @gluon.jit
-def _buffers(BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, DOT: gl.constexpr):
-    """Shared memory of a walk: two chunks' queries and keys, decays; values, H, the state, and two matrices like values."""
-    q_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    k_buffers = gl.allocate_shared_memory(DOT, [2, C, BK], shared_layout(BK))
-    v_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    h_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
-    state_buffer = gl.allocate_shared_memory(DOT, [BK, BV], shared_layout(BV))
-    error_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    write_buffer = gl.allocate_shared_memory(DOT, [C, BV], shared_layout(BV))
-    g_buffer = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return q_buffers, k_buffers, g_buffer, (v_buffer, h_buffer, state_buffer, error_buffer, write_buffer)
+def _chunk_of(bounds, step, REVERSE: gl.constexpr):
+    """The chunk of a step of the walk."""
+    n = bounds[0] + step
+    if REVERSE:
+        n = bounds[1] - step
+    return n
 
 
 @gluon.jit
-def _scores_beside(
-    q_CK, k_CK, state_KV, g_C, g_buffer,
-    C: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+def _bring(
+    sources, rows, made, bars, where, n, step,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """K Q^T of tokens and later ones, decayed, as a left operand; and the product of K and the gradient of the state."""
-    square: gl.constexpr = sums_layout(C)
-    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    seen = rows[:, None] <= cols[None, :]
-    scores = gl.zeros([C, C], gl.float32, square)
-    scores = warpgroup_mma(k_CK, q_CK.permute([1, 0]), scores, use_acc=False, is_async=True)
-    read = gl.zeros([C, BV], gl.float32, sums_layout(BV))
-    read = warpgroup_mma(k_CK, state_KV, read, use_acc=False, is_async=True)
-    scores_CC, read = warpgroup_mma_wait(1, [scores, read])
-    if GATED:
-        fall_CC = gl.convert_layout(g_C, gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
-        # Only exponents that are <= 0 are used; the others would overflow and are masked before.
-        scores_CC = scores_CC * gl.exp2(gl.where(seen, -fall_CC, float("-inf")))
+    """Starts to copy what a chunk needs: keys and H, and for C values, or queries and gradients of outputs."""
+    k, h, v, q = sources
+    batch, head, shared_head, chunk_0, writes = where
+    stage, at_k = step % STAGES, [batch, n * C, shared_head, 0]
+    places = (at_k, [chunk_0 + n, 0, 0])
+    views = (rows[0].index(stage), made[0].index(stage))
+    if writes:
+        names = (k, h)
+        of_values = ()
+        at_values = ()
+        for tile in gl.static_range(TILES):
+            names = names + (v,)  # noqa: RUF005
+            at_values = at_values + ([batch, n * C, head, tile * 64],)  # noqa: RUF005
+            of_values = of_values + (rows[1].index(stage * TILES + tile),)  # noqa: RUF005
+        if REVERSE:
+            queries = (rows[2].index(stage),)
+            fetch(
+                bars[0].index(stage), 2 * C * (2 * BK + C + 64 * TILES), names + (q,), places + at_values + (at_k,),
+                views + of_values + queries,
+            )  # fmt: skip
+        else:
+            fetch(bars[0].index(stage), 2 * C * (BK + C + 64 * TILES), names, places + at_values, views + of_values)
     else:
-        scores_CC = gl.where(seen, scores_CC, 0.0)
-    scores_CC = gl.convert_layout(scores_CC.to(DOT), gl.DotOperandLayout(0, square, 2))
-    return scores_CC, warpgroup_mma_wait(0, [read])
+        fetch(bars[0].index(stage), 2 * C * (BK + C), (k, h), places, views)
+
+
+@gluon.jit
+def _feed(
+    sources, pointers, where, bounds, rows, made, bars, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """The partition that brings rows and makes factors of tokens; for gradients, scores of queries and keys too."""
+    square: gl.constexpr = turned_layout(C)
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    line = gl.arange(0, C, line_layout())
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    steps = bounds[1] - bounds[0] + 1
+    for early in gl.static_range(STAGES):
+        if early < steps:
+            _bring(sources, rows, made, bars, where, _chunk_of(bounds, early, REVERSE), early, BK, C, STAGES, TILES, REVERSE)
+    beta_C, g_C, g_all = factors_of(pointers[0], pointers[1], _chunk_of(bounds, 0, REVERSE), line, length, heads, C, GATED)
+    for step in range(steps):
+        part, then = step % 2, step - 2 + STAGES
+        mbarrier.wait(bars[2].index(part), (step // 2 + 1) % 2)
+        if step >= 2:
+            if then < steps:
+                _bring(sources, rows, made, bars, where, _chunk_of(bounds, then, REVERSE), then, BK, C, STAGES, TILES, REVERSE)
+        made[2].index(part).store(beta_C)
+        if GATED:
+            made[3].index(part).store(gl.exp2(g_C))
+            made[4].index(part).store(gl.exp2(g_all - g_C))
+            made[5].index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
+        if REVERSE:
+            if where[4]:
+                mbarrier.wait(bars[0].index(step % STAGES), step // STAGES % 2)
+                k_CK = rows[0].index(step % STAGES)
+                scores = warpgroup_mma(rows[2].index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+                fall = 1.0
+                if GATED:
+                    fall = given_decays(g_C, made[6], zero, C)
+                scores_CC = warpgroup_mma_wait(0, [scores])
+                made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+                fence_async_shared()
+        following = _chunk_of(bounds, gl.minimum(step + 1, steps - 1), REVERSE)
+        beta_C, g_C, g_all = factors_of(pointers[0], pointers[1], following, line, length, heads, C, GATED)
+        thread_barrier()
+        mbarrier.arrive(bars[1].index(part), count=1)
+
+
+@gluon.jit
+def _start(given, head_index, order, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, GIVEN: gl.constexpr):
+    """The columns of a state with which a walk starts, transposed: of the state given, of zero or of the identity."""
+    VALUES: gl.constexpr = (V + 63) // 64 * 64
+    wide: gl.constexpr = turned_layout(BK)
+    e, d = e_start + gl.arange(0, 64, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
+    state_VK = gl.where(d[None, :] == e[:, None] - VALUES, 1.0, 0.0)
+    if GIVEN:
+        offsets, inside = state_places(e_start, V, K, BK)
+        state_VK += gl.load(given + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
+    return state_VK
+
+
+@gluon.jit
+def _ahead(
+    state_VK, steps, rows, made, bars,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WALK: gl.constexpr, WRITES: gl.constexpr,
+    GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The state that leaves a segment: `kernels.delta_hopper_transposed` without outputs."""
+    none_VC = gl.zeros([64, C], gl.float32, turned_layout(C))
+    for step in range(steps):
+        part, stage = step % 2, step % STAGES
+        k_CK, value_VC = rows[0].index(stage), none_VC
+        old_VK = operand(state_VK, C, DOT)
+        mbarrier.wait(bars[0].index(stage), step // STAGES % 2)
+        read = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
+        if WRITES:
+            value_VC = rows[1].index(stage * TILES + WALK).permute([1, 0]).load(turned_layout(C)).to(gl.float32)
+        mbarrier.wait(bars[1].index(part), step // 2 % 2)
+        read_VC = warpgroup_mma_wait(0, [read])
+        error = start_errors(read_VC, value_VC, part, made[0].index(stage), made, C, GATED, DOT)
+        error_VC = warpgroup_mma_wait(0, [error])
+        state, _ = start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
+        state_VK = warpgroup_mma_wait(0, [state])
+        thread_barrier()
+        mbarrier.arrive(bars[2].index(part), count=1)
+    return state_VK
+
+
+@gluon.jit
+def _back(
+    dstate_VK, steps, rows, made, bars,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WALK: gl.constexpr, WRITES: gl.constexpr,
+    GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The gradient of the state that enters a segment: its chain is dS^T K^T, (beta dU)^T H, the next gradient."""
+    none_VC = gl.zeros([64, C], gl.float32, turned_layout(C))
+    for step in range(steps):
+        part, stage = step % 2, step % STAGES
+        k_CK = rows[0].index(stage)
+        old_VK = operand(dstate_VK, C, DOT)
+        mbarrier.wait(bars[0].index(stage), step // STAGES % 2)
+        dwrite = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
+        mbarrier.wait(bars[1].index(part), step // 2 % 2)
+        minus_C = -token_factors(made[2].index(part), C)
+        if WRITES:
+            do_VC = rows[1].index(stage * TILES + WALK).permute([1, 0]).load(turned_layout(C))
+            asked = warpgroup_mma(operand(do_VC, C, DOT), made[1].index(part), none_VC, use_acc=False, is_async=True)
+            dwrite_VC, asked = warpgroup_mma_wait(1, [dwrite, asked])
+            if GATED:
+                dwrite_VC = dwrite_VC * token_factors(made[4].index(part), C)
+            dwrite_VC += warpgroup_mma_wait(0, [asked])
+        else:
+            dwrite_VC = warpgroup_mma_wait(0, [dwrite])
+            if GATED:
+                dwrite_VC = dwrite_VC * token_factors(made[4].index(part), C)
+        y = warpgroup_mma(operand(dwrite_VC * minus_C, C, DOT), made[0].index(stage), dwrite_VC, is_async=True)
+        if GATED:
+            dstate_VK = dstate_VK * whole_decay(made[5].index(part), BK)
+        if WRITES:
+            do_VC = do_VC.to(gl.float32)
+            if GATED:
+                do_VC = do_VC * token_factors(made[3].index(part), C)
+            dstate = warpgroup_mma(operand(do_VC, C, DOT), rows[2].index(stage), dstate_VK, is_async=True)
+            y_VC, dstate = warpgroup_mma_wait(1, [y, dstate])
+        else:
+            dstate, y_VC = dstate_VK, warpgroup_mma_wait(0, [y])
+        y_VC = y_VC * minus_C
+        if GATED:
+            y_VC = y_VC * token_factors(made[3].index(part), C)
+        dstate = warpgroup_mma(operand(y_VC, C, DOT), k_CK, dstate, is_async=True)
+        dstate_VK = warpgroup_mma_wait(0, [dstate])
+        thread_barrier()
+        mbarrier.arrive(bars[2].index(part), count=1)
+    return dstate_VK
+
+
+@gluon.jit
+def _walk(
+    steps, rows, made, bars, given, ends, place,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WALK: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """A partition that walks over a segment, with 64 columns of C or of R."""
+    head_index, order, slot, first_unit = place
+    WIDTH: gl.constexpr = ((V + 63) // 64 + (K + 63) // 64) * 64
+    step_of: gl.constexpr = _back if REVERSE else _ahead
+    e_start = (first_unit + WALK) * 64
+    state_VK = _start(given, head_index, order, e_start, K, V, BK, GIVEN)
+    if WALK < TILES:
+        if first_unit == 0:
+            state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, True, GATED, DOT)
+        else:
+            state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, False, GATED, DOT)
+    else:
+        state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, False, GATED, DOT)
+    offsets, inside = state_places(e_start, WIDTH, K, BK)
+    gl.store(ends + slot.to(gl.int64) * K * WIDTH + offsets, state_VK, mask=inside)
 
 
 @entry(do_not_specialize=SIZES, gluon=True)
-def reverse_carry_kernel(
-    q, k, do, h, beta, g, dlast, ends,
+def carry_kernel(
+    k, h, v, q, beta, g, given, ends,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    GATED: gl.constexpr, DLAST: gl.constexpr, DOT: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * (segments - 1) * tiles of C and of R,)."""
-    TILES: gl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
-    slot, e_start, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES * BV, (length + C - 1) // C
-    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, True)
+    """Grid: (B * H * (segments - 1) * pairs of 64 columns of C and of R,). REVERSE: of gradients, with those of outputs for v."""
+    TILES: gl.constexpr = (V + 63) // 64
+    PROGRAMS: gl.constexpr = (TILES + (K + 63) // 64 + 1) // 2
+    slot, first_unit = gl.program_id(0) // PROGRAMS, gl.program_id(0) % PROGRAMS * 2
+    n_chunks = (length + C - 1) // C
+    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, REVERSE)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
-    shared_head, steps = head // group, n_last - n_first + 1
-    beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
-    i = gl.arange(0, C, gl.SliceLayout(1, sums_layout(BV)))
-    q_buffers, k_buffers, g_buffer, buffers = _buffers(BK, BV, C, DOT)
-    do_buffer, h_buffer, state_buffer, error_buffer, fade_buffer = buffers
-    qk_bars, doh_bar = barriers(2), barriers(1).index(0)
-
-    dstate_KV = _start(dlast, head_index, order, e_start, K, V, BK, BV, DLAST)
-    at_qk, at_do = [batch, n_last * C, shared_head, 0], [batch, n_last * C, head, e_start]
-    fetch(qk_bars.index(0), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(0), k_buffers.index(0)))
-    fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + n_last, 0, 0]), (do_buffer, h_buffer))
-    for step in range(steps):
-        n, then, following = n_last - step, (step + 1) % 2, gl.maximum(n_last - step - 1, 0)
-        at_qk, at_do = [batch, following * C, shared_head, 0], [batch, following * C, head, e_start]
-        q_CK, k_CK = q_buffers.index(step % 2), k_buffers.index(step % 2)
-        beta_C, g_C, g_all = factors_of(beta, g, n, i, length, heads, C, GATED)
-        state_buffer.store(dstate_KV.to(DOT))
-        if GATED:
-            g_buffer.store(g_C)
-        fence_async_shared()
-        mbarrier.wait(qk_bars.index(step % 2), step // 2 % 2)
-        scores_CC, dwrite = _scores_beside(q_CK, k_CK, state_buffer, g_C, g_buffer, C, BV, GATED, DOT)
-        fetch(qk_bars.index(then), 4 * C * BK, (q, k), (at_qk, at_qk), (q_buffers.index(then), k_buffers.index(then)))
-        mbarrier.wait(doh_bar, step % 2)
-        dwrite = warpgroup_mma(scores_CC, do_buffer, scaled(dwrite, g_all - g_C, GATED), is_async=True)
-        dwrite_CV = warpgroup_mma_wait(0, [dwrite])
-        error_buffer.store((dwrite_CV * beta_C[:, None]).to(DOT))
-        fading = do_buffer
-        if GATED:
-            fade_buffer.store(scaled(do_buffer.load(sums_layout(BV)).to(gl.float32), g_C, GATED).to(DOT))
-            fading, dstate_KV = fade_buffer, dstate_KV * gl.exp2(g_all)
-        fence_async_shared()
-        spread = gl.zeros([C, BV], gl.float32, sums_layout(BV))
-        spread = warpgroup_mma(h_buffer.permute([1, 0]), error_buffer, spread, use_acc=False, is_async=True)
-        dstate = warpgroup_mma(q_CK.permute([1, 0]), fading, dstate_KV, is_async=True)
-        spread_CV, dstate = warpgroup_mma_wait(0, [spread, dstate])
-        error_buffer.store(scaled((spread_CV - dwrite_CV) * beta_C[:, None], g_C, GATED).to(DOT))
-        fence_async_shared()
-        dstate = warpgroup_mma(k_CK.permute([1, 0]), error_buffer, dstate, is_async=True)
-        fetch(doh_bar, 2 * C * (BV + C), (do, h), (at_do, [chunk_0 + following, 0, 0]), (do_buffer, h_buffer))
-        dstate_KV = warpgroup_mma_wait(0, [dstate])
-    mbarrier.wait(qk_bars.index(steps % 2), steps // 2 % 2)
-    mbarrier.wait(doh_bar, steps % 2)
-    offsets, inside = columns_of(sums_layout(BV), e_start, TILES * BV, K, BK, BV)
-    gl.store(ends + slot.to(gl.int64) * K * TILES * BV + offsets, dstate_KV, mask=inside)
+    if first_unit > 0:
+        if order == 0:
+            n_last = n_first - 1  # nobody reads R of the first
+    pointers = (beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C)
+    rows, made, bars = _buffers(BK, C, STAGES, TILES, REVERSE, DOT)
+    where, bounds = (batch, head, head // group, chunk_0, first_unit == 0), (n_first, n_last)
+    at, steps = (head_index, order, slot, first_unit), n_last - n_first + 1
+    gl.warp_specialize(
+        [
+            (_walk, (steps, rows, made, bars, given, ends, at, K, V, BK, C, STAGES, TILES, 0, REVERSE, GATED, GIVEN, DOT)),
+            (_walk, (steps, rows, made, bars, given, ends, at, K, V, BK, C, STAGES, TILES, 1, REVERSE, GATED, GIVEN, DOT)),
+            (_feed, (
+                (k, h, v, q), pointers, where, bounds, rows, made, bars, length, heads,
+                BK, C, STAGES, TILES, REVERSE, GATED, DOT,
+            )),
+        ],
+        [4, 4],
+        [184, 96],
+    )  # fmt: skip
 
 
 @entry

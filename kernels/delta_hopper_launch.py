@@ -20,8 +20,6 @@ WIDTH = 128
 """The widest heads that fit on chip."""
 SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
-STAGES = 3
-"""Chunks whose queries and keys are on their way or read in a transposed walk."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -65,26 +63,36 @@ def segments_of(walks: int, chunks: int, device: torch.device) -> int:
     return max(1, min(multiprocessors(device) // walks, chunks // SHORTEST))
 
 
-def _forward_plan(walks: int, kept: Kept, wide: bool) -> tuple[int, int]:
-    """Segments of the forward walk and columns of the values that a program takes, so that few multiprocessors idle.
+class Plan(NamedTuple):
+    """How the forward walk on the transposed state runs.
 
-    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay, and before
-    that they take fewer columns.
+    Args:
+        segments: of each sequence.
+        walks: warp groups of a program that walk, with 64 columns of the values each.
+        solvers: those that make couplings; without any these are made before.
+        stages: chunks whose queries and keys are on their way or read.
+        depth: chunks whose values, and couplings made before, are.
     """
-    device, chunks = kept.couplings.device, kept.couplings.shape[2]
-    free = multiprocessors(device) // walks
-    segments = segments_of(walks, chunks, device) if free >= (8 if wide else 2) else 1
-    return segments, (32 if free >= 4 else CHUNK if free >= 2 else WIDTH) if wide and segments == 1 else WIDTH
+
+    segments: int
+    walks: int
+    solvers: int
+    stages: int
+    depth: int
 
 
-def transposes(k_dim: int, kept: Kept, v: Tensor) -> bool:
-    """Whether `forward_transposed` runs: where heads fill the chip, so that a program has a whole sequence and all columns."""
-    return _forward_plan(v.shape[0] * v.shape[2], kept, max(k_dim, v.shape[3]) > CHUNK) == (1, WIDTH)
-
-
-def solvers_of(v_dim: int, *, gated: bool) -> int:
-    """Warp groups that make couplings beside a transposed walk; none where decays need the registers that they would take."""
-    return 2 if v_dim <= CHUNK else 0 if gated else 1
+def plan_of(k: Tensor, v: Tensor, *, gated: bool, keep: bool) -> Plan:
+    """What fills the multiprocessors."""
+    batch, length, heads, v_dim = v.shape
+    wide = max(k.shape[3], v_dim) > CHUNK
+    free, tiles = multiprocessors(v.device) // (batch * heads), -(-v_dim // CHUNK)
+    if free < 2:
+        solvers = 2 if v_dim <= CHUNK else 0 if gated else 1
+        return Plan(1, tiles, solvers, 3, 2)
+    segments = segments_of(batch * heads * tiles, -(-length // CHUNK), v.device)
+    if wide and segments < 4:
+        segments = 1
+    return Plan(segments, 1, 0, 3 if wide else 4, 4)
 
 
 def _split(kept: Kept, segments: int) -> tuple[int, int]:
@@ -94,28 +102,28 @@ def _split(kept: Kept, segments: int) -> tuple[int, int]:
     return -(-chunks // span), span
 
 
-def _carried(
-    walk: Any, operands: tuple[Any, ...], given: Tensor | None, like: Tensor, heads: int, counts: tuple[int, ...], constants: dict
-) -> Tensor:
+def _carried(rows: list[Any], kept: Kept, beta: Tensor, given: Tensor | None, like: Tensor, counts: tuple[int, ...], constants: dict) -> Tensor:
     """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
     from kernels import delta_hopper_carry
 
-    batch, segments = like.shape[0], counts[3]
-    k_dim, v_dim, tile = constants["K"], constants["V"], constants["BV"]
-    tiles = -(-v_dim // tile) + -(-k_dim // tile)
-    ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * tile, dtype=torch.float32)
+    (batch, _, heads, v_dim), segments, k_dim = like.shape, counts[3], constants["K"]
+    tiles = -(-v_dim // CHUNK) + -(-k_dim // CHUNK)
+    ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * CHUNK, dtype=torch.float32)
     states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
     start = ends if given is None else given
-    walk[(batch * heads * (segments - 1) * tiles,)](*operands, start, ends, *counts, **constants)
+    delta_hopper_carry.carry_kernel[(batch * heads * (segments - 1) * -(-tiles // 2),)](
+        *rows, beta, kept.decays, start, ends, *counts,
+        **constants, STAGES=carry_stages(constants["BK"], reverse=constants["REVERSE"]), GIVEN=given is not None, num_warps=4,
+    )  # fmt: skip
     delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
-        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=tile, TILE=16, FIRST=given is not None, num_warps=8
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=CHUNK, TILE=16, FIRST=given is not None, num_warps=8
     )
     return states
 
 
-def stages_of(tile: int, whole: int) -> int:
-    """Chunks that are on their way or read in a walk over `tile` columns of the values: what fits on chip beside the state."""
-    return 3 if tile < min(CHUNK, whole) else 2
+def carry_stages(width: int, *, reverse: bool) -> int:
+    """Chunks that are on their way or read in the walk of a carry: what fits on chip."""
+    return 3 if reverse and width > CHUNK else 4
 
 
 class Gate(NamedTuple):
@@ -142,6 +150,15 @@ def _constants(k: Tensor, v: Tensor, *, gated: bool, return_state: bool, keep: b
     return constants | {"GATED": gated, "LAST": return_state, "KEEP": keep}
 
 
+def _carry_forward(
+    k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, counts: tuple[int, ...], constants: dict
+) -> Tensor:
+    of_keys, of_values = _described(k, [1, CHUNK, 1, constants["BK"]]), _described(v, [1, CHUNK, 1, CHUNK])
+    rows = [of_keys, _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]), of_values, of_keys]
+    more = {name: constants[name] for name in ("K", "V", "BK", "C", "GATED", "DOT")} | {"REVERSE": False}
+    return _carried(rows, kept, beta, first, v, counts, more)
+
+
 def forward_transposed(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Gate, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor,
     *, gated: bool, return_state: bool, keep: bool,
@@ -151,39 +168,16 @@ def forward_transposed(
 
     batch, length, heads, v_dim = v.shape
     constants = _constants(k, v, gated=gated, return_state=return_state, keep=keep)
-    delta_hopper_transposed.forward_kernel[(batch * heads,)](
-        *_described_rows(q, k, v, o, kept, constants["BK"], CHUNK, keep=keep), beta, gate.log_decay, kept.decays,
-        v if first is None else first, last, *gate.strides, gate.every, length, heads, heads // k.shape[2],
-        1, kept.couplings.shape[2], **constants, STAGES=STAGES, WALKS=-(-v_dim // CHUNK), SOLVERS=solvers_of(v_dim, gated=gated),
-        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
-    )  # fmt: skip
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor, _: Launch,
-    *, gated: bool, return_state: bool, keep: bool,
-) -> None:  # fmt: skip
-    """The forward walk on Hopper; writes o, last, and what is kept."""
-    from kernels import delta_hopper_carry, delta_hopper_walk
-
-    batch, length, heads, v_dim = v.shape
-    constants, whole = _constants(k, v, gated=gated, return_state=return_state, keep=keep), max(32, padded(v_dim))
-    segments, tile = _forward_plan(batch * heads, kept, max(k.shape[3], v_dim) > CHUNK)
-    tile = min(tile, whole)
-    segments, span = _split(kept, segments)
+    plan = plan_of(k, v, gated=gated, keep=keep)
+    segments, span = _split(kept, plan.segments)
     counts = (length, heads, heads // k.shape[2], segments, span)
-    rows = _described_rows(q, k, v, o, kept, constants["BK"], tile, keep=keep)
     if segments > 1:
-        part = min(tile, CHUNK)
-        more = {name: constants[name] for name in ("K", "V", "BK", "C", "GATED", "DOT")}
-        more |= {"BV": part, "FIRST": first is not None, "num_warps": 4}
-        operands = (rows[1], _described(v, [1, CHUNK, 1, part]), rows[3], beta, kept.decays)
-        first = _carried(delta_hopper_carry.forward_carry_kernel, operands, first, v, heads, counts, more)
-    groups = 2 if tile == whole > 32 else 1
-    delta_hopper_walk.forward_kernel[(batch * heads * segments * -(-v_dim // tile),)](
-        *rows, beta, kept.decays, v if first is None else first, last, *counts,
-        **constants, BV=tile, GROUPS=groups, STAGES=stages_of(tile, whole), FIRST=first is not None,
-        num_warps=4 * groups,
+        first = _carry_forward(k, v, beta, kept, first, counts, constants)
+    delta_hopper_transposed.forward_kernel[(batch * heads * segments * -(-v_dim // (CHUNK * plan.walks)),)](
+        *_described_rows(q, k, v, o, kept, constants["BK"], CHUNK, keep=keep), beta, gate.log_decay, kept.decays,
+        v if first is None else first, last, *gate.strides, gate.every, *counts,
+        **constants, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
+        MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -192,7 +186,7 @@ def backward(
     dfirst: Tensor | None, _: Config, *, gated: bool,
 ) -> None:  # fmt: skip
     """All gradients on Hopper in one walk; writes `grads` (dq, dk, dv, dbeta, dgates) and dfirst."""
-    from kernels import delta_hopper_backward, delta_hopper_carry
+    from kernels import delta_hopper_backward
 
     batch, length, heads, v_dim = do.shape
     k_dim = k.shape[3]
@@ -204,12 +198,9 @@ def backward(
     counts = (length, heads, heads // k.shape[2], segments, span)
     constants = {"K": k_dim, "V": v_dim, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(do.dtype)}
     if segments > 1:
-        wide, tile = max(padded(k_dim), CHUNK), min(CHUNK, max(32, padded(v_dim)))
-        of_keys = [1, CHUNK, 1, wide]
-        operands = (_described(q, of_keys), _described(k, of_keys), _described(do, [1, CHUNK, 1, tile]), couplings)
-        more = constants | {"BK": wide, "BV": tile, "DLAST": dlast is not None, "num_warps": 4}
-        operands = (*operands, beta, kept.decays)
-        dlast = _carried(delta_hopper_carry.reverse_carry_kernel, operands, dlast, do, heads, counts, more)
+        of_keys = [1, CHUNK, 1, max(padded(k_dim), CHUNK)]
+        rows = [_described(k, of_keys), couplings, _described(do, [1, CHUNK, 1, CHUNK]), _described(q, of_keys)]
+        dlast = _carried(rows, kept, beta, dlast, do, counts, constants | {"BK": of_keys[3], "REVERSE": True})
     delta_hopper_backward.backward_kernel[(batch * heads * segments,)](
         *(_described(x, of_rows) for x in (q, k, do, kept.errors)), _described(kept.states.flatten(0, 2), [1, width, width]),
         couplings, *(_described(x, of_rows) for x in (dq, dk, dv)),

@@ -56,13 +56,13 @@ def state_places(e_start, V: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
 
 
 @gluon.jit
-def start_errors(read_VC, value_VC, part, made, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
+def start_errors(read_VC, value_VC, part, h_CC, made, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
     """Starts the product that makes the errors E of what is read, K S, and the values."""
     if GATED:
         read_VC = read_VC * token_factors(made[3].index(part), C)
     rest_VC = value_VC - read_VC
     scaled = operand(rest_VC * -token_factors(made[2].index(part), C), C, DOT)
-    return warpgroup_mma(scaled, made[0].index(part).permute([1, 0]), rest_VC, is_async=True)
+    return warpgroup_mma(scaled, h_CC.permute([1, 0]), rest_VC, is_async=True)
 
 
 @gluon.jit
@@ -103,15 +103,15 @@ def _keep_errors(errors, at_o, v_CV, error_VC, DOT: gl.constexpr):
 @gluon.jit
 def _step(
     results, place, n, step, rows, work, made, handed, state_VK, left_VC,
-    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr,
-    KEEP: gl.constexpr, DOT: gl.constexpr,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, HELD: gl.constexpr, WALKS: gl.constexpr,
+    WALK: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A chunk: the next state, and its outputs; those of a walk alone leave while the next chunk's first products run."""
     o, errors, states = results
     batch, head, chunk_0, e_start = place
     part, at_o = step % 2, [batch, n * C, head, e_start]
     q_CK, k_CK = rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
-    v_CV, o_buffer, state_buffer = rows[1].index(part * WALKS + WALK), work[0], work[1]
+    v_CV, o_buffer, state_buffer = rows[1].index(step % DEPTH * WALKS + WALK), work[0], work[1]
     none_VC = gl.zeros([64, C], gl.float32, turned_layout(C))
     old_VK = operand(state_VK, C, DOT)
     mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
@@ -124,11 +124,11 @@ def _step(
             mbarrier.arrive(handed[1].index(1 - part), count=1)
     if KEEP:
         tma.async_copy_shared_to_global(states, [chunk_0 + n, 0, e_start], state_buffer)
-    mbarrier.wait(rows[2][1].index(part), step // 2 % 2)
+    mbarrier.wait(rows[2][1].index(step % DEPTH), step // DEPTH % 2)
     value_VC = v_CV.permute([1, 0]).load(turned_layout(C)).to(gl.float32)
     mbarrier.wait(handed[0].index(part), step // 2 % 2)
     read_VC, asked = warpgroup_mma_wait(1, [read, asked])
-    error = start_errors(read_VC, value_VC, part, made, C, GATED, DOT)
+    error = start_errors(read_VC, value_VC, part, made[0].index(step % HELD), made, C, GATED, DOT)
     asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
     if KEEP:
         _keep_errors(errors, at_o, v_CV, error_VC, DOT)
@@ -150,8 +150,9 @@ def _step(
 @gluon.jit
 def _walk(
     shared, given,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr,
-    WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+    HELD: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A partition that walks over the chunks of a segment, with 64 columns of the values."""
     results, place, bounds, rows, work, made, handed = shared
@@ -173,7 +174,7 @@ def _walk(
     for n in range(n_first, n_last + 1):
         state_VK, left_VC = _step(
             results, (batch, head, chunk_0, e_start), n, n - n_first, rows, (o_buffer, state_buffer), made, handed, state_VK,
-            left_VC, BK, C, STAGES, WALKS, WALK, GATED, KEEP, DOT,
+            left_VC, BK, C, STAGES, DEPTH, HELD, WALKS, WALK, GATED, KEEP, DOT,
         )  # fmt: skip
     if WALKS == 1:
         _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
@@ -187,37 +188,53 @@ def forward_kernel(
     q, k, v, h, o, errors, states, beta, gate, g, first, last,
     gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr,
-    SOLVERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr,
-    DOT: gl.constexpr, MERGE: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+    WALKS: gl.constexpr, SOLVERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """What the kernels of couplings and of the forward walk in plain Triton write, on descriptors of a chunk's blocks.
 
-    Grid: (B * H * segments,). Of a program's warp groups WALKS walk, over 64 columns of the values each, and SOLVERS make H;
-    without these it comes from memory. A segment is `span` chunks; `first` holds the states that enter them.
+    Grid: (B * H * segments * tiles of 64 WALKS columns,). Of a program's warp groups WALKS walk, over 64 columns of the values
+    each, and SOLVERS make H; without these it comes from memory. A segment is `span` chunks; `first` holds the states that
+    enter them.
     """
-    part, n_chunks = gl.program_id(0), (length + C - 1) // C
+    TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
+    HELD: gl.constexpr = 2 if SOLVERS > 0 else DEPTH
+    part, tile, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
     gate += (batch // gate_every) * gate_b + head
-    rows = rows_buffers(BK, C, STAGES, WALKS, DOT)
+    rows = rows_buffers(BK, C, STAGES, DEPTH, WALKS, DOT)
     o_buffers = gl.allocate_shared_memory(DOT, [WALKS, C, 64], shared_layout(64))
     state_buffers = o_buffers
     if KEEP:
         state_buffers = gl.allocate_shared_memory(DOT, [WALKS, BK, 64], shared_layout(64))
-    made, inner, handed = beside_buffers(C, WALKS, SOLVERS, DOT, MERGE)
-    bounds, where = (n_first, n_last), (batch, head, head // group, 0)
-    shared = ((o, errors, states), (batch, head, chunk_0, 0), bounds, rows, (o_buffers, state_buffers), made, handed)
+    made, inner, handed = beside_buffers(C, WALKS, SOLVERS, HELD, DOT, MERGE)
+    e_start = tile * 64 * WALKS
+    bounds, where = (n_first, n_last), (batch, head, head // group, e_start)
+    shared = ((o, errors, states), (batch, head, chunk_0, e_start), bounds, rows, (o_buffers, state_buffers), made, handed)
     given, pointers = (first, last, part, head_index, order == segments - 1), (beta, gate, g)
-    if SOLVERS == 0:
+    if SOLVERS == 0 and WALKS == 1:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
                     (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, 2, 0, GATED, DOT,
+                    BK, C, STAGES, DEPTH, 1, SOLVERS, GATED, DOT,
+                )),
+            ],
+            [4],
+            [168],
+        )  # fmt: skip
+    elif SOLVERS == 0:
+        gl.warp_specialize(
+            [
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (score, (
+                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 2, SOLVERS, GATED, DOT,
                 )),
             ],
             [4, 4],
@@ -226,11 +243,11 @@ def forward_kernel(
     elif WALKS == 2:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
                     (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, 2, SOLVERS, GATED, DOT,
+                    BK, C, STAGES, DEPTH, 2, SOLVERS, GATED, DOT,
                 )),
                 (solve, (
                     h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
@@ -243,10 +260,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
                     (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, 1, SOLVERS, GATED, DOT,
+                    BK, C, STAGES, DEPTH, 1, SOLVERS, GATED, DOT,
                 )),
                 (solve, (
                     h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,

@@ -11,7 +11,6 @@ from kernels import (
     delta_hopper_launch,
     delta_hopper_solve,
     delta_hopper_transposed,
-    delta_hopper_walk,
 )
 from kernels.dispatch import use_backend
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
@@ -20,11 +19,10 @@ from tests.kernels.oracle import poisoned
 
 KERNELS = (
     (delta_hopper, ()),
-    (delta_hopper_walk, ("forward_kernel",)),
     (delta_hopper_beside, ()),
     (delta_hopper_solve, ()),
     (delta_hopper_transposed, ("forward_kernel",)),
-    (delta_hopper_carry, ("forward_carry_kernel", "reverse_carry_kernel")),
+    (delta_hopper_carry, ("carry_kernel",)),
     (delta_hopper_backward, ("backward_kernel",)),
 )
 
