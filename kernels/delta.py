@@ -136,7 +136,8 @@ def forward(
     gate = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v))
     wanted = {"gated": log_decay is not None, "return_state": return_state, "keep": keep}
     on_hopper = delta_hopper_launch.fit(k_dim, q, k, v)
-    if not on_hopper or not delta_hopper_launch.plan_of(k, v, gated=log_decay is not None, keep=keep).solvers:
+    plan = delta_hopper_launch.plan_of(k, v, gated=log_decay is not None, keep=keep) if on_hopper else None
+    if plan is None or not (plan.solvers or plan.makers):
         _couple(k, beta, gate, kept, _gate_kind(log_decay))
     if on_hopper:
         delta_hopper_launch.forward_transposed(q, k, v, beta, gate, kept, first, o, last, **wanted)

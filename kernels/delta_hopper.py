@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "heads", "group", "segments", "span", "gate_b", "gate_t", "gate_every"]
+SIZES = ["length", "heads", "group", "segments", "span", "gate_b", "gate_t", "gate_every", "walks", "makers"]
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the latter from Triton 3.7 on
 

@@ -23,6 +23,7 @@ from kernels.delta_hopper import barriers, factors_of, fetch, shared_layout, thr
 from kernels.walk_triton import LOG2_E
 
 S = tl.constexpr(16)
+GROUP = tl.constexpr(8)
 
 
 @gluon.constexpr_function
@@ -44,7 +45,8 @@ def rows_buffers(
 
 @gluon.jit
 def beside_buffers(
-    C: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr, HELD: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr
+    C: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr, BESIDE: gl.constexpr, HELD: gl.constexpr, DOT: gl.constexpr,
+    MERGE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory of what is made, of two chunks each, but of HELD chunks' H; of what only those see who make it; barriers.
 
@@ -64,7 +66,7 @@ def beside_buffers(
         own_buffers = gl.allocate_shared_memory(MERGE, [SOLVERS, C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
     lines = gl.allocate_shared_memory(gl.float32, [3 * SOLVERS + 2, C], line)
     made = (h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers)
-    return made, (x_buffers, own_buffers, lines), (barriers(2, 1 + min(SOLVERS, 1)), barriers(2, WALKS))
+    return made, (x_buffers, own_buffers, lines), (barriers(2, 1 + min(BESIDE, 1)), barriers(2, WALKS))
 
 
 @gluon.jit
@@ -136,10 +138,25 @@ def decays(step_C, step_buffer, g_buffer, zero, C: gl.constexpr):
 
 
 @gluon.jit
+def proxy_fence():
+    """What other programs wrote, and this thread has acquired, may be copied by the tensor memory accelerator from here on."""
+    gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_made(flags, n, n_chunks):
+    """Waits until another program has made H of a group of chunks."""
+    wanted = gl.minimum(GROUP, n_chunks - n // GROUP * GROUP)
+    while gl.atomic_add(flags + n // GROUP, 0, sem="acquire", scope="gpu") < wanted:
+        pass
+    proxy_fence()
+
+
+@gluon.jit
 def score(
-    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    sources, h, flags, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
     BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr,
-    GATED: gl.constexpr, DOT: gl.constexpr,
+    MAKERS: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """The partition that brings rows, makes scores and factors of each chunk, and stores cumulated decays, or reads them with H."""
     square: gl.constexpr = turned_layout(C)
@@ -154,6 +171,9 @@ def score(
     for early in gl.static_range(STAGES):
         if early < steps:
             _bring_keys(sources, rows, place, bounds[0] + early, early, BK, C, STAGES)
+    if MAKERS:
+        if steps > 0:
+            await_made(flags, bounds[0], bounds[1] + 1)
     for early in gl.static_range(DEPTH):
         if early < steps:
             _bring_values(
@@ -170,6 +190,9 @@ def score(
         if step >= 2:
             if step - 2 + DEPTH < steps:
                 then = step - 2 + DEPTH
+                if MAKERS:
+                    if then % GROUP == 0:
+                        await_made(flags, then, steps)
                 _bring_values(sources, h, rows, place, chunk_0, made[0], bounds[0] + then, then, C, DEPTH, WALKS, SOLVERS)
             if step - 2 + STAGES < steps:
                 then = step - 2 + STAGES

@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     solvers: int
     stages: int
     depth: int
+    makers: int = 0
 
 
 def plan_of(k: Tensor, v: Tensor, *, gated: bool, keep: bool) -> Plan:
@@ -173,10 +174,14 @@ def forward_transposed(
     counts = (length, heads, heads // k.shape[2], segments, span)
     if segments > 1:
         first = _carry_forward(k, v, beta, kept, first, counts, constants)
-    delta_hopper_transposed.forward_kernel[(batch * heads * segments * -(-v_dim // (CHUNK * plan.walks)),)](
+    grid = plan.makers + batch * heads * segments * -(-v_dim // (CHUNK * plan.walks))
+    flags = beta
+    if plan.makers:
+        flags = torch.zeros(batch * heads * -(-kept.couplings.shape[2] // 8), dtype=torch.int32, device=v.device)
+    delta_hopper_transposed.forward_kernel[(grid,)](
         *_described_rows(q, k, v, o, kept, constants["BK"], CHUNK, keep=keep), beta, gate.log_decay, kept.decays,
-        v if first is None else first, last, *gate.strides, gate.every, *counts,
-        **constants, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
+        v if first is None else first, last, kept.couplings, flags, *gate.strides, gate.every, *counts,
+        batch * heads, plan.makers, **constants, MAKERS=plan.makers > 0, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
         MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.delta_hopper import thread_barrier, turned_layout
-from kernels.delta_hopper_beside import S, decays, vectors
+from kernels.delta_hopper import fetch, thread_barrier, turned_layout
+from kernels.delta_hopper_beside import GROUP, S, decays, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -157,3 +157,76 @@ def solve(
             tma.async_copy_shared_to_global(h, [chunk_0 + bounds[0] + step, 0, 0], made[0].index(part))
     if KEEP:
         tma.store_wait(0)
+
+
+@gluon.jit
+def _bring_item(k, bar, k_CK, place, item, BK: gl.constexpr, C: gl.constexpr):
+    """Starts to copy the keys of a chunk; items are the chunks of all heads, early ones first."""
+    walks, heads, group, _, _, _ = place
+    head_index = item % walks
+    fetch(bar, 2 * C * BK, (k,), ([head_index // heads, item // walks * C, head_index % heads // group, 0],), (k_CK,))
+
+
+@gluon.jit
+def _item_vectors(pointers, gate_t, place, item, length, C: gl.constexpr, GATED: gl.constexpr):
+    walks, heads, _, gate_b, gate_every, _ = place
+    batch, head = item % walks // heads, item % walks % heads
+    beta, gate = pointers[0] + batch.to(gl.int64) * length * heads + head, pointers[1] + (batch // gate_every) * gate_b + head
+    return vectors(beta, gate, gate_t, item // walks, length, heads, C, GATED)
+
+
+@gluon.jit
+def make(
+    k, h, flags, pointers, gate_t, place, first, groups, rows, made, inner, length,
+    BK: gl.constexpr, C: gl.constexpr, SOLVER: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The partition that makes H of every `groups`-th chunk of all heads, for programs that walk meanwhile."""
+    walks, heads, group, _, _, n_chunks = place
+    square: gl.constexpr = turned_layout(C)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    h_CC, k_CK, bar = made[0].index(SOLVER), rows[0][1].index(SOLVER), rows[2][0].index(SOLVER)
+    x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
+    beta_buffer, step_buffer, g_buffer = (
+        inner[2].index(SOLVER * 3 + 2),
+        inner[2].index(SOLVER * 3 + 3),
+        inner[2].index(SOLVER * 3 + 4),
+    )
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    r, c = gl.arange(0, C, gl.SliceLayout(1, flat)), gl.arange(0, C, gl.SliceLayout(0, flat))
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    total = walks * n_chunks
+    steps = (total - first + groups - 1) // groups
+    item = gl.minimum(first, total - 1)
+    beta_C, step_C = _item_vectors(pointers, gate_t, place, item, length, C, GATED)
+    if steps > 0:
+        _bring_item(k, bar, k_CK, place, item, BK, C)
+    for step in range(steps):
+        item = first + step * groups
+        n, head_index = item // walks, item % walks
+        at = head_index.to(gl.int64) * n_chunks + n
+        mbarrier.wait(bar, step % 2)
+        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffer.store(beta_C)
+        fall = 1.0
+        if GATED:
+            g_C, fall = decays(step_C, step_buffer, g_buffer, zero, C)
+            gl.store(pointers[2] + at * C + i, g_C, mask=i >= 0)
+        following = gl.minimum(item + groups, total - 1)
+        beta_C, step_C = _item_vectors(pointers, gate_t, place, following, length, C, GATED)
+        gram_CC = warpgroup_mma_wait(0, [gram])
+        x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+        own = _on_diagonal(gram_CC, C)
+        thread_barrier()
+        if step + 1 < steps:
+            _bring_item(k, bar, k_CK, place, following, BK, C)
+        a, h_own = _solve_diagonal(own, beta_buffer, g_buffer, zero, C, GATED, MERGE)
+        a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
+        own_buffer.store(h_own.to(MERGE))
+        thread_barrier()
+        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        thread_barrier()
+        gl.store(h + at * C * C + r[:, None] * C + c[None, :], h_CC.load(flat), mask=(r >= 0)[:, None] & (c >= 0)[None, :])
+        thread_barrier()
+        gl.atomic_add(flags + head_index * ((n_chunks + GROUP - 1) // GROUP) + n // GROUP, 1, sem="release", scope="gpu")

@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels._entry import entry
 from kernels.delta_hopper import SIZES, place, shared_layout, thread_barrier, turned_layout
-from kernels.delta_hopper_beside import beside_buffers, rows_buffers, score
-from kernels.delta_hopper_solve import solve
+from kernels.delta_hopper_beside import GROUP, beside_buffers, rows_buffers, score
+from kernels.delta_hopper_solve import make, solve
 
 
 @gluon.jit
@@ -176,8 +176,9 @@ def _walk(
             results, (batch, head, chunk_0, e_start), n, n - n_first, rows, (o_buffer, state_buffer), made, handed, state_VK,
             left_VC, BK, C, STAGES, DEPTH, HELD, WALKS, WALK, GATED, KEEP, DOT,
         )  # fmt: skip
-    if WALKS == 1:
-        _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
+    if WALKS == 1:  # noqa: SIM102
+        if n_last >= n_first:
+            _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
     tma.store_wait(0)
     if LAST:
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_VK, mask=inside & is_last)
@@ -185,11 +186,12 @@ def _walk(
 
 @entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
-    q, k, v, h, o, errors, states, beta, gate, g, first, last,
+    q, k, v, h, o, errors, states, beta, gate, g, first, last, made_h, flags,
     gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32,
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
+    walks: tl.int32, makers: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    WALKS: gl.constexpr, SOLVERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
+    WALKS: gl.constexpr, SOLVERS: gl.constexpr, MAKERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
     KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """What the kernels of couplings and of the forward walk in plain Triton write, on descriptors of a chunk's blocks.
@@ -200,28 +202,59 @@ def forward_kernel(
     """
     TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
     HELD: gl.constexpr = 2 if SOLVERS > 0 else DEPTH
-    part, tile, n_chunks = gl.program_id(0) // TILES, gl.program_id(0) % TILES, (length + C - 1) // C
+    walk, n_chunks = gl.program_id(0), (length + C - 1) // C
+    beta_0, gate_0, g_0 = beta, gate, g
+    if MAKERS:
+        walk = gl.maximum(walk - makers, 0)
+    part, tile = walk // TILES, walk % TILES
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
     beta, g = beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C
     gate += (batch // gate_every) * gate_b + head
+    is_last = order == segments - 1
+    if MAKERS:
+        n_last = gl.where(gl.program_id(0) < makers, n_first - 1, n_last)
+        is_last = gl.program_id(0) >= makers
+        flags_0, flags = flags, flags + head_index * ((n_chunks + GROUP - 1) // GROUP)
     rows = rows_buffers(BK, C, STAGES, DEPTH, WALKS, DOT)
     o_buffers = gl.allocate_shared_memory(DOT, [WALKS, C, 64], shared_layout(64))
     state_buffers = o_buffers
     if KEEP:
         state_buffers = gl.allocate_shared_memory(DOT, [WALKS, BK, 64], shared_layout(64))
-    made, inner, handed = beside_buffers(C, WALKS, SOLVERS, HELD, DOT, MERGE)
+    made, inner, handed = beside_buffers(C, WALKS, 2 if MAKERS else SOLVERS, 0 if MAKERS else SOLVERS, HELD, DOT, MERGE)
     e_start = tile * 64 * WALKS
     bounds, where = (n_first, n_last), (batch, head, head // group, e_start)
     shared = ((o, errors, states), (batch, head, chunk_0, e_start), bounds, rows, (o_buffers, state_buffers), made, handed)
-    given, pointers = (first, last, part, head_index, order == segments - 1), (beta, gate, g)
-    if SOLVERS == 0 and WALKS == 1:
+    given, pointers = (first, last, part, head_index, is_last), (beta, gate, g)
+    if MAKERS:
+        to = (walks, heads, group, gate_b, gate_every, n_chunks)
+        groups, number = 2 * makers, gl.where(gl.program_id(0) < makers, 2 * gl.program_id(0), walks * n_chunks)
         gl.warp_specialize(
             [
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 1, SOLVERS, GATED, DOT,
+                    (q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 1, SOLVERS, MAKERS, GATED, DOT,
+                )),
+                (make, (
+                    k, made_h, flags_0, (beta_0, gate_0, g_0), gate_t, to, number, groups, rows, made, inner, length,
+                    BK, C, 0, GATED, DOT, MERGE,
+                )),
+                (make, (
+                    k, made_h, flags_0, (beta_0, gate_0, g_0), gate_t, to, number + 1, groups, rows, made, inner, length,
+                    BK, C, 1, GATED, DOT, MERGE,
+                )),
+            ],
+            [4, 4, 4],
+            [88, 112, 112],
+        )  # fmt: skip
+    elif SOLVERS == 0 and WALKS == 1:
+        gl.warp_specialize(
+            [
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (score, (
+                    (q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 1, SOLVERS, MAKERS, GATED, DOT,
                 )),
             ],
             [4],
@@ -233,8 +266,8 @@ def forward_kernel(
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 2, SOLVERS, GATED, DOT,
+                    (q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 2, SOLVERS, MAKERS, GATED, DOT,
                 )),
             ],
             [4, 4],
@@ -246,8 +279,8 @@ def forward_kernel(
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 2, SOLVERS, GATED, DOT,
+                    (q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 2, SOLVERS, MAKERS, GATED, DOT,
                 )),
                 (solve, (
                     h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
@@ -262,8 +295,8 @@ def forward_kernel(
             [
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 1, SOLVERS, GATED, DOT,
+                    (q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 1, SOLVERS, MAKERS, GATED, DOT,
                 )),
                 (solve, (
                     h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,

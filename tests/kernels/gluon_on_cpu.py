@@ -122,6 +122,8 @@ class Program:
             convert_layout=lambda x, _: x,
             static_range=range,
             load=self.load,
+            atomic_add=self.atomic_add,
+            inline_asm_elementwise=lambda *_, **__: None,
             store=self.store,
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialize,
@@ -191,6 +193,12 @@ class Program:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
+
+    @staticmethod
+    def atomic_add(where: Pointer, x: int, **_: Any) -> Tensor:
+        before = where.flat[int(where.at)].clone()
+        where.flat[int(where.at)] += x
+        return before
 
     @staticmethod
     def store(where: Pointer, x: Tensor, mask: Tensor) -> None:

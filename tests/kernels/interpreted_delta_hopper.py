@@ -67,3 +67,11 @@ def test_segments(monkeypatch, length, segments, gate, state):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
     assert_equal((1, length, 1, 1, 24, 40), gate, state=state)
+
+
+@pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
+@pytest.mark.parametrize(("length", "makers", "width"), [(64 * 10 + 5, 2, 24), (200, 1, 72)])
+def test_couplings_by_other_programs(monkeypatch, length, makers, width, gate, state):
+    """Those of groups of chunks, the last of them not whole."""
+    monkeypatch.setattr(delta_hopper_launch, "plan_of", lambda *_, **__: delta_hopper_launch.Plan(1, 1, 0, 3, 4, makers))
+    assert_equal((1, length, 1, 2, width, width), gate, state=state)

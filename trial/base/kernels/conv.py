@@ -1,0 +1,177 @@
+"""Causal convolutions along time: a short depthwise one with a carried tail, and a long one.
+
+Shape legend: B batch, T time, D channels, K taps, P = K - 1 remembered inputs, L filter length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels._arguments import check_arguments, check_axes
+from kernels.conv_operator import short_conv_operator, short_conv_step_operator
+from kernels.dispatch import pick
+from kernels.long_conv_operator import long_conv_operator
+
+MOST_TAPS = 4
+"""Of the Triton form, whose backward makes K^2 products for every element."""
+LONGEST_TOEPLITZ = 2048
+"""Tokens up to which T^2 multiply-adds on tensor cores take less time than an FFT's trips to memory."""
+
+
+def short_conv(
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    tail_BPD: Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal depthwise convolution, y_t = bias + sum_j weight[:, j] x_{t-K+1+j}.
+
+    The torch form is shifted multiply-adds, which are faster than `conv1d` at these sizes (few taps, narrow models), in
+    particular backward.
+
+    Args:
+        x_BTD: input, [B, T, D].
+        weight_DK: taps, [D, K]; the last one meets the current token.
+        bias_D: [D] or None.
+        tail_BPD: the K - 1 inputs before the segment, [B, K-1, D]; None means zeros.
+        silu: whether to apply SiLU to the output.
+
+    Returns:
+        The output [B, T, D], and the tail after the segment if one was given, else None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
+    """
+    check_axes("x", x_BTD, "B T D")
+    _check(x_BTD, weight_DK, bias_D, tail_BPD)
+    length, taps = x_BTD.shape[1], weight_DK.shape[1]
+    if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
+        padded_BSD = x_BTD if tail_BPD is None else torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+        y_BSD = short_conv_operator(padded_BSD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
+        y_BTD = y_BSD[:, padded_BSD.shape[1] - length :]
+    else:
+        before_BPD = x_BTD.new_zeros(1, 1, 1).expand(x_BTD.shape[0], taps - 1, x_BTD.shape[2]) if tail_BPD is None else tail_BPD
+        padded_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), dim=1)
+        y_BTD = _ShortConv.apply(padded_BSD, weight_DK.t().to(x_BTD.dtype))
+        if bias_D is not None:
+            y_BTD = y_BTD + bias_D.to(x_BTD.dtype)
+        y_BTD = F.silu(y_BTD) if silu else y_BTD
+    return y_BTD, None if tail_BPD is None else padded_BSD[:, length:].to(tail_BPD.dtype)
+
+
+def _too_many(weight_DK: Tensor) -> str | None:
+    """What keeps a convolution from its Triton form."""
+    taps = weight_DK.shape[1]
+    return f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> None:
+    check_axes("weight", weight, "D K")
+    width, taps = x.shape[-1], weight.shape[1]
+    tail_shape = (x.shape[0], taps - 1, width)
+    check_arguments(x, {"weight": (weight, (width, taps)), "bias": (bias, (width,)), "tail": (tail, tail_shape)})
+
+
+class _ShortConv(torch.autograd.Function):
+    """The sum over taps; its gradient is written out because autograd would pad each tap's share to full length."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(padded_BSD: Tensor, taps_KD: Tensor) -> Tensor:
+        return _stencil(padded_BSD, taps_KD)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        padded_BSD, taps_KD = ctx.saved_tensors
+        length, taps = dy_BTD.shape[1], taps_KD.shape[0]
+        d_padded_BSD = _stencil(F.pad(dy_BTD, (0, 0, taps - 1, taps - 1)), taps_KD.flip(0))
+        d_taps = [(dy_BTD * padded_BSD[:, j : j + length]).sum((0, 1)) for j in range(taps)]
+        return d_padded_BSD, torch.stack(d_taps)
+
+
+def _stencil(x_BSD: Tensor, taps_KD: Tensor) -> Tensor:
+    """sum_j taps_j x_{t+j}, as long as the window fits."""
+    length = x_BSD.shape[1] - taps_KD.shape[0] + 1
+    y_BTD = x_BSD[:, :length] * taps_KD[0]
+    for j in range(1, taps_KD.shape[0]):
+        y_BTD = torch.addcmul(y_BTD, x_BSD[:, j : j + length], taps_KD[j])
+    return y_BTD
+
+
+def short_conv_step(
+    x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, tail_BPD: Tensor, *, silu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One token of `short_conv`: the dot product of the last K inputs with the taps.
+
+    Args:
+        x_BD: input, [B, D].
+        weight_DK: taps, [D, K].
+        bias_D: [D] or None.
+        tail_BPD: the K - 1 inputs before this token, [B, K-1, D].
+        silu: whether to apply SiLU to the output.
+
+    Returns:
+        The output [B, D] and the new tail [B, K-1, D].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
+    """
+    check_axes("x", x_BD, "B D")
+    _check(x_BD, weight_DK, bias_D, tail_BPD)
+    if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
+        return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
+    window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)
+    y_BD = (window_BKD * weight_DK.t().to(x_BD.dtype)).sum(1)
+    if bias_D is not None:
+        y_BD = y_BD + bias_D.to(x_BD.dtype)
+    return F.silu(y_BD) if silu else y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
+
+
+def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
+    """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s.
+
+    The torch form is an FFT in fp32 or better. The Triton form multiplies 16-bit inputs with Toeplitz matrices, see
+    `kernels.long_conv_triton`; the filter is rounded to 16 bit there, sums are in fp32.
+
+    Args:
+        x_BTD: input, [B, T, D].
+        filter_DL: taps, newest first, [D, L]; taps beyond T are not read.
+
+    Returns:
+        The output, [B, T, D], in the dtype of `x_BTD`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+    """
+    check_axes("x", x_BTD, "B T D")
+    check_axes("filter", filter_DL, "D L")
+    check_arguments(x_BTD, {"filter": (filter_DL, (x_BTD.shape[2], filter_DL.shape[1]))})
+    if torch.is_autocast_enabled(x_BTD.device.type):
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return long_conv(x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type)), filter_DL).to(x_BTD.dtype)
+    length = x_BTD.shape[1]
+    if pick("long_conv", x_BTD, obstacle=_wants_fft(x_BTD), tensor_cores=True) == "triton":
+        return long_conv_operator(x_BTD, filter_DL[None])
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        x_BFD = torch.fft.rfft(x_BTD.to(dtype), n=size, dim=1)
+        filter_FD = torch.fft.rfft(filter_DL[:, :length].to(dtype).t(), n=size, dim=0)
+        y_BTD = torch.fft.irfft(x_BFD * filter_FD, n=size, dim=1)[:, :length]
+    return y_BTD.to(x_BTD.dtype)
+
+
+def _wants_fft(x_BTD: Tensor) -> str | None:
+    """What keeps a long convolution from its Triton form."""
+    if x_BTD.shape[1] > LONGEST_TOEPLITZ:
+        return f"{x_BTD.shape[1]} tokens are more than {LONGEST_TOEPLITZ}"
+    return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"

@@ -1,0 +1,170 @@
+"""Beside a walk of the delta rule for Hopper, in Gluon: a partition that brings rows, and makes scores and factors of tokens.
+
+What of a chunk does not depend on the state reaches the walks in shared memory, two chunks at most ahead of them, made from the
+queries and keys that are there for the walks: here the scores of queries and keys, masked and decayed, betas and decays of
+tokens; in `kernels.delta_hopper_solve` the couplings H.
+
+Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width, S = 16 tokens of a block.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.delta_hopper import barriers, fetch, shared_layout, thread_barrier, turned_layout
+from kernels.walk_triton import LOG2_E
+
+S = tl.constexpr(16)
+
+
+@gluon.constexpr_function
+def line_layout():
+    """One element of a vector for each thread of the four warps, or for two of them."""
+    return gl.BlockedLayout([1], [32], [4], [0])
+
+
+@gluon.jit
+def rows_buffers(BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory for queries and keys of STAGES chunks and 64 values of two chunks for each walk; barriers of their copies."""
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [2 * WALKS, C, 64], shared_layout(64))
+    return (q_buffers, k_buffers), v_buffers, (barriers(STAGES), barriers(2))
+
+
+@gluon.jit
+def beside_buffers(C: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
+    """Shared memory of what is made, of two chunks each; of what only those see who make it; barriers.
+
+    Made are H and scores; beta; decays since the chunk began, until it ends, and (for each row of a transposed state) of all of
+    it. The barriers say what is ready, and what is free again. Without SOLVERS H comes from memory.
+    """
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    h_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    p_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    beta_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    since_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    until_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    whole_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    x_buffers = gl.allocate_shared_memory(MERGE, [max(SOLVERS, 1), C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    own_buffers = gl.allocate_shared_memory(MERGE, [max(SOLVERS, 1), C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+    lines = gl.allocate_shared_memory(gl.float32, [3 * SOLVERS + 2, C], line)
+    made = (h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers)
+    return made, (x_buffers, own_buffers, lines), (barriers(2, 1 + min(SOLVERS, 1)), barriers(2, WALKS))
+
+
+@gluon.jit
+def _bring_keys(sources, rows, place, n, step, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr):
+    """Starts to copy queries and keys of a chunk."""
+    batch, _, shared_head, _ = place
+    at, stage = [batch, n * C, shared_head, 0], step % STAGES
+    views = (rows[0][0].index(stage), rows[0][1].index(stage))
+    fetch(rows[2][0].index(stage), 4 * C * BK, (sources[0], sources[1]), (at, at), views)
+
+
+@gluon.jit
+def _bring_values(
+    sources, h, rows, place, chunk_0, h_buffers, n, step, C: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr
+):
+    """Starts to copy the values of a chunk, and H if nobody makes it."""
+    batch, head, _, e_start = place
+    values = ()
+    places = ()
+    views = ()
+    for walk in gl.static_range(WALKS):
+        values = values + (sources[2],)  # noqa: RUF005
+        places = places + ([batch, n * C, head, e_start + walk * 64],)  # noqa: RUF005
+        views = views + (rows[1].index(step % 2 * WALKS + walk),)  # noqa: RUF005
+    if SOLVERS == 0:
+        values = values + (h,)  # noqa: RUF005
+        places = places + ([chunk_0 + n, 0, 0],)  # noqa: RUF005
+        views = views + (h_buffers.index(step % 2),)  # noqa: RUF005
+        fetch(rows[2][1].index(step % 2), 2 * C * (64 * WALKS + C), values, places, views)
+    else:
+        fetch(rows[2][1].index(step % 2), 2 * C * 64 * WALKS, values, places, views)
+
+
+@gluon.jit
+def vectors(beta, gate, gate_t, n, length, heads, C: gl.constexpr, GATED: gl.constexpr):
+    """Betas and log2 decays of a chunk's tokens, zero beyond the end."""
+    t_C = n * C + gl.arange(0, C, line_layout())
+    beta_C = gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
+    step_C = beta_C
+    if GATED:
+        step_C = gl.load(gate + t_C.to(gl.int64) * gate_t, mask=t_C < length, other=0.0).to(gl.float32) * LOG2_E
+    return beta_C, step_C
+
+
+@gluon.jit
+def decays(step_C, step_buffer, g_buffer, zero, C: gl.constexpr):
+    """Log2 decays cumulated from the start of the chunk, and the decays from one token to another, zero from later to earlier."""
+    square: gl.constexpr = turned_layout(C)
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    seen = i[:, None] >= j[None, :]
+    step_buffer.store(step_C)
+    g_C = gl.sum(gl.where(seen, step_buffer.load(gl.SliceLayout(0, square))[None, :], 0.0), 1)
+    g_buffer.store(g_C)
+    # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+    fall_CC = g_C[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
+    return g_C, gl.exp2(gl.where(seen, fall_CC, float("-inf")))
+
+
+@gluon.jit
+def score(
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr, GATED: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """The partition that brings rows, makes scores and factors of each chunk, and stores cumulated decays."""
+    square: gl.constexpr = turned_layout(C)
+    beta, gate, g = pointers
+    _, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers = made
+    step_buffer, g_buffer = inner[2].index(0), inner[2].index(1)
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    steps = bounds[1] - bounds[0] + 1
+    for early in gl.static_range(STAGES):
+        if early < steps:
+            _bring_keys(sources, rows, place, bounds[0] + early, early, BK, C, STAGES)
+    for early in gl.static_range(2):
+        if early < steps:
+            _bring_values(
+                sources, h, rows, place, chunk_0, made[0], bounds[0] + early, early, C, WALKS, SOLVERS
+            )  # fmt: skip
+    beta_C, step_C = vectors(beta, gate, gate_t, bounds[0], length, heads, C, GATED)
+    for step in range(steps):
+        n, part = bounds[0] + step, step % 2
+        mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
+        if step >= 2:
+            _bring_values(sources, h, rows, place, chunk_0, made[0], n, step, C, WALKS, SOLVERS)
+            if step - 2 + STAGES < steps:
+                then = step - 2 + STAGES
+                _bring_keys(sources, rows, place, bounds[0] + then, then, BK, C, STAGES)
+        q_CK, k_CK = rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
+        mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
+        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffers.index(part).store(beta_C)
+        fall = 1.0
+        if GATED:
+            g_C, fall = decays(step_C, step_buffer, g_buffer, zero, C)
+            g_all = gl.sum(step_C, 0)
+            since_buffers.index(part).store(gl.exp2(g_C))
+            until_buffers.index(part).store(gl.exp2(g_all - g_C))
+            whole_buffers.index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
+            gl.store(g + n * C + i, g_C, mask=i >= 0)
+        following = bounds[0] + gl.minimum(step + 1, steps - 1)
+        beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        p_buffers.index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(handed[0].index(part), count=1)
