@@ -184,6 +184,43 @@ def _walk(
         gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_VK, mask=inside & is_last)
 
 
+@gluon.jit
+def _make(
+    making, BK: gl.constexpr, C: gl.constexpr, SOLVER: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr
+):  # fmt: skip
+    k, h, flags, pointers, gate_t, place, first, groups, rows, made, inner, length = making
+    make(k, h, flags, pointers, gate_t, place, first + SOLVER, groups, rows, made, inner, length, BK, C, SOLVER, GATED, DOT, MERGE)
+
+
+@gluon.jit
+def _walk_or_make(
+    walks, shared, given, making,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+    HELD: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    MERGE: gl.constexpr,
+):  # fmt: skip
+    if walks:
+        _walk(shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)
+    else:
+        _make(making, BK, C, 0, GATED, DOT, MERGE)
+
+
+@gluon.jit
+def _score_or_make(
+    walks, scoring, making,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+    MERGE: gl.constexpr,
+):  # fmt: skip
+    if walks:
+        sources, h, flags, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = scoring
+        score(
+            sources, h, flags, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+            BK, C, STAGES, DEPTH, 1, 0, True, GATED, DOT,
+        )  # fmt: skip
+    else:
+        _make(making, BK, C, 1, GATED, DOT, MERGE)
+
+
 @entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
     q, k, v, h, o, errors, states, beta, gate, g, first, last, made_h, flags,
@@ -229,24 +266,17 @@ def forward_kernel(
     if MAKERS:
         to = (walks, heads, group, gate_b, gate_every, n_chunks)
         groups, number = 2 * makers, gl.where(gl.program_id(0) < makers, 2 * gl.program_id(0), walks * n_chunks)
+        making = (k, made_h, flags_0, (beta_0, gate_0, g_0), gate_t, to, number, groups, rows, made, inner, length)
+        scoring = ((q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads)
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (score, (
-                    (q, k, v), h, flags, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 1, SOLVERS, MAKERS, GATED, DOT,
+                (_walk_or_make, (
+                    is_last, shared, given, making, K, V, BK, C, STAGES, DEPTH, HELD, GATED, FIRST, LAST, KEEP, DOT, MERGE,
                 )),
-                (make, (
-                    k, made_h, flags_0, (beta_0, gate_0, g_0), gate_t, to, number, groups, rows, made, inner, length,
-                    BK, C, 0, GATED, DOT, MERGE,
-                )),
-                (make, (
-                    k, made_h, flags_0, (beta_0, gate_0, g_0), gate_t, to, number + 1, groups, rows, made, inner, length,
-                    BK, C, 1, GATED, DOT, MERGE,
-                )),
+                (_score_or_make, (is_last, scoring, making, BK, C, STAGES, DEPTH, GATED, DOT, MERGE)),
             ],
-            [4, 4, 4],
-            [88, 112, 112],
+            [4],
+            [216],
         )  # fmt: skip
     elif SOLVERS == 0 and WALKS == 1:
         gl.warp_specialize(
