@@ -80,6 +80,7 @@ class Plan(NamedTuple):
     stages: int
     depth: int
     makers: int = 0
+    registers: int = 200
 
 
 def plan_of(k: Tensor, v: Tensor, *, gated: bool, keep: bool) -> Plan:
@@ -181,7 +182,7 @@ def forward_transposed(
     delta_hopper_transposed.forward_kernel[(grid,)](
         *_described_rows(q, k, v, o, kept, constants["BK"], CHUNK, keep=keep), beta, gate.log_decay, kept.decays,
         v if first is None else first, last, kept.couplings, flags, *gate.strides, gate.every, *counts,
-        batch * heads, plan.makers, **constants, MAKERS=plan.makers > 0, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
+        batch * heads, plan.makers, **constants, MAKERS=plan.makers > 0, REGISTERS=plan.registers, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
         MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
     )  # fmt: skip
 

@@ -228,7 +228,7 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
     walks: tl.int32, makers: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    WALKS: gl.constexpr, SOLVERS: gl.constexpr, MAKERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
+    WALKS: gl.constexpr, SOLVERS: gl.constexpr, MAKERS: gl.constexpr, REGISTERS: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
     KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """What the kernels of couplings and of the forward walk in plain Triton write, on descriptors of a chunk's blocks.
@@ -301,7 +301,7 @@ def forward_kernel(
                 )),
             ],
             [4, 4],
-            [200, 104],
+            [REGISTERS, 504 - 2 * REGISTERS],
         )  # fmt: skip
     elif WALKS == 2:
         gl.warp_specialize(

@@ -84,7 +84,7 @@ def timed(call):
     with torch.cuda.graph(graph):
         kept = call()
     flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
-    n, marks = 100, []
+    n, marks = 60, []
     for _ in range(n):
         flush.zero_()
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -118,45 +118,51 @@ def variants():
         for d, gate, shape in itertools.product((128, 64), ("none", "scalar"), (LONG, LONGER, MAIN)):
             rows.append((shape, d, gate, "fb", None, None, None))
         return rows
-    add = lambda *a: rows.append(a)
-    for gate in ("none", "scalar"):
-        for d in (128, 64):
-            st = 3 if d == 128 else 4
-            # most wanted first
-            add(LONG, d, gate, "fb", (1, 1, 0, st, 4), None, None)
-            add(LONG, d, gate, "fb", (4, 1, 0, st, 4), None, None)
-            add(LONGER, d, gate, "fb", (4, 1, 0, st, 4), None, None)
-            add(LONGER, d, gate, "fb", (8, 1, 0, st, 4), None, None)
-            add(LONG, d, gate, "f", (2, 1, 0, st, 4), None, None)
-    for gate in ("none", "scalar"):
-        add(MAIN, 128, gate, "fb", (1, 2, 0, 3, 2), None, None)
-        add(MAIN, 64, gate, "fb", (1, 1, 0, 4, 4), None, None)
-        add(MAIN, 128, gate, "fb", (1, 2, 0, 2, 3), None, None)
-        add(MAIN, 64, gate, "fb", (1, 1, 0, 3, 2), None, None)
-        add(MAIN, 128, gate, "f", (1, 2, 0, 3, 3), None, None)
-        add(MAIN, 64, gate, "fb", (1, 1, 2, 3, 2), None, None)
-    for gate in ("none", "scalar"):
-        for d in (128, 64):
-            st = 3 if d == 128 else 4
-            add(LONG, d, gate, "f", (1, 1, 0, 3, 2), None, None)
-            add(LONG, d, gate, "f", (1, 1, 0, st, 3), None, None)
-            add(LONG, d, gate, "f", (3, 1, 0, st, 4), None, None)
-            add(LONGER, d, gate, "f", (2, 1, 0, st, 4), None, None)
-            add(LONGER, d, gate, "f", (6, 1, 0, st, 4), None, None)
-            add(LONG, d, gate, "b", (1, 1, 0, st, 4), 3, None)
-            add(LONGER, d, gate, "b", (4, 1, 0, st, 4), 6, None)
-            add(LONGER, d, gate, "b", (4, 1, 0, st, 4), 5, None)
+    add = lambda *a: rows.append((*a[:5], *(a[5:] + (None, None))[:2]))
+    gates = ("none", "scalar")
+    for gate in gates:
+        for d, st in ((128, 3), (64, 4)):
+            add(LONG, d, gate, "fb", (1, 1, 0, st, 4))
+            add(LONG, d, gate, "fb", (1, 1, 0, st, 4, 132 - d // 2))
+            add(LONG, d, gate, "fb", (4, 1, 0, st, 4))
+            add(LONGER, d, gate, "fb", (4, 1, 0, st, 4))
+            add(LONGER, d, gate, "fb", (8, 1, 0, st, 4))
+        add(MAIN, 128, gate, "fb", (1, 2, 0, 3, 2, 0, 216))
+        add(MAIN, 64, gate, "fb", (1, 1, 2, 5, 4))
+        add(MAIN, 64, gate, "fb", (1, 1, 0, 4, 4))
+        add(MAIN, 128, gate, "fb", (1, 2, 0, 3, 2, 0, 208))
+        add(MAIN, 128, gate, "fb", (1, 2, 0, 2, 3, 0, 216))
+        add(MAIN, 128, gate, "f", (1, 2, 0, 3, 3, 0, 216))
+        add(MAIN, 64, gate, "fb", (1, 1, 2, 4, 3))
+        add(MAIN, 64, gate, "fb", (1, 1, 2, 3, 2))
+        add(MAIN, 64, gate, "f", (1, 1, 0, 5, 5))
+        add(MAIN, 128, gate, "fb", (1, 2, 0 if gate == "scalar" else 1, 3, 2))
+    add(MAIN, 128, "none", "f", (1, 2, 1, 4, 2))
+    add(MAIN, 128, "none", "f", (1, 2, 1, 3, 3))
+    for gate in gates:
+        for d, st in ((128, 3), (64, 4)):
+            add(LONG, d, gate, "f", (2, 1, 0, st, 4))
+            add(LONG, d, gate, "f", (3, 1, 0, st, 4))
+            add(LONG, d, gate, "f", (1, 1, 0, 3, 2))
+            add(LONG, d, gate, "f", (1, 1, 0, st, 3))
+            add(LONGER, d, gate, "f", (2, 1, 0, st, 4))
+            add(LONGER, d, gate, "f", (6, 1, 0, st, 4))
+            add(LONG, d, gate, "b", (1, 1, 0, st, 4), 3)
+            add(LONGER, d, gate, "b", (4, 1, 0, st, 4), 6)
             add(LONG, d, gate, "b", (1, 1, 0, st, 4), None, 2)
             add(LONG, d, gate, "b", (1, 1, 0, st, 4), None, 3)
-        add(LONGER, 128, gate, "f", (8, 2, 0, 3, 2), None, None)
-        add(LONGER, 128, gate, "f", (5, 1, 0, 3, 4), None, None)
-        add(LONG, 128, gate, "f", (4, 2, 0, 3, 2), None, None)
-        add(LONG, 128, gate, "f", (1, 1, 0, 4, 3), None, None)
-        add(LONG, 128, gate, "f", (1, 2, 0, 3, 2), None, None)
-        add(SHORT, 128, gate, "fb", (1, 2, 0 if gate == "scalar" else 1, 3, 2), None, None)
-        add(SHORT, 64, gate, "fb", (1, 1, 2, 3, 2), None, None)
-        add(SHORT, 64, gate, "f", (1, 1, 0, 4, 4), None, None)
-        add(SMALL, 64, gate, "f", (1, 1, 0, 4, 4), None, None)
+        add(LONGER, 128, gate, "f", (8, 2, 0, 3, 2, 0, 216))
+        add(LONGER, 128, gate, "f", (5, 1, 0, 3, 4))
+        add(LONG, 128, gate, "f", (4, 2, 0, 3, 2, 0, 216))
+        add(LONG, 128, gate, "f", (1, 1, 0, 4, 3))
+        add(LONG, 64, gate, "f", (1, 1, 0, 5, 5, 100))
+        add(SHORT, 128, gate, "fb", (1, 2, 0, 3, 2, 0, 216))
+        add(SHORT, 64, gate, "fb", (1, 1, 2, 5, 4))
+        add(SHORT, 64, gate, "f", (1, 1, 0, 4, 4))
+        add(SHORT, 64, gate, "f", (1, 1, 2, 3, 2))
+        add(SMALL, 64, gate, "fb", (1, 1, 2, 5, 4))
+        add(SMALL, 64, gate, "f", (1, 1, 0, 4, 4))
+        add(SMALL, 64, gate, "fb", (1, 1, 2, 3, 2))
     return rows
 
 
@@ -172,8 +178,10 @@ def main():
         head["triton"] = triton.__version__
     except Exception:
         pass
-    todo = variants()
-    if mode == "warm":
+    todo = variants() if BASE else [v for v in variants() if (len(v[4]) > 5 and v[4][5] > 0) == (os.environ.get("MAKERS") == "1")]
+    if mode == "warm" and BASE:
+        todo = todo[part::parts]
+    elif mode == "warm":
         kinds = {}
         for v in todo:
             kinds.setdefault((v[1], v[2], v[4] if v[4] is None else v[4][1:], v[4] is not None and v[4][0] > 1, v[6]), v)
@@ -186,6 +194,11 @@ def main():
         try:
             use(plan, back or (plan[0] if plan and plan[0] > 1 and mode == "warm" else None), stages)
             key = (d, gate, plan, back, stages)
+            if BASE:
+                checked[key] = True, {}
+                x = draw((*shape, d), gate)
+                forward(x), both(x)
+                torch.cuda.synchronize()
             if key not in checked:
                 # few heads at a short length: as many segments back as at the timed shape
                 use(plan, back or {LONG: 4, LONGER: 8}.get(shape), stages)
@@ -212,6 +225,28 @@ def main():
         print(f"{time.time() - T0:5.1f}", row["shape"], gate, plan, "back", back, "st", stages, "right", row.get("right"),
               "f", row.get("forward_ms", [0])[0], "fb", row.get("both_ms", [0])[0], row.get("failed", ""), row.get("repeats"), row.get("differs"),
               "" if row.get("right") else row.get("errors"), flush=True)
+    if mode == "time" and (BASE or os.environ.get("MAKERS") == "1"):
+        parts_of(out.with_suffix(".kernels.json"))
+
+
+def parts_of(out):
+    """Mean us of each kernel of both passes, without flushes."""
+    from torch.profiler import ProfilerActivity, profile
+    found = []
+    for shape, d, gate in itertools.product((LONG, LONGER, MAIN), (128, 64), ("none", "scalar")):
+        if not BASE:
+            use({LONG: (1, 1, 0, 3, 4), LONGER: (4 if d == 128 else 8, 1, 0, 3, 4), MAIN: (1, d // 64, 0, 3, 2, 0, 216)}[shape])
+        x = draw((*shape, d), gate)
+        both(x)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(5):
+                both(x)
+            torch.cuda.synchronize()
+        parts = {e.key[:40]: round(e.device_time_total / 5, 1) for e in seen.key_averages() if e.device_time_total}
+        found.append({"shape": (*shape, d), "gate": gate, "us": parts})
+        out.write_text(json.dumps(found))
+        print(shape, d, gate, parts, flush=True)
 
 
 main()
