@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.delta_hopper import fetch, thread_barrier, turned_layout
-from kernels.delta_hopper_beside import GROUP, S, decays, vectors
+from kernels.delta_hopper_beside import GROUP, S, _bring_keys, _bring_values, decays, line_layout, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -230,3 +230,73 @@ def make(
         gl.store(h + at * C * C + r[:, None] * C + c[None, :], h_CC.load(flat), mask=(r >= 0)[:, None] & (c >= 0)[None, :])
         thread_barrier()
         gl.atomic_add(flags + head_index * ((n_chunks + GROUP - 1) // GROUP) + n // GROUP, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def score_and_solve(
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr,
+    GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The partition that does what `kernels.delta_hopper_beside.score` and `solve` do, for walks that need their registers."""
+    square: gl.constexpr = turned_layout(C)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
+    beta, gate, g = pointers
+    h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers = made
+    x_buffer, own_buffer, step_buffer, g_buffer = inner[0].index(0), inner[1].index(0), inner[2].index(0), inner[2].index(1)
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    steps = bounds[1] - bounds[0] + 1
+    for early in gl.static_range(STAGES):
+        if early < steps:
+            _bring_keys(sources, rows, place, bounds[0] + early, early, BK, C, STAGES)
+    for early in gl.static_range(DEPTH):
+        if early < steps:
+            _bring_values(sources, h, rows, place, chunk_0, made[0], bounds[0] + early, early, C, DEPTH, WALKS, 1)
+    beta_C, step_C = vectors(beta, gate, gate_t, bounds[0], length, heads, C, GATED)
+    for step in range(steps):
+        n, part = bounds[0] + step, step % 2
+        mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
+        if step >= 2:
+            if step - 2 + DEPTH < steps:
+                then = step - 2 + DEPTH
+                _bring_values(sources, h, rows, place, chunk_0, made[0], bounds[0] + then, then, C, DEPTH, WALKS, 1)
+            if step - 2 + STAGES < steps:
+                then = step - 2 + STAGES
+                _bring_keys(sources, rows, place, bounds[0] + then, then, BK, C, STAGES)
+        q_CK, k_CK = rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
+        mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
+        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffers.index(part).store(beta_C)
+        fall = 1.0
+        if GATED:
+            g_C, fall = decays(step_C, step_buffer, g_buffer, zero, C)
+            g_all = gl.sum(step_C, 0)
+            since_buffers.index(part).store(gl.exp2(g_C))
+            until_buffers.index(part).store(gl.exp2(g_all - g_C))
+            whole_buffers.index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
+            gl.store(g + n * C + i, g_C, mask=i >= 0)
+        following = bounds[0] + gl.minimum(step + 1, steps - 1)
+        beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        p_buffers.index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+        gram_CC = warpgroup_mma_wait(0, [gram])
+        x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+        own = _on_diagonal(gram_CC, C)
+        thread_barrier()
+        a, h_own = _solve_diagonal(own, beta_buffers.index(part), g_buffer, zero, C, GATED, MERGE)
+        a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
+        own_buffer.store(h_own.to(MERGE))
+        if KEEP:
+            tma.store_wait(0)
+        thread_barrier()
+        _store_couplings(h_buffers.index(part), a, h_own, x_buffer, own_buffer, beta_buffers.index(part), zero, C, DOT, MERGE)
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(handed[0].index(part), count=1)
+        if KEEP:
+            tma.async_copy_shared_to_global(h, [chunk_0 + n, 0, 0], h_buffers.index(part))
+    if KEEP:
+        tma.store_wait(0)

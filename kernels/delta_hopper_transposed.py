@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_hopper import SIZES, place, shared_layout, thread_barrier, turned_layout
 from kernels.delta_hopper_beside import GROUP, beside_buffers, rows_buffers, score
-from kernels.delta_hopper_solve import make, solve
+from kernels.delta_hopper_solve import make, score_and_solve, solve
 
 
 @gluon.jit
@@ -258,7 +258,9 @@ def forward_kernel(
     state_buffers = o_buffers
     if KEEP:
         state_buffers = gl.allocate_shared_memory(DOT, [WALKS, BK, 64], shared_layout(64))
-    made, inner, handed = beside_buffers(C, WALKS, 2 if MAKERS else SOLVERS, 0 if MAKERS else SOLVERS, HELD, DOT, MERGE)
+    made, inner, handed = beside_buffers(
+        C, WALKS, 2 if MAKERS else 1 if SOLVERS == 3 else SOLVERS, 0 if MAKERS or SOLVERS == 3 else SOLVERS, HELD, DOT, MERGE
+    )
     e_start = tile * 64 * WALKS
     bounds, where = (n_first, n_last), (batch, head, head // group, e_start)
     shared = ((o, errors, states), (batch, head, chunk_0, e_start), bounds, rows, (o_buffers, state_buffers), made, handed)
@@ -277,6 +279,19 @@ def forward_kernel(
             ],
             [4],
             [216],
+        )  # fmt: skip
+    elif SOLVERS == 3:
+        gl.warp_specialize(
+            [
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (score_and_solve, (
+                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
+                    BK, C, STAGES, DEPTH, 2, GATED, KEEP, DOT, MERGE,
+                )),
+            ],
+            [4, 4],
+            [REGISTERS, 504 - 2 * REGISTERS],
         )  # fmt: skip
     elif SOLVERS == 0 and WALKS == 1:
         gl.warp_specialize(

@@ -75,3 +75,9 @@ def test_couplings_by_other_programs(monkeypatch, length, makers, width, gate, s
     """Those of groups of chunks, the last of them not whole."""
     monkeypatch.setattr(delta_hopper_launch, "plan_of", lambda *_, **__: delta_hopper_launch.Plan(1, 1, 0, 3, 4, makers))
     assert_equal((1, length, 1, 2, width, width), gate, state=state)
+
+
+@pytest.mark.parametrize(("gate", "state"), [("none", False), ("scalar", True)])
+def test_merged(monkeypatch, gate, state):
+    monkeypatch.setattr(delta_hopper_launch, "plan_of", lambda *_, **__: delta_hopper_launch.Plan(1, 2, 3, 3, 2))
+    assert_equal((1, 300, 1, 2, 72, 96), gate, state=state)
