@@ -113,7 +113,7 @@ class Session:
         if key not in self.gates:
             seed = secrets.randbits(32)
             self.generator.manual_seed(seed)
-            problem, against = subject.few_chosen() if isinstance(subject, KernelRow) and subject.few_of_many else subject.small()
+            problem, against = subject.gated()
             self.gates[key] = check(problem, gradients=row.mode == "train", against=f"{against}, fp64, seed {seed}")
         return self.gates[key]
 

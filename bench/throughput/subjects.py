@@ -64,8 +64,10 @@ class KernelRow:
         operation = self.operation
         return isinstance(operation, ChosenBlocks) and self.row.length >= BY_KEY_FROM * operation.chosen * operation.block
 
-    def few_chosen(self) -> tuple[Problem, str]:
-        """The problem of the gate for such rows."""
+    def gated(self) -> tuple[Problem, str]:
+        """The problem of the row's own gate: a small one that takes the kernels of the row."""
+        if not self.few_of_many:
+            return self.small()
         operation = replace(cast(ChosenBlocks, self.operation), chosen=FEW_CHOSEN)
         shape = self.kernel.shape(GATE_BATCH, MANY_BLOCKS_LENGTH, GATE_HEADS, self.row.width)
         against = f"definition at {_sizes_text(shape.sizes())}, {FEW_CHOSEN} blocks chosen"
@@ -98,8 +100,8 @@ class MixerRow:
         cost = whole.cost(self.stack, row.mode, row.batch, row.length, dtype)
         return {"bound": self.session.bound(cost), "state_bytes": self.stack.counts(row.length, dtype)["state_bytes"]}
 
-    def small(self) -> tuple[Problem, str]:
-        """The problem of the gate, and its definition in words."""
+    def gated(self) -> tuple[Problem, str]:
+        """The problem of the row's own gate, and its definition in words."""
         length = GATE_LENGTHS[self.session.device.type]
         problem = whole.problem(self.stack, self.row.mode, GATE_BATCH, length, generator=self.session.generator)
         return problem, f"Mixer.step, token by token, at {_sizes_text({'batch': GATE_BATCH, 'length': length})}"

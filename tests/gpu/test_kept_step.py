@@ -9,18 +9,14 @@ from kernels.kept_step import Kept, kept_step
 from kernels.step import states_in_place
 from kernels.window_step import Stored
 from tests.kernels import cases_kept_step as cases
+from tests.kernels.oracle import in_dtypes
 
 pytestmark = pytest.mark.gpu
 
 LARGE = ((33, 3, 1, 182, 4, 512, 64, 64), (9, 6, 2, 700, 0, 2000, 128, 128), (6, 8, 1, 130, 20, 70, 256, 256))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [(shape, dtype) for shape in (*cases.SHAPES, *LARGE) for dtype in DTYPES if dtype != torch.float32 or shape[-1] <= 128],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "dtype"), in_dtypes((*cases.SHAPES, *LARGE)), ids=str)
 def test_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     cases.check(shape, "cuda", dtype)
 

@@ -8,20 +8,14 @@ import torch
 from kernels.step import states_in_place
 from kernels.window_step import Stored, window_step
 from tests.kernels import cases_window_step as cases
+from tests.kernels.oracle import in_dtypes
 
 pytestmark = pytest.mark.gpu
 
 LARGE = ((64, 9, 3, 187, 4, 64, 64), (16, 16, 16, 1023, 0, 128, 128), (8, 8, 1, 130, 20, 256, 256))
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [(shape, dtype) for shape in (*cases.SHAPES, *LARGE) for dtype in DTYPES if dtype != torch.float32 or shape[-1] <= 128],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "dtype"), in_dtypes((*cases.SHAPES, *LARGE)), ids=str)
 def test_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     cases.check(shape, "cuda", dtype)
 

@@ -61,12 +61,16 @@ def run(tensors, **options):
 @pytest.mark.parametrize("state", [False, True])
 def test_equals_the_definition(norm, state):
     for shape in SHAPES:
-        exact = draw(shape, norm=norm, state=state)
-        got = run([x.float() for x in exact], norm=norm)
-        with use_backend("reference"):
-            want = run(exact, norm=norm)
-        for index, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert rms_error(a, b) <= SINGLE, (shape, index)
+        agree_with_the_definition(shape, norm=norm, state=state)
+
+
+def agree_with_the_definition(shape, *, norm, state):
+    exact = draw(shape, norm=norm, state=state)
+    got = run([x.float() for x in exact], norm=norm)
+    with use_backend("reference"):
+        want = run(exact, norm=norm)
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert rms_error(a, b) <= SINGLE, (shape, index)
 
 
 def test_a_walk_over_whole_sequences(monkeypatch):
@@ -74,12 +78,7 @@ def test_a_walk_over_whole_sequences(monkeypatch):
     for name, value in {"walks": lambda call: True, "WALK_STEP": 16, "WALK_ROWS": 32}.items():
         monkeypatch.setattr(taylor_launch, name, value)
     for shape in ((1, 75, 2, 16, 16), (1, 40, 1, 5, 20)):
-        exact = draw(shape, norm=False, state=False)
-        got = run([x.float() for x in exact], norm=False)
-        with use_backend("reference"):
-            want = run(exact, norm=False)
-        for index, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert rms_error(a, b) <= SINGLE, (shape, index)
+        agree_with_the_definition(shape, norm=False, state=False)
 
 
 def test_walked_are_long_sequences_that_fill_the_chip():

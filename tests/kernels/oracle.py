@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,14 @@ from torch import Tensor
 
 SIXTEEN_BIT = 5e-3
 SINGLE = 1e-5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST_SINGLE = 128
+"""The last size of a shape up to which fp32 takes a kernel of its own."""
+
+
+def in_dtypes(shapes: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Cases of a decoding kernel: each shape in each dtype that it ships for."""
+    return [(shape, dtype) for shape in shapes for dtype in DTYPES if dtype != torch.float32 or shape[-1] <= WIDEST_SINGLE]
 
 
 @contextmanager

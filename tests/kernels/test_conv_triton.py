@@ -33,7 +33,7 @@ def test_compiles_for_sm90_without_spills(kernel, width: str, taps: int, dtype: 
     every = narrow | wide | sizes | flags
     warps = 4 if kernel is short_conv_update else WARPS
     used = compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps)
-    assert used.spilled <= 8
+    assert used.spilled == 0
     assert used.shared == 0 or kernel is short_conv_update  # time lies in a thread's registers, so nothing is exchanged
     assert used.registers <= (168 if kernel is short_conv_backward else 96)
 

@@ -180,7 +180,7 @@ def test_rows_that_choose_few_of_many_blocks_have_such_a_gate():
         subjects.KernelRow(Row("kernel", "chosen_blocks", "train", 1, length, 16, 8, "fp32"), session) for length in (8192, 2048)
     )
     assert (long.few_of_many, short.few_of_many) == (True, False)
-    problem, against = long.few_chosen()
+    problem, against = long.gated()
     length, most = problem.inputs["q"].shape[2], problem.inputs["blocks"].shape[-1]
     assert length // 64 >= BY_KEY_FROM * most
     assert check(problem, gradients=True, against=against).passed
