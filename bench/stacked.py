@@ -120,6 +120,9 @@ def compile_for_cells(function: Function) -> Function:
     from bench.long_sums import CutLongSums
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+        # else the backward pass is compiled after the forward pass has run, which holds its activations meanwhile
+        torch._functorch.config.force_non_lazy_backward_lowering = True
     config.post_grad_custom_post_pass = CutLongSums()
     return cast(Function, torch.compile(function, dynamic=False))
 
