@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.build import build_task, resolve_precision
 from bench.data import epoch_plan
 from bench.evaluate import Scores
+from bench.failures import free_memory
 from bench.fleet import StackedFleet
 from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
@@ -50,6 +51,13 @@ class Progress:
     epoch: int
     loss: float
     accuracy: float | None
+
+
+def execution(device: torch.device, *, compiled: bool) -> str:
+    """How steps run on a device, as it is recorded."""
+    if device.type != "cuda":
+        return "eager"
+    return "compiled, CUDA graph" if compiled else "CUDA graph"
 
 
 class FleetTrainer:
@@ -119,9 +127,7 @@ class FleetTrainer:
     @property
     def execution(self) -> str:
         """How steps run, as it is recorded."""
-        if self.device.type != "cuda":
-            return "eager"
-        return "compiled, CUDA graph" if self.compiled else "CUDA graph"
+        return execution(self.device, compiled=self.compiled)
 
     @property
     def steps(self) -> int:
@@ -191,8 +197,7 @@ class FleetTrainer:
             if stopped():
                 raise Interrupted(self.checkpoints())
             self.fleet.rehearse(cell)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # a fleet that compiles or waits leaves the memory to those that train
+            free_memory(self.device)  # a fleet that compiles or waits leaves it to those that train
         self._compile_seconds = time.monotonic() - began
         if turn is not None and not turn.take(stopped):
             raise Interrupted(self.checkpoints())
@@ -261,6 +266,8 @@ class FleetTrainer:
         states = [state for state, keep in zip(self.fleet.states(), going, strict=True) if keep]
         self.members = [member for member, keep in zip(self.members, going, strict=True) if keep]
         if self.members:
+            del self.fleet, self._scorer  # whose graphs hold the memory of a step
+            free_memory(self.device)
             self._stack(states)
 
     def _pays(self, share: float) -> bool:
