@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,14 +190,15 @@ class FleetTrainer:
             self._drop_finished()
 
     def _compile(self, turn: Turn | None, stopped: Callable[[], bool]) -> None:
-        """Compiles the steps, while others that share the GPU train, then waits for a turn."""
+        """Compiles steps and scores, while others that share the GPU train, then waits for a turn."""
         if turn is not None:
             turn.give()
         began = time.monotonic()
-        for cell in range(len(self.train_cells)):
+        rehearsals = [partial(self.fleet.rehearse, cell) for cell in range(len(self.train_cells))]
+        for rehearse in (*rehearsals, self._scorer.rehearse):
             if stopped():
                 raise Interrupted(self.checkpoints())
-            self.fleet.rehearse(cell)
+            rehearse()
             free_memory(self.device)  # a fleet that compiles or waits leaves it to those that train
         self._compile_seconds = time.monotonic() - began
         if turn is not None and not turn.take(stopped):

@@ -136,6 +136,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
         trainer.fleet.sums_E3.fill_(3.0)
     for cell in (0, 1):
         rehearsed.fleet.rehearse(cell)
+    rehearsed._scorer.rehearse()
     for got, want in zip(rehearsed.fleet.states(), fresh.fleet.states(), strict=True):
         for name, value in vars(want).items():
             assert torch.equal(getattr(got, name), value), name
