@@ -4,9 +4,9 @@
         [--cells 64x4 256x16 256x64] [--steps 20] [--alone LOCK]
 
 Seconds of each cell's rehearsal, in an order that is given, and where torch spent them; bytes of the GPU that the process holds,
-sampled every 20 ms, as the mean over the time of compiling and the most. With --steps, losses of all members over so many steps
-of the first cell, and then milliseconds of a step of each cell, while no other process holds LOCK. A compiler's caches are where
-TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR say; empty ones make the seconds those of a first run.
+sampled every 20 ms, as the mean over the time of compiling and the most. With --steps, losses of all members over 20 steps of the
+first cell, and then milliseconds of a step of each cell, in repeats of so many, while no other process holds LOCK. A compiler's
+caches are where TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR say; empty ones make the seconds those of a first run.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ PHASES = {
 }
 
 
+LOSSES = 20
+"""Steps whose losses are kept."""
+
+
 class Sampler:
     """Samples the memory that this process holds, in a thread."""
 
@@ -59,11 +63,11 @@ class Sampler:
         return {"mean_gb": sum(self.bytes) / len(self.bytes) / 1e9, "most_gb": max(self.bytes) / 1e9, "samples": len(self.bytes)}
 
 
-def losses(trainer: FleetTrainer, cell: int, steps: int) -> list[list[float]]:
+def losses(trainer: FleetTrainer, cell: int) -> list[list[float]]:
     """Each step's loss of each member."""
     found = []
     trainer.fleet.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
-    for step in range(steps):
+    for step in range(LOSSES):
         first = step * 32
         trainer.fleet.examples_SB.copy_(torch.arange(first, first + BATCH).expand_as(trainer.fleet.examples_SB))
         trainer.fleet.sums_E3.zero_()
@@ -116,7 +120,7 @@ def main() -> None:
         with (given.alone or Path("/dev/null")).open("wb") as lock:
             if given.alone is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            row["losses"] = losses(trainer, places[given.cells[0]], given.steps)
+            row["losses"] = losses(trainer, places[given.cells[0]])
             write()
             row["ms"] = {}
             for name, place in places.items():
