@@ -68,7 +68,7 @@ def losses(trainer: FleetTrainer, cell: int) -> list[list[float]]:
     found = []
     trainer.fleet.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
     for step in range(LOSSES):
-        first = step * 32
+        first = step * BATCH // 8
         trainer.fleet.examples_SB.copy_(torch.arange(first, first + BATCH).expand_as(trainer.fleet.examples_SB))
         trainer.fleet.sums_E3.zero_()
         trainer.advance(cell)
