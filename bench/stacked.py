@@ -115,14 +115,15 @@ class StackedModel:
 
 def compile_for_cells(function: Function) -> Function:
     """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
+    from torch._functorch import config as autograd
     from torch._inductor import config
 
     from bench.long_sums import CutLongSums
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+    if hasattr(autograd, "force_non_lazy_backward_lowering"):
         # else the backward pass is compiled after the forward pass has run, which holds its activations meanwhile
-        torch._functorch.config.force_non_lazy_backward_lowering = True
+        autograd.force_non_lazy_backward_lowering = True
     config.post_grad_custom_post_pass = CutLongSums()
     return cast(Function, torch.compile(function, dynamic=False))
 

@@ -38,7 +38,8 @@ def test_parts_of_wide_values_are_heads(gate: str | None, monkeypatch: pytest.Mo
     found = []
     for function in (recurrence._delta_rule, narrow):
         given = draw(gate)
-        o, final = function(*given.values(), True)
+        q, k, v, beta, decay, state = given.values()
+        o, final = function(q, k, v, beta, decay, state, True)
         weight = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape)
         inputs = [x for x in given.values() if x is not None]
         grads = torch.autograd.grad((o * weight).sum() + final.square().sum(), inputs)
