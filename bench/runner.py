@@ -117,10 +117,11 @@ class _Job:
             except Interrupted as stop:
                 self.save(stop.checkpoints)
                 return False
+            if failure is not None:
+                leave_if_broken(self.device, failure)
             free_memory(self.device)
             if failure is None:
                 continue
-            leave_if_broken(self.device, failure)
             left = [(spec, self._checkpoint(spec)) for spec, _ in group if identity_of(spec) not in self.ended]
             if self.compiled and not failure.memory:
                 self.compiled = False
