@@ -117,8 +117,6 @@ class _Job:
             except Interrupted as stop:
                 self.save(stop.checkpoints)
                 return False
-            if failure is not None:
-                leave_if_broken(self.device, failure)
             free_memory(self.device)
             if failure is None:
                 continue
@@ -151,7 +149,9 @@ class _Job:
         except (Interrupted, StoreError):
             raise
         except Exception as error:
-            return Failure.of(error)
+            failure = Failure.of(error)
+            leave_if_broken(self.device, failure)
+            return failure
         return None
 
     def train(self, group: list[tuple[RunSpec, Checkpoint | None]], parts: int) -> None:
