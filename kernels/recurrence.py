@@ -13,7 +13,6 @@ from torch import Tensor
 from kernels import chunked, dispatch, reference
 from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.delta_rule import delta_op
-from kernels.operands import _dot_dtype
 from kernels.packing import check_packing, run_padded
 from kernels.step import is_step, recurrent_step
 from kernels.vector_gates import vector_gate_op
@@ -171,12 +170,12 @@ def _delta_rule(
     """
     heads, width = v.shape[2:]
     parts = -(-width // NARROW)
-    if parts == 1 or width % parts or k.shape[3] > NARROW or _dot_dtype(q, k, v) == torch.float32:
+    if parts == 1 or width % parts or k.shape[3] > NARROW or q.dtype == k.dtype == v.dtype == torch.float32:
         return delta_op.delta_rule(q, k, v, beta, log_decay, state, return_state)
     each = v.unflatten(3, (parts, -1)).flatten(2, 3)
-    decay = None if log_decay is None else log_decay.repeat_interleave(parts, -1)
+    betas, decays = (None if x is None else x[..., None].expand(*x.shape, parts).flatten(-2) for x in (beta, log_decay))
     first = None if state is None else state.unflatten(3, (parts, -1)).movedim(3, 2).flatten(1, 2)
-    o, final = delta_op.delta_rule(q, k, each, beta.repeat_interleave(parts, -1), decay, first, return_state)
+    o, final = delta_op.delta_rule(q, k, each, betas, decays, first, return_state)
     if return_state:
         final = final.unflatten(1, (heads, parts)).movedim(2, 3).flatten(3)
     return o.unflatten(2, (heads, parts)).flatten(3), final
