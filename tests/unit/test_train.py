@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bench.build import build_model, build_task
 from bench.data import device_split
+from bench.stacked import compile_for_cells
 from bench.train import FleetTrainer, Interrupted
 from tests.unit.plain_trainer import train_plainly
 from tests.unit.small_runs import CPU, finish, spec
@@ -127,6 +128,15 @@ def test_a_compiled_fleet_gets_smaller_when_that_pays() -> None:
         trainer._compile_seconds = compiling
         assert trainer._pays(0.5) == pays
     assert trainer._pays(0.0) and not trainer._pays(0.9)
+
+
+def test_a_fleet_is_compiled_whole_or_not_at_all() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compile_for_cells(broken)(torch.ones(2))
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
