@@ -48,18 +48,15 @@ class Sampler:
     def __init__(self) -> None:
         self.bytes: list[int] = []
         self.going = True
-        self.thread = threading.Thread(target=self._look, daemon=True)
-        self.thread.start()
+        threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
         while self.going:
             self.bytes.append(torch.cuda.memory_reserved())
             time.sleep(0.02)
 
-    def stop(self) -> dict[str, float]:
+    def so_far(self) -> dict[str, float]:
         """Mean and most gigabytes held."""
-        self.going = False
-        self.thread.join()
         return {"mean_gb": sum(self.bytes) / len(self.bytes) / 1e9, "most_gb": max(self.bytes) / 1e9, "samples": len(self.bytes)}
 
 
@@ -112,10 +109,10 @@ def main() -> None:
         torch.cuda.synchronize()
         row["seconds"][name] = time.perf_counter() - began
         torch.cuda.empty_cache()
-    row["held"] = sampler.stop()
-    row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    row["phases"] = {label: sum(compilation_time_metrics.get(name, [])) for label, name in PHASES.items()}
-    write()
+        row["held"], row["peak_bytes"] = sampler.so_far(), torch.cuda.max_memory_allocated()
+        row["phases"] = {label: sum(compilation_time_metrics.get(name, [])) for label, name in PHASES.items()}
+        write()
+    sampler.going = False
     if given.steps:
         with (given.alone or Path("/dev/null")).open("wb") as lock:
             if given.alone is not None:
