@@ -199,7 +199,8 @@ class FleetTrainer:
             if stopped():
                 raise Interrupted(self.checkpoints())
             rehearse()
-            free_memory(self.device)  # a fleet that compiles or waits leaves it to those that train
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # a fleet that compiles or waits leaves the memory to those that train
         self._compile_seconds = time.monotonic() - began
         if turn is not None and not turn.take(stopped):
             raise Interrupted(self.checkpoints())
