@@ -96,7 +96,7 @@ def warm(part, parts):
         width = what if what > 8 else 4096
         length, final = (17, True) if width == 104 else (16, False)
         x, dt, rate, b, c, dy = draw(1, length, width)
-        states = x.new_zeros(1, -(-length // 16) * (16 // each) + 1, 16, width, dtype=kind)
+        states = x.new_zeros(1, -(-length // 16) * (16 // each) + 1, width, 16, dtype=kind)
         df = torch.zeros(1, width, 16, device="cuda") if final else None
         try: T.backward(dy, df, x, dt, rate, b, c, states, **kw, omit=what if what < 8 else 0)
         except Exception as e: print(name, what, repr(e)[:300])

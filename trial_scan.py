@@ -23,7 +23,7 @@ def sum_kernel(first, second, first_out, second_out, n_parts, columns, BC: tl.co
 def forward(x, dt, rate, b, c, each, dtype, warps=2, limit=None):
     batch, length, width = x.shape
     n_tiles = -(-length // 16)
-    states = x.new_empty(batch, n_tiles * (16 // each) + 1, 16, width, dtype=dtype)
+    states = x.new_empty(batch, n_tiles * (16 // each) + 1, width, 16, dtype=dtype)
     final = x.new_empty(batch, width, 16, dtype=torch.float32)
     y = torch.empty_like(x)
     channels = warps * 32

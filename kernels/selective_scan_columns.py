@@ -156,7 +156,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     place = (sequence * n_tokens + first) * WIDTH + start
     x_ptrs, dt_ptrs, dy_ptrs = x_ptr + (place + lane_1), dt_ptr + (place + lane_1), dy_ptr + (place + lane_1)
     dx_ptrs, ddt_ptrs = dx_ptr + (place + lane_1), ddt_ptr + (place + lane_1)
-    states_ptrs = states_ptr + ((sequence * (n_tiles + 1) + n_tiles - 1) * all_states + channel_1C)
+    states_ptrs = states_ptr + ((sequence * (n_tiles + 1) + n_tiles - 1) * all_states + channel_1C * STATES)
     b_ptrs, c_ptrs = (b_ptr + ((sequence * n_tokens + first) * STATES + at_LN), c_ptr + ((sequence * n_tokens + first) * STATES + at_LN))
     db_ptrs = db_ptr + (((block * n_sequences + sequence) * n_tokens + first) * STATES + out_NL)
     dc_ptrs = dc_ptr + (((block * n_sequences + sequence) * n_tokens + first) * STATES + out_NL)
@@ -166,7 +166,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     if AHEAD:
         next_dt_LC, next_x_LC = tile_of(dt_ptrs, token_L1 * WIDTH, inside_LC), tile_of(x_ptrs, token_L1 * WIDTH, inside_LC)
         next_dy_LC = tile_of(dy_ptrs, token_L1 * WIDTH, inside_LC)
-        next_h_NC = tile_of(states_ptrs, at_NC, inside_NC)
+        next_h_NC = tile_of(states_ptrs, n_N1, inside_NC)
         next_b_LN, next_c_LN = tile_of(b_ptrs, 0, inside_LN), tile_of(c_ptrs, 0, inside_LN)
     for back in range(n_tiles):
         left = 64 if EVEN else n_tokens - first
@@ -184,13 +184,13 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
             next_LN = (row_L1 < left + step) & (n_1N >= 0)
             next_dt_LC, next_x_LC = tile_of(dt_ptrs, token_L1 * WIDTH, next_LC), tile_of(x_ptrs, token_L1 * WIDTH, next_LC)
             next_dy_LC = tile_of(dy_ptrs, token_L1 * WIDTH, next_LC)
-            next_h_NC = tile_of(states_ptrs, at_NC, inside_NC)
+            next_h_NC = tile_of(states_ptrs, n_N1, inside_NC)
             next_b_LN, next_c_LN = tile_of(b_ptrs, 0, next_LN), tile_of(c_ptrs, 0, next_LN)
         else:
             dt_LC = tile_of(dt_ptrs, token_L1 * WIDTH, inside_LC)
             x_LC = tile_of(x_ptrs, token_L1 * WIDTH, inside_LC).to(gl.float32)
             dy_LC = tile_of(dy_ptrs, token_L1 * WIDTH, inside_LC).to(gl.float32)
-            h_NC = tile_of(states_ptrs, at_NC, inside_NC).to(gl.float32)
+            h_NC = tile_of(states_ptrs, n_N1, inside_NC).to(gl.float32)
             b.store(tile_of(b_ptrs, 0, inside_LN).to(gl.float32))
             c.store(tile_of(c_ptrs, 0, inside_LN).to(gl.float32))
         if ASK:
@@ -198,7 +198,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
             ask(dt_ptrs + (token_L1 - before * L) * WIDTH)
             ask(x_ptrs + (token_L1 - before * L) * WIDTH)
             ask(dy_ptrs + (token_L1 - before * L) * WIDTH)
-            ask(states_ptrs + (at_NC - before * all_states))
+            ask(states_ptrs + (lane_1C * 0 - before * all_states))
         u_LC = dt_LC * x_LC
         u_weight.store(u_LC.to(gl.bfloat16))
         dy_weight.store(dy_LC.to(gl.bfloat16))

@@ -59,7 +59,7 @@ def forward_fixed(  # noqa: PLR0915 - one loop, whose values live in registers
     if START:
         h_NC = gl.load(start_ptr + sequence * n_states * width + turned_NC, mask=inside_NC, other=0.0).to(gl.float32)
     if KEEP:
-        gl.store(states_ptr + at_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+        gl.store(states_ptr + turned_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
     column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     bias_C, skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     if GATED:
@@ -98,6 +98,6 @@ def forward_fixed(  # noqa: PLR0915 - one loop, whose values live in registers
             if (t + 1) % EACH == 0:
                 states_ptr += n_states * width
                 if KEEP:
-                    gl.store(states_ptr + at_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+                    gl.store(states_ptr + turned_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
         y_ptr += L * width
     gl.store(final_ptr + sequence * n_states * width + turned_NC, h_NC, mask=inside_NC)
