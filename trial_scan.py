@@ -1,6 +1,6 @@
 """Launchers of the trial: forward with states kept each EACH tokens, backward with a thread for a channel and all its states."""
 import torch, triton
-from kernels import selective_scan_fixed, selective_scan_columns, selective_scan_launch as launch
+from kernels import selective_scan_fixed, selective_scan_twofold, selective_scan_columns, selective_scan_launch as launch
 from kernels.parts_triton import add_parts
 
 import triton.language as tl
@@ -44,7 +44,7 @@ def backward(dy, dfinal, x, dt, rate, b, c, states, *, L=8, kept=0, stored=0, as
     db_parts, dc_parts = (new(n_blocks, batch, length, 16, dtype=torch.bfloat16) for _ in range(2))
     even = length % L == 0 and n_tiles * L == length if even is None else even
     limit = {} if maxnreg is None else {"maxnreg": maxnreg}
-    kernel = selective_scan_columns.columns_backward if kernel is None else kernel
+    kernel = {None: selective_scan_columns.columns_backward, "twofold": selective_scan_twofold.twofold_backward}.get(kernel, kernel)
     kernel[(batch * n_blocks,)](
         dy, x, dt, rate, b, c, states, dstart if dfinal is None else dfinal, dx, ddt, drate_parts, db_parts, dc_parts, dstart,
         length, n_tiles, batch, batch // members,

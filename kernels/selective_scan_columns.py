@@ -194,11 +194,13 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
             b.store(tile_of(b_ptrs, 0, inside_LN).to(gl.float32))
             c.store(tile_of(c_ptrs, 0, inside_LN).to(gl.float32))
         if ASK:
-            before = gl.where(back < n_tiles - 1, 1, 0)
-            ask(dt_ptrs + (token_L1 - before * L) * WIDTH)
-            ask(x_ptrs + (token_L1 - before * L) * WIDTH)
-            ask(dy_ptrs + (token_L1 - before * L) * WIDTH)
-            ask(states_ptrs + (lane_1C * 0 - before * all_states))
+            lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+            ahead = gl.where(back < n_tiles - 1, L, 0)
+            row = (sequence * n_tokens + first - ahead + lane % L) * WIDTH + start
+            ask(dt_ptr + row)
+            ask(x_ptr + row)
+            ask(dy_ptr + row)
+            ask(states_ptr + ((sequence * (n_tiles + 1) + n_tiles - 1 - back - ahead // L) * all_states + (start + lane) * STATES))
         u_LC = dt_LC * x_LC
         u_weight.store(u_LC.to(gl.bfloat16))
         dy_weight.store(dy_LC.to(gl.bfloat16))
