@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kernels import (
-    delta_hopper,
-    delta_hopper_launch,
+from kernels.delta_rule import delta_hopper, delta_hopper_launch
+from kernels.vector_gates import (
     vector_gate,
     vector_gate_config,
     vector_gate_hopper,
@@ -13,7 +12,8 @@ from kernels import (
     vector_gate_hopper_launch,
 )
 from tests.kernels import cases_vector_gate as cases
-from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from tests.kernels.gluon_memory import Descriptor
+from tests.kernels.gluon_on_cpu import OnCpu
 
 MODULES = (vector_gate_hopper, vector_gate_hopper_back, delta_hopper)
 

@@ -2,17 +2,13 @@
 
 import pytest
 
-from kernels import (
-    delta_hopper,
-    walk_hopper,
-    walk_hopper_back,
-    walk_hopper_launch,
-    walk_hopper_parts,
-)
+from kernels.delta_rule import delta_hopper
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from kernels.walks import walk_hopper, walk_hopper_back, walk_hopper_launch, walk_hopper_parts
+from tests.kernels.gluon_memory import Descriptor
+from tests.kernels.gluon_on_cpu import OnCpu
 from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
