@@ -1,7 +1,8 @@
 import json, os, sys, time
 import torch, triton
 import trial_scan as T
-from kernels import _replay, selective_scan_launch as launch
+from kernels import _replay
+from kernels.scans import selective_scan_launch as launch
 OUT = os.environ.get("JOB_OUT", "/tmp")
 EXACT = {}
 f32, bf = torch.float32, torch.bfloat16
@@ -20,11 +21,14 @@ V = {
  "plain_bf_128": (8, bf, dict(L=8, maxnreg=128)),
  "twofold_bf": (8, bf, dict(L=8, maxnreg=None, kernel="twofold")),
  "twofold_ask_bf": (8, bf, dict(L=8, maxnreg=None, kernel="twofold", ask=True)),
+ "fours_bf": (4, bf, dict(L=8, maxnreg=None, kernel="fours")),
+ "fours_ask_bf": (4, bf, dict(L=8, maxnreg=None, kernel="fours", ask=True)),
+ "fours_ahead_bf": (4, bf, dict(L=8, maxnreg=None, kernel="fours", ahead=True)),
  "l16_ask": (16, f32, dict(L=16, maxnreg=None, ask=True)),
  "l16_s3_ask": (16, f32, dict(L=16, maxnreg=None, ask=True, stored=3)),
 }
-OMITTED = {"ahead_s4k1_bf": (1, 2), "ahead_s8_bf": (1, 2)}
-FLEET = ["ahead_s8_bf", "ahead_s4k1_bf", "ahead_bf", "plain_bf_168", "ask_bf_168", "s4_bf_168", "plain_bf_128", "l16_ask"]
+OMITTED = {"ahead_s4k1_bf": (1, 2), "fours_ask_bf": (2,)}
+FLEET = ["ahead_s8_bf", "ahead_s4k1_bf", "ahead_bf", "plain_bf_168", "ask_bf_168", "s4_bf_168", "plain_bf_128", "fours_ask_bf"]
 MAIN = {"2048": (8, 2048, 4096), "512": (32, 512, 4096), "8192": (2, 8192, 4096), "32768": (1, 32768, 4096)}
 SMALL = {"fleet_d128_T256": (1024, 256, 256), "fleet_d128_T64": (1024, 64, 256), "fleet_d64_T64": (1024, 64, 128), "fleet_d256_T128": (1024, 128, 512), "small": (64, 256, 128)}
 
@@ -84,12 +88,12 @@ def warm(part, parts):
     jobs = [j for i, j in enumerate(jobs) if i % parts == part]
     if part == 0:
         x, dt, rate, b, c, dy = draw(8, 16, 4096)
-        for each, kind in ((16, f32), (8, f32), (8, bf)):
+        for each, kind in ((16, f32), (8, f32), (8, bf), (4, bf)):
             for limit in (None, 128, 200): T.forward(x, dt, rate, b, c, each, kind, limit=limit)
     if part == 2:
         for w in (104, 128, 256, 512):
             x, dt, rate, b, c, dy = draw(8, 16, w)
-            for each, kind in ((16, f32), (8, f32), (8, bf)): T.forward(x, dt, rate, b, c, each, kind, limit=128)
+            for each, kind in ((16, f32), (8, f32), (8, bf), (4, bf)): T.forward(x, dt, rate, b, c, each, kind, limit=128)
     if part == 1:
         for shape in ((512, 16, 4096), (8, 16, 4096), (1, 4096, 4096), (1024, 16, 256), (64, 16, 128)):
             x, dt, rate, b, c, dy = draw(*shape)
@@ -129,13 +133,13 @@ def main():
         old = launch.backward(dy, None, x, dt, rate, b, c, st, None)
         put({"shape": key, "name": "shipped", "forward_us": timed(lambda: launch.forward(x, dt, rate, b, c, None, None, keep=True)), "inference_us": timed(lambda: launch.forward(x, dt, rate, b, c, None, None, keep=False)), "backward_us": timed(lambda: launch.backward(dy, None, x, dt, rate, b, c, st, None))})
         if key in ("2048", "8192"):
-            for each, kind in ((16, f32), (8, f32), (8, bf)):
+            for each, kind in ((16, f32), (8, f32), (8, bf), (4, bf)):
                 for limit in (None, 128, 200):
                     put({"shape": key, "forward": [each, str(kind), limit], "forward_us": timed(lambda: T.forward(x, dt, rate, b, c, each, kind, limit=limit))})
         kept = {}
         for name in (good if key in ("2048", "512", "fleet_d128_T256") and (key in MAIN or True) else good):
             if key not in MAIN and name not in FLEET: continue
-            if key in ("8192", "32768") and name not in ("ahead_s4k1_bf", "ahead_s8_bf", "s4_bf_168", "twofold_bf"): continue
+            if key in ("8192", "32768") and name not in ("ahead_s4k1_bf", "ahead_s8_bf", "s4_bf_168", "fours_ask_bf"): continue
             if time.time() - BEGIN > 74: break
             each, kind, kw = V[name]
             try:

@@ -1,7 +1,7 @@
 """Launchers of the trial: forward with states kept each EACH tokens, backward with a thread for a channel and all its states."""
 import torch, triton
-from kernels import selective_scan_fixed, selective_scan_twofold, selective_scan_columns, selective_scan_launch as launch
-from kernels.parts_triton import add_parts
+from kernels.scans import selective_scan_fixed, selective_scan_fours, selective_scan_twofold, selective_scan_columns, selective_scan_launch as launch
+from kernels.between.parts_triton import add_parts
 
 import triton.language as tl
 from kernels._entry import entry
@@ -34,9 +34,11 @@ def forward(x, dt, rate, b, c, each, dtype, warps=2, limit=None):
     )
     return y, final, states
 
-def backward(dy, dfinal, x, dt, rate, b, c, states, *, L=8, kept=0, stored=0, ask=False, omit=0, ahead=False, sums='own', maxnreg=168, even=None, kernel=None, more=None):
+def backward(dy, dfinal, x, dt, rate, b, c, states, *, L=8, kept=0, stored=0, sub=None, ask=False, omit=0, ahead=False, sums='own', maxnreg=168, even=None, kernel=None, more=None):
     batch, length, width = x.shape
     members, n_tiles = rate.shape[0], states.shape[1] - 1
+    if kernel == "fours" or sub == 4:
+        n_tiles //= L // 4
     n_blocks = -(-width // 32)
     new = x.new_empty
     dx, ddt, dstart = torch.empty_like(x), torch.empty_like(dt), new(batch, width, 16, dtype=torch.float32)
@@ -44,7 +46,7 @@ def backward(dy, dfinal, x, dt, rate, b, c, states, *, L=8, kept=0, stored=0, as
     db_parts, dc_parts = (new(n_blocks, batch, length, 16, dtype=torch.bfloat16) for _ in range(2))
     even = length % L == 0 and n_tiles * L == length if even is None else even
     limit = {} if maxnreg is None else {"maxnreg": maxnreg}
-    kernel = {None: selective_scan_columns.columns_backward, "twofold": selective_scan_twofold.twofold_backward}.get(kernel, kernel)
+    kernel = {None: selective_scan_columns.columns_backward, "twofold": selective_scan_twofold.twofold_backward, "fours": selective_scan_fours.fours_backward}.get(kernel, kernel)
     kernel[(batch * n_blocks,)](
         dy, x, dt, rate, b, c, states, dstart if dfinal is None else dfinal, dx, ddt, drate_parts, db_parts, dc_parts, dstart,
         length, n_tiles, batch, batch // members,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from triton.experimental.gluon import language as gl
 
 from kernels._entry import entry
-from kernels.selective_scan_gluon import fetch, rows_layout, states_layout, time_steps, token_step
+from kernels.scans.selective_scan_gluon import fetch, rows_layout, states_layout, time_steps, token_step
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
