@@ -126,7 +126,7 @@ def main():
     a = torch.empty(2 ** 28, device="cuda", dtype=torch.uint8); z = torch.empty_like(a)
     t = timed(lambda: z.copy_(a)); put({"copy_TB_per_s": round(2 * 2 ** 28 / t / 1e6, 3)})
     for key, shape in {**MAIN, **SMALL}.items():
-        if time.time() - BEGIN > 72: break
+        if time.time() - BEGIN > 63: break
         _replay.forget()
         x, dt, rate, b, c, dy = draw(*shape, members=4 if shape[0] == 1024 else 1)
         y, f, st = launch.forward(x, dt, rate, b, c, None, None, keep=True)
@@ -140,7 +140,7 @@ def main():
         for name in (good if key in ("2048", "512", "fleet_d128_T256") and (key in MAIN or True) else good):
             if key not in MAIN and name not in FLEET: continue
             if key in ("8192", "32768") and name not in ("ahead_s4k1_bf", "ahead_s8_bf", "s4_bf_168", "fours_ask_bf"): continue
-            if time.time() - BEGIN > 74: break
+            if time.time() - BEGIN > 65: break
             each, kind, kw = V[name]
             try:
                 if (each, kind) not in kept:
