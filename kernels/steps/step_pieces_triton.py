@@ -79,6 +79,14 @@ def query_and_key(q, k, q_place, k_place, i, in_keys, PLACES: tl.constexpr):
 
 
 @triton.jit
+def value(v, j, in_values, PLACES: tl.constexpr):
+    """[V, PLACES], values in the first place; their channels, and which of them exist."""
+    channel, side = beside(j, PLACES)
+    inside = in_values[:, None] & (side == 0)
+    return tl.load(v + channel, mask=inside, other=0.0).to(tl.float32), channel, inside
+
+
+@triton.jit
 def apart(qk_KP, PLACES: tl.constexpr):
     """Queries [K] and keys [K]."""
     q_KP, k_KP = tl.split(tl.reshape(qk_KP, [qk_KP.shape[0], PLACES // 2, 2]))

@@ -21,7 +21,6 @@ from kernels.steps.step_pieces_triton import (
     RMS_NORM,
     SUM_NORM,
     apart,
-    beside,
     decay_of,
     decayed,
     filtered,
@@ -32,6 +31,7 @@ from kernels.steps.step_pieces_triton import (
     query_and_key,
     scales_of,
     store_state,
+    value,
     written,
 )
 
@@ -42,7 +42,7 @@ INTEGERS = (
 
 
 @entry(do_not_specialize=INTEGERS)
-def step_kernel(  # noqa: PLR0915 - one token of every layer; flags cut it down
+def step_kernel(
     q, k, v, decay, decay_bias, log_rate, beta, a, b, old, new,
     taps, conv_bias, tail, new_tail, sums, new_sums, skip, norm_weight, norm_bias, gate, raw, arrived, o,
     q_row: tl.int64, q_head: tl.int64, k_row: tl.int64, k_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
@@ -75,9 +75,7 @@ def step_kernel(  # noqa: PLR0915 - one token of every layer; flags cut it down
         q_base, k + batch * k_row, q_at + shared * q_head, k_at + shared * k_head, i, in_keys, KEY_PLACES
     )
     qk, qk_taps, qk_offset = inputs_of(qk_KP, tail_base, taps, conv_bias, channel, inside, channels, TAPS, CONV_BIAS)
-    v_channel, side = beside(v_at + head * v_head + j, VALUE_PLACES)
-    v_inside = in_values[:, None] & (side == 0)
-    v_VP = tl.load(v_base + v_channel, mask=v_inside, other=0.0).to(tl.float32)
+    v_VP, v_channel, v_inside = value(v_base, v_at + head * v_head + j, in_values, VALUE_PLACES)
     v_inputs, v_taps, v_offset = inputs_of(v_VP, tail_base, taps, conv_bias, v_channel, v_inside, channels, TAPS, CONV_BIAS)
     decay_base = decay + batch * decay_row + head * decay_head
     given, bias, rate = decay_of(decay_base, decay_bias, log_rate, head, i, in_keys, K, GATE, DECAY, KEY_PLACES)
