@@ -52,6 +52,7 @@ class Program:
             static_assert=_assert,
             load=self.load,
             store=self.store,
+            inline_asm_elementwise=self.ask,
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialize,
             **dict.fromkeys(
@@ -129,8 +130,15 @@ class Program:
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
-    def store(where: Pointer, x: Tensor, mask: Tensor) -> None:
-        at, mask, x = torch.broadcast_tensors(where.at, mask, x)
+    def ask(code: str, _: str, where: list[Pointer], **__: Any) -> None:
+        """Lines that are asked for have no values, but addresses."""
+        assert code.startswith("prefetch.global")
+        at = torch.as_tensor(where[0].at)
+        assert ((at >= 0) & (at < where[0].flat.numel())).all(), "asks for what there is not"
+
+    @staticmethod
+    def store(where: Pointer, x: Tensor, mask: Any = True) -> None:
+        at, mask, x = torch.broadcast_tensors(where.at, torch.as_tensor(mask), x)
         where.flat[at[mask]] = x[mask].to(where.flat.dtype)
 
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:
