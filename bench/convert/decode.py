@@ -7,6 +7,7 @@ Shape legend: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from bench.convert.cache import LinearizedCache, StateLayer
 from bench.convert.student import LinearizedForCausalLM
+from bench.recorded import RecordedStep
 from kernels.step import states_in_place
 
-WARM_UP_STEPS = 3
 STEPS_BEFORE_CAPTURE = 4
 """Single steps of a cache before they are recorded: recording costs as much as some steps."""
 KEPT_DECODERS = 4
 """Batch sizes whose recorded step a model keeps."""
 
 
-class Decoder:
+class Decoder(RecordedStep):
     """Steps a fully converted model from a prefilled cache.
 
     Args:
@@ -39,31 +40,15 @@ class Decoder:
         states = [layer.state if isinstance(layer, StateLayer) else None for layer in cache.layers]
         if model.keeps_softmax or any(state is None for state in states):
             raise ValueError("the step has fixed buffers only if every layer is converted and the cache is prefilled")
-        self.model = model
+        batch = len(next(iter((states[0] or {}).values())))
+        start = torch.full((batch,), cache.get_seq_length(), device=model.device) if position_B is None else position_B
+        super().__init__(model, start.to(torch.long)[:, None].clone())
         dense = torch.contiguous_format
         self.states = [{name: tensor.clone(memory_format=dense) for name, tensor in (state or {}).items()} for state in states]
-        batch = len(next(iter(self.states[0].values())))
-        seen = cache.get_seq_length()
-        self.token_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-        start = torch.full((batch,), seen, device=model.device) if position_B is None else position_B
-        self.position_B1 = start.to(torch.long)[:, None].clone()
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits_BV = torch.empty(0)
         self.owner: LinearizedCache | None = None
-        if model.device.type == "cuda":
-            self._capture()
+        self.record()
 
-    @torch.no_grad()
-    def step(self, token_B: Tensor) -> Tensor:
-        """Reads one token a row; returns the logits [B, V], which the next step overwrites."""
-        self.token_B1.copy_(token_B[:, None])
-        if self.graph is None:
-            self._run()
-        else:
-            self.graph.replay()
-        return self.logits_BV
-
-    def _run(self) -> None:
+    def run(self) -> None:
         """One step on the buffers: new states take the place of the old ones, where they were not written there at once."""
         cache = self.model.new_cache()
         cache.steps_on_graph = False
@@ -79,24 +64,18 @@ class Decoder:
                     state[name].copy_(tensor)
         self.position_B1 += 1
 
-    @torch.no_grad()
-    def _capture(self) -> None:
-        """Records the step; warming up changes the buffers, so they are put back."""
+    def kept(self) -> Callable[[], None]:
+        """Puts states and positions back."""
         before = [{name: tensor.clone() for name, tensor in state.items()} for state in self.states]
         position = self.position_B1.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
-        for state, kept in zip(self.states, before, strict=True):
-            for name, tensor in kept.items():
-                state[name].copy_(tensor)
-        self.position_B1.copy_(position)
+
+        def put_back() -> None:
+            for state, old in zip(self.states, before, strict=True):
+                for name, tensor in old.items():
+                    state[name].copy_(tensor)
+            self.position_B1.copy_(position)
+
+        return put_back
 
     def read_on(self, cache: LinearizedCache, token_B1: Tensor, position_B1: Tensor) -> Tensor:
         """One step of a cache that `generate` holds, whose states live in this decoder's buffers from then on.

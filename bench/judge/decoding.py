@@ -8,6 +8,7 @@ Shape legend: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from transformers.cache_utils import DynamicLayer, StaticCache
 
 from bench.convert.decode import Decoder
 from bench.convert.student import LinearizedForCausalLM
+from bench.recorded import WARM_UP_STEPS, RecordedStep
 
-WARM_UP_STEPS = 3
 ALIGNED = 64
 """Keys that a static cache holds a multiple of: attention loads a mask of another width more slowly."""
 
 
-class KeyValueDecoder:
+class KeyValueDecoder(RecordedStep):
     """Steps a softmax Transformer from a prefilled cache.
 
     Args:
@@ -33,7 +34,7 @@ class KeyValueDecoder:
     """
 
     def __init__(self, model: Any, cache: Any, batch: int, room: int) -> None:
-        self.model = model
+        super().__init__(model, torch.zeros(batch, 1, dtype=torch.long, device=model.device))
         self.seen = int(cache.get_seq_length())
         length = -(-(self.seen + room + WARM_UP_STEPS + 1) // ALIGNED) * ALIGNED
         self.static: Any = StaticCache(config=model.config, max_cache_len=length)
@@ -41,25 +42,11 @@ class KeyValueDecoder:
             mine.lazy_initialization(*(tensor.expand(batch, -1, -1, -1) for tensor in (full.keys, full.values)))
             mine.keys[:, :, : self.seen].copy_(full.keys.expand(batch, -1, -1, -1))
             mine.values[:, :, : self.seen].copy_(full.values.expand(batch, -1, -1, -1))
-        self.token_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-        self.position_B1 = torch.zeros_like(self.token_B1)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits_BV = torch.empty(0)
         self._rewind()
-        if model.device.type == "cuda":
-            self._capture()
+        self.record()
 
-    @torch.no_grad()
-    def step(self, token_B: Tensor) -> Tensor:
-        """Reads one token a row; returns the logits [B, V], which the next step overwrites."""
-        self.token_B1.copy_(token_B[:, None])
-        if self.graph is None:
-            self._run()
-        else:
-            self.graph.replay()
-        return self.logits_BV
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """One step; keys and values are appended to the static cache."""
         given: dict[str, Any] = {"cache": self.static, "use_cache": True, "position_ids": self.position_B1}
         self.logits_BV = self.model(input_ids=self.token_B1, **given).logits[:, 0]
         self.position_B1 += 1
@@ -70,19 +57,9 @@ class KeyValueDecoder:
             layer.cumulative_length.fill_(self.seen)
         self.position_B1.fill_(self.seen)
 
-    @torch.no_grad()
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self._rewind()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
-        self._rewind()
+    def kept(self) -> Callable[[], None]:
+        """Puts the cache back to the end of the prefill."""
+        return self._rewind
 
 
 class GrowingDecoder:

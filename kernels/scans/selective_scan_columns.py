@@ -98,6 +98,55 @@ def ask(ptr):
     gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def ask_tile(
+    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, WIDTH: gl.constexpr, L: gl.constexpr
+):  # fmt: skip
+    """Asks for all that a tile needs."""
+    all_states: gl.constexpr = STATES * WIDTH
+    ask(dt_ptr + ((token + lane % L) * WIDTH + start))
+    ask(x_ptr + ((token + lane % L) * WIDTH + start))
+    ask(dy_ptr + ((token + lane % L) * WIDTH + start))
+    for part in gl.static_range(L // EACH):
+        ask(states_ptr + ((state + part) * all_states + (start + lane) * STATES))
+    ask(b_ptr + (token * STATES + lane % (L // 2) * 32))
+    ask(c_ptr + (token * STATES + lane % (L // 2) * 32))
+
+
+@gluon.jit
+def through_states(e_NC, drate_NC, slope_NC, borders, dt, u, dy, b, c, h_slots, dh_slots, L: gl.constexpr):
+    """States of a tile from those that were kept, and gradients back through them; both into slots, what follows as rows [C]."""
+    du, decayed = (), ()
+    for part in gl.static_range(L // EACH - 1, -1, -1):
+        factors, states = (), (borders[part],)
+        for s in gl.static_range(EACH):
+            factors = factors + (gl.exp2(slope_NC * dt[part * EACH + s][None, :]),)
+            states = states + (gl.fma(states[s], factors[s], u[part * EACH + s][None, :] * row_of(b, part * EACH + s)),)
+            h_slots[part * EACH + s].store(states[s + 1].to(gl.bfloat16).permute([1, 0]))
+        # e_t = a_t dh_t is what reaches h_{t-1}, and e_t h_{t-1} the gradient of log a_t
+        for s in gl.static_range(EACH - 1, -1, -1):
+            dh_NC = e_NC + dy[part * EACH + s][None, :] * row_of(c, part * EACH + s)
+            e_NC = factors[s] * dh_NC
+            dlog_NC = e_NC * states[s]
+            drate_NC += dlog_NC * dt[part * EACH + s][None, :]
+            du = (gl.sum(dh_NC * row_of(b, part * EACH + s), 0),) + du
+            decayed = (gl.sum(dlog_NC * slope_NC, 0),) + decayed
+            dh_slots[part * EACH + s].store(dh_NC.to(gl.bfloat16).permute([1, 0]))
+    return e_NC, drate_NC, du, decayed
+
+
+@gluon.jit
+def sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, L: gl.constexpr):
+    """Shares of the channels in the gradients of b and c, [N, L]."""
+    S: gl.constexpr = sums_layout()
+    db_NL, dc_NL = gl.zeros([STATES, L], gl.float32, S), gl.zeros([STATES, L], gl.float32, S)
+    dy_CL = dy_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
+    u_CL = u_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
+    for t in gl.static_range(L):
+        dc_NL, db_NL = over_channels(dc_NL, h_slots[t], dy_CL, t), over_channels(db_NL, dh_slots[t], u_CL, t)
+    return db_NL, dc_NL
+
+
 @entry(do_not_specialize=["n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
 def columns_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
@@ -146,11 +195,9 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     sums_NL = ((block * n_sequences + sequence) * n_tokens + first) * STATES + (sum_1L * STATES + sum_N1)
     db_ptrs, dc_ptrs = db_ptr + sums_NL, dc_ptr + sums_NL
     for back in range(n_tiles):
-        dt_LC, x_LC, dy_LC = (
-            gl.load(dt_ptrs + at_LC).to(gl.float32),
-            gl.load(x_ptrs + at_LC).to(gl.float32),
-            gl.load(dy_ptrs + at_LC).to(gl.float32),
-        )
+        dt_LC = gl.load(dt_ptrs + at_LC).to(gl.float32)
+        x_LC = gl.load(x_ptrs + at_LC).to(gl.float32)
+        dy_LC = gl.load(dy_ptrs + at_LC).to(gl.float32)
         borders = ()
         for part in gl.static_range(L // EACH):
             borders = borders + (gl.load(states_ptrs + (n_N1 + part * all_states)).to(gl.float32),)
@@ -158,37 +205,13 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         c.store(gl.load(c_ptrs).to(gl.float32))
         before = gl.where(back < n_tiles - 1, L, 0)  # at the end lines that are there already
         token, state = sequence * n_tokens + first - before, last_state - back * (L // EACH) - before // EACH
-        ask(dt_ptr + ((token + lane % L) * WIDTH + start))
-        ask(x_ptr + ((token + lane % L) * WIDTH + start))
-        ask(dy_ptr + ((token + lane % L) * WIDTH + start))
-        for part in gl.static_range(L // EACH):
-            ask(states_ptr + ((state + part) * all_states + (start + lane) * STATES))
-        ask(b_ptr + (token * STATES + lane % (L // 2) * 32))
-        ask(c_ptr + (token * STATES + lane % (L // 2) * 32))
+        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, WIDTH, L)
         u_LC = dt_LC * x_LC
         u_weight.store(u_LC.to(gl.bfloat16))
         dy_weight.store(dy_LC.to(gl.bfloat16))
-        dt, u, dy, du, decayed = unstacked(dt_LC, L), unstacked(u_LC, L), unstacked(dy_LC, L), (), ()
-        for part in gl.static_range(L // EACH - 1, -1, -1):
-            factors, states = (), (borders[part],)
-            for s in gl.static_range(EACH):
-                factors = factors + (gl.exp2(slope_NC * dt[part * EACH + s][None, :]),)
-                states = states + (gl.fma(states[s], factors[s], u[part * EACH + s][None, :] * row_of(b, part * EACH + s)),)
-                h_slots[part * EACH + s].store(states[s + 1].to(gl.bfloat16).permute([1, 0]))
-            # e_t = a_t dh_t is what reaches h_{t-1}, and e_t h_{t-1} the gradient of log a_t
-            for s in gl.static_range(EACH - 1, -1, -1):
-                dh_NC = e_NC + dy[part * EACH + s][None, :] * row_of(c, part * EACH + s)
-                e_NC = factors[s] * dh_NC
-                dlog_NC = e_NC * states[s]
-                drate_NC += dlog_NC * dt[part * EACH + s][None, :]
-                du = (gl.sum(dh_NC * row_of(b, part * EACH + s), 0),) + du
-                decayed = (gl.sum(dlog_NC * slope_NC, 0),) + decayed
-                dh_slots[part * EACH + s].store(dh_NC.to(gl.bfloat16).permute([1, 0]))
-        db_NL, dc_NL = gl.zeros([STATES, L], gl.float32, S), gl.zeros([STATES, L], gl.float32, S)
-        dy_CL = dy_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
-        u_CL = u_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
-        for t in gl.static_range(L):
-            dc_NL, db_NL = over_channels(dc_NL, h_slots[t], dy_CL, t), over_channels(db_NL, dh_slots[t], u_CL, t)
+        dt, u, dy = unstacked(dt_LC, L), unstacked(u_LC, L), unstacked(dy_LC, L)
+        e_NC, drate_NC, du, decayed = through_states(e_NC, drate_NC, slope_NC, borders, dt, u, dy, b, c, h_slots, dh_slots, L)
+        db_NL, dc_NL = sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, L)
         gl.store(db_ptrs, db_NL.to(db_ptr.dtype.element_ty))
         gl.store(dc_ptrs, dc_NL.to(dc_ptr.dtype.element_ty))
         du_LC = gl.convert_layout(stacked(du, L), LC, assert_trivial=True)

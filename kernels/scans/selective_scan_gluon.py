@@ -51,6 +51,48 @@ def fetch(ptr, first, stride, n_tokens, columns, start, L: gl.constexpr, COLUMNS
 
 
 @gluon.jit
+def rows_of(
+    dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, start,
+    L: gl.constexpr, C: gl.constexpr, N: gl.constexpr, LC: gl.constexpr, LN: gl.constexpr,
+):  # fmt: skip
+    """A tile's rows of dt, x, b and c."""
+    dt_LC = fetch(dt_ptr, first, width, n_tokens, width, start, L, C, LC)
+    x_LC = fetch(x_ptr, first, width, n_tokens, width, start, L, C, LC)
+    b_LN = fetch(b_ptr, first, n_states, n_tokens, n_states, 0, L, N, LN)
+    c_LN = fetch(c_ptr, first, n_states, n_tokens, n_states, 0, L, N, LN)
+    return dt_LC, x_LC, b_LN, c_LN
+
+
+@gluon.jit
+def sides_of(bias_ptr, skip_ptr, member, width, column_C):
+    """Bias and skip of the channels."""
+    bias_C = gl.load(bias_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+    return bias_C, gl.load(skip_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def tile_buffers(L: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
+    """Shared memory for dt, dt x, b and c of two tiles."""
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    dt_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+    u_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+    b_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
+    c_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
+    return dt_buffers, u_buffers, b_buffers, c_buffers
+
+
+@gluon.jit
+def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN):
+    """dt, dt x, b and c of a tile in one half of that memory."""
+    dt, u, b, c = buffers[0].index(now), buffers[1].index(now), buffers[2].index(now), buffers[3].index(now)
+    dt.store(dt_LC)
+    u.store(dt_LC * x_LC)
+    b.store(b_LN)
+    c.store(c_LN)
+    return dt, u, b, c
+
+
+@gluon.jit
 def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
     """softplus(raw dt + bias), and 0 beyond the end."""
     raw_LC = raw_LC + bias_C[None, :]
@@ -87,18 +129,12 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
     n_blocks = (width + C - 1) // C
     sequence, start = (gl.program_id(0) // n_blocks).to(gl.int64), gl.program_id(0) % n_blocks * C
     member = sequence // sequences_per_member
-    x_ptr, dt_ptr, y_ptr = (
-        x_ptr + sequence * n_tokens * width,
-        dt_ptr + sequence * n_tokens * width,
-        y_ptr + sequence * n_tokens * width,
-    )
+    x_ptr, dt_ptr = x_ptr + sequence * n_tokens * width, dt_ptr + sequence * n_tokens * width
+    y_ptr += sequence * n_tokens * width
     b_ptr, c_ptr = b_ptr + sequence * n_tokens * n_states, c_ptr + sequence * n_tokens * n_states
     gate_ptr += sequence * n_tokens * gate_stride
     states_ptr += sequence * (n_tiles + 1) * n_states * width
-    dt_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
-    u_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
-    b_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
-    c_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
+    buffers = tile_buffers(L, C, N)
     n_N, channel_C = gl.arange(0, N, gl.SliceLayout(1, NC)), start + gl.arange(0, C, gl.SliceLayout(0, NC))
     at_NC, inside_C = n_N[:, None] * width + channel_C[None, :], channel_C < width
     inside_NC = (n_N < n_states)[:, None] & inside_C[None, :]
@@ -114,13 +150,9 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
     if GATED:
         skipped_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
         open_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
-        bias_C = gl.load(bias_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
-        skip_C = gl.load(skip_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+        bias_C, skip_C = sides_of(bias_ptr, skip_ptr, member, width, column_C)
         z_LC = fetch(gate_ptr, 0, gate_stride, n_tokens, width, start, L, C, LC)
-    dt_LC = fetch(dt_ptr, 0, width, n_tokens, width, start, L, C, LC)
-    x_LC = fetch(x_ptr, 0, width, n_tokens, width, start, L, C, LC)
-    b_LN = fetch(b_ptr, 0, n_states, n_tokens, n_states, 0, L, N, LN)
-    c_LN = fetch(c_ptr, 0, n_states, n_tokens, n_states, 0, L, N, LN)
+    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, 0, n_tokens, width, n_states, start, L, C, N, LC, LN)
     for tile in range(n_tiles):
         now, following = tile % 2, (tile + 1) * L
         if GATED:
@@ -128,15 +160,8 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
             skipped_buffers.index(now).store(skip_C[None, :] * x_LC)
             open_buffers.index(now).store(z_LC / (1.0 + gl.exp2(z_LC * -LOG2_E)))
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
-        dt, u, b, c = dt_buffers.index(now), u_buffers.index(now), b_buffers.index(now), c_buffers.index(now)
-        dt.store(dt_LC)
-        u.store(dt_LC * x_LC)
-        b.store(b_LN)
-        c.store(c_LN)
-        dt_LC = fetch(dt_ptr, following, width, n_tokens, width, start, L, C, LC)
-        x_LC = fetch(x_ptr, following, width, n_tokens, width, start, L, C, LC)
-        b_LN = fetch(b_ptr, following, n_states, n_tokens, n_states, 0, L, N, LN)
-        c_LN = fetch(c_ptr, following, n_states, n_tokens, n_states, 0, L, N, LN)
+        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
+        dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, start, L, C, N, LC, LN)
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
             if GATED:

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels._entry import entry
-from kernels.scans.selective_scan_gluon import fetch, time_steps
+from kernels.scans.selective_scan_gluon import fetch, sides_of, time_steps
 from kernels.scans.selective_scan_quads import (
     LOG2_E,
     STATES,
@@ -74,6 +74,84 @@ def reverse(e_NC, drate_NC, rate_NC, factors, states, dt, dy, c, b_LN, L: gl.con
     return e_NC, drate_NC, du_LC, decayed_LC, dhs
 
 
+@gluon.jit
+def _buffers(L: gl.constexpr, C: gl.constexpr):
+    """Shared memory of a tile: dt, dt x and dy; dt x and dy as weights; B and C; states and their gradients."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tokens_beside: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [0, 1])
+    cube: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])
+    tokens = (
+        gl.allocate_shared_memory(gl.float32, [L, C], tokens_beside),
+        gl.allocate_shared_memory(gl.float32, [L, C], tokens_beside),
+        gl.allocate_shared_memory(gl.float32, [L, C], tokens_beside),
+    )
+    weights = (gl.allocate_shared_memory(gl.bfloat16, [L, C], flat), gl.allocate_shared_memory(gl.bfloat16, [L, C], flat))
+    b = gl.allocate_shared_memory(gl.float32, [L, STATES], quads_layout(L))
+    c = gl.allocate_shared_memory(gl.float32, [L, STATES], quads_layout(L))
+    h_buffer = gl.allocate_shared_memory(gl.bfloat16, [L, C, STATES], cube)
+    dh_buffer = gl.allocate_shared_memory(gl.bfloat16, [L, C, STATES], cube)
+    return tokens, weights, (b, c), (h_buffer, dh_buffer)
+
+
+@gluon.jit
+def _rows(
+    pointers, first, n_tokens, width, n_states, start,
+    L: gl.constexpr, C: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """A tile's rows of dt, x, dy, b and c."""
+    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr = pointers
+    LC: gl.constexpr = rows_layout(C, WARPS)
+    LN: gl.constexpr = rows_layout(STATES, WARPS)
+    raw_LC = fetch(dt_ptr, first, width, n_tokens, width, start, L, C, LC)
+    x_LC = fetch(x_ptr, first, width, n_tokens, width, start, L, C, LC)
+    dy_LC = fetch(dy_ptr, first, width, n_tokens, width, start, L, C, LC)
+    b_LN = fetch(b_ptr, first, n_states, n_tokens, n_states, 0, L, STATES, LN)
+    c_LN = fetch(c_ptr, first, n_states, n_tokens, n_states, 0, L, STATES, LN)
+    return raw_LC, x_LC, dy_LC, b_LN, c_LN
+
+
+@gluon.jit
+def _share(tokens, weights, parts, dt_LC, x_LC, read_LC, b_LN, c_LN):
+    """Puts a tile into shared memory."""
+    tokens[0].store(dt_LC)
+    tokens[1].store(dt_LC * x_LC)
+    tokens[2].store(read_LC)
+    weights[0].store((dt_LC * x_LC).to(gl.bfloat16))
+    weights[1].store(read_LC.to(gl.bfloat16))
+    parts[0].store(b_LN)
+    parts[1].store(c_LN)
+
+
+@gluon.jit
+def _through_states(
+    e_NC, drate_NC, rate_NC, border_NC, tokens, of_states, cubes,
+    L: gl.constexpr, C: gl.constexpr, WARPS: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """A tile's states from its border and their gradients, into shared memory, and what follows from them."""
+    dt, u, dy = tokens
+    b, c = of_states
+    b_left, c_left = b.load(left_layout(WARPS)).to(gl.bfloat16), c.load(left_layout(WARPS)).to(gl.bfloat16)
+    factors, states, y_LC = replay(border_NC, rate_NC * -LOG2_E, dt, u, b, c_left, L, C, WARPS, GATED)
+    cubes[0].store(stacked(states[1:], L).permute([0, 2, 1]).to(gl.bfloat16))
+    e_NC, drate_NC, du_LC, decayed_LC, dhs = reverse(e_NC, drate_NC, rate_NC, factors, states, dt, dy, c, b_left, L, C, WARPS)
+    cubes[1].store(stacked(dhs, L).permute([0, 2, 1]))
+    return e_NC, drate_NC, du_LC, decayed_LC, y_LC
+
+
+@gluon.jit
+def _through_gate(
+    dgate_ptr, place_LC, inside_LC, ddt_LC, dx_LC, dbias_C, dskip_C, raw_LC, x_LC, dy_LC, read_LC, slope_LC, y_LC, bias_C, skip_C,
+    LC: gl.constexpr,
+):  # fmt: skip
+    """Gradients of raw time steps and of x, and what is added to those of bias and skip; writes that of the gate."""
+    ddt_LC = gl.where(inside_LC, ddt_LC / (1.0 + gl.exp2((raw_LC + bias_C[None, :]) * -LOG2_E)), 0.0)
+    dgate_LC = dy_LC * (gl.convert_layout(y_LC, LC) + skip_C[None, :] * x_LC) * slope_LC
+    gl.store(dgate_ptr + place_LC, dgate_LC.to(dgate_ptr.dtype.element_ty), mask=inside_LC)
+    dx_LC += skip_C[None, :] * read_LC
+    dbias_C += gl.sum(ddt_LC, 0)
+    return ddt_LC, dx_LC, dbias_C, dskip_C + gl.sum(read_LC * x_LC, 0)
+
+
 @entry(
     do_not_specialize=[
         "n_tokens", "n_tiles", "n_segments", "segment_tiles", "n_sequences", "sequences_per_member", "state_stride",
@@ -95,40 +173,20 @@ def quads_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     """
     NC: gl.constexpr = states_layout(WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
-    LN: gl.constexpr = rows_layout(STATES, WARPS)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    tokens_beside: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [0, 1])
-    cube: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])
     n_blocks = (width + C - 1) // C
     block, rest = gl.program_id(0) % n_blocks, gl.program_id(0) // n_blocks
     segment, sequence = rest % n_segments, (rest // n_segments).to(gl.int64)
     start, member, first_tile = block * C, sequence // sequences_per_member, segment * segment_tiles
     tiles, all_states = gl.minimum(segment_tiles, n_tiles - first_tile), n_states * width
-    x_ptr, dt_ptr, dy_ptr = (
-        x_ptr + sequence * n_tokens * width,
-        dt_ptr + sequence * n_tokens * width,
-        dy_ptr + sequence * n_tokens * width,
-    )
-    dx_ptr, ddt_ptr, dgate_ptr = (
-        dx_ptr + sequence * n_tokens * width,
-        ddt_ptr + sequence * n_tokens * width,
-        dgate_ptr + sequence * n_tokens * width,
-    )
+    rows = sequence * n_tokens * width
+    dx_ptr, ddt_ptr, dgate_ptr = dx_ptr + rows, ddt_ptr + rows, dgate_ptr + rows
     gate_ptr += sequence * n_tokens * gate_stride
-    b_ptr, c_ptr = b_ptr + sequence * n_tokens * n_states, c_ptr + sequence * n_tokens * n_states
+    parts = sequence * n_tokens * n_states
+    pointers = (dt_ptr + rows, x_ptr + rows, dy_ptr + rows, b_ptr + parts, c_ptr + parts)
     db_ptr += (block * n_sequences + sequence) * n_tokens * n_states
     dc_ptr += (block * n_sequences + sequence) * n_tokens * n_states
     states_ptr += (sequence * (n_tiles + 1) + first_tile + tiles - 1) * all_states
-    dt, u, dy = (
-        gl.allocate_shared_memory(gl.float32, [L, C], tokens_beside),
-        gl.allocate_shared_memory(gl.float32, [L, C], tokens_beside),
-        gl.allocate_shared_memory(gl.float32, [L, C], tokens_beside),
-    )
-    u_weight, dy_weight = gl.allocate_shared_memory(gl.bfloat16, [L, C], flat), gl.allocate_shared_memory(gl.bfloat16, [L, C], flat)
-    b = gl.allocate_shared_memory(gl.float32, [L, STATES], quads_layout(L))
-    c = gl.allocate_shared_memory(gl.float32, [L, STATES], quads_layout(L))
-    h_buffer = gl.allocate_shared_memory(gl.bfloat16, [L, C, STATES], cube)
-    dh_buffer = gl.allocate_shared_memory(gl.bfloat16, [L, C, STATES], cube)
+    tokens, weights, of_states, cubes = _buffers(L, C)
     n_N1, channel_1C = gl.arange(0, STATES, gl.SliceLayout(1, NC))[:, None], start + gl.arange(0, C, gl.SliceLayout(0, NC))[None, :]
     at_NC, turned_NC, inside_NC = n_N1 * width + channel_1C, channel_1C * n_states + n_N1, (n_N1 < n_states) & (channel_1C < width)
     rate_NC = gl.load(rate_ptr + member * all_states + turned_NC, mask=inside_NC, other=0.0).to(gl.float32)
@@ -139,15 +197,10 @@ def quads_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     column_C, token_L = start + gl.arange(0, C, gl.SliceLayout(0, LC)), gl.arange(0, L, gl.SliceLayout(1, LC))
     first = (first_tile + tiles - 1) * L
     if GATED:
-        bias_C = gl.load(bias_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
-        skip_C = gl.load(skip_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+        bias_C, skip_C = sides_of(bias_ptr, skip_ptr, member, width, column_C)
         dbias_C, dskip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
         z_LC = fetch(gate_ptr, first, gate_stride, n_tokens, width, start, L, C, LC)
-    raw_LC = fetch(dt_ptr, first, width, n_tokens, width, start, L, C, LC)
-    x_LC = fetch(x_ptr, first, width, n_tokens, width, start, L, C, LC)
-    dy_LC = fetch(dy_ptr, first, width, n_tokens, width, start, L, C, LC)
-    b_LN = fetch(b_ptr, first, n_states, n_tokens, n_states, 0, L, STATES, LN)
-    c_LN = fetch(c_ptr, first, n_states, n_tokens, n_states, 0, L, STATES, LN)
+    raw_LC, x_LC, dy_LC, b_LN, c_LN = _rows(pointers, first, n_tokens, width, n_states, start, L, C, WARPS)
     for back in range(tiles):
         before = gl.maximum(first - L, 0)  # in the last turn loads that nobody uses
         own_raw_LC, own_x_LC, own_dy_LC, dt_LC, read_LC, own_NC = raw_LC, x_LC, dy_LC, raw_LC, dy_LC, border_NC
@@ -156,26 +209,14 @@ def quads_backward(  # noqa: PLR0915 - one loop, whose values live in registers
             open_LC, slope_LC = opened(z_LC)
             read_LC = own_dy_LC * open_LC
             z_LC = fetch(gate_ptr, before, gate_stride, n_tokens, width, start, L, C, LC)
-        dt.store(dt_LC)
-        u.store(dt_LC * own_x_LC)
-        dy.store(read_LC)
-        u_weight.store((dt_LC * own_x_LC).to(gl.bfloat16))
-        dy_weight.store(read_LC.to(gl.bfloat16))
-        b.store(b_LN)
-        c.store(c_LN)
-        raw_LC = fetch(dt_ptr, before, width, n_tokens, width, start, L, C, LC)
-        x_LC = fetch(x_ptr, before, width, n_tokens, width, start, L, C, LC)
-        dy_LC = fetch(dy_ptr, before, width, n_tokens, width, start, L, C, LC)
-        b_LN = fetch(b_ptr, before, n_states, n_tokens, n_states, 0, L, STATES, LN)
-        c_LN = fetch(c_ptr, before, n_states, n_tokens, n_states, 0, L, STATES, LN)
+        _share(tokens, weights, of_states, dt_LC, own_x_LC, read_LC, b_LN, c_LN)
+        raw_LC, x_LC, dy_LC, b_LN, c_LN = _rows(pointers, before, n_tokens, width, n_states, start, L, C, WARPS)
         states_ptr -= gl.where(back < tiles - 1, all_states, 0)
         border_NC = gl.load(states_ptr + at_NC, mask=inside_NC, other=0.0)
-        b_left, c_left = b.load(left_layout(WARPS)).to(gl.bfloat16), c.load(left_layout(WARPS)).to(gl.bfloat16)
-        factors, states, y_LC = replay(own_NC, rate_NC * -LOG2_E, dt, u, b, c_left, L, C, WARPS, GATED)
-        h_buffer.store(stacked(states[1:], L).permute([0, 2, 1]).to(gl.bfloat16))
-        e_NC, drate_NC, du_LC, decayed_LC, dhs = reverse(e_NC, drate_NC, rate_NC, factors, states, dt, dy, c, b_left, L, C, WARPS)
-        dh_buffer.store(stacked(dhs, L).permute([0, 2, 1]))
-        db, dc = over_channels(dh_buffer, u_weight, L, C, WARPS), over_channels(h_buffer, dy_weight, L, C, WARPS)
+        e_NC, drate_NC, du_LC, decayed_LC, y_LC = _through_states(
+            e_NC, drate_NC, rate_NC, own_NC, tokens, of_states, cubes, L, C, WARPS, GATED
+        )  # fmt: skip
+        db, dc = over_channels(cubes[1], weights[0], L, C, WARPS), over_channels(cubes[0], weights[1], L, C, WARPS)
         store_sums(db_ptr, db, first, n_tokens, n_states, L, WARPS)
         store_sums(dc_ptr, dc, first, n_tokens, n_states, L, WARPS)
         du_LC, decayed_LC = gl.convert_layout(du_LC, LC), gl.convert_layout(decayed_LC, LC)
@@ -183,12 +224,10 @@ def quads_backward(  # noqa: PLR0915 - one loop, whose values live in registers
         place_LC = (first + token_L).to(gl.int64)[:, None] * width + column_C[None, :]
         dx_LC, ddt_LC = du_LC * dt_LC, du_LC * own_x_LC - decayed_LC
         if GATED:
-            ddt_LC = gl.where(inside_LC, ddt_LC / (1.0 + gl.exp2((own_raw_LC + bias_C[None, :]) * -LOG2_E)), 0.0)
-            dgate_LC = own_dy_LC * (gl.convert_layout(y_LC, LC) + skip_C[None, :] * own_x_LC) * slope_LC
-            gl.store(dgate_ptr + place_LC, dgate_LC.to(dgate_ptr.dtype.element_ty), mask=inside_LC)
-            dx_LC += skip_C[None, :] * read_LC
-            dbias_C += gl.sum(ddt_LC, 0)
-            dskip_C += gl.sum(read_LC * own_x_LC, 0)
+            ddt_LC, dx_LC, dbias_C, dskip_C = _through_gate(
+                dgate_ptr, place_LC, inside_LC, ddt_LC, dx_LC, dbias_C, dskip_C, own_raw_LC, own_x_LC, own_dy_LC, read_LC,
+                slope_LC, y_LC, bias_C, skip_C, LC,
+            )  # fmt: skip
         gl.store(dx_ptr + place_LC, dx_LC.to(dx_ptr.dtype.element_ty), mask=inside_LC)
         gl.store(ddt_ptr + place_LC, ddt_LC.to(ddt_ptr.dtype.element_ty), mask=inside_LC)
         first = before

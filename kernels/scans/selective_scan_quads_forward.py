@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels._entry import entry
-from kernels.scans.selective_scan_gluon import fetch, time_steps
+from kernels.scans.selective_scan_gluon import fetch, rows_of, shared_rows, sides_of, tile_buffers, time_steps
 from kernels.scans.selective_scan_quads import (
     LOG2_E,
     STATES,
@@ -51,7 +51,7 @@ def walk(h_NC, slope_NC, dt, u, b, c, L: gl.constexpr, C: gl.constexpr, WARPS: g
     ],
     gluon=True,
 )
-def quads_forward(  # noqa: PLR0915 - one loop, whose values live in registers
+def quads_forward(
     x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, bias_ptr, skip_ptr, gate_ptr, start_ptr, y_ptr, states_ptr, final_ptr,
     gate_stride, n_tokens, width, n_states, n_tiles, n_segments, segment_tiles, sequences_per_member, state_stride, channel_stride,
     GATED: gl.constexpr, KEEP: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
@@ -64,24 +64,17 @@ def quads_forward(  # noqa: PLR0915 - one loop, whose values live in registers
     NC: gl.constexpr = states_layout(WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(STATES, WARPS)
-    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     n_blocks = (width + C - 1) // C
     rest, start = gl.program_id(0) // n_blocks, gl.program_id(0) % n_blocks * C
     segment, sequence = rest % n_segments, (rest // n_segments).to(gl.int64)
     member, first_tile, all_states = sequence // sequences_per_member, segment * segment_tiles, n_states * width
     tiles = gl.minimum(segment_tiles, n_tiles - first_tile)
-    x_ptr, dt_ptr, y_ptr = (
-        x_ptr + sequence * n_tokens * width,
-        dt_ptr + sequence * n_tokens * width,
-        y_ptr + (sequence * n_tokens + first_tile * L) * width,
-    )
+    x_ptr, dt_ptr = x_ptr + sequence * n_tokens * width, dt_ptr + sequence * n_tokens * width
+    y_ptr += (sequence * n_tokens + first_tile * L) * width
     b_ptr, c_ptr = b_ptr + sequence * n_tokens * n_states, c_ptr + sequence * n_tokens * n_states
     gate_ptr += sequence * n_tokens * gate_stride
     states_ptr += (sequence * (n_tiles + 1) + first_tile) * all_states
-    dt_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
-    u_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
-    b_buffers = gl.allocate_shared_memory(gl.float32, [2, L, STATES], shared)
-    c_buffers = gl.allocate_shared_memory(gl.float32, [2, L, STATES], shared)
+    buffers = tile_buffers(L, C, STATES)
     n_N1, channel_1C = gl.arange(0, STATES, gl.SliceLayout(1, NC))[:, None], start + gl.arange(0, C, gl.SliceLayout(0, NC))[None, :]
     at_NC, turned_NC, inside_NC = n_N1 * width + channel_1C, channel_1C * n_states + n_N1, (n_N1 < n_states) & (channel_1C < width)
     slope_NC = gl.load(rate_ptr + member * all_states + turned_NC, mask=inside_NC, other=0.0).to(gl.float32) * -LOG2_E
@@ -93,28 +86,19 @@ def quads_forward(  # noqa: PLR0915 - one loop, whose values live in registers
     place_LC = token_L[:, None] * width + column_C[None, :]
     first = first_tile * L
     if GATED:
-        bias_C = gl.load(bias_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
-        skip_C = gl.load(skip_ptr + member * width + column_C, mask=column_C < width, other=0.0).to(gl.float32)
+        bias_C, skip_C = sides_of(bias_ptr, skip_ptr, member, width, column_C)
         z_LC = fetch(gate_ptr, first, gate_stride, n_tokens, width, start, L, C, LC)
-    dt_LC = fetch(dt_ptr, first, width, n_tokens, width, start, L, C, LC)
-    x_LC = fetch(x_ptr, first, width, n_tokens, width, start, L, C, LC)
-    b_LN = fetch(b_ptr, first, n_states, n_tokens, n_states, 0, L, STATES, LN)
-    c_LN = fetch(c_ptr, first, n_states, n_tokens, n_states, 0, L, STATES, LN)
+    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, start, L, C, STATES, LC, LN)
     for tile in range(tiles):
         now, following = tile % 2, first + L
         if GATED:
             dt_LC = time_steps(dt_LC, bias_C, first, n_tokens, L, LC)
             skipped_LC, open_LC = skip_C[None, :] * x_LC, opened(z_LC)[0]
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
-        dt, u, b, c = dt_buffers.index(now), u_buffers.index(now), b_buffers.index(now), c_buffers.index(now)
-        dt.store(dt_LC)
-        u.store(dt_LC * x_LC)
-        b.store(b_LN)
-        c.store(c_LN)
-        dt_LC = fetch(dt_ptr, following, width, n_tokens, width, start, L, C, LC)
-        x_LC = fetch(x_ptr, following, width, n_tokens, width, start, L, C, LC)
-        b_LN = fetch(b_ptr, following, n_states, n_tokens, n_states, 0, L, STATES, LN)
-        c_LN = fetch(c_ptr, following, n_states, n_tokens, n_states, 0, L, STATES, LN)
+        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
+        dt_LC, x_LC, b_LN, c_LN = rows_of(
+            dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, start, L, C, STATES, LC, LN
+        )
         h_NC, y_LC = walk(h_NC, slope_NC, dt, u, b, c, L, C, WARPS)
         y_LC = gl.convert_layout(y_LC, LC)
         if GATED:
