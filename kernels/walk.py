@@ -86,7 +86,7 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     q, k, v, log_decay, state, starts = inputs
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if walk_hopper_launch.suits_forward(inputs):
+    if walk_hopper_launch.suits(inputs) or (walk_grouped.suits(q, k, v, starts) and walk_hopper_launch.suits_shared(inputs)):
         return walk_hopper_launch.forward(inputs, o, return_state=return_state)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
     if walk_grouped.suits(q, k, v, starts):
@@ -116,7 +116,7 @@ def entering_like(inputs: Inputs) -> Tensor:
     q, k, v, _, _, starts = inputs
     states = (v.shape[2], k.shape[3], v.shape[3])
     if walk_hopper_launch.suits(inputs):
-        return walk_hopper_launch.lines_like(inputs)
+        return walk_hopper_launch.entering_like(inputs)
     if walk_grouped.suits(q, k, v, starts):
         return v.new_empty(v.shape[0], walk_grouped.n_chunks(v.shape[1]), *states, dtype=_dot_dtype(q, k, v))
     number = 1 if starts is not None else n_segments(k, v)

@@ -1,6 +1,6 @@
 """Launches the walks for Hopper where they are faster: bf16 heads up to 128 wide whose rows copies can take.
 
-Shape legend: B batch, T time, H heads, N chunks of C tokens, K key, V value width.
+Shape legend: B batch, T time, H heads, P segments, N chunks of C tokens, K key, V value width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 from kernels.delta_hopper_launch import ALIGNED, _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype, padded
 from kernels.walk_decays import gate_every, gate_of
-from kernels.walk_pieces import n_segments
+from kernels.walk_pieces import Pieces
+from kernels.walk_segments import segments
 
 if TYPE_CHECKING:
     from kernels.walk import Inputs
@@ -22,8 +23,10 @@ CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 WIDTH, NARROW = 128, 64
 """The widest heads that fit on chip, and the widest of which short rows are no faster."""
-LONG, LONGER = 512, 1024
-"""Tokens of a row that is not short, under a scalar gate and otherwise."""
+LONG = 512
+"""Tokens of a row that is not short."""
+LEAST_SEGMENT, PROGRAMS = 512, 128
+"""Tokens below which the states between segments would cost more than they gain, and heads for which rows are cut no more."""
 LINE_HEADS = 16
 """Heads of a program that makes lines of decays."""
 
@@ -57,39 +60,55 @@ class Backward(NamedTuple):
 
 
 FORWARD = {NARROW: Config(1, 4), WIDTH: Config(2, 3)}
+SHARED = Config(2, 3)
 BACKWARD = {NARROW: Backward(1, 3, 2, 2), WIDTH: Backward(2, 3, 2, 1)}
-"""By the width of keys and values on chip."""
+"""By the width of keys and values on chip; heads that share keys apart."""
 
 
 def suits(inputs: Inputs) -> bool:
-    """Whether both passes of these inputs are those of Hopper: what is known of fake tensors too."""
-    if not _fits(inputs):
+    """Whether the Hopper walks take both passes of these inputs: what is known of fake tensors too."""
+    if not _fits(inputs) or inputs.k.shape[2] != inputs.v.shape[2]:
         return False
-    scalar = inputs.log_decay is not None and inputs.log_decay.ndim == 3
     least, most = sorted((inputs.k.shape[3], inputs.v.shape[3]))
-    return least > NARROW or (most <= NARROW and scalar and inputs.v.shape[1] >= LONG)
+    return least > NARROW or (most <= NARROW and inputs.v.shape[1] >= LONG)
 
 
-def suits_forward(inputs: Inputs) -> bool:
-    """Whether the forward pass is that of Hopper: narrow heads without a scalar gate take it where the gradients do not."""
-    return suits(inputs) or (_fits(inputs) and max(inputs.k.shape[3], inputs.v.shape[3]) <= NARROW and inputs.v.shape[1] >= LONGER)
+def suits_shared(inputs: Inputs) -> bool:
+    """Whether the forward walk takes heads that share keys, whose gradients are those of `kernels.walk_grouped`."""
+    return _fits(inputs)
 
 
 def _fits(inputs: Inputs) -> bool:
-    """Whole rows of bf16 heads with keys of their own."""
     q, k, v, _, _, starts = inputs
     if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
-        return False
-    if k.shape[2] != v.shape[2] or n_segments(k, v) > 1:
         return False
     return all(x.dtype == torch.bfloat16 and x.shape[3] % ALIGNED == 0 and x.shape[3] <= WIDTH for x in (q, k, v))
 
 
-def lines_like(inputs: Inputs) -> Tensor:
-    """Room for what `forward` keeps for `backward`: lines of scalar decays, [B * H, N * C] in fp32."""
-    (batch, length, heads, _), gate = inputs.v.shape, inputs.log_decay
-    kept = (batch * heads, -(-length // CHUNK) * CHUNK) if gate is not None and gate.ndim == 3 else (0,)
-    return inputs.v.new_empty(kept, dtype=torch.float32)
+def share_out(v: Tensor) -> Pieces:
+    """Whole rows, or segments of whole chunks of long rows of few heads."""
+    from kernels.walk_triton import SEGMENTS, WHOLE
+
+    batch, length, heads, _ = v.shape
+    number = max(1, min(PROGRAMS // (batch * heads), length // LEAST_SEGMENT))
+    span = -(-length // (number * CHUNK)) * CHUNK
+    number = -(-length // span)
+    return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None)
+
+
+def entering_like(inputs: Inputs) -> Tensor:
+    """Room for what `forward` keeps for `backward` of heads with keys of their own, in fp32.
+
+    Lines of scalar decays [B * H, N * C], and behind them states that enter segments [B, P, H, K, V], as one row of numbers.
+    """
+    return inputs.v.new_empty(sum(_sizes(inputs)), dtype=torch.float32)
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int]:
+    """Numbers of the lines and of the states that are kept."""
+    (batch, length, heads, v_dim), gate, pieces = inputs.v.shape, inputs.log_decay, share_out(inputs.v)
+    lines = batch * heads * -(-length // CHUNK) * CHUNK if gate is not None and gate.ndim == 3 else 0
+    return lines, batch * pieces.number * heads * inputs.k.shape[3] * v_dim if pieces.number > 1 else 0
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -114,47 +133,59 @@ def _make_lines(lines: Tensor, gate_BTH: Tensor) -> None:
     )
 
 
-def _line_rows(lines: Tensor, spare: Any) -> Any:
+def _line_rows(lines: Tensor, rows: int, spare: Any) -> Any:
     """Describes lines of decays in blocks of a chunk, or anything."""
     if not lines.numel():
         return spare
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    lines = lines.view(rows, -1)
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [1, CHUNK], NVMMASharedLayout(0, 32, rank=2))
 
 
-def _constants(inputs: Inputs, groups: int) -> dict[str, Any]:
+def _constants(inputs: Inputs, groups: int, pieces: Pieces) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     return {
         "K": inputs.k.shape[3], "V": inputs.v.shape[3], "C": CHUNK, "GATE": _gate_kind(inputs.log_decay),
-        "DOT": _triton_dtype(inputs.v.dtype), "GROUPS": groups, "num_warps": 4 * groups, "FIRST": inputs.state is not None,
+        "DOT": _triton_dtype(inputs.v.dtype), "GROUPS": groups, "CUT": pieces.number > 1, "num_warps": 4 * groups,
     }  # fmt: skip
 
 
 def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.walk.forward`; `o` is written, and the lines of scalar decays are kept."""
+    """See `kernels.walk.forward`; `o` is written."""
     from kernels import walk_hopper
 
     q, k, v = (_aligned(x) for x in (inputs.q, inputs.k, inputs.v))
-    (batch, length, heads, _), k_dim, wide_k, wide_v = v.shape, k.shape[3], _width(k), _width(v)
-    gate, lines, config = gate_of(inputs.log_decay, v), lines_like(inputs), FORWARD[max(wide_k, wide_v)]
+    (batch, length, heads, v_dim), k_dim, state = v.shape, k.shape[3], inputs.state
+    group, wide_k, wide_v = heads // k.shape[2], _width(k), _width(v)
+    pieces, gate, last = share_out(v), gate_of(inputs.log_decay, v), _state_like(v, k_dim) if return_state else _nothing(v)
+    config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
+    constants = _constants(inputs, config.groups, pieces)
+    kept = entering_like(inputs)
+    lines, entered = kept.split(_sizes(inputs))
     if lines.numel():
         _make_lines(lines, gate)
-    last = _state_like(v, k_dim) if return_state else _nothing(v)
+    sums, decays = segments(k, v, gate, constants["GATE"], pieces, CHUNK, reverse=False)
     described = [_described(x, [1, CHUNK, 1, width]) for x, width in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
-    walk_hopper.forward_kernel[(batch * heads,)](
-        *described, _line_rows(lines, described[0]), lines, gate,
-        v if inputs.state is None else inputs.state.contiguous(), last, length, heads, gate_every(inputs.log_decay, batch),
-        **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, LAST=return_state,
+    states = described[3]
+    if group > 1:
+        kept = v.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
+        states = _described(kept.flatten(0, 2), [1, wide_k, wide_v])
+    walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
+        *described, states, _line_rows(lines, batch * heads, described[0]), lines, gate,
+        v if state is None else state.contiguous(), last, entered, sums, decays,
+        length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        **constants, BK=wide_k, BV=wide_v, STAGES=config.stages, START=int(state is not None),
+        ENTER=pieces.number > 1 and group == 1, KEEP=group > 1, LAST=return_state,
     )  # fmt: skip
-    return o, last, lines
+    return o, last, kept
 
 
 def backward(
     rows: tuple[Tensor, ...],
     inputs: Inputs,
-    lines: Tensor,
+    kept: Tensor,
     dlast: Tensor | None,
     dv: Tensor,
     dfirst: Tensor,
@@ -166,19 +197,25 @@ def backward(
     See `kernels.walk._walk_back`; `rows` are q, k, v and do.
     """
     from kernels import walk_hopper_back
+    from kernels.walk_hopper_parts import EACH_GIVEN
 
     q, k, v, do = (_aligned(x) for x in rows)
     (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
-    gate, width = gate_of(inputs.log_decay, v), max(_width(k), _width(v))
-    config = BACKWARD[width]
+    pieces, gate, width = share_out(v), gate_of(inputs.log_decay, v), max(_width(k), _width(v))
+    config, cut = BACKWARD[width], pieces.number > 1
+    constants = _constants(inputs, config.groups, pieces)
+    lines, entered = kept.split(_sizes(inputs))
+    sums, decays = segments(q, do, gate, constants["GATE"], pieces, CHUNK, reverse=True)
+    first = entered if cut else v if state is None else state.contiguous()
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     rowsums = v.new_empty((3, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
-    walk_hopper_back.backward_kernel[(batch * heads * 2,)](
-        *described, _line_rows(lines, described[0]), lines, gate,
-        v if state is None else state.contiguous(), v if dlast is None else dlast, dfirst, rowsums,
-        length, batch, heads, gate_every(inputs.log_decay, batch),
-        **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        DLAST=dlast is not None, GATE_GRAD=gate_grad,
+    walk_hopper_back.backward_kernel[(batch * pieces.number * heads * 2,)](
+        *described, _line_rows(lines, batch * heads, described[0]), lines, gate,
+        first, v if dlast is None else dlast, dfirst, sums, decays, rowsums,
+        length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        **constants, W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
+        START=EACH_GIVEN.value if cut else int(state is not None), DLAST=int(dlast is not None), LAST=state is not None,
+        GATE_GRAD=gate_grad,
     )  # fmt: skip
     return dq, dk, rowsums

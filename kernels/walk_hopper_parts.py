@@ -5,19 +5,21 @@ Cumulated decays of a chunk come as a line of numbers, less half of the whole ch
 nothing is summed or exchanged in a walk. All exponents that are used are <= 0: rows that enter the state are decayed on their
 way into registers, rows that were read from it when they are there, and pairs of a chunk where their scores are.
 
-Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, D rows and E columns of a state.
+Shape legend: B batch, T time, H heads, P segments, N chunks of C = 64 tokens, D rows and E columns of a state.
 """
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.delta_hopper import at_stage, fetch
 from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
+FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "batches", "heads", "gate_every"]
+SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"]
 
 
 @gluon.constexpr_function
@@ -32,6 +34,19 @@ def state_layout(rows, width, groups):
     if rows < 64 * groups:
         return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
     return gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, width, 16])
+
+
+@gluon.jit
+def program(heads, segments, PARTS: gl.constexpr):
+    """Part, head, segment and batch of a program; the parts of a head are neighbours, which share the L2 cache."""
+    own, rest = gl.program_id(0) % PARTS, gl.program_id(0) // PARTS
+    return own, rest % heads, rest // heads % segments, rest // heads // segments
+
+
+@gluon.jit
+def chunks_of(piece, span, length, C: gl.constexpr):
+    """First chunk of a segment, and how many it has."""
+    return piece * span, gl.minimum(span, (length + C - 1) // C - piece * span)
 
 
 @gluon.jit
@@ -90,10 +105,21 @@ def entering(
 
 @gluon.jit
 def state_of(
-    given, at_state, inside, layout: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr
+    given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """The state that a walk starts from: the given one, or zero."""
+    """The state that a walk starts from: zero, given to each sequence or segment, and what the segments before make of it."""
+    batch, head, piece = place
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
-    if GIVEN:
-        state_DE += gl.load(given + at_state, mask=inside, other=0.0)
+    if START == EACH_GIVEN:
+        index = (batch * segments + piece) * heads + head
+        state_DE += gl.load(given + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    else:
+        if START == GIVEN:
+            state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        if CUT:
+            for n in range((segments - 1 - piece) if REVERSE else piece):
+                index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+                added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+                state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE

@@ -1,9 +1,11 @@
 """The walks for Hopper, followed on the CPU, against the token loop in fp64: outputs, states, gradients."""
 
 import pytest
+import torch
 
 from kernels import (
     delta_hopper,
+    walk_grouped,
     walk_hopper,
     walk_hopper_back,
     walk_hopper_launch,
@@ -25,9 +27,11 @@ def _hopper(monkeypatch):
     for module, name in ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel")):
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
-    monkeypatch.setattr(walk_hopper_launch, "_line_rows", lambda x, spare: Descriptor(x, [1, C]) if x.numel() else spare)
-    for suits in ("suits", "suits_forward"):
-        monkeypatch.setattr(walk_hopper_launch, suits, lambda _: True)
+    monkeypatch.setattr(
+        walk_hopper_launch, "_line_rows", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare
+    )
+    monkeypatch.setattr(walk_hopper_launch, "suits", lambda inputs: inputs.k.shape[2] == inputs.v.shape[2])
+    monkeypatch.setattr(walk_hopper_launch, "suits_shared", lambda _: True)
     with use_backend("triton"), poisoned():
         yield
 
@@ -44,6 +48,22 @@ def check(shape, gate):
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong", "zero"])
 @pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 1, 72, 96)], ids=str)
 def test_equals_the_token_loop(shape, gate):
+    check(shape, gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_segments_of_long_rows(monkeypatch, gate):
+    """Three segments, the last of which is short."""
+    monkeypatch.setattr(walk_hopper_launch, "LEAST_SEGMENT", 64)
+    check((1, 300, 2, 2, 20, 33), gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
+@pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
+def test_heads_that_share_keys(monkeypatch, gate, shape):
+    """Their states are kept for `kernels.walk_grouped`."""
+    monkeypatch.setattr(walk_hopper_launch, "LEAST_SEGMENT", 128)
+    monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)
 
 

@@ -19,10 +19,11 @@ def compile_one(kernel, gate, config, widths, constants):
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     blocks = {width: f"tensordesc<bf16{[1, C, 1, width]},{shared_layout(width, 4)!r}>" for width in widths}
     described = dict.fromkeys(("q", "k", "dq", "dk"), blocks[wide_k]) | dict.fromkeys(("v", "o", "do", "dv"), blocks[wide_v])
+    described["states"] = f"tensordesc<bf16{[1, wide_k, wide_v]},{shared_layout(wide_v, 3)!r}>"
     described["line_rows"] = f"tensordesc<fp32{[1, C]},{NVMMASharedLayout(0, 32, rank=2)!r}>" if gate == 2 else blocks[wide_k]
     runtime |= {name: block for name, block in described.items() if name in runtime}
     shared = {"K": wide_k, "V": wide_v, "BK": wide_k, "BV": wide_v, "W": wide_k, "C": C, "DOT": tl.bfloat16, "GATE": gate}
-    flags = {**dict.fromkeys(("FIRST", "LAST", "DLAST"), False), "GATE_GRAD": gate == 2}
+    flags = {"START": 0, **dict.fromkeys(("CUT", "ENTER", "KEEP", "LAST", "DLAST"), False), "GATE_GRAD": gate == 2}
     arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
 
@@ -43,6 +44,11 @@ slow = pytest.mark.slow
 )
 def test_forward(width, gate):
     check(compile_one(FORWARD, gate, walk_hopper_launch.FORWARD[width], (width, width), {}), 1)
+
+
+@pytest.mark.parametrize("gate", [2, pytest.param(0, marks=slow)])
+def test_heads_that_share_keys(gate):
+    check(compile_one(FORWARD, gate, walk_hopper_launch.SHARED, (128, 64), {"KEEP": True}), 1)
 
 
 @pytest.mark.parametrize(
