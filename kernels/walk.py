@@ -86,7 +86,7 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     q, k, v, log_decay, state, starts = inputs
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if walk_hopper_launch.suits(inputs) or (walk_grouped.suits(q, k, v, starts) and walk_hopper_launch.suits_shared(inputs)):
+    if walk_hopper_launch.suits(inputs) or walk_hopper_launch.suits_forward(inputs):
         return walk_hopper_launch.forward(inputs, o, return_state=return_state)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
     if walk_grouped.suits(q, k, v, starts):

@@ -144,13 +144,17 @@ def backward(
 
     See `kernels.walk._walk_back`.
     """
+    from kernels import walk_hopper_launch
     from kernels.walk_grouped_triton import keys_kernel, queries_kernel
 
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
     first = None if inputs.state is None else dfirst
-    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
+    if walk_hopper_launch.suits_forward(inputs):
+        dkept = walk_hopper_launch.states(narrow[0], narrow[3], inputs, dlast, first, reverse=True)
+    else:
+        dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
     splits = call.splits(batch)
     dq, dk = (x.new_empty(batch, length, k.shape[2] * splits, k.shape[3]) for x in (inputs.q, inputs.k))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)

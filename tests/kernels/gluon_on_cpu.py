@@ -210,7 +210,7 @@ class Program:
 
     @staticmethod
     def store(where: Pointer, x: Tensor, mask: Tensor) -> None:
-        at, mask, x = torch.broadcast_tensors(where.at, mask, x)
+        at, mask, x = torch.broadcast_tensors(where.at, mask, torch.as_tensor(x))
         where.flat[at[mask]] = x[mask].to(where.flat.dtype)
 
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:

@@ -10,6 +10,7 @@ from kernels import (
     walk_hopper_back,
     walk_hopper_launch,
     walk_hopper_parts,
+    walk_hopper_states,
 )
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
@@ -19,19 +20,20 @@ from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 C = walk_hopper_launch.CHUNK
-MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back)
+MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states)
 
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    for module, name in ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel")):
+    kernels = ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel"))
+    for module, name in kernels:
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
     monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
     monkeypatch.setattr(
         walk_hopper_launch, "_line_rows", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare
     )
     monkeypatch.setattr(walk_hopper_launch, "suits", lambda inputs: inputs.k.shape[2] == inputs.v.shape[2])
-    monkeypatch.setattr(walk_hopper_launch, "suits_shared", lambda _: True)
+    monkeypatch.setattr(walk_hopper_launch, "suits_forward", lambda _: True)
     with use_backend("triton"), poisoned():
         yield
 
