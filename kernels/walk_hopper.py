@@ -30,10 +30,12 @@ from kernels.walk_hopper_parts import (
     falls,
     half_of,
     line_layout,
+    places_of,
     program,
     rate_of,
     state_layout,
     state_of,
+    sums_apart,
 )
 from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
@@ -82,7 +84,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
-    ENTER: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    ENTER: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr = False,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walk_triton`.
 
@@ -99,7 +101,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
     """
-    lines, given, last, entered, sums, decays, rowsum = pointers
+    lines, given, last, entered, sums, decays, rowsum, part_size = pointers
     batch, head, piece, ab_head = place
     length, heads, segments, span = sizes
     stages, work, of_probe, bars = buffers
@@ -126,6 +128,8 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     if ENTER:
         index = (batch * segments + piece) * heads + head
         gl.store(entered + index.to(gl.int64) * D * E + offsets, state_DE, mask=inside)
+    if PROBE:
+        at_sums, sum_rows = places_of(part_size, GROUPS, C, BE, narrow, 1)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
@@ -156,13 +160,15 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             fall_C = falls(own, rate, t, length, C, GATE, of_rows)
             read_CE, state = warpgroup_mma_wait(1, [read, state])
             read = read_CE * gl.exp2(half + fall_C)[:, None]
-            if PROBE:
-                i = gl.arange(0, C, of_rows)
-                sum_C = gl.sum(read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32), 1)
-                gl.store(rowsum + t + i, sum_C, mask=t + i < length)
+            if PROBE and not LATE:
+                probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
+                gl.store(rowsum + t + at_sums, sums_apart(probed, GROUPS, C, BE, 1), mask=t + sum_rows < length)
         outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if PROBE and LATE:
+            probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
+            gl.store(rowsum + t + at_sums, sums_apart(probed, GROUPS, C, BE, 1), mask=t + sum_rows < length)
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         if KEEP:
             tma.store_wait(0)
@@ -207,7 +213,7 @@ def forward_kernel(
     _, head, piece, batch = program(heads, segments, 1)
     walk(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
-        (lines, first, last, entered, sums, decays, last), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
+        (lines, first, last, entered, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
         K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, START, CUT, ENTER, KEEP, LAST, False, DOT,
     )  # fmt: skip

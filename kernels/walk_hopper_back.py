@@ -30,12 +30,17 @@ from kernels.walk_hopper_parts import (
     falls,
     half_of,
     line_layout,
+    places_of,
     program,
     rate_of,
     state_layout,
     state_of,
+    sums_apart,
 )
 from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
+
+WARPS = tl.constexpr(4)
+"""Of a warp group."""
 
 
 @gluon.jit
@@ -63,7 +68,7 @@ def _start(n_first, step, steps, C: gl.constexpr):
 
 @gluon.jit
 def _seen(
-    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr
+    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr
 ):  # fmt: skip
     """Scores of keys and later queries, and their gradients, decayed; and what pairs give to the gradient of the decays.
 
@@ -72,7 +77,7 @@ def _seen(
     """
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     is_seen = rows[:, None] <= cols[None, :]
-    of_keys, of_queries = rows.to(gl.float32), cols.to(gl.float32)
+    of_keys, of_queries = rows, cols
     if GATE == NO_GATE:
         kq_CC, vo_CC = gl.where(is_seen, kq_CC, 0.0), gl.where(is_seen, vo_CC, 0.0)
     else:
@@ -82,7 +87,7 @@ def _seen(
         kq_CC = kq_CC * decay_CC
         if PROBE:
             pairs_CC = gl.where(rows[:, None] == cols[None, :], 0.0, kq_CC * vo_CC)
-            of_keys, of_queries = gl.sum(pairs_CC, 1), gl.sum(pairs_CC, 0)
+            of_keys, of_queries = sums_apart(pairs_CC, GROUPS, C, C, 1), sums_apart(pairs_CC, WARPS, C, C, 0)
         vo_CC = vo_CC * decay_CC
     return kq_CC, vo_CC, of_keys, of_queries
 
@@ -92,6 +97,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     sources, results, pointers, rate, place, sizes, buffers,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """One head's reverse walk over a segment for all of dk and dv.
 
@@ -103,7 +109,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         rate, place, sizes: see `kernels.walk_hopper.walk`.
         buffers: of `_back_buffers`.
     """
-    lines, given, last, sums, decays, rowsum_keys, rowsum_queries = pointers
+    lines, given, last, sums, decays, rowsum, part_size = pointers
     batch, head, piece = place
     length, heads, segments, span = sizes
     stages, work, bars = buffers
@@ -128,14 +134,17 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     early_kq = warpgroup_mma(first[1], first[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
     early_vo = warpgroup_mma(first[2], first[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
     kq_CC, vo_CC = warpgroup_mma_wait(0, [early_kq, early_vo])
-    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, PROBE)
+    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, GROUPS, PROBE)
     kq_buffer.store(kq_CC.to(DOT))
     vo_buffer.store(vo_CC.to(DOT))
     state_buffer.store(state_KV.to(DOT))
     fence_async_shared()
-    i, j = gl.arange(0, C, gl.SliceLayout(0, square)), gl.arange(0, C, of_rows)
     if PROBE:
-        gl.store(rowsum_queries + t + i, of_queries, mask=t + i < length)
+        at_read, read_rows = places_of(part_size, GROUPS, C, W, narrow, 1)
+        at_keys, keys_rows = places_of(part_size, GROUPS, C, C, square, 1)
+        at_queries, queries_cols = places_of(part_size, WARPS, C, C, square, 0)
+        gl.store(rowsum + GROUPS * part_size + t + at_keys, -of_keys, mask=t + keys_rows < length)
+        gl.store(rowsum + 2 * GROUPS * part_size + t + at_queries, of_queries, mask=t + queries_cols < length)
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
         t_next = _start(n_first, step + 1, steps, C)
@@ -154,14 +163,17 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
             read_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, of_rows))
             dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
             dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
-            if PROBE:
-                sum_C = gl.sum(dv_read * own[2].load(narrow).to(gl.float32), 1) + gl.convert_layout(of_keys, of_rows)
-                gl.store(rowsum_keys + t + j, -sum_C, mask=t + j < length)
+            if PROBE and not LATE:
+                sums_CP = sums_apart(dv_read * own[2].load(narrow).to(gl.float32), GROUPS, C, W, 1)
+                gl.store(rowsum + t + at_read, -sums_CP, mask=t + read_rows < length)
         dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
         dk_sums = warpgroup_mma(vo_buffer, own[0], dk_read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         kq = warpgroup_mma(following[1], following[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         vo = warpgroup_mma(following[2], following[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if PROBE and LATE:
+            sums_CP = sums_apart(dv_read * own[2].load(narrow).to(gl.float32), GROUPS, C, W, 1)
+            gl.store(rowsum + t + at_read, -sums_CP, mask=t + read_rows < length)
         state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
         tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state, and copies the outputs of the chunk before
@@ -174,13 +186,14 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         tma.async_copy_shared_to_global(results[0], [batch, t, head, 0], dk_buffer)
         thread_barrier()  # all warps' products have read the scores
         kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
-        kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, PROBE)
+        kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, GROUPS, PROBE)
         kq_buffer.store(kq_CC.to(DOT))
         vo_buffer.store(vo_CC.to(DOT))
         fence_async_shared()
         thread_barrier()  # see `kernels.walk_hopper.walk`
         if PROBE:
-            gl.store(rowsum_queries + t_next + i, of_queries, mask=t_next + i < length)
+            gl.store(rowsum + GROUPS * part_size + t_next + at_keys, -of_keys, mask=t_next + keys_rows < length)
+            gl.store(rowsum + 2 * GROUPS * part_size + t_next + at_queries, of_queries, mask=t_next + queries_cols < length)
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
@@ -195,7 +208,7 @@ def backward_kernel(
     length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
-    DLAST: gl.constexpr, LAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
+    DLAST: gl.constexpr, LAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """All gradients. Grid: (B * P * H * 2,): keys and values of a head, then its queries.
 
@@ -210,14 +223,14 @@ def backward_kernel(
     if part == 0:
         _walk_back(
             (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
-            (lines, dlast, dfirst, sums, decays, rowsum + part_size, rowsum + 2 * part_size), rate, (batch, head, piece), sizes,
+            (lines, dlast, dfirst, sums, decays, rowsum + GROUPS * part_size, part_size), rate, (batch, head, piece), sizes,
             _back_buffers(W, C, BACK_STAGES, GATE, DOT),
-            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, CUT, LAST, GATE_GRAD, DOT,
+            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, CUT, LAST, GATE_GRAD, DOT, LATE,
         )  # fmt: skip
     else:
         walk(
             (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
-            (lines, first, first, first, sums, decays, rowsum), rate, (batch, head, piece, head), sizes,
+            (lines, first, first, first, sums, decays, rowsum, part_size), rate, (batch, head, piece, head), sizes,
             buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
-            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, START, False, False, False, False, GATE_GRAD, DOT,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, START, False, False, False, False, GATE_GRAD, DOT, LATE,
         )  # fmt: skip

@@ -81,6 +81,7 @@ BACKWARD = {NARROW: Backward(1, 3, 2, 2), WIDTH: Backward(2, 3, 2, 1)}
 """By the width of keys and values on chip; heads that share keys apart."""
 SUMS = {NARROW: States(64, 1, 4), WIDTH: States(128, 2, 3)}
 """Of the sums over segments, by the same width."""
+LATE = False
 KEPT = States(64, 2, 3)
 """Of the states between chunks."""
 
@@ -292,7 +293,7 @@ def backward(
     sums, decays = segment_sums(q, do, lines, inputs, reverse=True)
     first = entered if cut else v if state is None else state.contiguous()
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
-    rowsums = v.new_empty((3, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
+    rowsums = v.new_empty((3 * config.groups + 4, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
     walk_hopper_back.backward_kernel[(batch * pieces.number * heads * 2,)](
         *described, _line_rows(lines, batch * heads, described[0]), lines, gate,
@@ -300,6 +301,6 @@ def backward(
         length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **constants, W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         START=EACH_GIVEN.value if cut else int(state is not None), DLAST=int(dlast is not None), LAST=state is not None,
-        GATE_GRAD=gate_grad,
+        GATE_GRAD=gate_grad, LATE=LATE,
     )  # fmt: skip
     return dq, dk, rowsums

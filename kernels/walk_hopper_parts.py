@@ -123,3 +123,24 @@ def state_of(
                 added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
                 state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
+
+
+@gluon.jit
+def places_of(part_size, PARTS: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
+    """Where sums of `sums_apart` belong, and which rows (AXIS 1) or columns (AXIS 0) they are of, in the layout of the sums."""
+    row, col = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
+    if AXIS == 1:
+        own_RC = row[:, None] + 0 * col[None, :]
+        at_RC = own_RC.to(gl.int64) + (col // (COLS // PARTS))[None, :].to(gl.int64) * part_size
+        return gl.max(at_RC.reshape([ROWS, PARTS, COLS // PARTS]), 2), gl.max(own_RC.reshape([ROWS, PARTS, COLS // PARTS]), 2)
+    own_RC = 0 * row[:, None] + col[None, :]
+    at_RC = own_RC.to(gl.int64) + (row // (ROWS // PARTS))[:, None].to(gl.int64) * part_size
+    return gl.max(at_RC.reshape([PARTS, ROWS // PARTS, COLS]), 1), gl.max(own_RC.reshape([PARTS, ROWS // PARTS, COLS]), 1)
+
+
+@gluon.jit
+def sums_apart(x_RC, PARTS: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, AXIS: gl.constexpr):
+    """Sums of rows (AXIS 1) or columns (AXIS 0) over what each of PARTS warp groups or warps holds, so that none is exchanged."""
+    if AXIS == 1:
+        return gl.sum(x_RC.reshape([ROWS, PARTS, COLS // PARTS]), 2)
+    return gl.sum(x_RC.reshape([PARTS, ROWS // PARTS, COLS]), 1)
