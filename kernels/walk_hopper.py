@@ -30,12 +30,12 @@ from kernels.walk_hopper_parts import (
     falls,
     half_of,
     line_layout,
-    places_of,
     program,
     rate_of,
+    row_sums,
     state_layout,
     state_of,
-    sums_apart,
+    store_sums,
 )
 from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
@@ -128,8 +128,6 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     if ENTER:
         index = (batch * segments + piece) * heads + head
         gl.store(entered + index.to(gl.int64) * D * E + offsets, state_DE, mask=inside)
-    if PROBE:
-        at_sums, sum_rows = places_of(part_size, GROUPS, C, BE, narrow, 1)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
@@ -162,13 +160,13 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             read = read_CE * gl.exp2(half + fall_C)[:, None]
             if PROBE and not LATE:
                 probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
-                gl.store(rowsum + t + at_sums, sums_apart(probed, GROUPS, C, BE, 1), mask=t + sum_rows < length)
+                store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
         outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         if PROBE and LATE:
             probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
-            gl.store(rowsum + t + at_sums, sums_apart(probed, GROUPS, C, BE, 1), mask=t + sum_rows < length)
+            store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         if KEEP:
             tma.store_wait(0)

@@ -26,21 +26,19 @@ from kernels.walk_hopper_parts import (
     SIZES,
     bring,
     chunks_of,
+    column_sums,
     entering,
     falls,
     half_of,
     line_layout,
-    places_of,
     program,
     rate_of,
+    row_sums,
     state_layout,
     state_of,
-    sums_apart,
+    store_sums,
 )
 from kernels.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
-
-WARPS = tl.constexpr(4)
-"""Of a warp group."""
 
 
 @gluon.jit
@@ -87,7 +85,7 @@ def _seen(
         kq_CC = kq_CC * decay_CC
         if PROBE:
             pairs_CC = gl.where(rows[:, None] == cols[None, :], 0.0, kq_CC * vo_CC)
-            of_keys, of_queries = sums_apart(pairs_CC, GROUPS, C, C, 1), sums_apart(pairs_CC, WARPS, C, C, 0)
+            of_keys, of_queries = row_sums(pairs_CC, C, C, GROUPS), column_sums(pairs_CC, C, C, GROUPS)
         vo_CC = vo_CC * decay_CC
     return kq_CC, vo_CC, of_keys, of_queries
 
@@ -140,11 +138,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     state_buffer.store(state_KV.to(DOT))
     fence_async_shared()
     if PROBE:
-        at_read, read_rows = places_of(part_size, GROUPS, C, W, narrow, 1)
-        at_keys, keys_rows = places_of(part_size, GROUPS, C, C, square, 1)
-        at_queries, queries_cols = places_of(part_size, WARPS, C, C, square, 0)
-        gl.store(rowsum + GROUPS * part_size + t + at_keys, -of_keys, mask=t + keys_rows < length)
-        gl.store(rowsum + 2 * GROUPS * part_size + t + at_queries, of_queries, mask=t + queries_cols < length)
+        store_sums(rowsum + GROUPS * part_size + t, of_queries, part_size, False, C, GROUPS)
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
         t_next = _start(n_first, step + 1, steps, C)
@@ -164,16 +158,16 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
             dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
             dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
             if PROBE and not LATE:
-                sums_CP = sums_apart(dv_read * own[2].load(narrow).to(gl.float32), GROUPS, C, W, 1)
-                gl.store(rowsum + t + at_read, -sums_CP, mask=t + read_rows < length)
+                of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
+                store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
         dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
         dk_sums = warpgroup_mma(vo_buffer, own[0], dk_read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         kq = warpgroup_mma(following[1], following[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         vo = warpgroup_mma(following[2], following[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         if PROBE and LATE:
-            sums_CP = sums_apart(dv_read * own[2].load(narrow).to(gl.float32), GROUPS, C, W, 1)
-            gl.store(rowsum + t + at_read, -sums_CP, mask=t + read_rows < length)
+            of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
+            store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
         state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
         tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state, and copies the outputs of the chunk before
@@ -192,8 +186,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         fence_async_shared()
         thread_barrier()  # see `kernels.walk_hopper.walk`
         if PROBE:
-            gl.store(rowsum + GROUPS * part_size + t_next + at_keys, -of_keys, mask=t_next + keys_rows < length)
-            gl.store(rowsum + 2 * GROUPS * part_size + t_next + at_queries, of_queries, mask=t_next + queries_cols < length)
+            store_sums(rowsum + GROUPS * part_size + t_next, of_queries, part_size, False, C, GROUPS)
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
@@ -205,7 +198,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
 @entry(do_not_specialize=SIZES, gluon=True)
 def backward_kernel(
     q, k, v, do, dq, dk, dv, line_rows, lines, gate, first, dlast, dfirst, sums, decays, rowsums,
-    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
+    length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
     DLAST: gl.constexpr, LAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr,
@@ -219,7 +212,8 @@ def backward_kernel(
     part, head, piece, batch = program(heads, segments, 2)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     sizes = (length, heads, segments, span)
-    rowsum, part_size = rowsums + (batch.to(gl.int64) * heads + head) * length, batches.to(gl.int64) * heads * length
+    part_size = (length + C - 1) // C * C
+    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * part_size * (2 * GROUPS + 4)
     if part == 0:
         _walk_back(
             (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),

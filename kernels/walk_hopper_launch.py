@@ -293,12 +293,13 @@ def backward(
     sums, decays = segment_sums(q, do, lines, inputs, reverse=True)
     first = entered if cut else v if state is None else state.contiguous()
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
-    rowsums = v.new_empty((3 * config.groups + 4, batch, heads, length) if gate_grad else 0, dtype=torch.float32)
+    parts = (batch, heads, 2 * config.groups + 4, -(-length // CHUNK) * CHUNK)
+    rowsums = v.new_empty(parts if gate_grad else (0, 0, 0, 0), dtype=torch.float32).permute(2, 0, 1, 3)[..., :length]
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
     walk_hopper_back.backward_kernel[(batch * pieces.number * heads * 2,)](
         *described, _line_rows(lines, batch * heads, described[0]), lines, gate,
         first, v if dlast is None else dlast, dfirst, sums, decays, rowsums,
-        length, batch, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
+        length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **constants, W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         START=EACH_GIVEN.value if cut else int(state is not None), DLAST=int(dlast is not None), LAST=state is not None,
         GATE_GRAD=gate_grad, LATE=LATE,

@@ -19,7 +19,7 @@ from kernels.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
 FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "batches", "heads", "group", "gate_every", "segments", "span"]
+SIZES = ["length", "heads", "group", "gate_every", "segments", "span"]
 
 
 @gluon.constexpr_function
@@ -125,22 +125,43 @@ def state_of(
     return state_DE
 
 
-@gluon.jit
-def places_of(part_size, PARTS: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
-    """Where sums of `sums_apart` belong, and which rows (AXIS 1) or columns (AXIS 0) they are of, in the layout of the sums."""
-    row, col = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
-    if AXIS == 1:
-        own_RC = row[:, None] + 0 * col[None, :]
-        at_RC = own_RC.to(gl.int64) + (col // (COLS // PARTS))[None, :].to(gl.int64) * part_size
-        return gl.max(at_RC.reshape([ROWS, PARTS, COLS // PARTS]), 2), gl.max(own_RC.reshape([ROWS, PARTS, COLS // PARTS]), 2)
-    own_RC = 0 * row[:, None] + col[None, :]
-    at_RC = own_RC.to(gl.int64) + (row // (ROWS // PARTS))[:, None].to(gl.int64) * part_size
-    return gl.max(at_RC.reshape([PARTS, ROWS // PARTS, COLS]), 1), gl.max(own_RC.reshape([PARTS, ROWS // PARTS, COLS]), 1)
+@gluon.constexpr_function
+def row_sums_layout(groups):
+    """Registers of sums of 64 rows that are `sums_layout`, one for what each warp group has of them, [64, groups]."""
+    return gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [0, 1]][: groups + 1], [], [64, groups]
+    )
+
+
+@gluon.constexpr_function
+def column_sums_layout(groups):
+    """Registers of sums of 64 such columns, one for what each of four warps has of them, [4, 64]."""
+    of_registers, of_warps = [[0, 1], [0, 8], [0, 16], [0, 32]], [[1, 0], [2, 0], [0, 32]]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(of_registers[: 5 - groups], lanes, of_warps[: groups + 1], [], [4, 64])
 
 
 @gluon.jit
-def sums_apart(x_RC, PARTS: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, AXIS: gl.constexpr):
-    """Sums of rows (AXIS 1) or columns (AXIS 0) over what each of PARTS warp groups or warps holds, so that none is exchanged."""
-    if AXIS == 1:
-        return gl.sum(x_RC.reshape([ROWS, PARTS, COLS // PARTS]), 2)
-    return gl.sum(x_RC.reshape([PARTS, ROWS // PARTS, COLS]), 1)
+def row_sums(x_RC, ROWS: gl.constexpr, COLS: gl.constexpr, GROUPS: gl.constexpr):
+    """Sums of the part of each row that a warp group has, [ROWS, GROUPS]: nothing is exchanged between warps."""
+    sums_RP = gl.sum(x_RC.reshape([ROWS, GROUPS, COLS // GROUPS]), 2)
+    return gl.convert_layout(sums_RP, row_sums_layout(GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def column_sums(x_RC, ROWS: gl.constexpr, COLS: gl.constexpr, GROUPS: gl.constexpr):
+    """Sums of the part of each column that one of four warps has, [4, COLS]."""
+    return gl.convert_layout(gl.sum(x_RC.reshape([4, ROWS // 4, COLS]), 1), column_sums_layout(GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def store_sums(to, sums, stride, ROWS_FIRST: gl.constexpr, C: gl.constexpr, GROUPS: gl.constexpr):
+    """Writes `row_sums` (ROWS_FIRST) or `column_sums` of a chunk, whose parts lie `stride` apart."""
+    if ROWS_FIRST:
+        layout: gl.constexpr = row_sums_layout(GROUPS)
+        token, part = gl.arange(0, C, gl.SliceLayout(1, layout))[:, None], gl.arange(0, GROUPS, gl.SliceLayout(0, layout))[None, :]
+        gl.store(to + (part * stride + token), sums)
+    else:
+        across: gl.constexpr = column_sums_layout(GROUPS)
+        warp, column = gl.arange(0, 4, gl.SliceLayout(1, across))[:, None], gl.arange(0, C, gl.SliceLayout(0, across))[None, :]
+        gl.store(to + (warp * stride + column), sums)

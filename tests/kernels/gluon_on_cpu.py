@@ -210,8 +210,8 @@ class Program:
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
-    def store(where: Pointer, x: Tensor, mask: Tensor) -> None:
-        at, mask, x = torch.broadcast_tensors(where.at, mask, torch.as_tensor(x))
+    def store(where: Pointer, x: Any, mask: Any = True) -> None:
+        at, mask, x = torch.broadcast_tensors(where.at, *(torch.as_tensor(y) for y in (mask, x)))
         where.flat[at[mask]] = x[mask].to(where.flat.dtype)
 
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:
