@@ -41,7 +41,7 @@ def shared_hashes() -> dict[str, str]:
     """Source hashes of the modules that every run uses; not part of the identity, but the report warns when they mix."""
     root = catalog.package_dir("bench").parent
     folders = {
-        "kernels": sorted((root / "kernels").glob("*.py")),
+        "kernels": sorted((root / "kernels").rglob("*.py")),
         "mixers": sorted((root / "mixers").glob("_*.py")),
         "tasks": sorted((root / "synthetic_tasks").glob("_*.py")),
         "trainer": [root / "bench" / f"{name}.py" for name in TRAINER],

@@ -53,7 +53,7 @@ def adamw_step(
         if not tensor.is_contiguous() or tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; AdamW takes contiguous torch.float32")
     if pick("adamw", weights_EP) == "triton":
-        from kernels.adamw_triton import step
+        from kernels.between.adamw_triton import step
 
         with torch.cuda.device_of(weights_EP):  # Triton launches on the current device
             step(weights_EP, gradient_EP, first_EP, second_EP, rates_E, steps_E, weight_decay, *BETAS, EPS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels._arguments import INTEGERS, check_arguments, check_axes
 from kernels._members import fold_members, stack_members
-from kernels.walk import MAX_WIDTH
+from kernels.walks.walk import MAX_WIDTH
 
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_TS: Tensor | None = None) -> Tensor:
@@ -187,7 +187,7 @@ def _banded_by_triton(
     q: Tensor, k: Tensor, v: Tensor, window: int, start_B: Tensor | None, sinks: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """Stored sinks become keys in front of all others; those of a whole sequence are keys already."""
-    from kernels.indexed_op import indexed_attention
+    from kernels.indexed.indexed_op import indexed_attention
 
     n_sinks = 0 if sinks is None else sinks[0].shape[-2]
     front, past = (0, 0) if start_B is None else (n_sinks, k.shape[-2] - q.shape[-2])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.chunk_decay import Lift, scalar_decay, vector_decay
-from kernels.chunk_delta import delta_rule, dplr
+from kernels.chunks.chunk_decay import Lift, scalar_decay, vector_decay
+from kernels.chunks.chunk_delta import delta_rule, dplr
 
 CHUNK = 64
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
-from kernels.conv_operator import short_conv_operator, short_conv_step_operator
+from kernels.convolutions.conv_operator import short_conv_operator, short_conv_step_operator
+from kernels.convolutions.long_conv_operator import long_conv_operator
 from kernels.dispatch import pick
-from kernels.long_conv_operator import long_conv_operator
 
 MOST_TAPS = 4
 """Of the Triton form, whose threads keep as many inputs, gradients and sums in registers."""
@@ -140,7 +140,7 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
     """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s.
 
     The torch form is an FFT in fp32 or better. The Triton form multiplies 16-bit inputs with Toeplitz matrices, see
-    `kernels.long_conv_triton`; the filter is rounded to 16 bit there, sums are in fp32.
+    `kernels.convolutions.long_conv_triton`; the filter is rounded to 16 bit there, sums are in fp32.
 
     Args:
         x_BTD: input, [B, T, D].

@@ -54,7 +54,7 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
 @operator("mixer_bench::cross_entropy")
 def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, predictions and logs of the sum of exponentials."""
-    from kernels.cross_entropy_triton import forward
+    from kernels.between.cross_entropy_triton import forward
 
     with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
         return forward(logits_RV.contiguous(), labels_R.contiguous(), IGNORED)
@@ -63,7 +63,7 @@ def _rows(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @operator("mixer_bench::cross_entropy_backward")
 def _rows_backward(dloss_R: Tensor, logits_RV: Tensor, labels_R: Tensor, logsumexp_R: Tensor) -> Tensor:
     """The gradient of the logits, in their dtype."""
-    from kernels.cross_entropy_triton import backward
+    from kernels.between.cross_entropy_triton import backward
 
     with torch.cuda.device_of(dloss_R):  # Triton launches on the current device
         return backward(dloss_R, logits_RV.contiguous(), labels_R.contiguous(), logsumexp_R.contiguous(), IGNORED)

@@ -57,7 +57,7 @@ def distillation_rows(
     dtype = student_RV.dtype if dtype is None else dtype
     with torch.no_grad():
         if pick("distillation_rows", student_RV) == "triton":
-            from kernels.distillation_triton import rows
+            from kernels.between.distillation_triton import rows
 
             with torch.cuda.device_of(student_RV):  # Triton launches on the current device
                 return rows(student_RV, teacher_RV, labels_R, kl, ce, temperature, dtype, IGNORED)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import chunked, dispatch, dplr_op, reference
+from kernels import chunked, dispatch, reference
 from kernels._arguments import check_arguments, check_axes, check_same, remembered
 from kernels.step import is_step, recurrent_step
-from kernels.walk import MAX_WIDTH
+from kernels.vector_gates import dplr_op
+from kernels.walks.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
 OPERATION = "dplr_recurrence"

@@ -39,7 +39,7 @@ def gated_conv(x_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, taps_DK: Tensor
     check_arguments(x_BTD, {"weight": (weight_DD, (width, width)), "taps": (taps_DK, (width, taps)), **vectors})
     obstacle = f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
     if pick("gated_conv", x_BTD, obstacle=obstacle) == "triton":
-        from kernels.gated_conv_operator import gated_conv_operator, taps_first
+        from kernels.convolutions.gated_conv_operator import gated_conv_operator, taps_first
 
         taps_1KD = taps_first(taps_DK[None])
         return gated_conv_operator(x_BTD, weight_DD.to(x_BTD.dtype)[None], bias_D[None], taps_1KD, tap_bias_D[None])[0]

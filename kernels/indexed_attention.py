@@ -15,11 +15,11 @@ from torch import Tensor
 from kernels import dispatch
 from kernels._arguments import BOOLS, check_arguments, check_axes
 from kernels.attention import attention, attention_reference, share_heads
-from kernels.indexed_launch import list_tile
-from kernels.sparse_index import option_names
+from kernels.indexed.indexed_launch import list_tile
+from kernels.indexed.sparse_index import option_names
 from kernels.sparse_masks import MASKS
 from kernels.values import check_most, check_seen, check_values, is_checking
-from kernels.walk import MAX_WIDTH
+from kernels.walks.walk import MAX_WIDTH
 
 
 def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern: str, **options: int) -> Tensor:
@@ -46,7 +46,7 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
         raise ValueError(f"sparse_attention: {pattern} takes {wanted}, not {given}")
     backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV), tensor_cores=True)
     if backend == "triton":
-        from kernels.indexed_op import indexed_attention
+        from kernels.indexed.indexed_op import indexed_attention
 
         numbers = [options[name] for name in option_names(pattern)]
         return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, None, pattern, numbers)[0]
@@ -87,7 +87,7 @@ def block_attention(
         obstacle = f"block {block} neither divides {tile[1]} nor is a multiple of it"
     backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle, tensor_cores=True)
     if backend == "triton":
-        from kernels.indexed_op import indexed_attention
+        from kernels.indexed.indexed_op import indexed_attention
 
         return indexed_attention(q_BHTK, k_BGTK, v_BGTV, None, chosen_BGTN.flatten(0, 1), "chosen", [block, most])[0]
     visible = chosen_BGTN.repeat_interleave(block, -1)[..., :length]
@@ -157,7 +157,7 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
         obstacle = "the kernel for one token has no gradient"
     backend = dispatch.pick("decode_attention", q_BHK, obstacle=obstacle, tensor_cores=True)
     if backend == "triton":
-        from kernels.indexed_decode import decode_attention_operator
+        from kernels.indexed.indexed_decode import decode_attention_operator
 
         return decode_attention_operator(q_BHK, k_BGSK, v_BGSV, seen_BGS)
     seen = seen_BGS if seen_BGS.shape[1] == 1 else seen_BGS.repeat_interleave(q_BHK.shape[1] // kv_heads, 1)

@@ -149,7 +149,7 @@ def kept_step_in_place(
     sink_v: Tensor | None, kept_k: Tensor, kept_v: Tensor, kept_score: Tensor, near_score: Tensor,
 ) -> Tensor:  # fmt: skip
     """`kept_step` on dense storage that is written over; returns the output."""
-    from kernels.kept_step_triton import kept_step_kernel
+    from kernels.steps.kept_step_triton import kept_step_kernel
 
     q, k, v = (x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous() for x in (q, k, v))
     groups, k_dim, v_dim, room, length = k.shape[1], k.shape[2], v.shape[2], kept_k.shape[2], old_k.shape[2]

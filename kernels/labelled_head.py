@@ -49,7 +49,7 @@ def labelled_head(h_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> tuple[Te
 @torch.library.custom_op("mixer_bench::labelled_head", mutates_args=())
 def _head(h_MRD: Tensor, weight_MVD: Tensor, labels_MR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, predictions, and gradients of the losses by the logits."""
-    from kernels.cross_entropy_triton import in_place
+    from kernels.between.cross_entropy_triton import in_place
 
     logits_MRV = torch.bmm(h_MRD, weight_MVD.mT)
     with torch.cuda.device_of(h_MRD):  # Triton launches on the current device

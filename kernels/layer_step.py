@@ -1,7 +1,7 @@
 """One decoded token of a whole layer but its projections: short convolution, activation, recurrence, norm and output gate.
 
 A step is bound by the bytes of the state, so what surrounds the recurrence should cost no launch of its own and no trip to
-memory: on a GPU `layer_step` is one launch. Its definition is `kernels.layer_step_reference`.
+memory: on a GPU `layer_step` is one launch. Its definition is `kernels.steps.layer_step_reference`.
 
 Shape legend: B batch, H heads of v and of the state, G heads of q and k (G divides H), K key, V value width, C channels of a
 convolution, J taps.
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels._arguments import check_arguments, check_axes
-from kernels.layer_step_operator import layer_step_in_place, layer_step_operator
-from kernels.layer_step_reference import Apart, Packed, layer_step_reference
 from kernels.step import may_write, step_obstacle
 from kernels.step_form import MAX_TAPS, StepForm
+from kernels.steps.layer_step_operator import layer_step_in_place, layer_step_operator
+from kernels.steps.layer_step_reference import Apart, Packed, layer_step_reference
 
 OPERATION = "layer_step"
 

@@ -1,7 +1,7 @@
 """Layer norms between the layers of a model, alone and two in a row: r + LN1(r), and LN2 of that.
 
 Forward is plain torch, which a compiler fuses with what comes before; backward is one Triton pass that makes the gradients of the
-input and of all parameters together and recomputes everything but the input (`kernels.norms_triton`).
+input and of all parameters together and recomputes everything but the input (`kernels.between.norms_triton`).
 
 Shape legend: B batch, T time, D width, M members (each N rows: its B T tokens), R chosen positions of a sequence.
 """
@@ -36,7 +36,7 @@ def layer_norm(x_BTD: Tensor, norm: Affine, eps: float = 1e-5) -> Tensor:
     """
     check_arguments(x_BTD, {name: (p, x_BTD.shape[-1:]) for name, p in zip(("weight", "bias"), norm, strict=True)})
     if pick("layer_norm", x_BTD, obstacle=_too_wide(x_BTD)) == "triton":
-        from kernels.norms_operator import norms_operator
+        from kernels.between.norms_operator import norms_operator
 
         weight, bias = (p[None] for p in norm)
         return norms_operator(x_BTD.flatten(0, -2)[None], weight, bias, None, None, None, eps)[1].view(x_BTD.shape)
@@ -69,7 +69,7 @@ def norm_pair(
     rows = {} if rows_BR is None else {"rows": (rows_BR, (batch, rows_BR.shape[-1]))}
     check_arguments(r_BTD, expected | rows, first="r", dtypes={"rows": INTEGERS})
     if pick("norm_pair", r_BTD, obstacle=_too_wide(r_BTD)) == "triton":
-        from kernels.norms_operator import norms_operator
+        from kernels.between.norms_operator import norms_operator
 
         weights = [p[None] for p in (*first, *second)]
         flat_1ND = r_BTD.flatten(0, -2)[None]

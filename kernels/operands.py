@@ -66,7 +66,7 @@ def _gate(log_decay: Tensor | None, batch: int, spare: Tensor) -> tuple[Tensor, 
 
 
 def _gate_kind(log_decay: Tensor | None) -> int:
-    from kernels import walk_triton
+    from kernels.walks import walk_triton
 
     if log_decay is None:
         return walk_triton.NO_GATE.value

@@ -10,11 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import chunked, delta_op, dispatch, recurrence_op, reference, vector_gate_op
+from kernels import chunked, dispatch, reference
 from kernels._arguments import check_arguments, check_axes, check_same, remembered
+from kernels.delta_rule import delta_op
 from kernels.packing import check_packing, run_padded
 from kernels.step import is_step, recurrent_step
-from kernels.walk import MAX_WIDTH
+from kernels.vector_gates import vector_gate_op
+from kernels.walks import recurrence_op
+from kernels.walks.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
 OPERATION = "linear_recurrence"

@@ -103,7 +103,7 @@ def read_rows(
     width = x_BTD.shape[-1]
     obstacle = f"width {width} is above {MOST_WIDTH}" if width > MOST_WIDTH else None
     if pick("read_rows", x_BTD, obstacle=obstacle, tensor_cores=True) == "triton":
-        from kernels.rows_operator import read_rows_operator
+        from kernels.between.rows_operator import read_rows_operator
 
         flags = (weights == "taylor", -1.0 if eps is None else eps, window or 0)
         y_BRD = read_rows_operator(q_BRD.to(x_BTD.dtype), x_BTD, place_BR, *flags)[0]

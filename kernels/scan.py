@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
-from kernels.scan_operator import scan_operator, selective_scan_operator
+from kernels.scans.scan_operator import scan_operator, selective_scan_operator
 
 
 def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:

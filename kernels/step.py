@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels._arguments import check_arguments, check_axes, check_same
-from kernels.step_operator import MAX_KEYS, STATE_DTYPES, step_in_place, step_operator
+from kernels.steps.step_operator import MAX_KEYS, STATE_DTYPES, step_in_place, step_operator
 
 OPERATION = "recurrent_step"
 _in_place = False

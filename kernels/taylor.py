@@ -4,7 +4,7 @@ phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(K). The second-order fea
 each unordered pair is stored once: F = 1 + K + K (K + 1) / 2, where the public code of the paper stores all K^2 pairs.
 
 Shape legend: B batch, T time, H heads, K width of q and k before the map, F features, V value width, R rows of the kernels'
-sums (`kernels.taylor_triton`).
+sums (`kernels.taylor_features.taylor_triton`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import chunked, dispatch
 from kernels._arguments import check_arguments, check_axes, check_same, remembered
-from kernels.chunk_decay import Lift
+from kernels.chunks.chunk_decay import Lift
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.reference import linear_recurrence_reference
 from kernels.step import is_step
@@ -97,7 +97,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, eps: float | None, state: Sums) -> tu
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, eps: float | None, state: Sums | None) -> tuple[Tensor, Sums | None]:
     """The operator's sums are of monomials, in rows of its own."""
-    from kernels import taylor_op
+    from kernels.taylor_features import taylor_op
 
     norm, flags = eps is not None, (eps is not None, eps or 0.0, state is not None)
     if state is None:
@@ -126,7 +126,7 @@ def _rows_of_features(k_dim: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 def _obstacle(k: Tensor, v: Tensor) -> str | None:
     """What keeps a call from the Triton kernels."""
-    from kernels.taylor_launch import MAX_KEY, MAX_VALUE
+    from kernels.taylor_features.taylor_launch import MAX_KEY, MAX_VALUE
 
     if k.shape[-1] > MAX_KEY:
         return f"feature dim {k.shape[-1]} is above {MAX_KEY}"

@@ -152,7 +152,7 @@ def window_step_operator(
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, old: tuple[Tensor | None, ...], new: tuple[Tensor | None, ...], position: Tensor, window: int
 ) -> Tensor:
-    from kernels.window_step_triton import window_step_kernel
+    from kernels.steps.window_step_triton import window_step_kernel
 
     q, k, v = (x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous() for x in (q, k, v))
     groups, k_dim, v_dim = k.shape[1], k.shape[2], v.shape[2]

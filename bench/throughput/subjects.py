@@ -15,7 +15,7 @@ from bench.throughput.kernels import OPERATIONS
 from bench.throughput.names import KERNELS, KernelName
 from bench.throughput.plan import Row
 from bench.throughput.problem import Problem
-from kernels.chosen_launch import BY_KEY_FROM
+from kernels.indexed.chosen_launch import BY_KEY_FROM
 
 if TYPE_CHECKING:
     from bench.throughput.measure import Session

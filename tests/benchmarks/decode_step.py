@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 
 from bench import catalog
-from kernels import step_launch
 from kernels.step import recurrent_step, states_in_place
-from kernels.step_launch import Config
+from kernels.steps import step_launch
+from kernels.steps.step_launch import Config
 from mixers import _fused
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import graph_ms

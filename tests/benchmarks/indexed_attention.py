@@ -21,10 +21,10 @@ import triton
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kernels import indexed_launch
 from kernels.dispatch import use_backend
+from kernels.indexed import indexed_launch
+from kernels.indexed.indexed_op import indexed_attention
 from kernels.indexed_attention import block_attention, choose_blocks, decode_attention
-from kernels.indexed_op import indexed_attention
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import ceilings, graph_ms
 

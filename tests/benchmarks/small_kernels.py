@@ -23,20 +23,15 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import (
-    _replay,
-    conv_triton,
-    cross_entropy_triton,
-    long_conv_triton,
-    scan_operator,
-    scan_triton,
-    selective_scan_launch,
-)
+from kernels import _replay
 from kernels.attention import attention, attention_reference, band_mask, banded_attention
+from kernels.between import cross_entropy_triton
 from kernels.conv import long_conv, short_conv
+from kernels.convolutions import conv_triton, long_conv_triton
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.dispatch import use_backend
 from kernels.scan import scan, selective_scan
+from kernels.scans import scan_operator, scan_triton, selective_scan_launch
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import graph_ms
 

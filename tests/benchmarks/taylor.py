@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kernels import _replay, taylor_launch
+from kernels import _replay
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
+from kernels.taylor_features import taylor_launch
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import CHUNK_OF_FLOPS, ceilings, graph_ms
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from kernels import vector_gate
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
+from kernels.vector_gates import vector_gate
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import CHUNK_OF_FLOPS, ceilings, graph_ms
 

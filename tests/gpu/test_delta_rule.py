@@ -178,8 +178,14 @@ def test_repeats_are_equal_to_the_bit(shape, gate) -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import delta_coupling_triton, delta_hopper_backward, delta_hopper_carry, delta_hopper_transposed, delta_triton
-    from kernels.delta_gradients_triton import gradients_kernel
+    from kernels.delta_rule import (
+        delta_coupling_triton,
+        delta_hopper_backward,
+        delta_hopper_carry,
+        delta_hopper_transposed,
+        delta_triton,
+    )
+    from kernels.delta_rule.delta_gradients_triton import gradients_kernel
 
     kernels = (
         delta_coupling_triton.coupling_kernel,

@@ -11,7 +11,7 @@ from bench.throughput.draws import Draw
 from bench.throughput.kernels import OPERATIONS
 from bench.throughput.measure import timed_call
 from bench.throughput.names import KERNELS
-from kernels.walk_grouped import LEAST_GROUP
+from kernels.walks.walk_grouped import LEAST_GROUP
 
 pytestmark = pytest.mark.gpu
 

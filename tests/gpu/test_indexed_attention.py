@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import chosen_launch
 from kernels._replay import forget
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
+from kernels.indexed import chosen_launch
+from kernels.indexed.indexed_op import indexed_attention
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
-from kernels.indexed_op import indexed_attention
 from kernels.sparse_masks import mask
 from tests.kernels.oracle import rms_error
 
@@ -142,7 +142,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import indexed_grad_triton, indexed_triton
+    from kernels.indexed import indexed_grad_triton, indexed_triton
 
     kernels = (indexed_triton.forward_kernel, indexed_grad_triton.query_kernel, indexed_grad_triton.key_kernel)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench import catalog
-from kernels import step_launch
 from kernels.dispatch import watched
 from kernels.step import states_in_place
-from kernels.step_launch import Config
+from kernels.steps import step_launch
+from kernels.steps.step_launch import Config
 from tests.kernels import cases_layer_step as cases
 from tests.kernels.oracle import rms_error
 
@@ -84,7 +84,7 @@ def test_mixers_decode_with_it(name: str) -> None:
 
 
 def test_new_batches_and_heads_compile_nothing() -> None:
-    from kernels.step_triton import step_kernel
+    from kernels.steps.step_triton import step_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in step_kernel.device_caches.values())

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from kernels import walk_hopper_launch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from kernels.walk_pieces import n_segments
+from kernels.walks import walk_hopper_launch
+from kernels.walks.walk_pieces import n_segments
 
 pytestmark = pytest.mark.gpu
 
@@ -224,7 +224,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import walk_forward_triton, walk_gradients_triton, walk_hopper, walk_hopper_back
+    from kernels.walks import walk_forward_triton, walk_gradients_triton, walk_hopper, walk_hopper_back
 
     gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
     kernels = (walk_forward_triton.forward_kernel, *gradients, walk_hopper.forward_kernel, walk_hopper_back.backward_kernel)

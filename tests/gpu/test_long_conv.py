@@ -39,7 +39,7 @@ def test_in_a_graph() -> None:
 
 
 def test_new_sizes_compile_nothing() -> None:
-    from kernels.long_conv_triton import toeplitz_kernel
+    from kernels.convolutions.long_conv_triton import toeplitz_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in toeplitz_kernel.device_caches.values())

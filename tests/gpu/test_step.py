@@ -57,7 +57,7 @@ def test_replayed_steps_are_a_sequence() -> None:
 
 
 def test_new_batches_and_heads_compile_nothing() -> None:
-    from kernels.step_triton import step_kernel
+    from kernels.steps.step_triton import step_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in step_kernel.device_caches.values())

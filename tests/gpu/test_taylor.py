@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from kernels import taylor_launch
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
+from kernels.taylor_features import taylor_launch
 from tests.kernels.oracle import rms_error
 
 pytestmark = pytest.mark.gpu
@@ -108,7 +108,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import taylor_grad_triton, taylor_triton
+    from kernels.taylor_features import taylor_grad_triton, taylor_triton
 
     kernels = (taylor_triton.forward_kernel, taylor_triton.state_kernel, taylor_triton.scan_kernel)
     kernels += (taylor_grad_triton.query_kernel, taylor_grad_triton.key_kernel)

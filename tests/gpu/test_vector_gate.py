@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import _replay, vector_gate, vector_gate_hopper_launch
+from kernels import _replay
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
+from kernels.vector_gates import vector_gate, vector_gate_hopper_launch
 from tests.kernels import cases_vector_gate as cases
 from tests.kernels.oracle import rms_error
 
@@ -108,7 +109,7 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels import (
+    from kernels.vector_gates import (
         vector_gate_gradient,
         vector_gate_hopper,
         vector_gate_hopper_back,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kernels.dispatch import use_backend
 from kernels.layer_step import Apart, Conv, Packed, Stepped, layer_step
-from kernels.layer_step_reference import layer_step_reference
 from kernels.step import states_in_place
 from kernels.step_form import StepForm
+from kernels.steps.layer_step_reference import layer_step_reference
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
 
 FORMS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels import (
+from kernels.delta_rule import (
     delta,
     delta_hopper,
     delta_hopper_backward,

@@ -7,7 +7,7 @@ import torch
 from torch.func import vmap
 from torch.nn import functional as F
 
-from kernels import delta
+from kernels.delta_rule import delta
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference

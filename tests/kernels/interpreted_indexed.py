@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import _ahead, chosen_launch, indexed_launch, sparse_index
+from kernels import _ahead
 from kernels.attention import attention_reference, band_mask, banded_attention, share_heads
 from kernels.dispatch import use_backend
+from kernels.indexed import chosen_launch, indexed_launch, sparse_index
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
 from kernels.sparse_masks import mask
 from tests.kernels.oracle import SINGLE, poisoned, rms_error

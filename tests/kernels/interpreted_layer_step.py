@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bench import catalog
-from kernels import step_launch
 from kernels.dispatch import use_backend, watched
 from kernels.step import states_in_place
-from kernels.step_launch import Config
+from kernels.steps import step_launch
+from kernels.steps.step_launch import Config
 from tests.kernels import cases_layer_step as cases
 from tests.kernels.oracle import SINGLE, poisoned, require_close
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import walk_config, walk_grouped, walk_pieces
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
+from kernels.walks import walk_config, walk_grouped, walk_pieces
 from tests.kernels.cases_packing import check_packed
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 

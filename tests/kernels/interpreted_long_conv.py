@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels.conv import long_conv
+from kernels.convolutions.long_conv_operator import long_conv_operator
 from kernels.dispatch import use_backend
-from kernels.long_conv_operator import long_conv_operator
 from tests.kernels import cases_long_conv as cases
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import scan_segments_triton, scan_triton
 from kernels.dispatch import use_backend
 from kernels.scan import scan
+from kernels.scans import scan_segments_triton, scan_triton
 from tests.kernels import cases_scan as cases
 
 

@@ -5,17 +5,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import (
+from kernels.dispatch import use_backend
+from kernels.scan import selective_scan
+from kernels.scans import (
     selective_scan_gluon,
     selective_scan_launch,
     selective_scan_quads,
     selective_scan_quads_backward,
     selective_scan_quads_forward,
 )
-from kernels import selective_scan_segments as segments
-from kernels.dispatch import use_backend
-from kernels.scan import selective_scan
-from kernels.selective_scan_rows import over_channels
+from kernels.scans import selective_scan_segments as segments
+from kernels.scans.selective_scan_rows import over_channels
 from tests.kernels import cases_selective_scan as cases
 from tests.kernels.gluon_on_cpu import OnCpu
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.func import vmap
 
-from kernels import taylor_launch
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
+from kernels.taylor_features import taylor_launch
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 # batch, length, heads, width of q and k, width of v; chunks have 32 tokens here

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels import vector_gate, vector_gate_config
 from kernels.dispatch import use_backend
 from kernels.dplr import dplr_recurrence
 from kernels.recurrence import linear_recurrence
+from kernels.vector_gates import vector_gate, vector_gate_config
 from tests.kernels import cases_vector_gate as cases
 
 

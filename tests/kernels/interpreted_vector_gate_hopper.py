@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kernels import (
-    delta_hopper,
-    delta_hopper_launch,
+from kernels.delta_rule import delta_hopper, delta_hopper_launch
+from kernels.vector_gates import (
     vector_gate,
     vector_gate_config,
     vector_gate_hopper,

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from kernels import (
-    delta_hopper,
+from kernels.delta_rule import delta_hopper
+from kernels.dispatch import use_backend
+from kernels.recurrence import linear_recurrence
+from kernels.reference import linear_recurrence_reference
+from kernels.walks import (
     walk_grouped,
     walk_hopper,
     walk_hopper_back,
@@ -12,9 +15,6 @@ from kernels import (
     walk_hopper_parts,
     walk_hopper_states,
 )
-from kernels.dispatch import use_backend
-from kernels.recurrence import linear_recurrence
-from kernels.reference import linear_recurrence_reference
 from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
 from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
@@ -63,7 +63,7 @@ def test_segments_of_long_rows(monkeypatch, gate):
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
 @pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
 def test_heads_that_share_keys(monkeypatch, gate, shape):
-    """Their states are kept for `kernels.walk_grouped`."""
+    """Their states are kept for `kernels.walks.walk_grouped`."""
     monkeypatch.setattr(walk_hopper_launch, "LEAST_SEGMENT", 128)
     monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.adamw import adamw_step
-from kernels.adamw_triton import BLOCK, WARPS, adamw_kernel
+from kernels.between.adamw_triton import BLOCK, WARPS, adamw_kernel
 from tests.kernels import cases_adamw as cases
 from tests.kernels.offline import compile_sm90
 

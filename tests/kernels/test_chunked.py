@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.chunk_decay import Lift
 from kernels.chunked import dplr_recurrence, linear_recurrence
+from kernels.chunks.chunk_decay import Lift
 from kernels.reference import dplr_reference, linear_recurrence_reference
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.conv import MOST_TAPS, short_conv, short_conv_step
-from kernels.conv_triton import (
+from kernels.convolutions.conv_triton import (
     AHEAD,
     CHANNELS,
     RUN,

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.cross_entropy import IGNORED, labelled_cross_entropy
-from kernels.cross_entropy_triton import (
+from kernels.between.cross_entropy_triton import (
     IN_PLACE_BLOCK,
     block_and_warps,
     cross_entropy_backward,
     cross_entropy_forward,
     cross_entropy_in_place,
 )
+from kernels.cross_entropy import IGNORED, labelled_cross_entropy
 from kernels.labelled_head import labelled_head
 from tests.kernels.offline import compile_sm90
 

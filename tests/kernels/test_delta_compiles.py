@@ -4,10 +4,11 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import delta, walk
-from kernels.delta_coupling_triton import coupling_kernel
-from kernels.delta_gradients_triton import gradients_kernel
-from kernels.delta_triton import forward_kernel, reverse_kernel
+from kernels.delta_rule import delta
+from kernels.delta_rule.delta_coupling_triton import coupling_kernel
+from kernels.delta_rule.delta_gradients_triton import gradients_kernel
+from kernels.delta_rule.delta_triton import forward_kernel, reverse_kernel
+from kernels.walks import walk
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import DTYPES, SMEM
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kernels.between.distillation_triton import BLOCK, WARPS, distillation_kernel
 from kernels.distillation import IGNORED, distillation_rows
-from kernels.distillation_triton import BLOCK, WARPS, distillation_kernel
 from tests.kernels.cases_distillation import SETTINGS, exact_rows
 from tests.kernels.offline import compile_sm90
 

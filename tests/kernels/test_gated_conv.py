@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kernels.conv import MOST_TAPS
+from kernels.convolutions.gated_conv_triton import CHANNELS, TILE, TOKENS, WARPS, gated_conv_backward
 from kernels.dispatch import use_backend
 from kernels.gated_conv import gated_conv
-from kernels.gated_conv_triton import CHANNELS, TILE, TOKENS, WARPS, gated_conv_backward
 from kernels.products import product_over_rows
 from tests.kernels import cases_gated_conv as cases
 from tests.kernels.offline import compile_sm90

@@ -16,7 +16,8 @@ from bench.throughput.draws import Draw
 from bench.throughput.kernels import OPERATIONS
 from bench.throughput.measure import timed_call
 from bench.throughput.names import KERNELS, KernelName
-from kernels import _entry, _replay, delta_hopper_launch, dispatch
+from kernels import _entry, _replay, dispatch
+from kernels.delta_rule import delta_hopper_launch
 from kernels.dispatch import use_backend
 
 FIRST = (2, 256, 4)

@@ -4,15 +4,15 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import chosen_grad_triton as chosen
-from kernels import chosen_launch
-from kernels import indexed_decode as decode
-from kernels import indexed_launch as launch
-from kernels.chosen_lists_triton import pack_kernel, slots_kernel, tiles_kernel
-from kernels.chosen_shares_triton import delta_kernel, shares_kernel, sum_parts_kernel, sum_shares_kernel
-from kernels.indexed_decode_triton import join_kernel, part_kernel
-from kernels.indexed_grad_triton import far_kernel, key_kernel, query_kernel
-from kernels.indexed_triton import compact_kernel, forward_kernel
+from kernels.indexed import chosen_grad_triton as chosen
+from kernels.indexed import chosen_launch
+from kernels.indexed import indexed_decode as decode
+from kernels.indexed import indexed_launch as launch
+from kernels.indexed.chosen_lists_triton import pack_kernel, slots_kernel, tiles_kernel
+from kernels.indexed.chosen_shares_triton import delta_kernel, shares_kernel, sum_parts_kernel, sum_shares_kernel
+from kernels.indexed.indexed_decode_triton import join_kernel, part_kernel
+from kernels.indexed.indexed_grad_triton import far_kernel, key_kernel, query_kernel
+from kernels.indexed.indexed_triton import compact_kernel, forward_kernel
 from kernels.operands import _precision, product_width
 from tests.kernels.offline import compile_sm90
 

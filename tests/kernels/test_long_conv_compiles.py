@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kernels import long_conv_triton as shipped
+from kernels.convolutions import long_conv_triton as shipped
 from tests.kernels.offline import Resources, compile_sm90
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kernels.between.norms_triton import ROWS, TILE_ELEMENTS, WARPS, norms_backward
 from kernels.dispatch import use_backend
 from kernels.norms import MOST_WIDTH, layer_norm, norm_pair
-from kernels.norms_triton import ROWS, TILE_ELEMENTS, WARPS, norms_backward
 from tests.kernels import cases_norms as cases
 from tests.kernels.offline import compile_sm90
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kernels.between.rows_triton import LEAST_ROWS, WARPS, read_rows_dq, read_rows_dx, read_rows_forward, tiles
 from kernels.dispatch import use_backend
 from kernels.rows import MOST_WIDTH, pick_rows, read_rows
-from kernels.rows_triton import LEAST_ROWS, WARPS, read_rows_dq, read_rows_dx, read_rows_forward, tiles
 from tests.kernels import cases_rows as cases
 from tests.kernels.offline import compile_sm90
 

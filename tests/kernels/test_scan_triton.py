@@ -7,18 +7,18 @@ import re
 import pytest
 import torch
 
-from kernels.parts_triton import LARGE, MANY, sum_kernel
+from kernels.between.parts_triton import LARGE, MANY, sum_kernel
 from kernels.scan import scan, selective_scan
-from kernels.scan_operator import CHANNELS, TILE
-from kernels.scan_segments_triton import segments_kernel
-from kernels.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
-from kernels.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
-from kernels.selective_scan_launch import QUAD_WARPS, WARPS, few_channels
-from kernels.selective_scan_quads_backward import quads_backward
-from kernels.selective_scan_quads_forward import quads_forward
-from kernels.selective_scan_segments import BLOCK, ENOUGH, PROGRAMS, SHORTEST_SEGMENT, enter_segments, segment_ends, share_out
-from kernels.selective_scan_triton import selective_scan_backward
-from kernels.selective_scan_turn_triton import STATES, TOKENS, turn_kernel
+from kernels.scans.scan_operator import CHANNELS, TILE
+from kernels.scans.scan_segments_triton import segments_kernel
+from kernels.scans.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
+from kernels.scans.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
+from kernels.scans.selective_scan_launch import QUAD_WARPS, WARPS, few_channels
+from kernels.scans.selective_scan_quads_backward import quads_backward
+from kernels.scans.selective_scan_quads_forward import quads_forward
+from kernels.scans.selective_scan_segments import BLOCK, ENOUGH, PROGRAMS, SHORTEST_SEGMENT, enter_segments, segment_ends, share_out
+from kernels.scans.selective_scan_triton import selective_scan_backward
+from kernels.scans.selective_scan_turn_triton import STATES, TOKENS, turn_kernel
 from tests.kernels.offline import compile_sm90
 
 SIZES = dict.fromkeys(

@@ -8,13 +8,13 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels.kept_step_triton import kept_step_kernel
 from kernels.operands import _precision
 from kernels.step_form import StepForm
-from kernels.step_launch import NOTHING_AROUND, config_of, constants, spread, tile_widths, together
-from kernels.step_triton import step_kernel
+from kernels.steps.kept_step_triton import kept_step_kernel
+from kernels.steps.step_launch import NOTHING_AROUND, config_of, constants, spread, tile_widths, together
+from kernels.steps.step_triton import step_kernel
+from kernels.steps.window_step_triton import window_step_kernel
 from kernels.window_step import tile_of
-from kernels.window_step_triton import window_step_kernel
 from tests.kernels.cases_layer_step import CONVOLVED, DECAYS, FORMS
 from tests.kernels.offline import Resources, compile_sm90
 

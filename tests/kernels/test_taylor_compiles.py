@@ -4,11 +4,11 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import taylor_launch as launch
 from kernels.operands import _precision, padded, product_width
-from kernels.taylor_grad_triton import key_kernel, query_kernel
-from kernels.taylor_triton import forward_kernel, scan_kernel, state_kernel
-from kernels.taylor_walk_triton import walk_kernel
+from kernels.taylor_features import taylor_launch as launch
+from kernels.taylor_features.taylor_grad_triton import key_kernel, query_kernel
+from kernels.taylor_features.taylor_triton import forward_kernel, scan_kernel, state_kernel
+from kernels.taylor_features.taylor_walk_triton import walk_kernel
 from tests.kernels.offline import compile_sm90
 
 NARROW = ("q", "k", "v", "x", "c", "y", "dy", "dq", "dk", "dv")

@@ -8,12 +8,13 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import vector_gate_config, walk
-from kernels.dplr_triton import ROWS, halves_kernel, pairs_kernel, spread_kernel
-from kernels.vector_gate_gradient import gradient_kernel
-from kernels.vector_gate_prepare import prepare_kernel
-from kernels.vector_gate_solve import solve_kernel
-from kernels.vector_gate_walk import reverse_kernel, walk_kernel
+from kernels.vector_gates import vector_gate_config
+from kernels.vector_gates.dplr_triton import ROWS, halves_kernel, pairs_kernel, spread_kernel
+from kernels.vector_gates.vector_gate_gradient import gradient_kernel
+from kernels.vector_gates.vector_gate_prepare import prepare_kernel
+from kernels.vector_gates.vector_gate_solve import solve_kernel
+from kernels.vector_gates.vector_gate_walk import reverse_kernel, walk_kernel
+from kernels.walks import walk
 from tests.kernels.offline import Resources, compile_sm90
 
 DTYPES = {torch.bfloat16: ("*bf16+", tl.bfloat16), torch.float16: ("*fp16+", tl.float16), torch.float32: ("*fp32+", tl.float32)}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import triton.language as tl
 
-from kernels import vector_gate_hopper_launch
-from kernels.vector_gate_hopper import walk_kernel
-from kernels.vector_gate_hopper_back import reverse_kernel
+from kernels.vector_gates import vector_gate_hopper_launch
+from kernels.vector_gates.vector_gate_hopper import walk_kernel
+from kernels.vector_gates.vector_gate_hopper_back import reverse_kernel
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_delta_hopper_compiles import described
 from tests.kernels.test_walk_compiles import SMEM

@@ -4,11 +4,11 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import walk, walk_config, walk_decays, walk_grouped
-from kernels.walk_forward_triton import forward_kernel, segment_kernel
-from kernels.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
-from kernels.walk_grouped_triton import keys_kernel, outputs_kernel, queries_kernel, states_kernel
-from kernels.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
+from kernels.walks import walk, walk_config, walk_decays, walk_grouped
+from kernels.walks.walk_forward_triton import forward_kernel, segment_kernel
+from kernels.walks.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
+from kernels.walks.walk_grouped_triton import keys_kernel, outputs_kernel, queries_kernel, states_kernel
+from kernels.walks.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
 from tests.kernels.offline import compile_sm90
 
 POINTERS = ("q", "k", "v", "b", "c", "o", "do", "dq", "dk", "dv")

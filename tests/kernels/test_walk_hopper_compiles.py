@@ -4,8 +4,8 @@ import pytest
 import triton.language as tl
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import walk_hopper, walk_hopper_back, walk_hopper_launch
-from kernels.delta_hopper import shared_layout
+from kernels.delta_rule.delta_hopper import shared_layout
+from kernels.walks import walk_hopper, walk_hopper_back, walk_hopper_launch
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 

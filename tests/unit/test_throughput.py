@@ -18,8 +18,8 @@ from bench.throughput.mixers import problem as mixer_problem
 from bench.throughput.names import KERNELS
 from bench.throughput.plan import Row, SpeedRequest, plan
 from bench.throughput.problem import check, relative_error
-from kernels.chosen_launch import BY_KEY_FROM
 from kernels.dispatch import watched
+from kernels.indexed.chosen_launch import BY_KEY_FROM
 from kernels.recurrence import linear_recurrence
 
 MAIN = Shape(8, 2048, 16, 16, 128, 128)

@@ -1,0 +1,1 @@
+"""What lies between mixers and around a training step: norms, rows of attention, losses, the optimiser."""

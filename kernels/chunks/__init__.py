@@ -1,0 +1,1 @@
+"""The recurrences cut into chunks, in plain torch."""

@@ -1,0 +1,1 @@
+"""Short, gated and long causal convolutions."""

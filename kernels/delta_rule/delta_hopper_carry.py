@@ -1,0 +1,310 @@
+"""What a segment of a long sequence does to a state, for Hopper: where heads are few, segments of a sequence run at once.
+
+A segment takes the state S that enters it to R S + C, and the gradient of the state that leaves it to that of the one that
+enters in the same form. A warp group walks over a segment with 64 columns of the state, transposed as in
+`delta_hopper_transposed`: from zero for C, and from columns of the identity, without values (or gradients of outputs),
+for R. Two share a program's keys and couplings, and a third brings them. Then `combine_kernel` goes through the segments.
+
+Segments are counted in the order of the walk: the first starts with the state given, or zero, and needs no R; what the last
+leaves is left to the walk proper. `ends` is [B * H, segments - 1, K, columns of C and then of R] in fp32.
+
+Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels._entry import entry
+from kernels.delta_rule.delta_hopper import SIZES, barriers, factors_of, fetch, place, shared_layout, thread_barrier, turned_layout
+from kernels.delta_rule.delta_hopper_beside import given_decays, line_layout
+from kernels.delta_rule.delta_hopper_transposed import operand, start_errors, start_state, state_places, token_factors, whole_decay
+
+UNITS = tl.constexpr(2)
+
+
+@gluon.jit
+def _buffers(
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, DOT: gl.constexpr
+):
+    """Shared memory: keys, values, H and queries of each stage with barriers; scores and factors of two chunks; barriers."""
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES * TILES, C, 64], shared_layout(64))
+    h_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
+    q_buffers, p_buffers = k_buffers, h_buffers
+    if REVERSE:
+        q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+        p_buffers = gl.allocate_shared_memory(DOT, [2, C, C], shared_layout(C))
+    beta_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    since_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    until_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    whole_buffers = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    made = (h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers, g_buffer)
+    return (k_buffers, v_buffers, q_buffers), made, (barriers(STAGES), barriers(2), barriers(2, UNITS))
+
+
+@gluon.jit
+def _chunk_of(bounds, step, REVERSE: gl.constexpr):
+    """The chunk of a step of the walk."""
+    n = bounds[0] + step
+    if REVERSE:
+        n = bounds[1] - step
+    return n
+
+
+@gluon.jit
+def _bring(
+    sources, rows, made, bars, where, n, step,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy what a chunk needs: keys and H, and for C values, or queries and gradients of outputs."""
+    k, h, v, q = sources
+    batch, head, shared_head, chunk_0, writes = where
+    stage, at_k = step % STAGES, [batch, n * C, shared_head, 0]
+    places = (at_k, [chunk_0 + n, 0, 0])
+    views = (rows[0].index(stage), made[0].index(stage))
+    if writes:
+        names = (k, h)
+        of_values = ()
+        at_values = ()
+        for tile in gl.static_range(TILES):
+            names = names + (v,)  # noqa: RUF005
+            at_values = at_values + ([batch, n * C, head, tile * 64],)  # noqa: RUF005
+            of_values = of_values + (rows[1].index(stage * TILES + tile),)  # noqa: RUF005
+        BYTES: gl.constexpr = 2 * C * (BK + C + 64 * TILES)
+        if REVERSE:
+            names = names + (q,)  # noqa: RUF005
+            at_values = at_values + (at_k,)  # noqa: RUF005
+            of_values = of_values + (rows[2].index(stage),)  # noqa: RUF005
+        fetch(bars[0].index(stage), BYTES + 2 * C * BK * REVERSE, names, places + at_values, views + of_values)
+    else:
+        fetch(bars[0].index(stage), 2 * C * (BK + C), (k, h), places, views)
+
+
+@gluon.jit
+def _feed(
+    sources, pointers, where, bounds, rows, made, bars, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """The partition that brings rows and makes factors of tokens; for gradients, scores of queries and keys too."""
+    square: gl.constexpr = turned_layout(C)
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    line = gl.arange(0, C, line_layout())
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    steps = bounds[1] - bounds[0] + 1
+    for early in gl.static_range(STAGES):
+        if early < steps:
+            _bring(sources, rows, made, bars, where, _chunk_of(bounds, early, REVERSE), early, BK, C, STAGES, TILES, REVERSE)
+    beta_C, g_C, g_all = factors_of(pointers[0], pointers[1], _chunk_of(bounds, 0, REVERSE), line, length, heads, C, GATED)
+    for step in range(steps):
+        part, then = step % 2, step - 2 + STAGES
+        mbarrier.wait(bars[2].index(part), (step // 2 + 1) % 2)
+        if (step >= 2) & (then < steps):
+            _bring(sources, rows, made, bars, where, _chunk_of(bounds, then, REVERSE), then, BK, C, STAGES, TILES, REVERSE)
+        made[2].index(part).store(beta_C)
+        if GATED:
+            made[3].index(part).store(gl.exp2(g_C))
+            made[4].index(part).store(gl.exp2(g_all - g_C))
+            made[5].index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
+        if REVERSE:  # noqa: SIM102
+            if where[4]:
+                mbarrier.wait(bars[0].index(step % STAGES), step // STAGES % 2)
+                k_CK = rows[0].index(step % STAGES)
+                scores = warpgroup_mma(rows[2].index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+                fall = 1.0
+                if GATED:
+                    fall = given_decays(g_C, made[6], zero, C)
+                scores_CC = warpgroup_mma_wait(0, [scores])
+                made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+                fence_async_shared()
+        following = _chunk_of(bounds, gl.minimum(step + 1, steps - 1), REVERSE)
+        beta_C, g_C, g_all = factors_of(pointers[0], pointers[1], following, line, length, heads, C, GATED)
+        thread_barrier()
+        mbarrier.arrive(bars[1].index(part), count=1)
+
+
+@gluon.jit
+def _start(given, head_index, order, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, GIVEN: gl.constexpr):
+    """The columns of a state with which a walk starts, transposed: of the state given, of zero or of the identity."""
+    VALUES: gl.constexpr = (V + 63) // 64 * 64
+    wide: gl.constexpr = turned_layout(BK)
+    e, d = e_start + gl.arange(0, 64, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
+    state_VK = gl.where(d[None, :] == e[:, None] - VALUES, 1.0, 0.0)
+    if GIVEN:
+        offsets, inside = state_places(e_start, V, K, BK)
+        state_VK += gl.load(given + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
+    return state_VK
+
+
+@gluon.jit
+def _ahead(
+    state_VK, steps, rows, made, bars,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WALK: gl.constexpr, WRITES: gl.constexpr,
+    GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The state that leaves a segment: `kernels.delta_rule.delta_hopper_transposed` without outputs."""
+    none_VC = gl.zeros([64, C], gl.float32, turned_layout(C))
+    for step in range(steps):
+        part, stage = step % 2, step % STAGES
+        k_CK, value_VC = rows[0].index(stage), none_VC
+        old_VK = operand(state_VK, C, DOT)
+        mbarrier.wait(bars[0].index(stage), step // STAGES % 2)
+        read = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
+        if WRITES:
+            value_VC = rows[1].index(stage * TILES + WALK).permute([1, 0]).load(turned_layout(C)).to(gl.float32)
+        mbarrier.wait(bars[1].index(part), step // 2 % 2)
+        read_VC = warpgroup_mma_wait(0, [read])
+        error = start_errors(read_VC, value_VC, part, made[0].index(stage), made, C, GATED, DOT)
+        error_VC = warpgroup_mma_wait(0, [error])
+        state, _ = start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
+        state_VK = warpgroup_mma_wait(0, [state])
+        thread_barrier()
+        mbarrier.arrive(bars[2].index(part), count=1)
+    return state_VK
+
+
+@gluon.jit
+def _back(
+    dstate_VK, steps, rows, made, bars,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WALK: gl.constexpr, WRITES: gl.constexpr,
+    GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """The gradient of the state that enters a segment: its chain is dS^T K^T, (beta dU)^T H, the next gradient."""
+    none_VC = gl.zeros([64, C], gl.float32, turned_layout(C))
+    for step in range(steps):
+        part, stage = step % 2, step % STAGES
+        k_CK = rows[0].index(stage)
+        old_VK = operand(dstate_VK, C, DOT)
+        mbarrier.wait(bars[0].index(stage), step // STAGES % 2)
+        dwrite = warpgroup_mma(old_VK, k_CK.permute([1, 0]), none_VC, use_acc=False, is_async=True)
+        mbarrier.wait(bars[1].index(part), step // 2 % 2)
+        minus_C = -token_factors(made[2].index(part), C)
+        if WRITES:
+            do_VC = rows[1].index(stage * TILES + WALK).permute([1, 0]).load(turned_layout(C))
+            asked = warpgroup_mma(operand(do_VC, C, DOT), made[1].index(part), none_VC, use_acc=False, is_async=True)
+            dwrite_VC, asked = warpgroup_mma_wait(1, [dwrite, asked])
+            if GATED:
+                dwrite_VC = dwrite_VC * token_factors(made[4].index(part), C)
+            dwrite_VC += warpgroup_mma_wait(0, [asked])
+        else:
+            dwrite_VC = warpgroup_mma_wait(0, [dwrite])
+            if GATED:
+                dwrite_VC = dwrite_VC * token_factors(made[4].index(part), C)
+        y = warpgroup_mma(operand(dwrite_VC * minus_C, C, DOT), made[0].index(stage), dwrite_VC, is_async=True)
+        if GATED:
+            dstate_VK = dstate_VK * whole_decay(made[5].index(part), BK)
+        if WRITES:
+            do_VC = do_VC.to(gl.float32)
+            if GATED:
+                do_VC = do_VC * token_factors(made[3].index(part), C)
+            dstate = warpgroup_mma(operand(do_VC, C, DOT), rows[2].index(stage), dstate_VK, is_async=True)
+            y_VC, dstate = warpgroup_mma_wait(1, [y, dstate])
+        else:
+            dstate, y_VC = dstate_VK, warpgroup_mma_wait(0, [y])
+        y_VC = y_VC * minus_C
+        if GATED:
+            y_VC = y_VC * token_factors(made[3].index(part), C)
+        dstate = warpgroup_mma(operand(y_VC, C, DOT), k_CK, dstate, is_async=True)
+        dstate_VK = warpgroup_mma_wait(0, [dstate])
+        thread_barrier()
+        mbarrier.arrive(bars[2].index(part), count=1)
+    return dstate_VK
+
+
+@gluon.jit
+def _walk(
+    steps, rows, made, bars, given, ends, place,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WALK: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """A partition that walks over a segment, with 64 columns of C or of R."""
+    head_index, order, slot, first_unit = place
+    WIDTH: gl.constexpr = ((V + 63) // 64 + (K + 63) // 64) * 64
+    step_of: gl.constexpr = _back if REVERSE else _ahead
+    e_start = (first_unit + WALK) * 64
+    state_VK = _start(given, head_index, order, e_start, K, V, BK, GIVEN)
+    if WALK < TILES:
+        if first_unit == 0:
+            state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, True, GATED, DOT)
+        else:
+            state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, False, GATED, DOT)
+    else:
+        state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, False, GATED, DOT)
+    offsets, inside = state_places(e_start, WIDTH, K, BK)
+    gl.store(ends + slot.to(gl.int64) * K * WIDTH + offsets, state_VK, mask=inside)
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def carry_kernel(
+    k, h, v, q, beta, g, given, ends,
+    length: tl.int32, heads: tl.int32, group: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * (segments - 1) * pairs of 64 columns of C and of R,). REVERSE: of gradients, with those of outputs for v."""
+    TILES: gl.constexpr = (V + 63) // 64
+    PROGRAMS: gl.constexpr = (TILES + (K + 63) // 64 + 1) // 2
+    slot, first_unit = gl.program_id(0) // PROGRAMS, gl.program_id(0) % PROGRAMS * 2
+    n_chunks = (length + C - 1) // C
+    head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, REVERSE)
+    batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
+    if (first_unit > 0) & (order == 0):  # nobody reads R of the first
+        n_last = n_first - 1
+    pointers = (beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C)
+    rows, made, bars = _buffers(BK, C, STAGES, TILES, REVERSE, DOT)
+    where, bounds = (batch, head, head // group, chunk_0, first_unit == 0), (n_first, n_last)
+    at, steps = (head_index, order, slot, first_unit), n_last - n_first + 1
+    gl.warp_specialize(
+        [
+            (_walk, (steps, rows, made, bars, given, ends, at, K, V, BK, C, STAGES, TILES, 0, REVERSE, GATED, GIVEN, DOT)),
+            (_walk, (steps, rows, made, bars, given, ends, at, K, V, BK, C, STAGES, TILES, 1, REVERSE, GATED, GIVEN, DOT)),
+            (_feed, (
+                (k, h, v, q), pointers, where, bounds, rows, made, bars, length, heads,
+                BK, C, STAGES, TILES, REVERSE, GATED, DOT,
+            )),
+        ],
+        [4, 4],
+        [208, 88],
+    )  # fmt: skip
+
+
+@entry
+def combine_kernel(
+    ends, first, states, segments: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * tiles of TILE columns,). Writes the state that enters each segment [B * H, segments, K, V] in fp32."""
+    VALUES: tl.constexpr = (V + BV - 1) // BV * BV
+    WIDTH: tl.constexpr = VALUES + (K + BV - 1) // BV * BV
+    TILES: tl.constexpr = (V + TILE - 1) // TILE
+    head_index = (tl.program_id(0) // TILES).to(tl.int64)
+    d, e = tl.arange(0, BK), (tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE)
+    inside = (d < K)[:, None] & (e < V)[None, :]
+    offsets = d[:, None] * V + e[None, :]
+    states += head_index * segments * K * V
+    ends += head_index * (segments - 1) * K * WIDTH
+    state_KV = tl.zeros([BK, TILE], tl.float32)
+    if FIRST:
+        state_KV = tl.load(first + head_index * K * V + offsets, mask=inside, other=0.0)
+    tl.store(states + offsets, state_KV, mask=inside)
+    state_KV = tl.load(ends + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
+    tl.store(states + K * V + offsets, state_KV, mask=inside)
+    for part in range(1, segments - 1):
+        step = ends + tl.cast(part, tl.int64) * K * WIDTH
+        among = (d < K)[:, None] & (d < K)[None, :]
+        r_KK = tl.load(step + d[:, None] * WIDTH + VALUES + d[None, :], mask=among, other=0.0)
+        c_KV = tl.load(step + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
+        state_KV = tl.dot(r_KK, state_KV, c_KV, input_precision="tf32x3")
+        tl.store(states + (tl.cast(part, tl.int64) + 1) * K * V + offsets, state_KV, mask=inside)

@@ -1,0 +1,215 @@
+"""H = X (I + beta X)^-1 of the delta rule for Hopper, in Gluon: made beside a walk by four warps, one chunk after the other.
+
+The sums of `delta_coupling_triton`, of a chunk that is shared by the warps: each has the 16 rows of a row of blocks. It
+needs of the other rows only X, and H of the blocks on the diagonal: with J from right to left, P_J = sum A_M X_MJ over M > J,
+H_J = P_J - P_J beta_J H_JJ and A_J = -H_J beta_J are columns of blocks of which each warp has its own. Above the diagonal A is
+zero, so that all warps do what the last one has to.
+
+Shape legend: C = 64 tokens of a chunk, S = 16 tokens of a block.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.delta_rule.delta_hopper import thread_barrier, turned_layout
+from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, decays, vectors
+
+LEVELS = tl.constexpr(4)
+
+
+@gluon.constexpr_function
+def diagonal_layout(blocks):
+    """Sums [blocks, S, S] of which each warp has one block."""
+    return gl.NVMMADistributedLayout([2, 0], [blocks, 1, 1], [1, 16, 8])
+
+
+@gluon.jit
+def _on_diagonal(gram_CC, C: gl.constexpr):
+    """The blocks on the diagonal [C / S, S, S]: of each row of blocks its own column of blocks is left."""
+    BLOCKS: gl.constexpr = C // S
+    square: gl.constexpr = turned_layout(C)
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    own = gl.where((i // S)[:, None] == (j // S)[None, :], gram_CC, 0.0).reshape([C, BLOCKS, S])
+    return gl.convert_layout(gl.sum(own, 1).reshape([BLOCKS, S, S]), diagonal_layout(BLOCKS))
+
+
+@gluon.jit
+def _by_blocks(buffer, dim: gl.constexpr, C: gl.constexpr):
+    """A vector of a chunk for the rows (dim 2) or the columns (dim 1) of the blocks on the diagonal."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return buffer._reinterpret(gl.float32, [C // S, S], flat).load(gl.SliceLayout(dim, diagonal_layout(C // S)))
+
+
+@gluon.jit
+def _product(a, b, sums, LAYOUT: gl.constexpr):
+    """A product of blocks that each warp has one of, of operands in the registers of sums; `b` is given transposed."""
+    b = gl.convert_layout(b.permute([0, 2, 1]), gl.DotOperandLayout(1, LAYOUT, 2))
+    return mma_v2(gl.convert_layout(a, gl.DotOperandLayout(0, LAYOUT, 2)), b, sums)
+
+
+@gluon.jit
+def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
+    """A and H of the blocks on the diagonal, from those of K K^T."""
+    BLOCKS: gl.constexpr = C // S
+    layout: gl.constexpr = diagonal_layout(BLOCKS)
+    # Known to be zero by the chip only, as in `kernels.delta_rule.delta_coupling_triton`.
+    i = (gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, layout))) + zero)[None, :, None]
+    j = (gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout))) + zero)[None, None, :]
+    if GATED:
+        fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
+        own = own * gl.exp2(gl.where(i > j, fall, -fall))
+    x, xt = gl.where(i > j, own, 0.0), gl.where(i < j, own, 0.0)
+    none = gl.zeros([BLOCKS, S, S], gl.float32, layout)
+    one, pair = gl.where(i == j, 1.0, 0.0), (i >> 1) == (j >> 1)
+    lt = xt * -_by_blocks(beta_C, 2, C)[:, :, None]
+    a = gl.where(pair, one + x * -_by_blocks(beta_C, 1, C)[:, None, :], 0.0)
+    at = gl.where(pair, one + lt, 0.0)
+    for level in gl.static_range(1, LEVELS):
+        between = ((i >> level) < (j >> level)) & ((i >> (level + 1)) == (j >> (level + 1)))
+        right = at.to(MERGE)
+        step = _product(a.to(MERGE), gl.where(between, lt, 0.0).to(MERGE), none, layout).to(MERGE)
+        a, at = _product(step, right, a, layout), _product(right, step, at, layout)
+    return a, _product(a.to(MERGE), xt.to(MERGE), none, layout)
+
+
+@gluon.jit
+def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
+    """H of a chunk from X and H of the blocks on the diagonal, in shared memory, and A and H of these in registers."""
+    BLOCKS: gl.constexpr = C // S
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
+    block = ((gl.arange(0, C, gl.SliceLayout(1, layout)) + zero) // S)[:, None]
+    columns = ()
+    for back in gl.static_range(BLOCKS):
+        p = gl.zeros([C, S], gl.float32, layout)
+        for step in gl.static_range(back):
+            x = x_buffer.slice((BLOCKS - 1 - step) * S, S, 0).slice((BLOCKS - 1 - back) * S, S, 1)
+            p = mma_v2(gl.convert_layout(columns[step], left), x.load(right), p)
+        minus = -beta_C.slice((BLOCKS - 1 - back) * S, S, 0).load(gl.SliceLayout(0, layout))[None, :]
+        if back > 0:
+            solved = own_buffer.slice((BLOCKS - 1 - back) * S, S, 0).load(right)
+            p = mma_v2(gl.convert_layout((p * minus).to(MERGE), left), solved, p)
+        below, at = block > BLOCKS - 1 - back, block == BLOCKS - 1 - back
+        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.where(below, p, gl.where(at, h, 0.0)).to(DOT))
+        columns = columns + (gl.where(below, p * minus, gl.where(at, a, 0.0)).to(MERGE),)  # noqa: RUF005
+
+
+@gluon.jit
+def _solved(
+    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
+):  # fmt: skip
+    """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
+    square: gl.constexpr = turned_layout(C)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+    own = _on_diagonal(gram_CC, C)
+    thread_barrier()
+    a, h_own = _solve_diagonal(own, beta_C, g_buffer, zero, C, GATED, MERGE)
+    a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
+    own_buffer.store(h_own.to(MERGE))
+    return a, h_own
+
+
+@gluon.jit
+def solve(
+    h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    C: gl.constexpr, STAGES: gl.constexpr, SOLVER: gl.constexpr, SOLVERS: gl.constexpr, GATED: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The partition that makes H of every SOLVERS-th chunk, and keeps it for training."""
+    beta, gate = pointers[0], pointers[1]
+    x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
+    beta_buffer, step_buffer, g_buffer = (
+        inner[2].index(SOLVER * 3 + 2),
+        inner[2].index(SOLVER * 3 + 3),
+        inner[2].index(SOLVER * 3 + 4),
+    )
+    zero = gl.minimum(length, 0)  # known by the chip only
+    none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
+    steps = bounds[1] - bounds[0] + 1
+    first = gl.minimum(SOLVER, steps - 1)
+    beta_C, step_C = vectors(beta, gate, gate_t, bounds[0] + first, length, heads, C, GATED)
+    for step in range(SOLVER, steps, SOLVERS):
+        part, k_CK = step % 2, rows[0][1].index(step % STAGES)
+        mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
+        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffer.store(beta_C)
+        fall = 1.0
+        if GATED:
+            fall = decays(step_C, step_buffer, g_buffer, zero, C)[1]
+        following = bounds[0] + gl.minimum(step + SOLVERS, steps - 1)
+        beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
+        gram_CC = warpgroup_mma_wait(0, [gram])
+        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, zero, C, GATED, MERGE)
+        mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
+        if KEEP:
+            tma.store_wait(0)
+        thread_barrier()
+        _store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(handed[0].index(part), count=1)
+        if KEEP:
+            tma.async_copy_shared_to_global(h, [chunk_0 + bounds[0] + step, 0, 0], made[0].index(part))
+    if KEEP:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def score_and_solve(
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The partition that does what `kernels.delta_rule.delta_hopper_beside.score` and `solve` do, without decays.
+
+    Two partitions would leave the walks too few registers for products that run on.
+    """
+    square: gl.constexpr = turned_layout(C)
+    beta, gate, _ = pointers
+    x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
+    zero = gl.minimum(length, 0)  # known by the chip only
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
+    none_CC = gl.zeros([C, C], gl.float32, square)
+    steps = bounds[1] - bounds[0] + 1
+    bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, 1)
+    beta_C, _ = vectors(beta, gate, gate_t, bounds[0], length, heads, C, False)
+    for step in range(steps):
+        part, q_CK, k_CK = step % 2, rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
+        h_CC, beta_buffer = made[0].index(part), made[2].index(part)
+        mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
+        bring_next(sources, h, rows, place, bounds, chunk_0, made[0], step, BK, C, STAGES, DEPTH, WALKS, 1)
+        mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
+        scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffer.store(beta_C)
+        following = bounds[0] + gl.minimum(step + 1, steps - 1)
+        beta_C, _ = vectors(beta, gate, gate_t, following, length, heads, C, False)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC, 0.0).to(DOT))
+        gram_CC = warpgroup_mma_wait(0, [gram])
+        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, zero, C, False, MERGE)
+        if KEEP:
+            tma.store_wait(0)
+        thread_barrier()
+        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(handed[0].index(part), count=1)
+        if KEEP:
+            tma.async_copy_shared_to_global(h, [chunk_0 + bounds[0] + step, 0, 0], h_CC)
+    if KEEP:
+        tma.store_wait(0)

@@ -1,0 +1,1 @@
+"""Elementwise and selective scans."""

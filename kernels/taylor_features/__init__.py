@@ -1,0 +1,1 @@
+"""Linear attention with Taylor features that are never written to memory."""

@@ -1,0 +1,1 @@
+"""Linear attention without the delta rule: one walk over chunks, forward and back."""

@@ -1,0 +1,57 @@
+"""Log decays of the walks of `kernels.walks.walk_triton`, and their gradient from what the walks leave behind.
+
+Shape legend: B batch, T time, H heads, M rows of a constant decay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
+"""Tokens of a tile of the decays' gradient, and programs that share a long row."""
+
+
+def gate_of(log_decay: Tensor | None, spare: Tensor) -> Tensor:
+    """The log decays as the walks read them, or anything."""
+    return spare if log_decay is None else log_decay.contiguous()
+
+
+def gate_every(log_decay: Tensor | None, batch: int) -> int:
+    """How many batches share a row of a constant decay."""
+    return 1 if log_decay is None or log_decay.ndim == 3 else batch // log_decay.shape[0]
+
+
+def decay_gradient(
+    rowsums: Tensor,
+    log_decay: Tensor,
+    starts: Tensor | None,
+    final_BHKV: Tensor | None,
+    dfinal_BHKV: Tensor | None,
+    dot: torch.dtype,
+) -> Tensor:
+    """Gradient of the log decays: each is part of the cumulated decay of its own and all later tokens of its sequence.
+
+    What the final state adds nearly cancels with what the last tokens wrote of it, so its gradient is rounded to the dtype of the
+    products here as well.
+    """
+    from kernels.walks.walk_gradients_triton import decay_gradient_kernel
+    from kernels.walks.walk_triton import SEGMENTS, SEQUENCES
+
+    parts, batch, heads, length = rowsums.shape
+    ends = None
+    if dfinal_BHKV is not None:
+        assert final_BHKV is not None
+        ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))
+    tokens = max(DECAY_ROWS, -(-length // DECAY_SEGMENTS))
+    pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
+    later_BTH = rowsums.new_empty(batch, length, heads)
+    decay_gradient_kernel[(batch * pieces * heads,)](
+        rowsums, rowsums if starts is None else starts, rowsums if ends is None else ends, later_BTH,
+        rowsums.stride(0), rowsums.stride(2), length, heads, pieces, tokens,
+        PARTS=parts, ENDS=ends is not None, PIECES=(SEGMENTS if starts is None else SEQUENCES).value,
+        ROWS=DECAY_ROWS, num_warps=8,
+    )  # fmt: skip
+    if log_decay.ndim == 3:
+        return later_BTH
+    return later_BTH.sum(1).unflatten(0, (log_decay.shape[0], -1)).sum(1)

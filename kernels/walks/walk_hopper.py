@@ -1,0 +1,217 @@
+"""The walk of `kernels.walks.walk_triton` for Hopper, in Gluon: rows come by themselves, and products run on their own.
+
+A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
+of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
+
+Shape legend: B batch, T time, H heads, P segments, N chunks of C = 64 tokens, K key, V value width, D rows and E columns of a
+state, BD and BE (BK and BV) the same on chip.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels._entry import entry
+from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_layout, sums_layout, thread_barrier
+from kernels.walks.walk_hopper_parts import (
+    SIZES,
+    bring,
+    chunks_of,
+    entering,
+    falls,
+    half_of,
+    line_layout,
+    program,
+    rate_of,
+    row_sums,
+    state_layout,
+    state_of,
+    store_sums,
+)
+from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
+
+
+@gluon.jit
+def buffers_of(
+    BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """Shared memory: rows and a line of decays of each stage; the state, outputs, scores; slots of the probe; barriers."""
+    a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
+    stages = (a_buffers, b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)))
+    if GATE == SCALAR_GATE:
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    slots, slot_bars = out_buffer, out_buffer
+    if SLOTS > 0:
+        slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, BE], shared_layout(BE)), barriers(SLOTS)
+    return stages, (state_buffer, out_buffer, scores_buffer), (slots, slot_bars), barriers(STAGES)
+
+
+@gluon.jit
+def _start(n_first, step, steps, C: gl.constexpr):
+    """First token of a step's chunk; steps beyond the last stay at it."""
+    return (n_first + gl.minimum(step, steps - 1)) * C
+
+
+@gluon.jit
+def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
+    """Scores of tokens and earlier ones, decayed."""
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    is_seen = rows[:, None] >= cols[None, :]
+    if GATE == NO_GATE:
+        return gl.where(is_seen, scores_CC, 0.0)
+    fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
+    fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
+    # Only exponents that are <= 0 are used; the others would overflow and are masked before.
+    return scores_CC * gl.exp2(gl.where(is_seen, fall_rows[:, None] - fall_cols[None, :], float("-inf")))
+
+
+@gluon.jit
+def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
+    sources, probe, out, states, pointers, rate, place, sizes, buffers,
+    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
+    ENTER: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr = False,
+):  # fmt: skip
+    """One head's walk over a segment; see `kernels.walks.walk_triton`.
+
+    Args:
+        sources: descriptors of a, b and c, and of the lines of scalar decays.
+        probe: descriptor of rows whose products with what is read from the state are summed (PROBE), or any.
+        out: descriptor of the outputs.
+        states: descriptor of the 16-bit states before the chunks, which are written (KEEP), or any.
+        pointers: lines of decays, the first state or those that enter the segments, last state, states that enter segments and are
+            written (ENTER), what segments add to a state and their decays (CUT), sums of the probe [B, H, T].
+        rate: of constant decays.
+        place: batch, head, segment, and the head of a and b.
+        sizes: length, heads, segments and chunks of a segment.
+        buffers: of `buffers_of`.
+        TURNED: whether states in memory are transposed, [E, D].
+    """
+    lines, given, last, entered, sums, decays, rowsum, part_size = pointers
+    batch, head, piece, ab_head = place
+    length, heads, segments, span = sizes
+    stages, work, of_probe, bars = buffers
+    state_buffer, out_buffer, scores_buffer = work
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    narrow: gl.constexpr = sums_layout(BE, GROUPS)
+    tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(BD, BE, GROUPS)
+    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
+    n_first, steps = chunks_of(piece, span, length, C)
+    none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    for early in gl.static_range(SLOTS if PROBE else 0):
+        t_far = _start(n_first, early, steps, C)
+        fetch(of_probe[1].index(early), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(early),))
+    for early in gl.static_range(STAGES - 1):
+        t_far = _start(n_first, early, steps, C)
+        rows = ([batch, t_far, ab_head, 0], [batch, t_far, ab_head, 0], [batch, t_far, head, 0])
+        bring(bars, sources, stages, rows, [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
+    d, e = gl.arange(0, BD, gl.SliceLayout(1, tall)), gl.arange(0, BE, gl.SliceLayout(0, tall))
+    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    own_place = (batch, head, piece)
+    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, START, CUT, False)
+    if ENTER:
+        index = (batch * segments + piece) * heads + head
+        gl.store(entered + index.to(gl.int64) * D * E + offsets, state_DE, mask=inside)
+    t = _start(n_first, 0, steps, C)
+    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
+    mbarrier.wait(bars.index(0), 0)
+    first = at_stage(stages, 0)
+    early_scores = warpgroup_mma(first[0], first[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    early_CC = warpgroup_mma_wait(0, [early_scores])
+    scores_buffer.store(_seen(early_CC, first, rate, t, length, square, C, GATE).to(DOT))
+    state_buffer.store(state_DE.to(DOT))
+    fence_async_shared()
+    for step in range(steps):
+        own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
+        t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + STAGES - 1, steps, C)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
+        read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
+        if GATE == NO_GATE:
+            state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
+        else:
+            b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, False, DOT)
+            state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
+        if KEEP:
+            chunk = batch * ((length + C - 1) // C) + t // C
+            tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
+        rows = ([batch, t_far, ab_head, 0], [batch, t_far, ab_head, 0], [batch, t_far, head, 0])
+        bring(bars, sources, stages, rows, [batch * heads + head, t_far], step + STAGES - 1, BYTES, C, STAGES, GATE)
+        if PROBE:
+            mbarrier.wait(of_probe[1].index(step % SLOTS), step // SLOTS % 2)
+        if GATE != NO_GATE:
+            fall_C = falls(own, rate, t, length, C, GATE, of_rows)
+            read_CE, state = warpgroup_mma_wait(1, [read, state])
+            read = read_CE * gl.exp2(half + fall_C)[:, None]
+            if PROBE and not LATE:
+                probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
+                store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
+        outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
+        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
+        scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if PROBE and LATE:
+            probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
+            store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
+        state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
+        if KEEP:
+            tma.store_wait(0)
+        thread_barrier()  # all warps' products have read the state
+        state_buffer.store(state_DE.to(DOT))
+        out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
+        tma.store_wait(0)
+        thread_barrier()  # and the scores, and copies the outputs of the chunk before
+        out_buffer.store(out_CE.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
+        scores_CC = warpgroup_mma_wait(0, [scores])
+        scores_buffer.store(_seen(scores_CC, following, rate, t_next, length, square, C, GATE).to(DOT))
+        fence_async_shared()
+        thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
+        if PROBE:
+            slot, t_far = step % SLOTS, _start(n_first, step + SLOTS, steps, C)
+            fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(slot),))
+        half, t = next_half, t_next
+    for rest in gl.static_range(STAGES - 2):
+        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    for rest in gl.static_range(SLOTS if PROBE else 0):
+        mbarrier.wait(of_probe[1].index((steps + rest) % SLOTS), (steps + rest) // SLOTS % 2)
+    tma.store_wait(0)
+    if LAST:
+        gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & (piece == segments - 1))
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def forward_kernel(
+    q, k, v, o, states, line_rows, lines, gate, first, last, entered, sums, decays,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, ENTER: gl.constexpr, KEEP: gl.constexpr,
+    LAST: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
+
+    A segment is `span` chunks. With CUT `sums` and `decays` are those of `kernels.walks.walk_forward_triton.segment_kernel`. ENTER
+    writes the state that enters each segment, KEEP that before each chunk in 16 bit, [B * N * H, K, V].
+    """
+    _, head, piece, batch = program(heads, segments, 1)
+    walk(
+        (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
+        (lines, first, last, entered, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
+        (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, START, CUT, ENTER, KEEP, LAST, False, DOT,
+    )  # fmt: skip

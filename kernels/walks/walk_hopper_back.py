@@ -1,0 +1,231 @@
+"""Gradients of the walk for Hopper, in Gluon: queries by the walk of `kernels.walks.walk_hopper`, keys and values by one back.
+
+Both dk and dv read the gradient of the state that leaves a chunk, and both need q, k, v and do, which are then read once. What
+pairs of a chunk give to the gradient of its decays is at hand there too: their scores and the gradients of these.
+
+Shape legend: B batch, T time, H heads, P segments, C = 64 tokens of a chunk, K key, V value width, W both on chip.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels._entry import entry
+from kernels.delta_rule.delta_hopper import at_stage, barriers, shared_layout, sums_layout, thread_barrier
+from kernels.walks.walk_hopper import buffers_of, walk
+from kernels.walks.walk_hopper_parts import (
+    SIZES,
+    bring,
+    chunks_of,
+    column_sums,
+    entering,
+    falls,
+    half_of,
+    line_layout,
+    program,
+    rate_of,
+    row_sums,
+    state_layout,
+    state_of,
+    store_sums,
+)
+from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
+
+
+@gluon.jit
+def _back_buffers(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr):
+    """Shared memory: q, k, v and do and a line of decays of each stage; the state, both outputs, both scores; barriers."""
+    q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
+    stages = (q_buffers, k_buffers, v_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W)))
+    if GATE == SCALAR_GATE:
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+    state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
+    dk_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
+    dv_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
+    kq_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    vo_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    return stages, (state_buffer, dk_buffer, dv_buffer, kq_buffer, vo_buffer), barriers(STAGES)
+
+
+@gluon.jit
+def _start(n_first, step, steps, C: gl.constexpr):
+    """First token of a step's chunk, from the last one on; steps beyond the first stay at it."""
+    return (n_first + gl.maximum(steps - 1 - step, 0)) * C
+
+
+@gluon.jit
+def _seen(
+    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr,
+):  # fmt: skip
+    """Scores of keys and later queries, and their gradients, decayed; and what pairs give to the gradient of the decays.
+
+    The latter is the sum of their products for each key and for each query, the same numbers, which cancel exactly in sums over
+    the chunk. A token's own pair has no decay and is left out.
+    """
+    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+    is_seen = rows[:, None] <= cols[None, :]
+    of_keys, of_queries = rows, cols
+    if GATE == NO_GATE:
+        kq_CC, vo_CC = gl.where(is_seen, kq_CC, 0.0), gl.where(is_seen, vo_CC, 0.0)
+    else:
+        fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
+        fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
+        decay_CC = gl.exp2(gl.where(is_seen, fall_cols[None, :] - fall_rows[:, None], float("-inf")))
+        kq_CC = kq_CC * decay_CC
+        if PROBE:
+            pairs_CC = gl.where(rows[:, None] == cols[None, :], 0.0, kq_CC * vo_CC)
+            of_keys, of_queries = row_sums(pairs_CC, C, C, GROUPS), column_sums(pairs_CC, C, C, GROUPS)
+        vo_CC = vo_CC * decay_CC
+    return kq_CC, vo_CC, of_keys, of_queries
+
+
+@gluon.jit
+def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
+    sources, results, pointers, rate, place, sizes, buffers,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    LATE: gl.constexpr,
+):  # fmt: skip
+    """One head's reverse walk over a segment for all of dk and dv.
+
+    Args:
+        sources: descriptors of q, k, v, do, and of the lines of scalar decays.
+        results: descriptors of dk and dv.
+        pointers: lines of decays, gradient of the last state, that of the first, which is written (LAST), what segments add to
+            a state and their decays (CUT); with PROBE sums for keys and for queries [B, H, T].
+        rate, place, sizes: see `kernels.walks.walk_hopper.walk`.
+        buffers: of `_back_buffers`.
+    """
+    lines, given, last, sums, decays, rowsum, part_size = pointers
+    batch, head, piece = place
+    length, heads, segments, span = sizes
+    stages, work, bars = buffers
+    state_buffer, dk_buffer, dv_buffer, kq_buffer, vo_buffer = work
+    square: gl.constexpr = sums_layout(C, GROUPS)
+    narrow: gl.constexpr = sums_layout(W, GROUPS)
+    tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(W, W, GROUPS)
+    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    BYTES: gl.constexpr = 2 * C * 4 * W
+    n_first, steps = chunks_of(piece, span, length, C)
+    none_CW, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
+    for early in gl.static_range(STAGES - 1):
+        row = [batch, _start(n_first, early, steps, C), head, 0]
+        bring(bars, sources, stages, (row, row, row, row), [batch * heads + head, row[1]], early, BYTES, C, STAGES, GATE)
+    d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
+    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, START, CUT, True)
+    t = _start(n_first, 0, steps, C)
+    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
+    mbarrier.wait(bars.index(0), 0)
+    first = at_stage(stages, 0)
+    early_kq = warpgroup_mma(first[1], first[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    early_vo = warpgroup_mma(first[2], first[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    kq_CC, vo_CC = warpgroup_mma_wait(0, [early_kq, early_vo])
+    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, GROUPS, PROBE)
+    kq_buffer.store(kq_CC.to(DOT))
+    vo_buffer.store(vo_CC.to(DOT))
+    state_buffer.store(state_KV.to(DOT))
+    fence_async_shared()
+    if PROBE:
+        store_sums(rowsum + GROUPS * part_size + t, of_queries, part_size, False, C, GROUPS)
+    for step in range(steps):
+        own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
+        t_next = _start(n_first, step + 1, steps, C)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
+        dv_read = warpgroup_mma(own[1], state_buffer, none_CW, use_acc=False, is_async=True)
+        dk_read = warpgroup_mma(own[2], state_buffer.permute([1, 0]), none_CW, use_acc=False, is_async=True)
+        if GATE == NO_GATE:
+            state = warpgroup_mma(own[0].permute([1, 0]), own[3], state_KV, is_async=True)
+        else:
+            q_KC = entering(own[0], own, rate, half, t, length, tall, C, GATE, True, DOT)
+            state = warpgroup_mma(q_KC, own[3], state_KV * gl.exp2(2.0 * half), is_async=True)
+        row = [batch, _start(n_first, step + STAGES - 1, steps, C), head, 0]
+        line = [batch * heads + head, row[1]]
+        bring(bars, sources, stages, (row, row, row, row), line, step + STAGES - 1, BYTES, C, STAGES, GATE)
+        if GATE != NO_GATE:
+            read_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, of_rows))
+            dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
+            dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
+            if PROBE and not LATE:
+                of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
+                store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
+        dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
+        dk_sums = warpgroup_mma(vo_buffer, own[0], dk_read, is_async=True)
+        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
+        kq = warpgroup_mma(following[1], following[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        vo = warpgroup_mma(following[2], following[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        if PROBE and LATE:
+            of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
+            store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
+        state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
+        tma.store_wait(0)
+        thread_barrier()  # all warps' products have read the state, and copies the outputs of the chunk before
+        state_buffer.store(state_KV.to(DOT))
+        dv_CW, dk_CW, kq, vo = warpgroup_mma_wait(2, [dv_sums, dk_sums, kq, vo])
+        dv_buffer.store(dv_CW.to(DOT))
+        dk_buffer.store(dk_CW.to(DOT))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(results[1], [batch, t, head, 0], dv_buffer)
+        tma.async_copy_shared_to_global(results[0], [batch, t, head, 0], dk_buffer)
+        thread_barrier()  # all warps' products have read the scores
+        kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
+        kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, GROUPS, PROBE)
+        kq_buffer.store(kq_CC.to(DOT))
+        vo_buffer.store(vo_CC.to(DOT))
+        fence_async_shared()
+        thread_barrier()  # see `kernels.walks.walk_hopper.walk`
+        if PROBE:
+            store_sums(rowsum + GROUPS * part_size + t_next, of_queries, part_size, False, C, GROUPS)
+        half, t = next_half, t_next
+    for rest in gl.static_range(STAGES - 2):
+        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    tma.store_wait(0)
+    if LAST:
+        gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & (piece == 0))
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def backward_kernel(
+    q, k, v, do, dq, dk, dv, line_rows, lines, gate, first, dlast, dfirst, sums, decays, rowsums,
+    length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr,
+    DLAST: gl.constexpr, LAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    """All gradients. Grid: (B * P * H * 2,): keys and values of a head, then its queries.
+
+    `first` starts the walk of queries (START), `dlast` (DLAST) with `sums` and `decays` (CUT) that of keys and values; `dfirst`
+    is written with LAST. `rowsums` [3, B, H, T] sum to the gradient of the cumulated decays: what queries read from earlier
+    chunks, what keys give, what queries get inside of their chunk.
+    """
+    part, head, piece, batch = program(heads, segments, 2)
+    rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
+    sizes = (length, heads, segments, span)
+    part_size = (length + C - 1) // C * C
+    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * part_size * (2 * GROUPS + 4)
+    if part == 0:
+        _walk_back(
+            (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
+            (lines, dlast, dfirst, sums, decays, rowsum + GROUPS * part_size, part_size), rate, (batch, head, piece), sizes,
+            _back_buffers(W, C, BACK_STAGES, GATE, DOT),
+            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, CUT, LAST, GATE_GRAD, DOT, LATE,
+        )  # fmt: skip
+    else:
+        walk(
+            (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
+            (lines, first, first, first, sums, decays, rowsum, part_size), rate, (batch, head, piece, head), sizes,
+            buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, START, False, False, False, False, GATE_GRAD, DOT, LATE,
+        )  # fmt: skip
