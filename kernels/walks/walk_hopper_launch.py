@@ -131,16 +131,17 @@ def share_out(inputs: Inputs) -> Pieces:
 def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward` of heads with keys of their own, in fp32.
 
-    Lines of scalar decays [B * H, N * C], and behind them states that enter segments [B, P, H, K, V], as one row of numbers.
+    Lines of scalar decays [B * H, N * C], what segments add to the state [B, P, H, K, V] and their decays [B, P, H], as one row.
     """
     return inputs.v.new_empty(sum(_sizes(inputs)), dtype=torch.float32)
 
 
-def _sizes(inputs: Inputs) -> tuple[int, int]:
-    """Numbers of the lines and of the states that are kept."""
+def _sizes(inputs: Inputs) -> tuple[int, int, int]:
+    """How many numbers lines, sums and decays of segments are."""
     (batch, length, heads, v_dim), gate, pieces = inputs.v.shape, inputs.log_decay, share_out(inputs)
     lines = batch * heads * -(-length // CHUNK) * CHUNK if gate is not None and gate.ndim == 3 else 0
-    return lines, batch * pieces.number * heads * inputs.k.shape[3] * v_dim if pieces.number > 1 else 0
+    decays = batch * pieces.number * heads if pieces.number > 1 else 0
+    return lines, decays * inputs.k.shape[3] * v_dim, decays
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -184,24 +185,22 @@ def _constants(inputs: Inputs, groups: int, pieces: Pieces) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def segment_sums(b: Tensor, c: Tensor, lines: Tensor, inputs: Inputs, *, reverse: bool) -> tuple[Tensor, Tensor]:
-    """What each segment adds to the state [B, P, H, K, V] and its log2 decay [B, P, H], of aligned rows; empty without segments."""
+def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs, *, reverse: bool) -> None:
+    """Writes what each segment adds to the state and its log2 decay, of aligned rows."""
     pieces, config = share_out(inputs), SUMS[max(_width(b), _width(c))]
-    if pieces.number == 1:
-        return _nothing(c), _nothing(c)
-    (batch, _, heads, v_dim), k_dim = c.shape, b.shape[3]
-    sums = c.new_empty(batch, pieces.number, heads, k_dim, v_dim, dtype=torch.float32)
-    decays = sums.new_empty(batch, pieces.number, heads)
-    _walk_states(b, c, c, lines, inputs, None, None, (sums, decays), pieces.number - 1, config, reverse=reverse, keep=False)
-    return sums, decays
+    lines, *sums = kept
+    if pieces.number > 1:
+        _walk_states(b, c, c, lines, inputs, None, None, sums, pieces.number - 1, config, reverse=reverse, keep=False)
 
 
 def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool) -> Tensor:
     """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit; `last` is written."""
     b, c = _aligned(b), _aligned(c)
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
-    lines = _lines_of(inputs)
-    sums = segment_sums(b, c, lines, inputs, reverse=reverse)
+    lines, *sums = parts = entering_like(inputs).split(_sizes(inputs))
+    if lines.numel():
+        _make_lines(lines, gate_of(inputs.log_decay, c))
+    segment_sums(b, c, parts, inputs, reverse=reverse)
     kept = c.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
     _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True)
     return kept
@@ -209,7 +208,7 @@ def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Ten
 
 def _walk_states(
     b: Tensor, c: Tensor, kept: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None,
-    sums: tuple[Tensor, Tensor], number: int, config: States, *, reverse: bool, keep: bool,
+    sums: list[Tensor], number: int, config: States, *, reverse: bool, keep: bool,
 ) -> None:  # fmt: skip
     """Walks states over so many segments of each head."""
     from kernels.walks import walk_hopper_states
@@ -223,18 +222,9 @@ def _walk_states(
         c if given is None else given, c if last is None else last, *sums,
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
-        GATE=_gate_kind(inputs.log_decay), START=int(given is not None), CUT=pieces.number > 1, KEEP=keep, LAST=last is not None,
+        GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, CUT=pieces.number > 1, KEEP=keep, LAST=last is not None,
         REVERSE=reverse, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
     )  # fmt: skip
-
-
-def _lines_of(inputs: Inputs) -> Tensor:
-    """Lines of scalar decays, or an empty tensor."""
-    lines = inputs.v.new_empty(_sizes(inputs)[0], dtype=torch.float32)
-    if lines.numel():
-        assert inputs.log_decay is not None
-        _make_lines(lines, inputs.log_decay)
-    return lines
 
 
 def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,10 +238,10 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
     constants = _constants(inputs, config.groups, pieces)
     kept = entering_like(inputs)
-    lines, entered = kept.split(_sizes(inputs))
+    lines, sums, decays = parts = kept.split(_sizes(inputs))
     if lines.numel():
         _make_lines(lines, gate)
-    sums, decays = segment_sums(k, v, lines, inputs, reverse=False)
+    segment_sums(k, v, parts, inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, width]) for x, width in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
     states = described[3]
     if group > 1:
@@ -259,10 +249,9 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         states = _described(kept.flatten(0, 2), [1, wide_k, wide_v])
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, states, _line_rows(lines, batch * heads, described[0]), lines, gate,
-        v if state is None else state.contiguous(), last, entered, sums, decays,
+        v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
-        **constants, BK=wide_k, BV=wide_v, STAGES=config.stages, START=int(state is not None),
-        ENTER=pieces.number > 1 and group == 1, KEEP=group > 1, LAST=return_state,
+        **constants, BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None, KEEP=group > 1, LAST=return_state,
     )  # fmt: skip
     return o, last, kept
 
@@ -282,26 +271,24 @@ def backward(
     See `kernels.walks.walk._walk_back`; `rows` are q, k, v and do.
     """
     from kernels.walks import walk_hopper_back
-    from kernels.walks.walk_hopper_parts import EACH_GIVEN
 
     q, k, v, do = (_aligned(x) for x in rows)
     (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
     pieces, gate, width = share_out(inputs), gate_of(inputs.log_decay, v), max(_width(k), _width(v))
-    config, cut = BACKWARD[width], pieces.number > 1
+    config = BACKWARD[width]
     constants = _constants(inputs, config.groups, pieces)
-    lines, entered = kept.split(_sizes(inputs))
-    sums, decays = segment_sums(q, do, lines, inputs, reverse=True)
-    first = entered if cut else v if state is None else state.contiguous()
+    lines, *before = kept.split(_sizes(inputs))
+    _, *behind = torch.empty_like(kept).split(_sizes(inputs))
+    segment_sums(q, do, (lines, *behind), inputs, reverse=True)
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     parts = (batch, heads, 2 * config.groups + 4, -(-length // CHUNK) * CHUNK)
     rowsums = v.new_empty(parts if gate_grad else (0, 0, 0, 0), dtype=torch.float32).permute(2, 0, 1, 3)[..., :length]
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
     walk_hopper_back.backward_kernel[(batch * pieces.number * heads * 2,)](
         *described, _line_rows(lines, batch * heads, described[0]), lines, gate,
-        first, v if dlast is None else dlast, dfirst, sums, decays, rowsums,
+        v if state is None else state.contiguous(), v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **constants, W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        START=EACH_GIVEN.value if cut else int(state is not None), DLAST=int(dlast is not None), LAST=state is not None,
-        GATE_GRAD=gate_grad, LATE=LATE,
+        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LATE=LATE,
     )  # fmt: skip
     return dq, dk, rowsums

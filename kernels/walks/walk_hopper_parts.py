@@ -10,14 +10,12 @@ Shape legend: B batch, T time, H heads, P segments, N chunks of C = 64 tokens, D
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.delta_rule.delta_hopper import at_stage, fetch
 from kernels.walks.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
-FROM_ZERO, GIVEN, EACH_GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "heads", "group", "gate_every", "segments", "span"]
 
@@ -106,22 +104,18 @@ def entering(
 @gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
-    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, START: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """The state that a walk starts from: zero, given to each sequence or segment, and what the segments before make of it."""
+    """The state that a walk starts from: zero or given, and what the segments before make of it."""
     batch, head, piece = place
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
-    if START == EACH_GIVEN:
-        index = (batch * segments + piece) * heads + head
-        state_DE += gl.load(given + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    else:
-        if START == GIVEN:
-            state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-        if CUT:
-            for n in range((segments - 1 - piece) if REVERSE else piece):
-                index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-                added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-                state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    if GIVEN:
+        state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    if CUT:
+        for n in range((segments - 1 - piece) if REVERSE else piece):
+            index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+            added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+            state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
 
 
