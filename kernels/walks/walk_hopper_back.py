@@ -31,7 +31,6 @@ from kernels.walks.walk_hopper_parts import (
     falls,
     half_of,
     line_layout,
-    program,
     rate_of,
     row_sums,
     state_layout,
@@ -202,7 +201,7 @@ def backward_kernel(
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, CUT: gl.constexpr,
-    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr,
+    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr,
 ):  # fmt: skip
     """All gradients. Grid: (B * P * H * 2,): keys and values of a head, then its queries.
 
@@ -211,7 +210,9 @@ def backward_kernel(
     decays: GROUPS parts of what queries read from earlier chunks, as many of what keys give, and four of what queries get inside
     of their chunk.
     """
-    part, head, piece, batch = program(heads, segments, 2)
+    index, half_of_all = gl.program_id(0), gl.num_programs(0) // 2
+    part, place = (index // half_of_all, index % half_of_all) if SORTED else (index % 2, index // 2)
+    head, piece, batch = place % heads, place // heads % segments, place // heads // segments
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     sizes = (length, heads, segments, span)
     part_size = (length + C - 1) // C * C

@@ -82,6 +82,7 @@ BACKWARD = {NARROW: Backward(1, 3, 2, 2), WIDTH: Backward(2, 3, 2, 1)}
 SUMS = {NARROW: States(64, 1, 4), WIDTH: States(128, 2, 3)}
 """Of the sums over segments, by the same width."""
 LATE = False
+SORTED = False
 KEPT = States(64, 2, 3)
 """Of the states between chunks."""
 
@@ -289,6 +290,6 @@ def backward(
         v if state is None else state.contiguous(), v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **constants, W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LATE=LATE,
+        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LATE=LATE, SORTED=SORTED,
     )  # fmt: skip
     return dq, dk, rowsums

@@ -105,7 +105,7 @@ class Barrier:
 class Program:
     """The built-in functions of one program, as modules `gl`, `tma`, `mbarrier` and the functions beside them."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, programs: int):
         self.unfenced: set[int] = set()
         self.own = threading.local()
         self.turn = threading.Condition()
@@ -115,6 +115,7 @@ class Program:
             **numbers,
             constexpr=None,
             program_id=lambda _: torch.tensor(index),
+            num_programs=lambda _: torch.tensor(programs),
             arange=lambda start, stop, _=None: torch.arange(start, stop),
             zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=torch.float64),
             full=lambda shape, x, *_: torch.full(shape, x, dtype=torch.float64),
@@ -306,7 +307,7 @@ class OnCpu:
             constants |= dict.fromkeys(("DOT", "MERGE"), torch.float64)
             named |= {name: x for name, x in constants.items() if name in self.kernel.arg_names}
             for index in range(grid[0]):
-                self._run(Program(index), named)
+                self._run(Program(index, grid[0]), named)
 
         return run
 
