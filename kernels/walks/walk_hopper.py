@@ -83,7 +83,7 @@ def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constex
 def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr, CUT: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
     KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr = False,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
@@ -94,7 +94,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         out: descriptor of the outputs.
         states: descriptor of the 16-bit states before the chunks, which are written (KEEP), or any.
         pointers: lines of decays, the first state or those that enter the segments, last state, states that enter segments and are
-            what segments add to a state and their decays (CUT), sums of the probe and how far apart their parts are.
+            what segments add to a state and their decays, sums of the probe and how far apart their parts are.
         rate: of constant decays.
         place: batch, head, segment, and the head of a and b.
         sizes: length, heads, segments and chunks of a segment.
@@ -124,7 +124,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
     own_place = (batch, head, piece)
-    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, CUT, False)
+    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
@@ -197,12 +197,12 @@ def forward_kernel(
     q, k, v, o, states, line_rows, lines, gate, first, last, sums, decays,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, CUT: gl.constexpr, KEEP: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
     LAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
-    A segment is `span` chunks. With CUT `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP
+    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP
     writes the state that enters each segment, KEEP that before each chunk in 16 bit, [B * N * H, K, V].
     """
     _, head, piece, batch = program(heads, segments, 1)
@@ -210,5 +210,5 @@ def forward_kernel(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, CUT, KEEP, LAST, False, DOT,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
     )  # fmt: skip

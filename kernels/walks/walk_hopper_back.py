@@ -94,7 +94,7 @@ def _seen(
 def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, results, pointers, rate, place, sizes, buffers,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, DLAST: gl.constexpr, CUT: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
     LATE: gl.constexpr,
 ):  # fmt: skip
     """One head's reverse walk over a segment for all of dk and dv.
@@ -103,7 +103,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         sources: descriptors of q, k, v, do, and of the lines of scalar decays.
         results: descriptors of dk and dv.
         pointers: lines of decays, gradient of the last state, that of the first, which is written (LAST), what segments add to
-            a state and their decays (CUT); with PROBE sums for keys and for queries [B, H, T].
+            a state and their decays; with PROBE sums for keys and for queries [B, H, T].
         rate, place, sizes: see `kernels.walks.walk_hopper.walk`.
         buffers: of `_back_buffers`.
     """
@@ -124,7 +124,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         bring(bars, sources, stages, (row, row, row, row), [batch * heads + head, row[1]], early, BYTES, C, STAGES, GATE)
     d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
     offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-    state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, DLAST, CUT, True)
+    state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, DLAST, True)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
@@ -200,13 +200,13 @@ def backward_kernel(
     q, k, v, do, dq, dk, dv, line_rows, lines, gate, first, dlast, dfirst, before, decays_before, behind, decays_behind, rowsums,
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, CUT: gl.constexpr,
+    BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr,
     DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr,
 ):  # fmt: skip
     """All gradients. Grid: (B * P * H * 2,): keys and values of a head, then its queries.
 
-    `first` starts the walk of queries (FIRST) and has the gradient `dfirst`; `dlast` (DLAST) starts that of keys and values. With
-    CUT segments before (or behind) theirs have sums and decays. `rowsums` [B, H, parts, N * C] sum to the gradient of the cumulated
+    `first` starts the walk of queries (FIRST) and has the gradient `dfirst`; `dlast` (DLAST) starts that of keys and values;
+    segments before, or behind, have sums and decays. `rowsums` [B, H, parts, N * C] sum to the gradient of the cumulated
     decays: GROUPS parts of what queries read from earlier chunks, as many of what keys give, and four of what queries get inside
     of their chunk.
     """
@@ -222,12 +222,12 @@ def backward_kernel(
             (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
             (lines, dlast, dfirst, behind, decays_behind, rowsum + GROUPS * part_size, part_size), rate,
             (batch, head, piece), sizes, _back_buffers(W, C, BACK_STAGES, GATE, DOT),
-            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, CUT, FIRST, GATE_GRAD, DOT, LATE,
+            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, DOT, LATE,
         )  # fmt: skip
     else:
         walk(
             (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
             (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
             buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
-            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, CUT, False, False, GATE_GRAD, DOT, LATE,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT, LATE,
         )  # fmt: skip

@@ -90,12 +90,12 @@ KEPT = States(64, 2, 3)
 def suits(inputs: Inputs) -> bool:
     """Whether both passes of these inputs are those of Hopper: what is known of fake tensors too.
 
-    Narrow heads without a scalar gate only where their rows are cut.
+    Narrow heads without a scalar gate only where the plain walks would cut their rows.
     """
     if not _fits(inputs) or inputs.k.shape[2] != inputs.v.shape[2]:
         return False
     least, most = sorted((inputs.k.shape[3], inputs.v.shape[3]))
-    faster = (inputs.log_decay is not None and inputs.log_decay.ndim == 3) or share_out(inputs).number > 1
+    faster = (inputs.log_decay is not None and inputs.log_decay.ndim == 3) or n_segments(inputs.k, inputs.v) > 1
     return least > NARROW or (most <= NARROW and faster and inputs.v.shape[1] >= LONG)
 
 
@@ -182,7 +182,7 @@ def _constants(inputs: Inputs, groups: int, pieces: Pieces) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     return {
         "K": inputs.k.shape[3], "V": inputs.v.shape[3], "C": CHUNK, "GATE": _gate_kind(inputs.log_decay),
-        "DOT": _triton_dtype(inputs.v.dtype), "GROUPS": groups, "CUT": pieces.number > 1, "num_warps": 4 * groups,
+        "DOT": _triton_dtype(inputs.v.dtype), "GROUPS": groups, "num_warps": 4 * groups,
     }  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def _walk_states(
         c if given is None else given, c if last is None else last, *sums,
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
-        GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, CUT=pieces.number > 1, KEEP=keep, LAST=last is not None,
+        GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, KEEP=keep, LAST=last is not None,
         REVERSE=reverse, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
     )  # fmt: skip
 

@@ -104,18 +104,17 @@ def entering(
 @gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
-    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, CUT: gl.constexpr, REVERSE: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """The state that a walk starts from: zero or given, and what the segments before make of it."""
     batch, head, piece = place
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
     if GIVEN:
         state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    if CUT:
-        for n in range((segments - 1 - piece) if REVERSE else piece):
-            index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-            added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-            state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    for n in range((segments - 1 - piece) if REVERSE else piece):
+        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+        added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
 
 

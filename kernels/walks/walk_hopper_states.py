@@ -47,7 +47,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     b, c, states, line_rows, lines, gate, given, last, sums, decays,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, CUT: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
     REVERSE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
@@ -56,7 +56,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     `kernels.walks.walk_forward_triton.segment_kernel`. They go through a segment against the order of the walk, which then starts
     with rows that the L2 cache still has; what follows a chunk decays its operand, not the sum.
     KEEP: the state before each chunk, in reverse the gradient of that behind it, [B * N * H, K, V] in 16 bit, from `given`
-    (GIVEN) and the sums (CUT); LAST writes the one at the end.
+    (GIVEN) and the sums; LAST writes the one at the end.
 
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
@@ -86,9 +86,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     state_KV = gl.zeros([BK, BV], gl.float32, tall)
     if KEEP:
         own_place = (batch, head, piece)
-        state_KV = state_of(
-            given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, CUT, REVERSE
-        )
+        state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE)
     t, others = _start(n_first, 0, steps, C, BACK), 0.0
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
