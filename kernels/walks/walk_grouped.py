@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
+from kernels.walks import walk_hopper_plan, walk_hopper_states_launch
 from kernels.walks.walk_decays import gate_every, gate_of
 from kernels.walks.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
 from kernels.walks.walk_segments import segments
@@ -144,15 +145,14 @@ def backward(
 
     See `kernels.walks.walk._walk_back`.
     """
-    from kernels.walks import walk_hopper_launch
     from kernels.walks.walk_grouped_triton import keys_kernel, queries_kernel
 
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
     first = None if inputs.state is None else dfirst
-    if walk_hopper_launch.suits_forward(inputs):
-        dkept = walk_hopper_launch.states(narrow[0], narrow[3], inputs, dlast, first, reverse=True)
+    if walk_hopper_plan.fits(inputs):
+        dkept = walk_hopper_states_launch.states(narrow[0], narrow[3], inputs, dlast, first, reverse=True)
     else:
         dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
     splits = call.splits(batch)
