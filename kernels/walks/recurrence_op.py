@@ -95,11 +95,14 @@ linear_recurrence.register_autograd(_differentiate, setup_context=_save)
 
 @linear_recurrence.register_sizes
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, state: Any, starts: Any, return_state: bool) -> Iterator[tuple[Any, ...]]:
-    """Long rows of few heads are walked in segments; so are heads that share keys, but for a few, which share nothing."""
+    """Long rows of few heads are walked in segments; so are heads that share keys, but for a few, which share nothing.
+
+    Long rows of many narrow heads take the walks for Hopper.
+    """
     if starts is not None:
         return
-    few = [Sizes(1, length, 1, 1) for length in (64, 4096)] if k.shape[2] < v.shape[2] else []
-    for other in (*other_sizes(k.shape[2], v.shape[2]), *few):
+    more = [Sizes(1, length, 1, 1) for length in (64, 4096)] if k.shape[2] < v.shape[2] else [Sizes(8, 1024, 16, 16)]
+    for other in (*other_sizes(k.shape[2], v.shape[2]), *more):
         keys = [other.of(x, "BTG") for x in (q, k)]
         yield *keys, other.of(v, "BTH"), decays_of(other, log_decay), other.of(state, "BH"), None, return_state
 

@@ -25,7 +25,10 @@ def compile_one(kernel, gate, config, widths, constants):
     described["line_rows"] = f"tensordesc<fp32{[1, C]},{NVMMASharedLayout(0, 32, rank=2)!r}>" if gate == 2 else blocks[wide_k]
     runtime |= {name: block for name, block in described.items() if name in runtime}
     shared = {"K": wide_k, "V": wide_v, "BK": wide_k, "BV": wide_v, "W": wide_k, "C": C, "DOT": tl.bfloat16, "GATE": gate}
-    flags = {**dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE"), False), "GATE_GRAD": gate == 2}
+    flags = {
+        **dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE", "LATE", "SORTED"), False),
+        "GATE_GRAD": gate == 2,
+    }
     arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
 
