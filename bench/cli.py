@@ -13,8 +13,20 @@ from typing import Annotated
 import typer
 
 from bench import __version__, cli_models, cli_speed
-from bench.errors import unknown
-from bench.options import DEFAULT_STORE, DebugOption, JsonOption, StoreOption, complete, guard
+from bench.options import (
+    DEFAULT_STORE,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    NoReportOption,
+    ReportOption,
+    StoreOption,
+    complete,
+    guard,
+    how,
+    what,
+)
 
 EXIT_CODES = "Exit codes: 0 all good; 1 some run failed, a check failed or a comparison regressed; 2 bad input; 130 interrupted."
 
@@ -42,58 +54,31 @@ def _root(
 
 @app.command()
 def synthetic(
-    task: Annotated[
-        str | None,
-        typer.Option(help="Task to train on, e.g. mqar.", autocompletion=complete("task"), rich_help_panel="What"),
-    ] = None,
+    task: Annotated[str | None, what(help="Task to train on, e.g. mqar.", autocompletion=complete("task"))] = None,
     mixer: Annotated[
         list[str] | None,
-        typer.Option(
+        what(
             help="Mixers, comma-separated: gla,attention | sliding_window:window=32 | gla*3+attention | ./mine.py@Mine.",
             autocompletion=complete("mixer"),
-            rich_help_panel="What",
         ),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Recipe to run instead of the task's own.", autocompletion=complete("recipe"), rich_help_panel="What"),
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(help="Whole families: recall, selectivity, mad, state_tracking or all.", rich_help_panel="What"),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Size of a suite: quick (two cores, 15 minutes) or laptop.", rich_help_panel="What")
-    ] = None,
+    recipe: Annotated[str | None, what(help="Recipe to run instead of the task's own.", autocompletion=complete("recipe"))] = None,
+    suite: Annotated[str | None, what(help="Whole families: recall, selectivity, mad, state_tracking or all.")] = None,
+    preset: Annotated[str | None, what(help="Size of a suite: quick (two cores, 15 minutes) or laptop.")] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a setting: train.epochs=8, model.d_model=64,128 (a grid).", rich_help_panel="What"),
+        list[str] | None, what("--set", help="Change a setting: train.epochs=8, model.d_model=64,128 (a grid).")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Reported seeds per point.", rich_help_panel="What")] = None,
-    select_seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds per learning rate in its selection.", rich_help_panel="What")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Worker processes; default one per CPU core, or up to 6 per GPU.", rich_help_panel="How"),
-    ] = None,
-    fleet: Annotated[
-        int, typer.Option(min=1, help="Most seeds and learning rates trained together as one model.", rich_help_panel="How")
-    ] = 16,
-    launch: Annotated[
-        str, typer.Option(help="local, ray:gpus=0.5, slurm:partition=gpu,time=120, ...", rich_help_panel="How")
-    ] = "local",
-    rerun: Annotated[str | None, typer.Option(help="Train again: failed or all.", rich_help_panel="How")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
-    check_: Annotated[
-        bool,
-        typer.Option("--check", help="Compare with published values; fail if a hard one is missed.", rich_help_panel="How"),
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")
-    ] = None,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.", rich_help_panel="Output")] = False,
+    seeds: Annotated[int | None, what(min=1, help="Reported seeds per point.")] = None,
+    select_seeds: Annotated[int | None, what(min=1, help="Seeds per learning rate in its selection.")] = None,
+    device: DeviceOption = "auto",
+    jobs: Annotated[int | None, how(min=1, help="Worker processes; default one per CPU core, or up to 6 per GPU.")] = None,
+    fleet: Annotated[int, how(min=1, help="Most seeds and learning rates trained together as one model.")] = 16,
+    launch: Annotated[str, how(help="local, ray:gpus=0.5, slurm:partition=gpu,time=120, ...")] = "local",
+    rerun: Annotated[str | None, how(help="Train again: failed or all.")] = None,
+    dry_run: DryRunOption = False,
+    check_: Annotated[bool, how("--check", help="Compare with published values; fail if a hard one is missed.")] = False,
+    report: ReportOption = None,
+    no_report: NoReportOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -119,8 +104,6 @@ def synthetic(
         from bench.commands.console import Output
         from bench.commands.request import Request
 
-        if rerun not in (None, "failed", "all"):
-            raise unknown("value of --rerun", rerun, ["failed", "all"])
         request = Request(
             task=task,
             mixers=mixer or [],

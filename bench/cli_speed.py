@@ -4,49 +4,37 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from bench.options import DEFAULT_STORE, DebugOption, JsonOption, StoreOption, complete, guard
+from bench.options import (
+    DEFAULT_STORE,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    StoreOption,
+    complete,
+    guard,
+    how,
+    shape,
+    sizes,
+    what,
+)
 
 
 def throughput(
     mixer: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Mixers, comma-separated: gla,attention | based | ./mine.py@Mine | all.",
-            autocompletion=complete("mixer"),
-            rich_help_panel="What",
-        ),
+        what(help="Mixers, comma-separated: gla,attention | based | ./mine.py@Mine | all.", autocompletion=complete("mixer")),
     ] = None,
-    kernel: Annotated[
-        list[str] | None,
-        typer.Option(help="Kernels, comma-separated (`bench list kernels`), or all.", rich_help_panel="What"),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="kernels: every kernel at the shapes of the published figures.", rich_help_panel="What")
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(help="train (forward, and forward with backward), prefill, decode; default all.", rich_help_panel="What"),
-    ] = None,
-    length: Annotated[
-        str | None, typer.Option(help="Tokens of a sequence: 2048, or 512,2048,8192.", rich_help_panel="Shape")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences; default: equal tokens at every length.", rich_help_panel="Shape")
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of kernels, and of mixers that have the option.", rich_help_panel="Shape")
-    ] = None,
-    width: Annotated[
-        str | None, typer.Option(help="Head widths of kernels, model widths of mixers: 64,128.", rich_help_panel="Shape")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel="How")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 on a GPU, fp32 on a CPU.", rich_help_panel="How")
-    ] = None,
-    no_peers: Annotated[bool, typer.Option("--no-peers", help="Time no public implementations.", rich_help_panel="How")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows and stop.", rich_help_panel="How")] = False,
+    kernel: Annotated[list[str] | None, what(help="Kernels, comma-separated (`bench list kernels`), or all.")] = None,
+    preset: Annotated[str | None, what(help="kernels: every kernel at the shapes of the published figures.")] = None,
+    mode: Annotated[str | None, what(help="train (forward, and forward with backward), prefill, decode; default all.")] = None,
+    length: Annotated[str | None, shape(help="Tokens of a sequence: 2048, or 512,2048,8192.")] = None,
+    batch: Annotated[int | None, shape(min=1, help="Sequences; default: equal tokens at every length.")] = None,
+    heads: Annotated[int | None, shape(min=1, help="Heads of kernels, and of mixers that have the option.")] = None,
+    width: Annotated[str | None, shape(help="Head widths of kernels, model widths of mixers: 64,128.")] = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str | None, how(help="fp32, bf16 or fp16; default bf16 on a GPU, fp32 on a CPU.")] = None,
+    no_peers: Annotated[bool, how("--no-peers", help="Time no public implementations.")] = False,
+    dry_run: Annotated[bool, how("--dry-run", help="Print the rows and stop.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -73,10 +61,10 @@ def throughput(
             kernels=kernel or [],
             preset=preset,
             modes=mode.split(",") if mode else [],
-            lengths=module.parse_sizes("--length", length),
+            lengths=sizes("--length", length),
             batch=batch,
             heads=heads,
-            widths=module.parse_sizes("--width", width),
+            widths=sizes("--width", width),
             dtype=dtype,
         )
         options = module.Options(device=device, store=store, with_peers=not no_peers, dry_run=dry_run)

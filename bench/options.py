@@ -1,9 +1,10 @@
-"""What the commands share: options that several take, errors as one sentence, completion of names."""
+"""What the commands share: options that several take, values in commas, errors as one sentence, completion of names."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,19 @@ import typer
 
 from bench.errors import UserError
 
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of stored runs.", rich_help_panel="Output")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, text on stderr.", rich_help_panel="Output")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+what, shape, data, how, output = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("What", "Shape", "Data", "How", "Output")
+)
+"""Options by the panel of the help that they stand in."""
+
+DeviceOption = Annotated[str, how(help="auto, cpu, cuda or cuda:0.")]
+DryRunOption = Annotated[bool, how("--dry-run", help="Print the plan and stop.")]
+TrustOption = Annotated[bool, how("--trust-remote-code", help="Run code that the model folder brings along.")]
+ReportOption = Annotated[Path | None, output(help="Where the HTML report goes.", show_default=False)]
+NoReportOption = Annotated[bool, output("--no-report", help="Write no report.")]
+StoreOption = Annotated[Path, output("--store", help="Folder of stored runs.")]
+JsonOption = Annotated[bool, output("--json", help="JSON lines on stdout, text on stderr.")]
+DebugOption = Annotated[bool, output("--debug", help="Show the traceback of an error.")]
 DEFAULT_STORE = Path("results/runs")
 
 
@@ -30,6 +41,25 @@ def guard(debug: bool, command: Callable[[], int]) -> None:
         typer.echo("bench: interrupted", err=True)
         code = 130
     raise typer.Exit(code)
+
+
+def names(values: list[str] | None) -> list[str]:
+    """The names of an option that is repeated or holds several, separated by commas."""
+    return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
+
+
+def sizes(option: str, text: str | None) -> list[int]:
+    """`512,2048` as numbers.
+
+    Raises:
+        UserError: one of them is not a positive whole number.
+    """
+    if text is None:
+        return []
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {text!r} must be positive whole numbers separated by commas, as in {option} 512,2048.")
+    return [int(part) for part in parts]
 
 
 def complete(kind: str) -> Callable[[str], list[str]]:

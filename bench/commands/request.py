@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from bench import catalog
 from bench.commands.suite import suite_sweep
 from bench.device import Device
-from bench.errors import UserError
+from bench.errors import UserError, unknown
 from bench.grammar import apply_settings, parse_mixers
 from bench.records import StateInfo
 from bench.spec import LayerSpec, ModelSpec, TaskSpec, TrainSpec
@@ -24,7 +24,11 @@ DEFAULT_RECIPE = "laptop"
 
 @dataclass(frozen=True)
 class Request:
-    """The options of `bench synthetic`."""
+    """The options of `bench synthetic`.
+
+    Raises:
+        UserError: `rerun` is neither failed nor all.
+    """
 
     task: str | None
     mixers: list[str]
@@ -47,6 +51,10 @@ class Request:
     """Where fleets train."""
     check: bool = False
     """Whether to compare with the recipe's published values."""
+
+    def __post_init__(self) -> None:
+        if self.rerun not in (None, "failed", "all"):
+            raise unknown("value of --rerun", self.rerun, ["failed", "all"])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from bench.commands.console import Output, bytes_text
 from bench.device import resolve_device
-from bench.errors import UserError
 from bench.speed_records import SpeedRecord, Timing
 from bench.store import Store
 from bench.throughput.plan import Row, SpeedRequest, plan
@@ -34,20 +33,6 @@ class Options:
     store: Path
     with_peers: bool
     dry_run: bool
-
-
-def parse_sizes(option: str, text: str | None) -> list[int]:
-    """`512,2048` as numbers.
-
-    Raises:
-        UserError: one of them is not a positive whole number.
-    """
-    if text is None:
-        return []
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"{option} {text!r} must be positive whole numbers separated by commas, as in {option} 512,2048.")
-    return [int(part) for part in parts]
 
 
 def run(request: SpeedRequest, options: Options, output: Output) -> int:

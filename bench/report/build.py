@@ -122,9 +122,6 @@ def _render(
     warnings: list[str],
 ) -> tuple[str, list[str]]:
     """The page as text, and every warning on it."""
-    import vl_convert
-    from markupsafe import Markup
-
     tasks = frames.task_rows(found)
     rows = frames.point_rows(found, tasks)
     curves, curve_warnings = frames.curve_rows(found, rows, store)
@@ -147,30 +144,42 @@ def _render(
         "extras": [*extras, *(bridged["charts"] if bridged else []), *([] if speed is None else speed["groups"])],
         "speed": speed,
     }
-    page = (
+    page = _filled(
+        data,
+        title=title,
+        tasks=tasks,
+        points=list(zip(found, rows, strict=True)),
+        styles=look,
+        judged=judged,
+        bridged=bridged,
+        evals=evals,
+        curves=curves,
+        families=data["families"],
+        reproduced=reproduced,
+        speed=speed,
+        mixers=sorted(set(shown)),
+        metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
+        pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
+        pictures_made=len(pictures),
+        warnings=warnings,
+        failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
+        facts=_facts(found, evals, speeds),
+        store=store.root,
+    )
+    return page, warnings
+
+
+def _filled(data: dict[str, Any], **parts: Any) -> str:
+    """The page's template with these parts, and with the data, styles and scripts inside."""
+    import vl_convert
+    from markupsafe import Markup
+
+    return (
         _environment()
         .get_template("page.html.j2")
         .render(
-            title=title,
-            tasks=tasks,
-            points=list(zip(found, rows, strict=True)),
-            styles=look,
-            judged=judged,
-            bridged=bridged,
-            evals=evals,
-            curves=curves,
-            families=data["families"],
-            reproduced=reproduced,
-            speed=speed,
-            mixers=sorted(set(shown)),
-            metrics=list(dict.fromkeys(name for task in tasks for name in task["metrics"])),
-            pictures=sorted(pictures, key=lambda item: -(item[0]["accuracy"] or 0))[:MAX_PICTURES],
-            pictures_made=len(pictures),
-            warnings=warnings,
-            failures=[(row, record) for point, row in zip(found, rows, strict=True) for record in point.failures],
-            facts=_facts(found, evals, speeds),
+            **parts,
             selection_seed=SELECTION_SEED,
-            store=store.root,
             axes=charts.AXES,
             data=Markup(_script_json(data)),
             css=Markup((HERE / "page.css").read_text("utf-8")),
@@ -178,7 +187,6 @@ def _render(
             bundle=Markup(vl_convert.javascript_bundle()),  # pyright: ignore[reportCallIssue] - its stub forgets the default
         )
     )
-    return page, warnings
 
 
 def _script_data(

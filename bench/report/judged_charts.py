@@ -11,6 +11,10 @@ from bench.report.charts import BYTES, LayeredChart
 DASHES = [[1, 0], [1, 0], [6, 3], [2, 2]]
 """Solid for models and students, dashed for the untrained window, dotted for ablations."""
 _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+_BEFORE_NAMES = alt.Scale(type="point", padding=0, range=[40, alt.ExprRef("max(width - 210, 0.6 * width)")])
+"""Points of an axis that leaves room on the right for names at the ends of lines, of a narrow page two fifths."""
+_NAMES = alt.ExprRef("min(195, 0.4 * width - 15)")
+"""Pixels of such a name; a longer one ends with an ellipsis, the tooltip has it whole."""
 
 
 def specs() -> dict[str, Any]:
@@ -73,7 +77,7 @@ def _pareto() -> LayeredChart:
 
 
 def _lengths() -> LayeredChart:
-    x = alt.X("x:O", title="Length of the item, tokens", axis=alt.Axis(labelAngle=0, grid=True))
+    x = alt.X("x:O", title="Length of the item, tokens", scale=_BEFORE_NAMES, axis=alt.Axis(labelAngle=0, grid=True))
     tooltip = [*_tooltips(x="length", n="items"), alt.Tooltip("y:Q", title="recall", format=".1%")]
     bars = (
         alt.Chart(alt.NamedData(name="values"))
@@ -85,7 +89,7 @@ def _lengths() -> LayeredChart:
 
 
 def _speed() -> LayeredChart:
-    x = alt.X("x:O", title="Context, tokens", axis=alt.Axis(labelAngle=0, grid=True))
+    x = alt.X("x:O", title="Context, tokens", scale=_BEFORE_NAMES, axis=alt.Axis(labelAngle=0, grid=True))
     y = alt.Y("y:Q", title="Decoded tokens/s, all rows (log scale)", scale=alt.Scale(type="log", nice=False, padding=12))
     tooltip = [*_tooltips(x="context", batch="batch", how="run as"), alt.Tooltip("y:Q", title="tokens/s", format=",.0f")]
     return _lines(x, y, tooltip, "Speed of decoding at the largest batch by context, one line a model; see the table.")
@@ -102,7 +106,7 @@ def _lines(x: alt.X, y: alt.Y, tooltip: list[alt.Tooltip], said: str, *below: al
     marks = base.mark_point(size=60, strokeWidth=2, opacity=1).encode(
         stroke=stroke, fill=alt.Fill(**_literal("color")), shape=alt.Shape(**_literal("shape")), tooltip=tooltip
     )
-    names = base.mark_text(align="left", dx=9, style="name").encode(text="label:N")
+    names = base.mark_text(align="left", dx=9, limit=_NAMES, style="name").encode(text="label:N")
     return alt.layer(*below, line, marks, names).properties(width="container", height=340, autosize=_FIT, description=said)
 
 

@@ -189,12 +189,13 @@ def read_decays(g_C, g_all, g_buffer, made, part, zero, C: gl.constexpr):
 
 @gluon.jit
 def score(
-    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    given,
     BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr, SOLVERS: gl.constexpr,
     GATED: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """The partition that brings rows, makes scores and factors of each chunk, and stores cumulated decays, or reads them with H."""
     square: gl.constexpr = turned_layout(C)
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, g = pointers
     zero = gl.minimum(length, 0)  # known by the chip only
     i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero

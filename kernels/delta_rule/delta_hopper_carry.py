@@ -3,7 +3,7 @@
 A segment takes the state S that enters it to R S + C, and the gradient of the state that leaves it to that of the one that
 enters in the same form. A warp group walks over a segment with 64 columns of the state, transposed as in
 `delta_hopper_transposed`: from zero for C, and from columns of the identity, without values (or gradients of outputs),
-for R. Two share a program's keys and couplings, and a third brings them. Then `combine_kernel` goes through the segments.
+for R. Two share a program's keys and couplings, and a third brings them. Then `delta_combine_triton` goes through the segments.
 
 Segments are counted in the order of the walk: the first starts with the state given, or zero, and needs no R; what the last
 leaves is left to the walk proper. `ends` is [B * H, segments - 1, K, columns of C and then of R] in fp32.
@@ -278,33 +278,3 @@ def carry_kernel(
         [4, 4],
         [208, 88],
     )  # fmt: skip
-
-
-@entry
-def combine_kernel(
-    ends, first, states, segments: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
-):  # fmt: skip
-    """Grid: (B * H * tiles of TILE columns,). Writes the state that enters each segment [B * H, segments, K, V] in fp32."""
-    VALUES: tl.constexpr = (V + BV - 1) // BV * BV
-    WIDTH: tl.constexpr = VALUES + (K + BV - 1) // BV * BV
-    TILES: tl.constexpr = (V + TILE - 1) // TILE
-    head_index = (tl.program_id(0) // TILES).to(tl.int64)
-    d, e = tl.arange(0, BK), (tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE)
-    inside = (d < K)[:, None] & (e < V)[None, :]
-    offsets = d[:, None] * V + e[None, :]
-    states += head_index * segments * K * V
-    ends += head_index * (segments - 1) * K * WIDTH
-    state_KV = tl.zeros([BK, TILE], tl.float32)
-    if FIRST:
-        state_KV = tl.load(first + head_index * K * V + offsets, mask=inside, other=0.0)
-    tl.store(states + offsets, state_KV, mask=inside)
-    state_KV = tl.load(ends + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
-    tl.store(states + K * V + offsets, state_KV, mask=inside)
-    for part in range(1, segments - 1):
-        step = ends + tl.cast(part, tl.int64) * K * WIDTH
-        among = (d < K)[:, None] & (d < K)[None, :]
-        r_KK = tl.load(step + d[:, None] * WIDTH + VALUES + d[None, :], mask=among, other=0.0)
-        c_KV = tl.load(step + d[:, None] * WIDTH + e[None, :], mask=inside, other=0.0)
-        state_KV = tl.dot(r_KK, state_KV, c_KV, input_precision="tf32x3")
-        tl.store(states + (tl.cast(part, tl.int64) + 1) * K * V + offsets, state_KV, mask=inside)

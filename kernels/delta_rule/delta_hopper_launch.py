@@ -111,17 +111,18 @@ def _carried(
     rows: list[Any], beta: Tensor, kept: Kept, given: Tensor | None, like: Tensor, counts: tuple[int, ...], constants: dict
 ) -> Tensor:
     """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
-    from kernels.delta_rule import delta_hopper_carry
+    from kernels.delta_rule.delta_combine_triton import combine_kernel
+    from kernels.delta_rule.delta_hopper_carry import carry_kernel
 
     (batch, _, heads, v_dim), segments, k_dim = like.shape, counts[3], constants["K"]
     tiles = -(-v_dim // CHUNK) + -(-k_dim // CHUNK)
     ends = like.new_empty(batch * heads, segments - 1, k_dim, tiles * CHUNK, dtype=torch.float32)
     states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
     start = ends if given is None else given
-    delta_hopper_carry.carry_kernel[(batch * heads * (segments - 1) * -(-tiles // 2),)](
+    carry_kernel[(batch * heads * (segments - 1) * -(-tiles // 2),)](
         *rows, beta, kept.decays, start, ends, *counts, **constants, GIVEN=given is not None, num_warps=4
     )
-    delta_hopper_carry.combine_kernel[(batch * heads * -(-v_dim // 16),)](
+    combine_kernel[(batch * heads * -(-v_dim // 16),)](
         ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=CHUNK, TILE=16, FIRST=given is not None, num_warps=8
     )
     return states

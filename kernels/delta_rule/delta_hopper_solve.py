@@ -125,12 +125,13 @@ def _solved(
 
 @gluon.jit
 def solve(
-    h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    given,
     C: gl.constexpr, STAGES: gl.constexpr, SOLVER: gl.constexpr, SOLVERS: gl.constexpr, GATED: gl.constexpr,
     KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The partition that makes H of every SOLVERS-th chunk, and keeps it for training."""
-    beta, gate = pointers[0], pointers[1]
+    _, h, pointers, gate_t, _, bounds, chunk_0, rows, made, inner, handed, length, heads = given
+    beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
     beta_buffer, step_buffer, g_buffer = (
         inner[2].index(SOLVER * 3 + 2),
@@ -170,7 +171,7 @@ def solve(
 
 @gluon.jit
 def score_and_solve(
-    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads,
+    given,
     BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr,
     KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
@@ -179,6 +180,7 @@ def score_and_solve(
     Two partitions would leave the walks too few registers for products that run on.
     """
     square: gl.constexpr = turned_layout(C)
+    sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
     zero = gl.minimum(length, 0)  # known by the chip only

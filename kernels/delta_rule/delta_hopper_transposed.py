@@ -218,61 +218,44 @@ def forward_kernel(
     bounds, where = (n_first, n_last), (batch, head, head // group, e_start)
     shared = ((o, errors, states), (batch, head, chunk_0, e_start), bounds, rows, (o_buffers, state_buffers), made, handed)
     given, pointers = (first, last, part, head_index, order == segments - 1), (beta, gate, g)
+    beside = ((q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads)
     if WALKS == 1 and SOLVERS == 0:
         gl.warp_specialize(
             [
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 1, 0, GATED, DOT,
-                )),
+                (score, (beside, BK, C, STAGES, DEPTH, 1, 0, GATED, DOT)),
             ],
             [4],
             [168],
-        )  # fmt: skip
+        )
     elif WALKS == 1:
         gl.warp_specialize(
             [
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 1, 2, GATED, DOT,
-                )),
-                (solve, (
-                    h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    C, STAGES, 0, 2, GATED, KEEP, DOT, MERGE,
-                )),
-                (solve, (
-                    h, pointers, gate_t, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    C, STAGES, 1, 2, GATED, KEEP, DOT, MERGE,
-                )),
+                (score, (beside, BK, C, STAGES, DEPTH, 1, 2, GATED, DOT)),
+                (solve, (beside, C, STAGES, 0, 2, GATED, KEEP, DOT, MERGE)),
+                (solve, (beside, C, STAGES, 1, 2, GATED, KEEP, DOT, MERGE)),
             ],
             [4, 4, 4],
             [96, 120, 120] if BK == 64 else [88, 104, 104],
-        )  # fmt: skip
+        )
     elif SOLVERS == 0:
         gl.warp_specialize(
             [
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
-                (score, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 2, 0, GATED, DOT,
-                )),
+                (score, (beside, BK, C, STAGES, DEPTH, 2, 0, GATED, DOT)),
             ],
             [4, 4],
             [216, 72],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, False, FIRST, LAST, KEEP, DOT)),
                 (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, False, FIRST, LAST, KEEP, DOT)),
-                (score_and_solve, (
-                    (q, k, v), h, pointers, gate_t, where, bounds, chunk_0, rows, made, inner, handed, length, heads,
-                    BK, C, STAGES, DEPTH, 2, KEEP, DOT, MERGE,
-                )),
+                (score_and_solve, (beside, BK, C, STAGES, DEPTH, 2, KEEP, DOT, MERGE)),
             ],
             [4, 4],
             [208, 88],
-        )  # fmt: skip
+        )

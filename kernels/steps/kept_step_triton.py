@@ -14,7 +14,16 @@ import triton.language as tl
 
 from kernels._entry import entry
 from kernels.indexed.indexed_triton import LOG2_E
-from kernels.steps.window_step_triton import attend, load_seen, read_sinks, store_rows, walk_window
+from kernels.steps.window_step_triton import (
+    attend,
+    load_seen,
+    own_key,
+    read_sinks,
+    store_outputs,
+    store_rows,
+    token_rows,
+    walk_window,
+)
 
 SIZES = ("q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "kv_heads", "group", "stored", "sinks", "room")
 
@@ -70,22 +79,14 @@ def kept_step_kernel(
     Grid: (B * G,). Storage, scores and outputs are dense; at least one key is stored and there is room for one.
     """
     SCALE: tl.constexpr = K**-0.5 * LOG2_E
-    index = tl.program_id(0).to(tl.int64)
-    batch, kv_head = index // kv_heads, index % kv_heads
-    member = tl.arange(0, M)
-    heads = (kv_head * group + member)[:, None]
-    i, e = tl.arange(0, BK), tl.arange(0, BV)
-    q_mask = (member < group)[:, None] & (i < K)[None, :]
-    q_MK = tl.load(q + batch * q_b + heads * q_h + i[None, :], mask=q_mask, other=0.0).to(DOT)
-    k_K = tl.load(k + batch * k_b + kv_head * k_h + i, mask=i < K, other=0.0).to(near_k.dtype.element_ty)
-    v_V = tl.load(v + batch * v_b + kv_head * v_h + e, mask=e < V, other=0.0).to(near_v.dtype.element_ty)
+    index, batch, i, e, q_MK, k_K, v_V = token_rows(
+        q, k, v, q_b, q_h, k_b, k_h, v_b, v_h, kv_heads, group, near_k, near_v, K, V, BK, BV, M, DOT
+    )  # fmt: skip
     start = tl.load(position + batch)
     near_k += index * stored * K
     near_v += index * stored * V
     near_score += index * stored
-    highest_M = tl.sum(q_MK.to(tl.float32) * k_K.to(DOT).to(tl.float32)[None, :], 1) * SCALE
-    total_M = tl.full([M], 1.0, tl.float32)
-    o_MV = tl.zeros([M, BV], tl.float32) + v_V.to(DOT).to(tl.float32)[None, :]
+    highest_M, total_M, o_MV = own_key(q_MK, k_K, v_V, SCALE, DOT)
     highest_M, total_M, o_MV = walk_kept(
         kept_k + index * room * K, kept_v + index * room * V, kept_score + index * room, near_k, near_v, near_score,
         tl.load(score + index), start, stored, sinks, room, i, e, q_MK, highest_M, total_M, o_MV,
@@ -102,6 +103,4 @@ def kept_step_kernel(
             sink_k, sink_v, sink_k, sink_v, k_K, v_V, start, sinks, stored + 1, i, e, q_MK, highest_M, total_M, o_MV,
             K, V, BS, SCALE, DOT, PRECISION,
         )  # fmt: skip
-    y_rows = (index * group + member)[:, None] * V + e[None, :]
-    y_mask = (member < group)[:, None] & (e < V)[None, :]
-    tl.store(y + y_rows, (o_MV / total_M[:, None]).to(y.dtype.element_ty), mask=y_mask)
+    store_outputs(y, o_MV, total_M, index, group, e, V)

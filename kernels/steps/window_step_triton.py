@@ -20,6 +20,42 @@ SIZES = ("q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "kv_heads", "group", "stored"
 
 
 @triton.jit
+def token_rows(
+    q, k, v, q_b, q_h, k_b, k_h, v_b, v_h, kv_heads, group, stored_k, stored_v,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The program's head of keys among all and its row of the batch; columns; the token's queries, and key and value as stored."""
+    index = tl.program_id(0).to(tl.int64)
+    batch, kv_head = index // kv_heads, index % kv_heads
+    member = tl.arange(0, M)
+    heads = (kv_head * group + member)[:, None]
+    i, e = tl.arange(0, BK), tl.arange(0, BV)
+    q_mask = (member < group)[:, None] & (i < K)[None, :]
+    q_MK = tl.load(q + batch * q_b + heads * q_h + i[None, :], mask=q_mask, other=0.0).to(DOT)
+    k_K = tl.load(k + batch * k_b + kv_head * k_h + i, mask=i < K, other=0.0).to(stored_k.dtype.element_ty)
+    v_V = tl.load(v + batch * v_b + kv_head * v_h + e, mask=e < V, other=0.0).to(stored_v.dtype.element_ty)
+    return index, batch, i, e, q_MK, k_K, v_V
+
+
+@triton.jit
+def own_key(q_MK, k_K, v_V, SCALE: tl.constexpr, DOT: tl.constexpr):
+    """The running maximum, sum and weighted values of rows that have seen the token's own key."""
+    highest_M = tl.sum(q_MK.to(tl.float32) * k_K.to(DOT).to(tl.float32)[None, :], 1) * SCALE
+    total_M = tl.full([q_MK.shape[0]], 1.0, tl.float32)
+    o_MV = tl.zeros([q_MK.shape[0], v_V.shape[0]], tl.float32) + v_V.to(DOT).to(tl.float32)[None, :]
+    return highest_M, total_M, o_MV
+
+
+@triton.jit
+def store_outputs(y, o_MV, total_M, index, group, e, V: tl.constexpr):
+    """Outputs of the heads of queries that share the program's head of keys."""
+    member = tl.arange(0, o_MV.shape[0])
+    y_rows = (index * group + member)[:, None] * V + e[None, :]
+    y_mask = (member < group)[:, None] & (e < V)[None, :]
+    tl.store(y + y_rows, (o_MV / total_M[:, None]).to(y.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
 def attend(q_MK, k_NK, v_NV, seen_N, highest_M, total_M, o_MV, SCALE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """The running maximum, sum and weighted values with N further keys; the maximum is finite."""
     score_MN = tl.dot(q_MK, tl.trans(k_NK.to(DOT)), input_precision=PRECISION) * SCALE
@@ -98,19 +134,11 @@ def window_step_kernel(
     Grid: (B * G,). Storage and outputs are dense.
     """
     SCALE: tl.constexpr = K**-0.5 * LOG2_E
-    index = tl.program_id(0).to(tl.int64)
-    batch, kv_head = index // kv_heads, index % kv_heads
-    member = tl.arange(0, M)
-    heads = (kv_head * group + member)[:, None]
-    i, e = tl.arange(0, BK), tl.arange(0, BV)
-    q_mask = (member < group)[:, None] & (i < K)[None, :]
-    q_MK = tl.load(q + batch * q_b + heads * q_h + i[None, :], mask=q_mask, other=0.0).to(DOT)
-    k_K = tl.load(k + batch * k_b + kv_head * k_h + i, mask=i < K, other=0.0).to(old_k.dtype.element_ty)
-    v_V = tl.load(v + batch * v_b + kv_head * v_h + e, mask=e < V, other=0.0).to(old_v.dtype.element_ty)
+    index, batch, i, e, q_MK, k_K, v_V = token_rows(
+        q, k, v, q_b, q_h, k_b, k_h, v_b, v_h, kv_heads, group, old_k, old_v, K, V, BK, BV, M, DOT
+    )  # fmt: skip
     start = tl.load(position + batch)
-    highest_M = tl.sum(q_MK.to(tl.float32) * k_K.to(DOT).to(tl.float32)[None, :], 1) * SCALE
-    total_M = tl.full([M], 1.0, tl.float32)
-    o_MV = tl.zeros([M, BV], tl.float32) + v_V.to(DOT).to(tl.float32)[None, :]
+    highest_M, total_M, o_MV = own_key(q_MK, k_K, v_V, SCALE, DOT)
     near, sink = index * stored, index * sinks
     highest_M, total_M, o_MV = walk_window(
         old_k + near * K, old_v + near * V, new_k + near * K, new_v + near * V, k_K, v_V, start, stored, i, e,
@@ -121,6 +149,4 @@ def window_step_kernel(
             old_sink_k + sink * K, old_sink_v + sink * V, new_sink_k + sink * K, new_sink_v + sink * V, k_K, v_V, start, sinks,
             window, i, e, q_MK, highest_M, total_M, o_MV, K, V, BP, SCALE, DOT, PRECISION,
         )  # fmt: skip
-    y_rows = (index * group + member)[:, None] * V + e[None, :]
-    y_mask = (member < group)[:, None] & (e < V)[None, :]
-    tl.store(y + y_rows, (o_MV / total_M[:, None]).to(y.dtype.element_ty), mask=y_mask)
+    store_outputs(y, o_MV, total_M, index, group, e, V)

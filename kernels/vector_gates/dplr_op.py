@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels._ahead import other_sizes
 from kernels._kept import Part, memory_for, parts_of
 from kernels._operator import operator
-from kernels.vector_gates import vector_gate
+from kernels.vector_gates import vector_gate, vector_gate_kept
 from kernels.walks.recurrence_op import Folded, _folded, _unfolded
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -79,7 +79,7 @@ def _(q, k, v, a, b, log_decay, state, return_state, keep) -> Four:
     parts = _pair_parts(k.shape[:3], k.shape[3], _dtypes(q, k, v, log_decay))
     values = v.new_empty(v.shape[0], 2 * v.shape[1], *v.shape[2:])
     queries, keys = (values.new_empty(*values.shape[:3], k.shape[3], dtype=parts[i][1]) for i in range(2))
-    memory = vector_gate.kept_memory(queries, keys, values, delta=True, keep=keep)
+    memory = vector_gate_kept.kept_memory(queries, keys, values, delta=True, keep=keep)
     return values[:, 1::2], v.new_empty(final, dtype=torch.float32), memory_for(parts, k), memory
 
 

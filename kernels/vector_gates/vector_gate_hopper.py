@@ -5,7 +5,7 @@ H beta R and the next state; Q' S_m runs while R is subtracted and stored, P U w
 are what is written, and nothing but the state goes through registers. See `kernels.delta_rule.delta_hopper` for the barriers.
 
 Without OUT a walk finds what a segment does to a state: it takes the state that enters to R S + C, see
-`kernels.delta_rule.delta_hopper_carry`, whose `combine_kernel` goes through the segments.
+`kernels.delta_rule.delta_hopper_carry`; `kernels.delta_rule.delta_combine_triton` goes through the segments.
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width; KP and VP are padded widths.
 """

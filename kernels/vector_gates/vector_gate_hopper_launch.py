@@ -72,7 +72,7 @@ def _constants(call: Call, tile: int) -> dict[str, Any]:
 
 def _carried(call: Call, launch: Any, given: Tensor | None, plan: Plan) -> Tensor:
     """The states (or their gradients) with which each segment starts [B, H, segments, K, V], in the order of the walk."""
-    from kernels.delta_rule import delta_hopper_carry
+    from kernels.delta_rule.delta_combine_triton import combine_kernel
 
     walks = call.batch * call.heads
     tiles = -(-call.v_dim // plan.tile) + -(-call.k_dim // plan.tile)
@@ -80,7 +80,7 @@ def _carried(call: Call, launch: Any, given: Tensor | None, plan: Plan) -> Tenso
     states = call.v.new_empty(call.batch, call.heads, plan.segments, call.k_dim, call.v_dim, dtype=torch.float32)
     start = ends if given is None else given
     launch(walks * (plan.segments - 1) * tiles, start, ends, given is not None, OUT=False)
-    delta_hopper_carry.combine_kernel[(walks * -(-call.v_dim // 16),)](
+    combine_kernel[(walks * -(-call.v_dim // 16),)](
         ends, start, states, plan.segments,
         K=call.k_dim, V=call.v_dim, BK=call.wide_k, BV=plan.tile, TILE=16, FIRST=given is not None, num_warps=8,
     )  # fmt: skip

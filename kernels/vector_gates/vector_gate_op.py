@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels._ahead import other_sizes
 from kernels._operator import operator
-from kernels.vector_gates import vector_gate
+from kernels.vector_gates import vector_gate, vector_gate_kept
 from kernels.walks.recurrence_op import Folded, _folded, _unfolded
 
 
@@ -51,7 +51,7 @@ def _recurrence(
 @_recurrence.register_fake
 def _(q, k, v, log_decay, beta, erase, state, return_state, keep) -> tuple[Tensor, Tensor, Tensor]:
     final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if return_state else (0,)
-    memory = vector_gate.kept_memory(q, k, v, delta=beta is not None, keep=keep)
+    memory = vector_gate_kept.kept_memory(q, k, v, delta=beta is not None, keep=keep)
     return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), memory
 
 

@@ -87,7 +87,8 @@ def main() -> None:
         return
     sizes = {key: value for key, value in vars(given).items() if key not in ("model", "out")}
     content: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": provenance.versions()}
-    content |= {"commit": provenance.git_state()[0], **sizes, "seed": 0, "timed_steps": TIMED, "rows": []}
+    content["n"] = f"mean of {TIMED} steps, one measurement a row"
+    content |= {"commit": provenance.git_state()[0], **sizes, "seed": 0, "rows": []}
     for row in itertools.chain(rows(given), launched(given, sizes)):
         content["rows"].append(row)
         given.out.write_text(json.dumps(content, indent=1) + "\n")

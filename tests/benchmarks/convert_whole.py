@@ -76,6 +76,7 @@ def record(given: argparse.Namespace, folder: Path, commands: list[dict[str, Any
         text = text.replace(path, name)
     return {
         "what": f"conversion, evaluation and page of a real small model, {given.where}, one seed",
+        "n": "every command once",
         "seconds": sum(command["wall_seconds"] for command in commands),
         "processor_seconds": sum(command["processor_seconds"] for command in commands),
         "commit": commit,

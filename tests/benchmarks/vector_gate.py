@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
-from kernels.vector_gates import vector_gate
+from kernels.vector_gates import vector_gate, vector_gate_kept
 from tests.benchmarks.facts import facts
 from tests.benchmarks.linear_recurrence import CHUNK_OF_FLOPS, ceilings, graph_ms
 
@@ -89,7 +89,7 @@ def parts(leaves: dict[str, Tensor]) -> dict[str, object]:
     q, k, v, gate, beta = (None if x is None else x.detach() for x in (*leaves.values(), *[None] * (5 - len(leaves))))
     do = torch.randn_like(v)
     flags = {"delta": beta is not None, "keep": True}
-    kept = vector_gate.kept_in(vector_gate.kept_memory(q, k, v, **flags), q, k, v, **flags)
+    kept = vector_gate_kept.kept_in(vector_gate_kept.kept_memory(q, k, v, **flags), q, k, v, **flags)
     call = vector_gate.Call(q, k, v, gate, beta, None, None, kept)
     call.prepare()
     call.walk(return_state=False, keep=True)

@@ -240,7 +240,7 @@ BAD = [
     (["--rows", "window"], "has no row window"),
     (["--precision", "fp8"], "Unknown precision"),
     (["--batch-size", "many"], "neither auto nor a positive number"),
-    (["--lengths", "long"], "is no list of token counts"),
+    (["--lengths", "long"], "must be positive whole numbers"),
     (["--data-dir", "nowhere", "--tasks", "bench_passkey"], "There is no data folder"),
     (["--items", "nowhere"], "holds no item sets"),
     (["--tasks", "agreement", "--text", "text:missing.txt"], "There is no text file"),

@@ -13,7 +13,8 @@ from kernels.delta_rule import (
     delta_hopper_transposed,
 )
 from kernels.dispatch import use_backend
-from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from tests.kernels.gluon_memory import Descriptor
+from tests.kernels.gluon_on_cpu import OnCpu
 from tests.kernels.interpreted_delta_rule import assert_equal
 from tests.kernels.oracle import poisoned
 

@@ -12,7 +12,8 @@ from kernels.vector_gates import (
     vector_gate_hopper_launch,
 )
 from tests.kernels import cases_vector_gate as cases
-from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from tests.kernels.gluon_memory import Descriptor
+from tests.kernels.gluon_on_cpu import OnCpu
 
 MODULES = (vector_gate_hopper, vector_gate_hopper_back, delta_hopper)
 

@@ -17,7 +17,8 @@ from kernels.walks import (
     walk_hopper_states,
     walk_hopper_states_launch,
 )
-from tests.kernels.gluon_on_cpu import Descriptor, OnCpu
+from tests.kernels.gluon_memory import Descriptor
+from tests.kernels.gluon_on_cpu import OnCpu
 from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 

@@ -7,9 +7,10 @@ import torch
 import triton.language as tl
 
 from kernels.delta_rule import delta_hopper_launch
+from kernels.delta_rule.delta_combine_triton import combine_kernel
 from kernels.delta_rule.delta_hopper import shared_layout
 from kernels.delta_rule.delta_hopper_backward import backward_kernel
-from kernels.delta_rule.delta_hopper_carry import carry_kernel, combine_kernel
+from kernels.delta_rule.delta_hopper_carry import carry_kernel
 from kernels.delta_rule.delta_hopper_transposed import forward_kernel
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM

@@ -29,6 +29,10 @@ FLAGS = [
 ]
 MARKS = '#pareto-t0 [aria-roledescription="point"]'
 ROWS = "#points tbody tr:visible"
+CLIPPED = """(drawing) => {
+    const right = (item) => item.getBoundingClientRect().right;
+    return [...drawing.querySelectorAll("text")].filter((item) => right(item) > right(drawing)).map((item) => item.textContent);
+}"""
 
 
 def chromium() -> str:
@@ -266,6 +270,7 @@ def test_language_models_are_drawn_with_and_without_runs(page: Page, tmp_path: P
             assert drawn.count() >= least, name
             assert len(page.locator(f"#vis-{name} [role=graphics-document]").get_attribute("aria-label") or "") > 40
         assert page.evaluate("document.documentElement.scrollWidth") == 400
+        assert page.locator("#vis-j0-length svg.marks").evaluate(CLIPPED) == []
         page.get_by_role("button", name="Dark").click()
         page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
     page.get_by_role("checkbox", name="delta_net", exact=True).uncheck()
