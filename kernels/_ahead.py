@@ -110,6 +110,13 @@ class Later(NamedTuple):
     then: Callable[[tuple[Any, ...], Any], None] | None = None
 
 
+def _every_size(args: tuple[Any, ...], later: Later) -> Iterable[tuple[Any, ...]]:
+    """A call's arguments, then those of other sizes as far as there is memory for them."""
+    yield args
+    with suppress(torch.OutOfMemoryError):
+        yield from later.others(*args)
+
+
 def together(fn: Callable[..., Any], args: tuple[Any, ...], later: Later) -> Any:
     """fn(*args).
 
@@ -130,7 +137,7 @@ def together(fn: Callable[..., Any], args: tuple[Any, ...], later: Later) -> Any
     wanted = Wanted()
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         with AsyncCompileMode(pool, ignore_errors=True), _set(wanted):
-            for sized in (args, *later.others(*args)):
+            for sized in _every_size(args, later):
                 with suppress(Exception):  # what fails here fails again where it is needed
                     found = fn(*sized)
                     if later.then is not None:

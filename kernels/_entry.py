@@ -19,7 +19,9 @@ from triton.experimental.gluon._runtime import jit as gluon_jit
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import _ahead, _replay
+from kernels import _ahead, _launchers, _replay
+
+_launchers.build_once()
 
 
 class Entry(JITFunction):
