@@ -87,7 +87,11 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     shared = walk_grouped.suits(q, k, v, starts)
-    if walk_hopper_plan.suits(inputs) or walk_hopper_plan.suits_forward(inputs) or (shared and walk_hopper_plan.fits(inputs)):
+    if (
+        walk_hopper_plan.suits(inputs)
+        or walk_hopper_plan.suits_forward(inputs)
+        or (shared and walk_hopper_plan.suits_shared(inputs))
+    ):
         return walk_hopper_launch.forward(inputs, o, return_state=return_state)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
     if shared:

@@ -151,7 +151,7 @@ def backward(
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
     first = None if inputs.state is None else dfirst
-    if walk_hopper_plan.fits(inputs):
+    if walk_hopper_plan.suits_shared(inputs):
         dkept = walk_hopper_states_launch.states(narrow[0], narrow[3], inputs, dlast, first, reverse=True)
     else:
         dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)

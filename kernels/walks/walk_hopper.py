@@ -84,7 +84,7 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr = False,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -155,15 +155,12 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
             fall_C = falls(own, rate, t, length, C, GATE, of_rows)
             read_CE, state = warpgroup_mma_wait(1, [read, state])
             read = read_CE * gl.exp2(half + fall_C)[:, None]
-            if PROBE and not LATE:
+            if PROBE:
                 probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
                 store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
         outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        if PROBE and LATE:
-            probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
-            store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         if KEEP:
             tma.store_wait(0)
@@ -205,7 +202,7 @@ def forward_kernel(
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP
     writes the state that enters each segment, KEEP that before each chunk in 16 bit, [B * N * H, K, V].
     """
-    _, head, piece, batch = program(heads, segments, 1)
+    head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),

@@ -31,6 +31,7 @@ from kernels.walks.walk_hopper_parts import (
     falls,
     half_of,
     line_layout,
+    program,
     rate_of,
     row_sums,
     state_layout,
@@ -95,7 +96,6 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     sources, results, pointers, rate, place, sizes, buffers,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
-    LATE: gl.constexpr,
 ):  # fmt: skip
     """One head's reverse walk over a segment for all of dk and dv.
 
@@ -157,7 +157,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
             read_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, of_rows))
             dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
             dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
-            if PROBE and not LATE:
+            if PROBE:
                 of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
                 store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
         dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
@@ -165,9 +165,6 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         kq = warpgroup_mma(following[1], following[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         vo = warpgroup_mma(following[2], following[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        if PROBE and LATE:
-            of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
-            store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
         state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
         tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state, and copies the outputs of the chunk before
@@ -201,33 +198,32 @@ def backward_kernel(
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr,
-    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr,
+    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """All gradients. Grid: (B * P * H * 2,): keys and values of a head, then its queries.
+    """All gradients. Grid: (2 * B * P * H,): keys and values of all heads, then, as their walks are shorter, the queries.
 
     `first` starts the walk of queries (FIRST) and has the gradient `dfirst`; `dlast` (DLAST) starts that of keys and values;
     segments before, or behind, have sums and decays. `rowsums` [B, H, parts, N * C] sum to the gradient of the cumulated
     decays: GROUPS parts of what queries read from earlier chunks, as many of what keys give, and four of what queries get inside
     of their chunk.
     """
-    index, half_of_all = gl.program_id(0), gl.num_programs(0) // 2
-    part, place = (index // half_of_all, index % half_of_all) if SORTED else (index % 2, index // 2)
-    head, piece, batch = place % heads, place // heads % segments, place // heads // segments
+    of_keys = gl.num_programs(0) // 2
+    head, piece, batch = program(gl.program_id(0) % of_keys, heads, segments)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     sizes = (length, heads, segments, span)
     part_size = (length + C - 1) // C * C
     rowsum = rowsums + (batch.to(gl.int64) * heads + head) * part_size * (2 * GROUPS + 4)
-    if part == 0:
+    if gl.program_id(0) < of_keys:
         _walk_back(
             (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
             (lines, dlast, dfirst, behind, decays_behind, rowsum + GROUPS * part_size, part_size), rate,
             (batch, head, piece), sizes, _back_buffers(W, C, BACK_STAGES, GATE, DOT),
-            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, DOT, LATE,
+            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, DOT,
         )  # fmt: skip
     else:
         walk(
             (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
             (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
             buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
-            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT, LATE,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT,
         )  # fmt: skip

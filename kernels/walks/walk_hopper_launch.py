@@ -17,9 +17,7 @@ from kernels.walks.walk_hopper_plan import (
     BACKWARD,
     CHUNK,
     FORWARD,
-    LATE,
     SHARED,
-    SORTED,
     entering_like,
     share_out,
     sizes,
@@ -101,6 +99,6 @@ def backward(
         v if state is None else state.contiguous(), v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LATE=LATE, SORTED=SORTED,
+        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
     )  # fmt: skip
     return dq, dk, rowsums

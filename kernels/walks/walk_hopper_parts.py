@@ -35,10 +35,9 @@ def state_layout(rows, width, groups):
 
 
 @gluon.jit
-def program(heads, segments, PARTS: gl.constexpr):
-    """Part, head, segment and batch of a program; the parts of a head are neighbours, which share the L2 cache."""
-    own, rest = gl.program_id(0) % PARTS, gl.program_id(0) // PARTS
-    return own, rest % heads, rest // heads % segments, rest // heads // segments
+def program(index, heads, segments):
+    """Head, segment and batch of a program."""
+    return index % heads, index // heads % segments, index // heads // segments
 
 
 @gluon.jit

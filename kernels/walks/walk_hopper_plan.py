@@ -23,10 +23,8 @@ WIDTH, NARROW = 128, 64
 """The widest heads that fit on chip, and the widest of which short rows are no faster."""
 LONG, LONGER = 512, 1024
 """Tokens of a row that is not short, under a scalar gate and otherwise."""
-LEAST_SEGMENT = 512
-"""Tokens below which the states between segments would cost more than they gain."""
-PROGRAMS = {NARROW: 128, WIDTH: 128}
-"""Heads of all batches for which rows are cut no more, by the width of keys and values on chip."""
+LEAST_SEGMENT, PROGRAMS = 512, 128
+"""Tokens below which the states between segments would cost more than they gain, and heads for which rows are cut no more."""
 
 
 class Config(NamedTuple):
@@ -72,13 +70,11 @@ class States(NamedTuple):
 
 
 FORWARD = {NARROW: Config(1, 4), WIDTH: Config(2, 3)}
-SHARED = Config(2, 3)
+SHARED = Config(1, 3)
 BACKWARD = {NARROW: Backward(1, 3, 2, 2), WIDTH: Backward(2, 3, 2, 1)}
 """By the width of keys and values on chip; heads that share keys apart."""
 SUMS = {NARROW: States(64, 1, 4), WIDTH: States(128, 2, 3)}
 """Of the sums over segments, by the same width."""
-LATE = False
-SORTED = False
 KEPT = States(64, 2, 3)
 """Of the states between chunks."""
 
@@ -103,8 +99,13 @@ def suits_forward(inputs: Inputs) -> bool:
     return narrow and inputs.v.shape[1] >= LONGER and n_segments(inputs.k, inputs.v) == 1
 
 
+def suits_shared(inputs: Inputs) -> bool:
+    """Whether the states of heads that share keys are walked here, forward with their outputs: of wide keys and narrow values."""
+    return fits(inputs) and width_on_chip(inputs.k) > NARROW >= width_on_chip(inputs.v)
+
+
 def fits(inputs: Inputs) -> bool:
-    """Whether there are walks for Hopper at all, which heads that share keys take: bf16 rows that are not packed."""
+    """Whether there are walks for Hopper at all: for bf16 rows that are not packed."""
     q, k, v, _, _, starts = inputs
     if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
         return False
@@ -116,8 +117,7 @@ def share_out(inputs: Inputs) -> Pieces:
     from kernels.walks.walk_triton import SEGMENTS, WHOLE
 
     batch, length, heads, _ = inputs.v.shape
-    programs = PROGRAMS[max(width_on_chip(inputs.k), width_on_chip(inputs.v))]
-    number = max(1, min(programs // (batch * heads), length // LEAST_SEGMENT))
+    number = max(1, min(PROGRAMS // (batch * heads), length // LEAST_SEGMENT))
     span = -(-length // (number * CHUNK)) * CHUNK
     number = -(-length // span)
     return Pieces((WHOLE if number == 1 else SEGMENTS).value, number, span, None)

@@ -60,7 +60,9 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
 
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
-    tile, head, piece, batch = program(heads, segments if KEEP else segments - 1, (V + BV - 1) // BV)
+    tiles: gl.constexpr = (V + BV - 1) // BV
+    tile = gl.program_id(0) % tiles
+    head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)
     if REVERSE and not KEEP:
         piece += 1
     BACK: gl.constexpr = REVERSE == KEEP

@@ -37,7 +37,7 @@ def _hopper(monkeypatch):
             launch, "line_rows", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare
         )
     monkeypatch.setattr(walk_hopper_plan, "suits", lambda inputs: inputs.k.shape[2] == inputs.v.shape[2])
-    monkeypatch.setattr(walk_hopper_plan, "fits", lambda _: True)
+    monkeypatch.setattr(walk_hopper_plan, "suits_shared", lambda _: True)
     with use_backend("triton"), poisoned():
         yield
 
