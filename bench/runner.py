@@ -6,37 +6,29 @@ import contextlib
 import io
 import json
 import os
-import re
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from bench.claims import Claims
-from bench.device import compiles, taken_by_others
+from bench.device import compiles
+from bench.failures import Failure, Patience, free_memory, lack_of_memory, leave_if_broken, one_line
 from bench.member import Member
 from bench.outcome import Clock, Outcome, identity_of, make_record
 from bench.records import RunRecord
 from bench.spec import RunSpec
 from bench.store import Store, StoreError
-from bench.train import FleetTrainer, Interrupted, Progress
+from bench.train import FleetTrainer, Interrupted, Progress, execution
 from bench.turns import Turn
 
 MAX_MICRO_BATCHES = 8
 PROGRESS_FILE_SECONDS = 2.0
 CHECKPOINT_SECONDS = 60.0
 """Training that a killed process loses at most; `BENCH_CHECKPOINT_SECONDS` changes it."""
-CROWD = 1 << 30
-"""Bytes of a GPU that others hold from which on a lack of memory may be theirs, not the fleet's."""
-PATIENCE, LOOKS, LOOK_SECONDS = 4, 24, 5.0
-"""How often a fleet waits for them before it is halved, and how long each time at most."""
-REASON = 120
-"""Letters of a device's own words that a record of a lack of memory keeps."""
-
 Tell = Callable[[str, Any], None]
 
 
@@ -83,15 +75,6 @@ def execute(
 Checkpoint = dict[str, Any]
 
 
-def _is_memory(error: Exception) -> bool:
-    """Whether the device's memory was short; where there is none left for a graph or a kernel, words only say so."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(r"CUDA\b.*out of memory", str(error)))
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _say_notes(kind: str, content: Any) -> None:
     if kind == "note":
         print(content, file=sys.stderr)
@@ -103,7 +86,8 @@ class _Job:
     def __init__(self, device: torch.device, store: Store, claims: Claims, tell: Tell, should_stop: Callable[[], bool]) -> None:
         self.device, self.store, self.claims, self.tell, self.should_stop = device, store, claims, tell, should_stop
         self.compiled = compiles(device.type)
-        self.patience = PATIENCE
+        self.patience = Patience(device, self.stops)
+        self.clock = Clock(device, 1)
         self.ended: set[str] = set()
         self.unsound: set[str] = set()
 
@@ -129,53 +113,52 @@ class _Job:
         while groups:
             group = groups.pop(0)
             try:
-                self.train(group, parts)
+                failure = self.attempt(group, parts)
             except Interrupted as stop:
                 self.save(stop.checkpoints)
                 return False
-            except StoreError:
-                raise
-            except Exception as error:
-                torch.cuda.empty_cache()
-                left = [(spec, self._checkpoint(spec)) for spec, _ in group if identity_of(spec) not in self.ended]
-                memory = _is_memory(error)
-                if self.compiled and not memory:
-                    self.compiled = False
-                    self.tell("note", f"Goes on without torch.compile, which failed: {_one_line(error)}")
-                    groups.insert(0, left)
-                elif memory and self.made_room():
-                    groups.insert(0, left)
-                elif len(left) > 1:
-                    half = len(left) // 2
-                    groups[:0] = [left[:half], left[half:]]
-                elif memory and parts < MAX_MICRO_BATCHES:
-                    parts *= 2
-                    groups.insert(0, left)
-                else:
-                    self.fail(left[0][0], error, parts)
-        return True
-
-    def made_room(self) -> bool:
-        """Waits until processes that share the GPU hold less; whether it is worth another try as it is."""
-        taken = taken_by_others(self.device)
-        if taken < CROWD or self.patience == 0:
-            return False
-        self.patience -= 1
-        for _ in range(LOOKS):
-            if self.stops() or taken_by_others(self.device) < 0.9 * taken:
-                break
-            time.sleep(LOOK_SECONDS)
+            free_memory(self.device)
+            if failure is None:
+                continue
+            left = [(spec, self._checkpoint(spec)) for spec, _ in group if identity_of(spec) not in self.ended]
+            if self.compiled and not failure.memory:
+                self.compiled = False
+                self.tell("note", f"Goes on without torch.compile, which failed: {failure.words}")
+                groups.insert(0, left)
+            elif failure.memory and self.patience.made_room():
+                groups.insert(0, left)
+            elif len(left) > 1:
+                half = len(left) // 2
+                groups[:0] = [left[:half], left[half:]]
+            elif failure.memory and parts < MAX_MICRO_BATCHES:
+                parts *= 2
+                groups.insert(0, left)
+            else:
+                self.fail(left[0][0], failure, parts)
+                parts = 1  # the next run may find more room
         return True
 
     def stops(self) -> bool:
         """Whether to leave: somebody wants it, or a claim was lost."""
         return self.should_stop() or self.claims.lost()
 
+    def attempt(self, group: list[tuple[RunSpec, Checkpoint | None]], parts: int) -> Failure | None:
+        """Trains a group; what went wrong."""
+        try:
+            self.train(group, parts)
+        except (Interrupted, StoreError):
+            raise
+        except Exception as error:
+            failure = Failure.of(error)
+            leave_if_broken(self.device, failure)
+            return failure
+        return None
+
     def train(self, group: list[tuple[RunSpec, Checkpoint | None]], parts: int) -> None:
         """Trains a group whose checkpoints are at the same step."""
         specs = [spec for spec, _ in group]
         checkpoints = [checkpoint for _, checkpoint in group if checkpoint is not None]
-        clock = Clock(self.device, len(specs))
+        self.clock = Clock(self.device, len(specs))
         trainer = FleetTrainer(specs, self.device, micro_batches=parts, compiled=self.compiled, checkpoints=checkpoints or None)
         # under bf16 autocast the recurrences, which stay in fp32, may round products as TF32 does: finer than bf16
         torch.set_float32_matmul_precision("high" if trainer.precision == "bf16" else "highest")
@@ -186,7 +169,7 @@ class _Job:
             for index in trainer.run(**calls, checkpoint_seconds=seconds, turn=turn):
                 outcome = Outcome()
                 outcome.finish(trainer, index)
-                self._write(trainer.members[index].spec, outcome, clock, parts)
+                self._write(trainer.members[index].spec, outcome, parts)
 
     def save(self, checkpoints: list[Checkpoint]) -> None:
         """Stores the checkpoint of every member that has not ended and is still ours."""
@@ -195,23 +178,23 @@ class _Job:
             if self.claims.holds(identity):
                 save_checkpoint(self.store, identity, checkpoint)
 
-    def fail(self, spec: RunSpec, error: Exception, parts: int) -> None:
+    def fail(self, spec: RunSpec, failure: Failure, parts: int) -> None:
         """Stores the record of a run that could not be trained."""
         outcome = Outcome()
-        if _is_memory(error):
-            outcome.status = "oom"
-            outcome.reason = f"out of memory even with the batch in {parts} parts: {_one_line(error)[:REASON]}"
+        outcome.execution = execution(self.device, compiled=self.compiled)
+        if failure.memory:
+            outcome.status, outcome.reason = "oom", lack_of_memory(self.device, failure, parts)
         else:
-            outcome.status, outcome.reason = "failed", _one_line(error)
-            print("".join(traceback.format_exception(error)), file=sys.stderr)
-        self._write(spec, outcome, Clock(self.device, 1), parts)
+            outcome.status, outcome.reason = "failed", failure.words
+            print(failure.trace, file=sys.stderr)
+        self._write(spec, outcome, parts)
 
-    def _write(self, spec: RunSpec, outcome: Outcome, clock: Clock, parts: int) -> None:
+    def _write(self, spec: RunSpec, outcome: Outcome, parts: int) -> None:
         identity = identity_of(spec)
         self.ended.add(identity)
         if not self.claims.holds(identity):
             return
-        record = make_record(spec, self.device, outcome, clock, parts)
+        record = make_record(spec, self.device, outcome, self.clock, parts)
         self.store.write(record, outcome.curve, outcome.influence)
         self._close(identity)
         self.tell("record", record)
@@ -234,7 +217,7 @@ class _Job:
         except Exception as error:
             if path.parent.name not in self.unsound:
                 self.unsound.add(path.parent.name)
-                self.tell("note", f"Ignored {path} ({_one_line(error)}); the run starts from the beginning.")
+                self.tell("note", f"Ignored {path} ({one_line(error)}); the run starts from the beginning.")
             return None
         return checkpoint
 

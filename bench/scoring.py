@@ -84,6 +84,12 @@ class Scorer:
                     evaluate.add_extra(scores, self.split.task, stacked.cell, batch, outputs.predicted)
         return found
 
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Scores a part of each cell and forgets it, which compiles all kernels that scores need."""
+        for position in range(len(self._parts)):
+            self._score_part(position)
+
     def _cell_outputs(self, position: int, stacked: StackedCell) -> list[CellOutputs]:
         buffer_SB, run = self._examples_SB[position], self._parts[position]
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []

@@ -114,14 +114,22 @@ class StackedModel:
 
 
 def compile_for_cells(function: Function) -> Function:
-    """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling."""
+    """Compiles once for each cell's shapes; past torch's default of eight it would silently go on without compiling.
+
+    It is compiled whole or not at all. Where torch broke off inside of the map, it ran the map as it was and compiled the functions
+    that launch kernels instead, which ended in an illegal memory access.
+    """
+    from torch._functorch import config as autograd
     from torch._inductor import config
 
     from bench.long_sums import CutLongSums
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    if hasattr(autograd, "force_non_lazy_backward_lowering"):
+        # else the backward pass is compiled after the forward pass has run, which holds its activations meanwhile
+        autograd.force_non_lazy_backward_lowering = True
     config.post_grad_custom_post_pass = CutLongSums()
-    return cast(Function, torch.compile(function, dynamic=False))
+    return cast(Function, torch.compile(function, dynamic=False, fullgraph=True))
 
 
 class _Linear(nn.Linear):

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from bench.build import build_task, resolve_precision
 from bench.data import epoch_plan
 from bench.evaluate import Scores
+from bench.failures import free_memory
 from bench.fleet import StackedFleet
 from bench.member import Member, MemberState, learning_rate
 from bench.scoring import Scorer, Split
@@ -50,6 +52,13 @@ class Progress:
     epoch: int
     loss: float
     accuracy: float | None
+
+
+def execution(device: torch.device, *, compiled: bool) -> str:
+    """How steps run on a device, as it is recorded."""
+    if device.type != "cuda":
+        return "eager"
+    return "compiled, CUDA graph" if compiled else "CUDA graph"
 
 
 class FleetTrainer:
@@ -119,9 +128,7 @@ class FleetTrainer:
     @property
     def execution(self) -> str:
         """How steps run, as it is recorded."""
-        if self.device.type != "cuda":
-            return "eager"
-        return "compiled, CUDA graph" if self.compiled else "CUDA graph"
+        return execution(self.device, compiled=self.compiled)
 
     @property
     def steps(self) -> int:
@@ -183,14 +190,15 @@ class FleetTrainer:
             self._drop_finished()
 
     def _compile(self, turn: Turn | None, stopped: Callable[[], bool]) -> None:
-        """Compiles the steps, while others that share the GPU train, then waits for a turn."""
+        """Compiles steps and scores, while others that share the GPU train, then waits for a turn."""
         if turn is not None:
             turn.give()
         began = time.monotonic()
-        for cell in range(len(self.train_cells)):
+        rehearsals = [partial(self.fleet.rehearse, cell) for cell in range(len(self.train_cells))]
+        for rehearse in (*rehearsals, self._scorer.rehearse):
             if stopped():
                 raise Interrupted(self.checkpoints())
-            self.fleet.rehearse(cell)
+            rehearse()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # a fleet that compiles or waits leaves the memory to those that train
         self._compile_seconds = time.monotonic() - began
@@ -261,6 +269,8 @@ class FleetTrainer:
         states = [state for state, keep in zip(self.fleet.states(), going, strict=True) if keep]
         self.members = [member for member, keep in zip(self.members, going, strict=True) if keep]
         if self.members:
+            del self.fleet, self._scorer  # whose graphs hold the memory of a step
+            free_memory(self.device)
             self._stack(states)
 
     def _pays(self, share: float) -> bool:

@@ -48,6 +48,8 @@ def linear_recurrence(
     with torch.autocast(v_BTHV.device.type, enabled=False):
         q, k, v, log_decay, beta, state = _widen(v_BTHV.dtype, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV)
         if beta is not None:
+            if q.shape[2] < v.shape[2]:
+                q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
             o, final = delta_rule(q, k, v, log_decay, beta, state, size)
         elif vector:
             o, final = vector_decay(q, k, v, log_decay, state, size)

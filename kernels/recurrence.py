@@ -20,6 +20,8 @@ from kernels.walks import recurrence_op
 from kernels.walks.walk import MAX_WIDTH
 
 CHUNK = chunked.CHUNK
+NARROW = 128
+"""Widest heads of the delta rule's 16-bit walks; wider ones are computed in fp32, which takes some twenty times as long."""
 OPERATION = "linear_recurrence"
 
 
@@ -153,10 +155,30 @@ def _triton(
         log_decay = (log_decay[None] if log_decay.ndim == 1 else log_decay).float()
     wide = None if state is None else state.float()
     if beta is not None:
-        o, final = delta_op.delta_rule(q, k, v, beta, log_decay, wide, state is not None)
+        o, final = _delta_rule(q, k, v, beta, log_decay, wide, state is not None)
     else:
         o, final, _ = recurrence_op.linear_recurrence(q, k, v, log_decay, wide, cu_seqlens, state is not None)
     return o, None if state is None else final.to(state.dtype)
+
+
+def _delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None, return_state: bool
+) -> tuple[Tensor, Tensor]:
+    """`delta_op.delta_rule`, with values that are too wide for its 16-bit walks in parts.
+
+    Columns of the state have nothing to do with each other, so the parts are heads that share queries, keys, betas and decays.
+    """
+    heads, width = v.shape[2:]
+    parts = -(-width // NARROW)
+    if parts == 1 or width % parts or k.shape[3] > NARROW or q.dtype == k.dtype == v.dtype == torch.float32:
+        return delta_op.delta_rule(q, k, v, beta, log_decay, state, return_state)
+    each = v.unflatten(3, (parts, -1)).flatten(2, 3)
+    betas, decays = (None if x is None else x[..., None].expand(*x.shape, parts).flatten(-2) for x in (beta, log_decay))
+    first = None if state is None else state.unflatten(3, (parts, -1)).movedim(3, 2).flatten(1, 2)
+    o, final = delta_op.delta_rule(q, k, each, betas, decays, first, return_state)
+    if return_state:
+        final = final.unflatten(1, (heads, parts)).movedim(2, 3).flatten(3)
+    return o.unflatten(2, (heads, parts)).flatten(3), final
 
 
 def _vector_gate(

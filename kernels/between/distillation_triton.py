@@ -19,6 +19,25 @@ WARPS = 8
 
 
 @triton.jit
+def _write_gradient(
+    student_ptr, teacher_ptr, gradient_ptr, n_classes, label, labelled, logsumexp, warm_logsumexp, teacher_logsumexp,
+    kl, ce, temperature, scale, HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second walk: the gradient of a row, zero where it has no label."""
+    for start in range(0, n_classes, BLOCK):
+        column_V = start + tl.arange(0, BLOCK)
+        inside_V = column_V < n_classes
+        s_V = tl.load(student_ptr + column_V, mask=inside_V & labelled, other=0.0).to(tl.float32)
+        d_V = ce * (tl.exp2((s_V - logsumexp) * LOG2_E) - tl.where(column_V == label, 1.0, 0.0))
+        if HAS_TEACHER:
+            t_V = tl.load(teacher_ptr + column_V, mask=inside_V & labelled, other=0.0).to(tl.float32)
+            p_V = tl.exp2((s_V * scale - warm_logsumexp) * LOG2_E)
+            d_V += kl * temperature * (p_V - tl.exp2((t_V * scale - teacher_logsumexp) * LOG2_E))
+        d_V = tl.where(labelled, d_V, 0.0)
+        tl.store(gradient_ptr + column_V, d_V.to(gradient_ptr.dtype.element_ty), mask=inside_V)
+
+
+@triton.jit
 def distillation_kernel(
     student_ptr,
     teacher_ptr,
@@ -74,17 +93,10 @@ def distillation_kernel(
         divergence = temperature * temperature * (gap / teacher_total * scale - teacher_logsumexp + warm_logsumexp)
     tl.store(losses_ptr + 2 * row, tl.where(labelled, divergence, 0.0))
     tl.store(losses_ptr + 2 * row + 1, tl.where(labelled, logsumexp - own, 0.0))
-    for start in range(0, n_classes, BLOCK):
-        column_V = start + tl.arange(0, BLOCK)
-        inside_V = column_V < n_classes
-        s_V = tl.load(student_ptr + column_V, mask=inside_V & labelled, other=0.0).to(tl.float32)
-        d_V = ce * (tl.exp2((s_V - logsumexp) * LOG2_E) - tl.where(column_V == label, 1.0, 0.0))
-        if HAS_TEACHER:
-            t_V = tl.load(teacher_ptr + column_V, mask=inside_V & labelled, other=0.0).to(tl.float32)
-            p_V = tl.exp2((s_V * scale - warm_logsumexp) * LOG2_E)
-            d_V += kl * temperature * (p_V - tl.exp2((t_V * scale - teacher_logsumexp) * LOG2_E))
-        d_V = tl.where(labelled, d_V, 0.0)
-        tl.store(gradient_ptr + column_V, d_V.to(gradient_ptr.dtype.element_ty), mask=inside_V)
+    _write_gradient(
+        student_ptr, teacher_ptr, gradient_ptr, n_classes, label, labelled, logsumexp, warm_logsumexp, teacher_logsumexp,
+        kl, ce, temperature, scale, HAS_TEACHER, BLOCK,
+    )  # fmt: skip
 
 
 def rows(

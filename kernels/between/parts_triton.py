@@ -16,6 +16,9 @@ from kernels._entry import entry
 LARGE, MANY = (16, 256), (64, 64)
 """Parts that are added at once, and elements of the sum that a program owns: of sums that fill a device, and of small ones."""
 
+DENSE, DENSE_AT_ONCE = 1024, 8
+"""Where nothing is turned: elements of the sum that a program owns, eight a thread, and parts that are on their way at once."""
+
 
 @triton.jit
 def _add(parts, out, n_parts, part_stride, r, c, rows, columns, row_stride, BS: tl.constexpr):
@@ -67,3 +70,26 @@ def add_parts(
         parts[0], parts[-1], outs[0], outs[-1], n_parts, *strides, rows, columns, parts[0].shape[-1],
         PAIR=len(parts) > 1, BS=at_once[0], BR=down, BC=across, num_warps=4,
     )  # fmt: skip
+
+
+@entry(do_not_specialize=("n_parts",))
+def dense_sum_kernel(first, second, first_out, second_out, n_parts, columns, BC: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Sums over the parts [S, C] of one of two tensors. Grid: (2 * blocks of columns,)."""
+    which, c = tl.program_id(0) % 2, tl.program_id(0) // 2 * BC + tl.arange(0, BC)
+    s, inside = tl.arange(0, AT_ONCE), c < columns
+    parts = first if which == 0 else second
+    out = first_out if which == 0 else second_out
+    total = tl.zeros([BC], tl.float32)
+    for at in range(0, n_parts, AT_ONCE):
+        place = (at + s).to(tl.int64)[:, None] * columns + c[None, :]
+        part = tl.load(parts + place, mask=(at + s < n_parts)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(part.to(tl.float32), 0)
+    tl.store(out + c, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_dense_parts(parts: tuple[Tensor, Tensor], outs: tuple[Tensor, Tensor]) -> None:
+    """Writes the sums over the first axis of two dense tensors of one shape and dtype, [S, ...], to two others, in one launch."""
+    columns = outs[0].numel()
+    dense_sum_kernel[(2 * -(-columns // DENSE),)](
+        *parts, *outs, parts[0].shape[0], columns, BC=DENSE, AT_ONCE=DENSE_AT_ONCE, num_warps=4
+    )

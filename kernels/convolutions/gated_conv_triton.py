@@ -30,6 +30,24 @@ def _store_sum(parts_ptr, place: tl.constexpr, sum_LC, width, inside_C):
         tl.store(parts_ptr + place * width, tl.sum(sum_LC, axis=0), mask=inside_C)
 
 
+@triton.jit
+def _from_later(
+    dy_ptr, projected_ptr, taps_ptr, bias_C, token_L, channel_C, inside_C, none_LC, n_tokens, width, TAPS: tl.constexpr
+):  # fmt: skip
+    """What later tokens give to dx by the filter; dc and dy of the tokens themselves."""
+    dx_LC, dc_LC, dy_LC = none_LC, none_LC, none_LC
+    for ahead in tl.static_range(TAPS):
+        later_LC = (token_L[:, None] + ahead) * width + channel_C[None, :]
+        inside_LC = (token_L + ahead < n_tokens)[:, None] & inside_C[None, :]
+        later_dy_LC = tl.load(dy_ptr + later_LC, mask=inside_LC, other=0.0).to(tl.float32)
+        z_LC = tl.load(projected_ptr + later_LC, mask=inside_LC, other=0.0).to(tl.float32) + bias_C[None, :]
+        tap_C = tl.load(taps_ptr + (TAPS - 1 - ahead) * width, mask=inside_C, other=0.0)
+        dx_LC += later_dy_LC * z_LC * tap_C[None, :]
+        if ahead == 0:
+            dy_LC, dc_LC = later_dy_LC, later_dy_LC * z_LC
+    return dx_LC, dc_LC, dy_LC
+
+
 @entry(do_not_specialize=LENGTHS)
 def gated_conv_backward(
     dy_ptr, x_ptr, projected_ptr, bias_ptr, taps_ptr, tap_bias_ptr, dz_ptr, dx_ptr, parts_ptr,
@@ -61,16 +79,9 @@ def gated_conv_backward(
     dtap_bias_LC, dbias_LC, dtap0_LC, dtap1_LC, dtap2_LC, dtap3_LC = none_LC, none_LC, none_LC, none_LC, none_LC, none_LC
     for step in range(0, TOKENS, TILE):
         token_L = first + step + tl.arange(0, TILE)
-        dx_LC, dc_LC, dy_LC = none_LC, none_LC, none_LC
-        for ahead in tl.static_range(TAPS):
-            later_LC = (token_L[:, None] + ahead) * width + channel_C[None, :]
-            inside_LC = (token_L + ahead < n_tokens)[:, None] & inside_C[None, :]
-            later_dy_LC = tl.load(dy_ptr + later_LC, mask=inside_LC, other=0.0).to(tl.float32)
-            z_LC = tl.load(projected_ptr + later_LC, mask=inside_LC, other=0.0).to(tl.float32) + bias_C[None, :]
-            tap_C = tl.load(taps_ptr + (TAPS - 1 - ahead) * width, mask=inside_C, other=0.0)
-            dx_LC += later_dy_LC * z_LC * tap_C[None, :]
-            if ahead == 0:
-                dy_LC, dc_LC = later_dy_LC, later_dy_LC * z_LC
+        dx_LC, dc_LC, dy_LC = _from_later(
+            dy_ptr, projected_ptr, taps_ptr, bias_C, token_L, channel_C, inside_C, none_LC, n_tokens, width, TAPS
+        )  # fmt: skip
         c_LC = none_LC + tap_bias_C[None, :]
         for back in tl.static_range(TAPS):
             source_L = token_L - back

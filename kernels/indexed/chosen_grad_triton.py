@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.indexed.indexed_triton import LOG2_E, load_rows
+from kernels.indexed.by_key_triton import load_queries, products, store_gradients, through_weights
+from kernels.indexed.indexed_triton import load_rows
 
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "dy") for axis in "bht")
 COUNTS = ("length", "n_keys", "kv_heads", "group", "pack", "past", "block", "index_rows", "n_rows", "share", "parts")
@@ -52,18 +53,13 @@ def walk_tokens(
         place = first + n % visits * (M // pack) + r // pack
         head, inside = first_head + n // visits * pack + r % pack, place < stop
         t = tl.load(tokens + place, mask=inside, other=0)
-        q_MK = load_rows(q, (batch * q_b + head * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
-        dy_MV = load_rows(dy, (batch * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)
-        scalar = (batch * heads + head) * length + t
-        lse_M = tl.load(lse + scalar, mask=inside, other=0.0)
-        delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
-        score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
-        dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
+        q_MK, dy_MV, lse_M, delta_M = load_queries(
+            q, dy, lse, delta, batch, head, t, i, e, inside, q_b, q_h, q_t, dy_b, dy_h, dy_t, length, heads, K, V, UNIT, DOT
+        )  # fmt: skip
+        score_NM, dp_NM = products(k_NK, v_NV, q_MK, dy_MV, K, PRECISION)
         seen = inside[None, :] & (t[None, :] + past >= s[:, None])
-        p_NM = tl.exp2(tl.where(seen, score_NM - lse_M[None, :], float("-inf")))
-        dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
-        ds_NM = p_NM * (dp_NM - delta_M[None, :])
-        dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
+        dv_NV, ds_NM = through_weights(dv_NV, score_NM, dp_NM, seen, lse_M, delta_M, dy_MV, DOT, PRECISION)
+        dk_NK = tl.dot(ds_NM, q_MK, dk_NK, input_precision=PRECISION)
     return dk_NK, dv_NV
 
 
@@ -99,9 +95,7 @@ def chosen_key_kernel(
             K, V, BK, BV, UNIT, M, N, DOT, PRECISION, STAGES,
         )  # fmt: skip
         rows = part.to(tl.int64) * n_rows + (batch * n_keys + s) * kv_heads + kv_head
-        dk_NK = dk_NK * K**-0.5
-        tl.store(dk + rows[:, None] * K + i[None, :], dk_NK.to(dk.dtype.element_ty), mask=(s < n_keys)[:, None] & (i < K)[None, :])
-        tl.store(dv + rows[:, None] * V + e[None, :], dv_NV.to(dv.dtype.element_ty), mask=(s < n_keys)[:, None] & (e < V)[None, :])
+        store_gradients(dk, dv, rows, s < n_keys, i, e, dk_NK, dv_NV, K, V)
 
 
 @triton.jit

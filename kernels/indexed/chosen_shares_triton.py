@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.indexed.indexed_triton import LOG2_E, load_rows, packed_rows
+from kernels.indexed.by_key_triton import products, through_weights
+from kernels.indexed.indexed_triton import load_rows, packed_rows
 
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "dy") for axis in "bht")
 COUNTS = (
@@ -68,12 +69,9 @@ def walk_choosers(
         scalar = member.to(tl.int64) * length + t
         lse_M = tl.load(lse + scalar, mask=inside, other=0.0)
         delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
-        score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
-        dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
+        score_NM, dp_NM = products(k_NK, v_NV, q_MK, dy_MV, K, PRECISION)
         seen = inside[None, :] & (t[None, :] + past >= s[:, None])
-        p_NM = tl.exp2(tl.where(seen, score_NM - lse_M[None, :], float("-inf")))
-        dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
-        ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(DOT)
+        dv_NV, ds_NM = through_weights(dv_NV, score_NM, dp_NM, seen, lse_M, delta_M, dy_MV, DOT, PRECISION)
         dk_NK = tl.dot(ds_NM, q_MK, dk_NK, input_precision=PRECISION)
         dq_MK = tl.trans(tl.dot(tl.trans(k_NK), ds_NM, input_precision=PRECISION))  # keys' width is a tensor core's 64 rows
         share = slot.to(tl.int64) * (ratio * group) + member

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
+from kernels.indexed.by_key_triton import load_queries, products, store_gradients, through_weights
 from kernels.indexed.indexed_triton import (
     LOG2_E,
     SIZES,
@@ -118,21 +119,16 @@ def _walk_queries(
     for n in tl.range(visits * (group // pack), num_stages=STAGES):
         tile = nth_tile(entries, n % visits // SPLIT, 0, low, LISTED) * SPLIT + n % SPLIT
         t, head, inside = packed_rows(tile, first_head + n // visits * pack, pack, length, M)
-        q_MK = load_rows(q, (batch * q_b + head * q_h + t * q_t) * UNIT, i, inside, K).to(DOT)
-        dy_MV = load_rows(dy, (batch * dy_b + head * dy_h + t * dy_t) * UNIT, e, inside, V).to(DOT)
-        scalar = (batch * heads + head) * length + t
-        lse_M = tl.load(lse + scalar, mask=inside, other=0.0)
-        delta_M = tl.load(delta + scalar, mask=inside, other=0.0)
-        score_NM = tl.dot(k_NK, tl.trans(q_MK), input_precision=PRECISION) * (K**-0.5 * LOG2_E)
-        dp_NM = tl.dot(v_NV, tl.trans(dy_MV), input_precision=PRECISION)
+        q_MK, dy_MV, lse_M, delta_M = load_queries(
+            q, dy, lse, delta, batch, head, t, i, e, inside, q_b, q_h, q_t, dy_b, dy_h, dy_t, length, heads, K, V, UNIT, DOT
+        )  # fmt: skip
+        score_NM, dp_NM = products(k_NK, v_NV, q_MK, dy_MV, K, PRECISION)
         seen = is_seen(
             words, t[None, :], s[:, None], key_tile * N, inside[None, :], start, n_words, block, window, sinks, front, past,
             LISTED, SINKS, STORED, ROWWISE,
         )  # fmt: skip
-        p_NM = tl.exp2(tl.where(seen, score_NM - lse_M[None, :], float("-inf")))
-        dv_NV = tl.dot(p_NM.to(DOT), dy_MV, dv_NV, input_precision=PRECISION)
-        ds_NM = p_NM * (dp_NM - delta_M[None, :])
-        dk_NK = tl.dot(ds_NM.to(DOT), q_MK, dk_NK, input_precision=PRECISION)
+        dv_NV, ds_NM = through_weights(dv_NV, score_NM, dp_NM, seen, lse_M, delta_M, dy_MV, DOT, PRECISION)
+        dk_NK = tl.dot(ds_NM, q_MK, dk_NK, input_precision=PRECISION)
     return dk_NK, dv_NV
 
 
@@ -231,6 +227,4 @@ def key_kernel(
         K, V, BK, BV, UNIT, M, N, LISTED, SINKS, STORED, ROWWISE, SPLIT, DOT, PRECISION, STAGES,
     )  # fmt: skip
     rows = (wide * n_keys + s) * kv_heads + kv_head
-    dk_NK = dk_NK * K**-0.5
-    tl.store(dk + rows[:, None] * K + i[None, :], dk_NK.to(dk.dtype.element_ty), mask=(s < n_keys)[:, None] & (i < K)[None, :])
-    tl.store(dv + rows[:, None] * V + e[None, :], dv_NV.to(dv.dtype.element_ty), mask=(s < n_keys)[:, None] & (e < V)[None, :])
+    store_gradients(dk, dv, rows, s < n_keys, i, e, dk_NK, dv_NV, K, V)

@@ -19,6 +19,20 @@ TILE = 16
 """Tokens between two stored states."""
 CHANNELS = 32
 """Channels of a program: a lane of a warp has one."""
+FULL = 800
+"""Warps of 32 channels each, in all sequences, that fill a device."""
+KEPT_EACH, KEPT_STATES = 4, 16
+"""Tokens between two stored states where threads own channels, and the states of a channel there."""
+
+
+def threads_own_channels(x_BTD: Tensor, b_BTN: Tensor, *, gated: bool) -> bool:
+    """Whether a thread owns a channel with all its states backward too, for which states are kept often, in bf16 as [B, S, D, N].
+
+    Their kernels mask nothing and sum over channels in bf16, and there are none for gates.
+    """
+    batch, length, width = x_BTD.shape
+    whole = length % TILE == 0 and width % CHANNELS == 0 and b_BTN.shape[2] == KEPT_STATES
+    return whole and not gated and b_BTN.dtype in (torch.bfloat16, torch.float16) and batch * width // CHANNELS >= FULL
 
 
 @operator("mixer_bench::selective_scan")
@@ -40,7 +54,7 @@ def selective_scan_operator(
 
     Returns:
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and, to keep for the backward pass, the states
-        at the borders of tiles [B, S, N, D], else nothing.
+        at the borders of tiles [B, S, N, D], else nothing; what is kept differs where `threads_own_channels`.
     """
     from kernels.scans.selective_scan_launch import forward, gate_of
 
@@ -73,9 +87,13 @@ def _backward_operator(
 @selective_scan_operator.register_fake
 def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x_BTD.shape
-    n_states, n_borders = rate_MDN.shape[-1], (length + TILE - 1) // TILE + 1
+    n_states = rate_MDN.shape[-1]
     final_BDN = x_BTD.new_empty(batch, width, n_states, dtype=torch.float32)
-    return x_BTD.new_empty(x_BTD.shape), final_BDN, final_BDN.new_empty(batch, n_borders if keep else 0, n_states, width)
+    if keep and threads_own_channels(x_BTD, b_BTN, gated=gate_BTD is not None):
+        kept = x_BTD.new_empty(batch, length // KEPT_EACH + 1, width, n_states, dtype=torch.bfloat16)
+    else:
+        kept = final_BDN.new_empty(batch, (length + TILE - 1) // TILE + 1 if keep else 0, n_states, width)
+    return x_BTD.new_empty(x_BTD.shape), final_BDN, kept
 
 
 @_backward_operator.register_fake
@@ -86,7 +104,8 @@ def _(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, bias_MD, skip_M
         found if tensor is None else found.to(tensor.dtype)
         for found, tensor in zip(around, (bias_MD, skip_MD, gate_BTD), strict=True)
     )
-    return dx, ddt, drate, db, dc, states_BSND.new_empty(x_BTD.shape[0], *rate_MDN.shape[1:]), dbias, dskip, dgate
+    dstart = x_BTD.new_empty(x_BTD.shape[0], *rate_MDN.shape[1:], dtype=torch.float32)
+    return dx, ddt, drate, db, dc, dstart, dbias, dskip, dgate
 
 
 def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -111,11 +130,18 @@ selective_scan_operator.register_autograd(_differentiate, setup_context=_save, k
 
 @selective_scan_operator.register_sizes
 def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> list[tuple[Any, ...]]:
-    """Few channels are scanned by kernels of their own, and long rows of them in segments."""
-    channels = min(x_BTD.shape[2], 64 + x_BTD.shape[2] % 16)  # kernels ask whether 16 divides it
-    rate_DN, bias_D, skip_D = (None if x is None else x[:1, :channels] for x in (rate_MDN, bias_MD, skip_MD))
+    """Few channels are scanned by kernels of their own, and long rows of them in segments; whole tiles that fill a device too."""
+    width = x_BTD.shape[2]
     found = []
-    for sizes in (Sizes(1, 16, 1, 1), Sizes(1, 4096, 1, 1), Sizes(1024, 16, 1, 1)):
+    for sizes in (
+        Sizes(1, 16, 1, 1),
+        Sizes(1, 4096, 1, 1),
+        Sizes(1024, TILE + 1, 1, 1),
+        Sizes(-(-FULL * CHANNELS // width), TILE, 1, 1),
+    ):
+        # most kernels ask only whether 16 divides the channels, those of whole tiles take them for a constant
+        channels = width if sizes.T == TILE and sizes.B > 1 else min(width, 64 + width % 16)
+        rate_DN, bias_D, skip_D = (None if x is None else x[:1, :channels] for x in (rate_MDN, bias_MD, skip_MD))
         x, dt, gate = (sizes.of(None if t is None else t[..., :channels], "BT") for t in (x_BTD, dt_BTD, gate_BTD))
         b, c = sizes.of(b_BTN, "BT"), sizes.of(c_BTN, "BT")
         start = sizes.of(None if start_BDN is None else start_BDN[:, :channels], "B")

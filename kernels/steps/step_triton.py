@@ -16,22 +16,22 @@ from __future__ import annotations
 import triton.language as tl
 
 from kernels._entry import entry
+from kernels.steps.step_outputs_triton import finish, is_last, write_output
 from kernels.steps.step_pieces_triton import (
     RMS_NORM,
     SUM_NORM,
-    UNIT_EPS,
     apart,
-    beside,
     decay_of,
     decayed,
     filtered,
-    finish,
     first_place,
     inputs_of,
-    is_last,
     keep,
+    load_state,
     query_and_key,
-    write_output,
+    scales_of,
+    store_state,
+    value,
     written,
 )
 
@@ -42,7 +42,7 @@ INTEGERS = (
 
 
 @entry(do_not_specialize=INTEGERS)
-def step_kernel(  # noqa: PLR0915 - one token of every layer; flags cut it down
+def step_kernel(
     q, k, v, decay, decay_bias, log_rate, beta, a, b, old, new,
     taps, conv_bias, tail, new_tail, sums, new_sums, skip, norm_weight, norm_bias, gate, raw, arrived, o,
     q_row: tl.int64, q_head: tl.int64, k_row: tl.int64, k_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
@@ -75,24 +75,15 @@ def step_kernel(  # noqa: PLR0915 - one token of every layer; flags cut it down
         q_base, k + batch * k_row, q_at + shared * q_head, k_at + shared * k_head, i, in_keys, KEY_PLACES
     )
     qk, qk_taps, qk_offset = inputs_of(qk_KP, tail_base, taps, conv_bias, channel, inside, channels, TAPS, CONV_BIAS)
-    v_channel, side = beside(v_at + head * v_head + j, VALUE_PLACES)
-    v_inside = in_values[:, None] & (side == 0)
-    v_VP = tl.load(v_base + v_channel, mask=v_inside, other=0.0).to(tl.float32)
+    v_VP, v_channel, v_inside = value(v_base, v_at + head * v_head + j, in_values, VALUE_PLACES)
     v_inputs, v_taps, v_offset = inputs_of(v_VP, tail_base, taps, conv_bias, v_channel, v_inside, channels, TAPS, CONV_BIAS)
     decay_base = decay + batch * decay_row + head * decay_head
     given, bias, rate = decay_of(decay_base, decay_bias, log_rate, head, i, in_keys, K, GATE, DECAY, KEY_PLACES)
-    if WHOLE:
-        state_KV = tl.load(old + offsets).to(tl.float32)
-    else:
-        state_KV = tl.load(old + offsets, mask=in_keys[:, None] & in_values[None, :], other=0.0).to(tl.float32)
+    state_KV = load_state(old, offsets, in_keys, in_values, WHOLE)
 
     q_K, k_K = apart(filtered(qk, qk_taps, qk_offset, TAPS, SILU), KEY_PLACES)
     v_V = first_place(filtered(v_inputs, v_taps, v_offset, TAPS, SILU), VALUE_PLACES)
-    # Sums over the state are linear in q and k: they need not wait for the lengths of the two.
-    q_scale, k_scale = scale, key_scale
-    if UNIT:
-        q_scale *= tl.rsqrt(tl.sum(q_K * q_K, 0) + UNIT_EPS)
-        k_scale *= tl.rsqrt(tl.sum(k_K * k_K, 0) + UNIT_EPS)
+    q_scale, k_scale = scales_of(q_K, k_K, scale, key_scale, UNIT)
     if RANK_ONE:
         a_K = tl.load(a + batch * a_row + head * a_head + i, mask=in_keys, other=0.0).to(tl.float32)
         b_K = tl.load(b + batch * b_row + head * b_head + i, mask=in_keys, other=0.0).to(tl.float32)
@@ -104,10 +95,7 @@ def step_kernel(  # noqa: PLR0915 - one token of every layer; flags cut it down
         y_V += tl.sum(a_K * q_K, 0) * turned_V
         state_KV += a_K[:, None] * turned_V[None, :]
     y_V *= q_scale
-    if WHOLE:
-        tl.store(new + offsets, state_KV.to(new.dtype.element_ty))
-    else:
-        tl.store(new + offsets, state_KV.to(new.dtype.element_ty), mask=in_keys[:, None] & in_values[None, :])
+    store_state(new, offsets, state_KV, in_keys, in_values, WHOLE)
 
     if SKIP:
         y_V += tl.load(skip + head).to(tl.float32) * v_V

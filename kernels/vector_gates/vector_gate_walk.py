@@ -26,6 +26,28 @@ from kernels.vector_gates.vector_gate_middle import load_factors
 from kernels.vector_gates.vector_gate_rows import SIZES, load_beta, load_rows, store_rows
 
 
+@triton.jit
+def _program(
+    heads, segments, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """What a program of a walk works on: its place among all, rows and columns, and where they are in dense memory.
+
+    Returns:
+        The segment among all, the tile of values, the head among all, the number of the segment, batch and head; tokens of a
+        chunk, key channels, columns of values; places in [C, KP], in [C, C] and in a state [K, V], and which of these exist.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    index, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    head_index, segment = index // segments, (index % segments).to(tl.int32)
+    batch, head = head_index // heads, head_index % heads
+    i_C, d_K, e_V = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
+    by_key_CK, square_CC = i_C[:, None] * KP + d_K[None, :], i_C[:, None] * C + i_C[None, :]
+    by_state = d_K[:, None] * V + e_V[None, :]
+    in_state = (d_K < K)[:, None] & (e_V < V)[None, :]
+    places = (by_key_CK, square_CC, by_state, in_state)
+    return (index, tile, head_index, segment, batch, head), (i_C, d_K, e_V), places
+
+
 @entry(do_not_specialize=SIZES)
 def walk_kernel(
     factors, reads, writes, erases, scores, couplings, v, beta, first, o, last, states, errors, decays,
@@ -40,14 +62,10 @@ def walk_kernel(
     gradients. Without OUT only the state that a segment makes out of none goes to last, [B, H, segments, K, V], and its decay to
     decays, [B, H, segments, KP]; `first` has a state for each segment, too.
     """
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    index, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
-    head_index, segment = index // segments, (index % segments).to(tl.int32)
-    batch, head = head_index // heads, head_index % heads
-    i_C, d_K, e_V = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
-    by_key_CK, square_CC = i_C[:, None] * KP + d_K[None, :], i_C[:, None] * C + i_C[None, :]
-    by_state = d_K[:, None] * V + e_V[None, :]
-    in_state = (d_K < K)[:, None] & (e_V < V)[None, :]
+    at, rows, places = _program(heads, segments, K, V, KP, BV, C)
+    index, tile, head_index, segment, batch, head = at
+    i_C, d_K, e_V = rows
+    by_key_CK, square_CC, by_state, in_state = places
     v += (batch * v_b + head * v_h) * UNIT
     row = batch * length * heads + head
     state_KV = tl.zeros([KP, BV], tl.float32)
@@ -120,14 +138,10 @@ def reverse_kernel(
     only the gradient that a segment makes out of none goes to dfirst, [B, H, segments, K, V], and its decay to decays,
     [B, H, segments, KP]; `dlast` has a gradient for each segment, too.
     """
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    index, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
-    head_index, segment = index // segments, (index % segments).to(tl.int32)
-    batch, head = head_index // heads, head_index % heads
-    i_C, d_K, e_V = tl.arange(0, C), tl.arange(0, KP), tile * BV + tl.arange(0, BV)
-    by_key_CK, square_CC = i_C[:, None] * KP + d_K[None, :], i_C[:, None] * C + i_C[None, :]
-    by_state = d_K[:, None] * V + e_V[None, :]
-    in_state = (d_K < K)[:, None] & (e_V < V)[None, :]
+    at, rows, places = _program(heads, segments, K, V, KP, BV, C)
+    index, tile, head_index, segment, batch, head = at
+    i_C, d_K, e_V = rows
+    by_key_CK, square_CC, by_state, in_state = places
     do += (batch * do_b + head * do_h) * UNIT
     row = batch * length * heads + head
     dbeta += (tile.to(tl.int64) * batches * length * heads) + row

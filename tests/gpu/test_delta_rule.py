@@ -26,6 +26,7 @@ SHAPES = (
     (34, 70, 2, 2, 128, 128),
     (1, 100, 1, 1, 256, 256),
     (1, 70, 1, 1, 64, 256),
+    (2, 150, 2, 4, 128, 256),
 )
 GATES = ("none", "constant", "scalar", "strong", "zero")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

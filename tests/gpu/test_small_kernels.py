@@ -117,7 +117,17 @@ def test_cross_entropy_in_a_graph() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(4, 8, 1, 2), (3, 17, 40, 3), (2, 300, 256, 16), (1, 1000, 72, 16), (70_000, 2, 5, 1), (1, 5000, 33, 64)]
+    "shape",
+    [
+        (4, 8, 1, 2),
+        (3, 17, 40, 3),
+        (2, 300, 256, 16),
+        (1, 1000, 72, 16),
+        (70_000, 2, 5, 1),
+        (1, 5000, 33, 64),
+        (50, 32, 544, 16),
+        (50, 17, 544, 16),
+    ],
 )
 def test_selective_scan(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     cases_selective_scan.check(shape, "cuda", dtype)
@@ -131,6 +141,7 @@ def test_selective_scan_with_weak_and_strong_decay(strength: float) -> None:
 
 def test_selective_scan_of_members_and_in_a_graph() -> None:
     cases_selective_scan.check_members("cuda")
+    cases_selective_scan.check_members("cuda", (50, 32, 544, 16), torch.bfloat16)
     cases_selective_scan.check_shared_input("cuda")
     leaves = [tensor.cuda().requires_grad_() for tensor in cases_selective_scan.draw(2, 100, 64, 16, leading=(3,))[:5]]
 

@@ -81,10 +81,11 @@ def check_gated(shape: tuple[int, int, int, int], device: str, dtype: torch.dtyp
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
-def check_members(device: str) -> None:
+def check_members(device: str, shape: tuple[int, int, int, int] = (2, 17, 3, 2), dtype: torch.dtype = torch.float32) -> None:
     """Members with rates of their own are one call and equal the loop; without a state, as in training."""
-    leaves = [tensor.to(device).requires_grad_() for tensor in draw(2, 17, 3, 2, leading=(3,))[:5]]
-    weight = torch.randn(3, 2, 17, 3, device=device)
+    kinds = dtype, torch.float32, torch.float32, dtype, dtype
+    leaves = [tensor.to(device, kind).requires_grad_() for tensor, kind in zip(draw(*shape, leading=(3,)), kinds, strict=False)]
+    weight = torch.randn(3, *shape[:3], device=device)
     with use_backend("triton"), poisoned():
         together = torch.vmap(lambda *own: selective_scan(*own)[0])(*leaves)
         alone = torch.stack([selective_scan(*own)[0] for own in zip(*leaves, strict=True)])

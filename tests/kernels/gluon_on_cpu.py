@@ -53,6 +53,7 @@ class Program:
             static_assert=_assert,
             load=self.load,
             store=self.store,
+            inline_asm_elementwise=self.ask,
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialize,
             **dict.fromkeys(
@@ -128,6 +129,13 @@ class Program:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
+
+    @staticmethod
+    def ask(code: str, _: str, where: list[Pointer], **__: Any) -> None:
+        """Lines that are asked for have no values, but addresses."""
+        assert code.startswith("prefetch.global")
+        at = torch.as_tensor(where[0].at)
+        assert ((at >= 0) & (at < where[0].flat.numel())).all(), "asks for what there is not"
 
     @staticmethod
     def store(where: Pointer, x: Any, mask: Any = True) -> None:

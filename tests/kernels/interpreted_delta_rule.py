@@ -1,60 +1,26 @@
 """The Triton delta rule in fp32 against the token loop in fp64: outputs, states, gradients; then vmap, compile."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch.func import vmap
-from torch.nn import functional as F
 
 from kernels.delta_rule import delta
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from tests.kernels.interpreted_linear_recurrence import call, run, weighted
+from tests.kernels import cases_recurrence as cases
+from tests.kernels.cases_recurrence import call, run, weighted
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 # batch, length, groups, heads, key width, value width
 SHAPES = ((1, 1, 1, 1, 16, 16), (2, 19, 1, 1, 20, 16), (1, 34, 1, 2, 16, 33))
 GATES = ("none", "constant", "scalar", "strong", "zero")
 
-
-def draw(shape, gate, *, state, beta=1.0, seed=0, dtype=torch.float64):
-    batch, length, groups, heads, k_dim, v_dim = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    rates = normal(batch, length, heads).abs()
-    log_decay = {
-        "none": None,
-        "constant": -rates[0, 0],
-        "scalar": -rates,
-        "strong": -10 * torch.rand(batch, length, heads, generator=generator, dtype=torch.float64),
-        "zero": 0 * rates,
-    }[gate]
-    tensors = {
-        "q": normal(batch, length, groups, k_dim),
-        "k": F.normalize(normal(batch, length, groups, k_dim), dim=-1),
-        "v": normal(batch, length, heads, v_dim),
-        "beta_BTH": beta * torch.rand(batch, length, heads, generator=generator, dtype=torch.float64),
-        "log_decay": log_decay,
-        "state_BHKV": normal(batch, heads, k_dim, v_dim) if state else None,
-    }
-    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items() if x is not None}
-
-
-def assert_equal(shape, gate, *, state, beta=1.0):
-    exact = draw(shape, gate, state=state, beta=beta)
-    single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
-    got, want = run(linear_recurrence, single), run(linear_recurrence_reference, exact)
-    if not state:
-        want.pop(1)  # the definition returns its state in any case
-        want[1:] = torch.autograd.grad(weighted(call(linear_recurrence_reference, exact)[:1]), list(exact.values()))
-    for name, a, b in zip(["o", *(["final"] if state else []), *exact], got, want, strict=True):
-        # Gradients of strong decays are small differences of large sums.
-        assert rms_error(a, b) <= (1e-3 if name == "log_decay" else SINGLE), (shape, name)
+draw = partial(cases.draw, beta=1.0)
+assert_equal = partial(cases.check, beta=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -116,16 +82,7 @@ def test_the_future_is_never_read():
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
 def test_vmap_equals_loop(gate):
     members = [draw((2, 18, 1, 2, 16, 16), gate, state=True, seed=seed, dtype=torch.float32) for seed in range(2)]
-    names = list(members[0])
-    stacked = {name: torch.stack([m[name].detach() for m in members]).requires_grad_() for name in names}
-    mapped = vmap(lambda *values: call(linear_recurrence, dict(zip(names, values, strict=True))))(*stacked.values())
-    got = torch.autograd.grad(weighted(mapped), list(stacked.values()))
-    looped = [torch.stack(parts) for parts in zip(*(call(linear_recurrence, m) for m in members), strict=True)]
-    want = torch.autograd.grad(weighted(looped), [m[name] for name in names for m in members])
-    for a, b in zip(mapped, looped, strict=True):
-        torch.testing.assert_close(a, b)
-    for index, name in enumerate(names):
-        torch.testing.assert_close(got[index], torch.stack(want[2 * index : 2 * index + 2]), rtol=1e-4, atol=1e-5, msg=name)
+    cases.check_vmap(members)
 
 
 def test_gradients_inside_of_vmap():

@@ -13,51 +13,12 @@ from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
 from kernels.walks import walk_config, walk_grouped, walk_pieces
 from tests.kernels.cases_packing import check_packed
+from tests.kernels.cases_recurrence import call, check, check_vmap, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 # batch, length, groups, heads, key width, value width
 SHAPES = ((1, 1, 1, 1, 16, 16), (2, 75, 1, 2, 20, 33), (1, 130, 2, 4, 16, 40), (1, 64, 1, 1, 72, 16))
 GATES = ("none", "constant", "scalar", "strong", "zero")
-
-
-def draw(shape, gate, *, state, seed=0, dtype=torch.float64):
-    batch, length, groups, heads, k_dim, v_dim = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    rates = normal(batch, length, heads).abs()
-    log_decay = {
-        "none": None,
-        "constant": -rates[0, 0],
-        "scalar": -rates,
-        "strong": -10 * torch.rand(batch, length, heads, generator=generator, dtype=torch.float64),
-        "zero": 0 * rates,
-    }[gate]
-    tensors = {
-        "q": normal(batch, length, groups, k_dim),
-        "k": normal(batch, length, groups, k_dim) * k_dim**-0.5,
-        "v": normal(batch, length, heads, v_dim),
-        "log_decay": log_decay,
-        "state_BHKV": normal(batch, heads, k_dim, v_dim) if state else None,
-    }
-    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items() if x is not None}
-
-
-def call(function, tensors):
-    o, final = function(tensors["q"], tensors["k"], tensors["v"], **{n: x for n, x in tensors.items() if n not in ("q", "k", "v")})
-    return (o,) if final is None else (o, final)
-
-
-def weighted(outputs):
-    generator = torch.Generator().manual_seed(1)
-    return sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
-
-
-def run(function, tensors):
-    outputs = call(function, tensors)
-    return [x.detach() for x in (*outputs, *torch.autograd.grad(weighted(outputs), list(tensors.values())))]
 
 
 @pytest.fixture(autouse=True)
@@ -101,31 +62,19 @@ def plan(name):
 )
 def test_every_plan_equals_the_token_loop(name, gate):
     with plan(name):
-        check(((2, 45, 1, 2, 20, 33),), gate, state=gate != "none")
+        check((2, 45, 1, 2, 20, 33), gate, state=gate != "none")
 
 
 def test_heads_of_several_groups():
     with plan("grouped"), mock.patch.object(walk_grouped, "PROGRAMS", 8):
-        check(((1, 20, 2, 8, 4, 5),), "scalar", state=True)
+        check((1, 20, 2, 8, 4, 5), "scalar", state=True)
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("state", [False, True])
 def test_equals_the_token_loop(gate, state):
-    check(SHAPES, gate, state=state)
-
-
-def check(shapes, gate, *, state):
-    for shape in shapes:
-        exact = draw(shape, gate, state=state)
-        single = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
-        got, want = run(linear_recurrence, single), run(linear_recurrence_reference, exact)
-        if not state:
-            want.pop(1)  # the definition returns its state in any case
-            want[1:] = torch.autograd.grad(weighted(call(linear_recurrence_reference, exact)[:1]), list(exact.values()))
-        for name, a, b in zip(["o", *(["final"] if state else []), *exact], got, want, strict=True):
-            # Gradients of strong decays are small differences of large sums.
-            assert rms_error(a, b) <= (1e-3 if name == "log_decay" else SINGLE), (shape, name)
+    for shape in SHAPES:
+        check(shape, gate, state=state)
 
 
 @pytest.mark.parametrize("name", ["whole", "together"])
@@ -175,16 +124,7 @@ def test_the_future_is_never_read():
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
 def test_vmap_equals_loop(gate):
     members = [draw((2, 20, 1, 2, 16, 16), gate, state=True, seed=seed, dtype=torch.float32) for seed in range(3)]
-    names = list(members[0])
-    stacked = {name: torch.stack([m[name].detach() for m in members]).requires_grad_() for name in names}
-    mapped = vmap(lambda *values: call(linear_recurrence, dict(zip(names, values, strict=True))))(*stacked.values())
-    got = torch.autograd.grad(weighted(mapped), list(stacked.values()))
-    looped = [torch.stack(parts) for parts in zip(*(call(linear_recurrence, m) for m in members), strict=True)]
-    want = torch.autograd.grad(weighted(looped), [m[name] for name in names for m in members])
-    for a, b in zip(mapped, looped, strict=True):
-        torch.testing.assert_close(a, b)
-    for index, name in enumerate(names):
-        torch.testing.assert_close(got[index], torch.stack(want[3 * index : 3 * index + 3]), rtol=1e-4, atol=1e-5, msg=name)
+    check_vmap(members)
 
 
 def test_vmap_with_shared_keys_and_nested_gradients():

@@ -8,6 +8,9 @@ import triton.language as tl
 from kernels.dispatch import use_backend
 from kernels.scan import selective_scan
 from kernels.scans import (
+    scan_operator,
+    selective_scan_columns,
+    selective_scan_columns_forward,
     selective_scan_gluon,
     selective_scan_launch,
     selective_scan_quads,
@@ -45,6 +48,17 @@ def four_lanes(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), QUADS))
 
 
+@pytest.fixture
+def full_device(monkeypatch: pytest.MonkeyPatch):
+    """Kernels whose threads own channels, at any size; in 16 bit, as they keep states in bf16."""
+    monkeypatch.setattr(scan_operator, "FULL", 1)
+    monkeypatch.setattr(selective_scan_launch, "FULL", 1)
+    monkeypatch.setattr(selective_scan_launch, "CHANNELS", 32)
+    for module, name in ((selective_scan_columns, "columns_backward"), (selective_scan_columns_forward, "columns_forward")):
+        modules = selective_scan_gluon, selective_scan_columns, selective_scan_columns_forward
+        monkeypatch.setattr(module, name, OnCpu(getattr(module, name), modules))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 16, 4, 1), (1, 33, 5, 3)])
 def test_shapes(shape: tuple[int, int, int, int]):
     cases.check(shape, "cpu", torch.float32)
@@ -74,6 +88,31 @@ def test_segments_of_members_with_strong_decay(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 1)
     cases.check_members("cpu")
     cases.check((2, 40, 3, 2), "cpu", torch.float32, strength=10.0)
+
+
+@pytest.mark.usefixtures("full_device")
+@pytest.mark.parametrize("shape", [(1, 16, 32, 16), (2, 48, 96, 16)])
+def test_shapes_that_fill_a_device(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch):
+    """The other kernels are not taken, whole tiles and warps given."""
+    monkeypatch.setattr(selective_scan_launch, "turned", None)
+    cases.check(shape, "cpu", torch.bfloat16)
+    cases.check(shape, "cpu", torch.float16, strength=10.0)
+
+
+@pytest.mark.usefixtures("full_device")
+def test_members_that_fill_a_device():
+    cases.check_members("cpu", (2, 16, 32, 16), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("full_device")
+def test_kept_states_are_as_announced():
+    x, dt, rate, b, c, _ = cases.draw(1, 32, 32, 16)
+    scanned = (x.bfloat16().requires_grad_(), dt, rate[None], b.bfloat16(), c.bfloat16(), None, None, None, None, False)
+    call = torch.ops.mixer_bench.selective_scan.default
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        announced = call(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in scanned))
+    for found, expected in zip(call(*scanned), announced, strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
 @pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])

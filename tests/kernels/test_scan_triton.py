@@ -7,13 +7,15 @@ import re
 import pytest
 import torch
 
-from kernels.between.parts_triton import LARGE, MANY, sum_kernel
+from kernels.between.parts_triton import DENSE, DENSE_AT_ONCE, LARGE, MANY, dense_sum_kernel, sum_kernel
 from kernels.scan import scan, selective_scan
-from kernels.scans.scan_operator import CHANNELS, TILE
+from kernels.scans.scan_operator import CHANNELS, FULL, KEPT_EACH, KEPT_STATES, TILE, threads_own_channels
 from kernels.scans.scan_segments_triton import segments_kernel
 from kernels.scans.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
+from kernels.scans.selective_scan_columns import columns_backward
+from kernels.scans.selective_scan_columns_forward import columns_forward
 from kernels.scans.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
-from kernels.scans.selective_scan_launch import QUAD_WARPS, WARPS, few_channels
+from kernels.scans.selective_scan_launch import COLUMNS_REGISTERS, COLUMNS_TILE, QUAD_WARPS, WARPS, few_channels
 from kernels.scans.selective_scan_quads_backward import quads_backward
 from kernels.scans.selective_scan_quads_forward import quads_forward
 from kernels.scans.selective_scan_segments import BLOCK, ENOUGH, PROGRAMS, SHORTEST_SEGMENT, enter_segments, segment_ends, share_out
@@ -102,6 +104,54 @@ def test_few_channels_are_summed_by_tensor_cores(dtype: str, gated: bool):
     assert ("shfl" in backward.ptx) == gated
 
 
+def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = None, **constants: int):
+    """x, y, b and c in `dtype`, kept states and parts of sums in bf16, the rest in fp32."""
+    every = {name: "*fp32+" for name in kernel.arg_names if name.endswith("_ptr")}
+    every |= {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
+    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | constants
+    return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps, maxnreg=maxnreg)
+
+
+@pytest.mark.parametrize("dtype", ["*bf16+", pytest.param("*fp16+", marks=pytest.mark.slow)])
+def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str):
+    kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "C": WARPS * CHANNELS, "L": TILE, "WARPS": WARPS}
+    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, WIDTH=4096, START=True, **kept)
+    backward = compiled_columns(columns_backward, dtype, warps=1, WIDTH=4096, FINAL=True, L=COLUMNS_TILE)
+    assert forward.spilled <= 8
+    assert backward.spilled <= 64
+    assert backward.shared <= 227 * 1024 // 8 - 1024, "eight programs on an SM"
+    assert "shfl" not in forward.ptx + backward.ptx
+    # two sums over channels of a token, of 32 channels in two products; one exponential an element
+    assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == COLUMNS_TILE * 4
+    assert backward.ptx.count("ex2.approx") == COLUMNS_TILE * KEPT_STATES
+    assert backward.ptx.count("prefetch.global.L1") == 5 + COLUMNS_TILE // KEPT_EACH
+
+
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({}, True),
+        ({"batch": 6}, False),
+        ({"length": TILE + 1}, False),
+        ({"width": 4100}, False),
+        ({"n_states": 4}, False),
+        ({"dtype": torch.float32}, False),
+        ({"gated": True}, False),
+    ],
+)
+def test_threads_own_channels_of_whole_tiles_that_fill_a_device(change: dict, own: bool):
+    case = {
+        "batch": FULL // 128 + 1,
+        "length": TILE,
+        "width": 4096,
+        "n_states": 16,
+        "dtype": torch.float16,
+        "gated": False,
+    } | change
+    x, b = (torch.empty(case["batch"], case["length"], case[n], dtype=case["dtype"], device="meta") for n in ("width", "n_states"))
+    assert threads_own_channels(x, b, gated=case["gated"]) == own
+
+
 @pytest.mark.parametrize("reverse", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_ends_of_segments_stay_inside_of_threads(reverse: bool):
     assert compiled_quads(segment_ends, "*bf16+", gated=True, REVERSE=reverse).spilled == 0
@@ -181,3 +231,11 @@ def test_rows_are_turned_and_parts_are_added_without_spills():
     ):
         every = numbers | pointers | constants
         assert compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=4).spilled == 0
+
+
+def test_dense_parts_are_read_in_the_widest_loads():
+    parts = dict.fromkeys(("first", "second", "first_out", "second_out"), "*bf16+")
+    every = parts | {"n_parts": "i32", "columns": "i32+", "BC": DENSE, "AT_ONCE": DENSE_AT_ONCE}
+    used = compile_sm90(dense_sum_kernel, {name: every[name] for name in dense_sum_kernel.arg_names}, warps=4)
+    assert used.spilled == 0
+    assert used.ptx.count("ld.global.v4.b32") == DENSE_AT_ONCE

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import runner
+from bench import failures, runner
 from bench.fleet import StackedFleet
 from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
@@ -120,6 +122,51 @@ def error_of_memory(kind: int) -> RuntimeError:
     return RuntimeError(words[kind - 1]) if kind else torch.OutOfMemoryError("out of memory")
 
 
+def test_a_fleet_is_gone_before_the_next_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its graphs hold the memory of a step. A fleet of two does not fit; in the next sweep one of two diverges."""
+    fleets, seen = weakref.WeakSet[StackedFleet](), []
+    made, stepped = StackedFleet.__init__, StackedFleet.step_on
+
+    def noted(self: StackedFleet, *arguments: Any, **named: Any) -> None:
+        seen.append(len(fleets))
+        fleets.add(self)
+        made(self, *arguments, **named)
+
+    def limited(self: StackedFleet, *arguments: Any) -> None:
+        if len(self.model) > 1:
+            raise error_of_memory(0)
+        stepped(self, *arguments)
+
+    monkeypatch.setattr(StackedFleet, "__init__", noted)
+    gc.disable()
+    try:
+        with monkeypatch.context() as small:
+            small.setattr(StackedFleet, "step_on", limited)
+            execute(tmp_path / "small", spec(), spec(seed=1))
+        execute(tmp_path / "diverged", spec(lr=1e30, weight_decay=0.0), spec(weight_decay=0.0))
+    finally:
+        gc.enable()
+    assert seen == [0] * 5
+
+
+def test_a_process_whose_device_is_lost_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runs are not recorded: they are no worse than any other."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(LanguageModel, "hidden", broken)
+    monkeypatch.setattr(failures, "_computes", lambda _: False)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as end:
+        execute(tmp_path, spec(), spec(seed=1))
+    assert end.value.code == failures.BROKEN
+    assert Store(tmp_path).load()[0] == []
+
+
 @pytest.mark.parametrize(("held", "size"), [([9, 9, 1], 3), ([9] * 99, 2)])
 def test_memory_that_others_hold_is_waited_for_before_a_fleet_is_halved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: list[int], size: int
@@ -136,9 +183,10 @@ def test_memory_that_others_hold_is_waited_for_before_a_fleet_is_halved(
             raise error_of_memory(0)
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "taken_by_others", look)
-    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "LOOKS", 3)
+    monkeypatch.setattr(failures, "taken_by_others", look)
+    monkeypatch.setattr(failures, "LOOK_SECONDS", 0.002)
+    monkeypatch.setattr(failures, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(failures, "PATIENCE_SECONDS", 0.02)
     monkeypatch.setattr(StackedFleet, "step_on", limited)
     records = execute(tmp_path, *(spec(seed=seed) for seed in range(3)))
     assert {record.status for record in records} == {"done"}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bench.build import build_model, build_task
 from bench.data import device_split
+from bench.stacked import compile_for_cells
 from bench.train import FleetTrainer, Interrupted
 from tests.unit.plain_trainer import train_plainly
 from tests.unit.small_runs import CPU, finish, spec
@@ -129,6 +130,15 @@ def test_a_compiled_fleet_gets_smaller_when_that_pays() -> None:
     assert trainer._pays(0.0) and not trainer._pays(0.9)
 
 
+def test_a_fleet_is_compiled_whole_or_not_at_all() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compile_for_cells(broken)(torch.ones(2))
+
+
 def test_a_rehearsal_leaves_no_trace() -> None:
     pair = [spec(), spec(seed=1)]
     rehearsed, fresh = FleetTrainer(pair, CPU), FleetTrainer(pair, CPU)
@@ -136,6 +146,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
         trainer.fleet.sums_E3.fill_(3.0)
     for cell in (0, 1):
         rehearsed.fleet.rehearse(cell)
+    rehearsed._scorer.rehearse()
     for got, want in zip(rehearsed.fleet.states(), fresh.fleet.states(), strict=True):
         for name, value in vars(want).items():
             assert torch.equal(getattr(got, name), value), name

@@ -1,0 +1,205 @@
+"""The gradient of Mamba's selective scan where channels fill a device: a thread owns a channel with all its states.
+
+A program is one warp with 32 channels of one sequence, and goes through it in tiles of `L` tokens from the end, of which it takes
+four at a time: the forward pass has kept the state before them, so states and factors of four tokens stay in registers, no
+exponential is taken twice, and sixteen recurrences hide each other's latency. States and their gradients go to shared memory in
+bf16, from where they come turned, as operands of the products that sum over channels. Nothing is masked: it takes whole tiles and
+whole warps.
+
+Shape legend: B batch, T time, D channels, P blocks of them, N = 16 states, L tokens of a tile, C = 32 channels of a program.
+"""
+
+# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from kernels._entry import entry
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+STATES = gl.constexpr(16)
+C = gl.constexpr(32)
+EACH = gl.constexpr(4)
+"""Tokens between two kept states."""
+
+
+@gluon.constexpr_function
+def columns_layout():
+    """[N, C]: a thread has all states of a channel."""
+    return gl.BlockedLayout([16, 1], [1, 32], [1, 1], [0, 1])
+
+
+@gluon.constexpr_function
+def tile_layout(tokens):
+    """[L, C]: a thread has all tokens of a channel."""
+    return gl.BlockedLayout([tokens, 1], [1, 32], [1, 1], [0, 1])
+
+
+@gluon.constexpr_function
+def rows_layout():
+    """[L, N] as they come from memory."""
+    return gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def sums_layout():
+    """Sums [N, L] over channels, and through it their operands."""
+    return gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+
+
+@gluon.jit
+def unstacked(x_LC, L: gl.constexpr):
+    """The rows [C] of [L, C]; only names registers."""
+    if L == 1:
+        return (gl.convert_layout(x_LC.reshape([C]), gl.SliceLayout(0, columns_layout()), assert_trivial=True),)
+    else:
+        even, odd = gl.split(x_LC.reshape([L // 2, 2, C]).permute([0, 2, 1]))
+        evens, odds = unstacked(even, L // 2), unstacked(odd, L // 2)
+        rows = (evens[0], odds[0])
+        for n in gl.static_range(1, L // 2):
+            rows = rows + (evens[n], odds[n])
+        return rows
+
+
+@gluon.jit
+def stacked(rows, L: gl.constexpr):
+    """[L, C] of rows [C]; only names registers."""
+    if L == 1:
+        return rows[0].reshape([1, C])
+    else:
+        evens, odds = (rows[0],), (rows[1],)
+        for n in gl.static_range(1, L // 2):
+            evens, odds = evens + (rows[2 * n],), odds + (rows[2 * n + 1],)
+        both = gl.join(stacked(evens, L // 2), stacked(odds, L // 2))
+        return both.permute([0, 2, 1]).reshape([L, C])
+
+
+@gluon.jit
+def over_channels(sums_NL, slot, weight_CL, t: gl.constexpr):
+    """Sums whose column t is the sum over c of slot[c, n] weight[c, t]."""
+    S: gl.constexpr = sums_layout()
+    column = gl.arange(0, sums_NL.shape[1], gl.SliceLayout(0, S))[None, :]
+    left_NC = slot.permute([1, 0]).load(gl.DotOperandLayout(0, S, 2))
+    none_NL = gl.zeros([sums_NL.shape[0], sums_NL.shape[1]], gl.float32, S)
+    return gl.where(column == t, mma_v2(left_NC, weight_CL, none_NL), sums_NL)
+
+
+@gluon.jit
+def row_of(buffer, t: gl.constexpr):
+    """Token t of [L, N] in shared memory, [N, 1], which all lanes read at once."""
+    return buffer.permute([1, 0]).slice(t, 1, 1).load(columns_layout())
+
+
+@gluon.jit
+def ask(ptr):
+    """Asks the cache of this SM for the lines at these addresses, which costs no registers."""
+    gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@entry(do_not_specialize=["n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
+def columns_backward(  # noqa: PLR0915 - one loop, whose values live in registers
+    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
+    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr,
+    n_tokens, n_tiles, n_sequences, sequences_per_member, WIDTH: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """Gradients, tile by tile from the end. Grid: (B * P,).
+
+    States [B, T / EACH + 1, D, N] are those before each EACH tokens, and the last. Rates and the gradients of the first and of the
+    final state are [D, N], `drate` [B, N, D]; `db` and `dc` [P, B, T, N] are parts for each block of channels. The number of
+    channels is a constant, and so are the distances between tokens: added up at run time they would take the registers.
+    """
+    NC: gl.constexpr = columns_layout()
+    LC: gl.constexpr = tile_layout(L)
+    LN: gl.constexpr = rows_layout()
+    S: gl.constexpr = sums_layout()
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    cube: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    n_blocks: gl.constexpr = WIDTH // C
+    all_states: gl.constexpr = STATES * WIDTH
+    block, sequence = gl.program_id(0) % n_blocks, (gl.program_id(0) // n_blocks).to(gl.int64)
+    start, member = block * C, sequence // sequences_per_member
+    b, c = gl.allocate_shared_memory(gl.float32, [L, STATES], flat), gl.allocate_shared_memory(gl.float32, [L, STATES], flat)
+    u_weight, dy_weight = gl.allocate_shared_memory(gl.bfloat16, [L, C], flat), gl.allocate_shared_memory(gl.bfloat16, [L, C], flat)
+    h_slots, dh_slots = (), ()
+    for _ in gl.static_range(L):  # apart, as the compiler puts a barrier between stores into one buffer
+        h_slots = h_slots + (gl.allocate_shared_memory(gl.bfloat16, [C, STATES], cube),)
+        dh_slots = dh_slots + (gl.allocate_shared_memory(gl.bfloat16, [C, STATES], cube),)
+    n_N1, channel_1C = gl.arange(0, STATES, gl.SliceLayout(1, NC))[:, None], start + gl.arange(0, C, gl.SliceLayout(0, NC))[None, :]
+    own_NC = channel_1C * STATES + n_N1
+    slope_NC = gl.load(rate_ptr + (member * all_states + own_NC)).to(gl.float32) * -LOG2_E
+    e_NC, drate_NC = gl.zeros([STATES, C], gl.float32, NC), gl.zeros([STATES, C], gl.float32, NC)
+    if FINAL:
+        e_NC = gl.load(final_ptr + (sequence * all_states + own_NC)).to(gl.float32)
+    token_L1, lane_1C = gl.arange(0, L, gl.SliceLayout(1, LC))[:, None], gl.arange(0, C, gl.SliceLayout(0, LC))[None, :]
+    at_LC, lane = token_L1 * WIDTH, gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    row_L1, n_1N = gl.arange(0, L, gl.SliceLayout(1, LN))[:, None], gl.arange(0, STATES, gl.SliceLayout(0, LN))[None, :]
+    sum_N1, sum_1L = gl.arange(0, STATES, gl.SliceLayout(1, S))[:, None], gl.arange(0, L, gl.SliceLayout(0, S))[None, :]
+    first = (n_tiles - 1) * L
+    token, last_state = sequence * n_tokens + first, sequence * (n_tiles * (L // EACH) + 1) + (n_tiles - 1) * (L // EACH)
+    place_1C = token * WIDTH + start + lane_1C
+    x_ptrs, dt_ptrs, dy_ptrs = x_ptr + place_1C, dt_ptr + place_1C, dy_ptr + place_1C
+    dx_ptrs, ddt_ptrs = dx_ptr + place_1C, ddt_ptr + place_1C
+    states_ptrs = states_ptr + (last_state * all_states + channel_1C * STATES)
+    b_ptrs, c_ptrs = b_ptr + (token * STATES + (row_L1 * STATES + n_1N)), c_ptr + (token * STATES + (row_L1 * STATES + n_1N))
+    sums_NL = ((block * n_sequences + sequence) * n_tokens + first) * STATES + (sum_1L * STATES + sum_N1)
+    db_ptrs, dc_ptrs = db_ptr + sums_NL, dc_ptr + sums_NL
+    for back in range(n_tiles):
+        dt_LC, x_LC, dy_LC = (
+            gl.load(dt_ptrs + at_LC).to(gl.float32),
+            gl.load(x_ptrs + at_LC).to(gl.float32),
+            gl.load(dy_ptrs + at_LC).to(gl.float32),
+        )
+        borders = ()
+        for part in gl.static_range(L // EACH):
+            borders = borders + (gl.load(states_ptrs + (n_N1 + part * all_states)).to(gl.float32),)
+        b.store(gl.load(b_ptrs).to(gl.float32))
+        c.store(gl.load(c_ptrs).to(gl.float32))
+        before = gl.where(back < n_tiles - 1, L, 0)  # at the end lines that are there already
+        token, state = sequence * n_tokens + first - before, last_state - back * (L // EACH) - before // EACH
+        ask(dt_ptr + ((token + lane % L) * WIDTH + start))
+        ask(x_ptr + ((token + lane % L) * WIDTH + start))
+        ask(dy_ptr + ((token + lane % L) * WIDTH + start))
+        for part in gl.static_range(L // EACH):
+            ask(states_ptr + ((state + part) * all_states + (start + lane) * STATES))
+        ask(b_ptr + (token * STATES + lane % (L // 2) * 32))
+        ask(c_ptr + (token * STATES + lane % (L // 2) * 32))
+        u_LC = dt_LC * x_LC
+        u_weight.store(u_LC.to(gl.bfloat16))
+        dy_weight.store(dy_LC.to(gl.bfloat16))
+        dt, u, dy, du, decayed = unstacked(dt_LC, L), unstacked(u_LC, L), unstacked(dy_LC, L), (), ()
+        for part in gl.static_range(L // EACH - 1, -1, -1):
+            factors, states = (), (borders[part],)
+            for s in gl.static_range(EACH):
+                factors = factors + (gl.exp2(slope_NC * dt[part * EACH + s][None, :]),)
+                states = states + (gl.fma(states[s], factors[s], u[part * EACH + s][None, :] * row_of(b, part * EACH + s)),)
+                h_slots[part * EACH + s].store(states[s + 1].to(gl.bfloat16).permute([1, 0]))
+            # e_t = a_t dh_t is what reaches h_{t-1}, and e_t h_{t-1} the gradient of log a_t
+            for s in gl.static_range(EACH - 1, -1, -1):
+                dh_NC = e_NC + dy[part * EACH + s][None, :] * row_of(c, part * EACH + s)
+                e_NC = factors[s] * dh_NC
+                dlog_NC = e_NC * states[s]
+                drate_NC += dlog_NC * dt[part * EACH + s][None, :]
+                du = (gl.sum(dh_NC * row_of(b, part * EACH + s), 0),) + du
+                decayed = (gl.sum(dlog_NC * slope_NC, 0),) + decayed
+                dh_slots[part * EACH + s].store(dh_NC.to(gl.bfloat16).permute([1, 0]))
+        db_NL, dc_NL = gl.zeros([STATES, L], gl.float32, S), gl.zeros([STATES, L], gl.float32, S)
+        dy_CL = dy_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
+        u_CL = u_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
+        for t in gl.static_range(L):
+            dc_NL, db_NL = over_channels(dc_NL, h_slots[t], dy_CL, t), over_channels(db_NL, dh_slots[t], u_CL, t)
+        gl.store(db_ptrs, db_NL.to(db_ptr.dtype.element_ty))
+        gl.store(dc_ptrs, dc_NL.to(dc_ptr.dtype.element_ty))
+        du_LC = gl.convert_layout(stacked(du, L), LC, assert_trivial=True)
+        decayed_LC = gl.convert_layout(stacked(decayed, L), LC, assert_trivial=True)  # times rate and -log2(e)
+        gl.store(dx_ptrs + at_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty))
+        gl.store(ddt_ptrs + at_LC, (du_LC * x_LC + decayed_LC * (1.0 / LOG2_E)).to(ddt_ptr.dtype.element_ty))
+        states_ptrs -= gl.where(back < n_tiles - 1, L // EACH * all_states, 0)
+        x_ptrs, dt_ptrs, dy_ptrs = x_ptrs - L * WIDTH, dt_ptrs - L * WIDTH, dy_ptrs - L * WIDTH
+        b_ptrs, c_ptrs = b_ptrs - L * STATES, c_ptrs - L * STATES
+        dx_ptrs, ddt_ptrs = dx_ptrs - L * WIDTH, ddt_ptrs - L * WIDTH
+        db_ptrs, dc_ptrs = db_ptrs - L * STATES, dc_ptrs - L * STATES
+        first -= L
+    gl.store(drate_ptr + (sequence * all_states + n_N1 * WIDTH + channel_1C), -drate_NC)
+    gl.store(dstart_ptr + (sequence * all_states + own_NC), e_NC)

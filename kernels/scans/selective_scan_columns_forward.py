@@ -1,0 +1,74 @@
+"""The forward pass of Mamba's selective scan that keeps states for `kernels.scans.selective_scan_columns`.
+
+As `kernels.scans.selective_scan_gluon`, whose functions it takes, without a gate; the states that it keeps, before each `EACH`
+tokens and in bf16, lie as a thread has them, so that two stores keep all sixteen.
+
+Shape legend: B batch, T time, D channels, N = 16 states, L tokens of a tile, C channels of a program.
+"""
+
+from __future__ import annotations
+
+from triton.experimental.gluon import language as gl
+
+from kernels._entry import entry
+from kernels.scans.selective_scan_gluon import LOG2_E, fetch, rows_layout, states_layout, token_step
+
+
+@entry(do_not_specialize=["n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
+def columns_forward(
+    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, states_ptr, final_ptr, n_tokens, n_tiles, sequences_per_member,
+    WIDTH: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Outputs, the last state and those kept, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,)."""
+    NC: gl.constexpr = states_layout(N, WARPS)
+    LC: gl.constexpr = rows_layout(C, WARPS)
+    LN: gl.constexpr = rows_layout(N, WARPS)
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    n_blocks: gl.constexpr = (WIDTH + C - 1) // C
+    sequence, start = (gl.program_id(0) // n_blocks).to(gl.int64), gl.program_id(0) % n_blocks * C
+    member = sequence // sequences_per_member
+    x_ptr, dt_ptr, y_ptr = (
+        x_ptr + sequence * n_tokens * WIDTH,
+        dt_ptr + sequence * n_tokens * WIDTH,
+        y_ptr + sequence * n_tokens * WIDTH,
+    )
+    b_ptr, c_ptr = b_ptr + sequence * n_tokens * N, c_ptr + sequence * n_tokens * N
+    states_ptr += sequence * (n_tiles * (L // EACH) + 1) * N * WIDTH
+    dt_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+    u_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
+    b_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
+    c_buffers = gl.allocate_shared_memory(gl.float32, [2, L, N], shared)
+    n_N, channel_C = gl.arange(0, N, gl.SliceLayout(1, NC)), start + gl.arange(0, C, gl.SliceLayout(0, NC))
+    inside_C = channel_C < WIDTH
+    inside_NC = (n_N < N)[:, None] & inside_C[None, :]
+    own_NC = channel_C[None, :] * N + n_N[:, None]
+    rate_NC = gl.load(rate_ptr + member * N * WIDTH + own_NC, mask=inside_NC, other=0.0).to(gl.float32) * -LOG2_E
+    h_NC = gl.zeros([N, C], gl.float32, NC)
+    if START:
+        h_NC = gl.load(start_ptr + sequence * N * WIDTH + own_NC, mask=inside_NC, other=0.0).to(gl.float32)
+    gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+    dt_LC = fetch(dt_ptr, 0, WIDTH, n_tokens, WIDTH, start, L, C, LC)
+    x_LC = fetch(x_ptr, 0, WIDTH, n_tokens, WIDTH, start, L, C, LC)
+    b_LN = fetch(b_ptr, 0, N, n_tokens, N, 0, L, N, LN)
+    c_LN = fetch(c_ptr, 0, N, n_tokens, N, 0, L, N, LN)
+    for tile in range(n_tiles):
+        now, following = tile % 2, (tile + 1) * L
+        dt, u, b, c = dt_buffers.index(now), u_buffers.index(now), b_buffers.index(now), c_buffers.index(now)
+        dt.store(dt_LC)
+        u.store(dt_LC * x_LC)
+        b.store(b_LN)
+        c.store(c_LN)
+        dt_LC = fetch(dt_ptr, following, WIDTH, n_tokens, WIDTH, start, L, C, LC)
+        x_LC = fetch(x_ptr, following, WIDTH, n_tokens, WIDTH, start, L, C, LC)
+        b_LN = fetch(b_ptr, following, N, n_tokens, N, 0, L, N, LN)
+        c_LN = fetch(c_ptr, following, N, n_tokens, N, 0, L, N, LN)
+        for t in gl.static_range(L):
+            h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
+            inside = inside_C & (tile * L + t < n_tokens)
+            gl.store(y_ptr + (t * WIDTH + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside)
+            if (t + 1) % EACH == 0:
+                states_ptr += N * WIDTH
+                gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+        y_ptr += L * WIDTH
+    gl.store(final_ptr + sequence * N * WIDTH + own_NC, h_NC, mask=inside_NC)
