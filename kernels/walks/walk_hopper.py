@@ -93,8 +93,8 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         probe: descriptor of rows whose products with what is read from the state are summed (PROBE), or any.
         out: descriptor of the outputs.
         states: descriptor of the 16-bit states before the chunks, which are written (KEEP), or any.
-        pointers: lines of decays, the first state or those that enter the segments, last state, states that enter segments and are
-            what segments add to a state and their decays, sums of the probe and how far apart their parts are.
+        pointers: lines of decays, the first state (FIRST), the last one, which is written (LAST), what segments add to a state and
+            their decays, sums of the probe of this head and how far apart their parts are.
         rate: of constant decays.
         place: batch, head, segment, and the head of a and b.
         sizes: length, heads, segments and chunks of a segment.
@@ -199,8 +199,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
-    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP
-    writes the state that enters each segment, KEEP that before each chunk in 16 bit, [B * N * H, K, V].
+    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
+    state before each chunk in 16 bit, [B * N * H, K, V].
     """
     head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
