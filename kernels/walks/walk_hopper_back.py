@@ -103,7 +103,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         sources: descriptors of q, k, v, do, and of the lines of scalar decays.
         results: descriptors of dk and dv.
         pointers: lines of decays, gradient of the last state, that of the first, which is written (LAST), what segments add to
-            a state and their decays; with PROBE sums for keys and for queries [B, H, T].
+            a state and their decays; with PROBE sums of this head for keys, then for queries, and how far apart their parts are.
         rate, place, sizes: see `kernels.walks.walk_hopper.walk`.
         buffers: of `_back_buffers`.
     """
