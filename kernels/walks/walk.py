@@ -24,7 +24,7 @@ from kernels.operands import (
     _triton_dtype,
     padded,
 )
-from kernels.walks import walk_grouped, walk_hopper_launch
+from kernels.walks import walk_grouped, walk_hopper_launch, walk_hopper_plan
 from kernels.walks.walk_config import Backward, Config, backward_config, forward_config, tile_of
 from kernels.walks.walk_decays import decay_gradient, gate_every, gate_of
 from kernels.walks.walk_pieces import n_segments, share_out
@@ -86,10 +86,15 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     q, k, v, log_decay, state, starts = inputs
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if walk_hopper_launch.suits_forward(inputs):
+    shared = walk_grouped.suits(q, k, v, starts)
+    if (
+        walk_hopper_plan.suits(inputs)
+        or walk_hopper_plan.suits_forward(inputs)
+        or (shared and walk_hopper_plan.suits_shared(inputs))
+    ):
         return walk_hopper_launch.forward(inputs, o, return_state=return_state)
     (q, k, v), strides, unit = _rows(*_narrow(dot, q, k, v))
-    if walk_grouped.suits(q, k, v, starts):
+    if shared:
         return walk_grouped.forward(q, k, v, log_decay, state, o, return_state=return_state)
     batch, length, heads, v_dim = v.shape
     k_dim = k.shape[3]
@@ -115,8 +120,8 @@ def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward`."""
     q, k, v, _, _, starts = inputs
     states = (v.shape[2], k.shape[3], v.shape[3])
-    if walk_hopper_launch.suits(inputs):
-        return walk_hopper_launch.lines_like(inputs)
+    if walk_hopper_plan.suits(inputs):
+        return walk_hopper_plan.entering_like(inputs)
     if walk_grouped.suits(q, k, v, starts):
         return v.new_empty(v.shape[0], walk_grouped.n_chunks(v.shape[1]), *states, dtype=_dot_dtype(q, k, v))
     number = 1 if starts is not None else n_segments(k, v)
@@ -145,7 +150,7 @@ def backward(
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
     back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
-    if walk_hopper_launch.suits(inputs):
+    if walk_hopper_plan.suits(inputs):
         back = walk_hopper_launch.backward
     dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)

@@ -48,7 +48,7 @@ def decay_gradient(
     later_BTH = rowsums.new_empty(batch, length, heads)
     decay_gradient_kernel[(batch * pieces * heads,)](
         rowsums, rowsums if starts is None else starts, rowsums if ends is None else ends, later_BTH,
-        length, batch, heads, pieces, tokens,
+        rowsums.stride(0), rowsums.stride(2), length, heads, pieces, tokens,
         PARTS=parts, ENDS=ends is not None, PIECES=(SEGMENTS if starts is None else SEQUENCES).value,
         ROWS=DECAY_ROWS, num_warps=8,
     )  # fmt: skip

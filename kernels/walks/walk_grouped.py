@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
+from kernels.walks import walk_hopper_plan, walk_hopper_states_launch
 from kernels.walks.walk_decays import gate_every, gate_of
 from kernels.walks.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
 from kernels.walks.walk_segments import segments
@@ -150,7 +151,10 @@ def backward(
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
     first = None if inputs.state is None else dfirst
-    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
+    if walk_hopper_plan.suits_shared(inputs):
+        dkept = walk_hopper_states_launch.states(narrow[0], narrow[3], inputs, dlast, first, reverse=True)
+    else:
+        dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
     splits = call.splits(batch)
     dq, dk = (x.new_empty(batch, length, k.shape[2] * splits, k.shape[3]) for x in (inputs.q, inputs.k))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)

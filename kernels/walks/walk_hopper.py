@@ -3,7 +3,7 @@
 A walk is a chain: the next chunk waits for the state. Plain Triton waits for every product of a chunk, in order. Here the scores
 of the next chunk are made while the sums of this one are, and nothing of the chain waits for outputs, which leave on their own.
 
-Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, K key, V value width, D rows and E columns of a
+Shape legend: B batch, T time, H heads, P segments, N chunks of C = 64 tokens, K key, V value width, D rows and E columns of a
 state, BD and BE (BK and BV) the same on chip.
 """
 
@@ -25,13 +25,17 @@ from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_la
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     bring,
+    chunks_of,
     entering,
     falls,
     half_of,
     line_layout,
+    program,
     rate_of,
+    row_sums,
     state_layout,
     state_of,
+    store_sums,
 )
 from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
@@ -57,9 +61,9 @@ def buffers_of(
 
 
 @gluon.jit
-def _start(step, steps, C: gl.constexpr):
+def _start(n_first, step, steps, C: gl.constexpr):
     """First token of a step's chunk; steps beyond the last stay at it."""
-    return gl.minimum(step, steps - 1) * C
+    return (n_first + gl.minimum(step, steps - 1)) * C
 
 
 @gluon.jit
@@ -76,28 +80,30 @@ def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
-    sources, probe, out, pointers, rate, place, sizes, buffers,
+def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
+    sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """One head's walk; see `kernels.walks.walk_triton`.
+    """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
     Args:
         sources: descriptors of a, b and c, and of the lines of scalar decays.
         probe: descriptor of rows whose products with what is read from the state are summed (PROBE), or any.
         out: descriptor of the outputs.
-        pointers: lines of decays, the first state (FIRST), the last one, which is written (LAST), sums of the probe [B, H, T].
+        states: descriptor of the 16-bit states before the chunks, which are written (KEEP), or any.
+        pointers: lines of decays, the first state (FIRST), the last one, which is written (LAST), what segments add to a state and
+            their decays, sums of the probe of this head and how far apart their parts are.
         rate: of constant decays.
-        place: batch and head.
-        sizes: length and heads.
+        place: batch, head, segment, and the head of a and b.
+        sizes: length, heads, segments and chunks of a segment.
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
     """
-    lines, given, last, rowsum = pointers
-    batch, head = place
-    length, heads = sizes
+    lines, given, last, sums, decays, rowsum, part_size = pointers
+    batch, head, piece, ab_head = place
+    length, heads, segments, span = sizes
     stages, work, of_probe, bars = buffers
     state_buffer, out_buffer, scores_buffer = work
     square: gl.constexpr = sums_layout(C, GROUPS)
@@ -105,21 +111,21 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(BD, BE, GROUPS)
     of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
     BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
-    steps = (length + C - 1) // C
+    n_first, steps = chunks_of(piece, span, length, C)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
-        t_far = _start(early, steps, C)
+        t_far = _start(n_first, early, steps, C)
         fetch(of_probe[1].index(early), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(early),))
     for early in gl.static_range(STAGES - 1):
-        t_far = _start(early, steps, C)
-        row = [batch, t_far, head, 0]
-        bring(bars, sources, stages, (row, row, row), [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
+        t_far = _start(n_first, early, steps, C)
+        rows = ([batch, t_far, ab_head, 0], [batch, t_far, ab_head, 0], [batch, t_far, head, 0])
+        bring(bars, sources, stages, rows, [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
     d, e = gl.arange(0, BD, gl.SliceLayout(1, tall)), gl.arange(0, BE, gl.SliceLayout(0, tall))
     offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
     inside = (d < D)[:, None] & (e < E)[None, :]
-    at_state = (batch * heads + head).to(gl.int64) * D * E + offsets
-    state_DE = state_of(given, at_state, inside, tall, BD, BE, FIRST)
-    t = _start(0, steps, C)
+    own_place = (batch, head, piece)
+    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
+    t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
     first = at_stage(stages, 0)
@@ -130,7 +136,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     fence_async_shared()
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
-        t_next, t_far = _start(step + 1, steps, C), _start(step + STAGES - 1, steps, C)
+        t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + STAGES - 1, steps, C)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
         if GATE == NO_GATE:
@@ -138,8 +144,11 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         else:
             b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, False, DOT)
             state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
-        row = [batch, t_far, head, 0]
-        bring(bars, sources, stages, (row, row, row), [batch * heads + head, t_far], step + STAGES - 1, BYTES, C, STAGES, GATE)
+        if KEEP:
+            chunk = batch * ((length + C - 1) // C) + t // C
+            tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
+        rows = ([batch, t_far, ab_head, 0], [batch, t_far, ab_head, 0], [batch, t_far, head, 0])
+        bring(bars, sources, stages, rows, [batch * heads + head, t_far], step + STAGES - 1, BYTES, C, STAGES, GATE)
         if PROBE:
             mbarrier.wait(of_probe[1].index(step % SLOTS), step // SLOTS % 2)
         if GATE != NO_GATE:
@@ -147,13 +156,14 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
             read_CE, state = warpgroup_mma_wait(1, [read, state])
             read = read_CE * gl.exp2(half + fall_C)[:, None]
             if PROBE:
-                i = gl.arange(0, C, of_rows)
-                sum_C = gl.sum(read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32), 1)
-                gl.store(rowsum + t + i, sum_C, mask=t + i < length)
+                probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
+                store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
         outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
         scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
+        if KEEP:
+            tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state
         state_buffer.store(state_DE.to(DOT))
         out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
@@ -167,7 +177,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         fence_async_shared()
         thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
         if PROBE:
-            slot, t_far = step % SLOTS, _start(step + SLOTS, steps, C)
+            slot, t_far = step % SLOTS, _start(n_first, step + SLOTS, steps, C)
             fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(slot),))
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
@@ -176,20 +186,26 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         mbarrier.wait(of_probe[1].index((steps + rest) % SLOTS), (steps + rest) // SLOTS % 2)
     tma.store_wait(0)
     if LAST:
-        gl.store(last + at_state, state_DE, mask=inside)
+        gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & (piece == segments - 1))
 
 
 @entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
-    q, k, v, o, line_rows, lines, gate, first, last, length: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    q, k, v, o, states, line_rows, lines, gate, first, last, sums, decays,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, DOT: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
+    LAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * H,)."""
-    head, batch = gl.program_id(0) % heads, gl.program_id(0) // heads
+    """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
+
+    A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
+    state before each chunk in 16 bit, [B * N * H, K, V].
+    """
+    head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
-        (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, (lines, first, last, last),
-        rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE), (batch, head), (length, heads),
-        buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, LAST, False, DOT,
+        (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
+        (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
+        (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Both dk and dv read the gradient of the state that leaves a chunk, and both need q, k, v and do, which are then read once. What
 pairs of a chunk give to the gradient of its decays is at hand there too: their scores and the gradients of these.
 
-Shape legend: B batch, T time, H heads, C = 64 tokens of a chunk, K key, V value width, W both on chip.
+Shape legend: B batch, T time, H heads, P segments, C = 64 tokens of a chunk, K key, V value width, W both on chip.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from kernels.walks.walk_hopper import buffers_of, walk
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     bring,
+    chunks_of,
+    column_sums,
     entering,
     falls,
     half_of,
     line_layout,
+    program,
     rate_of,
+    row_sums,
     state_layout,
     state_of,
+    store_sums,
 )
 from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
@@ -54,14 +59,15 @@ def _back_buffers(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: 
 
 
 @gluon.jit
-def _start(step, steps, C: gl.constexpr):
+def _start(n_first, step, steps, C: gl.constexpr):
     """First token of a step's chunk, from the last one on; steps beyond the first stay at it."""
-    return gl.maximum(steps - 1 - step, 0) * C
+    return (n_first + gl.maximum(steps - 1 - step, 0)) * C
 
 
 @gluon.jit
 def _seen(
-    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr
+    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys and later queries, and their gradients, decayed; and what pairs give to the gradient of the decays.
 
@@ -70,7 +76,7 @@ def _seen(
     """
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     is_seen = rows[:, None] <= cols[None, :]
-    of_keys, of_queries = rows.to(gl.float32), cols.to(gl.float32)
+    of_keys, of_queries = rows, cols
     if GATE == NO_GATE:
         kq_CC, vo_CC = gl.where(is_seen, kq_CC, 0.0), gl.where(is_seen, vo_CC, 0.0)
     else:
@@ -80,7 +86,7 @@ def _seen(
         kq_CC = kq_CC * decay_CC
         if PROBE:
             pairs_CC = gl.where(rows[:, None] == cols[None, :], 0.0, kq_CC * vo_CC)
-            of_keys, of_queries = gl.sum(pairs_CC, 1), gl.sum(pairs_CC, 0)
+            of_keys, of_queries = row_sums(pairs_CC, C, C, GROUPS), column_sums(pairs_CC, C, C, GROUPS)
         vo_CC = vo_CC * decay_CC
     return kq_CC, vo_CC, of_keys, of_queries
 
@@ -91,19 +97,19 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """One head's reverse walk for all of dk and dv.
+    """One head's reverse walk over a segment for all of dk and dv.
 
     Args:
         sources: descriptors of q, k, v, do, and of the lines of scalar decays.
         results: descriptors of dk and dv.
-        pointers: lines of decays, gradient of the last state (DLAST), that of the first, which is written (LAST); with PROBE sums
-            for keys and for queries [B, H, T].
+        pointers: lines of decays, gradient of the last state, that of the first, which is written (LAST), what segments add to
+            a state and their decays; with PROBE sums for keys and for queries [B, H, T].
         rate, place, sizes: see `kernels.walks.walk_hopper.walk`.
         buffers: of `_back_buffers`.
     """
-    lines, given, last, rowsum_keys, rowsum_queries = pointers
-    batch, head = place
-    length, heads = sizes
+    lines, given, last, sums, decays, rowsum, part_size = pointers
+    batch, head, piece = place
+    length, heads, segments, span = sizes
     stages, work, bars = buffers
     state_buffer, dk_buffer, dv_buffer, kq_buffer, vo_buffer = work
     square: gl.constexpr = sums_layout(C, GROUPS)
@@ -111,33 +117,31 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(W, W, GROUPS)
     of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
     BYTES: gl.constexpr = 2 * C * 4 * W
-    steps = (length + C - 1) // C
+    n_first, steps = chunks_of(piece, span, length, C)
     none_CW, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(STAGES - 1):
-        row = [batch, _start(early, steps, C), head, 0]
+        row = [batch, _start(n_first, early, steps, C), head, 0]
         bring(bars, sources, stages, (row, row, row, row), [batch * heads + head, row[1]], early, BYTES, C, STAGES, GATE)
     d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
     offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
-    at_state = (batch * heads + head).to(gl.int64) * K * V + offsets
-    state_KV = state_of(given, at_state, inside, tall, W, W, DLAST)
-    t = _start(0, steps, C)
+    state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, DLAST, True)
+    t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     mbarrier.wait(bars.index(0), 0)
     first = at_stage(stages, 0)
     early_kq = warpgroup_mma(first[1], first[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
     early_vo = warpgroup_mma(first[2], first[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
     kq_CC, vo_CC = warpgroup_mma_wait(0, [early_kq, early_vo])
-    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, PROBE)
+    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, GROUPS, PROBE)
     kq_buffer.store(kq_CC.to(DOT))
     vo_buffer.store(vo_CC.to(DOT))
     state_buffer.store(state_KV.to(DOT))
     fence_async_shared()
-    i, j = gl.arange(0, C, gl.SliceLayout(0, square)), gl.arange(0, C, of_rows)
     if PROBE:
-        gl.store(rowsum_queries + t + i, of_queries, mask=t + i < length)
+        store_sums(rowsum + GROUPS * part_size + t, of_queries, part_size, False, C, GROUPS)
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
-        t_next = _start(step + 1, steps, C)
+        t_next = _start(n_first, step + 1, steps, C)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         dv_read = warpgroup_mma(own[1], state_buffer, none_CW, use_acc=False, is_async=True)
         dk_read = warpgroup_mma(own[2], state_buffer.permute([1, 0]), none_CW, use_acc=False, is_async=True)
@@ -146,7 +150,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         else:
             q_KC = entering(own[0], own, rate, half, t, length, tall, C, GATE, True, DOT)
             state = warpgroup_mma(q_KC, own[3], state_KV * gl.exp2(2.0 * half), is_async=True)
-        row = [batch, _start(step + STAGES - 1, steps, C), head, 0]
+        row = [batch, _start(n_first, step + STAGES - 1, steps, C), head, 0]
         line = [batch * heads + head, row[1]]
         bring(bars, sources, stages, (row, row, row, row), line, step + STAGES - 1, BYTES, C, STAGES, GATE)
         if GATE != NO_GATE:
@@ -154,8 +158,8 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
             dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
             dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
             if PROBE:
-                sum_C = gl.sum(dv_read * own[2].load(narrow).to(gl.float32), 1) + gl.convert_layout(of_keys, of_rows)
-                gl.store(rowsum_keys + t + j, -sum_C, mask=t + j < length)
+                of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
+                store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
         dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
         dk_sums = warpgroup_mma(vo_buffer, own[0], dk_read, is_async=True)
         mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
@@ -173,48 +177,53 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         tma.async_copy_shared_to_global(results[0], [batch, t, head, 0], dk_buffer)
         thread_barrier()  # all warps' products have read the scores
         kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
-        kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, PROBE)
+        kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, GROUPS, PROBE)
         kq_buffer.store(kq_CC.to(DOT))
         vo_buffer.store(vo_CC.to(DOT))
         fence_async_shared()
         thread_barrier()  # see `kernels.walks.walk_hopper.walk`
         if PROBE:
-            gl.store(rowsum_queries + t_next + i, of_queries, mask=t_next + i < length)
+            store_sums(rowsum + GROUPS * part_size + t_next, of_queries, part_size, False, C, GROUPS)
         half, t = next_half, t_next
     for rest in gl.static_range(STAGES - 2):
         mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
     tma.store_wait(0)
     if LAST:
-        gl.store(last + at_state, state_KV, mask=inside)
+        gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & (piece == 0))
 
 
 @entry(do_not_specialize=SIZES, gluon=True)
 def backward_kernel(
-    q, k, v, do, dq, dk, dv, line_rows, lines, gate, first, dlast, dfirst, rowsums,
-    length: tl.int32, batches: tl.int32, heads: tl.int32, gate_every: tl.int32,
+    q, k, v, do, dq, dk, dv, line_rows, lines, gate, first, dlast, dfirst, before, decays_before, behind, decays_behind, rowsums,
+    length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, DLAST: gl.constexpr,
-    GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
+    BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr,
+    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """All gradients. Grid: (B * H * 2,): keys and values of a head, then its queries.
+    """All gradients. Grid: (2 * B * P * H,): keys and values of all heads, then, as their walks are shorter, the queries.
 
-    `first` starts the walk of queries (FIRST) and has the gradient `dfirst`; `dlast` (DLAST) starts that of keys and values.
-    `rowsums` [3, B, H, T] sum to the gradient of the cumulated decays: what queries read from earlier chunks, what keys give,
-    what queries get inside of their chunk.
+    `first` starts the walk of queries (FIRST) and has the gradient `dfirst`; `dlast` (DLAST) starts that of keys and values;
+    segments before, or behind, have sums and decays. `rowsums` [B, H, parts, N * C] sum to the gradient of the cumulated
+    decays: GROUPS parts of what queries read from earlier chunks, as many of what keys give, and four of what queries get inside
+    of their chunk.
     """
-    part, head, batch = gl.program_id(0) % 2, gl.program_id(0) // 2 % heads, gl.program_id(0) // 2 // heads
+    of_keys = gl.num_programs(0) // 2
+    head, piece, batch = program(gl.program_id(0) % of_keys, heads, segments)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
-    rowsum, part_size = rowsums + (batch.to(gl.int64) * heads + head) * length, batches.to(gl.int64) * heads * length
-    if part == 0:
+    sizes = (length, heads, segments, span)
+    part_size = (length + C - 1) // C * C
+    rowsum = rowsums + (batch.to(gl.int64) * heads + head) * part_size * (2 * GROUPS + 4)
+    if gl.program_id(0) < of_keys:
         _walk_back(
             (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
-            (lines, dlast, dfirst, rowsum + part_size, rowsum + 2 * part_size), rate, (batch, head), (length, heads),
-            _back_buffers(W, C, BACK_STAGES, GATE, DOT),
+            (lines, dlast, dfirst, behind, decays_behind, rowsum + GROUPS * part_size, part_size), rate,
+            (batch, head, piece), sizes, _back_buffers(W, C, BACK_STAGES, GATE, DOT),
             K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, DOT,
         )  # fmt: skip
     else:
         walk(
-            (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, (lines, first, first, rowsum), rate,
-            (batch, head), (length, heads), buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
-            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, GATE_GRAD, DOT,
+            (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
+            (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
+            buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT,
         )  # fmt: skip

@@ -5,7 +5,7 @@ Cumulated decays of a chunk come as a line of numbers, less half of the whole ch
 nothing is summed or exchanged in a walk. All exponents that are used are <= 0: rows that enter the state are decayed on their
 way into registers, rows that were read from it when they are there, and pairs of a chunk where their scores are.
 
-Shape legend: B batch, T time, H heads, N chunks of C = 64 tokens, D rows and E columns of a state.
+Shape legend: B batch, T time, H heads, P segments, N chunks of C = 64 tokens, D rows and E columns of a state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kernels.delta_rule.delta_hopper import at_stage, fetch
 from kernels.walks.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
-SIZES = ["length", "batches", "heads", "gate_every"]
+SIZES = ["length", "heads", "group", "gate_every", "segments", "span"]
 
 
 @gluon.constexpr_function
@@ -32,6 +32,18 @@ def state_layout(rows, width, groups):
     if rows < 64 * groups:
         return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
     return gl.NVMMADistributedLayout([3, 0], [4 * groups, 1], [16, width, 16])
+
+
+@gluon.jit
+def program(index, heads, segments):
+    """Head, segment and batch of a program."""
+    return index % heads, index // heads % segments, index // heads // segments
+
+
+@gluon.jit
+def chunks_of(piece, span, length, C: gl.constexpr):
+    """First chunk of a segment, and how many it has."""
+    return piece * span, gl.minimum(span, (length + C - 1) // C - piece * span)
 
 
 @gluon.jit
@@ -90,10 +102,58 @@ def entering(
 
 @gluon.jit
 def state_of(
-    given, at_state, inside, layout: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr
+    given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """The state that a walk starts from: the given one, or zero."""
+    """The state that a walk starts from: zero or given, and what the segments before make of it."""
+    batch, head, piece = place
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
     if GIVEN:
-        state_DE += gl.load(given + at_state, mask=inside, other=0.0)
+        state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    for n in range((segments - 1 - piece) if REVERSE else piece):
+        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+        added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
+
+
+@gluon.constexpr_function
+def row_sums_layout(groups):
+    """Registers of sums of 64 rows that are `sums_layout`, one for what each warp group has of them, [64, groups]."""
+    return gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [0, 1]][: groups + 1], [], [64, groups]
+    )
+
+
+@gluon.constexpr_function
+def column_sums_layout(groups):
+    """Registers of sums of 64 such columns, one for what each of four warps has of them, [4, 64]."""
+    of_registers, of_warps = [[0, 1], [0, 8], [0, 16], [0, 32]], [[1, 0], [2, 0], [0, 32]]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(of_registers[: 5 - groups], lanes, of_warps[: groups + 1], [], [4, 64])
+
+
+@gluon.jit
+def row_sums(x_RC, ROWS: gl.constexpr, COLS: gl.constexpr, GROUPS: gl.constexpr):
+    """Sums of the part of each row that a warp group has, [ROWS, GROUPS]: nothing is exchanged between warps."""
+    sums_RP = gl.sum(x_RC.reshape([ROWS, GROUPS, COLS // GROUPS]), 2)
+    return gl.convert_layout(sums_RP, row_sums_layout(GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def column_sums(x_RC, ROWS: gl.constexpr, COLS: gl.constexpr, GROUPS: gl.constexpr):
+    """Sums of the part of each column that one of four warps has, [4, COLS]."""
+    return gl.convert_layout(gl.sum(x_RC.reshape([4, ROWS // 4, COLS]), 1), column_sums_layout(GROUPS), assert_trivial=True)
+
+
+@gluon.jit
+def store_sums(to, sums, stride, ROWS_FIRST: gl.constexpr, C: gl.constexpr, GROUPS: gl.constexpr):
+    """Writes `row_sums` (ROWS_FIRST) or `column_sums` of a chunk, whose parts lie `stride` apart."""
+    if ROWS_FIRST:
+        layout: gl.constexpr = row_sums_layout(GROUPS)
+        token, part = gl.arange(0, C, gl.SliceLayout(1, layout))[:, None], gl.arange(0, GROUPS, gl.SliceLayout(0, layout))[None, :]
+        gl.store(to + (part * stride + token), sums)
+    else:
+        across: gl.constexpr = column_sums_layout(GROUPS)
+        warp, column = gl.arange(0, 4, gl.SliceLayout(1, across))[:, None], gl.arange(0, C, gl.SliceLayout(0, across))[None, :]
+        gl.store(to + (warp * stride + column), sums)

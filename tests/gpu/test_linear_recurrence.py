@@ -11,7 +11,8 @@ import torch
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from kernels.walks import walk_hopper_launch
+from kernels.walks import walk_hopper_plan
+from kernels.walks.walk import Inputs
 from kernels.walks.walk_pieces import n_segments
 
 pytestmark = pytest.mark.gpu
@@ -119,11 +120,31 @@ def size_of_terms(tensors: dict[str, torch.Tensor], *, state: bool) -> float:
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong"])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (128, 128), (128, 64)])
-def test_segments_of_long_rows(k_dim: int, v_dim: int, gate: str) -> None:
-    shape = (1, 1600, 1, 2, k_dim, v_dim)
-    assert n_segments(torch.empty(1, 1600, 1, k_dim), torch.empty(1, 1600, 2, v_dim)) == 3
+def test_segments_of_long_rows(k_dim: int, v_dim: int, groups: int, gate: str) -> None:
+    """Of plain walks where heads share keys, of those for Hopper where not."""
+    shape = (1, 1600, groups, 2, k_dim, v_dim)
+    k, v = torch.empty(1, 1600, groups, k_dim), torch.empty(1, 1600, 2, v_dim)
+    assert n_segments(k, v) == walk_hopper_plan.share_out(Inputs(k, k, v, None, None, None)).number == 3
     agree_with_torch(shape, gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong"])
+@pytest.mark.parametrize("shape", [(9, 577, 1, 16, 128, 64), (1, 1600, 2, 8, 128, 64), (1, 1100, 1, 4, 72, 24)], ids=str)
+def test_heads_that_share_keys(shape: tuple[int, ...], gate: str) -> None:
+    """Whole rows of many heads, and segments; states between chunks are kept."""
+    agree_with_torch(shape, gate)
+
+
+@pytest.mark.parametrize("shape", [(2, 3000, 16, 16, 128, 128), (2, 3000, 16, 16, 64, 64), (4, 1500, 1, 16, 128, 64)], ids=str)
+def test_fifty_runs_are_equal_to_the_bit(shape: tuple[int, ...]) -> None:
+    tensors = draw(shape, "scalar", torch.bfloat16, state=True)
+    with use_backend("triton"):
+        first = outputs_and_gradients(linear_recurrence, tensors, state=True)
+        for _ in range(49):
+            again = outputs_and_gradients(linear_recurrence, tensors, state=True)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong"])
@@ -152,8 +173,8 @@ def agree_with_torch(shape: tuple[int, ...], gate: str) -> None:
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (128, 128), (128, 64)])
 def test_the_plain_walks_where_copies_cannot_be_described(k_dim: int, v_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What other devices run for every 16-bit head; Hopper only for fp16, widths that 8 does not divide, and packed sequences."""
-    for suits in ("suits", "suits_forward"):
-        monkeypatch.setattr(walk_hopper_launch, suits, lambda _: False)
+    for suits in ("suits", "suits_forward", "fits"):
+        monkeypatch.setattr(walk_hopper_plan, suits, lambda _: False)
     for shape, gate in (((1, 300, 1, 4, k_dim, v_dim), "scalar"), ((2, 129, 2, 2, k_dim, v_dim), "strong")):
         tensors = draw(shape, gate, torch.bfloat16, state=True)
         exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
@@ -221,10 +242,11 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels.walks import walk_forward_triton, walk_gradients_triton, walk_hopper, walk_hopper_back
+    from kernels.walks import walk_forward_triton, walk_gradients_triton, walk_hopper, walk_hopper_back, walk_hopper_states
 
     gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
-    kernels = (walk_forward_triton.forward_kernel, *gradients, walk_hopper.forward_kernel, walk_hopper_back.backward_kernel)
+    hopper = (walk_hopper.forward_kernel, walk_hopper_back.backward_kernel, walk_hopper_states.states_kernel)
+    kernels = (walk_forward_triton.forward_kernel, *gradients, *hopper)
 
     def run(batch: int, length: int, heads: int) -> None:
         q, k, v = (torch.randn(batch, length, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -238,7 +260,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
 
     run(2, 64, 2)
     before = compiled()
-    for sizes in ((1, 1, 1), (3, 77, 5), (16, 1024, 16), (1, 2048, 3)):
+    for sizes in ((1, 1, 1), (3, 77, 5), (16, 1024, 16), (1, 2048, 3), (1, 1024, 100)):
         run(*sizes)
     assert compiled() == before
 

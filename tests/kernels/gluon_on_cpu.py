@@ -25,7 +25,7 @@ from tests.kernels.gluon_memory import Barrier, Descriptor, Pointer, Shared
 class Program:
     """The built-in functions of one program, as modules `gl`, `tma`, `mbarrier` and the functions beside them."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, programs: int):
         self.unfenced: set[int] = set()
         self.own = threading.local()
         self.turn = threading.Condition()
@@ -35,6 +35,7 @@ class Program:
             **numbers,
             constexpr=None,
             program_id=lambda _: torch.tensor(index),
+            num_programs=lambda _: torch.tensor(programs),
             arange=lambda start, stop, _=None: torch.arange(start, stop),
             zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=torch.float64),
             full=lambda shape, x, *_: torch.full(shape, x, dtype=torch.float64),
@@ -137,8 +138,8 @@ class Program:
         assert ((at >= 0) & (at < where[0].flat.numel())).all(), "asks for what there is not"
 
     @staticmethod
-    def store(where: Pointer, x: Tensor, mask: Any = True) -> None:
-        at, mask, x = torch.broadcast_tensors(where.at, torch.as_tensor(mask), x)
+    def store(where: Pointer, x: Any, mask: Any = True) -> None:
+        at, mask, x = torch.broadcast_tensors(where.at, *(torch.as_tensor(y) for y in (mask, x)))
         where.flat[at[mask]] = x[mask].to(where.flat.dtype)
 
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:
@@ -233,7 +234,7 @@ class OnCpu:
             constants |= dict.fromkeys(("DOT", "MERGE"), torch.float64)
             named |= {name: x for name, x in constants.items() if name in self.kernel.arg_names}
             for index in range(grid[0]):
-                self._run(Program(index), named)
+                self._run(Program(index, grid[0]), named)
 
         return run
 

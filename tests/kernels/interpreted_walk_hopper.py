@@ -1,29 +1,43 @@
 """The walks for Hopper, followed on the CPU, against the token loop in fp64: outputs, states, gradients."""
 
 import pytest
+import torch
 
 from kernels.delta_rule import delta_hopper
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from kernels.walks import walk_hopper, walk_hopper_back, walk_hopper_launch, walk_hopper_parts
+from kernels.walks import (
+    walk_grouped,
+    walk_hopper,
+    walk_hopper_back,
+    walk_hopper_launch,
+    walk_hopper_parts,
+    walk_hopper_plan,
+    walk_hopper_states,
+    walk_hopper_states_launch,
+)
 from tests.kernels.gluon_memory import Descriptor
 from tests.kernels.gluon_on_cpu import OnCpu
 from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
-C = walk_hopper_launch.CHUNK
-MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back)
+C = walk_hopper_plan.CHUNK
+MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states)
 
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    for module, name in ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel")):
+    kernels = ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel"))
+    for module, name in kernels:
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
-    monkeypatch.setattr(walk_hopper_launch, "_described", Descriptor)
-    monkeypatch.setattr(walk_hopper_launch, "_line_rows", lambda x, spare: Descriptor(x, [1, C]) if x.numel() else spare)
-    for suits in ("suits", "suits_forward"):
-        monkeypatch.setattr(walk_hopper_launch, suits, lambda _: True)
+    for launch in (walk_hopper_launch, walk_hopper_states_launch):
+        monkeypatch.setattr(launch, "_described", Descriptor)
+        monkeypatch.setattr(
+            launch, "line_rows", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare
+        )
+    monkeypatch.setattr(walk_hopper_plan, "suits", lambda inputs: inputs.k.shape[2] == inputs.v.shape[2])
+    monkeypatch.setattr(walk_hopper_plan, "suits_shared", lambda _: True)
     with use_backend("triton"), poisoned():
         yield
 
@@ -40,6 +54,22 @@ def check(shape, gate):
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong", "zero"])
 @pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 1, 72, 96)], ids=str)
 def test_equals_the_token_loop(shape, gate):
+    check(shape, gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_segments_of_long_rows(monkeypatch, gate):
+    """Three segments, the last of which is short."""
+    monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 64)
+    check((1, 300, 2, 2, 20, 33), gate)
+
+
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
+@pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
+def test_heads_that_share_keys(monkeypatch, gate, shape):
+    """Their states are kept for `kernels.walks.walk_grouped`."""
+    monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 128)
+    monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)
 
 

@@ -5,12 +5,12 @@ import triton.language as tl
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from kernels.delta_rule.delta_hopper import shared_layout
-from kernels.walks import walk_hopper, walk_hopper_back, walk_hopper_launch
+from kernels.walks import walk_hopper, walk_hopper_back, walk_hopper_plan, walk_hopper_states
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
-C = walk_hopper_launch.CHUNK
-FORWARD, BACKWARD = walk_hopper.forward_kernel, walk_hopper_back.backward_kernel
+C = walk_hopper_plan.CHUNK
+FORWARD, BACKWARD, STATES = walk_hopper.forward_kernel, walk_hopper_back.backward_kernel, walk_hopper_states.states_kernel
 
 
 def compile_one(kernel, gate, config, widths, constants):
@@ -18,11 +18,17 @@ def compile_one(kernel, gate, config, widths, constants):
     wide_k, wide_v = widths
     runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
     blocks = {width: f"tensordesc<bf16{[1, C, 1, width]},{shared_layout(width, 4)!r}>" for width in widths}
-    described = dict.fromkeys(("q", "k", "dq", "dk"), blocks[wide_k]) | dict.fromkeys(("v", "o", "do", "dv"), blocks[wide_v])
+    described = dict.fromkeys(("q", "k", "dq", "dk", "b"), blocks[wide_k]) | dict.fromkeys(
+        ("v", "o", "do", "dv", "c"), blocks[wide_v]
+    )
+    described["states"] = f"tensordesc<bf16{[1, wide_k, wide_v]},{shared_layout(wide_v, 3)!r}>"
     described["line_rows"] = f"tensordesc<fp32{[1, C]},{NVMMASharedLayout(0, 32, rank=2)!r}>" if gate == 2 else blocks[wide_k]
     runtime |= {name: block for name, block in described.items() if name in runtime}
     shared = {"K": wide_k, "V": wide_v, "BK": wide_k, "BV": wide_v, "W": wide_k, "C": C, "DOT": tl.bfloat16, "GATE": gate}
-    flags = {**dict.fromkeys(("FIRST", "LAST", "DLAST"), False), "GATE_GRAD": gate == 2}
+    flags = {
+        **dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE"), False),
+        "GATE_GRAD": gate == 2,
+    }
     arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
 
@@ -42,13 +48,30 @@ slow = pytest.mark.slow
     [(64, 1), (128, 2), *(pytest.param(*case, marks=slow) for case in ((64, 0), (64, 2), (128, 0), (128, 1)))],
 )
 def test_forward(width, gate):
-    check(compile_one(FORWARD, gate, walk_hopper_launch.FORWARD[width], (width, width), {}), 1)
+    check(compile_one(FORWARD, gate, walk_hopper_plan.FORWARD[width], (width, width), {}), 1)
+
+
+@pytest.mark.parametrize("gate", [2, pytest.param(0, marks=slow)])
+def test_heads_that_share_keys(gate):
+    check(compile_one(FORWARD, gate, walk_hopper_plan.SHARED, (128, 64), {"KEEP": True}), 1)
 
 
 @pytest.mark.parametrize(
     ("width", "gate"), [(128, 2), *(pytest.param(*case, marks=slow) for case in ((64, 0), (64, 1), (64, 2), (128, 0), (128, 1)))]
 )
 def test_backward(width, gate):
-    config = walk_hopper_launch.BACKWARD[width]
+    config = walk_hopper_plan.BACKWARD[width]
     used = compile_one(BACKWARD, gate, config, (width, width), {"BACK_STAGES": config.back, "SLOTS": config.slots})
-    check(used, *((1, 8) if width == 128 else (2,)))
+    check(used, 2 - width // 128, 8)
+
+
+@pytest.mark.parametrize(
+    ("width", "gate"), [(128, 2), *(pytest.param(*case, marks=slow) for case in ((64, 0), (64, 1), (64, 2), (128, 0), (128, 1)))]
+)
+def test_sums_of_segments(width, gate):
+    check(compile_one(STATES, gate, walk_hopper_plan.SUMS[width], (width, width), {}), *((2,) if width == 128 else (3,)))
+
+
+@pytest.mark.parametrize("gate", [2, pytest.param(0, marks=slow), pytest.param(1, marks=slow)])
+def test_states_between_chunks(gate):
+    check(compile_one(STATES, gate, walk_hopper_plan.KEPT, (128, 64), {"KEEP": True, "REVERSE": True}), 2)

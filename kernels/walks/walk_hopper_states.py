@@ -1,0 +1,137 @@
+"""States of the walks for Hopper, in Gluon, without outputs: what segments add to a state, and the states between chunks.
+
+A turn is one product. The operand of the next one is decayed while it runs, and rows come by copies further ahead.
+
+Shape legend: B batch, T time, H heads, P segments, N chunks of C = 64 tokens, K key, V value width, BK and BV the same on chip.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels._entry import entry
+from kernels.delta_rule.delta_hopper import at_stage, barriers, shared_layout, thread_barrier
+from kernels.walks.walk_hopper_parts import (
+    SIZES,
+    bring,
+    chunks_of,
+    entering,
+    half_of,
+    line_layout,
+    program,
+    rate_of,
+    state_layout,
+    state_of,
+)
+from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
+
+
+@gluon.jit
+def _start(n_first, step, steps, C: gl.constexpr, BACK: gl.constexpr):
+    """First token of a step's chunk; steps beyond the last stay at it."""
+    order = gl.minimum(step, steps - 1)
+    return (n_first + (steps - 1 - order if BACK else order)) * C
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
+    b, c, states, line_rows, lines, gate, given, last, sums, decays,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
+    REVERSE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
+
+    Sums: what each segment but the last (in reverse the first) adds to the state, and its log2 decay, as in
+    `kernels.walks.walk_forward_triton.segment_kernel`. They go through a segment against the order of the walk, which then starts
+    with rows that the L2 cache still has; what follows a chunk decays its operand, not the sum.
+    KEEP: the state before each chunk, in reverse the gradient of that behind it, [B * N * H, K, V] in 16 bit, from `given`
+    (GIVEN) and the sums; LAST writes the one at the end.
+
+    Grid: (B * P * H * value tiles,), without KEEP P - 1.
+    """
+    tiles: gl.constexpr = (V + BV - 1) // BV
+    tile = gl.program_id(0) % tiles
+    head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)
+    if REVERSE and not KEEP:
+        piece += 1
+    BACK: gl.constexpr = REVERSE == KEEP
+    tall: gl.constexpr = state_layout(BK, BV, GROUPS)
+    BYTES: gl.constexpr = 2 * C * (BK + BV)
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    stages = (b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV)))
+    sources = (b, c)
+    if GATE == SCALAR_GATE:
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+        sources = (b, c, line_rows)
+    bars = barriers(STAGES)
+    if KEEP:
+        state_buffers = gl.allocate_shared_memory(DOT, [2, BK, BV], shared_layout(BV))
+    rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
+    n_first, steps = chunks_of(piece, span, length, C)
+    for early in gl.static_range(STAGES):
+        t_far = _start(n_first, early, steps, C, BACK)
+        rows = ([batch, t_far, head // group, 0], [batch, t_far, head, tile * BV])
+        bring(bars, sources, stages, rows, [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
+    d, e = gl.arange(0, BK, gl.SliceLayout(1, tall)), tile * BV + gl.arange(0, BV, gl.SliceLayout(0, tall))
+    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    state_KV = gl.zeros([BK, BV], gl.float32, tall)
+    if KEEP:
+        own_place = (batch, head, piece)
+        state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE)
+    t, others = _start(n_first, 0, steps, C, BACK), 0.0
+    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
+    mbarrier.wait(bars.index(0), 0)
+    first = at_stage(stages, 0)
+    if GATE != NO_GATE:
+        b_KC = entering(first[0], first, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
+    for step in range(steps):
+        own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
+        t_next, t_far = _start(n_first, step + 1, steps, C, BACK), _start(n_first, step + STAGES, steps, C, BACK)
+        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
+        if KEEP:
+            state_buffers.index(step % 2).store(state_KV.to(DOT))
+            fence_async_shared()
+            thread_barrier()
+            chunk = batch * ((length + C - 1) // C) + t // C
+            tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, tile * BV], state_buffers.index(step % 2))
+        if GATE == NO_GATE:
+            state = warpgroup_mma(own[0].permute([1, 0]), own[1], state_KV, is_async=True)
+        elif KEEP:
+            state = warpgroup_mma(b_KC, own[1], state_KV * gl.exp2(2.0 * half), is_async=True)
+        else:
+            others += 2.0 * half
+            state = warpgroup_mma(b_KC, own[1], state_KV, is_async=True)
+        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
+        if GATE != NO_GATE:
+            next_KC = entering(following[0], following, rate, next_half + others, t_next, length, tall, C, GATE, REVERSE, DOT)
+        state_KV = warpgroup_mma_wait(0, [state])
+        if KEEP:
+            tma.store_wait(1)  # the state before this one has left
+        thread_barrier()  # all warps have read the rows
+        rows = ([batch, t_far, head // group, 0], [batch, t_far, head, tile * BV])
+        bring(bars, sources, stages, rows, [batch * heads + head, t_far], step + STAGES, BYTES, C, STAGES, GATE)
+        if GATE != NO_GATE:
+            b_KC = next_KC
+        half, t = next_half, t_next
+    for rest in gl.static_range(STAGES - 1):
+        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    if KEEP:
+        tma.store_wait(0)
+        if LAST:
+            ending = piece == (0 if REVERSE else segments - 1)
+            gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & ending)
+    else:
+        index = (batch * segments + piece) * heads + head
+        gl.store(sums + index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
+        gl.store(decays + index, others, mask=tile == 0)
