@@ -94,6 +94,22 @@ def start_of(
 
 
 @gluon.jit
+def store_end(
+    target, state_KV, part, head_index, is_last, e_start,
+    K: gl.constexpr, V: gl.constexpr, KP: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, TILES: gl.constexpr,
+    WANTED: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """Columns of the state with which a walk ends: of the last segment's, if it is wanted; without OUT of every segment's."""
+    rows: gl.constexpr = sums_layout(BV, GROUPS)
+    if OUT and WANTED:
+        offsets, inside = columns_of(rows, e_start, V, K, KP, BV)
+        gl.store(target + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & is_last)
+    if not OUT:
+        offsets, inside = columns_of(rows, e_start, TILES * BV, K, KP, BV)
+        gl.store(target + part.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
+
+
+@gluon.jit
 def sources_of(writes, rows, reads, scores, erases, couplings, DELTA: gl.constexpr, OUT: gl.constexpr):
     """What `stage_buffers` has room for."""
     sources = (writes, rows)
@@ -240,9 +256,4 @@ def walk_kernel(
         carry_K, leave_K = next_carry_K, next_leave_K
     arrived(bars, n_last - n_first + 1, STAGES - 1, STAGES)
     tma.store_wait(0)
-    if OUT and LAST:
-        offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
-        gl.store(last + head_index.to(gl.int64) * K * V + offsets, state_KV, mask=inside & (order == segments - 1))
-    if not OUT:
-        offsets, inside = columns_of(layout, e_start, TILES * BV, K, KP, BV)
-        gl.store(last + part.to(gl.int64) * K * TILES * BV + offsets, state_KV, mask=inside)
+    store_end(last, state_KV, part, head_index, order == segments - 1, e_start, K, V, KP, BV, GROUPS, TILES, LAST, OUT)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._entry import entry
-from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, place, sums_layout, thread_barrier
+from kernels.delta_rule.delta_hopper import at_stage, barriers, place, sums_layout, thread_barrier
 from kernels.vector_gates.vector_gate_hopper import (
     arrived,
     beta_of,
@@ -29,6 +29,7 @@ from kernels.vector_gates.vector_gate_hopper import (
     sources_of,
     stage_buffers,
     start_of,
+    store_end,
     work_buffers,
 )
 from kernels.vector_gates.vector_gate_rows import SIZES
@@ -143,9 +144,4 @@ def reverse_kernel(
         enter_K, carry_K = next_enter_K, next_carry_K
     arrived(bars, steps, STAGES - 1, STAGES)
     tma.store_wait(0)
-    if OUT and FIRST:
-        offsets, inside = columns_of(layout, e_start, V, K, KP, BV)
-        gl.store(dfirst + head_index.to(gl.int64) * K * V + offsets, grad_KV, mask=inside & (order == segments - 1))
-    if not OUT:
-        offsets, inside = columns_of(layout, e_start, TILES * BV, K, KP, BV)
-        gl.store(dfirst + part.to(gl.int64) * K * TILES * BV + offsets, grad_KV, mask=inside)
+    store_end(dfirst, grad_KV, part, head_index, order == segments - 1, e_start, K, V, KP, BV, GROUPS, TILES, FIRST, OUT)
