@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import _ahead, _launchers, _replay
 
-_launchers.build_once()
+_launchers.load_once()
 
 
 class Entry(JITFunction):

@@ -1,45 +1,41 @@
-"""Launchers are built once, however many threads and processes want the same one.
+"""Launchers are loaded once in a process, however many kernels share one and whatever threads ask for it.
 
-Triton up to 3.6 compiles a C module for each signature of a kernel and imports it. Two that build the same one at once replace
-each other's file in the cache. Python opens a module's file, remembers its inode, and then loads whatever has that path: if the
-file was replaced in between, the inode it remembers is free, and the next launcher may get it. Python takes that one for the
-module it knows, and a kernel is launched by another one's launcher ("function takes exactly 67 arguments (51 given)").
+Triton up to 3.6 compiles a C module for each signature of a kernel, all of one name, and imports it for each kernel. The first
+import of a file makes a module. A second one gives out the module that has the name by then, which may be another launcher's,
+and writes the file's functions into it: a thread that is about to read its own launcher from there reads another's, and its
+kernel fails ("function takes exactly 67 arguments (51 given)").
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import tempfile
+import threading
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 
-def build_once() -> None:
-    """Makes Triton's driver for NVIDIA GPUs build one launcher of a source at a time; the next in line finds it in the cache."""
+def load_once() -> None:
+    """Makes Triton's driver for NVIDIA GPUs compile and import a launcher's source once in this process."""
     from triton.backends.nvidia import driver
 
     if not hasattr(driver.compile_module_from_src, "__wrapped__"):
-        driver.compile_module_from_src = one_at_a_time(driver.compile_module_from_src)
+        driver.compile_module_from_src = once(driver.compile_module_from_src)
 
 
-def one_at_a_time(build: Callable[..., Any], folder: Path | None = None) -> Callable[..., Any]:
-    """A function of a source that no two threads or processes of this host run at once for the same source.
+def once(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a source that runs once for each, for all threads; different sources run side by side.
 
     Args:
         build: takes the source as `src`, or first.
-        folder: where the locks are; None for one that all processes of a user share.
     """
-    locks = folder or Path(tempfile.gettempdir()) / f"mixer-bench-{os.getuid()}"
+    locks: dict[str, threading.Lock] = {}
+    built: dict[str, Any] = {}
 
     @wraps(build)
-    def locked(src: str, *args: Any, **options: Any) -> Any:
-        locks.mkdir(exist_ok=True)
-        with (locks / f"launcher.{hashlib.sha256(src.encode()).hexdigest()[:16]}").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return build(src, *args, **options)
+    def built_once(src: str, *args: Any, **options: Any) -> Any:
+        with locks.setdefault(src, threading.Lock()):
+            if src not in built:
+                built[src] = build(src, *args, **options)
+            return built[src]
 
-    return locked
+    return built_once
