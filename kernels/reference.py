@@ -14,6 +14,8 @@ Shape legend: B batch, T time, H heads of v and of the state, G heads of q and k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,24 +46,31 @@ def linear_recurrence_reference(
     q_BTHK, k_BTHK = (x.repeat_interleave(n_heads // x.shape[2], dim=2) for x in (q_BTGK, k_BTGK))
     s_BHKV = v_BTHV.new_zeros(batch, n_heads, q_BTHK.shape[3], v_dim) if state_BHKV is None else state_BHKV
     outputs = []
-    for t in range(length):
-        q_BHK, k_BHK, v_BHV = q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t]
-        if log_decay is not None:
-            s_BHKV = _decay(log_decay, t) * s_BHKV
-        if beta_BTH is not None:
+    tokens = (_tokens(x, length) for x in (q_BTHK, k_BTHK, v_BTHV, _decays(log_decay, length), beta_BTH))
+    for q_BHK, k_BHK, v_BHV, decay, beta_BH in zip(*tokens, strict=True):
+        if decay is not None:
+            s_BHKV = decay * s_BHKV
+        write_BHV = v_BHV
+        if beta_BH is not None:
             read_BHV = torch.einsum("bhkv,bhk->bhv", s_BHKV, k_BHK)
-            v_BHV = beta_BTH[:, t, :, None] * (v_BHV - read_BHV)
-        s_BHKV = s_BHKV + k_BHK[..., :, None] * v_BHV[..., None, :]
+            write_BHV = beta_BH[..., None] * (v_BHV - read_BHV)
+        s_BHKV = s_BHKV + k_BHK[..., :, None] * write_BHV[..., None, :]
         outputs.append(torch.einsum("bhkv,bhk->bhv", s_BHKV, q_BHK))
     return torch.stack(outputs, dim=1), s_BHKV
 
 
-def _decay(log_decay: Tensor, t: int) -> Tensor:
-    """The decay of token t, broadcastable to [B, H, K, V]."""
+def _tokens(x: Tensor | None, length: int) -> Sequence[Tensor | None]:
+    """The tokens of x, taken apart at once: each `x[:, t]` would have a gradient as large as x."""
+    return [None] * length if x is None else x.unbind(1)
+
+
+def _decays(log_decay: Tensor | None, length: int) -> Tensor | None:
+    """The decays of all tokens, broadcastable to [B, T, H, K, V]."""
+    if log_decay is None:
+        return None
     if log_decay.ndim == 1:
-        return log_decay.exp()[None, :, None, None]
-    now = log_decay[:, t].exp()
-    return now[..., None, None] if log_decay.ndim == 3 else now[..., None]
+        return log_decay.exp()[None, None, :, None, None].expand(1, length, -1, 1, 1)
+    return log_decay.exp()[..., None, None] if log_decay.ndim == 3 else log_decay.exp()[..., None]
 
 
 def dplr_reference(
@@ -90,17 +99,14 @@ def dplr_reference(
     Returns:
         The outputs [B, T, H, V] and the final state [B, H, K, V].
     """
-    batch, length, n_heads, v_dim = v_BTHV.shape
+    batch, _, n_heads, v_dim = v_BTHV.shape
     s_BHKV = v_BTHV.new_zeros(batch, n_heads, q_BTHK.shape[3], v_dim) if state_BHKV is None else state_BHKV
     outputs = []
-    for t in range(length):
-        read_BHV = torch.einsum("bhkv,bhk->bhv", s_BHKV, b_BTHK[:, t])
-        s_BHKV = (
-            log_decay_BTHK[:, t].exp()[..., None] * s_BHKV
-            + a_BTHK[:, t, :, :, None] * read_BHV[..., None, :]
-            + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
-        )
-        outputs.append(torch.einsum("bhkv,bhk->bhv", s_BHKV, q_BTHK[:, t]))
+    tokens = (x.unbind(1) for x in (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK.exp()))
+    for q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, decay_BHK in zip(*tokens, strict=True):
+        read_BHV = torch.einsum("bhkv,bhk->bhv", s_BHKV, b_BHK)
+        s_BHKV = decay_BHK[..., None] * s_BHKV + a_BHK[..., None] * read_BHV[..., None, :] + k_BHK[..., None] * v_BHV[..., None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", s_BHKV, q_BHK))
     return torch.stack(outputs, dim=1), s_BHKV
 
 
@@ -117,7 +123,7 @@ def scan_reference(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
     """
     h = torch.zeros_like(x[:, 0]) if state is None else state
     outputs = []
-    for t in range(x.shape[1]):
-        h = a[:, t] * h + x[:, t]
+    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):
+        h = a_t * h + x_t
         outputs.append(h)
     return torch.stack(outputs, dim=1)
