@@ -51,7 +51,7 @@ def buffers_of(
     b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
     stages = (a_buffers, b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)))
     if GATE == SCALAR_GATE:
-        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
     state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
     out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
     scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))

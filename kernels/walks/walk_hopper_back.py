@@ -50,7 +50,7 @@ def _back_buffers(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: 
     v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
     stages = (q_buffers, k_buffers, v_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W)))
     if GATE == SCALAR_GATE:
-        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
     state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
     dk_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
     dv_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))

@@ -54,7 +54,7 @@ def bring(
     """Starts to copy rows of a chunk, and its line of scalar decays, into their stage."""
     bar, targets = bars.index(step % STAGES), at_stage(stages, step % STAGES)
     if GATE == SCALAR_GATE:
-        fetch(bar, BYTES + 4 * C, sources, rows + (line,), targets)  # noqa: RUF005
+        fetch(bar, BYTES + 4 * C, sources, rows + (line,), targets)
     else:
         fetch(bar, BYTES, sources, rows, targets)
 

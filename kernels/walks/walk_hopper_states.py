@@ -52,7 +52,7 @@ def _buffers(
     b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
     stages = (b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV)))
     if GATE == SCALAR_GATE:
-        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
     bars = barriers(STAGES)
     state_buffers = gl.allocate_shared_memory(DOT, [2, BK, BV], shared_layout(BV)) if KEEP else b_buffers
     return stages, state_buffers, bars
