@@ -13,6 +13,13 @@ from playwright.sync_api import Page
 from bench.report.build import build_report
 from bench.store import Store
 
+OUTSIDE_AXES = """(chart) => {
+    const plot = document.querySelector(chart + " .background").getBoundingClientRect();
+    const names = [...document.querySelectorAll(chart + " .mark-text.role-mark text")].filter((item) => item.textContent);
+    return Object.fromEntries(names.map((item) => [item.textContent, item.getBoundingClientRect().right > plot.right + 1]));
+}"""
+"""The names in a chart, and whether its plot, which clips them, ends before they do."""
+
 
 def test_language_models_are_drawn_with_and_without_runs(page: Page, tmp_path: Path):
     marks = {"j0-state": 12, "j0-length": 24, "j0-answers": 96}
@@ -56,3 +63,11 @@ def test_a_page_of_speeds_alone_works(page: Page, tmp_path_factory: pytest.TempP
     ready(page, build_report(fake_store.measure(Store(folder / "runs")), folder / "report.html").path.as_uri())
     assert page.locator('#lengths-speed-mixer [aria-roledescription="point"]').count() > 0
     assert page.locator("#theme").is_visible()
+
+
+def test_names_behind_the_longest_sequences_have_room(page: Page, tmp_path: Path) -> None:
+    """Kernels have the longest names: those of the record of docs/throughput.md."""
+    record = Path(__file__).parents[2] / "results/measured/throughput_h200"
+    ready(page, build_report(Store(record), tmp_path / "report.html").path.as_uri())
+    names = page.evaluate(OUTSIDE_AXES, "#lengths-speed-kernel")
+    assert len(names) > 5 and not any(names.values()), names
