@@ -35,13 +35,23 @@ def diagonal_layout(blocks):
 
 
 @gluon.jit
+def _halves(x, C: gl.constexpr, WIDTH: gl.constexpr):
+    """The left and the right half of `WIDTH` columns, in the registers where they are."""
+    return gl.split(x.reshape([C, 2, WIDTH // 2]).permute([0, 2, 1]))
+
+
+@gluon.jit
 def _on_diagonal(gram_CC, C: gl.constexpr):
     """The blocks on the diagonal [C / S, S, S]: of each row of blocks its own column of blocks is left."""
     BLOCKS: gl.constexpr = C // S
     square: gl.constexpr = turned_layout(C)
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    own = gl.where((i // S)[:, None] == (j // S)[None, :], gram_CC, 0.0).reshape([C, BLOCKS, S])
-    return gl.convert_layout(gl.sum(own, 1).reshape([BLOCKS, S, S]), diagonal_layout(BLOCKS))
+    row_CC = gl.arange(0, C, gl.SliceLayout(1, square))[:, None] + gl.zeros([C, C], gl.int32, square)
+    left, right = _halves(gram_CC, C, C)
+    row, _ = _halves(row_CC, C, C)
+    left, right = _halves(gl.where(row >= C // 2, right, left), C, C // 2)
+    row, _ = _halves(row, C, C // 2)
+    own = gl.where(row // S % 2 == 1, right, left)
+    return gl.convert_layout(own.reshape([BLOCKS, S, S]), diagonal_layout(BLOCKS))
 
 
 @gluon.jit
@@ -90,7 +100,7 @@ def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.const
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    block = ((gl.arange(0, C, gl.SliceLayout(1, layout)) + zero) // S)[:, None]
+    block = gl.arange(0, C, gl.SliceLayout(1, layout)) // S
     columns = ()
     for back in gl.static_range(BLOCKS):
         p = gl.zeros([C, S], gl.float32, layout)
@@ -101,9 +111,10 @@ def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.const
         if back > 0:
             solved = own_buffer.slice((BLOCKS - 1 - back) * S, S, 0).load(right)
             p = mma_v2(gl.convert_layout((p * minus).to(MERGE), left), solved, p)
-        below, at = block > BLOCKS - 1 - back, block == BLOCKS - 1 - back
-        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.where(below, p, gl.where(at, h, 0.0)).to(DOT))
-        columns = columns + (gl.where(below, p * minus, gl.where(at, a, 0.0)).to(MERGE),)
+        # On and above the diagonal P is zero.
+        at = gl.where(block == BLOCKS - 1 - back, 1.0, 0.0)[:, None]
+        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.fma(h, at, p).to(DOT))
+        columns = columns + (gl.fma(a, at, p * minus).to(MERGE),)
 
 
 @gluon.jit
@@ -113,8 +124,7 @@ def _solved(
     """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
     square: gl.constexpr = turned_layout(C)
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
-    x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+    x_buffer.store((gram_CC * fall).to(MERGE))  # read are only blocks below the diagonal
     own = _on_diagonal(gram_CC, C)
     thread_barrier()
     a, h_own = _solve_diagonal(own, beta_C, g_buffer, zero, C, GATED, MERGE)
