@@ -73,9 +73,8 @@ def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.cons
     """A and H of the blocks on the diagonal, from those of K K^T."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = diagonal_layout(BLOCKS)
-    # Known to be zero by the chip only, as in `kernels.delta_rule.delta_coupling_triton`.
-    i = (gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, layout))) + zero)[None, :, None]
-    j = (gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout))) + zero)[None, None, :]
+    i = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    j = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     if GATED:
         fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
         own = own * gl.exp2(gl.where(i > j, fall, -fall))
