@@ -125,7 +125,7 @@ def _feed(
                 scores = warpgroup_mma(rows[2].index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
                 fall = 1.0
                 if GATED:
-                    fall = given_decays(g_C, made[6], zero, C)
+                    fall = given_decays(g_C, made[6], C)
                 scores_CC = warpgroup_mma_wait(0, [scores])
                 made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
                 fence_async_shared()

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.delta_rule.delta_hopper import thread_barrier, turned_layout
-from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, decays, vectors
+from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, cumulated, falls, seen_by, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -69,7 +69,7 @@ def _product(a, b, sums, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
+def _solve_diagonal(own, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
     """A and H of the blocks on the diagonal, from those of K K^T."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = diagonal_layout(BLOCKS)
@@ -77,7 +77,7 @@ def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.cons
     j = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     if GATED:
         fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
-        own = own * gl.exp2(gl.where(i > j, fall, -fall))
+        own = own * gl.exp2(-gl.abs(fall))
     x, xt = gl.where(i > j, own, 0.0), gl.where(i < j, own, 0.0)
     none = gl.zeros([BLOCKS, S, S], gl.float32, layout)
     one, pair = gl.where(i == j, 1.0, 0.0), (i >> 1) == (j >> 1)
@@ -93,7 +93,7 @@ def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.cons
 
 
 @gluon.jit
-def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
+def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, C: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
     """H of a chunk from X and H of the blocks on the diagonal, in shared memory, and A and H of these in registers."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1], [16, 8])
@@ -118,7 +118,7 @@ def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.const
 
 @gluon.jit
 def _solved(
-    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
+    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
 ):  # fmt: skip
     """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
     square: gl.constexpr = turned_layout(C)
@@ -126,7 +126,7 @@ def _solved(
     x_buffer.store((gram_CC * fall).to(MERGE))  # read are only blocks below the diagonal
     own = _on_diagonal(gram_CC, C)
     thread_barrier()
-    a, h_own = _solve_diagonal(own, beta_C, g_buffer, zero, C, GATED, MERGE)
+    a, h_own = _solve_diagonal(own, beta_C, g_buffer, C, GATED, MERGE)
     a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
     own_buffer.store(h_own.to(MERGE))
     return a, h_own
@@ -142,12 +142,7 @@ def solve(
     _, h, pointers, gate_t, _, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
-    beta_buffer, step_buffer, g_buffer = (
-        inner[2].index(SOLVER * 3 + 2),
-        inner[2].index(SOLVER * 3 + 3),
-        inner[2].index(SOLVER * 3 + 4),
-    )
-    zero = gl.minimum(length, 0)  # known by the chip only
+    beta_buffer, g_buffer = inner[2].index(SOLVER * 2 + 1), inner[2].index(SOLVER * 2 + 2)
     none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
     steps = bounds[1] - bounds[0] + 1
     first = gl.minimum(SOLVER, steps - 1)
@@ -159,16 +154,17 @@ def solve(
         beta_buffer.store(beta_C)
         fall = 1.0
         if GATED:
-            fall = decays(step_C, step_buffer, g_buffer, zero, C)[1]
+            cumulated(step_C, g_buffer)
+            fall = gl.exp2(falls(g_buffer, C))
         following = bounds[0] + gl.minimum(step + SOLVERS, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, zero, C, GATED, MERGE)
+        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
         mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        _store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        _store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, beta_buffer, C, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)
@@ -192,8 +188,6 @@ def score_and_solve(
     sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
-    zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
     bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, 1)
@@ -210,13 +204,13 @@ def score_and_solve(
         beta_C, _ = vectors(beta, gate, gate_t, following, length, heads, C, False)
         scores_CC = warpgroup_mma_wait(0, [scores])
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC, 0.0).to(DOT))
+        made[1].index(part).store((scores_CC * gl.where(seen_by(C), 1.0, 0.0)).to(DOT))
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, zero, C, False, MERGE)
+        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, C, False, MERGE)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, C, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)
