@@ -134,13 +134,6 @@ def seen_by(C: gl.constexpr):
 
 
 @gluon.jit
-def given_decays(g_C, g_buffer, C: gl.constexpr):
-    """The decays from one token to another, zero from later to earlier, of cumulated log2 decays."""
-    g_buffer.store(g_C)
-    return gl.exp2(falls(g_buffer, C) + gl.where(seen_by(C), 0.0, float("-inf")))
-
-
-@gluon.jit
 def falls(g_buffer, C: gl.constexpr):
     """The log2 decays from one token to another, with the other sign from later to earlier."""
     square: gl.constexpr = turned_layout(C)
@@ -185,8 +178,8 @@ def bring_next(
 
 
 @gluon.jit
-def made_decays(step_C, g_at, g_buffer, made, part, C: gl.constexpr):
-    """Decays of tokens for the walks; cumulated ones are stored; the decays from one token to another."""
+def token_decays(step_C, g_at, g_buffer, made, part, C: gl.constexpr):
+    """Decays of tokens for the walks; cumulated ones are stored."""
     i = gl.arange(0, C, scan_layout())
     g_C = cumulated(step_C, g_buffer)
     g_all = g_buffer.slice(C - 1, 1).load(scan_layout())
@@ -194,16 +187,24 @@ def made_decays(step_C, g_at, g_buffer, made, part, C: gl.constexpr):
     made[4].index(part).store(gl.exp2(g_all - g_C))
     made[5].index(part).store(gl.zeros([C], gl.float32, scan_layout()) + gl.exp2(g_all))
     gl.store(g_at + i, g_C)
-    return gl.exp2(falls(g_buffer, C) + gl.where(seen_by(C), 0.0, float("-inf")))
+
+
+@gluon.jit
+def decays_seen(g_buffer, C: gl.constexpr, GATED: gl.constexpr):
+    """The decays from one token to another, zero from later to earlier, of cumulated log2 decays."""
+    if GATED:
+        return gl.exp2(falls(g_buffer, C) + gl.where(seen_by(C), 0.0, float("-inf")))
+    else:
+        return gl.where(seen_by(C), 1.0, 0.0)
 
 
 @gluon.jit
 def read_decays(g_C, g_all, g_buffer, made, part, C: gl.constexpr):
     """The same of cumulated decays that were read."""
+    g_buffer.store(g_C)
     made[3].index(part).store(gl.exp2(g_C))
     made[4].index(part).store(gl.exp2(g_all - g_C))
     made[5].index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
-    return given_decays(g_C, g_buffer, C)
 
 
 @gluon.jit
@@ -232,16 +233,16 @@ def score(
         mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
         scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         made[2].index(part).store(beta_C)
-        fall = gl.where(seen_by(C), 1.0, 0.0)
         following = bounds[0] + gl.minimum(step + 1, steps - 1)
         if SOLVERS == 0:
             if GATED:
-                fall = read_decays(step_C, g_all, inner[2].index(0), made, part, C)
+                read_decays(step_C, g_all, inner[2].index(0), made, part, C)
             beta_C, step_C, g_all = factors_of(beta, g, following, line, length, heads, C, GATED)
         else:
             if GATED:
-                fall = made_decays(step_C, g + (bounds[0] + step) * C, inner[2].index(0), made, part, C)
+                token_decays(step_C, g + (bounds[0] + step) * C, inner[2].index(0), made, part, C)
             beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
+        fall = decays_seen(inner[2].index(0), C, GATED)
         scores_CC = warpgroup_mma_wait(0, [scores])
         made[1].index(part).store((scores_CC * fall).to(DOT))
         fence_async_shared()

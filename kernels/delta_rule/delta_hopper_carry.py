@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import SIZES, barriers, factors_of, fetch, place, shared_layout, thread_barrier, turned_layout
-from kernels.delta_rule.delta_hopper_beside import given_decays, line_layout
+from kernels.delta_rule.delta_hopper_beside import decays_seen, line_layout
 from kernels.delta_rule.delta_hopper_transposed import operand, start_errors, start_state, state_places, token_factors, whole_decay
 
 UNITS = tl.constexpr(2)
@@ -99,8 +99,6 @@ def _feed(
 ):  # fmt: skip
     """The partition that brings rows and makes factors of tokens; for gradients, scores of queries and keys too."""
     square: gl.constexpr = turned_layout(C)
-    zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
     line = gl.arange(0, C, line_layout())
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
@@ -123,11 +121,11 @@ def _feed(
                 mbarrier.wait(bars[0].index(step % STAGES), step // STAGES % 2)
                 k_CK = rows[0].index(step % STAGES)
                 scores = warpgroup_mma(rows[2].index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-                fall = 1.0
                 if GATED:
-                    fall = given_decays(g_C, made[6], C)
+                    made[6].store(g_C)
+                fall = decays_seen(made[6], C, GATED)
                 scores_CC = warpgroup_mma_wait(0, [scores])
-                made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+                made[1].index(part).store((scores_CC * fall).to(DOT))
                 fence_async_shared()
         following = _chunk_of(bounds, gl.minimum(step + 1, steps - 1), REVERSE)
         beta_C, g_C, g_all = factors_of(pointers[0], pointers[1], following, line, length, heads, C, GATED)
