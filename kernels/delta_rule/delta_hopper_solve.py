@@ -201,7 +201,7 @@ def score_and_solve(
         scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         beta_buffer.store(beta_C)
         if GATED:
-            token_decays(step_C, g + (bounds[0] + step) * C, g_buffer, made, part, C)
+            token_decays(beta_C, step_C, g + (bounds[0] + step) * C, g_buffer, made, part, C)
         following = bounds[0] + gl.minimum(step + 1, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         scores_CC, fall = warpgroup_mma_wait(0, [scores]), 1.0

@@ -56,27 +56,33 @@ def state_places(e_start, V: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
 
 
 @gluon.jit
-def start_errors(read_VC, value_VC, part, h_CC, made, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
-    """Starts the product that makes the errors E of what is read, K S, and the values."""
+def error_factors(made, part, C: gl.constexpr, GATED: gl.constexpr):
+    """The decays of tokens since the chunk began and their betas, with the sign that errors want."""
+    minus_C = -token_factors(made[2].index(part), C)
+    since_C = minus_C
     if GATED:
-        read_VC = read_VC * token_factors(made[3].index(part), C)
-    rest_VC = value_VC - read_VC
-    scaled = operand(rest_VC * -token_factors(made[2].index(part), C), C, DOT)
-    return warpgroup_mma(scaled, h_CC.permute([1, 0]), rest_VC, is_async=True)
+        since_C = token_factors(made[3].index(part), C)
+    return since_C, minus_C
 
 
 @gluon.jit
-def start_state(
-    error_VC, state_VK, k_CK, part, made, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr
-):  # fmt: skip
-    """Starts the product that makes the next state; what is written, as a left operand."""
-    write_VC = error_VC * token_factors(made[2].index(part), C)
-    writes = operand(write_VC, C, DOT)
-    fading = writes
+def start_errors(read_VC, value_VC, factors, h_CC, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
+    """Starts the product that makes the errors E of what is read, K S, and the values."""
+    since_C, minus_C = factors
     if GATED:
-        fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
+        read_VC = read_VC * since_C
+    rest_VC = value_VC - read_VC
+    return warpgroup_mma(operand(rest_VC * minus_C, C, DOT), h_CC.permute([1, 0]), rest_VC, is_async=True)
+
+
+@gluon.jit
+def faded(state_VK, made, part, minus_C, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr):
+    """A state as its chunk's end sees it, and the factors with which errors enter it; to be made while errors are."""
+    enter_C = -minus_C
+    if GATED:
+        enter_C = token_factors(made[4].index(part), C)
         state_VK = state_VK * whole_decay(made[5].index(part), BK)
-    return warpgroup_mma(fading, k_CK, state_VK, is_async=True), writes
+    return state_VK, enter_C
 
 
 @gluon.jit
@@ -127,14 +133,24 @@ def _step(
     mbarrier.wait(rows[2][1].index(step % DEPTH), step // DEPTH % 2)
     value_VC = v_CV.permute([1, 0]).load(turned_layout(C)).to(gl.float32)
     mbarrier.wait(handed[0].index(part), step // 2 % 2)
+    # Factors are read while nobody waits for them; those of a wide state find no registers that early, or twice.
+    if BK == C:
+        since_C, minus_C = error_factors(made, part, C, GATED)
     read_VC, asked = warpgroup_mma_wait(1, [read, asked])
-    error = start_errors(read_VC, value_VC, part, made[0].index(step % HELD), made, C, GATED, DOT)
-    asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
-    if KEEP:
-        _keep_errors(errors, at_o, v_CV, error_VC, DOT)
-    state, writes = start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
+    if BK > C:
+        since_C, minus_C = error_factors(made, part, C, GATED)
+    error = start_errors(read_VC, value_VC, (since_C, minus_C), made[0].index(step % HELD), C, GATED, DOT)
+    state_VK, enter_C = faded(state_VK, made, part, minus_C, BK, C, GATED)
+    asked_VC, error = warpgroup_mma_wait(1, [asked, error])
     if GATED:
         asked_VC = asked_VC * token_factors(made[3].index(part), C)
+    error_VC = warpgroup_mma_wait(0, [error])
+    if KEEP:
+        _keep_errors(errors, at_o, v_CV, error_VC, DOT)
+    writes = operand(error_VC * enter_C, C, DOT)
+    state = warpgroup_mma(writes, k_CK, state_VK, is_async=True)
+    if GATED:
+        writes = operand(error_VC * token_factors(made[2].index(part), C), C, DOT)
     written = warpgroup_mma(writes, made[1].index(part).permute([1, 0]), asked_VC, is_async=True)
     state_VK, written = warpgroup_mma_wait(1, [state, written])
     if KEEP:
