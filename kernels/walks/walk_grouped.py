@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
 from kernels.walks import walk_hopper_plan, walk_hopper_states_launch
-from kernels.walks.walk_decays import gate_every, gate_of
+from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
 from kernels.walks.walk_segments import segments
 
@@ -140,8 +140,8 @@ def backward(
     dfirst: Tensor,
     *,
     gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and keys, [B, T, G * splits, K], and what sums to that of the cumulated decays, [2, B, H, T].
+) -> tuple[Tensor, Tensor, RowSums]:
+    """Gradients of queries and keys, [B, T, G * splits, K], and what sums to that of the cumulated decays.
 
     See `kernels.walks.walk._walk_back`.
     """
@@ -167,4 +167,4 @@ def backward(
         q, k, v, do, call.sums, dkept, dk, dv, rowsums[1], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **KEYS,
     )  # fmt: skip
-    return dq, dk, rowsums
+    return dq, dk, RowSums(rowsums, 1, CHUNK)

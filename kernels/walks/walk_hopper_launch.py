@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
-from kernels.walks.walk_decays import gate_every, gate_of
+from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_hopper_plan import (
     BACKWARD,
     CHUNK,
@@ -76,8 +76,8 @@ def backward(
     dfirst: Tensor,
     *,
     gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and keys [B, T, H, K], and what sums to that of the cumulated decays, [parts, B, H, T].
+) -> tuple[Tensor, Tensor, RowSums]:
+    """Gradients of queries and keys [B, T, H, K], and what sums to that of the cumulated decays.
 
     See `kernels.walks.walk._walk_back`; `rows` are q, k, v and do.
     """
@@ -101,4 +101,4 @@ def backward(
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
     )  # fmt: skip
-    return dq, dk, rowsums
+    return dq, dk, RowSums(rowsums, config.groups, CHUNK)

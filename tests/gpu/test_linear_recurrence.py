@@ -242,9 +242,16 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels.walks import walk_forward_triton, walk_gradients_triton, walk_hopper, walk_hopper_back, walk_hopper_states
+    from kernels.walks import (
+        walk_decays_triton,
+        walk_forward_triton,
+        walk_gradients_triton,
+        walk_hopper,
+        walk_hopper_back,
+        walk_hopper_states,
+    )
 
-    gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
+    gradients = (walk_gradients_triton.backward_kernel, walk_decays_triton.decay_gradient_kernel)
     hopper = (walk_hopper.forward_kernel, walk_hopper_back.backward_kernel, walk_hopper_states.states_kernel)
     kernels = (walk_forward_triton.forward_kernel, *gradients, *hopper)
 

@@ -1,6 +1,7 @@
 """The Triton walks in fp32 against the token loop in fp64: outputs, states, gradients; then vmap, compile, bad input."""
 
 import itertools
+import math
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -11,7 +12,7 @@ from torch.func import vmap
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from kernels.walks import walk_config, walk_grouped, walk_pieces
+from kernels.walks import walk_config, walk_decays, walk_grouped, walk_pieces
 from tests.kernels.cases_packing import check_packed
 from tests.kernels.cases_recurrence import call, check, check_vmap, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
@@ -39,6 +40,7 @@ def plan(name):
             stack.enter_context(mock.patch.object(walk_config, "FP32", {64: config}))
         if "segments" in name:
             stack.enter_context(mock.patch.object(walk_pieces, "SHORTEST_SEGMENT", 14))
+            stack.enter_context(mock.patch.object(walk_pieces, "MULTIPLE", 16))
         if "grouped" in name:
             stack.enter_context(mock.patch.object(walk_grouped, "CHUNK", 16))
             stack.enter_context(mock.patch.object(walk_grouped, "suits", lambda *_: True))
@@ -51,18 +53,50 @@ def plan(name):
         ("together", "strong"),
         ("segments", "constant"),
         ("together in segments", "scalar"),
+        ("together in segments", "rare"),
         ("together in segments", "none"),
         ("together, turned, in segments", "none"),
         ("together, turned", "strong"),
         ("grouped", "none"),
         ("grouped", "constant"),
         ("grouped", "strong"),
+        ("grouped", "rare"),
         ("grouped in segments", "scalar"),
     ],
 )
 def test_every_plan_equals_the_token_loop(name, gate):
     with plan(name):
         check((2, 45, 1, 2, 20, 33), gate, state=gate != "none")
+
+
+@pytest.mark.parametrize("reads", [0, 1])
+@pytest.mark.parametrize("gate", ["constant", "scalar"])
+def test_sums_of_decays_start_anew_behind_chunks_that_forget(gate, reads):
+    """What is wrong behind the end of such a chunk is not carried to its tokens, nor to those before."""
+    chunk, blocks = 16, 64
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(2, 2, 3, 150, generator=generator)
+    steps = -torch.rand(2, 150, 3, generator=generator) / 16
+    steps[0, 70, 1], steps[1, 23, 0], steps[1, 24, 2] = -17.0, -1e5, -15.0  # 2^-24 is exp(-16.6)
+    log_decay = torch.tensor([[-0.1, -1.1, -1.0], [-1.2, -0.2, -0.3]]) if gate == "constant" else steps
+    with mock.patch.object(walk_decays, "DECAY_ROWS", blocks):
+        found = walk_decays.decay_gradient(walk_decays.RowSums(parts, reads, chunk), log_decay, None, None, None, torch.float32)
+    tokens = log_decay if gate == "scalar" else log_decay[:, None].expand(2, 150, 3)
+    want = torch.stack([carried(*parts[:, b, h].double(), tokens[b, :, h], chunk, reads) for b in range(2) for h in range(3)])
+    want = want.view(2, 3, 150).transpose(1, 2)
+    torch.testing.assert_close(found, (want.sum(1) if gate == "constant" else want).float(), rtol=1e-5, atol=1e-4)
+
+
+def carried(reads_T, rest_T, log_decay_T, chunk, reads):
+    """The sums, chunk by chunk from the last one on."""
+    sums_T, later = torch.empty_like(reads_T), 0.0
+    for start in reversed(range(0, len(sums_T), chunk)):
+        own = slice(start, start + chunk)
+        if reads and log_decay_T[own].sum() / math.log(2) < -24:
+            later = -rest_T[own].sum()
+        sums_T[own] = later + (reads_T + rest_T)[own].flip(0).cumsum(0).flip(0)
+        later = sums_T[start]
+    return sums_T
 
 
 def test_heads_of_several_groups():

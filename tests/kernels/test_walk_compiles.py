@@ -5,8 +5,9 @@ import torch
 import triton.language as tl
 
 from kernels.walks import walk, walk_config, walk_decays, walk_grouped
+from kernels.walks.walk_decays_triton import decay_gradient_kernel
 from kernels.walks.walk_forward_triton import forward_kernel, segment_kernel
-from kernels.walks.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
+from kernels.walks.walk_gradients_triton import sum_heads_kernel
 from kernels.walks.walk_grouped_triton import keys_kernel, outputs_kernel, queries_kernel, states_kernel
 from kernels.walks.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
 from tests.kernels.offline import compile_sm90
@@ -101,7 +102,7 @@ def test_pieces(pieces):
 def test_what_runs_beside_the_walks():
     """Sums of segments, of decays and of heads."""
     assert compile_walk(segment_kernel, walk_config.SEGMENT_16[128], (128, 128), 2, torch.bfloat16).spilled == 0
-    constants = {"PARTS": 2, "ENDS": False, "PIECES": SEGMENTS.value, "ROWS": walk_decays.DECAY_ROWS}
+    constants = {"PARTS": 2, "READS": 1, "GATE": 2, "ENDS": False, "PIECES": SEGMENTS.value, "C": 64}
     constants |= {"WIDTH": 128, "BLOCK": 128}
     for kernel, warps, rows in ((decay_gradient_kernel, 8, walk_decays.DECAY_ROWS), (sum_heads_kernel, 4, walk.SUM_ROWS)):
         runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
