@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels._entry import entry
-from kernels.walks.walk_triton import LOG2_E, SCALAR_GATE, SEQUENCES, _bounds, _gate_of, _place
+from kernels.walks.walk_triton import LOG2_E, SCALAR_GATE, _bounds, _gate_of, _place
 
 FORGOTTEN = tl.constexpr(-24.0)
 """Log2 decay of a chunk below which fp32 sees nothing of what entered it beside what is as large."""
@@ -33,26 +33,27 @@ def _sums_from(x_N, stops_N, later):
 def decay_gradient_kernel(
     rowsums, gate, starts, ends, out, part_stride: tl.int64, head_stride: tl.int64,
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, pieces: tl.int32, segment: tl.int32,
-    PARTS: tl.constexpr, READS: tl.constexpr, GATE: tl.constexpr, ENDS: tl.constexpr, PIECES: tl.constexpr,
-    ROWS: tl.constexpr, C: tl.constexpr,
+    PARTS: tl.constexpr, READS: tl.constexpr, GATE: tl.constexpr, ENDS: tl.constexpr, APART: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dL/dlog_decay_t = sum of dL/dG_i over i >= t of the sequence, and `ends`, what comes from its final state [.., H].
+    """dL/dlog_decay_t = sum of dL/dG_i over i >= t of the sequence, and `ends`, what crosses its end [B, H].
 
-    Grid: (B * P * H,). A segment sums what is behind it first; it is whole chunks. `rowsums` is [parts, B * H, T] by its strides,
+    Grid: (B * P * H,). A segment is whole chunks and sums what is behind it first, unless pieces have ends of their own, [B, P, H]
+    (APART). `rowsums` is [parts, B * H, T] by its strides,
     `out` [B, T, H]. Where READS parts are what queries read from earlier chunks, the others sum over a chunk to what its keys give
     to later ones, less: pairs of the chunk cancel. If it forgets what entered it, that is all that crosses its end, and sums start
     anew there, from numbers that were rounded in one walk.
     """
     _, head, piece, batch = _place(tl.program_id(0), 1, heads, pieces)
     begin, count = _bounds(starts, piece, segment, length, PIECES)
-    behind = begin + count if PIECES == SEQUENCES else length
+    behind = begin + count if APART else length
     rowsums += (batch * heads + head) * head_stride
     out += batch.to(tl.int64) * length * heads + head
     gate = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
     token_NC = tl.arange(0, ROWS // C)[:, None] * C + tl.arange(0, C)[None, :]
     later = tl.zeros([], tl.float32)
     if ENDS:
-        owner = batch * pieces + piece if PIECES == SEQUENCES else batch
+        owner = batch * pieces + piece if APART else batch
         later += tl.load(ends + owner * heads + head)
     n_blocks = tl.cdiv(behind - begin, ROWS)
     for n in range(n_blocks):

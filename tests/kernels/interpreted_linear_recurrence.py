@@ -12,7 +12,7 @@ from torch.func import vmap
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
-from kernels.walks import walk_config, walk_decays, walk_grouped, walk_pieces
+from kernels.walks import walk_config, walk_crossings, walk_decays, walk_grouped, walk_pieces
 from tests.kernels.cases_packing import check_packed
 from tests.kernels.cases_recurrence import call, check, check_vmap, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
@@ -35,6 +35,7 @@ def plan(name):
     config = walk_config.Config(16, 16, 4, 1, turned=turned)
     together = walk_config.Backward(config, config if turned else None, together=True)
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(walk_decays, "DECAY_ROWS", 64))
         if "together" in name:
             stack.enter_context(mock.patch.object(walk_config, "BACKWARD_32", {(64, 64): together}))
             stack.enter_context(mock.patch.object(walk_config, "FP32", {64: config}))
@@ -85,6 +86,40 @@ def test_sums_of_decays_start_anew_behind_chunks_that_forget(gate, reads):
     want = torch.stack([carried(*parts[:, b, h].double(), tokens[b, :, h], chunk, reads) for b in range(2) for h in range(3)])
     want = want.view(2, 3, 150).transpose(1, 2)
     torch.testing.assert_close(found, (want.sum(1) if gate == "constant" else want).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_sums_of_decays_start_anew_at_segments(ends):
+    """From the state behind each and its gradient, whatever was summed in later ones."""
+    generator = torch.Generator().manual_seed(0)
+    (batch, pieces, heads, span, length), widths = (2, 3, 2, 32, 80), (40, 31)
+    states = torch.randn(2, batch, pieces, heads, *widths, generator=generator)
+    decays = -torch.rand(batch, pieces, heads, generator=generator)
+    parts = torch.randn(2, batch, heads, length, generator=generator)
+    final, dfinal = torch.randn(2, batch, heads, *widths, generator=generator)
+    sums = walk_decays.RowSums(parts, 0, 16, walk_crossings.Between(*states, decays, span))
+    given = (final, dfinal) if ends else (None, None)
+    with mock.patch.object(walk_decays, "DECAY_ROWS", 32):
+        found = walk_decays.decay_gradient(sums, torch.zeros(batch, length, heads), None, *given, torch.float32)
+    (entering, added), gradient, want = states.double(), dfinal.double() * ends, torch.empty(batch, heads, length).double()
+    for piece in reversed(range(pieces)):
+        own, behind = slice(piece * span, (piece + 1) * span), final if piece == pieces - 1 else entering[:, piece + 1]
+        within = parts.double().sum(0)[..., own].flip(2).cumsum(2).flip(2)
+        want[..., own] = within + (behind * gradient).sum((2, 3))[..., None]
+        gradient = gradient * decays[:, piece].double().exp2()[..., None, None] + added[:, piece]
+    assert rms_error(found.transpose(1, 2), want) <= SINGLE
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_states_that_enter_segments(first):
+    generator = torch.Generator().manual_seed(0)
+    sums, decays = torch.randn(2, 3, 2, 40, 31, generator=generator), -torch.rand(2, 3, 2, generator=generator)
+    given = torch.randn(2, 2, 40, 31, generator=generator) if first else None
+    found = walk_crossings.entering_states(sums, decays, given)
+    want = torch.zeros(2, 2, 40, 31).double() if given is None else given.double()
+    for piece in range(2):
+        want = want * decays[:, piece].double().exp2()[..., None, None] + sums[:, piece]
+        assert rms_error(found[:, piece + 1], want) <= SINGLE
 
 
 def carried(reads_T, rest_T, log_decay_T, chunk, reads):
