@@ -26,7 +26,7 @@ from kernels.operands import (
 )
 from kernels.walks import walk_grouped, walk_hopper_launch, walk_hopper_plan
 from kernels.walks.walk_config import Backward, Config, backward_config, forward_config, tile_of
-from kernels.walks.walk_crossings import Between
+from kernels.walks.walk_crossings import Segments
 from kernels.walks.walk_decays import RowSums, decay_gradient, gate_every, gate_of
 from kernels.walks.walk_pieces import n_segments, share_out
 from kernels.walks.walk_segments import segments
@@ -206,7 +206,7 @@ def _walk_back(
             GATE=_gate_kind(log_decay), FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, PIECES=pieces.kind,
             DOT=_triton_dtype(v.dtype), PRECISION=_precision(v.dtype), STAGES=own.stages, num_warps=own.warps, **flags,
         )  # fmt: skip
-    between = Between(entering, sums, decays, pieces.length) if pieces.kind == SEGMENTS.value else None
+    between = Segments(entering, sums, decays, pieces.length) if pieces.kind == SEGMENTS.value else None
     return dq, dk, RowSums(rowsums, key_tiles if config.together else 0, config.queries.chunk, between)
 
 

@@ -1,6 +1,6 @@
-"""What crosses the ends of segments: the state there times its gradient, which the gradient of the log decays starts from.
+"""What crosses the ends of pieces of a row: the state there times its gradient, which the gradient of the log decays starts from.
 
-Shape legend: B batch, P segments, H heads, L tiles of a state of K V numbers, K key, V value width.
+Shape legend: B batch, P segments or runs of chunks, H heads, N chunks, L tiles of a state of K V numbers, K key, V value width.
 """
 
 from __future__ import annotations
@@ -62,3 +62,29 @@ def crossing_kernel(
         state = tl.load(entering + index * SIZE + at, mask=at < SIZE, other=0.0)
         gradient = gradient * tl.exp2(tl.load(decays + index)) + added
         tl.store(out + (index - heads) * tiles + tile, tl.sum(state * gradient.to(DOT).to(tl.float32), 0))
+
+
+@entry
+def kept_crossing_kernel(
+    kept, dkept, final, dfinal, out, chunks: tl.int32, heads: tl.int32, pieces: tl.int32, every: tl.int32,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The same of runs of `every` chunks, [B, P, H], from kept states before chunks and gradients behind them, [B, N, H, K, V].
+
+    Grid: (B * P * H,).
+    """
+    _, head, piece, batch = _place(tl.program_id(0), 1, heads, pieces)
+    own = (batch * heads + head).to(tl.int64) * SIZE
+    behind = ((batch.to(tl.int64) * chunks + (piece + 1) * every) * heads + head) * SIZE
+    is_last = piece == pieces - 1
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = (at < SIZE) & (piece < pieces - 1)
+        state = tl.load(kept + behind + at, mask=inside, other=0.0).to(tl.float32)
+        sums += state * tl.load(dkept + behind - heads * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        if ENDS:
+            inside = (at < SIZE) & is_last
+            gradient = tl.load(dfinal + own + at, mask=inside, other=0.0).to(DOT).to(tl.float32)
+            sums += gradient * tl.load(final + own + at, mask=inside, other=0.0)
+    tl.store(out + (batch * pieces + piece) * heads + head, tl.sum(sums, 0))

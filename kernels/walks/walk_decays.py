@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _gate_kind
-from kernels.walks.walk_crossings import Between, crossing
+from kernels.walks.walk_crossings import Chunks, Segments
 
 DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
 """Tokens of a tile of the decays' gradient, and programs that share a long row."""
@@ -35,13 +35,13 @@ class RowSums(NamedTuple):
         reads: so many of the parts are what queries read from chunks before their own, and the others all else; 0 where the
             parts are not apart.
         chunk: tokens of a chunk.
-        between: states between the segments of long rows, or None for whole rows and packed sequences.
+        between: states between pieces of long rows, or None: sums of whole rows and of packed sequences.
     """
 
     parts: Tensor
     reads: int
     chunk: int
-    between: Between | None = None
+    between: Segments | Chunks | None = None
 
 
 def decay_gradient(
@@ -65,8 +65,8 @@ def decay_gradient(
     pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
     ends = None
     if sums.between is not None:
-        tokens, pieces = sums.between.length, sums.between.decays.shape[1]
-        ends = crossing(sums.between, final_BHKV, dfinal_BHKV, dot)
+        ends = sums.between.crossing(final_BHKV, dfinal_BHKV, dot)
+        tokens, pieces = sums.between.length, ends.shape[1]
     elif dfinal_BHKV is not None:
         assert final_BHKV is not None
         ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
-from kernels.walks.walk_crossings import Between, entering_states
+from kernels.walks.walk_crossings import Segments, entering_states
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_hopper_plan import (
     BACKWARD,
@@ -107,5 +107,5 @@ def backward(
     if gate_grad and pieces.number > 1:
         states = (batch, pieces.number, heads, k_dim, v_dim)
         entering = entering_states(before[0].view(states), before[1].view(states[:3]), state)
-        between = Between(entering, behind[0].view(states), behind[1].view(states[:3]), pieces.length)
+        between = Segments(entering, behind[0].view(states), behind[1].view(states[:3]), pieces.length)
     return dq, dk, RowSums(rowsums, config.groups, CHUNK, between)

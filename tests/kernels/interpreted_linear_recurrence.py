@@ -44,6 +44,7 @@ def plan(name):
             stack.enter_context(mock.patch.object(walk_pieces, "MULTIPLE", 16))
         if "grouped" in name:
             stack.enter_context(mock.patch.object(walk_grouped, "CHUNK", 16))
+            stack.enter_context(mock.patch.object(walk_grouped, "RUN", 1))
             stack.enter_context(mock.patch.object(walk_grouped, "suits", lambda *_: True))
         yield
 
@@ -97,7 +98,7 @@ def test_sums_of_decays_start_anew_at_segments(ends):
     decays = -torch.rand(batch, pieces, heads, generator=generator)
     parts = torch.randn(2, batch, heads, length, generator=generator)
     final, dfinal = torch.randn(2, batch, heads, *widths, generator=generator)
-    sums = walk_decays.RowSums(parts, 0, 16, walk_crossings.Between(*states, decays, span))
+    sums = walk_decays.RowSums(parts, 0, 16, walk_crossings.Segments(*states, decays, span))
     given = (final, dfinal) if ends else (None, None)
     with mock.patch.object(walk_decays, "DECAY_ROWS", 32):
         found = walk_decays.decay_gradient(sums, torch.zeros(batch, length, heads), None, *given, torch.float32)
@@ -108,6 +109,18 @@ def test_sums_of_decays_start_anew_at_segments(ends):
         want[..., own] = within + (behind * gradient).sum((2, 3))[..., None]
         gradient = gradient * decays[:, piece].double().exp2()[..., None, None] + added[:, piece]
     assert rms_error(found.transpose(1, 2), want) <= SINGLE
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_crosses_runs_of_chunks(ends):
+    """Products of states that are kept between chunks; the last run is short."""
+    generator = torch.Generator().manual_seed(0)
+    kept, dkept = torch.randn(2, 2, 5, 2, 40, 31, generator=generator).half()
+    final, dfinal = torch.randn(2, 2, 2, 40, 31, generator=generator)
+    found = walk_crossings.Chunks(kept, dkept, 2, 32).crossing(*((final, dfinal) if ends else (None, None)), torch.float16)
+    states = torch.stack((kept[:, 2], kept[:, 4], final), 1).double()
+    gradients = torch.stack((dkept[:, 1], dkept[:, 3], dfinal.half() * ends), 1).double()
+    assert rms_error(found, (states * gradients).sum((-2, -1))) <= SINGLE
 
 
 @pytest.mark.parametrize("first", [False, True])

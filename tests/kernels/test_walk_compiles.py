@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 
 from kernels.walks import walk, walk_config, walk_crossings, walk_decays, walk_grouped
-from kernels.walks.walk_crossings_triton import crossing_kernel, entering_kernel
+from kernels.walks.walk_crossings_triton import crossing_kernel, entering_kernel, kept_crossing_kernel
 from kernels.walks.walk_decays_triton import decay_gradient_kernel
 from kernels.walks.walk_forward_triton import forward_kernel, segment_kernel
 from kernels.walks.walk_gradients_triton import sum_heads_kernel
@@ -109,9 +109,10 @@ def test_what_runs_beside_the_walks():
     of_states = {"SIZE": 128 * 128, "BLOCK": walk_crossings.BLOCK, "STAGES": walk_crossings.STAGES}
     of_states |= {"GIVEN": True, "ENDS": True, "DOT": tl.bfloat16}
     beside = ((decay_gradient_kernel, 8, of_decays), (sum_heads_kernel, 4, of_heads))
-    for kernel, warps, constants in (*beside, (entering_kernel, 4, of_states), (crossing_kernel, 4, of_states)):
+    crossings = ((kernel, 4, of_states) for kernel in (entering_kernel, crossing_kernel, kept_crossing_kernel))
+    for kernel, warps, constants in (*beside, *crossings):
         runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
-        arguments = runtime | constants
+        arguments = runtime | dict.fromkeys(("kept", "dkept"), "*bf16+") | constants
         assert compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps).spilled <= 80
 
 
