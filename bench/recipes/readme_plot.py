@@ -8,7 +8,7 @@ H3 at the published widths and state sizes. Four learning rates on three selecti
 with one of each. A run reads at most 778 million tokens in 22,624 steps, fewer if it passes 0.99 on validation.
 Cost: not measured in full. At most 138 minutes of one H200 with one of each seed, as tests/benchmarks/recipe_cost.py estimates
 from steps that were timed (not those of Gated DeltaNet at width 256); attention, windows, BASED and both delta rules, 32 of the
-models, are 33 of them. 37 of 63 points have run (docs/task_figures.md).
+models, are 33 of them. 38 of 61 points have run (docs/task_figures.md).
 
 As published: mixture, generator, sizes, block, initialisation, tied head, embedding dropout, AdamW with its weight decay,
 batch, epochs, schedule, order of batches, learning rates, test cells; state is counted as published in the column of that name.
