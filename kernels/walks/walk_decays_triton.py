@@ -72,10 +72,11 @@ def decay_gradient_kernel(
             else:
                 decay_NC = tl.where(t_NC < behind, tl.load(gate), 0.0)
             forgets_N = tl.sum(decay_NC, 1) * LOG2_E < FORGOTTEN
+            starting_N = _sums_from(total_N + tl.where(forgets_N, given_N, 0.0), forgets_N, later)
+            later_N = tl.where(forgets_N, given_N, starting_N - total_N)
         else:
-            forgets_N = tl.full(total_N.shape, False, tl.int1)
-        starting_N = _sums_from(total_N + tl.where(forgets_N, given_N, 0.0), forgets_N, later)
-        later_N = tl.where(forgets_N, given_N, starting_N - total_N)
+            starting_N = later + tl.cumsum(total_N, 0, reverse=True)
+            later_N = starting_N - total_N
         if first < begin + count:
             sums_NC = later_N[:, None] + tl.cumsum(own_NC, 1, reverse=True)
             tl.store(out + t_NC.to(tl.int64) * heads, sums_NC, mask=t_NC < begin + count)
