@@ -18,6 +18,9 @@ WARM_UP_STEPS = 3
 class RecordedStep(ABC):
     """Steps a model by one token a row.
 
+    `bench.capture.Repeated` counts its first call, which warms up, as work done; here warming up is undone, so that the graph is
+    there before the first token is read.
+
     Args:
         model: in evaluation mode.
         position_B1: int64, position of the next token of every row; every step moves it on.

@@ -21,7 +21,8 @@ def product_width(width: int, dtype: torch.dtype) -> int:
 
 def _dot_dtype(*operands: Tensor) -> torch.dtype:
     """The dtype of the tensor cores' operands: the narrowest given, as autocast would have it; sums are in fp32."""
-    return min((x.dtype for x in operands), key=lambda dtype: dtype.itemsize)
+    dtypes = [x.dtype for x in operands]  # of a generator, torch 2.11 cannot trace the least by a key
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _narrow(dtype: torch.dtype, *operands: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ set of mixers.
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import altair as alt
@@ -35,6 +36,8 @@ hand, because Altair would set it on the whole chart, some of whose layers have 
 ZOOMED = ("points", "curves", "speeds")
 LayeredChart = alt.LayerChart | alt.FacetChart
 FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+ROOM = {"left": 5, "top": 5, "right": 18, "bottom": 5}
+"""Around charts whose last label is centred near the right edge, which fitting does not count."""
 TOOLTIP = {
     "name": "point",
     "mixer": "mixer",
@@ -93,6 +96,11 @@ def literal(field: str) -> dict[str, Any]:
     return {"shorthand": f"{field}:N", "scale": None, "legend": None}
 
 
+def in_lines(title: str) -> list[str]:
+    """The title of a horizontal axis in lines that fit under the chart of a page 400 pixels wide, which would cut them off."""
+    return textwrap.wrap(title, 36)
+
+
 def accuracy(field: str, title: str) -> alt.Y:
     """The vertical axis of accuracies."""
     return alt.Y(
@@ -109,7 +117,7 @@ def _pareto(axis: str) -> LayeredChart:
     form = "~s" if axis == "parameters" else alt.Undefined
     x = alt.X(
         "x:Q",
-        title=AXES[axis][1],
+        title=in_lines(AXES[axis][1]),
         scale=alt.Scale(type="log", base=2, nice=False, padding=36),
         axis=alt.Axis(labelExpr=label, format=form, tickCount=4, grid=True, labelOverlap=True),
     )
@@ -157,7 +165,7 @@ def _published(axis: str) -> LayeredChart:
     """Published values as hollow marks and ours as filled ones with their intervals, joined by a line."""
     x = alt.X(
         "x:Q",
-        title=PANEL_AXES[axis],
+        title=in_lines(PANEL_AXES[axis]),
         scale=alt.Scale(type="log", base=2, nice=False, padding=24),
         axis=alt.Axis(labelExpr=BYTES if axis == "state" else alt.Undefined, tickCount=4, labelOverlap=True),
     )
@@ -181,6 +189,7 @@ def _published(axis: str) -> LayeredChart:
         width="container",
         height=400,
         autosize=FIT,
+        padding=ROOM,
         description="Published accuracies as hollow marks, ours filled with intervals; the numbers are in the table below.",
     )
 
@@ -226,6 +235,7 @@ def _heat_map() -> LayeredChart:
     return alt.layer(cells, numbers).properties(
         width="container",
         autosize=FIT,
+        padding=ROOM,
         description="Heat map of mean test accuracy by difficulty slice and point; the numbers are in the table below.",
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from bench.report.charts import BYTES, LayeredChart
+from bench.report.charts import BYTES, LayeredChart, in_lines
 
 DASHES = [[1, 0], [1, 0], [6, 3], [2, 2]]
 """Solid for models and students, dashed for the untrained window, dotted for ablations."""
@@ -52,7 +52,7 @@ def _tooltips(**fields: str) -> list[alt.Tooltip]:
 def _pareto() -> LayeredChart:
     x = alt.X(
         "x:Q",
-        title="State, bytes a sequence at the longest measured length (log scale)",
+        title=in_lines("State, bytes a sequence at the longest measured length (log scale)"),
         scale=alt.Scale(type="log", base=2, nice=False, padding=36),
         axis=alt.Axis(labelExpr=BYTES, tickCount=4, labelOverlap=True),
     )
@@ -135,7 +135,7 @@ def _answers() -> alt.FacetChart:
 def _bridge() -> LayeredChart:
     x = alt.X(
         "x:Q",
-        title="MQAR accuracy of the mixer at equal state bytes",
+        title=in_lines("MQAR accuracy of the mixer at equal state bytes"),
         scale=alt.Scale(domain=[-0.04, 1.06], nice=False),
         axis=alt.Axis(format=".0%"),
     )
@@ -151,7 +151,9 @@ def _bridge() -> LayeredChart:
         shape=alt.Shape(**_literal("shape")),
         tooltip=tooltip,
     )
-    names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(text="name:N")
+    side = "datum.x > 0.4 ? {} : {}"  # names have more room on the left of these points, and would be cut off on their right
+    align, dx = alt.ExprRef(side.format("'right'", "'left'")), alt.ExprRef(side.format(-9, 9))
+    names = base.mark_text(align=align, dx=dx, dy=-9, style="name").encode(text="name:N")
     return alt.layer(marks, names).properties(
         width="container",
         height=340,

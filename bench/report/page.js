@@ -188,8 +188,11 @@
     });
     const last = speeds.filter((row) => row.last), down = placed(last.map((row) => row.tokens_per_second)), across = placed([...last.map((row) => row.length), 1]);
     placeNames(last.map((row, i) => ({ row, text: row.series, x: across[i] * width, y: -350 * down[i] })), width);
-    const lengths = speeds.map((row) => row.length);
-    return { speeds, span: [{ length: Math.min(...lengths) / 1.2 }, { length: Math.max(...lengths) * 2 }] };
+    const lengths = speeds.map((row) => row.length), first = Math.min(...lengths) / 1.2, end = Math.max(...lengths);
+    // The axis goes on behind the last length for the longest name there, at most for two fifths of it.
+    const longest = Math.max(0, ...last.filter((row) => row.length === end).map((row) => (row.right_name ?? "").length));
+    const names = Math.min(0.4, (6.6 * longest + 20) / (width - 70));
+    return { speeds, span: [{ length: first }, { length: end * (end / first) ** (names / (1 - names)) }] };
   }
 
   // A chart whose rows are complete: only the theme's colours and the hidden mixers are ours to add.

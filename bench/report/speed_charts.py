@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from bench.report.charts import FIT, TOOLTIP, LayeredChart, accuracy, ceilings, finish, literal
+from bench.report.charts import FIT, TOOLTIP, LayeredChart, accuracy, ceilings, finish, in_lines, literal
 
 _RECALL_TOOLTIP = {
     "name": "point",
@@ -36,7 +36,7 @@ def specs() -> dict[str, Any]:
     return {"recall": finish(_recall()), "lengths": finish(_lengths())}
 
 
-def _tokens(channel: type[alt.X] | type[alt.Y], title: str) -> Any:
+def _tokens(channel: type[alt.X] | type[alt.Y], title: str | list[str]) -> Any:
     """A logarithmic axis of tokens a second."""
     return channel(
         "tokens_per_second:Q",
@@ -48,7 +48,8 @@ def _tokens(channel: type[alt.X] | type[alt.Y], title: str) -> Any:
 
 def _recall() -> LayeredChart:
     """Accuracy against measured tokens a second; the area of a mark grows with the state."""
-    base = alt.Chart(alt.NamedData(name="points")).encode(x=_tokens(alt.X, "Tokens a second of the mixers alone (log scale)"))
+    x = _tokens(alt.X, in_lines("Tokens a second of the mixers alone (log scale)"))
+    base = alt.Chart(alt.NamedData(name="points")).encode(x=x)
     title = "Mean test accuracy"
     bars = base.mark_rule(strokeWidth=2, opacity=0.7, clip=True).encode(
         y=accuracy("low", title), y2="high:Q", stroke=alt.Stroke(**literal("color"))

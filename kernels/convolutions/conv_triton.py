@@ -35,7 +35,7 @@ def _taps_of(weight_ptr, channel_C, width, TAPS: tl.constexpr):
     weights = ()
     for tap in tl.static_range(TAPS):
         weight_C = tl.load(weight_ptr + channel_C * TAPS + tap, mask=channel_C < width, other=0.0).to(tl.float32)
-        weights = weights + (weight_C,)  # noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
+        weights = weights + (weight_C,)
     return weights
 
 
@@ -51,7 +51,7 @@ def _tokens(ptr, stride, first, channel_C, n_tokens, width, COUNT: tl.constexpr)
     """COUNT tokens from `first` on, as a tuple: they are asked for together, and waited for once."""
     found = ()
     for u in tl.static_range(COUNT):
-        found = found + (_token(ptr, stride, first + u, channel_C, n_tokens, width),)  # noqa: RUF005
+        found = found + (_token(ptr, stride, first + u, channel_C, n_tokens, width),)
     return found
 
 
@@ -60,7 +60,7 @@ def _last(rows, LENGTH: tl.constexpr, COUNT: tl.constexpr):
     """The last COUNT of LENGTH rows."""
     found = ()
     for u in tl.static_range(COUNT):
-        found = found + (rows[LENGTH - COUNT + u],)  # noqa: RUF005
+        found = found + (rows[LENGTH - COUNT + u],)
     return found
 
 
@@ -158,9 +158,9 @@ def short_conv_backward(
     none_C = tl.zeros([CHANNELS], tl.float32)
     shares, behind = (none_C,), ()
     for _ in tl.static_range(TAPS):
-        shares = shares + (none_C,)  # noqa: RUF005
+        shares = shares + (none_C,)
     for _ in tl.static_range(TAPS - 1):
-        behind = behind + (none_C,)  # noqa: RUF005
+        behind = behind + (none_C,)
     for turn in range(RUN // AHEAD):
         start = first + turn * AHEAD
         rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
@@ -168,11 +168,11 @@ def short_conv_backward(
         gradients = behind
         for u in tl.static_range(AHEAD):
             dz_C = _before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU)
-            gradients = gradients + (dz_C,)  # noqa: RUF005
+            gradients = gradients + (dz_C,)
             more = ()
             for tap in tl.static_range(TAPS):
-                more = more + (shares[tap] + dz_C * rows[u + tap],)  # noqa: RUF005
-            shares = more + (shares[TAPS] + dz_C,)  # noqa: RUF005
+                more = more + (shares[tap] + dz_C * rows[u + tap],)
+            shares = more + (shares[TAPS] + dz_C,)
             _store_gradient(dx_ptr, gradients, weights, u, start + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
         before = _last(rows, TAPS - 1 + AHEAD, TAPS - 1)
         behind = _last(gradients, TAPS - 1 + AHEAD, TAPS - 1)
@@ -180,7 +180,7 @@ def short_conv_backward(
     rows = before + _tokens(x_ptr, x_stride, end, channel_C, n_tokens, width, TAPS - 1)
     own = _tokens(dy_ptr, width, end, channel_C, n_tokens, width, TAPS - 1)
     for u in tl.static_range(TAPS - 1):
-        behind = behind + (_before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU),)  # noqa: RUF005
+        behind = behind + (_before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU),)
         _store_gradient(dx_ptr, behind, weights, u, end + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
     for tap in tl.static_range(TAPS + 1):
         tl.store(parts_ptr + (run * (TAPS + 1) + tap) * width + channel_C, shares[tap], mask=channel_C < width)

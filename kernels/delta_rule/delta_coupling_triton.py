@@ -34,17 +34,17 @@ def _gram(k, stride, start, length, K: tl.constexpr, BK: tl.constexpr, C: tl.con
     WIDTH: tl.constexpr = min(BK, 32)
     sums = ()
     for _ in tl.static_range(C // S * (C // S + 1) // 2):
-        sums = sums + (tl.zeros([S, S], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([S, S], tl.float32),)
     for first in tl.range(0, BK, WIDTH, num_stages=BK // WIDTH + 1):  # all loads at once
         rows = ()
         for block in tl.static_range(C // S):
             t_S = start + block * S + tl.arange(0, S)
-            rows = rows + (_load_rows(k, stride, t_S, first + tl.arange(0, WIDTH), length, K, DOT),)  # noqa: RUF005
+            rows = rows + (_load_rows(k, stride, t_S, first + tl.arange(0, WIDTH), length, K, DOT),)
         more = ()
         for i in tl.static_range(C // S):
             for j in tl.static_range(i + 1):
                 product = tl.dot(rows[j], tl.trans(rows[i]), sums[i * (i + 1) // 2 + j], input_precision=PRECISION)
-                more = more + (product,)  # noqa: RUF005
+                more = more + (product,)
         sums = more
     return sums
 
@@ -58,11 +58,11 @@ def _decays(gate, stride, start, length, C: tl.constexpr, SCALAR: tl.constexpr):
         t_S = start + block * S + tl.arange(0, S)
         if SCALAR:
             step_S = tl.load(gate + t_S.to(tl.int64) * stride, mask=t_S < length, other=0.0) * LOG2_E
-            blocks = blocks + (before + tl.cumsum(step_S, 0),)  # noqa: RUF005
+            blocks = blocks + (before + tl.cumsum(step_S, 0),)
             before += tl.sum(step_S, 0)
         else:
             passed_S = tl.minimum(t_S + 1, length) - start
-            blocks = blocks + (tl.load(gate) * LOG2_E * passed_S.to(tl.float32),)  # noqa: RUF005
+            blocks = blocks + (tl.load(gate) * LOG2_E * passed_S.to(tl.float32),)
     return blocks
 
 
@@ -115,7 +115,7 @@ def coupling_kernel(
     for block in tl.static_range(BLOCKS):
         t_S = start + block * S + i
         beta_S = tl.load(beta + (wide * length + t_S) * heads + head, mask=t_S < length, other=0.0).to(tl.float32)
-        betas = betas + (beta_S,)  # noqa: RUF005
+        betas = betas + (beta_S,)
     if GATE != NO_GATE:
         gate_base = gate + (batch // gate_every) * gate_b + head
         decays = _decays(gate_base, gate_t, start, length, C, GATE == SCALAR_GATE)
@@ -134,7 +134,7 @@ def coupling_kernel(
             x_SS, xt_SS = tl.where(later, gram_SS, 0.0), tl.where(i[:, None] < i[None, :], gram_SS, 0.0)
         a_SS, h_SS, ht_SS = _diagonal(x_SS, xt_SS, betas[block], i, MERGE, PRECISION)
         _store_block(h, h_SS, block, block, C)
-        solved, transposed = solved + (a_SS,), transposed + (ht_SS,)  # noqa: RUF005
+        solved, transposed = solved + (a_SS,), transposed + (ht_SS,)
     for row in tl.static_range(1, BLOCKS):
         left = (solved[row],)
         for back in tl.static_range(1, row + 1):
@@ -148,4 +148,4 @@ def coupling_kernel(
             p_SS = tl.dot((p_SS * minus_S).to(MERGE), tl.trans(transposed[row - back]).to(MERGE), p_SS, input_precision=PRECISION)
             _store_block(h, p_SS, row, row - back, C)
             _store_block(h, tl.zeros([S, S], tl.float32), row - back, row, C)
-            left = left + ((p_SS * minus_S).to(MERGE),)  # noqa: RUF005
+            left = left + ((p_SS * minus_S).to(MERGE),)

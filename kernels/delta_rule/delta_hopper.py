@@ -71,7 +71,7 @@ def at_stage(buffers, index):
     """Of buffers with a place for each stage, those of one stage."""
     views = ()
     for buffer in gl.static_range(len(buffers)):
-        views = views + (buffers[buffer].index(index),)  # noqa: RUF005
+        views = views + (buffers[buffer].index(index),)
     return views
 
 

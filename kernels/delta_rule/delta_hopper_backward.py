@@ -45,7 +45,7 @@ def _views(buffers, zero):
     """
     views = ()
     for index in gl.static_range(len(buffers)):
-        views = views + (buffers[index].index(zero),)  # noqa: RUF005
+        views = views + (buffers[index].index(zero),)
     return views
 
 

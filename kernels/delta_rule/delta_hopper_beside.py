@@ -88,13 +88,13 @@ def _bring_values(
     places = ()
     views = ()
     for walk in gl.static_range(WALKS):
-        values = values + (sources[2],)  # noqa: RUF005
-        places = places + ([batch, n * C, head, e_start + walk * 64],)  # noqa: RUF005
-        views = views + (rows[1].index(step % DEPTH * WALKS + walk),)  # noqa: RUF005
+        values = values + (sources[2],)
+        places = places + ([batch, n * C, head, e_start + walk * 64],)
+        views = views + (rows[1].index(step % DEPTH * WALKS + walk),)
     if SOLVERS == 0:
-        values = values + (h,)  # noqa: RUF005
-        places = places + ([chunk_0 + n, 0, 0],)  # noqa: RUF005
-        views = views + (h_buffers.index(step % DEPTH),)  # noqa: RUF005
+        values = values + (h,)
+        places = places + ([chunk_0 + n, 0, 0],)
+        views = views + (h_buffers.index(step % DEPTH),)
         fetch(rows[2][1].index(step % DEPTH), 2 * C * (64 * WALKS + C), values, places, views)
     else:
         fetch(rows[2][1].index(step % DEPTH), 2 * C * 64 * WALKS, values, places, views)

@@ -78,14 +78,14 @@ def _bring(
         of_values = ()
         at_values = ()
         for tile in gl.static_range(TILES):
-            names = names + (v,)  # noqa: RUF005
-            at_values = at_values + ([batch, n * C, head, tile * 64],)  # noqa: RUF005
-            of_values = of_values + (rows[1].index(stage * TILES + tile),)  # noqa: RUF005
+            names = names + (v,)
+            at_values = at_values + ([batch, n * C, head, tile * 64],)
+            of_values = of_values + (rows[1].index(stage * TILES + tile),)
         BYTES: gl.constexpr = 2 * C * (BK + C + 64 * TILES)
         if REVERSE:
-            names = names + (q,)  # noqa: RUF005
-            at_values = at_values + (at_k,)  # noqa: RUF005
-            of_values = of_values + (rows[2].index(stage),)  # noqa: RUF005
+            names = names + (q,)
+            at_values = at_values + (at_k,)
+            of_values = of_values + (rows[2].index(stage),)
         fetch(bars[0].index(stage), BYTES + 2 * C * BK * REVERSE, names, places + at_values, views + of_values)
     else:
         fetch(bars[0].index(stage), 2 * C * (BK + C), (k, h), places, views)

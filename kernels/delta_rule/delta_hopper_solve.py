@@ -103,7 +103,7 @@ def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.const
             p = mma_v2(gl.convert_layout((p * minus).to(MERGE), left), solved, p)
         below, at = block > BLOCKS - 1 - back, block == BLOCKS - 1 - back
         h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.where(below, p, gl.where(at, h, 0.0)).to(DOT))
-        columns = columns + (gl.where(below, p * minus, gl.where(at, a, 0.0)).to(MERGE),)  # noqa: RUF005
+        columns = columns + (gl.where(below, p * minus, gl.where(at, a, 0.0)).to(MERGE),)
 
 
 @gluon.jit

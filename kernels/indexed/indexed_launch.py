@@ -96,8 +96,7 @@ def configs(width: int, dtype: torch.dtype, *, listed: bool) -> Configs:
 
 def list_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     """Tokens and keys of a tile of a list."""
-    single = q.dtype == k.dtype == v.dtype == torch.float32  # torch.compile traces this function, and not `_dot_dtype`
-    config = configs(max(k.shape[3], v.shape[3]), torch.float32 if single else torch.bfloat16, listed=True).forward
+    config = configs(max(k.shape[3], v.shape[3]), _dot_dtype(q, k, v), listed=True).forward
     return config.queries // pack_of(q.shape[1] // k.shape[1]), config.keys
 
 

@@ -9,7 +9,6 @@ whole warps.
 Shape legend: B batch, T time, D channels, P blocks of them, N = 16 states, L tokens of a tile, C = 32 channels of a program.
 """
 
-# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
 from __future__ import annotations
 
 from triton.experimental import gluon

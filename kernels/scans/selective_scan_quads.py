@@ -7,7 +7,6 @@ sum is rounded to bf16.
 Shape legend: T time, N = 16 states, L tokens of a tile, C channels of a program.
 """
 
-# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
 from __future__ import annotations
 
 from triton.experimental import gluon

@@ -7,7 +7,6 @@ their gradients in bf16, which shared memory turns for the sums over channels.
 Shape legend: B batch, S segments, T time, D channels, P blocks of them, N = 16 states, L tokens of a tile, C channels of a program.
 """
 
-# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
 from __future__ import annotations
 
 from triton.experimental import gluon

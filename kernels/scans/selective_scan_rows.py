@@ -5,7 +5,6 @@ Where a thread holds all rows of a tile, as `kernels.scans.selective_scan_triton
 Shape legend: L tokens of a tile, C channels of a program.
 """
 
-# ruff: noqa: RUF005 - Triton knows sums of tuples, but no unpacking into them
 from __future__ import annotations
 
 import triton

@@ -60,12 +60,12 @@ def inputs_of(newest, tail, taps, bias, channel, inside, channels, TAPS: tl.cons
     """
     window, weights, offset = (), (), 0.0
     for t in tl.static_range(TAPS - 1):
-        window = window + (tl.load(tail + t * channels + channel, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+        window = window + (tl.load(tail + t * channels + channel, mask=inside, other=0.0).to(tl.float32),)
     for t in tl.static_range(TAPS):
-        weights = weights + (tl.load(taps + channel * TAPS + t, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+        weights = weights + (tl.load(taps + channel * TAPS + t, mask=inside, other=0.0).to(tl.float32),)
     if BIAS:
         offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    return window + (newest,), weights, offset  # noqa: RUF005
+    return window + (newest,), weights, offset
 
 
 @triton.jit

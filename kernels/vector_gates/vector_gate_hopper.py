@@ -41,7 +41,7 @@ def stage_buffers(
     for _ in gl.static_range(OUT + DELTA):
         by_key = gl.allocate_shared_memory(DOT, [STAGES, C, KP], shared_layout(KP))
         by_pair = gl.allocate_shared_memory(DOT, [STAGES, C, C], shared_layout(C))
-        stages = stages + (by_key, by_pair)  # noqa: RUF005
+        stages = stages + (by_key, by_pair)
     return stages
 
 
@@ -114,9 +114,9 @@ def sources_of(writes, rows, reads, scores, erases, couplings, DELTA: gl.constex
     """What `stage_buffers` has room for."""
     sources = (writes, rows)
     if OUT:
-        sources = sources + (reads, scores)  # noqa: RUF005
+        sources = sources + (reads, scores)
     if DELTA:
-        sources = sources + (erases, couplings)  # noqa: RUF005
+        sources = sources + (erases, couplings)
     return sources
 
 

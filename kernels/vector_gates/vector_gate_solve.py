@@ -29,16 +29,16 @@ def solve_kernel(
     for row in tl.static_range(BLOCKS):
         t_S = n * C + row * S + i
         beta_S = tl.load(beta + (batch * length + t_S) * heads + head, mask=t_S < length, other=0.0).to(tl.float32)
-        betas = betas + (beta_S,)  # noqa: RUF005
+        betas = betas + (beta_S,)
         for col in tl.static_range(row + 1):
             x_SS = tl.load(systems + (col * S * C + row * S) + i[:, None] * C + i[None, :])
-            turned = turned + (x_SS,)  # noqa: RUF005
+            turned = turned + (x_SS,)
     solved, transposed = (), ()
     for row in tl.static_range(BLOCKS):
         xt_SS = turned[row * (row + 1) // 2 + row].to(tl.float32)
         a_SS, h_SS, ht_SS = _diagonal(tl.trans(xt_SS), xt_SS, betas[row], i, MERGE, PRECISION)
         _store_block(couplings, h_SS, row, row, C)
-        solved, transposed = solved + (a_SS,), transposed + (ht_SS,)  # noqa: RUF005
+        solved, transposed = solved + (a_SS,), transposed + (ht_SS,)
     for row in tl.static_range(1, BLOCKS):
         left = (solved[row],)
         for back in tl.static_range(1, row + 1):
@@ -50,4 +50,4 @@ def solve_kernel(
             p_SS = tl.dot((p_SS * minus_S).to(MERGE), tl.trans(transposed[row - back]).to(MERGE), p_SS, input_precision=PRECISION)
             _store_block(couplings, p_SS, row, row - back, C)
             _store_block(couplings, tl.zeros([S, S], tl.float32), row - back, row, C)
-            left = left + ((p_SS * minus_S).to(MERGE),)  # noqa: RUF005
+            left = left + ((p_SS * minus_S).to(MERGE),)

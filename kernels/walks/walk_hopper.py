@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -24,9 +23,11 @@ from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_layout, sums_layout, thread_barrier
 from kernels.walks.walk_hopper_parts import (
     SIZES,
+    add_rows,
+    await_rest,
+    await_stage,
     bring,
     chunks_of,
-    entering,
     falls,
     half_of,
     line_layout,
@@ -50,7 +51,7 @@ def buffers_of(
     b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
     stages = (a_buffers, b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)))
     if GATE == SCALAR_GATE:
-        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
     state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
     out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
     scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
@@ -80,7 +81,76 @@ def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
+def _bring(
+    bars, sources, stages, place, heads, t, step, BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr
+):  # fmt: skip
+    """Starts to copy a step's chunk of a, b and c, and its decays."""
+    batch, head, _, ab_head = place
+    rows = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, head, 0])
+    bring(bars, sources, stages, rows, [batch * heads + head, t], step, BYTES, C, STAGES, GATE)
+
+
+@gluon.jit
+def _bring_probe(of_probe, probe, batch, t, head, slot, C: gl.constexpr, BE: gl.constexpr):
+    """Starts to copy a chunk of the probe's rows into a slot."""
+    fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t, head, 0],), (of_probe[0].index(slot),))
+
+
+@gluon.jit
+def _scores(stage, none_CC):
+    """Starts the product of a chunk's a and b."""
+    return warpgroup_mma(stage[0], stage[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _places(layout: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, TURNED: gl.constexpr):
+    """Where a state's numbers are in memory, and which of them are inside."""
+    d, e = gl.arange(0, BD, gl.SliceLayout(1, layout)), gl.arange(0, BE, gl.SliceLayout(0, layout))
+    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
+    return offsets, (d < D)[:, None] & (e < E)[None, :]
+
+
+@gluon.jit
+def _decayed(
+    read, state, stage, of_probe, rowsum, part_size, rate, half, t, step, length, narrow: gl.constexpr, BE: gl.constexpr,
+    GROUPS: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr,
+):  # fmt: skip
+    """What is read from the state, decayed, and the state's product that still runs; PROBE writes the sums of the former."""
+    if PROBE:
+        await_stage(of_probe[1], step, SLOTS)
+    if GATE != NO_GATE:
+        fall_C = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, narrow))
+        read_CE, state = warpgroup_mma_wait(1, [read, state])
+        read = read_CE * gl.exp2(half + fall_C)[:, None]
+        if PROBE:
+            probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
+            store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
+    return read, state
+
+
+@gluon.jit
+def _write(out, row, out_buffer, outputs, scores, DOT: gl.constexpr):
+    """Starts to copy a chunk's outputs to memory; the product of the scores still runs."""
+    out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
+    tma.store_wait(0)
+    thread_barrier()  # all warps' products have read the scores, and copies the outputs of the chunk before
+    out_buffer.store(out_CE.to(DOT))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, row, out_buffer)
+    return scores
+
+
+@gluon.jit
+def _store_scores(
+    scores_buffer, scores, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr
+):  # fmt: skip
+    """Waits for a chunk's scores, and stores them decayed."""
+    scores_CC = warpgroup_mma_wait(0, [scores])
+    scores_buffer.store(_seen(scores_CC, stage, rate, t, length, square, C, GATE).to(DOT))
+
+
+@gluon.jit
+def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
@@ -102,36 +172,28 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         TURNED: whether states in memory are transposed, [E, D].
     """
     lines, given, last, sums, decays, rowsum, part_size = pointers
-    batch, head, piece, ab_head = place
+    batch, head, piece, _ = place
     length, heads, segments, span = sizes
     stages, work, of_probe, bars = buffers
     state_buffer, out_buffer, scores_buffer = work
     square: gl.constexpr = sums_layout(C, GROUPS)
     narrow: gl.constexpr = sums_layout(BE, GROUPS)
     tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(BD, BE, GROUPS)
-    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
     BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
     n_first, steps = chunks_of(piece, span, length, C)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
-        t_far = _start(n_first, early, steps, C)
-        fetch(of_probe[1].index(early), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(early),))
+        _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
     for early in gl.static_range(STAGES - 1):
-        t_far = _start(n_first, early, steps, C)
-        rows = ([batch, t_far, ab_head, 0], [batch, t_far, ab_head, 0], [batch, t_far, head, 0])
-        bring(bars, sources, stages, rows, [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
-    d, e = gl.arange(0, BD, gl.SliceLayout(1, tall)), gl.arange(0, BE, gl.SliceLayout(0, tall))
-    offsets = (d[:, None] + e[None, :] * D) if TURNED else (d[:, None] * E + e[None, :])
-    inside = (d < D)[:, None] & (e < E)[None, :]
+        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
-    mbarrier.wait(bars.index(0), 0)
+    await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
-    early_scores = warpgroup_mma(first[0], first[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-    early_CC = warpgroup_mma_wait(0, [early_scores])
-    scores_buffer.store(_seen(early_CC, first, rate, t, length, square, C, GATE).to(DOT))
+    _store_scores(scores_buffer, _scores(first, none_CC), first, rate, t, length, square, C, GATE, DOT)
     state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
@@ -139,51 +201,32 @@ def walk(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the
         t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + STAGES - 1, steps, C)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
-        if GATE == NO_GATE:
-            state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
-        else:
-            b_DC = entering(own[1], own, rate, half, t, length, tall, C, GATE, False, DOT)
-            state = warpgroup_mma(b_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
+        state = add_rows(state_DE, own[1], own[2], own, rate, half, t, length, tall, C, GATE, False, DOT)
         if KEEP:
             chunk = batch * ((length + C - 1) // C) + t // C
             tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
-        rows = ([batch, t_far, ab_head, 0], [batch, t_far, ab_head, 0], [batch, t_far, head, 0])
-        bring(bars, sources, stages, rows, [batch * heads + head, t_far], step + STAGES - 1, BYTES, C, STAGES, GATE)
-        if PROBE:
-            mbarrier.wait(of_probe[1].index(step % SLOTS), step // SLOTS % 2)
-        if GATE != NO_GATE:
-            fall_C = falls(own, rate, t, length, C, GATE, of_rows)
-            read_CE, state = warpgroup_mma_wait(1, [read, state])
-            read = read_CE * gl.exp2(half + fall_C)[:, None]
-            if PROBE:
-                probed = read * of_probe[0].index(step % SLOTS).load(narrow).to(gl.float32)
-                store_sums(rowsum + t, row_sums(probed, C, BE, GROUPS), part_size, True, C, GROUPS)
+        _bring(bars, sources, stages, place, heads, t_far, step + STAGES - 1, BYTES, C, STAGES, GATE)
+        read, state = _decayed(
+            read, state, own, of_probe, rowsum, part_size, rate, half, t, step, length,
+            narrow, BE, GROUPS, C, SLOTS, GATE, PROBE,
+        )  # fmt: skip
         outputs = warpgroup_mma(scores_buffer, own[2], read, is_async=True)
-        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
-        scores = warpgroup_mma(following[0], following[1].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        await_stage(bars, step + 1, STAGES)
+        scores = _scores(following, none_CC)
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         if KEEP:
             tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state
         state_buffer.store(state_DE.to(DOT))
-        out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
-        tma.store_wait(0)
-        thread_barrier()  # and the scores, and copies the outputs of the chunk before
-        out_buffer.store(out_CE.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
-        scores_CC = warpgroup_mma_wait(0, [scores])
-        scores_buffer.store(_seen(scores_CC, following, rate, t_next, length, square, C, GATE).to(DOT))
+        scores = _write(out, [batch, t, head, 0], out_buffer, outputs, scores, DOT)
+        _store_scores(scores_buffer, scores, following, rate, t_next, length, square, C, GATE, DOT)
         fence_async_shared()
         thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
         if PROBE:
-            slot, t_far = step % SLOTS, _start(n_first, step + SLOTS, steps, C)
-            fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t_far, head, 0],), (of_probe[0].index(slot),))
+            _bring_probe(of_probe, probe, batch, _start(n_first, step + SLOTS, steps, C), head, step % SLOTS, C, BE)
         half, t = next_half, t_next
-    for rest in gl.static_range(STAGES - 2):
-        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
-    for rest in gl.static_range(SLOTS if PROBE else 0):
-        mbarrier.wait(of_probe[1].index((steps + rest) % SLOTS), (steps + rest) // SLOTS % 2)
+    await_rest(bars, steps + 1, STAGES - 2, STAGES)
+    await_rest(of_probe[1], steps, SLOTS if PROBE else 0, SLOTS)
     tma.store_wait(0)
     if LAST:
         gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & (piece == segments - 1))

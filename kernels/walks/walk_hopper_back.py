@@ -13,21 +13,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from kernels._entry import entry
-from kernels.delta_rule.delta_hopper import at_stage, barriers, shared_layout, sums_layout, thread_barrier
+from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, sums_layout, thread_barrier
 from kernels.walks.walk_hopper import buffers_of, walk
 from kernels.walks.walk_hopper_parts import (
     SIZES,
+    add_rows,
+    await_rest,
+    await_stage,
     bring,
     chunks_of,
     column_sums,
-    entering,
     falls,
     half_of,
     line_layout,
@@ -49,7 +50,7 @@ def _back_buffers(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: 
     v_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
     stages = (q_buffers, k_buffers, v_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W)))
     if GATE == SCALAR_GATE:
-        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
     state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
     dk_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
     dv_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
@@ -92,6 +93,55 @@ def _seen(
 
 
 @gluon.jit
+def _scores(stage, none_CC):
+    """Starts the products of a chunk's k and q, and of its v and do."""
+    kq = warpgroup_mma(stage[1], stage[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    vo = warpgroup_mma(stage[2], stage[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+    return kq, vo
+
+
+@gluon.jit
+def _decayed(
+    dv_read, dk_read, state, of_keys, stage, rowsum, part_size, rate, half, t, length, narrow: gl.constexpr, W: gl.constexpr,
+    GROUPS: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr,
+):  # fmt: skip
+    """What dv and dk read from the state, decayed, and the state's product that still runs; PROBE writes sums for keys."""
+    if GATE != NO_GATE:
+        read_C = gl.exp2(half - falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, narrow)))
+        dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
+        dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
+        if PROBE:
+            of_keys += row_sums(dv_read * stage[2].load(narrow).to(gl.float32), C, W, GROUPS)
+            store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
+    return dv_read, dk_read, state
+
+
+@gluon.jit
+def _write(results, row, dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, DOT: gl.constexpr):
+    """Starts to copy a chunk's dk and dv to memory; the products of the scores still run."""
+    dv_CW, dk_CW, kq, vo = warpgroup_mma_wait(2, [dv_sums, dk_sums, kq, vo])
+    dv_buffer.store(dv_CW.to(DOT))
+    dk_buffer.store(dk_CW.to(DOT))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(results[1], row, dv_buffer)
+    tma.async_copy_shared_to_global(results[0], row, dk_buffer)
+    return kq, vo
+
+
+@gluon.jit
+def _store_scores(
+    kq_buffer, vo_buffer, kq, vo, stage, rate, t, length, square: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Waits for a chunk's scores and their gradients, and stores them decayed; what `_seen` sums for keys and for queries."""
+    kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
+    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, stage, rate, t, length, square, C, GATE, GROUPS, PROBE)
+    kq_buffer.store(kq_CC.to(DOT))
+    vo_buffer.store(vo_CC.to(DOT))
+    return of_keys, of_queries
+
+
+@gluon.jit
 def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, results, pointers, rate, place, sizes, buffers,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
@@ -115,26 +165,22 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     square: gl.constexpr = sums_layout(C, GROUPS)
     narrow: gl.constexpr = sums_layout(W, GROUPS)
     tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(W, W, GROUPS)
-    of_rows: gl.constexpr = gl.SliceLayout(1, narrow)
     BYTES: gl.constexpr = 2 * C * 4 * W
     n_first, steps = chunks_of(piece, span, length, C)
     none_CW, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(STAGES - 1):
         row = [batch, _start(n_first, early, steps, C), head, 0]
         bring(bars, sources, stages, (row, row, row, row), [batch * heads + head, row[1]], early, BYTES, C, STAGES, GATE)
-    d, e = gl.arange(0, W, gl.SliceLayout(1, tall)), gl.arange(0, W, gl.SliceLayout(0, tall))
-    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    offsets, inside = columns_of(tall, 0, V, K, W, W)
     state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, DLAST, True)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
-    mbarrier.wait(bars.index(0), 0)
+    await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
-    early_kq = warpgroup_mma(first[1], first[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-    early_vo = warpgroup_mma(first[2], first[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-    kq_CC, vo_CC = warpgroup_mma_wait(0, [early_kq, early_vo])
-    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, first, rate, t, length, square, C, GATE, GROUPS, PROBE)
-    kq_buffer.store(kq_CC.to(DOT))
-    vo_buffer.store(vo_CC.to(DOT))
+    early_kq, early_vo = _scores(first, none_CC)
+    of_keys, of_queries = _store_scores(
+        kq_buffer, vo_buffer, early_kq, early_vo, first, rate, t, length, square, C, GATE, GROUPS, PROBE, DOT
+    )
     state_buffer.store(state_KV.to(DOT))
     fence_async_shared()
     if PROBE:
@@ -145,48 +191,32 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         dv_read = warpgroup_mma(own[1], state_buffer, none_CW, use_acc=False, is_async=True)
         dk_read = warpgroup_mma(own[2], state_buffer.permute([1, 0]), none_CW, use_acc=False, is_async=True)
-        if GATE == NO_GATE:
-            state = warpgroup_mma(own[0].permute([1, 0]), own[3], state_KV, is_async=True)
-        else:
-            q_KC = entering(own[0], own, rate, half, t, length, tall, C, GATE, True, DOT)
-            state = warpgroup_mma(q_KC, own[3], state_KV * gl.exp2(2.0 * half), is_async=True)
+        state = add_rows(state_KV, own[0], own[3], own, rate, half, t, length, tall, C, GATE, True, DOT)
         row = [batch, _start(n_first, step + STAGES - 1, steps, C), head, 0]
         line = [batch * heads + head, row[1]]
         bring(bars, sources, stages, (row, row, row, row), line, step + STAGES - 1, BYTES, C, STAGES, GATE)
-        if GATE != NO_GATE:
-            read_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, of_rows))
-            dv_CW, dk_CW, state = warpgroup_mma_wait(1, [dv_read, dk_read, state])
-            dv_read, dk_read = dv_CW * read_C[:, None], dk_CW * read_C[:, None]
-            if PROBE:
-                of_keys += row_sums(dv_read * own[2].load(narrow).to(gl.float32), C, W, GROUPS)
-                store_sums(rowsum + t, -of_keys, part_size, True, C, GROUPS)
+        dv_read, dk_read, state = _decayed(
+            dv_read, dk_read, state, of_keys, own, rowsum, part_size, rate, half, t, length, narrow, W, GROUPS, C, GATE, PROBE
+        )
         dv_sums = warpgroup_mma(kq_buffer, own[3], dv_read, is_async=True)
         dk_sums = warpgroup_mma(vo_buffer, own[0], dk_read, is_async=True)
-        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
-        kq = warpgroup_mma(following[1], following[0].permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        vo = warpgroup_mma(following[2], following[3].permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        await_stage(bars, step + 1, STAGES)
+        kq, vo = _scores(following, none_CC)
         state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
         tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state, and copies the outputs of the chunk before
         state_buffer.store(state_KV.to(DOT))
-        dv_CW, dk_CW, kq, vo = warpgroup_mma_wait(2, [dv_sums, dk_sums, kq, vo])
-        dv_buffer.store(dv_CW.to(DOT))
-        dk_buffer.store(dk_CW.to(DOT))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(results[1], [batch, t, head, 0], dv_buffer)
-        tma.async_copy_shared_to_global(results[0], [batch, t, head, 0], dk_buffer)
+        kq, vo = _write(results, [batch, t, head, 0], dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, DOT)
         thread_barrier()  # all warps' products have read the scores
-        kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
-        kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, following, rate, t_next, length, square, C, GATE, GROUPS, PROBE)
-        kq_buffer.store(kq_CC.to(DOT))
-        vo_buffer.store(vo_CC.to(DOT))
+        of_keys, of_queries = _store_scores(
+            kq_buffer, vo_buffer, kq, vo, following, rate, t_next, length, square, C, GATE, GROUPS, PROBE, DOT
+        )
         fence_async_shared()
         thread_barrier()  # see `kernels.walks.walk_hopper.walk`
         if PROBE:
             store_sums(rowsum + GROUPS * part_size + t_next, of_queries, part_size, False, C, GROUPS)
         half, t = next_half, t_next
-    for rest in gl.static_range(STAGES - 2):
-        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    await_rest(bars, steps + 1, STAGES - 2, STAGES)
     tma.store_wait(0)
     if LAST:
         gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & (piece == 0))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from kernels.delta_rule.delta_hopper import at_stage, fetch
 from kernels.walks.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
@@ -53,9 +54,22 @@ def bring(
     """Starts to copy rows of a chunk, and its line of scalar decays, into their stage."""
     bar, targets = bars.index(step % STAGES), at_stage(stages, step % STAGES)
     if GATE == SCALAR_GATE:
-        fetch(bar, BYTES + 4 * C, sources, rows + (line,), targets)  # noqa: RUF005
+        fetch(bar, BYTES + 4 * C, sources, rows + (line,), targets)
     else:
         fetch(bar, BYTES, sources, rows, targets)
+
+
+@gluon.jit
+def await_stage(bars, step, STAGES: gl.constexpr):
+    """Waits until the copies of a step have arrived."""
+    mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)
+
+
+@gluon.jit
+def await_rest(bars, step, COUNT: gl.constexpr, STAGES: gl.constexpr):
+    """Waits for the copies of so many steps that were begun and are not used."""
+    for rest in gl.static_range(COUNT):
+        await_stage(bars, step + rest, STAGES)
 
 
 @gluon.jit
@@ -98,6 +112,20 @@ def entering(
     fall_C = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, left))
     keep_C = gl.exp2((half + fall_C) if REVERSE else (half - fall_C))
     return (rows_CD.permute([1, 0]).load(left).to(gl.float32) * keep_C[None, :]).to(DOT)
+
+
+@gluon.jit
+def add_rows(
+    state_DE, a_CD, b_CE, stage, rate, half, t, length, tall: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Starts the product that decays a state over a chunk and adds its rows."""
+    if GATE == NO_GATE:
+        state = warpgroup_mma(a_CD.permute([1, 0]), b_CE, state_DE, is_async=True)
+    else:
+        a_DC = entering(a_CD, stage, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
+        state = warpgroup_mma(a_DC, b_CE, state_DE * gl.exp2(2.0 * half), is_async=True)
+    return state
 
 
 @gluon.jit

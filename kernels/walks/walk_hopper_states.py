@@ -12,16 +12,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from kernels._entry import entry
-from kernels.delta_rule.delta_hopper import at_stage, barriers, shared_layout, thread_barrier
+from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, thread_barrier
 from kernels.walks.walk_hopper_parts import (
     SIZES,
+    await_rest,
+    await_stage,
     bring,
     chunks_of,
     entering,
@@ -40,6 +41,43 @@ def _start(n_first, step, steps, C: gl.constexpr, BACK: gl.constexpr):
     """First token of a step's chunk; steps beyond the last stay at it."""
     order = gl.minimum(step, steps - 1)
     return (n_first + (steps - 1 - order if BACK else order)) * C
+
+
+@gluon.jit
+def _buffers(
+    BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, KEEP: gl.constexpr,
+    DOT: gl.constexpr,
+):  # fmt: skip
+    """Shared memory: rows and a line of decays of each stage; states on their way out (KEEP); barriers."""
+    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
+    stages = (b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV)))
+    if GATE == SCALAR_GATE:
+        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
+    bars = barriers(STAGES)
+    state_buffers = gl.allocate_shared_memory(DOT, [2, BK, BV], shared_layout(BV)) if KEEP else b_buffers
+    return stages, state_buffers, bars
+
+
+@gluon.jit
+def _bring(
+    bars, sources, stages, place, group, heads, t, step,
+    BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy a step's chunk of b and c, and its decays."""
+    batch, head, column = place
+    rows = ([batch, t, head // group, 0], [batch, t, head, column])
+    bring(bars, sources, stages, rows, [batch * heads + head, t], step, BYTES, C, STAGES, GATE)
+
+
+@gluon.jit
+def _keep(states, place, heads, t, length, buffer, state_KV, C: gl.constexpr, DOT: gl.constexpr):
+    """Starts to copy the state before a chunk to memory."""
+    buffer.store(state_KV.to(DOT))
+    fence_async_shared()
+    thread_barrier()
+    batch, head, column = place
+    chunk = batch * ((length + C - 1) // C) + t // C
+    tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, column], buffer)
 
 
 @entry(do_not_specialize=SIZES, gluon=True)
@@ -65,33 +103,25 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)
     if REVERSE and not KEEP:
         piece += 1
+    place = (batch, head, tile * BV)
     BACK: gl.constexpr = REVERSE == KEEP
     tall: gl.constexpr = state_layout(BK, BV, GROUPS)
     BYTES: gl.constexpr = 2 * C * (BK + BV)
-    b_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BK], shared_layout(BK))
-    stages = (b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BV], shared_layout(BV)))
-    sources = (b, c)
-    if GATE == SCALAR_GATE:
-        stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)  # noqa: RUF005
-        sources = (b, c, line_rows)
-    bars = barriers(STAGES)
-    if KEEP:
-        state_buffers = gl.allocate_shared_memory(DOT, [2, BK, BV], shared_layout(BV))
+    sources = (b, c, line_rows) if GATE == SCALAR_GATE else (b, c)
+    stages, state_buffers, bars = _buffers(BK, BV, C, STAGES, GATE, KEEP, DOT)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     n_first, steps = chunks_of(piece, span, length, C)
     for early in gl.static_range(STAGES):
         t_far = _start(n_first, early, steps, C, BACK)
-        rows = ([batch, t_far, head // group, 0], [batch, t_far, head, tile * BV])
-        bring(bars, sources, stages, rows, [batch * heads + head, t_far], early, BYTES, C, STAGES, GATE)
-    d, e = gl.arange(0, BK, gl.SliceLayout(1, tall)), tile * BV + gl.arange(0, BV, gl.SliceLayout(0, tall))
-    offsets, inside = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+        _bring(bars, sources, stages, place, group, heads, t_far, early, BYTES, C, STAGES, GATE)
+    offsets, inside = columns_of(tall, place[2], V, K, BK, BV)
     state_KV = gl.zeros([BK, BV], gl.float32, tall)
     if KEEP:
         own_place = (batch, head, piece)
         state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE)
     t, others = _start(n_first, 0, steps, C, BACK), 0.0
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
-    mbarrier.wait(bars.index(0), 0)
+    await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
     if GATE != NO_GATE:
         b_KC = entering(first[0], first, rate, half, t, length, tall, C, GATE, REVERSE, DOT)
@@ -100,11 +130,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
         t_next, t_far = _start(n_first, step + 1, steps, C, BACK), _start(n_first, step + STAGES, steps, C, BACK)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         if KEEP:
-            state_buffers.index(step % 2).store(state_KV.to(DOT))
-            fence_async_shared()
-            thread_barrier()
-            chunk = batch * ((length + C - 1) // C) + t // C
-            tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, tile * BV], state_buffers.index(step % 2))
+            _keep(states, place, heads, t, length, state_buffers.index(step % 2), state_KV, C, DOT)
         if GATE == NO_GATE:
             state = warpgroup_mma(own[0].permute([1, 0]), own[1], state_KV, is_async=True)
         elif KEEP:
@@ -112,26 +138,24 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
         else:
             others += 2.0 * half
             state = warpgroup_mma(b_KC, own[1], state_KV, is_async=True)
-        mbarrier.wait(bars.index((step + 1) % STAGES), (step + 1) // STAGES % 2)
+        await_stage(bars, step + 1, STAGES)
         if GATE != NO_GATE:
             next_KC = entering(following[0], following, rate, next_half + others, t_next, length, tall, C, GATE, REVERSE, DOT)
         state_KV = warpgroup_mma_wait(0, [state])
         if KEEP:
             tma.store_wait(1)  # the state before this one has left
         thread_barrier()  # all warps have read the rows
-        rows = ([batch, t_far, head // group, 0], [batch, t_far, head, tile * BV])
-        bring(bars, sources, stages, rows, [batch * heads + head, t_far], step + STAGES, BYTES, C, STAGES, GATE)
+        _bring(bars, sources, stages, place, group, heads, t_far, step + STAGES, BYTES, C, STAGES, GATE)
         if GATE != NO_GATE:
             b_KC = next_KC
         half, t = next_half, t_next
-    for rest in gl.static_range(STAGES - 1):
-        mbarrier.wait(bars.index((steps + 1 + rest) % STAGES), (steps + 1 + rest) // STAGES % 2)
+    await_rest(bars, steps + 1, STAGES - 1, STAGES)
     if KEEP:
         tma.store_wait(0)
-        if LAST:
-            ending = piece == (0 if REVERSE else segments - 1)
-            gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & ending)
-    else:
+    if not KEEP:
         index = (batch * segments + piece) * heads + head
         gl.store(sums + index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
         gl.store(decays + index, others, mask=tile == 0)
+    elif LAST:
+        ending = piece == (0 if REVERSE else segments - 1)
+        gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & ending)

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import fake_evals
 import fake_store
 import pandas as pd
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from browsing import MARKS, clipped, ready, redrawn
+from playwright.sync_api import Page
 
 from bench.report.build import build_report
-from bench.store import Store
+from bench.report.charts import AXES, in_lines
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-MARKS = '#pareto-t0 [aria-roledescription="point"]'
 ROWS = "#points tbody tr:visible"
-CLIPPED = """(drawing) => {
-    const right = (item) => item.getBoundingClientRect().right;
-    return [...drawing.querySelectorAll("text")].filter((item) => right(item) > right(drawing)).map((item) => item.textContent);
-}"""
-
-
-def chromium() -> str:
-    """The browser named by BENCH_CHROMIUM, or one on the PATH."""
-    names = [os.environ.get("BENCH_CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        pytest.fail("No Chromium found: install it (apt-get install chromium) or set BENCH_CHROMIUM to its path.")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -49,41 +22,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("browser")
     store = fake_store.build(folder / "runs")
     return build_report(store, folder / "report.html").path.as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails its test on any console message and on any request that leaves the file."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", accept_downloads=True)
-    made = context.new_page()
-    noise: list[str] = []
-    requests: list[str] = []
-    made.on("console", lambda message: noise.append(f"{message.type}: {message.text}"))
-    made.on("pageerror", lambda error: noise.append(f"error: {error}"))
-    made.on("request", lambda request: requests.append(request.url))
-    yield made
-    context.close()
-    assert noise == []
-    assert [address for address in requests if not address.startswith(("file:", "data:", "blob:"))] == []
-    assert {address.partition("#")[0] for address in requests if address.startswith("file:")} == {made.url.partition("#")[0]}
-
-
-def ready(page: Page, address: str) -> None:
-    page.goto(address)
-    page.wait_for_selector("html[data-ready]", state="attached")
-
-
-def redrawn(page: Page, marks: int) -> None:
-    """Waits until the Pareto plot shows this many points."""
-    page.wait_for_function("([css, n]) => document.querySelectorAll(css).length === n", arg=[MARKS, marks])
 
 
 def names(page: Page) -> list[str]:
@@ -245,6 +183,10 @@ def test_a_narrow_page_does_not_overflow(page: Page, url: str):
     assert page.evaluate("document.documentElement.scrollWidth") == 400
     box = page.locator("#pareto-t0 svg.marks").bounding_box()
     assert box is not None and box["width"] <= 400
+    for axis, (_, title) in AXES.items():
+        page.locator("select[name=axis]").select_option(axis)
+        page.wait_for_selector(f"#pareto-t0 svg >> text={in_lines(title)[0]}")
+        assert clipped(page) == {"pareto-t0": [], "heat-t0": [], "curves-t0": []}
 
 
 def test_hiding_everything_says_so(page: Page, url: str):
@@ -255,47 +197,3 @@ def test_hiding_everything_says_so(page: Page, url: str):
     assert re.match("0 of 14", page.locator("#shown").inner_text())
     page.get_by_role("button", name="Show all").click()
     redrawn(page, 14)
-
-
-def test_language_models_are_drawn_with_and_without_runs(page: Page, tmp_path: Path):
-    marks = {"j0-state": 12, "j0-length": 24, "j0-answers": 96}
-    alone = fake_evals.build(Store(tmp_path / "alone"))
-    both = fake_evals.build(fake_store.build(tmp_path / "both"))
-    for store, expected in ((alone, marks), (both, marks | {"bridge": 3})):
-        path = build_report(store, tmp_path / "r.html").path
-        page.set_viewport_size({"width": 400, "height": 800})
-        ready(page, path.as_uri())
-        for name, least in expected.items():
-            drawn = page.locator(f"#vis-{name} [aria-roledescription=point], #vis-{name} [aria-roledescription=bar]")
-            assert drawn.count() >= least, name
-            assert len(page.locator(f"#vis-{name} [role=graphics-document]").get_attribute("aria-label") or "") > 40
-        assert page.evaluate("document.documentElement.scrollWidth") == 400
-        assert page.locator("#vis-j0-length svg.marks").evaluate(CLIPPED) == []
-        page.get_by_role("button", name="Dark").click()
-        page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
-    page.get_by_role("checkbox", name="delta_net", exact=True).uncheck()
-    page.wait_for_function("() => document.querySelectorAll('#vis-j0-state [aria-roledescription=point]').length === 10")
-
-
-def test_speeds_follow_their_choice_and_the_filter(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("speeds")
-    store = fake_store.measure(fake_store.build(folder / "runs"))
-    ready(page, build_report(store, folder / "report.html").path.as_uri())
-    marks = '#recall-t0 [aria-roledescription="point"]'
-    assert page.locator(marks).count() == 13
-    first = page.locator(marks).first.get_attribute("aria-label")
-    page.select_option("[name=speed]", "decode")
-    page.wait_for_function(
-        "([marks, first]) => document.querySelector(marks)?.getAttribute('aria-label') !== first", arg=[marks, first]
-    )
-    assert "speed=decode" in page.url
-    page.locator("input[name=mixer][value=attention]").uncheck()
-    page.wait_for_function("marks => document.querySelectorAll(marks).length === 11", arg=marks)
-    assert page.locator("tr[data-speed][data-mixer=attention]:visible").count() == 0
-
-
-def test_a_page_of_speeds_alone_works(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("alone")
-    ready(page, build_report(fake_store.measure(Store(folder / "runs")), folder / "report.html").path.as_uri())
-    assert page.locator('#lengths-speed-mixer [aria-roledescription="point"]').count() > 0
-    assert page.locator("#theme").is_visible()

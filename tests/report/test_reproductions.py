@@ -10,8 +10,8 @@ import fake_store
 import numpy as np
 import pandas as pd
 import pytest
-from playwright.sync_api import Browser, Page
-from test_browser import browser, page  # noqa: F401 - fixtures
+from browsing import clipped
+from playwright.sync_api import Page
 from test_build import page_data
 
 from bench.points import points
@@ -81,13 +81,16 @@ def test_a_figure_over_widths_has_a_panel_for_each_task(tmp_path: Path) -> None:
     assert {item["axis"] for item in data["panels"]} == {"width"}
 
 
-def test_marks_in_a_browser(built, page: Page, browser: Browser) -> None:  # noqa: F811
+def test_marks_in_a_browser(built, page: Page) -> None:
+    page.set_viewport_size({"width": 400, "height": 800})
     page.goto(built[2])
     page.wait_for_selector("html[data-ready='1']")
     marks = page.locator('#published-r0-0 [aria-roledescription="point"]')
     assert marks.count() == 61 + 58
     fills = marks.evaluate_all("marks => marks.map(mark => mark.getAttribute('fill'))")
     assert fills.count("transparent") == 61
+    assert not any(clipped(page).values()), clipped(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
     page.locator("label", has_text="attention").first.click()
     page.wait_for_function("""document.querySelectorAll('#published-r0-0 [aria-roledescription="point"]').length === 61 + 58 - 4""")
     assert page.locator("tr", has_text="Attention d=128").first.is_hidden()
