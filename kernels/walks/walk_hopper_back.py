@@ -254,6 +254,6 @@ def backward_kernel(
         walk(
             (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
             (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
-            buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
+            buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 0, DOT),
             V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
+from kernels.walks import walk_hopper_plan
 from kernels.walks.walk_crossings import Segments, entering_states
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_hopper_plan import (
@@ -63,7 +64,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state,
+        KEEP=group > 1, LAST=return_state, FORM=walk_hopper_plan.FORM if config.groups == 1 else 0,
     )  # fmt: skip
     return o, last, kept
 
