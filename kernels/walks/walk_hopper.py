@@ -276,7 +276,7 @@ def _held(
         easy = half >= EASY
         if GATE == CONSTANT_GATE:
             easy = easy & (t + C <= length)
-        if FORM >= 2:
+        if (FORM & 2) > 0:
             of_rows, of_cols = factors
             if easy:
                 scores_CC = gl.where(is_seen, scores_CC * of_rows[:, None] * of_cols[None, :], 0.0)
@@ -311,7 +311,8 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
     BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
     n_first, steps = chunks_of(piece, span, length, C)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
-    for early in gl.static_range(STAGES - 1):
+    AHEAD: gl.constexpr = STAGES if FORM & 4 else STAGES - 1
+    for early in gl.static_range(AHEAD):
         _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
@@ -326,16 +327,16 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
     await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
     factors = (half, half)
-    if (GATE == CONSTANT_GATE) and (FORM >= 2):
+    if (GATE == CONSTANT_GATE) and ((FORM & 2) > 0):
         factors = _factors(first, rate, 0, C, square, C, GATE)
-    if (GATE == SCALAR_GATE) and (FORM >= 2):
+    if (GATE == SCALAR_GATE) and ((FORM & 2) > 0):
         factors = _factors(first, rate, t, length, square, C, GATE)
     scores_CC, keep = _held(
         _scores(first, none_CC), first, rate, half, t, length, factors, square, narrow, tall, C, GATE, FORM, DOT
     )
     for step in range(steps):
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
-        t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + STAGES - 1, steps, C)
+        t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + AHEAD, steps, C)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         state_buffer, out_buffer = state_buffers.index(step % 2), out_buffers.index(step % 2)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
@@ -348,7 +349,8 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         if KEEP:
             chunk = batch * ((length + C - 1) // C) + t // C
             tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
-        _bring(bars, sources, stages, place, heads, t_far, step + STAGES - 1, BYTES, C, STAGES, GATE)
+        if not FORM & 4:
+            _bring(bars, sources, stages, place, heads, t_far, step + AHEAD, BYTES, C, STAGES, GATE)
         read, state = _decayed(
             read, state, own, of_probe, rowsum, part_size, rate, half, t, step, length,
             narrow, BE, 1, C, SLOTS, GATE, PROBE,
@@ -356,8 +358,6 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         outputs = warpgroup_mma(scores_CC, own[2], read, is_async=True)
         await_stage(bars, step + 1, STAGES)
         scores = _scores(following, none_CC)
-        if (GATE == SCALAR_GATE) and (FORM >= 2):
-            factors = _factors(following, rate, t_next, length, square, C, GATE)
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         state_buffers.index((step + 1) % 2).store(state_DE.to(DOT))
         out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
@@ -366,13 +366,17 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
+        if FORM & 4:
+            _bring(bars, sources, stages, place, heads, t_far, step + AHEAD, BYTES, C, STAGES, GATE)
         if PROBE:
             _bring_probe(of_probe, probe, batch, _start(n_first, step + SLOTS, steps, C), head, step % SLOTS, C, BE)
+        if (GATE == SCALAR_GATE) and ((FORM & 2) > 0):
+            factors = _factors(following, rate, t_next, length, square, C, GATE)
         scores_CC, keep = _held(
             scores, following, rate, next_half, t_next, length, factors, square, narrow, tall, C, GATE, FORM, DOT
         )
         half, t = next_half, t_next
-    await_rest(bars, steps + 1, STAGES - 2, STAGES)
+    await_rest(bars, steps + 1, AHEAD - 1, STAGES)
     await_rest(of_probe[1], steps, SLOTS if PROBE else 0, SLOTS)
     tma.store_wait(0)
     if LAST:
