@@ -171,4 +171,5 @@ def backward(
         **call.constants, GATE_GRAD=gate_grad, **KEYS,
     )  # fmt: skip
     between = Chunks(entering, dkept, RUN, RUN * CHUNK) if call.sizes[1] > 2 * RUN else None
-    return dq, dk, RowSums(rowsums, 1, CHUNK, between)
+    summed = call.sums if call.sums.ndim == 3 else None
+    return dq, dk, RowSums(rowsums, 1, CHUNK, between, summed)

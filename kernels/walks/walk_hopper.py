@@ -27,10 +27,12 @@ from kernels.walks.walk_hopper_parts import (
     await_rest,
     await_stage,
     bring,
+    bring_rows,
     chunks_of,
     falls,
     half_of,
     line_layout,
+    make_lines,
     program,
     rate_of,
     row_sums,
@@ -299,7 +301,7 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
     KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """See `walk`; one warp group, which keeps scores in registers."""
-    lines, given, last, sums, decays, rowsum, part_size = pointers
+    lines, given, last, sums, decays, rowsum, part_size, gate = pointers
     batch, head, piece, _ = place
     length, heads, segments, span = sizes
     stages, work, of_probe, bars = buffers
@@ -312,8 +314,19 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
     n_first, steps = chunks_of(piece, span, length, C)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     AHEAD: gl.constexpr = STAGES if FORM & 4 else STAGES - 1
-    for early in gl.static_range(AHEAD):
-        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    if FORM & 8:
+        for early in gl.static_range(AHEAD):
+            t_far = _start(n_first, early, steps, C)
+            rows = ([batch, t_far, place[3], 0], [batch, t_far, place[3], 0], [batch, t_far, head, 0])
+            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 3)
+        make_lines(gate, lines, place, heads, n_first, steps, length, C, 1, 32)
+        for early in gl.static_range(AHEAD):
+            tma.async_copy_global_to_shared(
+                sources[3], [batch * heads + head, _start(n_first, early, steps, C)], bars.index(early), stages[3].index(early)
+            )
+    else:
+        for early in gl.static_range(AHEAD):
+            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
@@ -399,13 +412,14 @@ def forward_kernel(
     head, piece, batch = program(gl.program_id(0), heads, segments)
     sources = (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v)
     pointers = (lines, first, last, sums, decays, last, 0)
+    FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 7
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     place, sizes = (batch, head, piece, head // group), (length, heads, segments, span)
     buffers = buffers_of(BK, BV, C, STAGES, 0, GATE, FORM, DOT)
     if FORM > 0:
         walk_held(
-            sources, v, o, states, pointers, rate, place, sizes, buffers,
-            K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORM, DOT,
+            sources, v, o, states, pointers + (gate,), rate, place, sizes, buffers,
+            K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
         )  # fmt: skip
     else:
         walk(

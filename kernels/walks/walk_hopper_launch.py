@@ -51,7 +51,8 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
     kept = entering_like(inputs)
     lines, sums, decays = parts = kept.split(sizes(inputs))
-    if lines.numel():
+    form = walk_hopper_plan.FORM if config.groups == 1 else 0
+    if lines.numel() and not (form & 8 and pieces.number == 1):
         make_lines(lines, gate)
     segment_sums(k, v, parts, inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
@@ -64,7 +65,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state, FORM=walk_hopper_plan.FORM if config.groups == 1 else 0,
+        KEEP=group > 1, LAST=return_state, FORM=form,
     )  # fmt: skip
     return o, last, kept
 
@@ -109,4 +110,5 @@ def backward(
         states = (batch, pieces.number, heads, k_dim, v_dim)
         entering = entering_states(before[0].view(states), before[1].view(states[:3]), state)
         between = Segments(entering, behind[0].view(states), behind[1].view(states[:3]), pieces.length)
-    return dq, dk, RowSums(rowsums, config.groups, CHUNK, between)
+    summed = lines.view(batch, heads, -1) if lines.numel() else None
+    return dq, dk, RowSums(rowsums, config.groups, CHUNK, between, summed, 2)
