@@ -52,9 +52,10 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     kept = entering_like(inputs)
     lines, sums, decays = parts = kept.split(sizes(inputs))
     form = walk_hopper_plan.FORM if config.groups == 1 else 0
-    if lines.numel() and not (form & 8 and pieces.number == 1):
+    make = lines.numel() > 0 and form & 8 > 0
+    if lines.numel() and not make:
         make_lines(lines, gate)
-    segment_sums(k, v, parts, inputs, reverse=False)
+    segment_sums(k, v, parts, inputs, reverse=False, make=make)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
     states = described[3]
     if group > 1:
