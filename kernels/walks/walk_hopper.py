@@ -33,6 +33,7 @@ from kernels.walks.walk_hopper_parts import (
     half_of,
     line_layout,
     make_lines,
+    pinned,
     program,
     rate_of,
     row_sums,
@@ -56,7 +57,7 @@ def buffers_of(
         stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
     if FORM > 0:
         state_buffer = gl.allocate_shared_memory(DOT, [2, BD, BE], shared_layout(BE))
-        out_buffer = gl.allocate_shared_memory(DOT, [2, C, BE], shared_layout(BE))
+        out_buffer = gl.allocate_shared_memory(DOT, [1 if SLOTS > 0 else 2, C, BE], shared_layout(BE))
         scores_buffer = out_buffer
     else:
         state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
@@ -288,9 +289,7 @@ def _held(
         else:
             scores_CC, keep_C = _rough(scores_CC, stage, rate, half, t, length, square, C, GATE)
         keep = keep_C
-    held_CC = gl.convert_layout(scores_CC.to(DOT), left, assert_trivial=True)
-    # Pinned here: moved between products, their conversion would have the assembler wait for each product.
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [held_CC], dtype=held_CC.dtype, is_pure=False, pack=2), keep
+    return pinned(scores_CC.to(DOT), left), keep
 
 
 @gluon.jit
@@ -351,7 +350,7 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
         t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + AHEAD, steps, C)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
-        state_buffer, out_buffer = state_buffers.index(step % 2), out_buffers.index(step % 2)
+        state_buffer, out_buffer = state_buffers.index(step % 2), out_buffers.index(0 if PROBE else step % 2)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
         if GATE == NO_GATE:
             state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
@@ -374,6 +373,9 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
         state_buffers.index((step + 1) % 2).store(state_DE.to(DOT))
         out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
+        if PROBE:
+            tma.store_wait(0)
+            thread_barrier()  # the outputs of the chunk before have left
         out_buffer.store(out_CE.to(DOT))
         tma.store_wait(0)  # before the barrier: the other buffers are free behind it
         fence_async_shared()

@@ -105,6 +105,7 @@ def backward(
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
+        FORM=walk_hopper_plan.BACK_FORM if config.groups == 1 else 0,
     )  # fmt: skip
     between = None
     if gate_grad and pieces.number > 1:

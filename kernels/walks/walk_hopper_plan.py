@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
 FORM = 15
+BACK_FORM = 7
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 WIDTH, NARROW = 128, 64
