@@ -24,6 +24,7 @@ from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_la
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     add_rows,
+    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -328,6 +329,8 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
             _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
+    if FORM & 16:
+        sums += await_launch()
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
@@ -411,10 +414,13 @@ def forward_kernel(
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
     state before each chunk in 16 bit, [B * N * H, K, V].
     """
+    if FORM & 16:
+        if segments == 1:
+            await_launch()
     head, piece, batch = program(gl.program_id(0), heads, segments)
     sources = (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v)
     pointers = (lines, first, last, sums, decays, last, 0)
-    FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 7
+    FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 23
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     place, sizes = (batch, head, piece, head // group), (length, heads, segments, span)
     buffers = buffers_of(BK, BV, C, STAGES, 0, GATE, FORM, DOT)

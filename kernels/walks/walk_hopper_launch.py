@@ -66,7 +66,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state, FORM=form,
+        KEEP=group > 1, LAST=return_state, FORM=form, **({"launch_pdl": True} if form & 16 else {}),
     )  # fmt: skip
     return o, last, kept
 

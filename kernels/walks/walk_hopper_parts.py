@@ -67,6 +67,18 @@ def pinned(x_CC, layout: gl.constexpr):
 
 
 @gluon.jit
+def await_launch():
+    """Waits until the kernel before this one has ended; zero, which what reads its results depends on."""
+    return gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_launch():
+    """Lets programs of the next kernel start beside those of this one."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _sum(a, b):
     return a + b
 
