@@ -56,7 +56,7 @@ def buffers_of(
     stages = (a_buffers, b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)))
     if GATE == SCALAR_GATE:
         stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
-    if FORM > 0:
+    if FORM & 1:
         state_buffer = gl.allocate_shared_memory(DOT, [2, BD, BE], shared_layout(BE))
         out_buffer = gl.allocate_shared_memory(DOT, [1 if SLOTS > 0 else 2, C, BE], shared_layout(BE))
         scores_buffer = out_buffer
@@ -163,7 +163,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -180,7 +180,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
     """
-    lines, given, last, sums, decays, rowsum, part_size = pointers
+    lines, given, last, sums, decays, rowsum, part_size, gate = pointers
     batch, head, piece, _ = place
     length, heads, segments, span = sizes
     stages, work, of_probe, bars = buffers
@@ -193,8 +193,21 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    for early in gl.static_range(STAGES - 1):
-        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    if FORM & 8:
+        for early in gl.static_range(STAGES - 1):
+            t_far = _start(n_first, early, steps, C)
+            rows = ([batch, t_far, place[3], 0], [batch, t_far, place[3], 0], [batch, t_far, head, 0])
+            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 3)
+        make_lines(gate, lines, place, heads, n_first, steps, length, C, GROUPS, 32)
+        for early in gl.static_range(STAGES - 1):
+            tma.async_copy_global_to_shared(
+                sources[3], [batch * heads + head, _start(n_first, early, steps, C)], bars.index(early), stages[3].index(early)
+            )
+    else:
+        for early in gl.static_range(STAGES - 1):
+            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    if FORM & 16:
+        sums += await_launch()
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
@@ -419,18 +432,18 @@ def forward_kernel(
             await_launch()
     head, piece, batch = program(gl.program_id(0), heads, segments)
     sources = (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v)
-    pointers = (lines, first, last, sums, decays, last, 0)
+    pointers = (lines, first, last, sums, decays, last, 0, gate)
     FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 23
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     place, sizes = (batch, head, piece, head // group), (length, heads, segments, span)
-    buffers = buffers_of(BK, BV, C, STAGES, 0, GATE, FORM, DOT)
-    if FORM > 0:
+    buffers = buffers_of(BK, BV, C, STAGES, 0, GATE, FORM & 1, DOT)
+    if FORM & 1:
         walk_held(
-            sources, v, o, states, pointers + (gate,), rate, place, sizes, buffers,
+            sources, v, o, states, pointers, rate, place, sizes, buffers,
             K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
         )  # fmt: skip
     else:
         walk(
             sources, v, o, states, pointers, rate, place, sizes, buffers,
-            K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
+            K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
         )  # fmt: skip

@@ -361,16 +361,16 @@ def backward_kernel(
             )  # fmt: skip
     else:
         sources = (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k)
-        pointers = (lines, first, first, before, decays_before, rowsum, part_size)
+        pointers = (lines, first, first, before, decays_before, rowsum, part_size, gate)
         if FORM & 4:
             walk_held(
-                sources, q, dq, q, pointers + (gate,), rate, (batch, head, piece, head), sizes,
-                buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 7, DOT),
+                sources, q, dq, q, pointers, rate, (batch, head, piece, head), sizes,
+                buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 1, DOT),
                 V, K, W, W, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, 7, DOT,
             )  # fmt: skip
         else:
             walk(
                 sources, q, dq, q, pointers, rate, (batch, head, piece, head), sizes,
                 buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 0, DOT),
-                V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT,
+                V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, 0, DOT,
             )  # fmt: skip

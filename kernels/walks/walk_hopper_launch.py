@@ -51,7 +51,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
     kept = entering_like(inputs)
     lines, sums, decays = parts = kept.split(sizes(inputs))
-    form = walk_hopper_plan.FORM if config.groups == 1 else 0
+    form = walk_hopper_plan.FORM if config.groups == 1 else walk_hopper_plan.FORM & 24
     make = lines.numel() > 0 and form & 8 > 0
     if lines.numel() and not make:
         make_lines(lines, gate)
