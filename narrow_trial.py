@@ -143,6 +143,11 @@ def errors(got, want):
     return found
 
 
+def others(x):
+    """Inputs of the same shapes with other numbers: a call with them leaves memory that holds nothing of use to the next one."""
+    return {n: 0.5 * t for n, t in x.items()}
+
+
 def check_fp64(name, width, gate, shape, *, strong):
     batch, length, heads = shape
     groups, k_dim, v_dim = (1, 128, 64) if gate == "ssd" else (heads, width, width)
@@ -150,12 +155,14 @@ def check_fp64(name, width, gate, shape, *, strong):
     names = ["o", "final", *learned(x, gate)]
     function, backend = use(name)
     with backend("triton"):
-        got = both_of(function, x, gate, state=True)[1]()
-        repeats = sum(all(torch.equal(a, b) for a, b in zip(got, both_of(function, x, gate, state=True)[1](), strict=True)) for _ in range(5))
+        got, repeats = both_of(function, x, gate, state=True)[1](), 0
+        for _ in range(8):
+            both_of(function, others(x), gate, state=True)[1]()
+            repeats += all(torch.equal(a, b) for a, b in zip(got, both_of(function, x, gate, state=True)[1](), strict=True))
     with use_backend("chunked"):
         want = both_of(linear_recurrence, {n: t.double() for n, t in x.items()}, gate, state=True)[1]()
     found = dict(zip(names, errors(got, want), strict=True))
-    right = repeats == 5 and all(e <= (2e-2 if n == "log_decay" else 5e-3) for n, e in found.items())
+    right = repeats == 8 and all(e <= (2e-2 if n == "log_decay" else 5e-3) for n, e in found.items())
     return {"right": right, "equal_repeats": repeats, "errors": {n: float(f"{e:.3g}") for n, e in found.items()}}
 
 
@@ -244,7 +251,10 @@ def measure(out, began, limit):
                 with backend("triton"):
                     forward, both = both_of(function, x, gate)
                     got = both()
-                    record["equal_repeats"] = sum(all(bool(torch.equal(a, b)) for a, b in zip(got, both(), strict=True)) for _ in range(10))
+                    record["equal_repeats"], between = 0, both_of(function, others(x), gate)[1]
+                    for _ in range(10):
+                        between()
+                        record["equal_repeats"] += all(bool(torch.equal(a, b)) for a, b in zip(got, both(), strict=True))
                     if reference is None:
                         reference = got
                     record["from_shipped"] = {n: float(f"{e:.3g}") for n, e in zip(["o", *learned(x, gate)], errors(got, reference), strict=True)}

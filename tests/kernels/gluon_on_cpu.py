@@ -134,9 +134,9 @@ class Program:
     @staticmethod
     def ask(code: str, _: str, where: list[Any], **__: Any) -> Any:
         """What is pinned stays as it is, fences for copies from global memory do nothing; lines that are asked for have addresses."""
-        if code.startswith(("mov", "fence.proxy.async.global")):
+        if code.startswith("mov"):
             return where[0]
-        if code.startswith("griddepcontrol"):
+        if code.startswith(("griddepcontrol", "fence.proxy.async.global")):
             return 0
         assert code.startswith("prefetch.global")
         at = torch.as_tensor(where[0].at)
