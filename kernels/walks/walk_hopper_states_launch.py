@@ -28,8 +28,10 @@ def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs,
         _walk_states(b, c, c, lines, inputs, None, None, sums, pieces.number - 1, config, reverse=reverse, keep=False, make=make)
 
 
-def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool) -> Tensor:
-    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit; `last` is written."""
+def states(
+    b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit, and lines of scalar decays; `last` is written."""
     b, c = aligned(b), aligned(c)
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
     lines, *sums = parts = entering_like(inputs).split(sizes(inputs))
@@ -39,7 +41,7 @@ def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Ten
     segment_sums(b, c, parts, inputs, reverse=reverse, make=make)
     kept = c.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
     _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True, make=make)
-    return kept
+    return kept, lines.view(batch, heads, -1) if lines.numel() else None
 
 
 def _walk_states(
