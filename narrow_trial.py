@@ -28,7 +28,15 @@ from kernels_shipped.recurrence import linear_recurrence as shipped_recurrence
 
 HEADS = 16
 SHAPES = {"T512": (32, 512), "T2048": (8, 2048), "T8192": (2, 8192), "T32768": (1, 32768)}
-DEFAULT = {"FORWARD": dict(plan.FORWARD), "SHARED": plan.SHARED}
+DEFAULT = {"FORWARD": dict(plan.FORWARD), "SHARED": plan.SHARED, "suits": plan.suits}
+
+
+def suits_narrow(inputs):
+    """Gradients of all narrow heads on Hopper's walks."""
+    own = inputs.k.shape[2] == inputs.v.shape[2]
+    return own and plan.fits(inputs) and max(inputs.k.shape[3], inputs.v.shape[3]) <= 64
+
+
 SIX = {64: plan.Config(1, 6), 128: plan.FORWARD[128]}
 VARIANTS = {
     "shipped": None,
@@ -41,10 +49,12 @@ VARIANTS = {
     "lines, four stages": (15, 0, {"SHARED": plan.Config(1, 4)}),
     "beside": (23, 0, {}),
     "lines, beside": (31, 0, {}),
+    "lines, beside, two stages": (31, 0, {"SHARED": plan.Config(1, 2)}),
     "back factors": (15, 2, {}),
     "back queries": (15, 6, {}),
     "back all": (15, 7, {}),
     "back all, beside": (31, 7, {}),
+    "narrow gradients": (23, 7, {"suits": suits_narrow}),
 }
 
 
@@ -69,12 +79,12 @@ def variants_of(width, gate, shape):
     if width == 128 and gate != "ssd":
         return ["shipped", *(["lines", "lines, beside"] if gate == "scalar" else ["beside"])]
     if gate == "ssd":
-        return ["shipped", "as before", "late", "lines", "lines, beside", *([] if long else ["lines, four stages"])]
+        return ["shipped", "as before", "late", "lines", "lines, beside", "lines, beside, two stages" if long else "lines, four stages"]
     if gate == "scalar":
         found = ["shipped", "as before", "late", "lines", "lines, beside", *([] if long else ["registers", "factors"])]
         return [*found, *(["back all", "back all, beside"] if long else ["back factors", "back queries", "back all"])]
     found = ["shipped", "registers", "late", "beside", *([] if long else ["late, six stages"])]
-    return [*found, *(["factors"] if gate == "constant" and not long else []), *(["back all, beside"] if long else [])]
+    return [*found, *(["factors"] if gate == "constant" and not long else []), *(["back all, beside"] if long else ["narrow gradients"])]
 
 
 ROWS = [("T2048", 64, "scalar"), ("T2048", 64, "constant"), ("T2048", 64, "none"), ("T2048", 128, "ssd"), ("T8192", 64, "scalar"),
