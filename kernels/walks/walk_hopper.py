@@ -254,7 +254,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & (piece == segments - 1))
 
 
-EASY = gl.constexpr(-96.0)
+EASY = gl.constexpr(96.0)
 
 
 @gluon.jit
@@ -290,7 +290,7 @@ def _held(
     if GATE == NO_GATE:
         scores_CC = gl.where(is_seen, scores_CC, 0.0)
     else:
-        easy = half >= EASY
+        easy = (half >= -EASY) & (half <= EASY)
         if GATE == CONSTANT_GATE:
             easy = easy & (t + C <= length)
         if (FORM & 2) > 0:

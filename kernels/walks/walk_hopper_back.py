@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, sums_layout, thread_barrier
-from kernels.walks.walk_hopper import buffers_of, walk, walk_held
+from kernels.walks.walk_hopper import EASY, buffers_of, walk, walk_held
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     add_rows,
@@ -92,7 +92,7 @@ def _seen(
         fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
         fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
         if FORM & 2:
-            if half >= -96.0:
+            if (half >= -EASY) & (half <= EASY):
                 of_rows, of_cols = gl.exp2(-fall_rows), gl.exp2(fall_cols)
                 decay_CC = gl.where(is_seen, of_rows[:, None] * of_cols[None, :], 0.0)
             else:
