@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -307,8 +308,47 @@ def _held(
 
 
 @gluon.jit
+def bring_first(
+    sources, stages, bars, pointers, place, sizes, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, FORM: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy the first chunks."""
+    batch, head, piece, _ = place
+    length, heads, segments, span = sizes
+    lines, gate = pointers[0], pointers[7]
+    BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
+    n_first, steps = chunks_of(piece, span, length, C)
+    AHEAD: gl.constexpr = STAGES if FORM & 4 else STAGES - 1
+    if FORM & 8:
+        for early in gl.static_range(AHEAD):
+            t_far = _start(n_first, early, steps, C)
+            rows = ([batch, t_far, place[3], 0], [batch, t_far, place[3], 0], [batch, t_far, head, 0])
+            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 3)
+        make_lines(gate, lines, place, heads, n_first, steps, length, C, 1, 32)
+        for early in gl.static_range(AHEAD):
+            tma.async_copy_global_to_shared(
+                sources[3], [batch * heads + head, _start(n_first, early, steps, C)], bars.index(early), stages[3].index(early)
+            )
+    else:
+        for early in gl.static_range(AHEAD):
+            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+
+
+@gluon.jit
+def _feed(
+    sources, stages, bars, free, place, sizes, BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr
+):  # fmt: skip
+    """The partition that brings rows."""
+    length, heads, _, span = sizes
+    n_first, steps = chunks_of(place[2], span, length, C)
+    for step in range(STAGES, steps + 1):
+        mbarrier.wait(free.index(step % STAGES), (step // STAGES + 1) % 2)
+        _bring(bars, sources, stages, place, heads, _start(n_first, step, steps, C), step, BYTES, C, STAGES, GATE)
+
+
+@gluon.jit
 def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
-    sources, probe, out, states, pointers, rate, place, sizes, buffers,
+    sources, probe, out, states, pointers, rate, place, sizes, buffers, free,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
     KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
@@ -327,19 +367,8 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
     n_first, steps = chunks_of(piece, span, length, C)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     AHEAD: gl.constexpr = STAGES if FORM & 4 else STAGES - 1
-    if FORM & 8:
-        for early in gl.static_range(AHEAD):
-            t_far = _start(n_first, early, steps, C)
-            rows = ([batch, t_far, place[3], 0], [batch, t_far, place[3], 0], [batch, t_far, head, 0])
-            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 3)
-        make_lines(gate, lines, place, heads, n_first, steps, length, C, 1, 32)
-        for early in gl.static_range(AHEAD):
-            tma.async_copy_global_to_shared(
-                sources[3], [batch * heads + head, _start(n_first, early, steps, C)], bars.index(early), stages[3].index(early)
-            )
-    else:
-        for early in gl.static_range(AHEAD):
-            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    if not FORM & 32:
+        bring_first(sources, stages, bars, pointers, place, sizes, BD, BE, C, STAGES, GATE, FORM)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
     if FORM & 16:
@@ -377,7 +406,7 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         if KEEP:
             chunk = batch * ((length + C - 1) // C) + t // C
             tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
-        if not FORM & 4:
+        if not FORM & 36:
             _bring(bars, sources, stages, place, heads, t_far, step + AHEAD, BYTES, C, STAGES, GATE)
         read, state = _decayed(
             read, state, own, of_probe, rowsum, part_size, rate, half, t, step, length,
@@ -397,7 +426,9 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
-        if FORM & 4:
+        if FORM & 32:
+            mbarrier.arrive(free.index(step % STAGES), count=1)
+        elif FORM & 4:
             _bring(bars, sources, stages, place, heads, t_far, step + AHEAD, BYTES, C, STAGES, GATE)
         if PROBE:
             _bring_probe(of_probe, probe, batch, _start(n_first, step + SLOTS, steps, C), head, step % SLOTS, C, BE)
@@ -407,7 +438,11 @@ def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the poi
             scores, following, rate, next_half, t_next, length, factors, square, narrow, tall, C, GATE, FORM, DOT
         )
         half, t = next_half, t_next
-    await_rest(bars, steps + 1, AHEAD - 1, STAGES)
+    if FORM & 32:
+        for rest in range(steps + 1, STAGES):
+            await_stage(bars, rest, STAGES)
+    else:
+        await_rest(bars, steps + 1, AHEAD - 1, STAGES)
     await_rest(of_probe[1], steps, SLOTS if PROBE else 0, SLOTS)
     tma.store_wait(0)
     if LAST:
@@ -433,13 +468,27 @@ def forward_kernel(
     head, piece, batch = program(gl.program_id(0), heads, segments)
     sources = (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v)
     pointers = (lines, first, last, sums, decays, last, 0, gate)
-    FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 23
+    FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 55
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     place, sizes = (batch, head, piece, head // group), (length, heads, segments, span)
     buffers = buffers_of(BK, BV, C, STAGES, 0, GATE, FORM & 1, DOT)
-    if FORM & 1:
+    if FORM & 32:
+        free = barriers(STAGES)
+        bring_first(sources, buffers[0], buffers[3], pointers, place, sizes, BK, BV, C, STAGES, GATE, FORMED)
+        gl.warp_specialize(
+            [
+                (walk_held, (
+                    sources, v, o, states, pointers, rate, place, sizes, buffers, free,
+                    K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
+                )),
+                (_feed, (sources, buffers[0], buffers[3], free, place, sizes, 2 * C * (2 * BK + BV), C, STAGES, GATE)),
+            ],
+            [1],
+            [40],
+        )  # fmt: skip
+    elif FORM & 1:
         walk_held(
-            sources, v, o, states, pointers, rate, place, sizes, buffers,
+            sources, v, o, states, pointers, rate, place, sizes, buffers, buffers[3],
             K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
         )  # fmt: skip
     else:

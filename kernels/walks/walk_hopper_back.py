@@ -363,9 +363,10 @@ def backward_kernel(
         sources = (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k)
         pointers = (lines, first, first, before, decays_before, rowsum, part_size, gate)
         if FORM & 4:
+            held_buffers = buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 1, DOT)
             walk_held(
                 sources, q, dq, q, pointers, rate, (batch, head, piece, head), sizes,
-                buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 1, DOT),
+                held_buffers, held_buffers[3],
                 V, K, W, W, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, 7, DOT,
             )  # fmt: skip
         else:

@@ -17,7 +17,7 @@ from kernels.walks.walk_pieces import Pieces, n_segments
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
-FORM = 31
+FORM = 15
 BACK_FORM = 7
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
