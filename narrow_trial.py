@@ -286,7 +286,8 @@ def measure(out, began, limit):
                         reference = got
                     record["from_shipped"] = {n: float(f"{e:.3g}") for n, e in zip(["o", *learned(x, gate)], errors(got, reference), strict=True)}
                     record["right"] = record["equal_repeats"] == 5 and all(e <= (2e-2 if n == "log_decay" else 7e-3) for n, e in record["from_shipped"].items())
-                    graphs[name] = captured(forward), captured(both), x
+                    # The calls are kept, and what they read with them: memory of the others is given back at the next capture.
+                    graphs[name] = captured(forward), captured(both), forward, both
                     times[name] = [], []
             except Exception:
                 record["failed"] = traceback.format_exc()[-1500:]
