@@ -36,16 +36,12 @@ class RowSums(NamedTuple):
             parts are not apart.
         chunk: tokens of a chunk.
         between: states between pieces of long rows, or None: sums of whole rows and of packed sequences.
-        decays: log2 decays summed from the start of each chunk [B, H, T or more], or None: the gate says what a chunk decays.
-        whole: so many times their last number is what a chunk decays.
     """
 
     parts: Tensor
     reads: int
     chunk: int
     between: Segments | Chunks | None = None
-    decays: Tensor | None = None
-    whole: int = 1
 
 
 def decay_gradient(
@@ -76,10 +72,9 @@ def decay_gradient(
         ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))
     later_BTH = sums.parts.new_empty(batch, length, heads)
     decay_gradient_kernel[(batch * pieces * heads,)](
-        sums.parts, gate_of(log_decay, later_BTH) if sums.decays is None else sums.decays, later_BTH if starts is None else starts, later_BTH if ends is None else ends,
-        later_BTH, sums.parts.stride(0), sums.parts.stride(2), length, 0 if sums.decays is None else sums.decays.shape[-1], heads,
-        gate_every(log_decay, batch), pieces, tokens,
-        PARTS=parts, READS=sums.reads, WHOLE=0 if sums.decays is None else sums.whole, GATE=_gate_kind(log_decay), ENDS=ends is not None,
+        sums.parts, gate_of(log_decay, later_BTH), later_BTH if starts is None else starts, later_BTH if ends is None else ends,
+        later_BTH, sums.parts.stride(0), sums.parts.stride(2), length, heads, gate_every(log_decay, batch), pieces, tokens,
+        PARTS=parts, READS=sums.reads, GATE=_gate_kind(log_decay), ENDS=ends is not None,
         APART=sums.between is not None or starts is not None,
         PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, num_warps=8,
     )  # fmt: skip

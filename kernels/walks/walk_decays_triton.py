@@ -32,8 +32,8 @@ def _sums_from(x_N, stops_N, later):
 @entry
 def decay_gradient_kernel(
     rowsums, gate, starts, ends, out, part_stride: tl.int64, head_stride: tl.int64,
-    length: tl.int32, row: tl.int32, heads: tl.int32, gate_every: tl.int32, pieces: tl.int32, segment: tl.int32,
-    PARTS: tl.constexpr, READS: tl.constexpr, WHOLE: tl.constexpr, GATE: tl.constexpr, ENDS: tl.constexpr, APART: tl.constexpr,
+    length: tl.int32, heads: tl.int32, gate_every: tl.int32, pieces: tl.int32, segment: tl.int32,
+    PARTS: tl.constexpr, READS: tl.constexpr, GATE: tl.constexpr, ENDS: tl.constexpr, APART: tl.constexpr,
     PIECES: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """dL/dlog_decay_t = sum of dL/dG_i over i >= t of the sequence, and `ends`, what crosses its end [B, H].
@@ -42,18 +42,14 @@ def decay_gradient_kernel(
     (APART). `rowsums` is [parts, B * H, T] by its strides,
     `out` [B, T, H]. Where READS parts are what queries read from earlier chunks, the others sum over a chunk to what its keys give
     to later ones, less: pairs of the chunk cancel. If it forgets what entered it, that is all that crosses its end, and sums start
-    anew there, from numbers that were rounded in one walk. `gate` are log decays, or with WHOLE log2 ones summed from the start of
-    each chunk, [B, H, row], whose last number is a WHOLE-th of what the chunk decays.
+    anew there, from numbers that were rounded in one walk.
     """
     _, head, piece, batch = _place(tl.program_id(0), 1, heads, pieces)
     begin, count = _bounds(starts, piece, segment, length, PIECES)
     behind = begin + count if APART else length
     rowsums += (batch * heads + head) * head_stride
     out += batch.to(tl.int64) * length * heads + head
-    if WHOLE > 0:
-        gate += (batch * heads + head).to(tl.int64) * row
-    else:
-        gate = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
+    gate = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
     token_NC = tl.arange(0, ROWS // C)[:, None] * C + tl.arange(0, C)[None, :]
     later = tl.zeros([], tl.float32)
     if ENDS:
@@ -71,15 +67,11 @@ def decay_gradient_kernel(
             own_NC += tl.load(rowsums + part * part_stride + t_NC, mask=t_NC < behind, other=0.0)
         total_N = tl.sum(own_NC, 1)
         if READS > 0:
-            if WHOLE > 0:
-                t_N = first + tl.arange(0, ROWS // C) * C
-                whole_N = WHOLE * tl.load(gate + tl.minimum(t_N + C, row) - 1, mask=t_N < behind, other=0.0)
-            elif GATE == SCALAR_GATE:
+            if GATE == SCALAR_GATE:
                 decay_NC = tl.load(gate + t_NC.to(tl.int64) * heads, mask=t_NC < behind, other=0.0)
-                whole_N = tl.sum(decay_NC, 1) * LOG2_E
             else:
-                whole_N = tl.sum(tl.where(t_NC < behind, tl.load(gate), 0.0), 1) * LOG2_E
-            forgets_N = whole_N < FORGOTTEN
+                decay_NC = tl.where(t_NC < behind, tl.load(gate), 0.0)
+            forgets_N = tl.sum(decay_NC, 1) * LOG2_E < FORGOTTEN
             starting_N = _sums_from(total_N + tl.where(forgets_N, given_N, 0.0), forgets_N, later)
             later_N = tl.where(forgets_N, given_N, starting_N - total_N)
         else:

@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -25,17 +24,13 @@ from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_la
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     add_rows,
-    await_launch,
     await_rest,
     await_stage,
     bring,
-    bring_rows,
     chunks_of,
     falls,
     half_of,
     line_layout,
-    make_lines,
-    pinned,
     program,
     rate_of,
     row_sums,
@@ -49,7 +44,7 @@ from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 @gluon.jit
 def buffers_of(
     BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr,
-    FORM: gl.constexpr, DOT: gl.constexpr,
+    DOT: gl.constexpr,
 ):  # fmt: skip
     """Shared memory: rows and a line of decays of each stage; the state, outputs, scores; slots of the probe; barriers."""
     a_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, BD], shared_layout(BD))
@@ -57,14 +52,9 @@ def buffers_of(
     stages = (a_buffers, b_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, BE], shared_layout(BE)))
     if GATE == SCALAR_GATE:
         stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
-    if FORM & 1:
-        state_buffer = gl.allocate_shared_memory(DOT, [2, BD, BE], shared_layout(BE))
-        out_buffer = gl.allocate_shared_memory(DOT, [1 if SLOTS > 0 else 2, C, BE], shared_layout(BE))
-        scores_buffer = out_buffer
-    else:
-        state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
-        out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
-        scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    state_buffer = gl.allocate_shared_memory(DOT, [BD, BE], shared_layout(BE))
+    out_buffer = gl.allocate_shared_memory(DOT, [C, BE], shared_layout(BE))
+    scores_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
     slots, slot_bars = out_buffer, out_buffer
     if SLOTS > 0:
         slots, slot_bars = gl.allocate_shared_memory(DOT, [SLOTS, C, BE], shared_layout(BE)), barriers(SLOTS)
@@ -164,7 +154,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -181,7 +171,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
     """
-    lines, given, last, sums, decays, rowsum, part_size, gate = pointers
+    lines, given, last, sums, decays, rowsum, part_size = pointers
     batch, head, piece, _ = place
     length, heads, segments, span = sizes
     stages, work, of_probe, bars = buffers
@@ -194,21 +184,8 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    if FORM & 8:
-        for early in gl.static_range(STAGES - 1):
-            t_far = _start(n_first, early, steps, C)
-            rows = ([batch, t_far, place[3], 0], [batch, t_far, place[3], 0], [batch, t_far, head, 0])
-            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 3)
-        make_lines(gate, lines, place, heads, n_first, steps, length, C, GROUPS, 32)
-        for early in gl.static_range(STAGES - 1):
-            tma.async_copy_global_to_shared(
-                sources[3], [batch * heads + head, _start(n_first, early, steps, C)], bars.index(early), stages[3].index(early)
-            )
-    else:
-        for early in gl.static_range(STAGES - 1):
-            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
-    if FORM & 16:
-        sums += await_launch()
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
@@ -255,244 +232,23 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & (piece == segments - 1))
 
 
-EASY = gl.constexpr(96.0)
-
-
-@gluon.jit
-def _factors(stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
-    """Decays of rows and columns of a chunk's pairs, about the middle of what the chunk decays."""
-    fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
-    fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
-    return gl.exp2(fall_rows), gl.exp2(-fall_cols)
-
-
-@gluon.jit
-def _rough(scores_CC, stage, rate, half, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
-    """Scores decayed, and decays of rows that enter the state, without factors that overflow."""
-    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
-    fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
-    differences = gl.where(rows[:, None] >= cols[None, :], fall_rows[:, None] - fall_cols[None, :], float("-inf"))
-    return scores_CC * gl.exp2(differences), gl.exp2(half - fall_cols)
-
-
-@gluon.jit
-def _held(
-    scores, stage, rate, half, t, length, factors, square: gl.constexpr, narrow: gl.constexpr, tall: gl.constexpr,
-    C: gl.constexpr, GATE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """Waits for a chunk's scores, decays them, and keeps them as the left operand of the outputs' product; and decays of rows
-    that enter the state."""
-    scores_CC = warpgroup_mma_wait(0, [scores])
-    left: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
-    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    is_seen = rows[:, None] >= cols[None, :]
-    keep = half
-    if GATE == NO_GATE:
-        scores_CC = gl.where(is_seen, scores_CC, 0.0)
-    else:
-        easy = (half >= -EASY) & (half <= EASY)
-        if GATE == CONSTANT_GATE:
-            easy = easy & (t + C <= length)
-        if (FORM & 2) > 0:
-            of_rows, of_cols = factors
-            if easy:
-                scores_CC = gl.where(is_seen, scores_CC * of_rows[:, None] * of_cols[None, :], 0.0)
-                keep_C = of_cols * gl.exp2(half)
-            else:
-                scores_CC, keep_C = _rough(scores_CC, stage, rate, half, t, length, square, C, GATE)
-        else:
-            scores_CC, keep_C = _rough(scores_CC, stage, rate, half, t, length, square, C, GATE)
-        keep = keep_C
-    return pinned(scores_CC.to(DOT), left), keep
-
-
-@gluon.jit
-def bring_first(
-    sources, stages, bars, pointers, place, sizes, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, FORM: gl.constexpr,
-):  # fmt: skip
-    """Starts to copy the first chunks."""
-    batch, head, piece, _ = place
-    length, heads, segments, span = sizes
-    lines, gate = pointers[0], pointers[7]
-    BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
-    n_first, steps = chunks_of(piece, span, length, C)
-    AHEAD: gl.constexpr = STAGES if FORM & 4 else STAGES - 1
-    if FORM & 8:
-        for early in gl.static_range(AHEAD):
-            t_far = _start(n_first, early, steps, C)
-            rows = ([batch, t_far, place[3], 0], [batch, t_far, place[3], 0], [batch, t_far, head, 0])
-            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 3)
-        make_lines(gate, lines, place, heads, n_first, steps, length, C, 1, 32)
-        for early in gl.static_range(AHEAD):
-            tma.async_copy_global_to_shared(
-                sources[3], [batch * heads + head, _start(n_first, early, steps, C)], bars.index(early), stages[3].index(early)
-            )
-    else:
-        for early in gl.static_range(AHEAD):
-            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
-
-
-@gluon.jit
-def _feed(
-    sources, stages, bars, free, place, sizes, BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr
-):  # fmt: skip
-    """The partition that brings rows."""
-    length, heads, _, span = sizes
-    n_first, steps = chunks_of(place[2], span, length, C)
-    for step in range(STAGES, steps + 1):
-        mbarrier.wait(free.index(step % STAGES), (step // STAGES + 1) % 2)
-        _bring(bars, sources, stages, place, heads, _start(n_first, step, steps, C), step, BYTES, C, STAGES, GATE)
-
-
-@gluon.jit
-def walk_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
-    sources, probe, out, states, pointers, rate, place, sizes, buffers, free,
-    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """See `walk`; one warp group, which keeps scores in registers."""
-    lines, given, last, sums, decays, rowsum, part_size, gate = pointers
-    batch, head, piece, _ = place
-    length, heads, segments, span = sizes
-    stages, work, of_probe, bars = buffers
-    state_buffers, out_buffers, _ = work
-    square: gl.constexpr = sums_layout(C, 1)
-    narrow: gl.constexpr = sums_layout(BE, 1)
-    tall: gl.constexpr = state_layout(BD, BE, 1)
-    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
-    BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
-    n_first, steps = chunks_of(piece, span, length, C)
-    none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
-    AHEAD: gl.constexpr = STAGES if FORM & 4 else STAGES - 1
-    if not FORM & 32:
-        bring_first(sources, stages, bars, pointers, place, sizes, BD, BE, C, STAGES, GATE, FORM)
-    for early in gl.static_range(SLOTS if PROBE else 0):
-        _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    if FORM & 16:
-        sums += await_launch()
-    offsets, inside = _places(tall, D, E, BD, BE, TURNED)
-    own_place = (batch, head, piece)
-    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
-    t = _start(n_first, 0, steps, C)
-    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
-    state_buffers.index(0).store(state_DE.to(DOT))
-    fence_async_shared()
-    thread_barrier()
-    await_stage(bars, 0, STAGES)
-    first = at_stage(stages, 0)
-    factors = (half, half)
-    if (GATE == CONSTANT_GATE) and ((FORM & 2) > 0):
-        factors = _factors(first, rate, 0, C, square, C, GATE)
-    if (GATE == SCALAR_GATE) and ((FORM & 2) > 0):
-        factors = _factors(first, rate, t, length, square, C, GATE)
-    scores_CC, keep = _held(
-        _scores(first, none_CC), first, rate, half, t, length, factors, square, narrow, tall, C, GATE, FORM, DOT
-    )
-    for step in range(steps):
-        own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
-        t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + AHEAD, steps, C)
-        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
-        state_buffer, out_buffer = state_buffers.index(step % 2), out_buffers.index(0 if PROBE else step % 2)
-        read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
-        if GATE == NO_GATE:
-            state = warpgroup_mma(own[1].permute([1, 0]), own[2], state_DE, is_async=True)
-        else:
-            keep_C = gl.convert_layout(keep, gl.SliceLayout(0, left), assert_trivial=True)
-            a_DC = (own[1].permute([1, 0]).load(left).to(gl.float32) * keep_C[None, :]).to(DOT)
-            state = warpgroup_mma(a_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
-        if KEEP:
-            chunk = batch * ((length + C - 1) // C) + t // C
-            tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
-        if not FORM & 36:
-            _bring(bars, sources, stages, place, heads, t_far, step + AHEAD, BYTES, C, STAGES, GATE)
-        read, state = _decayed(
-            read, state, own, of_probe, rowsum, part_size, rate, half, t, step, length,
-            narrow, BE, 1, C, SLOTS, GATE, PROBE,
-        )  # fmt: skip
-        outputs = warpgroup_mma(scores_CC, own[2], read, is_async=True)
-        await_stage(bars, step + 1, STAGES)
-        scores = _scores(following, none_CC)
-        state_DE, outputs, scores = warpgroup_mma_wait(2, [state, outputs, scores])
-        state_buffers.index((step + 1) % 2).store(state_DE.to(DOT))
-        out_CE, scores = warpgroup_mma_wait(1, [outputs, scores])
-        if PROBE:
-            tma.store_wait(0)
-            thread_barrier()  # the outputs of the chunk before have left
-        out_buffer.store(out_CE.to(DOT))
-        tma.store_wait(0)  # before the barrier: the other buffers are free behind it
-        fence_async_shared()
-        thread_barrier()
-        tma.async_copy_shared_to_global(out, [batch, t, head, 0], out_buffer)
-        if FORM & 32:
-            mbarrier.arrive(free.index(step % STAGES), count=1)
-        elif FORM & 4:
-            _bring(bars, sources, stages, place, heads, t_far, step + AHEAD, BYTES, C, STAGES, GATE)
-        if PROBE:
-            _bring_probe(of_probe, probe, batch, _start(n_first, step + SLOTS, steps, C), head, step % SLOTS, C, BE)
-        if (GATE == SCALAR_GATE) and ((FORM & 2) > 0):
-            factors = _factors(following, rate, t_next, length, square, C, GATE)
-        scores_CC, keep = _held(
-            scores, following, rate, next_half, t_next, length, factors, square, narrow, tall, C, GATE, FORM, DOT
-        )
-        half, t = next_half, t_next
-    if FORM & 32:
-        for rest in range(steps + 1, STAGES):
-            await_stage(bars, rest, STAGES)
-    else:
-        await_rest(bars, steps + 1, AHEAD - 1, STAGES)
-    await_rest(of_probe[1], steps, SLOTS if PROBE else 0, SLOTS)
-    tma.store_wait(0)
-    if LAST:
-        gl.store(last + (batch * heads + head).to(gl.int64) * D * E + offsets, state_DE, mask=inside & (piece == segments - 1))
-
-
 @entry(do_not_specialize=SIZES, gluon=True)
 def forward_kernel(
     q, k, v, o, states, line_rows, lines, gate, first, last, sums, decays,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
-    LAST: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
+    LAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
     state before each chunk in 16 bit, [B * N * H, K, V].
     """
-    if FORM & 16:
-        if segments == 1:
-            await_launch()
     head, piece, batch = program(gl.program_id(0), heads, segments)
-    sources = (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v)
-    pointers = (lines, first, last, sums, decays, last, 0, gate)
-    FORMED: gl.constexpr = FORM if GATE == SCALAR_GATE else FORM & 55
-    rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
-    place, sizes = (batch, head, piece, head // group), (length, heads, segments, span)
-    buffers = buffers_of(BK, BV, C, STAGES, 0, GATE, FORM & 1, DOT)
-    if FORM & 32:
-        free = barriers(STAGES)
-        bring_first(sources, buffers[0], buffers[3], pointers, place, sizes, BK, BV, C, STAGES, GATE, FORMED)
-        gl.warp_specialize(
-            [
-                (walk_held, (
-                    sources, v, o, states, pointers, rate, place, sizes, buffers, free,
-                    K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
-                )),
-                (_feed, (sources, buffers[0], buffers[3], free, place, sizes, 2 * C * (2 * BK + BV), C, STAGES, GATE)),
-            ],
-            [1],
-            [40],
-        )  # fmt: skip
-    elif FORM & 1:
-        walk_held(
-            sources, v, o, states, pointers, rate, place, sizes, buffers, buffers[3],
-            K, V, BK, BV, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
-        )  # fmt: skip
-    else:
-        walk(
-            sources, v, o, states, pointers, rate, place, sizes, buffers,
-            K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, FORMED, DOT,
-        )  # fmt: skip
+    walk(
+        (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
+        (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
+        (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
+    )  # fmt: skip

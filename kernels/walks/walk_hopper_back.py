@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, sums_layout, thread_barrier
-from kernels.walks.walk_hopper import EASY, buffers_of, walk, walk_held
+from kernels.walks.walk_hopper import buffers_of, walk
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     add_rows,
@@ -32,7 +32,6 @@ from kernels.walks.walk_hopper_parts import (
     falls,
     half_of,
     line_layout,
-    pinned,
     program,
     rate_of,
     row_sums,
@@ -44,9 +43,7 @@ from kernels.walks.walk_triton import CONSTANT_GATE, NO_GATE, SCALAR_GATE
 
 
 @gluon.jit
-def _back_buffers(
-    W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr
-):
+def _back_buffers(W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr):
     """Shared memory: q, k, v and do and a line of decays of each stage; the state, both outputs, both scores; barriers."""
     q_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
     k_buffers = gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W))
@@ -54,16 +51,11 @@ def _back_buffers(
     stages = (q_buffers, k_buffers, v_buffers, gl.allocate_shared_memory(DOT, [STAGES, C, W], shared_layout(W)))
     if GATE == SCALAR_GATE:
         stages = stages + (gl.allocate_shared_memory(gl.float32, [STAGES, 1, C], line_layout()),)
-    if FORM & 1:
-        state_buffer = gl.allocate_shared_memory(DOT, [2, W, W], shared_layout(W))
-    else:
-        state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
+    state_buffer = gl.allocate_shared_memory(DOT, [W, W], shared_layout(W))
     dk_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
     dv_buffer = gl.allocate_shared_memory(DOT, [C, W], shared_layout(W))
-    kq_buffer, vo_buffer = dk_buffer, dv_buffer
-    if not FORM & 1:
-        kq_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
-        vo_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    kq_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    vo_buffer = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
     return stages, (state_buffer, dk_buffer, dv_buffer, kq_buffer, vo_buffer), barriers(STAGES)
 
 
@@ -75,8 +67,8 @@ def _start(n_first, step, steps, C: gl.constexpr):
 
 @gluon.jit
 def _seen(
-    kq_CC, vo_CC, stage, rate, half, t, length, square: gl.constexpr,
-    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr,
+    kq_CC, vo_CC, stage, rate, t, length, square: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys and later queries, and their gradients, decayed; and what pairs give to the gradient of the decays.
 
@@ -91,14 +83,7 @@ def _seen(
     else:
         fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
         fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
-        if FORM & 2:
-            if (half >= -EASY) & (half <= EASY):
-                of_rows, of_cols = gl.exp2(-fall_rows), gl.exp2(fall_cols)
-                decay_CC = gl.where(is_seen, of_rows[:, None] * of_cols[None, :], 0.0)
-            else:
-                decay_CC = gl.exp2(gl.where(is_seen, fall_cols[None, :] - fall_rows[:, None], float("-inf")))
-        else:
-            decay_CC = gl.exp2(gl.where(is_seen, fall_cols[None, :] - fall_rows[:, None], float("-inf")))
+        decay_CC = gl.exp2(gl.where(is_seen, fall_cols[None, :] - fall_rows[:, None], float("-inf")))
         kq_CC = kq_CC * decay_CC
         if PROBE:
             pairs_CC = gl.where(rows[:, None] == cols[None, :], 0.0, kq_CC * vo_CC)
@@ -132,14 +117,12 @@ def _decayed(
 
 
 @gluon.jit
-def _write(results, row, dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, FORM: gl.constexpr, DOT: gl.constexpr):
+def _write(results, row, dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, DOT: gl.constexpr):
     """Starts to copy a chunk's dk and dv to memory; the products of the scores still run."""
     dv_CW, dk_CW, kq, vo = warpgroup_mma_wait(2, [dv_sums, dk_sums, kq, vo])
     dv_buffer.store(dv_CW.to(DOT))
     dk_buffer.store(dk_CW.to(DOT))
     fence_async_shared()
-    if FORM & 1:
-        thread_barrier()  # the state of all warps is there
     tma.async_copy_shared_to_global(results[1], row, dv_buffer)
     tma.async_copy_shared_to_global(results[0], row, dk_buffer)
     return kq, vo
@@ -147,14 +130,12 @@ def _write(results, row, dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, FORM: g
 
 @gluon.jit
 def _store_scores(
-    kq_buffer, vo_buffer, kq, vo, stage, rate, half, t, length, square: gl.constexpr,
-    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
+    kq_buffer, vo_buffer, kq, vo, stage, rate, t, length, square: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Waits for a chunk's scores and their gradients, and stores them decayed; what `_seen` sums for keys and for queries."""
     kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
-    kq_CC, vo_CC, of_keys, of_queries = _seen(
-        kq_CC, vo_CC, stage, rate, half, t, length, square, C, GATE, GROUPS, PROBE, FORM
-    )
+    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, stage, rate, t, length, square, C, GATE, GROUPS, PROBE)
     kq_buffer.store(kq_CC.to(DOT))
     vo_buffer.store(vo_CC.to(DOT))
     return of_keys, of_queries
@@ -164,7 +145,7 @@ def _store_scores(
 def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, results, pointers, rate, place, sizes, buffers,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
+    GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's reverse walk over a segment for all of dk and dv.
 
@@ -198,7 +179,7 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     first = at_stage(stages, 0)
     early_kq, early_vo = _scores(first, none_CC)
     of_keys, of_queries = _store_scores(
-        kq_buffer, vo_buffer, early_kq, early_vo, first, rate, half, t, length, square, C, GATE, GROUPS, PROBE, FORM, DOT
+        kq_buffer, vo_buffer, early_kq, early_vo, first, rate, t, length, square, C, GATE, GROUPS, PROBE, DOT
     )
     state_buffer.store(state_KV.to(DOT))
     fence_async_shared()
@@ -225,98 +206,15 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
         tma.store_wait(0)
         thread_barrier()  # all warps' products have read the state, and copies the outputs of the chunk before
         state_buffer.store(state_KV.to(DOT))
-        kq, vo = _write(results, [batch, t, head, 0], dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, FORM, DOT)
+        kq, vo = _write(results, [batch, t, head, 0], dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, DOT)
         thread_barrier()  # all warps' products have read the scores
         of_keys, of_queries = _store_scores(
-            kq_buffer, vo_buffer, kq, vo, following, rate, next_half, t_next, length, square, C, GATE, GROUPS, PROBE, FORM, DOT
+            kq_buffer, vo_buffer, kq, vo, following, rate, t_next, length, square, C, GATE, GROUPS, PROBE, DOT
         )
         fence_async_shared()
         thread_barrier()  # see `kernels.walks.walk_hopper.walk`
         if PROBE:
             store_sums(rowsum + GROUPS * part_size + t_next, of_queries, part_size, False, C, GROUPS)
-        half, t = next_half, t_next
-    await_rest(bars, steps + 1, STAGES - 2, STAGES)
-    tma.store_wait(0)
-    if LAST:
-        gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & (piece == 0))
-
-
-@gluon.jit
-def _held(
-    kq, vo, stage, rate, half, t, length, square: gl.constexpr, left: gl.constexpr,
-    C: gl.constexpr, GATE: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """Waits for a chunk's scores and their gradients, and keeps them decayed as left operands; and what `_seen` sums."""
-    kq_CC, vo_CC = warpgroup_mma_wait(0, [kq, vo])
-    kq_CC, vo_CC, of_keys, of_queries = _seen(kq_CC, vo_CC, stage, rate, half, t, length, square, C, GATE, 1, PROBE, FORM)
-    return pinned(kq_CC.to(DOT), left), pinned(vo_CC.to(DOT), left), of_keys, of_queries
-
-
-@gluon.jit
-def _walk_back_held(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
-    sources, results, pointers, rate, place, sizes, buffers,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
-):  # fmt: skip
-    """See `_walk_back`; one warp group, which keeps scores in registers."""
-    lines, given, last, sums, decays, rowsum, part_size = pointers
-    batch, head, piece = place
-    length, heads, segments, span = sizes
-    stages, work, bars = buffers
-    state_buffers, dk_buffer, dv_buffer, _, _ = work
-    square: gl.constexpr = sums_layout(C, 1)
-    narrow: gl.constexpr = sums_layout(W, 1)
-    tall: gl.constexpr = state_layout(W, W, 1)
-    left: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
-    BYTES: gl.constexpr = 2 * C * 4 * W
-    n_first, steps = chunks_of(piece, span, length, C)
-    none_CW, none_CC = gl.zeros([C, W], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
-    for early in gl.static_range(STAGES - 1):
-        row = [batch, _start(n_first, early, steps, C), head, 0]
-        bring(bars, sources, stages, (row, row, row, row), [batch * heads + head, row[1]], early, BYTES, C, STAGES, GATE)
-    offsets, inside = columns_of(tall, 0, V, K, W, W)
-    state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, DLAST, True)
-    t = _start(n_first, 0, steps, C)
-    half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
-    state_buffers.index(0).store(state_KV.to(DOT))
-    fence_async_shared()
-    thread_barrier()
-    await_stage(bars, 0, STAGES)
-    first = at_stage(stages, 0)
-    early_kq, early_vo = _scores(first, none_CC)
-    kq_CC, vo_CC, of_keys, of_queries = _held(
-        early_kq, early_vo, first, rate, half, t, length, square, left, C, GATE, PROBE, FORM, DOT
-    )
-    if PROBE:
-        store_sums(rowsum + part_size + t, of_queries, part_size, False, C, 1)
-    for step in range(steps):
-        own, following = at_stage(stages, step % STAGES), at_stage(stages, (step + 1) % STAGES)
-        t_next = _start(n_first, step + 1, steps, C)
-        next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
-        state_buffer = state_buffers.index(step % 2)
-        dv_read = warpgroup_mma(own[1], state_buffer, none_CW, use_acc=False, is_async=True)
-        dk_read = warpgroup_mma(own[2], state_buffer.permute([1, 0]), none_CW, use_acc=False, is_async=True)
-        state = add_rows(state_KV, own[0], own[3], own, rate, half, t, length, tall, C, GATE, True, DOT)
-        row = [batch, _start(n_first, step + STAGES - 1, steps, C), head, 0]
-        line = [batch * heads + head, row[1]]
-        bring(bars, sources, stages, (row, row, row, row), line, step + STAGES - 1, BYTES, C, STAGES, GATE)
-        dv_read, dk_read, state = _decayed(
-            dv_read, dk_read, state, of_keys, own, rowsum, part_size, rate, half, t, length, narrow, W, 1, C, GATE, PROBE
-        )
-        dv_sums = warpgroup_mma(kq_CC, own[3], dv_read, is_async=True)
-        dk_sums = warpgroup_mma(vo_CC, own[0], dk_read, is_async=True)
-        await_stage(bars, step + 1, STAGES)
-        kq, vo = _scores(following, none_CC)
-        state_KV, dv_sums, dk_sums, kq, vo = warpgroup_mma_wait(4, [state, dv_sums, dk_sums, kq, vo])
-        state_buffers.index((step + 1) % 2).store(state_KV.to(DOT))
-        tma.store_wait(0)
-        thread_barrier()  # the outputs of the chunk before have left
-        kq, vo = _write(results, [batch, t, head, 0], dk_buffer, dv_buffer, dk_sums, dv_sums, kq, vo, FORM, DOT)
-        kq_CC, vo_CC, of_keys, of_queries = _held(
-            kq, vo, following, rate, next_half, t_next, length, square, left, C, GATE, PROBE, FORM, DOT
-        )
-        if PROBE:
-            store_sums(rowsum + part_size + t_next, of_queries, part_size, False, C, 1)
         half, t = next_half, t_next
     await_rest(bars, steps + 1, STAGES - 2, STAGES)
     tma.store_wait(0)
@@ -330,7 +228,7 @@ def backward_kernel(
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr,
-    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, FORM: gl.constexpr, DOT: gl.constexpr,
+    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """All gradients. Grid: (2 * B * P * H,): keys and values of all heads, then, as their walks are shorter, the queries.
 
@@ -346,32 +244,16 @@ def backward_kernel(
     part_size = (length + C - 1) // C * C
     rowsum = rowsums + (batch.to(gl.int64) * heads + head) * part_size * (2 * GROUPS + 4)
     if gl.program_id(0) < of_keys:
-        back_sources = (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do)
-        back_pointers = (lines, dlast, dfirst, behind, decays_behind, rowsum + GROUPS * part_size, part_size)
-        back_buffers = _back_buffers(W, C, BACK_STAGES, GATE, FORM, DOT)
-        if FORM & 1:
-            _walk_back_held(
-                back_sources, (dk, dv), back_pointers, rate, (batch, head, piece), sizes, back_buffers,
-                K, V, W, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, FORM, DOT,
-            )  # fmt: skip
-        else:
-            _walk_back(
-                back_sources, (dk, dv), back_pointers, rate, (batch, head, piece), sizes, back_buffers,
-                K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, FORM, DOT,
-            )  # fmt: skip
+        _walk_back(
+            (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
+            (lines, dlast, dfirst, behind, decays_behind, rowsum + GROUPS * part_size, part_size), rate,
+            (batch, head, piece), sizes, _back_buffers(W, C, BACK_STAGES, GATE, DOT),
+            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, DOT,
+        )  # fmt: skip
     else:
-        sources = (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k)
-        pointers = (lines, first, first, before, decays_before, rowsum, part_size, gate)
-        if FORM & 4:
-            held_buffers = buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 1, DOT)
-            walk_held(
-                sources, q, dq, q, pointers, rate, (batch, head, piece, head), sizes,
-                held_buffers, held_buffers[3],
-                V, K, W, W, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, 7, DOT,
-            )  # fmt: skip
-        else:
-            walk(
-                sources, q, dq, q, pointers, rate, (batch, head, piece, head), sizes,
-                buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, 0, DOT),
-                V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, 0, DOT,
-            )  # fmt: skip
+        walk(
+            (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
+            (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
+            buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT,
+        )  # fmt: skip

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
-from kernels.walks import walk_hopper_plan
 from kernels.walks.walk_crossings import Segments, entering_states
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_hopper_plan import (
@@ -51,11 +50,9 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
     kept = entering_like(inputs)
     lines, sums, decays = parts = kept.split(sizes(inputs))
-    form = walk_hopper_plan.FORM if config.groups == 1 else walk_hopper_plan.FORM & 24
-    make = lines.numel() > 0 and form & 8 > 0
-    if lines.numel() and not make:
+    if lines.numel():
         make_lines(lines, gate)
-    segment_sums(k, v, parts, inputs, reverse=False, make=make)
+    segment_sums(k, v, parts, inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
     states = described[3]
     if group > 1:
@@ -66,7 +63,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state, FORM=form, **({"launch_pdl": True} if form & 16 else {}),
+        KEEP=group > 1, LAST=return_state,
     )  # fmt: skip
     return o, last, kept
 
@@ -105,12 +102,10 @@ def backward(
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
-        FORM=walk_hopper_plan.BACK_FORM if config.groups == 1 else 0,
     )  # fmt: skip
     between = None
     if gate_grad and pieces.number > 1:
         states = (batch, pieces.number, heads, k_dim, v_dim)
         entering = entering_states(before[0].view(states), before[1].view(states[:3]), state)
         between = Segments(entering, behind[0].view(states), behind[1].view(states[:3]), pieces.length)
-    summed = lines.view(batch, heads, -1) if lines.numel() else None
-    return dq, dk, RowSums(rowsums, config.groups, CHUNK, between, summed, 2)
+    return dq, dk, RowSums(rowsums, config.groups, CHUNK, between)

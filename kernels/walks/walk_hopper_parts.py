@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from kernels.delta_rule.delta_hopper import at_stage, fetch, thread_barrier
+from kernels.delta_rule.delta_hopper import at_stage, fetch
 from kernels.walks.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
@@ -57,57 +57,6 @@ def bring(
         fetch(bar, BYTES + 4 * C, sources, rows + (line,), targets)
     else:
         fetch(bar, BYTES, sources, rows, targets)
-
-
-@gluon.jit
-def pinned(x_CC, layout: gl.constexpr):
-    """Scores as a left operand, converted here: between products, the conversion would have the assembler wait for each of them."""
-    x_CC = gl.convert_layout(x_CC, layout, assert_trivial=True)
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x_CC], dtype=x_CC.dtype, is_pure=False, pack=2)
-
-
-@gluon.jit
-def await_launch():
-    """Waits until the kernel before this one has ended; zero, which what reads its results depends on."""
-    return gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def let_launch():
-    """Lets programs of the next kernel start beside those of this one."""
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _sum(a, b):
-    return a + b
-
-
-@gluon.jit
-def make_lines(gate, lines, place, heads, n_first, steps, length, C: gl.constexpr, GROUPS: gl.constexpr, AT_ONCE: gl.constexpr):
-    """Writes the lines of scalar log decays [B, T, H] of a segment, [B, H, N * C], and waits for all threads."""
-    batch, head = place[0], place[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4 * GROUPS, 1], [1, 0])
-    chunk_N, i_C = gl.arange(0, AT_ONCE, gl.SliceLayout(1, layout)), gl.arange(0, C, gl.SliceLayout(0, layout))
-    gate += batch.to(gl.int64) * length * heads + head
-    lines += (batch * heads + head).to(gl.int64) * ((length + C - 1) // C) * C
-    for block in range((steps + AT_ONCE - 1) // AT_ONCE):
-        order_N = block * AT_ONCE + chunk_N
-        t_NC = ((n_first + order_N) * C)[:, None] + i_C[None, :]
-        inside_NC = (order_N < steps)[:, None] & (t_NC >= 0)
-        step_NC = gl.load(gate + t_NC.to(gl.int64) * heads, mask=inside_NC & (t_NC < length), other=0.0) * LOG2_E
-        line_NC = gl.associative_scan(step_NC, 1, _sum) - 0.5 * gl.sum(step_NC, 1)[:, None]
-        gl.store(lines + t_NC, line_NC, mask=inside_NC)
-    gl.inline_asm_elementwise("fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    thread_barrier()
-
-
-@gluon.jit
-def bring_rows(bar, sources, stages, rows, BYTES: gl.constexpr, C: gl.constexpr, COUNT: gl.constexpr):
-    """Starts to copy rows of a chunk into their stage, whose line of scalar decays is brought when it is made."""
-    mbarrier.expect(bar, BYTES + 4 * C)
-    for index in gl.static_range(COUNT):
-        tma.async_copy_global_to_shared(sources[index], rows[index], bar, stages[index])
 
 
 @gluon.jit
@@ -180,15 +129,6 @@ def add_rows(
 
 
 @gluon.jit
-def _segment(sums, decays, place, n, count, heads, segments, offsets, inside, SIZE: gl.constexpr, REVERSE: gl.constexpr):
-    """Log2 decay of the n-th of so many segments on the way, and what it adds to the state; nothing beyond the last."""
-    batch, head, _ = place
-    index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-    decay = gl.load(decays + index, mask=n < count, other=0.0)
-    return decay, gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside & (n < count), other=0.0)
-
-
-@gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
     SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr,
@@ -198,13 +138,10 @@ def state_of(
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
     if GIVEN:
         state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    count = (segments - 1 - piece) if REVERSE else piece
-    decay, added = _segment(sums, decays, place, 0, count, heads, segments, offsets, inside, SIZE, REVERSE)
-    for n in range(count):
-        # Asked for a turn ahead, as nothing else hides how long it takes.
-        next_decay, next_added = _segment(sums, decays, place, n + 1, count, heads, segments, offsets, inside, SIZE, REVERSE)
-        state_DE = state_DE * gl.exp2(decay) + added
-        decay, added = next_decay, next_added
+    for n in range((segments - 1 - piece) if REVERSE else piece):
+        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+        added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
 
 

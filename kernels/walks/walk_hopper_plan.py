@@ -17,8 +17,6 @@ from kernels.walks.walk_pieces import Pieces, n_segments
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
-FORM = 15
-BACK_FORM = 7
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 WIDTH, NARROW = 128, 64

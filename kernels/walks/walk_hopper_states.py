@@ -24,13 +24,10 @@ from kernels.walks.walk_hopper_parts import (
     await_rest,
     await_stage,
     bring,
-    bring_rows,
     chunks_of,
     entering,
     half_of,
-    let_launch,
     line_layout,
-    make_lines,
     program,
     rate_of,
     state_layout,
@@ -89,7 +86,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
-    REVERSE: gl.constexpr, MAKE: gl.constexpr, DOT: gl.constexpr,
+    REVERSE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
 
@@ -101,8 +98,6 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
 
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
-    if not KEEP:
-        let_launch()
     tiles: gl.constexpr = (V + BV - 1) // BV
     tile = gl.program_id(0) % tiles
     head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)
@@ -116,19 +111,9 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     stages, state_buffers, bars = _buffers(BK, BV, C, STAGES, GATE, KEEP, DOT)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     n_first, steps = chunks_of(piece, span, length, C)
-    if MAKE:
-        for early in gl.static_range(STAGES):
-            t_far = _start(n_first, early, steps, C, BACK)
-            rows = ([batch, t_far, head // group, 0], [batch, t_far, head, place[2]])
-            bring_rows(bars.index(early), sources, at_stage(stages, early), rows, BYTES, C, 2)
-        make_lines(gate, lines, place, heads, n_first, steps, length, C, GROUPS, 32)
-        for early in gl.static_range(STAGES):
-            t_far = _start(n_first, early, steps, C, BACK)
-            tma.async_copy_global_to_shared(sources[2], [batch * heads + head, t_far], bars.index(early), stages[2].index(early))
-    else:
-        for early in gl.static_range(STAGES):
-            t_far = _start(n_first, early, steps, C, BACK)
-            _bring(bars, sources, stages, place, group, heads, t_far, early, BYTES, C, STAGES, GATE)
+    for early in gl.static_range(STAGES):
+        t_far = _start(n_first, early, steps, C, BACK)
+        _bring(bars, sources, stages, place, group, heads, t_far, early, BYTES, C, STAGES, GATE)
     offsets, inside = columns_of(tall, place[2], V, K, BK, BV)
     state_KV = gl.zeros([BK, BV], gl.float32, tall)
     if KEEP:

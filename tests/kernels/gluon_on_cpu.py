@@ -45,7 +45,6 @@ class Program:
             exp2=torch.exp2,
             log=torch.log,
             sum=lambda x, axis: x.sum(axis),
-            associative_scan=lambda x, axis, _: x.cumsum(axis),
             fma=lambda a, b, c: a * b + c,
             join=lambda a, b: torch.stack((a, b), -1),
             split=lambda x: (x[..., 0], x[..., 1]),
@@ -129,17 +128,11 @@ class Program:
     def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
-        if not where.flat.numel() and not torch.as_tensor(mask).any():
-            return torch.full(at.shape, other, dtype=torch.float64)
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
-    def ask(code: str, _: str, where: list[Any], **__: Any) -> Any:
-        """What is pinned stays as it is, fences for copies from global memory do nothing; lines that are asked for have addresses."""
-        if code.startswith("mov"):
-            return where[0]
-        if code.startswith(("griddepcontrol", "fence.proxy.async.global")):
-            return 0
+    def ask(code: str, _: str, where: list[Pointer], **__: Any) -> None:
+        """Lines that are asked for have no values, but addresses."""
         assert code.startswith("prefetch.global")
         at = torch.as_tensor(where[0].at)
         assert ((at >= 0) & (at < where[0].flat.numel())).all(), "asks for what there is not"

@@ -26,9 +26,8 @@ def compile_one(kernel, gate, config, widths, constants):
     runtime |= {name: block for name, block in described.items() if name in runtime}
     shared = {"K": wide_k, "V": wide_v, "BK": wide_k, "BV": wide_v, "W": wide_k, "C": C, "DOT": tl.bfloat16, "GATE": gate}
     flags = {
-        **dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE", "MAKE"), False),
+        **dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE"), False),
         "GATE_GRAD": gate == 2,
-        "FORM": walk_hopper_plan.FORM,
     }
     arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
