@@ -55,8 +55,8 @@ def beside_buffers(
 ):  # fmt: skip
     """Shared memory of what is made, of two chunks each, but of HELD chunks' H; of what only those see who make it; barriers.
 
-    Made are H and scores; beta; decays since the chunk began, until it ends times beta, and (for each row of a transposed state)
-    of all of it. The barriers say that all of MAKERS partitions are ready, and what is free again. Without SOLVERS H comes from memory.
+    Made are H and scores; beta; decays since the chunk began, until it ends (without SOLVERS times beta), and (for each row of a
+    transposed state) of all of it. The barriers say that all of MAKERS partitions are ready, and what is free again. Without SOLVERS H comes from memory.
     """
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     h_buffers = gl.allocate_shared_memory(DOT, [HELD, C, C], shared_layout(C))
@@ -109,11 +109,11 @@ def _bring_values(
 @gluon.jit
 def vectors(beta, gate, gate_t, n, length, heads, C: gl.constexpr, GATED: gl.constexpr):
     """Betas and log2 decays of a chunk's tokens, zero beyond the end."""
-    layout: gl.constexpr = scan_layout() if GATED else line_layout()
-    t_C = n * C + gl.arange(0, C, layout)
+    t_C = n * C + gl.arange(0, C, line_layout())
     beta_C = gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
     step_C = beta_C
     if GATED:
+        t_C = n * C + gl.arange(0, C, scan_layout())
         step_C = gl.load(gate + t_C.to(gl.int64) * gate_t, mask=t_C < length, other=0.0).to(gl.float32) * LOG2_E
     return beta_C, step_C
 
@@ -178,13 +178,13 @@ def bring_next(
 
 
 @gluon.jit
-def token_decays(beta_C, step_C, g_at, g_buffer, made, part, C: gl.constexpr):
+def token_decays(step_C, g_at, g_buffer, made, part, C: gl.constexpr):
     """Decays of tokens for the walks; cumulated ones are stored."""
     i = gl.arange(0, C, scan_layout())
     g_C = cumulated(step_C, g_buffer)
     g_all = g_buffer.slice(C - 1, 1).load(scan_layout())
     made[3].index(part).store(gl.exp2(g_C))
-    made[4].index(part).store(gl.exp2(g_all - g_C) * beta_C)
+    made[4].index(part).store(gl.exp2(g_all - g_C))
     made[5].index(part).store(gl.zeros([C], gl.float32, scan_layout()) + gl.exp2(g_all))
     gl.store(g_at + i, g_C)
 
@@ -240,7 +240,7 @@ def score(
             beta_C, step_C, g_all = factors_of(beta, g, following, line, length, heads, C, GATED)
         else:
             if GATED:
-                token_decays(beta_C, step_C, g + (bounds[0] + step) * C, inner[2].index(0), made, part, C)
+                token_decays(step_C, g + (bounds[0] + step) * C, inner[2].index(0), made, part, C)
             beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         fall = decays_seen(inner[2].index(0), C, GATED)
         scores_CC = warpgroup_mma_wait(0, [scores])

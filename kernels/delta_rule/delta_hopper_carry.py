@@ -26,7 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import SIZES, barriers, factors_of, fetch, place, shared_layout, thread_barrier, turned_layout
 from kernels.delta_rule.delta_hopper_beside import decays_seen, line_layout
-from kernels.delta_rule.delta_hopper_transposed import error_factors, faded, operand, start_errors, state_places, token_factors, whole_decay
+from kernels.delta_rule.delta_hopper_transposed import (
+    error_factors,
+    faded,
+    operand,
+    start_errors,
+    state_places,
+    token_factors,
+    whole_decay,
+)
 
 UNITS = tl.constexpr(2)
 

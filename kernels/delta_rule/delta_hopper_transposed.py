@@ -86,6 +86,20 @@ def faded(state_VK, made, part, minus_C, BK: gl.constexpr, C: gl.constexpr, GATE
 
 
 @gluon.jit
+def _start_state(
+    error_VC, state_VK, k_CK, part, made, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr
+):  # fmt: skip
+    """Starts the product that makes the next state, all of it once errors are there; what is written, as a left operand."""
+    write_VC = error_VC * token_factors(made[2].index(part), C)
+    writes = operand(write_VC, C, DOT)
+    fading = writes
+    if GATED:
+        fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
+        state_VK = state_VK * whole_decay(made[5].index(part), BK)
+    return warpgroup_mma(fading, k_CK, state_VK, is_async=True), writes
+
+
+@gluon.jit
 def _leave_outputs(o, at_o, o_buffer, o_VC):
     """Starts to store the outputs of a chunk, once those of the one before and all else has left; a barrier."""
     tma.store_wait(0)
@@ -109,8 +123,8 @@ def _keep_errors(errors, at_o, v_CV, error_VC, DOT: gl.constexpr):
 @gluon.jit
 def _step(
     results, place, n, step, rows, work, made, handed, state_VK, left_VC,
-    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, HELD: gl.constexpr, WALKS: gl.constexpr,
-    WALK: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, HELD: gl.constexpr, EARLY: gl.constexpr,
+    WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A chunk: the next state, and its outputs; those of a walk alone leave while the next chunk's first products run."""
     o, errors, states = results
@@ -133,24 +147,32 @@ def _step(
     mbarrier.wait(rows[2][1].index(step % DEPTH), step // DEPTH % 2)
     value_VC = v_CV.permute([1, 0]).load(turned_layout(C)).to(gl.float32)
     mbarrier.wait(handed[0].index(part), step // 2 % 2)
-    # Factors are read while nobody waits for them; those of a wide state find no registers that early, or twice.
-    if BK == C:
+    # Where H comes from memory the walk has the registers to read factors, and to let its state fade, while it waits.
+    if EARLY and BK == C:
         since_C, minus_C = error_factors(made, part, C, GATED)
     read_VC, asked = warpgroup_mma_wait(1, [read, asked])
-    if BK > C:
+    if not EARLY or BK > C:
         since_C, minus_C = error_factors(made, part, C, GATED)
     error = start_errors(read_VC, value_VC, (since_C, minus_C), made[0].index(step % HELD), C, GATED, DOT)
-    state_VK, enter_C = faded(state_VK, made, part, minus_C, BK, C, GATED)
-    asked_VC, error = warpgroup_mma_wait(1, [asked, error])
-    if GATED:
-        asked_VC = asked_VC * token_factors(made[3].index(part), C)
-    error_VC = warpgroup_mma_wait(0, [error])
+    if EARLY:
+        state_VK, enter_C = faded(state_VK, made, part, minus_C, BK, C, GATED)
+        asked_VC, error = warpgroup_mma_wait(1, [asked, error])
+        if GATED:
+            asked_VC = asked_VC * token_factors(made[3].index(part), C)
+        error_VC = warpgroup_mma_wait(0, [error])
+    else:
+        asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
     if KEEP:
         _keep_errors(errors, at_o, v_CV, error_VC, DOT)
-    writes = operand(error_VC * enter_C, C, DOT)
-    state = warpgroup_mma(writes, k_CK, state_VK, is_async=True)
-    if GATED:
-        writes = operand(error_VC * token_factors(made[2].index(part), C), C, DOT)
+    if EARLY:
+        writes = operand(error_VC * enter_C, C, DOT)
+        state = warpgroup_mma(writes, k_CK, state_VK, is_async=True)
+        if GATED:
+            writes = operand(error_VC * token_factors(made[2].index(part), C), C, DOT)
+    else:
+        state, writes = _start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
+        if GATED:
+            asked_VC = asked_VC * token_factors(made[3].index(part), C)
     written = warpgroup_mma(writes, made[1].index(part).permute([1, 0]), asked_VC, is_async=True)
     state_VK, written = warpgroup_mma_wait(1, [state, written])
     if KEEP:
@@ -167,8 +189,8 @@ def _step(
 def _walk(
     shared, given,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    HELD: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
-    KEEP: gl.constexpr, DOT: gl.constexpr,
+    HELD: gl.constexpr, EARLY: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr,
+    LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A partition that walks over the chunks of a segment, with 64 columns of the values."""
     results, place, bounds, rows, work, made, handed = shared
@@ -190,7 +212,7 @@ def _walk(
     for n in range(n_first, n_last + 1):
         state_VK, left_VC = _step(
             results, (batch, head, chunk_0, e_start), n, n - n_first, rows, (o_buffer, state_buffer), made, handed, state_VK,
-            left_VC, BK, C, STAGES, DEPTH, HELD, WALKS, WALK, GATED, KEEP, DOT,
+            left_VC, BK, C, STAGES, DEPTH, HELD, EARLY, WALKS, WALK, GATED, KEEP, DOT,
         )  # fmt: skip
     if WALKS == 1:
         _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
@@ -218,7 +240,8 @@ def forward_kernel(
     # every phase of the stages that it waits for.
     gl.static_assert(STAGES % max(SOLVERS, 1) == 0)
     TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
-    HELD: gl.constexpr = 2 if SOLVERS > 0 else DEPTH
+    EARLY: gl.constexpr = SOLVERS == 0
+    HELD: gl.constexpr = DEPTH if EARLY else 2
     part, e_start = gl.program_id(0) // TILES, gl.program_id(0) % TILES * 64 * WALKS
     n_chunks = (length + C - 1) // C
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
@@ -238,7 +261,7 @@ def forward_kernel(
     if WALKS == 1 and SOLVERS == 0:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (beside, BK, C, STAGES, DEPTH, 1, 0, GATED, DOT)),
             ],
             [4],
@@ -247,7 +270,7 @@ def forward_kernel(
     elif WALKS == 1:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (beside, BK, C, STAGES, DEPTH, 1, 2, GATED, DOT)),
                 (solve, (beside, C, STAGES, 0, 2, GATED, KEEP, DOT, MERGE)),
                 (solve, (beside, C, STAGES, 1, 2, GATED, KEEP, DOT, MERGE)),
@@ -258,8 +281,8 @@ def forward_kernel(
     elif SOLVERS == 0:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (beside, BK, C, STAGES, DEPTH, 2, 0, GATED, DOT)),
             ],
             [4, 4],
@@ -268,9 +291,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
-                (score_and_solve, (beside, BK, C, STAGES, DEPTH, 2, GATED, KEEP, DOT, MERGE)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 0, False, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 1, False, FIRST, LAST, KEEP, DOT)),
+                (score_and_solve, (beside, BK, C, STAGES, DEPTH, 2, KEEP, DOT, MERGE)),
             ],
             [4, 4],
             [208, 88],
