@@ -55,8 +55,9 @@ def beside_buffers(
 ):  # fmt: skip
     """Shared memory of what is made, of two chunks each, but of HELD chunks' H; of what only those see who make it; barriers.
 
-    Made are H and scores; beta; decays since the chunk began, until it ends (without SOLVERS times beta), and (for each row of a
-    transposed state) of all of it. The barriers say that all of MAKERS partitions are ready, and what is free again. Without SOLVERS H comes from memory.
+    Made are H and scores; beta; decays since the chunk began, until it ends (times beta without SOLVERS), and (for each row of a
+    transposed state) of all of it. The barriers say that all of MAKERS partitions are ready, and what is free again. Without
+    SOLVERS H comes from memory.
     """
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     h_buffers = gl.allocate_shared_memory(DOT, [HELD, C, C], shared_layout(C))

@@ -121,7 +121,6 @@ def _solved(
     gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
 ):  # fmt: skip
     """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
-    square: gl.constexpr = turned_layout(C)
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
     x_buffer.store((gram_CC * fall).to(MERGE))  # read are only blocks below the diagonal
     own = _on_diagonal(gram_CC, C)

@@ -86,17 +86,53 @@ def faded(state_VK, made, part, minus_C, BK: gl.constexpr, C: gl.constexpr, GATE
 
 
 @gluon.jit
-def _start_state(
-    error_VC, state_VK, k_CK, part, made, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr
+def _errors(
+    read, asked, value_VC, state_VK, h_CC, made, part,
+    BK: gl.constexpr, C: gl.constexpr, EARLY: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
-    """Starts the product that makes the next state, all of it once errors are there; what is written, as a left operand."""
-    write_VC = error_VC * token_factors(made[2].index(part), C)
-    writes = operand(write_VC, C, DOT)
-    fading = writes
-    if GATED:
-        fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
-        state_VK = state_VK * whole_decay(made[5].index(part), BK)
-    return warpgroup_mma(fading, k_CK, state_VK, is_async=True), writes
+    """Errors, what queries ask, the state, and the factors with which errors enter it.
+
+    EARLY: the latter three as the next products want them. A wide state leaves no registers for factors while it is read.
+    """
+    if EARLY and BK == C:
+        factors = error_factors(made, part, C, GATED)
+    read_VC, asked = warpgroup_mma_wait(1, [read, asked])
+    if not EARLY or BK > C:
+        factors = error_factors(made, part, C, GATED)
+    error, enter_C = start_errors(read_VC, value_VC, factors, h_CC, C, GATED, DOT), factors[1]
+    if EARLY:
+        state_VK, enter_C = faded(state_VK, made, part, factors[1], BK, C, GATED)
+        asked_VC, error = warpgroup_mma_wait(1, [asked, error])
+        if GATED:
+            asked_VC = asked_VC * token_factors(made[3].index(part), C)
+        error_VC = warpgroup_mma_wait(0, [error])
+    else:
+        asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
+    return error_VC, asked_VC, state_VK, enter_C
+
+
+@gluon.jit
+def _start_state(
+    error_VC, asked_VC, state_VK, enter_C, k_CK, made, part,
+    BK: gl.constexpr, C: gl.constexpr, EARLY: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Starts the product that makes the next state; what is written, as a left operand, and what queries asked."""
+    if EARLY:
+        writes = operand(error_VC * enter_C, C, DOT)
+        state = warpgroup_mma(writes, k_CK, state_VK, is_async=True)
+        if GATED:
+            writes = operand(error_VC * token_factors(made[2].index(part), C), C, DOT)
+    else:
+        write_VC = error_VC * token_factors(made[2].index(part), C)
+        writes = operand(write_VC, C, DOT)
+        fading = writes
+        if GATED:
+            fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
+            state_VK = state_VK * whole_decay(made[5].index(part), BK)
+        state = warpgroup_mma(fading, k_CK, state_VK, is_async=True)
+        if GATED:
+            asked_VC = asked_VC * token_factors(made[3].index(part), C)
+    return state, writes, asked_VC
 
 
 @gluon.jit
@@ -147,32 +183,12 @@ def _step(
     mbarrier.wait(rows[2][1].index(step % DEPTH), step // DEPTH % 2)
     value_VC = v_CV.permute([1, 0]).load(turned_layout(C)).to(gl.float32)
     mbarrier.wait(handed[0].index(part), step // 2 % 2)
-    # Where H comes from memory the walk has the registers to read factors, and to let its state fade, while it waits.
-    if EARLY and BK == C:
-        since_C, minus_C = error_factors(made, part, C, GATED)
-    read_VC, asked = warpgroup_mma_wait(1, [read, asked])
-    if not EARLY or BK > C:
-        since_C, minus_C = error_factors(made, part, C, GATED)
-    error = start_errors(read_VC, value_VC, (since_C, minus_C), made[0].index(step % HELD), C, GATED, DOT)
-    if EARLY:
-        state_VK, enter_C = faded(state_VK, made, part, minus_C, BK, C, GATED)
-        asked_VC, error = warpgroup_mma_wait(1, [asked, error])
-        if GATED:
-            asked_VC = asked_VC * token_factors(made[3].index(part), C)
-        error_VC = warpgroup_mma_wait(0, [error])
-    else:
-        asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
+    error_VC, asked_VC, state_VK, enter_C = _errors(
+        read, asked, value_VC, state_VK, made[0].index(step % HELD), made, part, BK, C, EARLY, GATED, DOT
+    )
     if KEEP:
         _keep_errors(errors, at_o, v_CV, error_VC, DOT)
-    if EARLY:
-        writes = operand(error_VC * enter_C, C, DOT)
-        state = warpgroup_mma(writes, k_CK, state_VK, is_async=True)
-        if GATED:
-            writes = operand(error_VC * token_factors(made[2].index(part), C), C, DOT)
-    else:
-        state, writes = _start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
-        if GATED:
-            asked_VC = asked_VC * token_factors(made[3].index(part), C)
+    state, writes, asked_VC = _start_state(error_VC, asked_VC, state_VK, enter_C, k_CK, made, part, BK, C, EARLY, GATED, DOT)
     written = warpgroup_mma(writes, made[1].index(part).permute([1, 0]), asked_VC, is_async=True)
     state_VK, written = warpgroup_mma_wait(1, [state, written])
     if KEEP:
@@ -240,6 +256,7 @@ def forward_kernel(
     # every phase of the stages that it waits for.
     gl.static_assert(STAGES % max(SOLVERS, 1) == 0)
     TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
+    # Where others make H beside it, a walk that reads factors early was slower under decays.
     EARLY: gl.constexpr = SOLVERS == 0
     HELD: gl.constexpr = DEPTH if EARLY else 2
     part, e_start = gl.program_id(0) // TILES, gl.program_id(0) % TILES * 64 * WALKS

@@ -62,8 +62,8 @@ def planned(monkeypatch, sizes, width, *, gated):
 
 
 WALKS = list(itertools.product((MANY, FEW, CUT), (64, 128), (False, True), (False, True)))
-# Bytes of spilled registers by width and decays, at most, with the assembler of Triton 3.7; ptxas 13.5 spills 20, 160, 8 and 0.
-FORWARD_SPILLS = {(64, False): 20, (64, True): 160, (128, False): 40, (128, True): 20}
+# Bytes of spilled registers by width and decays, at most, with the assembler of Triton 3.7; ptxas 13.5 spills 16, 24, 36 and 12.
+FORWARD_SPILLS = {(64, False): 20, (64, True): 40, (128, False): 60, (128, True): 40}
 
 
 @pytest.mark.parametrize(
