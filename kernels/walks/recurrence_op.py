@@ -42,7 +42,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, k, v, _, _, starts = inputs = walk.Inputs(*tensors)
     batch, heads, widths = v.shape[0], v.shape[2], (k.shape[3], v.shape[3])
     final = (batch if starts is None else batch * (starts.shape[0] - 1), heads, *widths) if return_state else (0,)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), walk.entering_like(inputs)
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), walk.entering_like(inputs, return_state=return_state)
 
 
 @operator("mixer_bench::linear_recurrence_backward")

@@ -1,0 +1,102 @@
+"""Launches the kernels of `kernels.walks.short_rows_triton`: where they are faster, and how they are compiled.
+
+Shape legend: B batch, T time, H heads of v, G heads of q and k, C tokens of a tile, K key, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.operands import _gate_kind, _precision, _rows, _triton_dtype, product_width
+from kernels.walks.walk_decays import gate_every, gate_of, of_given
+
+if TYPE_CHECKING:
+    from kernels.walks.walk import Inputs
+
+LONGEST = {64: 256, 128: 128}
+"""The most tokens of a short row, by the larger of K and V, the first at least as large."""
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled.
+
+    Args:
+        tokens: of a tile.
+        tile: columns of the values of a program, or all of them backward.
+        warps: warps of a program.
+        stages: depth of the pipeline that loads other tiles.
+        registers: most registers of a thread, None for as many as the compiler likes.
+    """
+
+    tokens: int
+    tile: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+FORWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}
+BACKWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 1)}
+"""By the larger of K and V."""
+
+
+def suits(inputs: Inputs, *, return_state: bool) -> bool:
+    """Whether rows are short and no state enters or leaves them."""
+    q, k, v, _, state, starts = inputs
+    if state is not None or starts is not None or return_state or not all(x.dtype in DTYPES for x in (q, k, v)):
+        return False
+    wide = max(k.shape[3], v.shape[3])
+    return v.shape[1] <= next((most for width, most in LONGEST.items() if wide <= width), 0)
+
+
+def _constants(inputs: Inputs, unit: int, config: Config) -> dict[str, Any]:
+    """What both kernels are compiled for, but for their columns."""
+    k, v = inputs.k, inputs.v
+    return {
+        "K": k.shape[3], "V": v.shape[3], "BK": product_width(k.shape[3], v.dtype), "UNIT": unit, "C": config.tokens,
+        "GATE": _gate_kind(inputs.log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
+        "STAGES": config.stages, "num_warps": config.warps, "maxnreg": config.registers,
+    }  # fmt: skip
+
+
+def _config(table: dict[int, Config], inputs: Inputs) -> Config:
+    wide = max(inputs.k.shape[3], inputs.v.shape[3])
+    return next(config for width, config in table.items() if wide <= width)
+
+
+def forward(narrow: tuple[Tensor, ...], inputs: Inputs, o: Tensor) -> None:
+    """See `kernels.walks.walk.forward`; `narrow` are q, k and v in the dtype of the products, `o` is written."""
+    from kernels.walks.short_rows_triton import forward_kernel
+
+    (q, k, v), strides, unit = _rows(*narrow)
+    (batch, length, heads, v_dim), config = v.shape, _config(FORWARD, inputs)
+    tile = min(config.tile, product_width(v_dim, v.dtype))
+    programs = batch * heads * -(-length // config.tokens) * -(-v_dim // tile)
+    forward_kernel[(programs,)](
+        q, k, v, gate_of(inputs.log_decay, v), o,
+        *strides, length, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch),
+        **_constants(inputs, unit, config), BV=tile,
+    )  # fmt: skip
+
+
+def backward(narrow: tuple[Tensor, ...], inputs: Inputs, dv: Tensor, *, gate_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries and keys for each head [B, T, H, K], and of the log decays, or an empty tensor.
+
+    `narrow` are q, k, v and do in the dtype of the products; `dv` is written.
+    """
+    from kernels.walks.short_rows_triton import backward_kernel
+
+    (q, k, v, do), strides, unit = _rows(*narrow)
+    (batch, length, heads, v_dim), config = v.shape, _config(BACKWARD, inputs)
+    dq, dk = (x.new_empty(batch, length, heads, k.shape[3]) for x in (inputs.q, inputs.k))
+    dgate = v.new_empty((batch, length, heads) if gate_grad else 0, dtype=torch.float32)
+    backward_kernel[(batch * heads * -(-length // config.tokens),)](
+        q, k, v, gate_of(inputs.log_decay, v), do, dq, dk, dv, dgate,
+        *strides, length, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch),
+        **_constants(inputs, unit, config), BV=product_width(v_dim, v.dtype), GATE_GRAD=gate_grad,
+    )  # fmt: skip
+    return dq, dk, of_given(dgate, inputs.log_decay) if gate_grad else dgate

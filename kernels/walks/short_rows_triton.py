@@ -1,0 +1,162 @@
+"""Short rows of tokens without states: every tile of tokens by itself, forward and all of its gradients.
+
+A walk has a program a head, which waits for its chunks one after the other; the rows of small models are a few chunks long.
+Here a program owns a tile and finds what `kernels.walks.walk_triton` carries: the state S of all tokens before it, and the
+gradient dS of that state behind it, each a product for each other tile, whose rows the L2 cache has for its neighbours.
+
+    o  = exp(G) Q S    + (Q K^T o D) V           D_ij = exp(G_i - G_j) for i >= j, else 0
+    dq = exp(G) dO S^T + (dO V^T o D) K          dk = exp(g - G) V dS^T + (dO V^T o D)^T Q
+                                                 dv = exp(g - G) K dS   + (Q K^T o D)^T dO
+
+Log decay t takes part in what keys before t give to queries from t on: to those of the tile, of later ones and from earlier ones,
+and exp(g) S . dS, from before the tile to behind it. So its gradient is a sum over the tile, in which nothing has to cancel.
+
+Shape legend: B batch, T time, H heads, C tokens of a tile, K key, V value width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels._entry import entry
+from kernels.walks.walk_triton import (
+    NO_GATE,
+    NO_PROBE,
+    SCALAR_GATE,
+    _gate_of,
+    _load_rows,
+    _log_decays,
+    _place,
+    _walk,
+)
+
+
+@triton.jit
+def _decayed(g_C, i, C: tl.constexpr):
+    """What a query i gets of key j, [C, C]: zero of later ones, whose exponents would overflow."""
+    return tl.exp2(tl.where(i[:, None] >= i[None, :], g_C[:, None] - g_C[None, :], float("-inf")))
+
+
+@triton.jit
+def _state(
+    b, b_stride, c, c_stride, gate, heads, length, start,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What rows b and columns `start` on of c add up to, decayed to the end of the rows or in reverse to their start."""
+    state, _ = _walk(
+        b, 0, b, b_stride, c, c_stride, b, 0, gate, heads, tl.zeros([BD, BE], tl.float32), b, 0, b, length, start,
+        D, E, BD, BE, C, GATE, REVERSE, False, NO_PROBE, 1, DOT, PRECISION, STAGES,
+    )  # fmt: skip
+    return state
+
+
+@entry
+def forward_kernel(
+    q, k, v, gate, o,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * H * tiles * tiles of BV columns,). Strides count UNIT elements."""
+    COLUMNS: tl.constexpr = (V + BV - 1) // BV
+    column, tile, _, rest = _place(tl.program_id(0), COLUMNS, tl.cdiv(length, C), 1)
+    head, batch = rest % heads, rest // heads
+    wide, start, i = batch.to(tl.int64), tile * C, tl.arange(0, C)
+    ks, vs, t_C = tl.arange(0, BK), column * BV + tl.arange(0, BV), start + i
+    q += (wide * q_b + head // group * q_h) * UNIT
+    k += (wide * k_b + head // group * k_h) * UNIT
+    v += (wide * v_b + head * v_h) * UNIT
+    o += (wide * length * heads + head) * V
+    gate = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
+    q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
+    k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
+    v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
+    state_KV = _state(
+        k, k_t * UNIT, v, v_t * UNIT, gate, heads, start, column * BV, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+    )
+    qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
+    o_CV = tl.dot(q_CK, state_KV.to(DOT), input_precision=PRECISION)
+    if GATE != NO_GATE:
+        g_C, _ = _log_decays(gate, heads, t_C, start, length, C, GATE == SCALAR_GATE)
+        qk_CC *= _decayed(g_C, i, C)
+        o_CV *= tl.exp2(g_C)[:, None]
+    else:
+        qk_CC = tl.where(i[:, None] >= i[None, :], qk_CC, 0.0)
+    o_CV = tl.dot(qk_CC.to(DOT), v_CV, o_CV, input_precision=PRECISION)
+    at_CV, inside_CV = t_C.to(tl.int64)[:, None] * heads * V + vs[None, :], (t_C < length)[:, None] & (vs < V)[None, :]
+    tl.store(o + at_CV, o_CV.to(o.dtype.element_ty), mask=inside_CV)
+
+
+@entry
+def backward_kernel(
+    q, k, v, gate, do, dq, dk, dv, dgate,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a head's queries and keys [B, T, H, K], of values, and of each token's log decay [B, T, H].
+
+    Grid: (B * H * tiles,). Strides count UNIT elements.
+    """
+    tile, head, _, batch = _place(tl.program_id(0), tl.cdiv(length, C), heads, 1)
+    wide, start, i = batch.to(tl.int64), tile * C, tl.arange(0, C)
+    ks, vs, t_C = tl.arange(0, BK), tl.arange(0, BV), start + i
+    q += (wide * q_b + head // group * q_h) * UNIT
+    k += (wide * k_b + head // group * k_h) * UNIT
+    v += (wide * v_b + head * v_h) * UNIT
+    do += (wide * do_b + head * do_h) * UNIT
+    gate_base = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
+    q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
+    k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
+    v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
+    do_CV = _load_rows(do, do_t * UNIT, t_C, vs, length, V, DOT)
+    state_KV = _state(
+        k, k_t * UNIT, v, v_t * UNIT, gate_base, heads, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+    ).to(DOT)
+    end = tl.minimum(start + C, length)
+    later_gate = _gate_of(gate, batch, head, end, length, heads, gate_every, GATE)
+    later = end.to(tl.int64)
+    dstate_KV = _state(
+        q + later * q_t * UNIT, q_t * UNIT, do + later * do_t * UNIT, do_t * UNIT, later_gate, heads, length - end, 0,
+        K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
+    )  # fmt: skip
+    qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
+    ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
+    dq_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
+    dk_CK = tl.dot(v_CV, tl.trans(dstate_KV.to(DOT)), input_precision=PRECISION)
+    dv_CV = tl.dot(k_CK, dstate_KV.to(DOT), input_precision=PRECISION)
+    if GATE != NO_GATE:
+        g_C, g_all = _log_decays(gate_base, heads, t_C, start, length, C, GATE == SCALAR_GATE)
+        decay_CC = _decayed(g_C, i, C)
+        qk_CC *= decay_CC
+        dq_CK *= tl.exp2(g_C)[:, None]
+        dk_CK *= tl.exp2(g_all - g_C)[:, None]
+        dv_CV *= tl.exp2(g_all - g_C)[:, None]
+        if GATE_GRAD:
+            pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC)
+            read_C = tl.sum(dq_CK * q_CK.to(tl.float32), 1) + tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
+            kept_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+            through = tl.exp2(g_all) * tl.sum(state_KV.to(tl.float32) * dstate_KV)
+            sum_C = tl.cumsum(read_C, 0, reverse=True) + tl.cumsum(kept_C, 0) - kept_C + through
+            at_C = (wide * length + t_C) * heads + head
+            tl.store(dgate + at_C, sum_C, mask=t_C < length)
+        ov_CC *= decay_CC
+    else:
+        seen_CC = i[:, None] >= i[None, :]
+        qk_CC = tl.where(seen_CC, qk_CC, 0.0)
+        ov_CC = tl.where(seen_CC, ov_CC, 0.0)
+    qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
+    dq_CK = tl.dot(ov_CC, k_CK, dq_CK, input_precision=PRECISION)
+    dk_CK = tl.dot(tl.trans(ov_CC), q_CK, dk_CK, input_precision=PRECISION)
+    dv_CV = tl.dot(tl.trans(qk_CC), do_CV, dv_CV, input_precision=PRECISION)
+    row_C1, inside_C1 = (wide * length + t_C.to(tl.int64))[:, None] * heads + head, (t_C < length)[:, None]
+    in_k, in_v = inside_C1 & (ks < K)[None, :], inside_C1 & (vs < V)[None, :]
+    tl.store(dq + row_C1 * K + ks[None, :], dq_CK.to(dq.dtype.element_ty), mask=in_k)
+    tl.store(dk + row_C1 * K + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=in_k)
+    tl.store(dv + row_C1 * V + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=in_v)
