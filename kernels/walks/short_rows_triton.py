@@ -112,40 +112,28 @@ def backward_kernel(
     v += (wide * v_b + head * v_h) * UNIT
     do += (wide * do_b + head * do_h) * UNIT
     gate_base = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
+    row_C1, inside_C1 = (wide * length + t_C.to(tl.int64))[:, None] * heads + head, (t_C < length)[:, None]
+    in_k, in_v = inside_C1 & (ks < K)[None, :], inside_C1 & (vs < V)[None, :]
+    do_CV = _load_rows(do, do_t * UNIT, t_C, vs, length, V, DOT)
+    v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
     q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
     k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
-    v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
-    do_CV = _load_rows(do, do_t * UNIT, t_C, vs, length, V, DOT)
     state_KV = _state(
         k, k_t * UNIT, v, v_t * UNIT, gate_base, heads, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
     ).to(DOT)
-    end = tl.minimum(start + C, length)
-    later_gate = _gate_of(gate, batch, head, end, length, heads, gate_every, GATE)
-    later = end.to(tl.int64)
-    dstate_KV = _state(
-        q + later * q_t * UNIT, q_t * UNIT, do + later * do_t * UNIT, do_t * UNIT, later_gate, heads, length - end, 0,
-        K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
-    )  # fmt: skip
-    qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
-    ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
+    # one after the other, as far as registers hold: first queries, then what later tiles read of keys and values
     dq_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
-    dk_CK = tl.dot(v_CV, tl.trans(dstate_KV.to(DOT)), input_precision=PRECISION)
-    dv_CV = tl.dot(k_CK, dstate_KV.to(DOT), input_precision=PRECISION)
+    ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
+    qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     if GATE != NO_GATE:
         g_C, g_all = _log_decays(gate_base, heads, t_C, start, length, C, GATE == SCALAR_GATE)
         decay_CC = _decayed(g_C, i, C)
-        qk_CC *= decay_CC
         dq_CK *= tl.exp2(g_C)[:, None]
-        dk_CK *= tl.exp2(g_all - g_C)[:, None]
-        dv_CV *= tl.exp2(g_all - g_C)[:, None]
+        qk_CC *= decay_CC
         if GATE_GRAD:
             pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC)
-            read_C = tl.sum(dq_CK * q_CK.to(tl.float32), 1) + tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
-            kept_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
-            through = tl.exp2(g_all) * tl.sum(state_KV.to(tl.float32) * dstate_KV)
-            sum_C = tl.cumsum(read_C, 0, reverse=True) + tl.cumsum(kept_C, 0) - kept_C + through
-            at_C = (wide * length + t_C) * heads + head
-            tl.store(dgate + at_C, sum_C, mask=t_C < length)
+            read_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0) + tl.sum(dq_CK * q_CK.to(tl.float32), 1)
+            sum_C = tl.cumsum(read_C, 0, reverse=True)
         ov_CC *= decay_CC
     else:
         seen_CC = i[:, None] >= i[None, :]
@@ -153,10 +141,28 @@ def backward_kernel(
         ov_CC = tl.where(seen_CC, ov_CC, 0.0)
     qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
     dq_CK = tl.dot(ov_CC, k_CK, dq_CK, input_precision=PRECISION)
-    dk_CK = tl.dot(tl.trans(ov_CC), q_CK, dk_CK, input_precision=PRECISION)
-    dv_CV = tl.dot(tl.trans(qk_CC), do_CV, dv_CV, input_precision=PRECISION)
-    row_C1, inside_C1 = (wide * length + t_C.to(tl.int64))[:, None] * heads + head, (t_C < length)[:, None]
-    in_k, in_v = inside_C1 & (ks < K)[None, :], inside_C1 & (vs < V)[None, :]
     tl.store(dq + row_C1 * K + ks[None, :], dq_CK.to(dq.dtype.element_ty), mask=in_k)
-    tl.store(dk + row_C1 * K + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=in_k)
+    end = tl.minimum(start + C, length)
+    later_gate = _gate_of(gate, batch, head, end, length, heads, gate_every, GATE)
+    later = end.to(tl.int64)
+    dstate_KV = _state(
+        q + later * q_t * UNIT, q_t * UNIT, do + later * do_t * UNIT, do_t * UNIT, later_gate, heads, length - end, 0,
+        K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
+    )  # fmt: skip
+    if GATE_GRAD:
+        sum_C += tl.exp2(g_all) * tl.sum(state_KV.to(tl.float32) * dstate_KV)
+    dstate_KV = dstate_KV.to(DOT)
+    dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION)
+    if GATE != NO_GATE:
+        keep_C1 = tl.exp2(g_all - g_C)[:, None]
+        dv_CV *= keep_C1
+    if GATE_GRAD:
+        kept_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+        tl.store(dgate + (wide * length + t_C) * heads + head, sum_C + tl.cumsum(kept_C, 0) - kept_C, mask=t_C < length)
+    dv_CV = tl.dot(tl.trans(qk_CC), do_CV, dv_CV, input_precision=PRECISION)
     tl.store(dv + row_C1 * V + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=in_v)
+    dk_CK = tl.dot(v_CV, tl.trans(dstate_KV), input_precision=PRECISION)
+    if GATE != NO_GATE:
+        dk_CK *= keep_C1
+    dk_CK = tl.dot(tl.trans(ov_CC), q_CK, dk_CK, input_precision=PRECISION)
+    tl.store(dk + row_C1 * K + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=in_k)
