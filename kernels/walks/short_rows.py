@@ -58,7 +58,7 @@ def _constants(inputs: Inputs, unit: int, config: Config) -> dict[str, Any]:
     k, v = inputs.k, inputs.v
     return {
         "K": k.shape[3], "V": v.shape[3], "BK": product_width(k.shape[3], v.dtype), "UNIT": unit, "C": config.tokens,
-        "GATE": _gate_kind(inputs.log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
+        "GATE": _gate_kind(inputs.log_decay), "ALONE": v.shape[1] <= config.tokens, "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
         "STAGES": config.stages, "num_warps": config.warps, "maxnreg": config.registers,
     }  # fmt: skip
 

@@ -59,7 +59,7 @@ def forward_kernel(
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr, ALONE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * tiles * tiles of BV columns,). Strides count UNIT elements."""
     COLUMNS: tl.constexpr = (V + BV - 1) // BV
@@ -75,15 +75,18 @@ def forward_kernel(
     q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
     k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
     v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
-    state_KV = _state(
-        k, k_t * UNIT, v, v_t * UNIT, gate, heads, start, column * BV, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
-    )
+    o_CV = tl.zeros([C, BV], tl.float32)
+    if not ALONE:
+        state_KV = _state(
+            k, k_t * UNIT, v, v_t * UNIT, gate, heads, start, column * BV, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+        )
+        o_CV = tl.dot(q_CK, state_KV.to(DOT), input_precision=PRECISION)
     qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
-    o_CV = tl.dot(q_CK, state_KV.to(DOT), input_precision=PRECISION)
     if GATE != NO_GATE:
         g_C, _ = _log_decays(gate, heads, t_C, start, length, C, GATE == SCALAR_GATE)
         qk_CC *= _decayed(g_C, i, C)
-        o_CV *= tl.exp2(g_C)[:, None]
+        if not ALONE:
+            o_CV *= tl.exp2(g_C)[:, None]
     else:
         qk_CC = tl.where(i[:, None] >= i[None, :], qk_CC, 0.0)
     o_CV = tl.dot(qk_CC.to(DOT), v_CV, o_CV, input_precision=PRECISION)
@@ -98,7 +101,8 @@ def backward_kernel(
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a head's queries and keys [B, T, H, K], of values, and of each token's log decay [B, T, H].
 
@@ -118,21 +122,26 @@ def backward_kernel(
     v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
     q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
     k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
-    state_KV = _state(
-        k, k_t * UNIT, v, v_t * UNIT, gate_base, heads, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
-    ).to(DOT)
     # one after the other, as far as registers hold: first queries, then what later tiles read of keys and values
-    dq_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
+    dq_CK = tl.zeros([C, BK], tl.float32)
+    if not ALONE:
+        state_KV = _state(
+            k, k_t * UNIT, v, v_t * UNIT, gate_base, heads, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+        ).to(DOT)
+        dq_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
     ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
     qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     if GATE != NO_GATE:
         g_C, g_all = _log_decays(gate_base, heads, t_C, start, length, C, GATE == SCALAR_GATE)
         decay_CC = _decayed(g_C, i, C)
-        dq_CK *= tl.exp2(g_C)[:, None]
         qk_CC *= decay_CC
+        if not ALONE:
+            dq_CK *= tl.exp2(g_C)[:, None]
         if GATE_GRAD:
             pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC)
-            read_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0) + tl.sum(dq_CK * q_CK.to(tl.float32), 1)
+            read_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
+            if not ALONE:
+                read_C += tl.sum(dq_CK * q_CK.to(tl.float32), 1)
             sum_C = tl.cumsum(read_C, 0, reverse=True)
         ov_CC *= decay_CC
     else:
@@ -142,27 +151,30 @@ def backward_kernel(
     qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
     dq_CK = tl.dot(ov_CC, k_CK, dq_CK, input_precision=PRECISION)
     tl.store(dq + row_C1 * K + ks[None, :], dq_CK.to(dq.dtype.element_ty), mask=in_k)
-    end = tl.minimum(start + C, length)
-    later_gate = _gate_of(gate, batch, head, end, length, heads, gate_every, GATE)
-    later = end.to(tl.int64)
-    dstate_KV = _state(
-        q + later * q_t * UNIT, q_t * UNIT, do + later * do_t * UNIT, do_t * UNIT, later_gate, heads, length - end, 0,
-        K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
-    )  # fmt: skip
+    dk_CK, dv_CV = tl.zeros([C, BK], tl.float32), tl.zeros([C, BV], tl.float32)
+    if not ALONE:
+        end = tl.minimum(start + C, length)
+        later_gate, later = _gate_of(gate, batch, head, end, length, heads, gate_every, GATE), end.to(tl.int64)
+        dstate_KV = _state(
+            q + later * q_t * UNIT, q_t * UNIT, do + later * do_t * UNIT, do_t * UNIT, later_gate, heads, length - end, 0,
+            K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
+        )  # fmt: skip
+        if GATE_GRAD:
+            sum_C += tl.exp2(g_all) * tl.sum(state_KV.to(tl.float32) * dstate_KV)
+        dstate_KV = dstate_KV.to(DOT)
+        dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION)
+        if GATE != NO_GATE:
+            dv_CV *= tl.exp2(g_all - g_C)[:, None]
+        if GATE_GRAD:
+            kept_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
+            sum_C += tl.cumsum(kept_C, 0) - kept_C
     if GATE_GRAD:
-        sum_C += tl.exp2(g_all) * tl.sum(state_KV.to(tl.float32) * dstate_KV)
-    dstate_KV = dstate_KV.to(DOT)
-    dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION)
-    if GATE != NO_GATE:
-        keep_C1 = tl.exp2(g_all - g_C)[:, None]
-        dv_CV *= keep_C1
-    if GATE_GRAD:
-        kept_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
-        tl.store(dgate + (wide * length + t_C) * heads + head, sum_C + tl.cumsum(kept_C, 0) - kept_C, mask=t_C < length)
+        tl.store(dgate + (wide * length + t_C) * heads + head, sum_C, mask=t_C < length)
     dv_CV = tl.dot(tl.trans(qk_CC), do_CV, dv_CV, input_precision=PRECISION)
     tl.store(dv + row_C1 * V + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=in_v)
-    dk_CK = tl.dot(v_CV, tl.trans(dstate_KV), input_precision=PRECISION)
-    if GATE != NO_GATE:
-        dk_CK *= keep_C1
+    if not ALONE:
+        dk_CK = tl.dot(v_CV, tl.trans(dstate_KV), input_precision=PRECISION)
+        if GATE != NO_GATE:
+            dk_CK *= tl.exp2(g_all - g_C)[:, None]
     dk_CK = tl.dot(tl.trans(ov_CC), q_CK, dk_CK, input_precision=PRECISION)
     tl.store(dk + row_C1 * K + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=in_k)
