@@ -37,7 +37,7 @@ FORWARD = {
 }
 BACKWARD = {
     "narrow": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 1, 168), Config(64, 64, 4, 1, 128), Config(64, 64, 8, 1), Config(128, 64, 8, 1)],
-    "shared": [Config(64, 64, 8, 1), Config(64, 64, 8, 2), Config(64, 64, 4, 1)],
+    "shared": [Config(64, 64, 8, 1), Config(64, 64, 8, 2), Config(64, 64, 4, 1), Config(64, 0, 8, 1), Config(64, 0, 4, 1), Config(64, 0, 8, 1, 128)],
     "wide": [Config(64, 128, 8, 1), Config(64, 128, 8, 2)],
 }
 GATES = {"narrow": ("none", "constant", "scalar"), "shared": ("scalar", "none"), "wide": ("none", "scalar")}
@@ -59,6 +59,7 @@ def draw(shape, gate, seed=0):
 def set_to(forward, backward):
     short_rows.LONGEST = SHIPPED if forward is None else LONGEST
     if forward is not None:
+        short_rows.JOINT = backward.tile > 0
         short_rows.FORWARD, short_rows.BACKWARD = {128: forward}, {128: backward}
 
 

@@ -39,6 +39,7 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
+JOINT = True
 FORWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}
 BACKWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 1)}
 """By the larger of K and V."""
@@ -84,19 +85,22 @@ def forward(narrow: tuple[Tensor, ...], inputs: Inputs, o: Tensor) -> None:
 
 
 def backward(narrow: tuple[Tensor, ...], inputs: Inputs, dv: Tensor, *, gate_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and keys for each head [B, T, H, K], and of the log decays, or an empty tensor.
+    """Gradients of queries and keys [B, T, G, K], and of the log decays, or an empty tensor.
 
     `narrow` are q, k, v and do in the dtype of the products; `dv` is written.
     """
     from kernels.walks.short_rows_triton import backward_kernel
 
+    if not JOINT:
+        narrow = (*(x.repeat_interleave(inputs.v.shape[2] // x.shape[2], 2) if x.shape[2] > 1 else x.expand(-1, -1, inputs.v.shape[2], -1) for x in narrow[:2]), *narrow[2:])
     (q, k, v, do), strides, unit = _rows(*narrow)
     (batch, length, heads, v_dim), config = v.shape, _config(BACKWARD, inputs)
-    dq, dk = (x.new_empty(batch, length, heads, k.shape[3]) for x in (inputs.q, inputs.k))
+    groups = k.shape[2]
+    dq, dk = (x.new_empty(x.shape) for x in (q, k))
     dgate = v.new_empty((batch, length, heads) if gate_grad else 0, dtype=torch.float32)
-    backward_kernel[(batch * heads * -(-length // config.tokens),)](
+    backward_kernel[(batch * groups * -(-length // config.tokens),)](
         q, k, v, gate_of(inputs.log_decay, v), do, dq, dk, dv, dgate,
-        *strides, length, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch),
-        **_constants(inputs, unit, config), BV=product_width(v_dim, v.dtype), GATE_GRAD=gate_grad,
+        *strides, length, heads, heads // groups, gate_every(inputs.log_decay, batch),
+        **_constants(inputs, unit, config), BV=product_width(v_dim, v.dtype), GATE_GRAD=gate_grad, SHARED=groups < heads,
     )  # fmt: skip
     return dq, dk, of_given(dgate, inputs.log_decay) if gate_grad else dgate

@@ -52,6 +52,13 @@ def _state(
     return state
 
 
+@triton.jit
+def _store_rows(base, heads, x_CD, t_C, cols, length, WIDTH: tl.constexpr):
+    """Rows t_C of a head of a contiguous tensor [T, H, WIDTH]."""
+    at_CD = t_C.to(tl.int64)[:, None] * heads * WIDTH + cols[None, :]
+    tl.store(base + at_CD, x_CD.to(base.dtype.element_ty), mask=(t_C < length)[:, None] & (cols < WIDTH)[None, :])
+
+
 @entry
 def forward_kernel(
     q, k, v, gate, o,
@@ -90,73 +97,64 @@ def forward_kernel(
     else:
         qk_CC = tl.where(i[:, None] >= i[None, :], qk_CC, 0.0)
     o_CV = tl.dot(qk_CC.to(DOT), v_CV, o_CV, input_precision=PRECISION)
-    at_CV, inside_CV = t_C.to(tl.int64)[:, None] * heads * V + vs[None, :], (t_C < length)[:, None] & (vs < V)[None, :]
-    tl.store(o + at_CV, o_CV.to(o.dtype.element_ty), mask=inside_CV)
+    _store_rows(o, heads, o_CV, t_C, vs, length, V)
 
 
-@entry
-def backward_kernel(
-    q, k, v, gate, do, dq, dk, dv, dgate,
-    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
-    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
-    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr,
+@triton.jit
+def _backward_of_head(
+    q, q_stride, k, k_stride, v, v_stride, do, do_stride, gate, gate_stride, dq, dv, dgate,
+    q_CK, k_CK, dq_CK, dk_CK, length, start,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr, SHARED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a head's queries and keys [B, T, H, K], of values, and of each token's log decay [B, T, H].
+    """Adds what a tile of a head gives to queries and keys, stores the gradients of its values and decays.
 
-    Grid: (B * H * tiles,). Strides count UNIT elements.
+    One after the other, as far as registers hold: first queries, which are stored unless heads share them, then what later tiles
+    read of keys and values.
     """
-    tile, head, _, batch = _place(tl.program_id(0), tl.cdiv(length, C), heads, 1)
-    wide, start, i = batch.to(tl.int64), tile * C, tl.arange(0, C)
-    ks, vs, t_C = tl.arange(0, BK), tl.arange(0, BV), start + i
-    q += (wide * q_b + head // group * q_h) * UNIT
-    k += (wide * k_b + head // group * k_h) * UNIT
-    v += (wide * v_b + head * v_h) * UNIT
-    do += (wide * do_b + head * do_h) * UNIT
-    gate_base = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
-    row_C1, inside_C1 = (wide * length + t_C.to(tl.int64))[:, None] * heads + head, (t_C < length)[:, None]
-    in_k, in_v = inside_C1 & (ks < K)[None, :], inside_C1 & (vs < V)[None, :]
-    do_CV = _load_rows(do, do_t * UNIT, t_C, vs, length, V, DOT)
-    v_CV = _load_rows(v, v_t * UNIT, t_C, vs, length, V, DOT)
-    q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
-    k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
-    # one after the other, as far as registers hold: first queries, then what later tiles read of keys and values
-    dq_CK = tl.zeros([C, BK], tl.float32)
+    i = tl.arange(0, C)
+    t_C, ks, vs = start + i, tl.arange(0, BK), tl.arange(0, BV)
+    do_CV = _load_rows(do, do_stride, t_C, vs, length, V, DOT)
+    v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
     if not ALONE:
         state_KV = _state(
-            k, k_t * UNIT, v, v_t * UNIT, gate_base, heads, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+            k, k_stride, v, v_stride, gate, gate_stride, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
         ).to(DOT)
-        dq_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
+        read_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
     ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
     qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     if GATE != NO_GATE:
-        g_C, g_all = _log_decays(gate_base, heads, t_C, start, length, C, GATE == SCALAR_GATE)
+        g_C, g_all = _log_decays(gate, gate_stride, t_C, start, length, C, GATE == SCALAR_GATE)
         decay_CC = _decayed(g_C, i, C)
         qk_CC *= decay_CC
         if not ALONE:
-            dq_CK *= tl.exp2(g_C)[:, None]
+            read_CK *= tl.exp2(g_C)[:, None]
         if GATE_GRAD:
             pairs_CC = tl.where(i[:, None] == i[None, :], 0.0, qk_CC * ov_CC)
-            read_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
+            sum_C = tl.sum(pairs_CC, 1) - tl.sum(pairs_CC, 0)
             if not ALONE:
-                read_C += tl.sum(dq_CK * q_CK.to(tl.float32), 1)
-            sum_C = tl.cumsum(read_C, 0, reverse=True)
+                sum_C += tl.sum(read_CK * q_CK.to(tl.float32), 1)
+            sum_C = tl.cumsum(sum_C, 0, reverse=True)
         ov_CC *= decay_CC
     else:
         seen_CC = i[:, None] >= i[None, :]
         qk_CC = tl.where(seen_CC, qk_CC, 0.0)
         ov_CC = tl.where(seen_CC, ov_CC, 0.0)
     qk_CC, ov_CC = qk_CC.to(DOT), ov_CC.to(DOT)
+    if not ALONE:
+        dq_CK = dq_CK + read_CK if SHARED else read_CK
     dq_CK = tl.dot(ov_CC, k_CK, dq_CK, input_precision=PRECISION)
-    tl.store(dq + row_C1 * K + ks[None, :], dq_CK.to(dq.dtype.element_ty), mask=in_k)
-    dk_CK, dv_CV = tl.zeros([C, BK], tl.float32), tl.zeros([C, BV], tl.float32)
+    if not SHARED:
+        _store_rows(dq, gate_stride, dq_CK, t_C, ks, length, K)
+    dv_CV = tl.zeros([C, BV], tl.float32)
     if not ALONE:
         end = tl.minimum(start + C, length)
-        later_gate, later = _gate_of(gate, batch, head, end, length, heads, gate_every, GATE), end.to(tl.int64)
+        later, later_gate = end.to(tl.int64), gate
+        if GATE == SCALAR_GATE:
+            later_gate += later * gate_stride
         dstate_KV = _state(
-            q + later * q_t * UNIT, q_t * UNIT, do + later * do_t * UNIT, do_t * UNIT, later_gate, heads, length - end, 0,
+            q + later * q_stride, q_stride, do + later * do_stride, do_stride, later_gate, gate_stride, length - end, 0,
             K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if GATE_GRAD:
@@ -169,12 +167,60 @@ def backward_kernel(
             kept_C = tl.sum(dv_CV * v_CV.to(tl.float32), 1)
             sum_C += tl.cumsum(kept_C, 0) - kept_C
     if GATE_GRAD:
-        tl.store(dgate + (wide * length + t_C) * heads + head, sum_C, mask=t_C < length)
+        tl.store(dgate + t_C * gate_stride, sum_C, mask=t_C < length)
     dv_CV = tl.dot(tl.trans(qk_CC), do_CV, dv_CV, input_precision=PRECISION)
-    tl.store(dv + row_C1 * V + vs[None, :], dv_CV.to(dv.dtype.element_ty), mask=in_v)
+    _store_rows(dv, gate_stride, dv_CV, t_C, vs, length, V)
     if not ALONE:
-        dk_CK = tl.dot(v_CV, tl.trans(dstate_KV), input_precision=PRECISION)
+        kept_CK = tl.dot(v_CV, tl.trans(dstate_KV), input_precision=PRECISION)
         if GATE != NO_GATE:
-            dk_CK *= tl.exp2(g_all - g_C)[:, None]
-    dk_CK = tl.dot(tl.trans(ov_CC), q_CK, dk_CK, input_precision=PRECISION)
-    tl.store(dk + row_C1 * K + ks[None, :], dk_CK.to(dk.dtype.element_ty), mask=in_k)
+            kept_CK *= tl.exp2(g_all - g_C)[:, None]
+        dk_CK = dk_CK + kept_CK if SHARED else kept_CK
+    return dq_CK, tl.dot(tl.trans(ov_CC), q_CK, dk_CK, input_precision=PRECISION)
+
+
+@entry
+def backward_kernel(
+    q, k, v, gate, do, dq, dk, dv, dgate,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr, SHARED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys [B, T, G, K], of values, and of each token's log decay [B, T, H].
+
+    Grid: (B * G * tiles,); with SHARED a program goes through the heads of its group. Strides count UNIT elements.
+    """
+    groups = heads // group
+    tile, shared, _, batch = _place(tl.program_id(0), tl.cdiv(length, C), groups, 1)
+    wide, start = batch.to(tl.int64), tile * C
+    ks, t_C = tl.arange(0, BK), start + tl.arange(0, C)
+    q += (wide * q_b + shared * q_h) * UNIT
+    k += (wide * k_b + shared * k_h) * UNIT
+    dq += (wide * length * groups + shared) * K
+    dk += (wide * length * groups + shared) * K
+    q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
+    k_CK = _load_rows(k, k_t * UNIT, t_C, ks, length, K, DOT)
+    dq_CK, dk_CK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    if SHARED:
+        for head in range(shared * group, shared * group + group):
+            row = wide * length * heads + head
+            dq_CK, dk_CK = _backward_of_head(
+                q, q_t * UNIT, k, k_t * UNIT, v + (wide * v_b + head * v_h) * UNIT, v_t * UNIT,
+                do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT,
+                _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE), heads, dq, dv + row * V, dgate + row,
+                q_CK, k_CK, dq_CK, dk_CK, length, start,
+                K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, DOT, PRECISION, STAGES,
+            )  # fmt: skip
+        _store_rows(dq, groups, dq_CK, t_C, ks, length, K)
+    else:
+        row = wide * length * heads + shared
+        _, dk_CK = _backward_of_head(
+            q, q_t * UNIT, k, k_t * UNIT, v + (wide * v_b + shared * v_h) * UNIT, v_t * UNIT,
+            do + (wide * do_b + shared * do_h) * UNIT, do_t * UNIT,
+            _gate_of(gate, batch, shared, 0, length, heads, gate_every, GATE), heads, dq, dv + row * V, dgate + row,
+            q_CK, k_CK, dq_CK, dk_CK, length, start,
+            K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, DOT, PRECISION, STAGES,
+        )  # fmt: skip
+    _store_rows(dk, groups, dk_CK, t_C, ks, length, K)
