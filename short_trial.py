@@ -20,6 +20,8 @@ from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.walks import short_rows, walk
 from kernels.walks.short_rows import Config
+from kernels.taylor_features import taylor_launch, taylor_short
+from kernels.taylor_features.taylor_short import Config as T
 
 clock.WARM_UP_MS, clock.MEASURED_MS = 3, 20
 LONGEST = {128: 4096}
@@ -30,10 +32,11 @@ FLEETS = [(1024, t, 2, 2, 64, 64) for t in (256, 128, 64)] + [(1024, 256, 1, 1, 
 WIDE = [(64, 256, 2, 2, 128, 128), (1024, 256, 1, 1, 128, 128), (1024, 128, 1, 1, 128, 128), (1024, 64, 1, 1, 128, 128)]
 LONGER = [(64, 512, 2, 2, 64, 64), (32, 512, 16, 16, 64, 64)]
 CLASSES = {"narrow": [SMALL], "shared": [SSD], "wide": [WIDE[0]]}
-FORWARD = {
-    "narrow": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 8, 1), Config(128, 64, 8, 1), Config(128, 64, 8, 2)],
-    "shared": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 8, 1), Config(128, 64, 8, 1)],
-    "wide": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 128, 8, 1), Config(64, 128, 8, 2)],
+FORWARD = {  # configurations, and how many keys at once where pairs are multiplied instead of states
+    "narrow": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 4, 3), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1), 0),
+               (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 128), 64), (Config(64, 64, 4, 1), 128), (Config(64, 64, 8, 1), 256), (Config(64, 64, 8, 1, 128), 128), (Config(128, 64, 8, 1, 128), 64)],
+    "shared": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1), 0), (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 168), 64), (Config(64, 64, 8, 1), 128), (Config(128, 64, 8, 1, 128), 64)],
+    "wide": [(Config(64, 64, 4, 2), 0), (Config(64, 128, 8, 1), 0), (Config(64, 128, 8, 2), 0), (Config(64, 128, 8, 1), 64)],
 }
 BACKWARD = {
     "narrow": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 1, 168), Config(64, 64, 4, 1, 128), Config(64, 64, 8, 1), Config(128, 64, 8, 1)],
@@ -41,6 +44,42 @@ BACKWARD = {
     "wide": [Config(64, 128, 8, 1), Config(64, 128, 8, 2)],
 }
 GATES = {"narrow": ("none", "constant", "scalar"), "shared": ("scalar", "none"), "wide": ("none", "scalar")}
+
+
+TAYLOR_SHAPES = [((64, 256, 2), False), ((64, 256, 2), True), ((1024, 256, 2), True), ((1024, 128, 2), True), ((1024, 64, 2), True), ((64, 512, 2), True)]
+TAYLOR = {
+    "forward": [T(64, 64, 4, 2, 128), T(64, 64, 4, 1, 128), T(64, 128, 4, 1), T(64, 256, 8, 1), T(128, 128, 8, 1), T(128, 64, 8, 2)],
+    "backward": [T(64, 64, 4, 1), T(64, 64, 4, 2), T(64, 64, 4, 1, 128), T(64, 128, 8, 1), T(128, 64, 8, 1), T(128, 128, 8, 1)],
+}
+
+
+def taylor_calls(shape, norm, forward, backward, seed=0):
+    """Inputs, forward and backward of Taylor attention: what shipped without configurations."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    q, k, v, dy = (torch.randn(*shape, w, device="cuda", generator=generator).bfloat16() for w in (16, 16, 64, 64))
+    if forward is None:
+        ahead = lambda: taylor_launch.forward(q, k, v, None, None, norm, 1e-6, False)
+        y, scale, entering, entering_norm, *_ = ahead()
+        back = lambda: taylor_launch.backward(q, k, v, y, scale, entering, entering_norm, dy, None, None, norm, False)[:3]
+    else:
+        ahead = lambda: set_taylor(forward, backward) or taylor_short.forward(q, k, v, norm=norm, eps=1e-6)
+        y, scale = ahead()
+        back = lambda: set_taylor(forward, backward) or taylor_short.backward(q, k, v, y, scale, dy, norm=norm)
+    return (q, k, v, dy), ahead, back
+
+
+def set_taylor(forward, backward):
+    taylor_short.FORWARD, taylor_short.BACKWARD = forward, backward
+
+
+def taylor_errors(shape, norm, forward, backward):
+    (q, k, v, dy), ahead, back = taylor_calls(shape, norm, forward, backward)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    s = torch.einsum("bihk,bjhk->bhij", *leaves[:2]) / 4
+    p = (1 + s + s * s / 2).tril()
+    y = torch.einsum("bhij,bjhv->bihv", p / (p.sum(-1, keepdim=True) + 1e-6) if norm else p, leaves[2])
+    want = (y.detach(), *torch.autograd.grad(y, leaves, dy.double()))
+    return {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(("o", "dq", "dk", "dv"), (ahead()[0], *back()), want)}
 
 
 def class_of(shape):
@@ -60,7 +99,8 @@ def set_to(forward, backward):
     short_rows.LONGEST = SHIPPED if forward is None else LONGEST
     if forward is not None:
         short_rows.JOINT = backward.tile > 0
-        short_rows.FORWARD, short_rows.BACKWARD = {128: forward}, {128: backward}
+        short_rows.PAIRS = forward[1]
+        short_rows.FORWARD, short_rows.BACKWARD = {128: forward[0]}, {128: backward}
 
 
 def out(folder, name):
@@ -108,9 +148,19 @@ def warm(folder, part, parts):
     for kind, (shape,) in CLASSES.items():
         for gates in (["scalar", "strong"], *([g] for g in GATES[kind] if g != "scalar")):
             for pair in [(None, None), *variants(kind)]:
-                lengths = (256, 64, 250, 128, *((512,) if pair[0] is None else ()))
+                lengths = (256, 250, *((512,) if pair[0] is None else ()), *((64, 128) if "constant" not in gates and kind != "shared" else ()))
                 tasks.append([((n, length, *shape[2:]), gate, pair) for length in lengths for gate in gates for n in ((64,) if pair[0] is None else (4,))])
+    pairs = list(zip(TAYLOR["forward"], TAYLOR["backward"]))
+    for (forward, backward), norm in [((None, None), n) for n in (False, True)] + [(p, False) for p in pairs] + [(p, True) for p in pairs[:5]]:
+        tasks.append([((4, length, 2), norm, (forward, backward)) for length in (256, 250)])
     for shape, gate, pair in [one for group in tasks[part::parts] for one in group]:
+        if len(shape) == 3:
+            try:
+                found = taylor_errors(shape, gate, *pair)
+                write(step="fp64", name="taylor", shape=shape, norm=gate, forward=pair[0], backward=pair[1], errors=found, right=right(found))
+            except Exception:
+                write(step="failed", name="taylor", shape=shape, norm=gate, forward=pair[0], backward=pair[1], why=traceback.format_exc()[-400:])
+            continue
         try:
             set_to(*pair)
             found = errors(shape, gate)
@@ -177,6 +227,26 @@ def timing(folder):
         short = lambda w: (rows[w, None], min([t for (x, c), t in rows.items() if x == w and c is not None and t is not None], default=None), best.get((shape, gate, w)))
         print(shape, gate, "forward shipped/new", *short("forward"), "backward", *short("backward"), f"at {time.time() - began:.0f} s", flush=True)
 
+    def taylor(shape, norm, prune):
+        rows = {}
+        for which, at in (("forward", 1), ("backward", 2)):
+            for config in [None, *TAYLOR[which]]:
+                if prune and (which, config) in slow:
+                    continue
+                pair = (None, None) if config is None else (config, TAYLOR["backward"][0]) if at == 1 else (TAYLOR["forward"][0], config)
+                try:
+                    rows[which, config] = timed(("taylor", *shape), norm, which, config, taylor_calls(shape, norm, *pair)[at])
+                except Exception:
+                    write(step="failed", shape=("taylor", *shape), gate=norm, which=which, config=config, why=traceback.format_exc()[-300:])
+            mine = {c: t for (w, c), t in rows.items() if w == which and c is not None and t is not None}
+            best["taylor", which] = min(mine, key=mine.get)
+            if not prune:
+                slow.update((which, c) for c, t in mine.items() if t > 1.2 * min(mine.values()))
+        for pair in ((None, None), (best["taylor", "forward"], best["taylor", "backward"])):
+            _, f, b = taylor_calls(shape, norm, *pair)
+            timed(("taylor", *shape), norm, "both", pair, lambda: (f(), b()))
+        print("taylor", shape, norm, *((w, rows[w, None], rows[w, best["taylor", w]], best["taylor", w]) for w in ("forward", "backward")), f"at {time.time() - began:.0f} s", flush=True)
+
     def eager(shape, gate):
         inputs, do = draw(shape, gate)
         leaves = [x.clone().requires_grad_() for x in inputs[:3]]
@@ -207,9 +277,13 @@ def timing(folder):
         sweep(SSD, gate, False)
     for gate in ("scalar", "none", "constant"):
         eager(SMALL, gate)
+    for (shape, norm), prune in zip(TAYLOR_SHAPES[:2], (False, True)):
+        taylor(shape, norm, prune)
     for shape in FLEETS:
         for gate in ("scalar", "none"):
             sweep(shape, gate, True)
+    for shape, norm in TAYLOR_SHAPES[2:]:
+        taylor(shape, norm, True)
     for gate in ("none", "scalar"):
         sweep(WIDE[0], gate, False)
     for shape in LONGER[:1] + WIDE[1:] + LONGER[1:]:

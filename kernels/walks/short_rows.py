@@ -39,7 +39,7 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
-JOINT = True
+JOINT, PAIRS = True, 0
 FORWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}
 BACKWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 1)}
 """By the larger of K and V."""
@@ -77,10 +77,15 @@ def forward(narrow: tuple[Tensor, ...], inputs: Inputs, o: Tensor) -> None:
     (batch, length, heads, v_dim), config = v.shape, _config(FORWARD, inputs)
     tile = min(config.tile, product_width(v_dim, v.dtype))
     programs = batch * heads * -(-length // config.tokens) * -(-v_dim // tile)
-    forward_kernel[(programs,)](
+    kernel, more = forward_kernel, {}
+    if PAIRS:
+        from kernels.walks.short_rows_triton import pairs_kernel
+
+        kernel, more = pairs_kernel, {"N": PAIRS, "MOST": 512}
+    kernel[(programs,)](
         q, k, v, gate_of(inputs.log_decay, v), o,
         *strides, length, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch),
-        **_constants(inputs, unit, config), BV=tile,
+        **_constants(inputs, unit, config), BV=tile, **more,
     )  # fmt: skip
 
 

@@ -224,3 +224,51 @@ def backward_kernel(
             K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, DOT, PRECISION, STAGES,
         )  # fmt: skip
     _store_rows(dk, groups, dk_CK, t_C, ks, length, K)
+
+
+@entry
+def pairs_kernel(
+    q, k, v, gate, o,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
+    length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    GATE: tl.constexpr, ALONE: tl.constexpr, MOST: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The outputs of C tokens from all pairs with tokens up to them, N at once; decays are summed from the start of the row."""
+    COLUMNS: tl.constexpr = (V + BV - 1) // BV
+    column, tile, _, rest = _place(tl.program_id(0), COLUMNS, tl.cdiv(length, C), 1)
+    head, batch = rest % heads, rest // heads
+    wide, start = batch.to(tl.int64), tile * C
+    ks, vs, t_C = tl.arange(0, BK), column * BV + tl.arange(0, BV), start + tl.arange(0, C)
+    q += (wide * q_b + head // group * q_h) * UNIT
+    k += (wide * k_b + head // group * k_h) * UNIT
+    v += (wide * v_b + head * v_h) * UNIT
+    o += (wide * length * heads + head) * V
+    gate = _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE)
+    end = tl.minimum(start + C, length)
+    q_CK = _load_rows(q, q_t * UNIT, t_C, ks, length, K, DOT)
+    if GATE != NO_GATE:
+        g_C, _ = _log_decays(gate, heads, t_C, start, length, C, GATE == SCALAR_GATE)
+        if GATE == SCALAR_GATE:
+            earlier = tl.arange(0, MOST)
+            g_C += tl.sum(tl.load(gate + earlier.to(tl.int64) * heads, mask=earlier < start, other=0.0) * 1.4426950408889634, 0)
+        else:
+            g_C += tl.load(gate) * 1.4426950408889634 * start
+    before = tl.zeros([], tl.float32)
+    o_CV = tl.zeros([C, BV], tl.float32)
+    for first in tl.range(0, end, N, num_stages=STAGES):
+        t_N = first + tl.arange(0, N)
+        k_NK = _load_rows(k, k_t * UNIT, t_N, ks, end, K, DOT)
+        v_NV = _load_rows(v, v_t * UNIT, t_N, vs, end, V, DOT)
+        qk_CN = tl.dot(q_CK, tl.trans(k_NK), input_precision=PRECISION)
+        seen_CN = t_C[:, None] >= t_N[None, :]
+        if GATE != NO_GATE:
+            g_N, g_all = _log_decays(gate, heads, t_N, first, length, N, GATE == SCALAR_GATE)
+            qk_CN *= tl.exp2(tl.where(seen_CN, g_C[:, None] - (before + g_N)[None, :], float("-inf")))
+            before += g_all
+        else:
+            qk_CN = tl.where(seen_CN, qk_CN, 0.0)
+        o_CV = tl.dot(qk_CN.to(DOT), v_NV, o_CV, input_precision=PRECISION)
+    _store_rows(o, heads, o_CV, t_C, vs, length, V)
