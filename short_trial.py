@@ -31,19 +31,22 @@ SMALL, SSD = (64, 256, 2, 2, 64, 64), (64, 256, 1, 2, 128, 64)
 FLEETS = [(1024, t, 2, 2, 64, 64) for t in (256, 128, 64)] + [(1024, 256, 1, 1, 64, 64)]
 WIDE = [(64, 256, 2, 2, 128, 128), (1024, 256, 1, 1, 128, 128), (1024, 128, 1, 1, 128, 128), (1024, 64, 1, 1, 128, 128)]
 LONGER = [(64, 512, 2, 2, 64, 64), (32, 512, 16, 16, 64, 64)]
-CLASSES = {"narrow": [SMALL], "shared": [SSD], "wide": [WIDE[0]]}
+TINY = (1024, 256, 1, 4, 16, 64)
+CLASSES = {"narrow": [SMALL], "shared": [SSD], "wide": [WIDE[0]], "tiny": [TINY]}
 FORWARD = {  # configurations, and how many keys at once where pairs are multiplied instead of states
     "narrow": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 4, 3), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1), 0),
                (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 128), 64), (Config(64, 64, 4, 1), 128), (Config(64, 64, 8, 1), 256), (Config(64, 64, 8, 1, 128), 128), (Config(128, 64, 8, 1, 128), 64)],
     "shared": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1), 0), (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 168), 64), (Config(64, 64, 8, 1), 128), (Config(128, 64, 8, 1, 128), 64)],
     "wide": [(Config(64, 64, 4, 2), 0), (Config(64, 128, 8, 1), 0), (Config(64, 128, 8, 2), 0), (Config(64, 128, 8, 1), 64)],
+    "tiny": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 4, 1, 128), 64)],
 }
 BACKWARD = {
+    "tiny": [Config(64, 64, 4, 1), Config(64, 64, 8, 1), Config(64, 0, 4, 1)],
     "narrow": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 1, 168), Config(64, 64, 4, 1, 128), Config(64, 64, 8, 1), Config(128, 64, 8, 1)],
     "shared": [Config(64, 64, 8, 1), Config(64, 64, 8, 2), Config(64, 64, 4, 1), Config(64, 0, 8, 1), Config(64, 0, 4, 1), Config(64, 0, 8, 1, 128)],
     "wide": [Config(64, 128, 8, 1), Config(64, 128, 8, 2)],
 }
-GATES = {"narrow": ("none", "constant", "scalar"), "shared": ("scalar", "none"), "wide": ("none", "scalar")}
+GATES = {"narrow": ("none", "constant", "scalar"), "shared": ("scalar", "none"), "wide": ("none", "scalar"), "tiny": ("scalar",)}
 
 
 TAYLOR_SHAPES = [((64, 256, 2), False), ((64, 256, 2), True), ((1024, 256, 2), True), ((1024, 128, 2), True), ((1024, 64, 2), True), ((64, 512, 2), True)]
@@ -83,7 +86,7 @@ def taylor_errors(shape, norm, forward, backward):
 
 
 def class_of(shape):
-    return "shared" if shape[2] < shape[3] else "narrow" if shape[4] == 64 else "wide"
+    return "tiny" if shape[4] == 16 else "shared" if shape[2] < shape[3] else "narrow" if shape[4] == 64 else "wide"
 
 
 def draw(shape, gate, seed=0):
@@ -148,7 +151,7 @@ def warm(folder, part, parts):
     for kind, (shape,) in CLASSES.items():
         for gates in (["scalar", "strong"], *([g] for g in GATES[kind] if g != "scalar")):
             for pair in [(None, None), *variants(kind)]:
-                lengths = (256, 250, *((512,) if pair[0] is None else ()), *((64, 128) if "constant" not in gates and kind != "shared" else ()))
+                lengths = (256, 250, *((512,) if pair[0] is None else ()), *((64, 128) if "constant" not in gates and kind not in ("shared", "tiny") else ()))
                 tasks.append([((n, length, *shape[2:]), gate, pair) for length in lengths for gate in gates for n in ((64,) if pair[0] is None else (4,))])
     pairs = list(zip(TAYLOR["forward"], TAYLOR["backward"]))
     for (forward, backward), norm in [((None, None), n) for n in (False, True)] + [(p, False) for p in pairs] + [(p, True) for p in pairs[:5]]:
@@ -284,6 +287,8 @@ def timing(folder):
             sweep(shape, gate, True)
     for shape, norm in TAYLOR_SHAPES[2:]:
         taylor(shape, norm, True)
+    sweep((SSD[0], SSD[1], 1, 4, *SSD[4:]), "scalar", True)
+    sweep(TINY, "scalar", False)
     for gate in ("none", "scalar"):
         sweep(WIDE[0], gate, False)
     for shape in LONGER[:1] + WIDE[1:] + LONGER[1:]:
