@@ -31,8 +31,18 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
+WIDTHS, LONGEST = (16, 64), 256
+"""The widest heads, and the most tokens of a row that is short."""
+DTYPES = (torch.bfloat16, torch.float16)
+"""Of the products."""
 FORWARD = Config(64, 64, 4, 2, 128)
 BACKWARD = Config(64, 64, 4, 1)
+
+
+def suits(k_BTHK: Tensor, v_BTHV: Tensor, dot: torch.dtype) -> bool:
+    """Whether rows without sums before or after them are short: narrow 16-bit ones."""
+    fits = k_BTHK.shape[3] <= WIDTHS[0] and v_BTHV.shape[3] <= WIDTHS[1] and dot in DTYPES
+    return fits and v_BTHV.shape[1] <= LONGEST
 
 
 def _constants(k: Tensor, v: Tensor, unit: int, config: Config) -> dict[str, Any]:
