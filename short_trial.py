@@ -34,7 +34,7 @@ LONGER = [(64, 512, 2, 2, 64, 64), (32, 512, 16, 16, 64, 64)]
 TINY = (1024, 256, 1, 4, 16, 64)
 CLASSES = {"narrow": [SMALL], "shared": [SSD], "wide": [WIDE[0]], "tiny": [TINY]}
 FORWARD = {  # configurations, and how many keys at once where pairs are multiplied instead of states
-    "narrow": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 4, 3), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1), 0),
+    "narrow": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 4, 3), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1, None, 128), 0), (Config(64, 64, 4, 1, None, 128), 0), (Config(64, 64, 4, 1, None, 256), 0),
                (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 128), 64), (Config(64, 64, 4, 1), 128), (Config(64, 64, 8, 1), 256), (Config(64, 64, 8, 1, 128), 128), (Config(128, 64, 8, 1, 128), 64)],
     "shared": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1), 0), (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 168), 64), (Config(64, 64, 8, 1), 128), (Config(128, 64, 8, 1, 128), 64)],
     "wide": [(Config(64, 64, 4, 2), 0), (Config(64, 128, 8, 1), 0), (Config(64, 128, 8, 2), 0), (Config(64, 128, 8, 1), 64)],
@@ -42,7 +42,7 @@ FORWARD = {  # configurations, and how many keys at once where pairs are multipl
 }
 BACKWARD = {
     "tiny": [Config(64, 64, 4, 1), Config(64, 64, 8, 1), Config(64, 0, 4, 1)],
-    "narrow": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 1, 168), Config(64, 64, 4, 1, 128), Config(64, 64, 8, 1), Config(128, 64, 8, 1)],
+    "narrow": [Config(64, 64, 4, 1), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 1, 168), Config(64, 64, 4, 1, 128), Config(64, 64, 8, 1), Config(128, 64, 8, 1, None, 128), Config(64, 64, 4, 1, None, 128)],
     "shared": [Config(64, 64, 8, 1), Config(64, 64, 8, 2), Config(64, 64, 4, 1), Config(64, 0, 8, 1), Config(64, 0, 4, 1), Config(64, 0, 8, 1, 128)],
     "wide": [Config(64, 128, 8, 1), Config(64, 128, 8, 2)],
 }

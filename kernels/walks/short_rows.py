@@ -37,6 +37,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    step: int = 64
 
 
 JOINT, PAIRS = True, 0
@@ -60,7 +61,7 @@ def _constants(inputs: Inputs, unit: int, config: Config) -> dict[str, Any]:
     return {
         "K": k.shape[3], "V": v.shape[3], "BK": product_width(k.shape[3], v.dtype), "UNIT": unit, "C": config.tokens,
         "GATE": _gate_kind(inputs.log_decay), "ALONE": v.shape[1] <= config.tokens, "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
-        "STAGES": config.stages, "num_warps": config.warps, "maxnreg": config.registers,
+        "STAGES": config.stages, "STEP": config.step, "num_warps": config.warps, "maxnreg": config.registers,
     }  # fmt: skip
 
 

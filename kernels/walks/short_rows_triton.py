@@ -66,7 +66,7 @@ def forward_kernel(
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, ALONE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr, ALONE: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * tiles * tiles of BV columns,). Strides count UNIT elements."""
     COLUMNS: tl.constexpr = (V + BV - 1) // BV
@@ -85,7 +85,7 @@ def forward_kernel(
     o_CV = tl.zeros([C, BV], tl.float32)
     if not ALONE:
         state_KV = _state(
-            k, k_t * UNIT, v, v_t * UNIT, gate, heads, start, column * BV, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+            k, k_t * UNIT, v, v_t * UNIT, gate, heads, start, column * BV, K, V, BK, BV, STEP, GATE, False, DOT, PRECISION, STAGES
         )
         o_CV = tl.dot(q_CK, state_KV.to(DOT), input_precision=PRECISION)
     qk_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
@@ -105,7 +105,7 @@ def _backward_of_head(
     q, q_stride, k, k_stride, v, v_stride, do, do_stride, gate, gate_stride, dq, dv, dgate,
     q_CK, k_CK, dq_CK, dk_CK, length, start,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr, SHARED: tl.constexpr,
+    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr, SHARED: tl.constexpr, STEP: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds what a tile of a head gives to queries and keys, stores the gradients of its values and decays.
@@ -119,7 +119,7 @@ def _backward_of_head(
     v_CV = _load_rows(v, v_stride, t_C, vs, length, V, DOT)
     if not ALONE:
         state_KV = _state(
-            k, k_stride, v, v_stride, gate, gate_stride, start, 0, K, V, BK, BV, C, GATE, False, DOT, PRECISION, STAGES
+            k, k_stride, v, v_stride, gate, gate_stride, start, 0, K, V, BK, BV, STEP, GATE, False, DOT, PRECISION, STAGES
         ).to(DOT)
         read_CK = tl.dot(do_CV, tl.trans(state_KV), input_precision=PRECISION)
     ov_CC = tl.dot(do_CV, tl.trans(v_CV), input_precision=PRECISION)
@@ -155,7 +155,7 @@ def _backward_of_head(
             later_gate += later * gate_stride
         dstate_KV = _state(
             q + later * q_stride, q_stride, do + later * do_stride, do_stride, later_gate, gate_stride, length - end, 0,
-            K, V, BK, BV, C, GATE, True, DOT, PRECISION, STAGES,
+            K, V, BK, BV, STEP, GATE, True, DOT, PRECISION, STAGES,
         )  # fmt: skip
         if GATE_GRAD:
             sum_C += tl.exp2(g_all) * tl.sum(state_KV.to(tl.float32) * dstate_KV)
@@ -185,7 +185,7 @@ def backward_kernel(
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr, SHARED: tl.constexpr,
+    GATE: tl.constexpr, GATE_GRAD: tl.constexpr, ALONE: tl.constexpr, SHARED: tl.constexpr, STEP: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and keys [B, T, G, K], of values, and of each token's log decay [B, T, H].
@@ -211,7 +211,7 @@ def backward_kernel(
                 do + (wide * do_b + head * do_h) * UNIT, do_t * UNIT,
                 _gate_of(gate, batch, head, 0, length, heads, gate_every, GATE), heads, dq, dv + row * V, dgate + row,
                 q_CK, k_CK, dq_CK, dk_CK, length, start,
-                K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, DOT, PRECISION, STAGES,
+                K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, STEP, DOT, PRECISION, STAGES,
             )  # fmt: skip
         _store_rows(dq, groups, dq_CK, t_C, ks, length, K)
     else:
@@ -221,7 +221,7 @@ def backward_kernel(
             do + (wide * do_b + shared * do_h) * UNIT, do_t * UNIT,
             _gate_of(gate, batch, shared, 0, length, heads, gate_every, GATE), heads, dq, dv + row * V, dgate + row,
             q_CK, k_CK, dq_CK, dk_CK, length, start,
-            K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, DOT, PRECISION, STAGES,
+            K, V, BK, BV, C, GATE, GATE_GRAD, ALONE, SHARED, STEP, DOT, PRECISION, STAGES,
         )  # fmt: skip
     _store_rows(dk, groups, dk_CK, t_C, ks, length, K)
 
@@ -233,7 +233,7 @@ def pairs_kernel(
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64,
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
-    GATE: tl.constexpr, ALONE: tl.constexpr, MOST: tl.constexpr,
+    GATE: tl.constexpr, ALONE: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The outputs of C tokens from all pairs with tokens up to them, N at once; decays are summed from the start of the row."""

@@ -10,7 +10,7 @@ from kernels.walks import short_rows, walk
 from tests.kernels.cases_recurrence import check, check_vmap, draw
 from tests.kernels.oracle import poisoned
 
-TILE = short_rows.Config(16, 16, 4, 1)
+TILE = short_rows.Config(16, 16, 4, 1, step=32)
 
 
 @pytest.fixture(autouse=True)
