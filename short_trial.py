@@ -32,7 +32,7 @@ FLEETS = [(1024, t, 2, 2, 64, 64) for t in (256, 128, 64)] + [(1024, 256, 1, 1, 
 WIDE = [(64, 256, 2, 2, 128, 128), (1024, 256, 1, 1, 128, 128), (1024, 128, 1, 1, 128, 128), (1024, 64, 1, 1, 128, 128)]
 LONGER = [(64, 512, 2, 2, 64, 64), (32, 512, 16, 16, 64, 64)]
 TINY = (1024, 256, 1, 4, 16, 64)
-CLASSES = {"narrow": [SMALL], "shared": [SSD], "wide": [WIDE[0]], "tiny": [TINY]}
+CLASSES = {"narrow": [SMALL], "shared": [SSD], "tiny": [TINY], "wide": [WIDE[0]]}
 FORWARD = {  # configurations, and how many keys at once where pairs are multiplied instead of states
     "narrow": [(Config(64, 64, 4, 1), 0), (Config(64, 64, 4, 2), 0), (Config(64, 64, 4, 3), 0), (Config(64, 64, 8, 1), 0), (Config(128, 64, 8, 1, None, 128), 0), (Config(64, 64, 4, 1, None, 128), 0), (Config(64, 64, 4, 1, None, 256), 0),
                (Config(64, 64, 4, 1, 128), 64), (Config(64, 64, 4, 2, 128), 64), (Config(64, 64, 4, 1), 128), (Config(64, 64, 8, 1), 256), (Config(64, 64, 8, 1, 128), 128), (Config(128, 64, 8, 1, 128), 64)],
@@ -153,9 +153,12 @@ def warm(folder, part, parts):
             for pair in [(None, None), *variants(kind)]:
                 lengths = (256, 250, *((512,) if pair[0] is None else ()), *((64, 128) if "constant" not in gates and kind not in ("shared", "tiny") else ()))
                 tasks.append([((n, length, *shape[2:]), gate, pair) for length in lengths for gate in gates for n in ((64,) if pair[0] is None else (4,))])
+    wide = [group for group in tasks if group[0][0][4] == 128 and group[0][0][2] == group[0][0][3]]
+    tasks = [group for group in tasks if group not in wide]
     pairs = list(zip(TAYLOR["forward"], TAYLOR["backward"]))
     for (forward, backward), norm in [((None, None), n) for n in (False, True)] + [(p, False) for p in pairs] + [(p, True) for p in pairs[:5]]:
         tasks.append([((4, length, 2), norm, (forward, backward)) for length in (256, 250)])
+    tasks += wide
     for shape, gate, pair in [one for group in tasks[part::parts] for one in group]:
         if len(shape) == 3:
             try:

@@ -82,11 +82,11 @@ def forward(narrow: tuple[Tensor, ...], inputs: Inputs, o: Tensor) -> None:
     if PAIRS:
         from kernels.walks.short_rows_triton import pairs_kernel
 
-        kernel, more = pairs_kernel, {"N": PAIRS, "MOST": 512}
+        kernel, more = pairs_kernel, {"N": PAIRS, "MOST": 512, "ALONE": False}
     kernel[(programs,)](
         q, k, v, gate_of(inputs.log_decay, v), o,
         *strides, length, heads, heads // k.shape[2], gate_every(inputs.log_decay, batch),
-        **_constants(inputs, unit, config), BV=tile, **more,
+        **(_constants(inputs, unit, config) | {"BV": tile} | more),
     )  # fmt: skip
 
 
