@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels._ahead import Sizes, other_sizes
 from kernels._members import fold_members
 from kernels._operator import operator
-from kernels.walks import walk
+from kernels.walks import short_rows, walk
 
 STARTS = 5
 """Where the bounds of packed sequences are among the arguments of both operators."""
@@ -97,12 +97,14 @@ linear_recurrence.register_autograd(_differentiate, setup_context=_save)
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, state: Any, starts: Any, return_state: bool) -> Iterator[tuple[Any, ...]]:
     """Long rows of few heads are walked in segments; so are heads that share keys, but for a few, which share nothing.
 
-    Long rows of many narrow heads take the walks for Hopper.
+    Long rows of many narrow heads take the walks for Hopper; short rows without states are of one tile, of several, or none.
     """
     if starts is not None:
         return
-    more = [Sizes(1, length, 1, 1) for length in (64, 4096)] if k.shape[2] < v.shape[2] else [Sizes(8, 1024, 16, 16)]
-    for other in (*other_sizes(k.shape[2], v.shape[2]), *more):
+    groups, heads = k.shape[2], v.shape[2]
+    more = [Sizes(1, length, 1, 1) for length in (64, 4096)] if groups < heads else [Sizes(8, 1024, 16, 16)]
+    more += [Sizes(16, length, groups, heads) for length in (short_rows.longest(k, v), short_rows.longest(k, v) + 1)]
+    for other in (*other_sizes(groups, heads), *more):
         keys = [other.of(x, "BTG") for x in (q, k)]
         yield *keys, other.of(v, "BTH"), decays_of(other, log_decay), other.of(state, "BH"), None, return_state
 

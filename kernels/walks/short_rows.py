@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.operands import _gate_kind, _precision, _rows, _triton_dtype, product_width
+from kernels.operands import _dot_dtype, _gate_kind, _precision, _rows, _triton_dtype, product_width
 from kernels.walks.walk_decays import gate_every, gate_of, of_given
 
 if TYPE_CHECKING:
@@ -47,12 +47,16 @@ BACKWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 1)}
 
 
 def suits(inputs: Inputs, *, return_state: bool) -> bool:
-    """Whether rows are short and no state enters or leaves them."""
+    """Whether rows are short, products of 16 bit, and no state enters or leaves them."""
     q, k, v, _, state, starts = inputs
-    if state is not None or starts is not None or return_state or not all(x.dtype in DTYPES for x in (q, k, v)):
-        return False
-    wide = max(k.shape[3], v.shape[3])
-    return v.shape[1] <= next((most for width, most in LONGEST.items() if wide <= width), 0)
+    whole = state is None and starts is None and not return_state
+    return whole and v.shape[1] <= longest(k, v) and _dot_dtype(q, k, v) in DTYPES
+
+
+def longest(k_BTGK: Tensor, v_BTHV: Tensor) -> int:
+    """The most tokens of a short row."""
+    wide = max(k_BTGK.shape[3], v_BTHV.shape[3])
+    return next((most for width, most in LONGEST.items() if wide <= width), 0)
 
 
 def _constants(inputs: Inputs, unit: int, config: Config) -> dict[str, Any]:
