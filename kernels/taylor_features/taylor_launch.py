@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _narrow, _precision, _rows, _triton_dtype, padded, product_width
-from kernels.taylor_features import taylor_short
 
 MAX_KEY, MAX_VALUE = 64, 256
 SCAN_BLOCK = 1024
@@ -137,9 +136,6 @@ def forward(
     from kernels.taylor_features import taylor_triton
 
     call = _call(q_BTHK, k_BTHK, v_BTHV)
-    if first is None and not last and taylor_short.suits(k_BTHK, v_BTHV, call.dot):
-        y, scale = taylor_short.forward(q_BTHK, k_BTHK, v_BTHV, norm=norm, eps=eps)
-        return y, scale, v_BTHV.new_empty(0, dtype=call.wide), *(_fresh(v_BTHV, 0) for _ in range(3))
     if not (norm or last) and first is None and walks(call):
         return _walk(call, q_BTHK, k_BTHK, v_BTHV)
     config = configs(call.v_dim, call.dot).forward
@@ -207,9 +203,6 @@ def backward(
     from kernels.taylor_features import taylor_grad_triton
 
     call = _call(q_BTHK, k_BTHK, v_BTHV)
-    if not first and dlast is None and taylor_short.suits(k_BTHK, v_BTHV, call.dot):
-        given = taylor_short.backward(q_BTHK, k_BTHK, v_BTHV, y, scale, dy_BTHV, norm=norm)
-        return *given, _fresh(v_BTHV, 0), _fresh(v_BTHV, 0)
     chosen = configs(call.v_dim, call.dot)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BTHK, v_BTHV))
     (q, k, v, dy), strides, unit = _rows(*_narrow(call.dot, q_BTHK, k_BTHK, v_BTHV, dy_BTHV))

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels._ahead import Sizes, other_sizes
 from kernels._members import fold_members
 from kernels._operator import operator
-from kernels.walks import short_rows, walk
+from kernels.walks import walk
 
 STARTS = 5
 """Where the bounds of packed sequences are among the arguments of both operators."""
@@ -42,7 +42,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, k, v, _, _, starts = inputs = walk.Inputs(*tensors)
     batch, heads, widths = v.shape[0], v.shape[2], (k.shape[3], v.shape[3])
     final = (batch if starts is None else batch * (starts.shape[0] - 1), heads, *widths) if return_state else (0,)
-    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), walk.entering_like(inputs, return_state=return_state)
+    return v.new_empty(v.shape), v.new_empty(final, dtype=torch.float32), walk.entering_like(inputs)
 
 
 @operator("mixer_bench::linear_recurrence_backward")
@@ -85,7 +85,7 @@ def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _entering
     *inputs, final = ctx.saved_tensors
     gate_grad = inputs[3] is not None and ctx.needs_input_grad[3]
     do = torch.zeros_like(inputs[2]) if do is None else do
-    more = (None, None) if dfinal is None or final is None else (final, dfinal)
+    more = (None, None) if dfinal is None else (final, dfinal)
     dq, dk, dv, dgate, dstate = linear_recurrence_backward(*inputs, do, *more, gate_grad)
     return dq, dk, dv, dgate if gate_grad else None, None if inputs[4] is None else dstate, None, None
 
@@ -97,14 +97,12 @@ linear_recurrence.register_autograd(_differentiate, setup_context=_save)
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, state: Any, starts: Any, return_state: bool) -> Iterator[tuple[Any, ...]]:
     """Long rows of few heads are walked in segments; so are heads that share keys, but for a few, which share nothing.
 
-    Long rows of many narrow heads take the walks for Hopper; short rows without states are of one tile, of several, or none.
+    Long rows of many narrow heads take the walks for Hopper.
     """
     if starts is not None:
         return
-    groups, heads = k.shape[2], v.shape[2]
-    more = [Sizes(1, length, 1, 1) for length in (64, 4096)] if groups < heads else [Sizes(8, 1024, 16, 16)]
-    more += [Sizes(16, length, groups, heads) for length in (short_rows.longest(k, v), short_rows.longest(k, v) + 1)]
-    for other in (*other_sizes(groups, heads), *more):
+    more = [Sizes(1, length, 1, 1) for length in (64, 4096)] if k.shape[2] < v.shape[2] else [Sizes(8, 1024, 16, 16)]
+    for other in (*other_sizes(k.shape[2], v.shape[2]), *more):
         keys = [other.of(x, "BTG") for x in (q, k)]
         yield *keys, other.of(v, "BTH"), decays_of(other, log_decay), other.of(state, "BH"), None, return_state
 

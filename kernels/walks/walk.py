@@ -24,7 +24,7 @@ from kernels.operands import (
     _triton_dtype,
     padded,
 )
-from kernels.walks import short_rows, walk_grouped, walk_hopper_launch, walk_hopper_plan
+from kernels.walks import walk_grouped, walk_hopper_launch, walk_hopper_plan
 from kernels.walks.walk_config import Backward, Config, backward_config, forward_config, tile_of
 from kernels.walks.walk_crossings import Segments
 from kernels.walks.walk_decays import RowSums, decay_gradient, gate_every, gate_of
@@ -87,9 +87,6 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     q, k, v, log_decay, state, starts = inputs
     dot = _dot_dtype(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if short_rows.suits(inputs, return_state=return_state):
-        short_rows.forward(_narrow(dot, q, k, v), inputs, o)
-        return o, _nothing(v), _nothing(v)
     shared = walk_grouped.suits(q, k, v, starts)
     if (
         walk_hopper_plan.suits(inputs)
@@ -120,11 +117,9 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     return o, last, entering
 
 
-def entering_like(inputs: Inputs, *, return_state: bool) -> Tensor:
+def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward`."""
     q, k, v, _, _, starts = inputs
-    if short_rows.suits(inputs, return_state=return_state):
-        return _nothing(v)
     states = (v.shape[2], k.shape[3], v.shape[3])
     if walk_hopper_plan.suits(inputs):
         return walk_hopper_plan.entering_like(inputs)
@@ -155,17 +150,14 @@ def backward(
     dfirst = _nothing(v) if state is None else torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
+    back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
+    if walk_hopper_plan.suits(inputs):
+        back = walk_hopper_launch.backward
+    dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)
-    if short_rows.suits(inputs, return_state=dlast is not None):
-        dq, dk, dgate = short_rows.backward(narrow, inputs, dv, gate_grad=gate_grad)
-    else:
-        back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
-        if walk_hopper_plan.suits(inputs):
-            back = walk_hopper_launch.backward
-        dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
-        if gate_grad:
-            assert log_decay is not None
-            dgate = decay_gradient(rowsums, log_decay, starts, final, dlast, dot)
+    if gate_grad:
+        assert log_decay is not None
+        dgate = decay_gradient(rowsums, log_decay, starts, final, dlast, dot)
     heads_of = dq.shape[2] // k.shape[2]
     if heads_of > 1:
         dq, dk = _sum_heads(dq, dk, k.shape[2])

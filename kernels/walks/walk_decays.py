@@ -78,11 +78,6 @@ def decay_gradient(
         APART=sums.between is not None or starts is not None,
         PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, num_warps=8,
     )  # fmt: skip
-    return of_given(later_BTH, log_decay)
-
-
-def of_given(gradient_BTH: Tensor, log_decay: Tensor) -> Tensor:
-    """The gradient of log decays as they were given, from that of each token's."""
     if log_decay.ndim == 3:
-        return gradient_BTH
-    return gradient_BTH.sum(1).unflatten(0, (log_decay.shape[0], -1)).sum(1)
+        return later_BTH
+    return later_BTH.sum(1).unflatten(0, (log_decay.shape[0], -1)).sum(1)

@@ -8,7 +8,7 @@ from torch.func import vmap
 
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
-from kernels.taylor_features import taylor_launch, taylor_short
+from kernels.taylor_features import taylor_launch
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 # batch, length, heads, width of q and k, width of v; chunks have 32 tokens here
@@ -79,19 +79,6 @@ def test_a_walk_over_whole_sequences(monkeypatch):
         monkeypatch.setattr(taylor_launch, name, value)
     for shape in ((1, 75, 2, 16, 16), (1, 40, 1, 5, 20)):
         agree_with_the_definition(shape, norm=False, state=False)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_short_rows_by_all_pairs(monkeypatch, norm):
-    """Tiles of 16 tokens that meet 16 or 32 at once, the last of both not whole; in fp32, which ships with chunks."""
-    monkeypatch.setattr(taylor_short, "DTYPES", (torch.float32,))
-    for others in (16, 32):
-        for name in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(taylor_short, name, taylor_short.Config(16, others, 4, 1))
-        for shape in ((2, 40, 2, 8, 33), (1, 1, 1, 16, 16)):
-            with monkeypatch.context() as walks:
-                walks.setattr(taylor_launch, "configs", None)
-                agree_with_the_definition(shape, norm=norm, state=False)
 
 
 def test_walked_are_long_sequences_that_fill_the_chip():

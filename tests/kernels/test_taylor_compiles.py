@@ -6,10 +6,7 @@ import triton.language as tl
 
 from kernels.operands import _precision, padded, product_width
 from kernels.taylor_features import taylor_launch as launch
-from kernels.taylor_features import taylor_short
 from kernels.taylor_features.taylor_grad_triton import key_kernel, query_kernel
-from kernels.taylor_features.taylor_short_triton import backward_kernel as short_backward
-from kernels.taylor_features.taylor_short_triton import forward_kernel as short_forward
 from kernels.taylor_features.taylor_triton import forward_kernel, scan_kernel, state_kernel
 from kernels.taylor_features.taylor_walk_triton import walk_kernel
 from tests.kernels.offline import compile_sm90
@@ -60,21 +57,6 @@ def test_the_walk_fits():
     assert used.spilled <= 16
     assert used.shared <= SMEM
     assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
-
-
-@pytest.mark.parametrize("norm", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_short_rows_leave_room_for_other_programs(norm):
-    for kernel, config, most in ((short_forward, taylor_short.FORWARD, 128), (short_backward, taylor_short.BACKWARD, 255)):
-        runtime = {p.name: p.annotation_type or "*bf16+" for p in kernel.params if not p.is_constexpr} | {"scale": "*fp32+"}
-        constants = {"K": 16, "V": 64, "BK": 16, "BV": 64, "UNIT": 8, "BM": config.tokens, "BN": config.others, "NORM": norm}
-        arguments = runtime | constants | {"DOT": tl.bfloat16, "PRECISION": None, "STAGES": config.stages}
-        arguments = {name: arguments[name] for name in kernel.arg_names}
-        used = compile_sm90(kernel, arguments, warps=config.warps, maxnreg=config.registers)
-        assert used.registers <= most
-        assert used.spilled == 0
-        assert used.shared <= SMEM // 4
-        assert "mma.sync" not in used.ptx.replace("wgmma.mma_async.sync", "")
-        assert not used.serialised
 
 
 def test_the_scan_streams():
