@@ -80,7 +80,7 @@ def test_carries(reverse):
     check(carry_kernel, 128, gated=True, REVERSE=reverse, STAGES=delta_hopper_launch.CARRY_STAGES[reverse], spilled=20)
 
 
-# Bytes of spilled registers at width 128: what the compilers of Triton 3.6 and 3.7 give at most, rounded up; none at 64.
+# Bytes of spilled registers at width 128: what the compilers of Triton 3.6 and 3.7 give at most, rounded up; at 64 at most 8.
 SPILLS = {backward_kernel: 120, combine_kernel: 80}
 
 
@@ -95,5 +95,5 @@ def test_the_main_configuration(kernel):
 @pytest.mark.parametrize("kernel", [*SPILLS, carry_kernel], ids=lambda kernel: kernel.__name__)
 def test_every_configuration(kernel, width, gated):
     for reverse in (False, True) if kernel is carry_kernel else (False,):
-        spilled = SPILLS.get(kernel, 20) if width > C else 0
+        spilled = SPILLS.get(kernel, 20) if width > C else 8
         check(kernel, width, gated=gated, REVERSE=reverse, STAGES=delta_hopper_launch.CARRY_STAGES[reverse], spilled=spilled)
