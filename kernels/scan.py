@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
+from kernels.gated_norm import gated_norm
 from kernels.scans.scan_operator import scan_operator, selective_scan_operator
 
 
@@ -66,7 +67,14 @@ def _scan(a: Tensor, x: Tensor) -> Tensor:
 
 
 def selective_scan(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_DN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BDN: Tensor | None = None
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    rate_DN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    state_BDN: Tensor | None = None,
+    *,
+    dt_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba's S6: h_t = exp(-dt_t rate) h_{t-1} + (dt_t x_t) b_t^T, y_t = h_t c_t (Gu & Dao 2023, algorithm 2).
 
@@ -75,11 +83,12 @@ def selective_scan(
 
     Args:
         x_BTD: input.
-        dt_BTD: time steps, >= 0.
+        dt_BTD: time steps, >= 0; with a bias, what comes before that and a softplus.
         rate_DN: decay rates, >= 0.
         b_BTN: write vectors.
         c_BTN: read vectors.
         state_BDN: h_0; None means "from zero, and return no state".
+        dt_bias_D: bias of the time steps before their softplus; None means that dt is given as it is used.
 
     Returns:
         The output [B, T, D] in the dtype of x, and the final state in that of the given one, or None.
@@ -89,12 +98,15 @@ def selective_scan(
     """
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
-    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"dt": (dt_BTD, x_BTD.shape)})
+    steps = {"dt": (dt_BTD, x_BTD.shape)} if dt_bias_D is None else {"raw_dt": (dt_BTD, x_BTD.shape)}
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, steps | {"dt_bias": (dt_bias_D, x_BTD.shape[2:])})
     if pick("selective_scan", x_BTD) == "triton":
-        y_BTD, final_BDN, _ = selective_scan_operator(
-            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, None, None, None, False
+        bias_1D = None if dt_bias_D is None else dt_bias_D[None]
+        y_BTD, final_BDN, *_ = selective_scan_operator(
+            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, bias_1D, None, None, False
         )
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
+    dt_BTD = dt_BTD if dt_bias_D is None else time_steps(dt_BTD, dt_bias_D)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
     with torch.autocast(x_BTD.device.type, enabled=False):
@@ -109,7 +121,7 @@ def _check_scan(
     b_BTN: Tensor,
     c_BTN: Tensor,
     state_BDN: Tensor | None,
-    more: dict[str, tuple[Tensor, torch.Size]],
+    more: dict[str, tuple[Tensor | None, torch.Size]],
 ) -> None:
     check_axes("rate", rate_DN, "D N")
     batch, length, width = x_BTD.shape
@@ -161,10 +173,9 @@ def gated_selective_scan(
     _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"raw_dt": (raw_dt_BTD, x_BTD.shape)} | around)
     if not torch.compiler.is_compiling() and pick("selective_scan", x_BTD) == "triton":
         tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
-        y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
+        y_BTD, final_BDN, *_ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
-    dt_BTD = time_steps(raw_dt_BTD, dt_bias_D)
-    y_BTD, final_BDN = selective_scan(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
+    y_BTD, final_BDN = selective_scan(x_BTD, raw_dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN, dt_bias_D=dt_bias_D)
     return skip_and_gate(y_BTD, x_BTD, skip_D, gate_BTD), final_BDN
 
 
@@ -175,7 +186,7 @@ def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:
 
 def skip_and_gate(y: Tensor, x: Tensor, skip_D: Tensor, gate: Tensor) -> Tensor:
     """(y + skip x) silu(gate) in the dtype of x."""
-    return (y + skip_D * x).to(x.dtype) * F.silu(gate).to(x.dtype)
+    return gated_norm(y + (skip_D * x).to(y.dtype), gate.to(x.dtype))
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -11,16 +11,28 @@ from __future__ import annotations
 from triton.experimental.gluon import language as gl
 
 from kernels._entry import entry
-from kernels.scans.selective_scan_gluon import LOG2_E, rows_layout, rows_of, shared_rows, states_layout, tile_buffers, token_step
+from kernels.scans.selective_scan_gluon import (
+    LOG2_E,
+    rows_layout,
+    rows_of,
+    shared_rows,
+    softplus,
+    states_layout,
+    tile_buffers,
+    token_step,
+)
 
 
 @entry(do_not_specialize=["n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def columns_forward(
-    x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, states_ptr, final_ptr, n_tokens, n_tiles, sequences_per_member,
-    WIDTH: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
+    x_ptr, dt_ptr, bias_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
+    n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, the last state and those kept, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,)."""
+    """Outputs, the last state and those kept, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,).
+
+    STEPPED: dt comes before its bias and softplus, and is kept behind them.
+    """
     NC: gl.constexpr = states_layout(N, WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)
@@ -28,7 +40,7 @@ def columns_forward(
     sequence, start = (gl.program_id(0) // n_blocks).to(gl.int64), gl.program_id(0) % n_blocks * C
     member = sequence // sequences_per_member
     x_ptr, dt_ptr = x_ptr + sequence * n_tokens * WIDTH, dt_ptr + sequence * n_tokens * WIDTH
-    y_ptr += sequence * n_tokens * WIDTH
+    y_ptr, steps_ptr = y_ptr + sequence * n_tokens * WIDTH, steps_ptr + sequence * n_tokens * WIDTH
     b_ptr, c_ptr = b_ptr + sequence * n_tokens * N, c_ptr + sequence * n_tokens * N
     states_ptr += sequence * (n_tiles * (L // EACH) + 1) * N * WIDTH
     buffers = tile_buffers(L, C, N)
@@ -41,9 +53,18 @@ def columns_forward(
     if START:
         h_NC = gl.load(start_ptr + sequence * N * WIDTH + own_NC, mask=inside_NC, other=0.0).to(gl.float32)
     gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+    column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
+    bias_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
+    if STEPPED:
+        bias_C = gl.load(bias_ptr + member * WIDTH + column_C, mask=column_C < WIDTH, other=0.0).to(gl.float32)
+    at_LC = gl.arange(0, L, gl.SliceLayout(1, LC))[:, None] * WIDTH + column_C[None, :]
     dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, 0, n_tokens, WIDTH, N, start, L, C, N, LC, LN)
     for tile in range(n_tiles):
         now, following = tile % 2, (tile + 1) * L
+        if STEPPED:
+            dt_LC = softplus(dt_LC + bias_C[None, :])
+            gl.store(steps_ptr + at_LC, dt_LC, mask=(column_C < WIDTH)[None, :])
+            steps_ptr += L * WIDTH
         dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
         dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, start, L, C, N, LC, LN)
         for t in gl.static_range(L):

@@ -93,11 +93,16 @@ def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN):
 
 
 @gluon.jit
+def softplus(x):
+    """max(x, 0) + log(1 + exp(-|x|))"""
+    high = gl.maximum(x, 0.0)
+    return high + log_1p(gl.exp2((x - 2.0 * high) * LOG2_E))
+
+
+@gluon.jit
 def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
     """softplus(raw dt + bias), and 0 beyond the end."""
-    raw_LC = raw_LC + bias_C[None, :]
-    high_LC = gl.maximum(raw_LC, 0.0)
-    dt_LC = high_LC + log_1p(gl.exp2((raw_LC - 2.0 * high_LC) * LOG2_E))  # max(x, 0) + log(1 + exp(-|x|))
+    dt_LC = softplus(raw_LC + bias_C[None, :])
     token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))
     return gl.where((token_L < n_tokens)[:, None], dt_LC, 0.0)
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels._members import even_rows
-from kernels.between.parts_triton import add_dense_parts, add_parts
+from kernels.between.parts_triton import MANY, add_dense_parts, add_parts
 from kernels.scans import (
     selective_scan_columns,
     selective_scan_columns_forward,
@@ -65,6 +66,45 @@ def few_channels(x_BTD: Tensor, b_BTN: Tensor) -> bool:
     return warps < FULL and b_BTN.shape[2] <= 16 and b_BTN.dtype != torch.float32
 
 
+def stepped_forward(
+    x_BTD: Tensor,
+    raw_BTD: Tensor,
+    bias_MD: Tensor,
+    rate_MDN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    start_BDN: Tensor | None,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward` with time steps softplus(raw + bias), and these in fp32."""
+    if keep and threads_own_channels(x_BTD, b_BTN, gated=False):
+        return _columns_forward(x_BTD, raw_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, start_BDN)
+    bias_B1D = bias_MD.repeat_interleave(x_BTD.shape[0] // bias_MD.shape[0], 0)[:, None]
+    steps_BTD = F.softplus(raw_BTD.to(torch.float32) + bias_B1D)
+    return *forward(x_BTD, steps_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, None, keep=keep), steps_BTD
+
+
+def stepped_backward(
+    dy_BTD: Tensor,
+    dfinal_BDN: Tensor | None,
+    x_BTD: Tensor,
+    steps_BTD: Tensor,
+    bias_MD: Tensor,
+    rate_MDN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    states_BSND: Tensor,
+) -> tuple[Tensor, ...]:
+    """As `backward`, with the gradient of raw time steps, in the dtype of x, for that of time steps; and that of the bias."""
+    if threads_own_channels(x_BTD, b_BTN, gated=False):
+        return _columns_backward(dy_BTD, dfinal_BDN, x_BTD, steps_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
+    dx_BTD, ddt_BTD, *others = backward(dy_BTD, dfinal_BDN, x_BTD, steps_BTD, rate_MDN, b_BTN, c_BTN, states_BSND, None)
+    draw_BTD = ddt_BTD * -torch.expm1(-steps_BTD)
+    dbias_MD = draw_BTD.unflatten(0, (bias_MD.shape[0], -1)).sum((1, 2)).to(bias_MD.dtype)
+    return dx_BTD, draw_BTD.to(x_BTD.dtype), *others[:4], dbias_MD
+
+
 def forward(
     x_BTD: Tensor,
     dt_BTD: Tensor,
@@ -78,7 +118,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, states at tiles' borders [B, tiles + 1, N, D]."""
     if keep and threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        return _columns_forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
+        return _columns_forward(x_BTD, dt_BTD, None, rate_MDN, b_BTN, c_BTN, start_BDN)[:3]
     batch, length, width = x_BTD.shape
     n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1 if keep else 0, n_states, width, dtype=torch.float32)
@@ -123,8 +163,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See `kernels.scans.scan_operator`; each gradient in the dtype of its tensor, that of the initial state in fp32."""
     if threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        found = _columns_backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND)
-        return *found, *(x_BTD.new_empty(0) for _ in range(3))
+        found = _columns_backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, None, rate_MDN, b_BTN, c_BTN, states_BSND)
+        return *found[:6], *(x_BTD.new_empty(0) for _ in range(3))
     batch, length, width = x_BTD.shape
     members, _, n_states = rate_MDN.shape
     few, each = few_channels(x_BTD, b_BTN), batch // members
@@ -178,22 +218,29 @@ def backward(
 
 
 def _columns_forward(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `forward`, with states before each `KEPT_EACH` tokens as [B, S, D, N] in bf16."""
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    bias_MD: Tensor | None,
+    rate_MDN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    start_BDN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`, with states before each `KEPT_EACH` tokens as [B, S, D, N] in bf16; with a bias as `stepped_forward`."""
     batch, length, width = x_BTD.shape
     kept_BSDN = x_BTD.new_empty(batch, length // KEPT_EACH + 1, width, KEPT_STATES, dtype=torch.bfloat16)
     final_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
+    steps_BTD = dt_BTD if bias_MD is None else x_BTD.new_empty(x_BTD.shape, dtype=torch.float32)
     y_BTD, start = x_BTD.new_empty(batch, length, width), final_BDN if start_BDN is None else start_BDN.contiguous()
     x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN = (x.contiguous() for x in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
     channels = WARPS * CHANNELS
     selective_scan_columns_forward.columns_forward[(batch * -(-width // channels),)](
-        x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start, y_BTD, kept_BSDN, final_BDN,
-        length, length // TILE, batch // rate_MDN.shape[0],
-        WIDTH=width, START=start_BDN is not None, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=WARPS,
+        x_BTD, dt_BTD, rate_MDN if bias_MD is None else bias_MD.contiguous(), rate_MDN, b_BTN, c_BTN, start,
+        y_BTD, steps_BTD, kept_BSDN, final_BDN, length, length // TILE, batch // rate_MDN.shape[0],
+        WIDTH=width, STEPPED=bias_MD is not None, START=start_BDN is not None, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=WARPS,
         num_warps=WARPS, maxnreg=COLUMNS_REGISTERS,
     )  # fmt: skip
-    return y_BTD, final_BDN, kept_BSDN
+    return y_BTD, final_BDN, kept_BSDN, steps_BTD
 
 
 def _columns_backward(
@@ -201,15 +248,22 @@ def _columns_backward(
     dfinal_BDN: Tensor | None,
     x_BTD: Tensor,
     dt_BTD: Tensor,
+    bias_MD: Tensor | None,
     rate_MDN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
     kept_BSDN: Tensor,
 ) -> tuple[Tensor, ...]:
-    """As `backward` without a gate; one pass makes all but the sums over blocks of channels and over a member's sequences."""
+    """As `backward` without a gate, or as `stepped_backward` with a bias, whose gradient is empty otherwise.
+
+    One pass makes all but the sums over blocks of channels and over a member's sequences.
+    """
     batch, length, width = x_BTD.shape
     n_blocks, each = width // CHANNELS, batch // rate_MDN.shape[0]
-    dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN = (x.new_empty(x.shape) for x in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
+    of_dt = dt_BTD if bias_MD is None else x_BTD
+    dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN = (x.new_empty(x.shape) for x in (x_BTD, of_dt, rate_MDN, b_BTN, c_BTN))
+    dbias_MD = x_BTD.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+    dbias_BD = x_BTD.new_empty(batch, width, dtype=torch.float32)
     dstart_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
     drate_BND = x_BTD.new_empty(batch, KEPT_STATES, width, dtype=torch.float32)
     # a part of 32 channels is rounded like any of the results; the sum of all parts is made in fp32
@@ -217,13 +271,15 @@ def _columns_backward(
     scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, kept_BSDN))
     selective_scan_columns.columns_backward[(batch * n_blocks,)](
         *scanned, dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
-        dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN,
+        dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN, dbias_BD,
         length, length // COLUMNS_TILE, batch, each,
-        WIDTH=width, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, num_warps=1,
+        WIDTH=width, STEPPED=bias_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, num_warps=1,
     )  # fmt: skip
     add_parts((drate_BND,), (drate_MDN,), (KEPT_STATES * width, each * KEPT_STATES * width), each)
     add_dense_parts((db_parts, dc_parts), (db_BTN, dc_BTN))
-    return dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN
+    if bias_MD is not None:
+        add_parts((dbias_BD[:, None],), (dbias_MD[..., None],), (width, each * width), each, at_once=MANY)
+    return dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN, dbias_MD
 
 
 def _entering(

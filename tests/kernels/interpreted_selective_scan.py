@@ -65,6 +65,11 @@ def test_shapes(shape: tuple[int, int, int, int]):
     cases.check_gated(shape, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 2), (1, 33, 5, 3)])
+def test_raw_time_steps(shape: tuple[int, int, int, int]):
+    cases.check_stepped(shape, "cpu", torch.float32)
+
+
 @pytest.mark.usefixtures("four_lanes")
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 33, 9, 16)])
 def test_shapes_of_few_channels(shape: tuple[int, int, int, int]):
@@ -97,6 +102,7 @@ def test_shapes_that_fill_a_device(shape: tuple[int, int, int, int], monkeypatch
     monkeypatch.setattr(selective_scan_launch, "turned", None)
     cases.check(shape, "cpu", torch.bfloat16)
     cases.check(shape, "cpu", torch.float16, strength=10.0)
+    cases.check_stepped(shape, "cpu", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("full_device")
@@ -150,7 +156,7 @@ def test_operator_is_registered_right():
     x, dt, rate, b, c, state = (tensor.requires_grad_() for tensor in cases.draw(1, 3, 3, 2))
     scanned = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
     around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
-    for more in ((None, None, None), around):
+    for more in ((None, None, None), (around[0], None, None), around):
         torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more, False))
 
 

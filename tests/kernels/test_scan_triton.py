@@ -108,22 +108,27 @@ def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = No
     """x, y, b and c in `dtype`, kept states and parts of sums in bf16, the rest in fp32."""
     every = {name: "*fp32+" for name in kernel.arg_names if name.endswith("_ptr")}
     every |= {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
-    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | constants
+    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | {"WIDTH": 4096} | constants
+    if constants["STEPPED"]:
+        every["dt_ptr" if "y_ptr" in kernel.arg_names else "ddt_ptr"] = dtype
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps, maxnreg=maxnreg)
 
 
-@pytest.mark.parametrize("dtype", ["*bf16+", pytest.param("*fp16+", marks=pytest.mark.slow)])
-def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str):
+@pytest.mark.parametrize(
+    ("dtype", "stepped"),
+    [("*bf16+", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("*bf16+", False), ("*fp16+", True)))],
+)
+def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str, stepped: bool):
     kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "C": WARPS * CHANNELS, "L": TILE, "WARPS": WARPS}
-    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, WIDTH=4096, START=True, **kept)
-    backward = compiled_columns(columns_backward, dtype, warps=1, WIDTH=4096, FINAL=True, L=COLUMNS_TILE)
+    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, STEPPED=stepped, START=True, **kept)
+    backward = compiled_columns(columns_backward, dtype, warps=1, STEPPED=stepped, FINAL=True, L=COLUMNS_TILE)
     assert forward.spilled <= 8
     assert backward.spilled <= 64
     assert backward.shared <= 227 * 1024 // 8 - 1024, "eight programs on an SM"
     assert "shfl" not in forward.ptx + backward.ptx
     # two sums over channels of a token, of 32 channels in two products; one exponential an element
     assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == COLUMNS_TILE * 4
-    assert backward.ptx.count("ex2.approx") == COLUMNS_TILE * KEPT_STATES
+    assert backward.ptx.count("ex2.approx") == COLUMNS_TILE * (KEPT_STATES + stepped)
     assert backward.ptx.count("prefetch.global.L1") == 5 + COLUMNS_TILE // KEPT_EACH
 
 
