@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from kernels._entry import entry
+from kernels.scans.selective_scan_gluon import ROW_UNIT
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 STATES = gl.constexpr(16)
@@ -99,7 +100,7 @@ def ask(ptr):
 
 @gluon.jit
 def ask_tile(
-    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, WIDTH: gl.constexpr, L: gl.constexpr
+    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH: gl.constexpr, L: gl.constexpr
 ):  # fmt: skip
     """Asks for all that a tile needs."""
     all_states: gl.constexpr = STATES * WIDTH
@@ -108,8 +109,8 @@ def ask_tile(
     ask(dy_ptr + ((token + lane % L) * WIDTH + start))
     for part in gl.static_range(L // EACH):
         ask(states_ptr + ((state + part) * all_states + (start + lane) * STATES))
-    ask(b_ptr + (token * STATES + lane % (L // 2) * 32))
-    ask(c_ptr + (token * STATES + lane % (L // 2) * 32))
+    ask(b_ptr + (token + lane % L) * row_stride)
+    ask(c_ptr + (token + lane % L) * row_stride)
 
 
 @gluon.jit
@@ -152,11 +153,11 @@ def slope_of_softplus(dt):
     return gl.where(dt < 0.01, dt - 0.5 * dt * dt, 1.0 - gl.exp2(dt * -LOG2_E))
 
 
-@entry(do_not_specialize=["n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
+@entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
 def columns_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr, dbias_ptr,
-    n_tokens, n_tiles, n_sequences, sequences_per_member,
+    row_stride, n_tokens, n_tiles, n_sequences, sequences_per_member,
     WIDTH: gl.constexpr, STEPPED: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end. Grid: (B * P,).
@@ -199,7 +200,9 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     x_ptrs, dt_ptrs, dy_ptrs = x_ptr + place_1C, dt_ptr + place_1C, dy_ptr + place_1C
     dx_ptrs, ddt_ptrs = dx_ptr + place_1C, ddt_ptr + place_1C
     states_ptrs = states_ptr + (last_state * all_states + channel_1C * STATES)
-    b_ptrs, c_ptrs = b_ptr + (token * STATES + (row_L1 * STATES + n_1N)), c_ptr + (token * STATES + (row_L1 * STATES + n_1N))
+    row_stride = row_stride * ROW_UNIT
+    rows_LN = token * row_stride + (row_L1 * row_stride + n_1N)
+    b_ptrs, c_ptrs = b_ptr + rows_LN, c_ptr + rows_LN
     sums_NL = ((block * n_sequences + sequence) * n_tokens + first) * STATES + (sum_1L * STATES + sum_N1)
     db_ptrs, dc_ptrs = db_ptr + sums_NL, dc_ptr + sums_NL
     for back in range(n_tiles):
@@ -213,7 +216,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         c.store(gl.load(c_ptrs).to(gl.float32))
         before = gl.where(back < n_tiles - 1, L, 0)  # at the end lines that are there already
         token, state = sequence * n_tokens + first - before, last_state - back * (L // EACH) - before // EACH
-        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, WIDTH, L)
+        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH, L)
         u_LC = dt_LC * x_LC
         u_weight.store(u_LC.to(gl.bfloat16))
         dy_weight.store(dy_LC.to(gl.bfloat16))
@@ -232,7 +235,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         gl.store(ddt_ptrs + at_LC, ddt_LC.to(ddt_ptr.dtype.element_ty))
         states_ptrs -= gl.where(back < n_tiles - 1, L // EACH * all_states, 0)
         x_ptrs, dt_ptrs, dy_ptrs = x_ptrs - L * WIDTH, dt_ptrs - L * WIDTH, dy_ptrs - L * WIDTH
-        b_ptrs, c_ptrs = b_ptrs - L * STATES, c_ptrs - L * STATES
+        b_ptrs, c_ptrs = b_ptrs - L * row_stride, c_ptrs - L * row_stride
         dx_ptrs, ddt_ptrs = dx_ptrs - L * WIDTH, ddt_ptrs - L * WIDTH
         db_ptrs, dc_ptrs = db_ptrs - L * STATES, dc_ptrs - L * STATES
         first -= L

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from kernels._entry import entry
 from kernels.scans.selective_scan_gluon import (
     LOG2_E,
+    ROW_UNIT,
     rows_layout,
     rows_of,
     shared_rows,
@@ -23,17 +24,17 @@ from kernels.scans.selective_scan_gluon import (
 )
 
 
-@entry(do_not_specialize=["n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
+@entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def columns_forward(
     x_ptr, dt_ptr, bias_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
-    n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
-    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+    row_stride, n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """Outputs, the last state and those kept, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,).
 
-    STEPPED: dt comes before its bias and softplus, and is kept behind them.
+    Rows of b and c are `row_stride` times `ROW_UNIT` apart. STEPPED: dt comes before its bias and softplus, and is kept behind them.
     """
-    NC: gl.constexpr = states_layout(N, WARPS)
+    NC: gl.constexpr = gl.BlockedLayout([N, OWN], [1, 32], [1, WARPS], [0, 1])
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)
     n_blocks: gl.constexpr = (WIDTH + C - 1) // C
@@ -41,7 +42,8 @@ def columns_forward(
     member = sequence // sequences_per_member
     x_ptr, dt_ptr = x_ptr + sequence * n_tokens * WIDTH, dt_ptr + sequence * n_tokens * WIDTH
     y_ptr, steps_ptr = y_ptr + sequence * n_tokens * WIDTH, steps_ptr + sequence * n_tokens * WIDTH
-    b_ptr, c_ptr = b_ptr + sequence * n_tokens * N, c_ptr + sequence * n_tokens * N
+    row_stride = row_stride * ROW_UNIT
+    b_ptr, c_ptr = b_ptr + sequence * n_tokens * row_stride, c_ptr + sequence * n_tokens * row_stride
     states_ptr += sequence * (n_tiles * (L // EACH) + 1) * N * WIDTH
     buffers = tile_buffers(L, C, N)
     n_N, channel_C = gl.arange(0, N, gl.SliceLayout(1, NC)), start + gl.arange(0, C, gl.SliceLayout(0, NC))
@@ -58,7 +60,7 @@ def columns_forward(
     if STEPPED:
         bias_C = gl.load(bias_ptr + member * WIDTH + column_C, mask=column_C < WIDTH, other=0.0).to(gl.float32)
     at_LC = gl.arange(0, L, gl.SliceLayout(1, LC))[:, None] * WIDTH + column_C[None, :]
-    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, 0, n_tokens, WIDTH, N, start, L, C, N, LC, LN)
+    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, 0, n_tokens, WIDTH, N, row_stride, start, L, C, N, LC, LN)
     for tile in range(n_tiles):
         now, following = tile % 2, (tile + 1) * L
         if STEPPED:
@@ -66,7 +68,7 @@ def columns_forward(
             gl.store(steps_ptr + at_LC, dt_LC, mask=(column_C < WIDTH)[None, :])
             steps_ptr += L * WIDTH
         dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
-        dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, start, L, C, N, LC, LN)
+        dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, row_stride, start, L, C, N, LC, LN)
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
             inside = inside_C & (tile * L + t < n_tokens)

@@ -35,6 +35,7 @@ WARPS = 2
 """Warps of a forward program, unless there are fewer channels."""
 COLUMNS_TILE, COLUMNS_REGISTERS = 8, 128
 """Tokens of a tile backward, and registers of a thread forward, where threads own channels."""
+COLUMNS_WARPS, COLUMNS_OWN = 2, 1
 QUAD_WARPS = 4
 """Warps of a program with four lanes for a channel."""
 ASK = not triton.knobs.runtime.interpret
@@ -232,13 +233,15 @@ def _columns_forward(
     final_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
     steps_BTD = dt_BTD if bias_MD is None else x_BTD.new_empty(x_BTD.shape, dtype=torch.float32)
     y_BTD, start = x_BTD.new_empty(batch, length, width), final_BDN if start_BDN is None else start_BDN.contiguous()
-    x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN = (x.contiguous() for x in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
-    channels = WARPS * CHANNELS
+    x_BTD, dt_BTD, rate_MDN = (x.contiguous() for x in (x_BTD, dt_BTD, rate_MDN))
+    b_BTN, c_BTN, row_stride = _rows_of(b_BTN, c_BTN)
+    warps, own = COLUMNS_WARPS, COLUMNS_OWN
+    channels = warps * CHANNELS * own
     selective_scan_columns_forward.columns_forward[(batch * -(-width // channels),)](
         x_BTD, dt_BTD, rate_MDN if bias_MD is None else bias_MD.contiguous(), rate_MDN, b_BTN, c_BTN, start,
-        y_BTD, steps_BTD, kept_BSDN, final_BDN, length, length // TILE, batch // rate_MDN.shape[0],
-        WIDTH=width, STEPPED=bias_MD is not None, START=start_BDN is not None, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=WARPS,
-        num_warps=WARPS, maxnreg=COLUMNS_REGISTERS,
+        y_BTD, steps_BTD, kept_BSDN, final_BDN, row_stride, length, length // TILE, batch // rate_MDN.shape[0],
+        WIDTH=width, STEPPED=bias_MD is not None, START=start_BDN is not None, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
+        num_warps=warps, maxnreg=COLUMNS_REGISTERS,
     )  # fmt: skip
     return y_BTD, final_BDN, kept_BSDN, steps_BTD
 
@@ -268,11 +271,12 @@ def _columns_backward(
     drate_BND = x_BTD.new_empty(batch, KEPT_STATES, width, dtype=torch.float32)
     # a part of 32 channels is rounded like any of the results; the sum of all parts is made in fp32
     db_parts, dc_parts = (x_BTD.new_empty(n_blocks, *b_BTN.shape, dtype=torch.bfloat16) for _ in range(2))
-    scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, kept_BSDN))
+    scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD, rate_MDN))
+    b_BTN, c_BTN, row_stride = _rows_of(b_BTN, c_BTN)
     selective_scan_columns.columns_backward[(batch * n_blocks,)](
-        *scanned, dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
+        *scanned, b_BTN, c_BTN, kept_BSDN.contiguous(), dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
         dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN, dbias_BD,
-        length, length // COLUMNS_TILE, batch, each,
+        row_stride, length, length // COLUMNS_TILE, batch, each,
         WIDTH=width, STEPPED=bias_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, num_warps=1,
     )  # fmt: skip
     add_parts((drate_BND,), (drate_MDN,), (KEPT_STATES * width, each * KEPT_STATES * width), each)
@@ -280,6 +284,15 @@ def _columns_backward(
     if bias_MD is not None:
         add_parts((dbias_BD[:, None],), (dbias_MD[..., None],), (width, each * width), each, at_once=MANY)
     return dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN, dbias_MD
+
+
+def _rows_of(b_BTN: Tensor, c_BTN: Tensor) -> tuple[Tensor, Tensor, int]:
+    """B and c as parts of wider rows where both lie alike in such, and the distance of their tokens in units of `ROW_UNIT`."""
+    b, c = even_rows(b_BTN), even_rows(c_BTN)
+    unit = selective_scan_gluon.ROW_UNIT.value
+    if b.stride(1) != c.stride(1) or b.stride(1) % unit:
+        b, c = b_BTN.contiguous(), c_BTN.contiguous()
+    return b, c, b.stride(1) // unit
 
 
 def _entering(

@@ -108,7 +108,7 @@ def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = No
     """x, y, b and c in `dtype`, kept states and parts of sums in bf16, the rest in fp32."""
     every = {name: "*fp32+" for name in kernel.arg_names if name.endswith("_ptr")}
     every |= {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
-    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | {"WIDTH": 4096} | constants
+    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | {"row_stride": "i32", "WIDTH": 4096} | constants
     if constants["STEPPED"]:
         every["dt_ptr" if "y_ptr" in kernel.arg_names else "ddt_ptr"] = dtype
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps, maxnreg=maxnreg)
