@@ -22,6 +22,9 @@ from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
 
+import os
+TRIAL_KEYS = os.environ.get("TRIAL_KEYS") == "1"
+
 
 class SSDBlock(Mixer):
     """Projections, short convolution, scan and gated norm; a subclass says what joins the scan before the norm.
@@ -148,10 +151,16 @@ class SSDBlock(Mixer):
         x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
         dt_BTH = time_steps(dt, self.dt_bias)
         log_decay_BTH = -self.log_rate.exp() * dt_BTH
+        if TRIAL_KEYS and 2 * self.d_state <= self.head_dim:
+            each = self.n_heads // self.n_groups
+            b_BTHN, c_BTHN = (a[:, :, :, None].expand(-1, -1, -1, each, -1).flatten(2, 3) for a in (b_BTGN, c_BTGN))
+            q, k, v = c_BTHN, (b_BTHN * dt_BTH[..., None]).to(b_BTHN.dtype), x_BTHP
+        else:
+            q, k, v = c_BTGN, b_BTGN, (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype)
         y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
+            q,
+            k,
+            v,
             log_decay=log_decay_BTH,
             state_BHKV=None if state is None else state["s"],
         )

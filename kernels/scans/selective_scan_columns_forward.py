@@ -27,10 +27,10 @@ from kernels.scans.selective_scan_gluon import (
 @entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def columns_forward(
     x_ptr, dt_ptr, bias_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
-    row_stride, n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
+    row_stride, n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, EACH: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, the last state and those kept, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,).
+    """Outputs, the last state and, if they are kept, those before each `EACH` tokens, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,).
 
     Rows of b and c are `row_stride` times `ROW_UNIT` apart. STEPPED: dt comes before its bias and softplus, and is kept behind them.
     """
@@ -54,7 +54,8 @@ def columns_forward(
     h_NC = gl.zeros([N, C], gl.float32, NC)
     if START:
         h_NC = gl.load(start_ptr + sequence * N * WIDTH + own_NC, mask=inside_NC, other=0.0).to(gl.float32)
-    gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+    if KEEP:
+        gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
     column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     bias_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     if STEPPED:
@@ -73,8 +74,9 @@ def columns_forward(
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
             inside = inside_C & (tile * L + t < n_tokens)
             gl.store(y_ptr + (t * WIDTH + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside)
-            if (t + 1) % EACH == 0:
+            if KEEP and (t + 1) % EACH == 0:
                 states_ptr += N * WIDTH
-                gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+                if KEEP:
+        gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
         y_ptr += L * WIDTH
     gl.store(final_ptr + sequence * N * WIDTH + own_NC, h_NC, mask=inside_NC)

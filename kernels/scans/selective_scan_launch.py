@@ -36,6 +36,7 @@ WARPS = 2
 COLUMNS_TILE, COLUMNS_REGISTERS = 8, 128
 """Tokens of a tile backward, and registers of a thread forward, where threads own channels."""
 COLUMNS_WARPS, COLUMNS_OWN = 2, 1
+NARROW = False
 QUAD_WARPS = 4
 """Warps of a program with four lanes for a channel."""
 ASK = not triton.knobs.runtime.interpret
@@ -79,8 +80,8 @@ def stepped_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `forward` with time steps softplus(raw + bias), and these in fp32."""
-    if keep and threads_own_channels(x_BTD, b_BTN, gated=False):
-        return _columns_forward(x_BTD, raw_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, start_BDN)
+    if threads_own_channels(x_BTD, b_BTN, gated=False):
+        return _columns_forward(x_BTD, raw_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)
     bias_B1D = bias_MD.repeat_interleave(x_BTD.shape[0] // bias_MD.shape[0], 0)[:, None]
     steps_BTD = F.softplus(raw_BTD.to(torch.float32) + bias_B1D)
     return *forward(x_BTD, steps_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, None, keep=keep), steps_BTD
@@ -118,8 +119,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, states at tiles' borders [B, tiles + 1, N, D]."""
-    if keep and threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        return _columns_forward(x_BTD, dt_BTD, None, rate_MDN, b_BTN, c_BTN, start_BDN)[:3]
+    if threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
+        return _columns_forward(x_BTD, dt_BTD, None, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)[:3]
     batch, length, width = x_BTD.shape
     n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1 if keep else 0, n_states, width, dtype=torch.float32)
@@ -226,10 +227,15 @@ def _columns_forward(
     b_BTN: Tensor,
     c_BTN: Tensor,
     start_BDN: Tensor | None,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `forward`, with states before each `KEPT_EACH` tokens as [B, S, D, N] in bf16; with a bias as `stepped_forward`."""
     batch, length, width = x_BTD.shape
-    kept_BSDN = x_BTD.new_empty(batch, length // KEPT_EACH + 1, width, KEPT_STATES, dtype=torch.bfloat16)
+    if keep:
+        kept = x_BTD.new_empty(batch, length // KEPT_EACH + 1, width, KEPT_STATES, dtype=torch.bfloat16)
+    else:
+        kept = x_BTD.new_empty(batch, 0, KEPT_STATES, width, dtype=torch.float32)
     final_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
     steps_BTD = dt_BTD if bias_MD is None else x_BTD.new_empty(x_BTD.shape, dtype=torch.float32)
     y_BTD, start = x_BTD.new_empty(batch, length, width), final_BDN if start_BDN is None else start_BDN.contiguous()
@@ -239,11 +245,11 @@ def _columns_forward(
     channels = warps * CHANNELS * own
     selective_scan_columns_forward.columns_forward[(batch * -(-width // channels),)](
         x_BTD, dt_BTD, rate_MDN if bias_MD is None else bias_MD.contiguous(), rate_MDN, b_BTN, c_BTN, start,
-        y_BTD, steps_BTD, kept_BSDN, final_BDN, row_stride, length, length // TILE, batch // rate_MDN.shape[0],
-        WIDTH=width, STEPPED=bias_MD is not None, START=start_BDN is not None, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
+        y_BTD, steps_BTD, kept, final_BDN, row_stride, length, length // TILE, batch // rate_MDN.shape[0],
+        WIDTH=width, STEPPED=bias_MD is not None, START=start_BDN is not None, KEEP=keep, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
         num_warps=warps, maxnreg=COLUMNS_REGISTERS,
     )  # fmt: skip
-    return y_BTD, final_BDN, kept_BSDN, steps_BTD
+    return y_BTD, final_BDN, kept, steps_BTD
 
 
 def _columns_backward(
@@ -277,7 +283,7 @@ def _columns_backward(
         *scanned, b_BTN, c_BTN, kept_BSDN.contiguous(), dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
         dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN, dbias_BD,
         row_stride, length, length // COLUMNS_TILE, batch, each,
-        WIDTH=width, STEPPED=bias_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, num_warps=1,
+        WIDTH=width, STEPPED=bias_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, NARROW=NARROW, num_warps=1,
     )  # fmt: skip
     add_parts((drate_BND,), (drate_MDN,), (KEPT_STATES * width, each * KEPT_STATES * width), each)
     add_dense_parts((db_parts, dc_parts), (db_BTN, dc_BTN))
