@@ -72,11 +72,9 @@ def columns_forward(
         dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, row_stride, start, L, C, N, LC, LN)
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
-            inside = inside_C & (tile * L + t < n_tokens)
-            gl.store(y_ptr + (t * WIDTH + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside)
+            gl.store(y_ptr + (t * WIDTH + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside_C)
             if KEEP and (t + 1) % EACH == 0:
                 states_ptr += N * WIDTH
-                if KEEP:
-        gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+                gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
         y_ptr += L * WIDTH
     gl.store(final_ptr + sequence * N * WIDTH + own_NC, h_NC, mask=inside_NC)
