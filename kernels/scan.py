@@ -75,6 +75,7 @@ def selective_scan(
     state_BDN: Tensor | None = None,
     *,
     dt_bias_D: Tensor | None = None,
+    skip_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba's S6: h_t = exp(-dt_t rate) h_{t-1} + (dt_t x_t) b_t^T, y_t = h_t c_t (Gu & Dao 2023, algorithm 2).
 
@@ -89,6 +90,7 @@ def selective_scan(
         c_BTN: read vectors.
         state_BDN: h_0; None means "from zero, and return no state".
         dt_bias_D: bias of the time steps before their softplus; None means that dt is given as it is used.
+        skip_D: the input's share in the output; only with a bias.
 
     Returns:
         The output [B, T, D] in the dtype of x, and the final state in that of the given one, or None.
@@ -99,11 +101,11 @@ def selective_scan(
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
     steps = {"dt": (dt_BTD, x_BTD.shape)} if dt_bias_D is None else {"raw_dt": (dt_BTD, x_BTD.shape)}
-    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, steps | {"dt_bias": (dt_bias_D, x_BTD.shape[2:])})
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, steps | {"dt_bias": (dt_bias_D, x_BTD.shape[2:]), "skip": (skip_D, x_BTD.shape[2:])})
     if pick("selective_scan", x_BTD) == "triton":
-        bias_1D = None if dt_bias_D is None else dt_bias_D[None]
+        bias_1D, skip_1D = (None if side is None else side[None] for side in (dt_bias_D, skip_D))
         y_BTD, final_BDN, *_ = selective_scan_operator(
-            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, bias_1D, None, None, False
+            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, bias_1D, skip_1D, None, False
         )
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     dt_BTD = dt_BTD if dt_bias_D is None else time_steps(dt_BTD, dt_bias_D)
@@ -112,6 +114,7 @@ def selective_scan(
     with torch.autocast(x_BTD.device.type, enabled=False):
         tensors = (t.to(wide) for t in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, start_BDN))
         y_BTD, final_BDN = _SelectiveScan.apply(*tensors)
+        y_BTD = y_BTD if skip_D is None else y_BTD + skip_D * x_BTD
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
 
 
@@ -175,8 +178,9 @@ def gated_selective_scan(
         tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
         y_BTD, final_BDN, *_ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
-    y_BTD, final_BDN = selective_scan(x_BTD, raw_dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN, dt_bias_D=dt_bias_D)
-    return skip_and_gate(y_BTD, x_BTD, skip_D, gate_BTD), final_BDN
+    sides = {"dt_bias_D": dt_bias_D, "skip_D": skip_D}
+    y_BTD, final_BDN = selective_scan(x_BTD, raw_dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN, **sides)
+    return gated_norm(y_BTD, gate_BTD.to(y_BTD.dtype)), final_BDN
 
 
 def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def selective_scan_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.scan.selective_scan` for M members with rates of their own, their sequences one after the other.
 
-    With a bias dt comes before bias and softplus; with skip and gate too, which come together, it is `gated_selective_scan`.
+    With a bias dt comes before bias and softplus, with a skip too that times x is added; with all three it is
+    `gated_selective_scan`.
 
     Returns:
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and, to keep for the backward pass, the states
@@ -61,7 +62,7 @@ def selective_scan_operator(
 
     with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
         if bias_MD is not None and gate_BTD is None:
-            return stepped_forward(x_BTD, dt_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)
+            return stepped_forward(x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)
         found = forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD), keep=keep)
         return *found, x_BTD.new_empty(0)
 
@@ -88,8 +89,8 @@ def _backward_operator(
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
         if bias_MD is not None and gate_BTD is None:
-            scanned = (dy_BTD, dfinal_BDN, x_BTD, dt_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
-            return *stepped_backward(*scanned), x_BTD.new_empty(0), x_BTD.new_empty(0)
+            scanned = (dy_BTD, dfinal_BDN, x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
+            return *stepped_backward(*scanned), x_BTD.new_empty(0)
         gate = gate_of(bias_MD, skip_MD, gate_BTD)
         return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND, gate)
 

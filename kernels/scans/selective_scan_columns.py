@@ -163,15 +163,16 @@ def slope_of_softplus(dt):
 
 @entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
 def columns_backward(  # noqa: PLR0915 - one loop, whose values live in registers
-    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
-    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr, dbias_ptr,
+    dy_ptr, x_ptr, dt_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
+    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr, dbias_ptr, dskip_ptr,
     row_stride, n_tokens, n_tiles, n_sequences, sequences_per_member,
-    WIDTH: gl.constexpr, STEPPED: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr, NARROW: gl.constexpr,
+    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end. Grid: (B * P,).
 
     States [B, T / EACH + 1, D, N] are those before each EACH tokens, and the last. Rates and the gradients of the first and of the
-    final state are [D, N], `drate` [B, N, D]; STEPPED: ddt is that of what dt is the softplus of, and `dbias` its sums [B, D].
+    final state are [D, N], `drate` [B, N, D]; STEPPED: ddt is that of what dt is the softplus of, and `dbias` its sums [B, D];
+    SKIP: outputs contain skip times x, and `dskip` [B, D] has its gradients.
     `db` and `dc` [P, B, T, N] are parts for each block of channels. The number of
     channels is a constant, and so are the distances between tokens: added up at run time they would take the registers.
     """
@@ -202,7 +203,8 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     at_LC, lane = token_L1 * WIDTH, gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     row_L1, n_1N = gl.arange(0, L, gl.SliceLayout(1, LN))[:, None], gl.arange(0, STATES, gl.SliceLayout(0, LN))[None, :]
     sum_N1, sum_1L = gl.arange(0, STATES, gl.SliceLayout(1, S))[:, None], gl.arange(0, L, gl.SliceLayout(0, S))[None, :]
-    dbias_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
+    dbias_C, dskip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
+    side_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     first = (n_tiles - 1) * L
     token, last_state = sequence * n_tokens + first, sequence * (n_tiles * (L // EACH) + 1) + (n_tiles - 1) * (L // EACH)
     place_1C = token * WIDTH + start + lane_1C
@@ -236,7 +238,11 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         gl.store(dc_ptrs, dc_NL.to(dc_ptr.dtype.element_ty))
         du_LC = gl.convert_layout(stacked(du, L), LC, assert_trivial=True)
         decayed_LC = gl.convert_layout(stacked(decayed, L), LC, assert_trivial=True)  # times rate and -log2(e)
-        gl.store(dx_ptrs + at_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty))
+        dx_LC = du_LC * dt_LC
+        if SKIP:
+            dx_LC += gl.load(skip_ptr + member * WIDTH + side_C).to(gl.float32)[None, :] * dy_LC
+            dskip_C += gl.sum(dy_LC * x_LC, 0)
+        gl.store(dx_ptrs + at_LC, dx_LC.to(dx_ptr.dtype.element_ty))
         ddt_LC = du_LC * x_LC + decayed_LC * (1.0 / LOG2_E)
         if STEPPED:
             ddt_LC *= slope_of_softplus(dt_LC)
@@ -249,6 +255,8 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         db_ptrs, dc_ptrs = db_ptrs - L * STATES, dc_ptrs - L * STATES
         first -= L
     if STEPPED:
-        gl.store(dbias_ptr + (sequence * WIDTH + start + gl.arange(0, C, gl.SliceLayout(0, LC))), dbias_C)
+        gl.store(dbias_ptr + (sequence * WIDTH + side_C), dbias_C)
+    if SKIP:
+        gl.store(dskip_ptr + (sequence * WIDTH + side_C), dskip_C)
     gl.store(drate_ptr + (sequence * all_states + n_N1 * WIDTH + channel_1C), -drate_NC)
     gl.store(dstart_ptr + (sequence * all_states + own_NC), e_NC)

@@ -8,6 +8,7 @@ Shape legend: B batch, T time, D channels, N = 16 states, L tokens of a tile, C 
 
 from __future__ import annotations
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels._entry import entry
@@ -24,15 +25,25 @@ from kernels.scans.selective_scan_gluon import (
 )
 
 
+@gluon.jit
+def skipping_step(h_NC, rate_NC, skip_C, dt, x, b, c, t: gl.constexpr, layout: gl.constexpr):
+    """As `token_step` with x in place of dt x, of which a part joins the output."""
+    dt_1C, x_1C = dt.slice(t, 1, 0).load(layout), x.slice(t, 1, 0).load(layout)
+    b_N1, c_N1 = b.permute([1, 0]).slice(t, 1, 1).load(layout), c.permute([1, 0]).slice(t, 1, 1).load(layout)
+    h_NC = h_NC * gl.exp2(rate_NC * dt_1C) + (dt_1C * x_1C) * b_N1
+    return h_NC, gl.sum(h_NC * c_N1, 0) + skip_C * gl.sum(x_1C, 0)
+
+
 @entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def columns_forward(
-    x_ptr, dt_ptr, bias_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
-    row_stride, n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, EACH: gl.constexpr,
+    x_ptr, dt_ptr, bias_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
+    row_stride, n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, EACH: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """Outputs, the last state and, if they are kept, those before each `EACH` tokens, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,).
 
     Rows of b and c are `row_stride` times `ROW_UNIT` apart. STEPPED: dt comes before its bias and softplus, and is kept behind them.
+    SKIP: skip times x is added to the outputs.
     """
     NC: gl.constexpr = gl.BlockedLayout([N, OWN], [1, 32], [1, WARPS], [0, 1])
     LC: gl.constexpr = rows_layout(C, WARPS)
@@ -56,6 +67,9 @@ def columns_forward(
         h_NC = gl.load(start_ptr + sequence * N * WIDTH + own_NC, mask=inside_NC, other=0.0).to(gl.float32)
     if KEEP:
         gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+    skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, NC))
+    if SKIP:
+        skip_C = gl.load(skip_ptr + member * WIDTH + channel_C, mask=inside_C, other=0.0).to(gl.float32)
     column_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     bias_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     if STEPPED:
@@ -68,10 +82,13 @@ def columns_forward(
             dt_LC = softplus(dt_LC + bias_C[None, :])
             gl.store(steps_ptr + at_LC, dt_LC, mask=(column_C < WIDTH)[None, :])
             steps_ptr += L * WIDTH
-        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
+        dt, x, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, not SKIP)
         dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, row_stride, start, L, C, N, LC, LN)
         for t in gl.static_range(L):
-            h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
+            if SKIP:
+                h_NC, y_C = skipping_step(h_NC, rate_NC, skip_C, dt, x, b, c, t, NC)
+            else:
+                h_NC, y_C = token_step(h_NC, rate_NC, dt, x, b, c, t, NC)
             gl.store(y_ptr + (t * WIDTH + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside_C)
             if KEEP and (t + 1) % EACH == 0:
                 states_ptr += N * WIDTH

@@ -84,11 +84,14 @@ def tile_buffers(L: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN):
-    """dt, dt x, b and c of a tile in one half of that memory."""
+def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, MULTIPLIED: gl.constexpr):
+    """dt, dt x or x alone, b and c of a tile in one half of that memory."""
     dt, u, b, c = buffers[0].index(now), buffers[1].index(now), buffers[2].index(now), buffers[3].index(now)
     dt.store(dt_LC)
-    u.store(dt_LC * x_LC)
+    if MULTIPLIED:
+        u.store(dt_LC * x_LC)
+    else:
+        u.store(x_LC)
     b.store(b_LN)
     c.store(c_LN)
     return dt, u, b, c
@@ -167,7 +170,7 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
             skipped_buffers.index(now).store(skip_C[None, :] * x_LC)
             open_buffers.index(now).store(z_LC / (1.0 + gl.exp2(z_LC * -LOG2_E)))
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
-        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
+        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, True)
         dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, n_states, start, L, C, N, LC, LN)
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)

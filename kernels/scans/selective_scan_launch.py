@@ -72,6 +72,7 @@ def stepped_forward(
     x_BTD: Tensor,
     raw_BTD: Tensor,
     bias_MD: Tensor,
+    skip_MD: Tensor | None,
     rate_MDN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
@@ -79,12 +80,19 @@ def stepped_forward(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `forward` with time steps softplus(raw + bias), and these in fp32."""
+    """As `forward` with time steps softplus(raw + bias), and these in fp32; with skip x added to the outputs."""
     if threads_own_channels(x_BTD, b_BTN, gated=False):
-        return _columns_forward(x_BTD, raw_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)
-    bias_B1D = bias_MD.repeat_interleave(x_BTD.shape[0] // bias_MD.shape[0], 0)[:, None]
-    steps_BTD = F.softplus(raw_BTD.to(torch.float32) + bias_B1D)
-    return *forward(x_BTD, steps_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, None, keep=keep), steps_BTD
+        return _columns_forward(x_BTD, raw_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)
+    steps_BTD = F.softplus(raw_BTD.to(torch.float32) + _of_sequences(bias_MD, x_BTD))
+    y_BTD, final_BDN, states_BSND = forward(x_BTD, steps_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, None, keep=keep)
+    if skip_MD is not None:
+        y_BTD += _of_sequences(skip_MD, x_BTD) * x_BTD
+    return y_BTD, final_BDN, states_BSND, steps_BTD
+
+
+def _of_sequences(x_MD: Tensor, like_BTD: Tensor) -> Tensor:
+    """Channels of members, [B, 1, D]."""
+    return x_MD.repeat_interleave(like_BTD.shape[0] // x_MD.shape[0], 0)[:, None]
 
 
 def stepped_backward(
@@ -93,18 +101,23 @@ def stepped_backward(
     x_BTD: Tensor,
     steps_BTD: Tensor,
     bias_MD: Tensor,
+    skip_MD: Tensor | None,
     rate_MDN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
     states_BSND: Tensor,
 ) -> tuple[Tensor, ...]:
-    """As `backward`, with the gradient of raw time steps, in the dtype of x, for that of time steps; and that of the bias."""
+    """As `backward`, with the gradient of raw time steps, in the dtype of x, for that of time steps; and those of bias and skip."""
     if threads_own_channels(x_BTD, b_BTN, gated=False):
-        return _columns_backward(dy_BTD, dfinal_BDN, x_BTD, steps_BTD, bias_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
+        return _columns_backward(dy_BTD, dfinal_BDN, x_BTD, steps_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
     dx_BTD, ddt_BTD, *others = backward(dy_BTD, dfinal_BDN, x_BTD, steps_BTD, rate_MDN, b_BTN, c_BTN, states_BSND, None)
     draw_BTD = ddt_BTD * -torch.expm1(-steps_BTD)
     dbias_MD = draw_BTD.unflatten(0, (bias_MD.shape[0], -1)).sum((1, 2)).to(bias_MD.dtype)
-    return dx_BTD, draw_BTD.to(x_BTD.dtype), *others[:4], dbias_MD
+    dskip_MD = x_BTD.new_empty(0)
+    if skip_MD is not None:
+        dx_BTD += _of_sequences(skip_MD, x_BTD) * dy_BTD
+        dskip_MD = (dy_BTD.float() * x_BTD).unflatten(0, (skip_MD.shape[0], -1)).sum((1, 2)).to(skip_MD.dtype)
+    return dx_BTD, draw_BTD.to(x_BTD.dtype), *others[:4], dbias_MD, dskip_MD
 
 
 def forward(
@@ -120,7 +133,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, states at tiles' borders [B, tiles + 1, N, D]."""
     if threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        return _columns_forward(x_BTD, dt_BTD, None, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)[:3]
+        return _columns_forward(x_BTD, dt_BTD, None, None, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)[:3]
     batch, length, width = x_BTD.shape
     n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1 if keep else 0, n_states, width, dtype=torch.float32)
@@ -165,7 +178,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See `kernels.scans.scan_operator`; each gradient in the dtype of its tensor, that of the initial state in fp32."""
     if threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        found = _columns_backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, None, rate_MDN, b_BTN, c_BTN, states_BSND)
+        found = _columns_backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, None, None, rate_MDN, b_BTN, c_BTN, states_BSND)
         return *found[:6], *(x_BTD.new_empty(0) for _ in range(3))
     batch, length, width = x_BTD.shape
     members, _, n_states = rate_MDN.shape
@@ -223,6 +236,7 @@ def _columns_forward(
     x_BTD: Tensor,
     dt_BTD: Tensor,
     bias_MD: Tensor | None,
+    skip_MD: Tensor | None,
     rate_MDN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
@@ -244,9 +258,9 @@ def _columns_forward(
     warps, own = COLUMNS_WARPS, COLUMNS_OWN
     channels = warps * CHANNELS * own
     selective_scan_columns_forward.columns_forward[(batch * -(-width // channels),)](
-        x_BTD, dt_BTD, rate_MDN if bias_MD is None else bias_MD.contiguous(), rate_MDN, b_BTN, c_BTN, start,
+        x_BTD, dt_BTD, *_sides(bias_MD, skip_MD, rate_MDN), rate_MDN, b_BTN, c_BTN, start,
         y_BTD, steps_BTD, kept, final_BDN, row_stride, length, length // TILE, batch // rate_MDN.shape[0],
-        WIDTH=width, STEPPED=bias_MD is not None, START=start_BDN is not None, KEEP=keep, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
+        WIDTH=width, STEPPED=bias_MD is not None, SKIP=skip_MD is not None, START=start_BDN is not None, KEEP=keep, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
         num_warps=warps, maxnreg=COLUMNS_REGISTERS,
     )  # fmt: skip
     return y_BTD, final_BDN, kept, steps_BTD
@@ -258,12 +272,13 @@ def _columns_backward(
     x_BTD: Tensor,
     dt_BTD: Tensor,
     bias_MD: Tensor | None,
+    skip_MD: Tensor | None,
     rate_MDN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
     kept_BSDN: Tensor,
 ) -> tuple[Tensor, ...]:
-    """As `backward` without a gate, or as `stepped_backward` with a bias, whose gradient is empty otherwise.
+    """As `backward` without a gate, or as `stepped_backward` with a bias; gradients of what is not given are empty.
 
     One pass makes all but the sums over blocks of channels and over a member's sequences.
     """
@@ -272,24 +287,31 @@ def _columns_backward(
     of_dt = dt_BTD if bias_MD is None else x_BTD
     dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN = (x.new_empty(x.shape) for x in (x_BTD, of_dt, rate_MDN, b_BTN, c_BTN))
     dbias_MD = x_BTD.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
-    dbias_BD = x_BTD.new_empty(batch, width, dtype=torch.float32)
+    dskip_MD = x_BTD.new_empty(0) if skip_MD is None else skip_MD.new_empty(skip_MD.shape)
+    dbias_BD, dskip_BD = (x_BTD.new_empty(batch, width, dtype=torch.float32) for _ in range(2))
     dstart_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
     drate_BND = x_BTD.new_empty(batch, KEPT_STATES, width, dtype=torch.float32)
     # a part of 32 channels is rounded like any of the results; the sum of all parts is made in fp32
     db_parts, dc_parts = (x_BTD.new_empty(n_blocks, *b_BTN.shape, dtype=torch.bfloat16) for _ in range(2))
-    scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD, rate_MDN))
+    scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD))
     b_BTN, c_BTN, row_stride = _rows_of(b_BTN, c_BTN)
     selective_scan_columns.columns_backward[(batch * n_blocks,)](
-        *scanned, b_BTN, c_BTN, kept_BSDN.contiguous(), dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
-        dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN, dbias_BD,
+        *scanned, _sides(bias_MD, skip_MD, rate_MDN)[1], rate_MDN.contiguous(), b_BTN, c_BTN, kept_BSDN.contiguous(), dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
+        dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN, dbias_BD, dskip_BD,
         row_stride, length, length // COLUMNS_TILE, batch, each,
-        WIDTH=width, STEPPED=bias_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, NARROW=NARROW, num_warps=1,
+        WIDTH=width, STEPPED=bias_MD is not None, SKIP=skip_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, NARROW=NARROW, num_warps=1,
     )  # fmt: skip
     add_parts((drate_BND,), (drate_MDN,), (KEPT_STATES * width, each * KEPT_STATES * width), each)
     add_dense_parts((db_parts, dc_parts), (db_BTN, dc_BTN))
-    if bias_MD is not None:
-        add_parts((dbias_BD[:, None],), (dbias_MD[..., None],), (width, each * width), each, at_once=MANY)
-    return dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN, dbias_MD
+    for of_each, found in ((dbias_BD, dbias_MD), (dskip_BD, dskip_MD)):
+        if found.numel():
+            add_parts((of_each[:, None],), (found[..., None],), (width, each * width), each, at_once=MANY)
+    return dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN, dbias_MD, dskip_MD
+
+
+def _sides(bias_MD: Tensor | None, skip_MD: Tensor | None, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """Bias and skip as kernels take them; where there is none another tensor, which is not read."""
+    return (spare if bias_MD is None else bias_MD.contiguous()), (spare if skip_MD is None else skip_MD.contiguous())
 
 
 def _rows_of(b_BTN: Tensor, c_BTN: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -95,7 +95,7 @@ def quads_forward(
             dt_LC = time_steps(dt_LC, bias_C, first, n_tokens, L, LC)
             skipped_LC, open_LC = skip_C[None, :] * x_LC, opened(z_LC)[0]
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
-        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
+        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, True)
         dt_LC, x_LC, b_LN, c_LN = rows_of(
             dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, n_states, start, L, C, STATES, LC, LN
         )

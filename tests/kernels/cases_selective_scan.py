@@ -60,16 +60,17 @@ def check_stepped(shape: tuple[int, int, int, int], device: str, dtype: torch.dt
     """Time steps before their bias and softplus, in `dtype` too; as `check`."""
     x, _, rate, b, c, state = draw(*shape)
     narrow = [x, 2 * torch.randn(x.shape) - 1, b, c]
-    leaves = [tensor.to(dtype) for tensor in narrow] + [rate, state, torch.randn(shape[2])]
+    leaves = [tensor.to(dtype) for tensor in narrow] + [rate, state, torch.randn(shape[2]), torch.randn(shape[2])]
     weights = torch.randn(x.shape), torch.randn(state.shape)
 
-    def call(x, raw_dt, b, c, rate, state, bias) -> tuple[Tensor, Tensor]:
-        return selective_scan(x, raw_dt, rate, b, c, state, dt_bias_D=bias)
+    def call(x, raw_dt, b, c, rate, state, bias, skip) -> tuple[Tensor, Tensor]:
+        return selective_scan(x, raw_dt, rate, b, c, state, dt_bias_D=bias, skip_D=skip)
 
-    def defined(x, raw_dt, b, c, rate, state, bias) -> tuple[Tensor, Tensor]:
-        return by_definition(x, F.softplus(raw_dt + bias), rate, b, c, state)
+    def defined(x, raw_dt, b, c, rate, state, bias, skip) -> tuple[Tensor, Tensor]:
+        y, final = by_definition(x, F.softplus(raw_dt + bias), rate, b, c, state)
+        return y + skip * x, final
 
-    names = ("dx", "ddt", "db", "dc", "drate", "dstate", "dbias")
+    names = ("dx", "ddt", "db", "dc", "drate", "dstate", "dbias", "dskip")
     with use_backend("triton"), poisoned():
         ours = [tensor.to(device).requires_grad_() for tensor in leaves]
         got = with_gradients(call, ours, *(weight.to(device) for weight in weights), names)
@@ -107,16 +108,16 @@ def check_members(device: str, shape: tuple[int, int, int, int] = (2, 17, 3, 2),
     """Members with rates of their own are one call and equal the loop; without a state, as in training."""
     kinds = dtype, torch.float32, torch.float32, dtype, dtype
     leaves = [tensor.to(device, kind).requires_grad_() for tensor, kind in zip(draw(*shape, leading=(3,)), kinds, strict=False)]
-    bias = torch.randn(3, shape[2], device=device, requires_grad=True)
+    bias, skip = (torch.randn(3, shape[2], device=device, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, *shape[:3], device=device)
 
-    def call(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, bias: Tensor) -> Tensor:
-        return selective_scan(x, dt, rate, b, c)[0] + selective_scan(x, dt, rate, b, c, dt_bias_D=bias)[0]
+    def call(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+        return selective_scan(x, dt, rate, b, c)[0] + selective_scan(x, dt, rate, b, c, dt_bias_D=bias, skip_D=skip)[0]
 
     with use_backend("triton"), poisoned():
-        together = torch.vmap(call)(*leaves, bias)
-        alone = torch.stack([call(*own) for own in zip(*leaves, bias, strict=True)])
-        found = [torch.autograd.grad((y * weight).sum(), (*leaves, bias)) for y in (together, alone)]
+        together = torch.vmap(call)(*leaves, bias, skip)
+        alone = torch.stack([call(*own) for own in zip(*leaves, bias, skip, strict=True)])
+        found = [torch.autograd.grad((y * weight).sum(), (*leaves, bias, skip)) for y in (together, alone)]
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(*found)
 

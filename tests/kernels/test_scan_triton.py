@@ -120,8 +120,8 @@ def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = No
 )
 def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str, stepped: bool):
     kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "C": WARPS * CHANNELS, "L": TILE, "WARPS": WARPS}
-    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, STEPPED=stepped, START=True, KEEP=True, OWN=1, **kept)
-    backward = compiled_columns(columns_backward, dtype, warps=1, STEPPED=stepped, FINAL=True, NARROW=False, L=COLUMNS_TILE)
+    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, STEPPED=stepped, SKIP=stepped, START=True, KEEP=True, OWN=1, **kept)
+    backward = compiled_columns(columns_backward, dtype, warps=1, STEPPED=stepped, SKIP=stepped, FINAL=True, NARROW=False, L=COLUMNS_TILE)
     assert forward.spilled <= 8
     assert backward.spilled <= 64
     assert backward.shared <= 227 * 1024 // 8 - 1024, "eight programs on an SM"
