@@ -96,12 +96,21 @@ def selective_scan(
         The output [B, T, D] in the dtype of x, and the final state in that of the given one, or None.
 
     Raises:
-        ValueError: shapes do not match, or the sequence is empty.
+        ValueError: shapes do not match, the sequence is empty, or a skip has no bias beside it.
     """
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
+    if skip_D is not None and dt_bias_D is None:
+        raise ValueError("skip is given without dt_bias; give both, or add skip * x to the output yourself")
     steps = {"dt": (dt_BTD, x_BTD.shape)} if dt_bias_D is None else {"raw_dt": (dt_BTD, x_BTD.shape)}
-    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, steps | {"dt_bias": (dt_bias_D, x_BTD.shape[2:]), "skip": (skip_D, x_BTD.shape[2:])})
+    _check_scan(
+        x_BTD,
+        rate_DN,
+        b_BTN,
+        c_BTN,
+        state_BDN,
+        steps | {"dt_bias": (dt_bias_D, x_BTD.shape[2:]), "skip": (skip_D, x_BTD.shape[2:])},
+    )
     if pick("selective_scan", x_BTD) == "triton":
         bias_1D, skip_1D = (None if side is None else side[None] for side in (dt_bias_D, skip_D))
         y_BTD, final_BDN, *_ = selective_scan_operator(

@@ -8,6 +8,8 @@ N state size.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,6 @@ from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
 
-import os
 TRIAL_KEYS = os.environ.get("TRIAL_KEYS") == "1"
 
 

@@ -166,9 +166,10 @@ def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_B
 @selective_scan_operator.register_vmap
 def _(info, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     *tensors, keep = arguments
-    *outputs, steps = selective_scan_operator(*_folded(info, in_dims[:-1], tensors), keep)
-    found = (*(out.unflatten(0, (info.batch_size, -1)) for out in outputs), steps if steps.ndim == 1 else steps.unflatten(0, (info.batch_size, -1)))
-    return found, (0, 0, 0, None if steps.ndim == 1 else 0)
+    outputs = selective_scan_operator(*_folded(info, in_dims[:-1], tensors), keep)
+    empty = [out.ndim == 1 for out in outputs]  # no time steps
+    parts = tuple(out if none else out.unflatten(0, (info.batch_size, -1)) for out, none in zip(outputs, empty, strict=True))
+    return parts, tuple(None if none else 0 for none in empty)
 
 
 @operator("mixer_bench::scan")

@@ -19,7 +19,6 @@ from kernels.scans.selective_scan_gluon import (
     rows_of,
     shared_rows,
     softplus,
-    states_layout,
     tile_buffers,
     token_step,
 )
@@ -37,13 +36,14 @@ def skipping_step(h_NC, rate_NC, skip_C, dt, x, b, c, t: gl.constexpr, layout: g
 @entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "sequences_per_member"], gluon=True)
 def columns_forward(
     x_ptr, dt_ptr, bias_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
-    row_stride, n_tokens, n_tiles, sequences_per_member, WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, EACH: gl.constexpr,
+    row_stride, n_tokens, n_tiles, sequences_per_member,
+    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, EACH: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, the last state and, if they are kept, those before each `EACH` tokens, [B, T / EACH + 1, D, N]. Grid: (B * blocks of channels,).
+    """Outputs, the last state and, if they are kept, those before each `EACH` tokens, [B, T / EACH + 1, D, N].
 
-    Rows of b and c are `row_stride` times `ROW_UNIT` apart. STEPPED: dt comes before its bias and softplus, and is kept behind them.
-    SKIP: skip times x is added to the outputs.
+    Grid: (B * blocks of channels,). A thread owns `OWN` channels. Rows of b and c are `row_stride` times `ROW_UNIT` apart.
+    STEPPED: dt comes before its bias and softplus, and is kept behind them. SKIP: skip times x is added to the outputs.
     """
     NC: gl.constexpr = gl.BlockedLayout([N, OWN], [1, 32], [1, WARPS], [0, 1])
     LC: gl.constexpr = rows_layout(C, WARPS)
@@ -83,7 +83,9 @@ def columns_forward(
             gl.store(steps_ptr + at_LC, dt_LC, mask=(column_C < WIDTH)[None, :])
             steps_ptr += L * WIDTH
         dt, x, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, not SKIP)
-        dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, row_stride, start, L, C, N, LC, LN)
+        dt_LC, x_LC, b_LN, c_LN = rows_of(
+            dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, WIDTH, N, row_stride, start, L, C, N, LC, LN
+        )
         for t in gl.static_range(L):
             if SKIP:
                 h_NC, y_C = skipping_step(h_NC, rate_NC, skip_C, dt, x, b, c, t, NC)

@@ -99,7 +99,7 @@ def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, MULTIPLIED: gl.constexpr)
 
 @gluon.jit
 def softplus(x):
-    """max(x, 0) + log(1 + exp(-|x|))"""
+    """Of x: max(x, 0) + log(1 + exp(-|x|))."""
     high = gl.maximum(x, 0.0)
     return high + log_1p(gl.exp2((x - 2.0 * high) * LOG2_E))
 
@@ -171,7 +171,9 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
             open_buffers.index(now).store(z_LC / (1.0 + gl.exp2(z_LC * -LOG2_E)))
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
         dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, True)
-        dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, n_states, start, L, C, N, LC, LN)
+        dt_LC, x_LC, b_LN, c_LN = rows_of(
+            dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, n_states, start, L, C, N, LC, LN
+        )
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
             if GATED:

@@ -260,7 +260,8 @@ def _columns_forward(
     selective_scan_columns_forward.columns_forward[(batch * -(-width // channels),)](
         x_BTD, dt_BTD, *_sides(bias_MD, skip_MD, rate_MDN), rate_MDN, b_BTN, c_BTN, start,
         y_BTD, steps_BTD, kept, final_BDN, row_stride, length, length // TILE, batch // rate_MDN.shape[0],
-        WIDTH=width, STEPPED=bias_MD is not None, SKIP=skip_MD is not None, START=start_BDN is not None, KEEP=keep, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
+        WIDTH=width, STEPPED=bias_MD is not None, SKIP=skip_MD is not None, START=start_BDN is not None, KEEP=keep, EACH=KEPT_EACH,
+        N=KEPT_STATES, C=channels, L=TILE, WARPS=warps, OWN=own,
         num_warps=warps, maxnreg=COLUMNS_REGISTERS,
     )  # fmt: skip
     return y_BTD, final_BDN, kept, steps_BTD
@@ -296,10 +297,12 @@ def _columns_backward(
     scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD))
     b_BTN, c_BTN, row_stride = _rows_of(b_BTN, c_BTN)
     selective_scan_columns.columns_backward[(batch * n_blocks,)](
-        *scanned, _sides(bias_MD, skip_MD, rate_MDN)[1], rate_MDN.contiguous(), b_BTN, c_BTN, kept_BSDN.contiguous(), dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
+        *scanned, _sides(bias_MD, skip_MD, rate_MDN)[1], rate_MDN.contiguous(), b_BTN, c_BTN,
+        kept_BSDN.contiguous(), dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
         dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN, dbias_BD, dskip_BD,
         row_stride, length, length // COLUMNS_TILE, batch, each,
-        WIDTH=width, STEPPED=bias_MD is not None, SKIP=skip_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, NARROW=NARROW, num_warps=1,
+        WIDTH=width, STEPPED=bias_MD is not None, SKIP=skip_MD is not None, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE,
+        NARROW=NARROW, num_warps=1,
     )  # fmt: skip
     add_parts((drate_BND,), (drate_MDN,), (KEPT_STATES * width, each * KEPT_STATES * width), each)
     add_dense_parts((db_parts, dc_parts), (db_BTN, dc_BTN))

@@ -88,7 +88,9 @@ def quads_forward(
     if GATED:
         bias_C, skip_C = sides_of(bias_ptr, skip_ptr, member, width, column_C)
         z_LC = fetch(gate_ptr, first, gate_stride, n_tokens, width, start, L, C, LC)
-    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, n_states, start, L, C, STATES, LC, LN)
+    dt_LC, x_LC, b_LN, c_LN = rows_of(
+        dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, n_states, start, L, C, STATES, LC, LN
+    )
     for tile in range(tiles):
         now, following = tile % 2, first + L
         if GATED:

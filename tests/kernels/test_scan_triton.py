@@ -15,7 +15,15 @@ from kernels.scans.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward
 from kernels.scans.selective_scan_columns import columns_backward
 from kernels.scans.selective_scan_columns_forward import columns_forward
 from kernels.scans.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
-from kernels.scans.selective_scan_launch import COLUMNS_REGISTERS, COLUMNS_TILE, QUAD_WARPS, WARPS, few_channels
+from kernels.scans.selective_scan_launch import (
+    COLUMNS_OWN,
+    COLUMNS_REGISTERS,
+    COLUMNS_TILE,
+    COLUMNS_WARPS,
+    QUAD_WARPS,
+    WARPS,
+    few_channels,
+)
 from kernels.scans.selective_scan_quads_backward import quads_backward
 from kernels.scans.selective_scan_quads_forward import quads_forward
 from kernels.scans.selective_scan_segments import BLOCK, ENOUGH, PROGRAMS, SHORTEST_SEGMENT, enter_segments, segment_ends, share_out
@@ -119,11 +127,15 @@ def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = No
     [("*bf16+", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("*bf16+", False), ("*fp16+", True)))],
 )
 def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str, stepped: bool):
-    kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "C": WARPS * CHANNELS, "L": TILE, "WARPS": WARPS}
-    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, STEPPED=stepped, SKIP=stepped, START=True, KEEP=True, OWN=1, **kept)
-    backward = compiled_columns(columns_backward, dtype, warps=1, STEPPED=stepped, SKIP=stepped, FINAL=True, NARROW=False, L=COLUMNS_TILE)
+    kept = {"KEEP": True, "EACH": KEPT_EACH, "N": KEPT_STATES, "L": TILE}
+    sides = {"STEPPED": stepped, "SKIP": stepped}
+    threads = {"C": COLUMNS_WARPS * COLUMNS_OWN * CHANNELS, "WARPS": COLUMNS_WARPS, "OWN": COLUMNS_OWN}
+    forward = compiled_columns(
+        columns_forward, dtype, warps=COLUMNS_WARPS, maxnreg=COLUMNS_REGISTERS, START=True, **sides, **kept, **threads
+    )
+    backward = compiled_columns(columns_backward, dtype, warps=1, FINAL=True, NARROW=False, L=COLUMNS_TILE, **sides)
     assert forward.spilled <= 8
-    assert backward.spilled <= 64
+    assert backward.spilled <= 96
     assert backward.shared <= 227 * 1024 // 8 - 1024, "eight programs on an SM"
     assert "shfl" not in forward.ptx + backward.ptx
     # two sums over channels of a token, of 32 channels in two products; one exponential an element
