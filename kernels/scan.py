@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
-from kernels.gated_norm import gated_norm
-from kernels.scans.scan_operator import scan_operator, selective_scan_operator
+from kernels.scans.scan_operator import scan_operator, selective_scan_operator, threads_own_channels
 
 
 def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
@@ -102,28 +101,27 @@ def selective_scan(
     check_axes("x", x_BTD, "B T D")
     if skip_D is not None and dt_bias_D is None:
         raise ValueError("skip is given without dt_bias; give both, or add skip * x to the output yourself")
-    steps = {"dt": (dt_BTD, x_BTD.shape)} if dt_bias_D is None else {"raw_dt": (dt_BTD, x_BTD.shape)}
-    _check_scan(
-        x_BTD,
-        rate_DN,
-        b_BTN,
-        c_BTN,
-        state_BDN,
-        steps | {"dt_bias": (dt_bias_D, x_BTD.shape[2:]), "skip": (skip_D, x_BTD.shape[2:])},
-    )
-    if pick("selective_scan", x_BTD) == "triton":
-        bias_1D, skip_1D = (None if side is None else side[None] for side in (dt_bias_D, skip_D))
-        y_BTD, final_BDN, *_ = selective_scan_operator(
-            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, bias_1D, skip_1D, None, False
-        )
+    width = x_BTD.shape[2:]
+    around = {
+        "dt" if dt_bias_D is None else "raw_dt": (dt_BTD, x_BTD.shape),
+        "dt_bias": (dt_bias_D, width),
+        "skip": (skip_D, width),
+    }
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, around)
+    kernels = pick("selective_scan", x_BTD) == "triton"
+    if dt_bias_D is not None and not (kernels and threads_own_channels(x_BTD, b_BTN, gated=False)):
+        y_BTD, final_BDN = selective_scan(x_BTD, time_steps(dt_BTD, dt_bias_D), rate_DN, b_BTN, c_BTN, state_BDN)
+        return y_BTD if skip_D is None else (y_BTD + skip_D * x_BTD).to(y_BTD.dtype), final_BDN
+    if kernels:
+        sides = (side if side is None else side[None] for side in (dt_bias_D, skip_D))
+        scanned = (x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
+        y_BTD, final_BDN, *_ = selective_scan_operator(*scanned, *sides, None, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
-    dt_BTD = dt_BTD if dt_bias_D is None else time_steps(dt_BTD, dt_bias_D)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
     with torch.autocast(x_BTD.device.type, enabled=False):
         tensors = (t.to(wide) for t in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, start_BDN))
         y_BTD, final_BDN = _SelectiveScan.apply(*tensors)
-        y_BTD = y_BTD if skip_D is None else y_BTD + skip_D * x_BTD
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
 
 
@@ -189,7 +187,7 @@ def gated_selective_scan(
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     sides = {"dt_bias_D": dt_bias_D, "skip_D": skip_D}
     y_BTD, final_BDN = selective_scan(x_BTD, raw_dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN, **sides)
-    return gated_norm(y_BTD, gate_BTD.to(y_BTD.dtype)), final_BDN
+    return y_BTD * F.silu(gate_BTD).to(y_BTD.dtype), final_BDN
 
 
 def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:
@@ -199,7 +197,7 @@ def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:
 
 def skip_and_gate(y: Tensor, x: Tensor, skip_D: Tensor, gate: Tensor) -> Tensor:
     """(y + skip x) silu(gate) in the dtype of x."""
-    return gated_norm(y + (skip_D * x).to(y.dtype), gate.to(x.dtype))
+    return (y + skip_D * x).to(x.dtype) * F.silu(gate).to(x.dtype)
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -24,7 +24,6 @@ TILE_ELEMENTS = 1024
 ROWS = 128
 """Rows of a program."""
 WARPS = 4
-NEXT = False
 SIZES = ("n_rows", "n_tokens", "n_places")
 
 
@@ -45,19 +44,11 @@ def _through(g_LD, x_LD, scale_L, width):
     return (g_LD - mean_L[:, None] - x_LD * along_L[:, None]) * scale_L[:, None]
 
 
-@triton.jit
-def _tile(r_ptr, dy_ptr, member, row_L, column_D, n_rows, width):
-    """A tile's rows of r and of dy, as they lie in memory."""
-    inside_LD = (row_L < n_rows)[:, None] & (column_D < width)[None, :]
-    place_LD = (member * n_rows + row_L)[:, None] * width + column_D[None, :]
-    return tl.load(r_ptr + place_LD, mask=inside_LD, other=0.0), tl.load(dy_ptr + place_LD, mask=inside_LD, other=0.0)
-
-
 @entry(do_not_specialize=SIZES)
 def norms_backward(
     ds_ptr, dpicked_ptr, place_ptr, dy_ptr, r_ptr, weight1_ptr, bias1_ptr, weight2_ptr, dr_ptr, parts_ptr,
     n_rows, n_tokens, n_places, width, eps,
-    PAIR: tl.constexpr, PLACED: tl.constexpr, NEXT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    PAIR: tl.constexpr, PLACED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one member."""
     n_parts = tl.cdiv(n_rows, ROWS)
@@ -72,19 +63,13 @@ def norms_backward(
         weight2_D = tl.load(weight2_ptr + own, mask=inside_D, other=0.0).to(tl.float32)
     none_LD = tl.zeros([TILE, BLOCK], tl.float32)
     dweight1_LD, dbias1_LD, dweight2_LD, dbias2_LD = none_LD, none_LD, none_LD, none_LD
-    if NEXT:
-        next_r, next_dy = _tile(r_ptr, dy_ptr, member, part * ROWS + tl.arange(0, TILE), column_D, n_rows, width)
     for start in range(0, ROWS, TILE):
         row_L = part * ROWS + start + tl.arange(0, TILE)
         inside_L = row_L < n_rows
         inside_LD = inside_L[:, None] & inside_D[None, :]
         place_LD = (member * n_rows + row_L)[:, None] * width + column_D[None, :]
-        if NEXT:
-            r_LD, g_LD = next_r.to(tl.float32), next_dy.to(tl.float32)
-            next_r, next_dy = _tile(r_ptr, dy_ptr, member, row_L + TILE, column_D, n_rows, width)
-        else:
-            r_LD = tl.load(r_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
-            g_LD = tl.load(dy_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
+        r_LD = tl.load(r_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
+        g_LD = tl.load(dy_ptr + place_LD, mask=inside_LD, other=0.0).to(tl.float32)
         x1_LD, scale1_L = _normalize(r_LD, inside_D, width, eps)
         if PLACED:
             found_L = tl.load(place_ptr + member * n_rows + row_L, mask=inside_L, other=n_places)
@@ -143,7 +128,7 @@ def backward(
             dy_MND.contiguous(), r_MND.contiguous(),
             weight1_MD.contiguous(), bias1_MD.contiguous(), weight1_MD if weight2_MD is None else weight2_MD.contiguous(),
             dr_MND, parts, n_rows, n_tokens, n_places, width, eps,
-            PAIR=weight2_MD is not None, PLACED=place_MBT is not None, NEXT=NEXT, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block,
+            PAIR=weight2_MD is not None, PLACED=place_MBT is not None, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block,
             num_warps=WARPS,
         )  # fmt: skip
     return dr_MND, parts.sum(1)

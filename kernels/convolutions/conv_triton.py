@@ -25,9 +25,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 RUN, AHEAD = 64, 8
 """Tokens that a program walks along, and how many of them it asks for at once."""
 CHANNELS, WARPS = 64, 1
-NEXT = False
 STEP_CHANNELS = 256
-LENGTHS = ("x_stride", "n_tokens", "sequences_per_member")
+LENGTHS = ("n_tokens", "sequences_per_member")
 
 
 @triton.jit
@@ -45,25 +44,6 @@ def _token(ptr, stride, token, channel_C, n_tokens, width):
     """The channels of one token; zero where there is none."""
     seen_C = (channel_C < width) & (token >= 0) & (token < n_tokens)
     return tl.load(ptr + tl.cast(token, tl.int64) * stride + channel_C, mask=seen_C, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _raw(ptr, stride, first, channel_C, n_tokens, width, COUNT: tl.constexpr):
-    """COUNT tokens from `first` on, as they are in memory."""
-    found = ()
-    for u in tl.static_range(COUNT):
-        token = first + u
-        seen_C = (channel_C < width) & (token >= 0) & (token < n_tokens)
-        found = found + (tl.load(ptr + tl.cast(token, tl.int64) * stride + channel_C, mask=seen_C, other=0.0),)
-    return found
-
-
-@triton.jit
-def _wide(rows, COUNT: tl.constexpr):
-    found = ()
-    for u in tl.static_range(COUNT):
-        found = found + (rows[u].to(tl.float32),)
-    return found
 
 
 @triton.jit
@@ -114,28 +94,19 @@ def _place(n_tokens, width, RUN: tl.constexpr, CHANNELS: tl.constexpr):
 def short_conv_forward(
     x_ptr, x_stride, weight_ptr, bias_ptr, y_ptr,
     n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, NEXT: tl.constexpr,
-    RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """RUN tokens of outputs, AHEAD at a time. Grid: (B * runs * blocks of channels,)."""
     _, sequence, first, channel_C = _place(n_tokens, width, RUN, CHANNELS)
     member = sequence // sequences_per_member
-    x_stride = x_stride * UNIT
     x_ptr += sequence * n_tokens * x_stride
     y_ptr += sequence * n_tokens * width
     weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
     bias_C = _bias_of(bias_ptr + member * width, channel_C, width, BIAS)
     before = _tokens(x_ptr, x_stride, first - (TAPS - 1), channel_C, n_tokens, width, TAPS - 1)
-    if NEXT:
-        next_x = _raw(x_ptr, x_stride, first, channel_C, n_tokens, width, AHEAD)
     for turn in range(RUN // AHEAD):
         start = first + turn * AHEAD
-        if NEXT:
-            now_x = next_x
-            next_x = _raw(x_ptr, x_stride, start + AHEAD, channel_C, n_tokens, width, AHEAD)
-            rows = before + _wide(now_x, AHEAD)
-        else:
-            rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
+        rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
         for u in tl.static_range(AHEAD):
             y_C = _convolve(rows, weights, bias_C, u, TAPS)
             if SILU:
@@ -170,8 +141,7 @@ def _store_gradient(dx_ptr, gradients, weights, u: tl.constexpr, token, first, c
 def short_conv_backward(
     dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
     n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, NEXT: tl.constexpr,
-    RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """RUN tokens of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward.
 
@@ -179,7 +149,6 @@ def short_conv_backward(
     """
     run, sequence, first, channel_C = _place(n_tokens, width, RUN, CHANNELS)
     member = sequence // sequences_per_member
-    x_stride = x_stride * UNIT
     x_ptr += sequence * n_tokens * x_stride
     dy_ptr += sequence * n_tokens * width
     dx_ptr += sequence * n_tokens * width
@@ -192,20 +161,10 @@ def short_conv_backward(
         shares = shares + (none_C,)
     for _ in tl.static_range(TAPS - 1):
         behind = behind + (none_C,)
-    if NEXT:
-        next_x = _raw(x_ptr, x_stride, first, channel_C, n_tokens, width, AHEAD)
-        next_dy = _raw(dy_ptr, width, first, channel_C, n_tokens, width, AHEAD)
     for turn in range(RUN // AHEAD):
         start = first + turn * AHEAD
-        if NEXT:
-            now_x, now_dy = next_x, next_dy
-            next_x = _raw(x_ptr, x_stride, start + AHEAD, channel_C, n_tokens, width, AHEAD)
-            next_dy = _raw(dy_ptr, width, start + AHEAD, channel_C, n_tokens, width, AHEAD)
-            rows = before + _wide(now_x, AHEAD)
-            own = _wide(now_dy, AHEAD)
-        else:
-            rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
-            own = _tokens(dy_ptr, width, start, channel_C, n_tokens, width, AHEAD)
+        rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
+        own = _tokens(dy_ptr, width, start, channel_C, n_tokens, width, AHEAD)
         gradients = behind
         for u in tl.static_range(AHEAD):
             dz_C = _before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU)
@@ -263,13 +222,12 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
     batch, length, width = x_BTD.shape
     y_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
-    unit = 8 if x_BTD.stride(1) % 8 == 0 else 1
     n_programs = batch * -(-length // RUN) * -(-width // CHANNELS)
     if n_programs:
         short_conv_forward[(n_programs,)](
-            x_BTD, x_BTD.stride(1) // unit, weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(), y_BTD,
+            x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(), y_BTD,
             length, width, batch // weight_MDK.shape[0],
-            TAPS=weight_MDK.shape[-1], BIAS=bias_MD is not None, SILU=silu, UNIT=unit, NEXT=NEXT, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
+            TAPS=weight_MDK.shape[-1], BIAS=bias_MD is not None, SILU=silu, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
             num_warps=WARPS,
         )  # fmt: skip
     return y_BTD
@@ -283,16 +241,15 @@ def backward(
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width)
     x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
-    unit = 8 if x_BTD.stride(1) % 8 == 0 else 1
     n_runs = batch * -(-length // RUN)
     parts = x_BTD.new_empty(n_runs, taps + 1, width, dtype=torch.float32)
     dweight_MDK = torch.zeros_like(weight_MDK) if not parts.numel() else torch.empty_like(weight_MDK)
     dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_zeros(bias_MD.shape)
     if parts.numel():
         short_conv_backward[(n_runs * -(-width // CHANNELS),)](
-            dy_BTD.contiguous(), x_BTD, x_BTD.stride(1) // unit, weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(),
+            dy_BTD.contiguous(), x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(),
             dx_BTD, parts, length, width, batch // members,
-            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, UNIT=unit, NEXT=NEXT, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
+            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
             num_warps=WARPS,
         )  # fmt: skip
         strides, own = ((taps + 1) * width, n_runs // members * (taps + 1) * width), n_runs // members

@@ -50,21 +50,28 @@ def selective_scan_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.scan.selective_scan` for M members with rates of their own, their sequences one after the other.
 
-    With a bias dt comes before bias and softplus, with a skip too that times x is added; with all three it is
-    `gated_selective_scan`.
+    With a bias, skip and gate it is `gated_selective_scan`. With a bias, or that and a skip, dt comes before bias and softplus and
+    skip x joins the outputs; only where `threads_own_channels`.
 
     Returns:
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and, to keep for the backward pass, the states
         at the borders of tiles [B, S, N, D], else nothing; what is kept differs where `threads_own_channels`. Last, with a bias
         and no gate, the time steps, or nothing.
     """
-    from kernels.scans.selective_scan_launch import forward, gate_of, stepped_forward
+    from kernels.scans import selective_scan_columns_launch as columns
+    from kernels.scans.selective_scan_launch import forward, gate_of
 
     with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
         if bias_MD is not None and gate_BTD is None:
-            return stepped_forward(x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, start_BDN, keep=keep)
+            found = columns.forward(x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, start_BDN)
+            return found if keep else (*found[:2], found[1].new_empty(_none_kept(found[1])), found[3])
         found = forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD), keep=keep)
         return *found, x_BTD.new_empty(0)
+
+
+def _none_kept(final_BDN: Tensor) -> tuple[int, ...]:
+    batch, width, n_states = final_BDN.shape
+    return batch, 0, n_states, width
 
 
 @operator("mixer_bench::selective_scan_backward")
@@ -85,12 +92,13 @@ def _backward_operator(
 
     With a bias and no gate dt are the steps that the forward pass made, and their place has what came before, in the dtype of x.
     """
-    from kernels.scans.selective_scan_launch import backward, gate_of, stepped_backward
+    from kernels.scans import selective_scan_columns_launch as columns
+    from kernels.scans.selective_scan_launch import backward, gate_of
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
         if bias_MD is not None and gate_BTD is None:
             scanned = (dy_BTD, dfinal_BDN, x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
-            return *stepped_backward(*scanned), x_BTD.new_empty(0)
+            return *columns.backward(*scanned), x_BTD.new_empty(0)
         gate = gate_of(bias_MD, skip_MD, gate_BTD)
         return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND, gate)
 

@@ -89,15 +89,7 @@ def over_channels(sums_NL, slot, weight_CL, t: gl.constexpr):
 @gluon.jit
 def row_of(buffer, t: gl.constexpr):
     """Token t of [L, N] in shared memory, [N, 1], which all lanes read at once."""
-    if buffer.dtype == gl.bfloat16:
-        pairs: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 1], [0, 1])
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        words = buffer._reinterpret(gl.int32, [buffer.shape[0], 8], flat).permute([1, 0]).slice(t, 1, 1).load(pairs)
-        low, high = (words << 16).to(gl.float32, bitcast=True), (words & -65536).to(gl.float32, bitcast=True)
-        both = gl.join(low, high).permute([0, 2, 1]).reshape([STATES, 1])
-        return gl.convert_layout(both, columns_layout(), assert_trivial=True)
-    else:
-        return buffer.permute([1, 0]).slice(t, 1, 1).load(columns_layout())
+    return buffer.permute([1, 0]).slice(t, 1, 1).load(columns_layout())
 
 
 @gluon.jit
@@ -166,7 +158,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     dy_ptr, x_ptr, dt_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr, dbias_ptr, dskip_ptr,
     row_stride, n_tokens, n_tiles, n_sequences, sequences_per_member,
-    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr, NARROW: gl.constexpr,
+    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end. Grid: (B * P,).
 
@@ -186,8 +178,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     all_states: gl.constexpr = STATES * WIDTH
     block, sequence = gl.program_id(0) % n_blocks, (gl.program_id(0) // n_blocks).to(gl.int64)
     start, member = block * C, sequence // sequences_per_member
-    row_dtype: gl.constexpr = gl.bfloat16 if NARROW else gl.float32
-    b, c = gl.allocate_shared_memory(row_dtype, [L, STATES], flat), gl.allocate_shared_memory(row_dtype, [L, STATES], flat)
+    b, c = gl.allocate_shared_memory(gl.float32, [L, STATES], flat), gl.allocate_shared_memory(gl.float32, [L, STATES], flat)
     u_weight, dy_weight = gl.allocate_shared_memory(gl.bfloat16, [L, C], flat), gl.allocate_shared_memory(gl.bfloat16, [L, C], flat)
     h_slots, dh_slots = (), ()
     for _ in gl.static_range(L):  # apart, as the compiler puts a barrier between stores into one buffer
@@ -223,8 +214,8 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         borders = ()
         for part in gl.static_range(L // EACH):
             borders = borders + (gl.load(states_ptrs + (n_N1 + part * all_states)).to(gl.float32),)
-        b.store(gl.load(b_ptrs).to(row_dtype))
-        c.store(gl.load(c_ptrs).to(row_dtype))
+        b.store(gl.load(b_ptrs).to(gl.float32))
+        c.store(gl.load(c_ptrs).to(gl.float32))
         before = gl.where(back < n_tiles - 1, L, 0)  # at the end lines that are there already
         token, state = sequence * n_tokens + first - before, last_state - back * (L // EACH) - before // EACH
         ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH, L)

@@ -19,6 +19,7 @@ from kernels.scans.selective_scan_gluon import (
     rows_of,
     shared_rows,
     softplus,
+    states_layout,
     tile_buffers,
     token_step,
 )
@@ -37,15 +38,15 @@ def skipping_step(h_NC, rate_NC, skip_C, dt, x, b, c, t: gl.constexpr, layout: g
 def columns_forward(
     x_ptr, dt_ptr, bias_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, start_ptr, y_ptr, steps_ptr, states_ptr, final_ptr,
     row_stride, n_tokens, n_tiles, sequences_per_member,
-    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, START: gl.constexpr, KEEP: gl.constexpr, EACH: gl.constexpr,
-    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr,
+    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, START: gl.constexpr, EACH: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs, the last state and, if they are kept, those before each `EACH` tokens, [B, T / EACH + 1, D, N].
+    """Outputs, the last state and those kept before each `EACH` tokens, [B, T / EACH + 1, D, N].
 
-    Grid: (B * blocks of channels,). A thread owns `OWN` channels. Rows of b and c are `row_stride` times `ROW_UNIT` apart.
+    Grid: (B * blocks of channels,). Rows of b and c are `row_stride` times `ROW_UNIT` apart.
     STEPPED: dt comes before its bias and softplus, and is kept behind them. SKIP: skip times x is added to the outputs.
     """
-    NC: gl.constexpr = gl.BlockedLayout([N, OWN], [1, 32], [1, WARPS], [0, 1])
+    NC: gl.constexpr = states_layout(N, WARPS)
     LC: gl.constexpr = rows_layout(C, WARPS)
     LN: gl.constexpr = rows_layout(N, WARPS)
     n_blocks: gl.constexpr = (WIDTH + C - 1) // C
@@ -65,8 +66,7 @@ def columns_forward(
     h_NC = gl.zeros([N, C], gl.float32, NC)
     if START:
         h_NC = gl.load(start_ptr + sequence * N * WIDTH + own_NC, mask=inside_NC, other=0.0).to(gl.float32)
-    if KEEP:
-        gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
+    gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
     skip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, NC))
     if SKIP:
         skip_C = gl.load(skip_ptr + member * WIDTH + channel_C, mask=inside_C, other=0.0).to(gl.float32)
@@ -92,7 +92,7 @@ def columns_forward(
             else:
                 h_NC, y_C = token_step(h_NC, rate_NC, dt, x, b, c, t, NC)
             gl.store(y_ptr + (t * WIDTH + channel_C), y_C.to(y_ptr.dtype.element_ty), mask=inside_C)
-            if KEEP and (t + 1) % EACH == 0:
+            if (t + 1) % EACH == 0:
                 states_ptr += N * WIDTH
                 gl.store(states_ptr + own_NC, h_NC.to(states_ptr.dtype.element_ty), mask=inside_NC)
         y_ptr += L * WIDTH

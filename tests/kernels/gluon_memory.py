@@ -44,8 +44,6 @@ class Descriptor:
 class Shared:
     """A view of shared memory; `unfenced` is common to all views of an allocation, a number has `size` bytes."""
 
-    dtype = None
-
     def __init__(self, x: Tensor, unfenced: set[int], size: int = 2):
         self.x, self.unfenced, self.size = x, unfenced, size
 

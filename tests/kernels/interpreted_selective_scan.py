@@ -156,8 +156,21 @@ def test_operator_is_registered_right():
     x, dt, rate, b, c, state = (tensor.requires_grad_() for tensor in cases.draw(1, 3, 3, 2))
     scanned = (x, dt, rate[None].detach().requires_grad_(), b, c, state)
     around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
-    for more in ((None, None, None), (around[0], None, None), (*around[:2], None), around):
+    for more in ((None, None, None), around):
         torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more, False))
+
+
+@pytest.mark.usefixtures("full_device")
+def test_operator_of_raw_time_steps_is_registered_right():
+    x, dt, rate, b, c, _ = cases.draw(1, 16, 32, 16)
+    narrow = [t.bfloat16().requires_grad_() for t in (x, dt, b, c)]
+    sides = [t[None].clone().requires_grad_() for t in (rate, rate[:, 0], rate[:, 1])]
+    scanned = (*narrow[:2], sides[0], *narrow[2:], None)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    for skip in (None, sides[2]):
+        torch.library.opcheck(
+            torch.ops.mixer_bench.selective_scan.default, (*scanned, sides[1], skip, None, False), test_utils=tests
+        )
 
 
 @triton.jit

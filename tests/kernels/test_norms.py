@@ -40,7 +40,7 @@ def test_compiles_for_sm90_without_spills(width: int, dtype: str, pair: bool):
     narrow = dict.fromkeys(("ds_ptr", "dpicked_ptr", "dy_ptr", "r_ptr", "dr_ptr"), dtype)
     wide = dict.fromkeys(("weight1_ptr", "bias1_ptr", "weight2_ptr", "parts_ptr"), "*fp32+")
     sizes = {"place_ptr": "*i32+", "n_rows": "i32", "n_tokens": "i32", "n_places": "i32", "width": "i32+", "eps": "fp32"}
-    flags = {"PAIR": pair, "PLACED": pair, "NEXT": False, "ROWS": ROWS, "TILE": max(1, TILE_ELEMENTS // block), "BLOCK": block}
+    flags = {"PAIR": pair, "PLACED": pair, "ROWS": ROWS, "TILE": max(1, TILE_ELEMENTS // block), "BLOCK": block}
     used = compile_sm90(norms_backward, narrow | wide | sizes | flags, warps=WARPS)
     assert used.spilled == 0
     assert used.registers <= 128, "fewer than four programs of 128 threads fit an SM"
