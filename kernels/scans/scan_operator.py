@@ -152,7 +152,12 @@ selective_scan_operator.register_autograd(_differentiate, setup_context=_save, k
 
 @selective_scan_operator.register_sizes
 def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> list[tuple[Any, ...]]:
-    """Few channels are scanned by kernels of their own, and long rows of them in segments; whole tiles that fill a device too."""
+    """Few channels are scanned by kernels of their own, and long rows of them in segments; whole tiles that fill a device too.
+
+    Raw time steps without a gate always take the last.
+    """
+    if bias_MD is not None and gate_BTD is None:
+        return []
     width = x_BTD.shape[2]
     found = []
     for sizes in (
