@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
-from kernels.scans.scan_operator import scan_operator, selective_scan_operator
+from kernels.scans.scan_operator import scan_operator, selective_scan_operator, threads_own_channels
 
 
 def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
@@ -66,7 +66,15 @@ def _scan(a: Tensor, x: Tensor) -> Tensor:
 
 
 def selective_scan(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_DN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BDN: Tensor | None = None
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    rate_DN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    state_BDN: Tensor | None = None,
+    *,
+    dt_bias_D: Tensor | None = None,
+    skip_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba's S6: h_t = exp(-dt_t rate) h_{t-1} + (dt_t x_t) b_t^T, y_t = h_t c_t (Gu & Dao 2023, algorithm 2).
 
@@ -75,25 +83,39 @@ def selective_scan(
 
     Args:
         x_BTD: input.
-        dt_BTD: time steps, >= 0.
+        dt_BTD: time steps, >= 0; with a bias, what comes before that and a softplus.
         rate_DN: decay rates, >= 0.
         b_BTN: write vectors.
         c_BTN: read vectors.
         state_BDN: h_0; None means "from zero, and return no state".
+        dt_bias_D: bias of the time steps before their softplus; None means that dt is given as it is used.
+        skip_D: the input's share in the output; only with a bias.
 
     Returns:
         The output [B, T, D] in the dtype of x, and the final state in that of the given one, or None.
 
     Raises:
-        ValueError: shapes do not match, or the sequence is empty.
+        ValueError: shapes do not match, the sequence is empty, or a skip has no bias beside it.
     """
     _refuse_empty(x_BTD)
     check_axes("x", x_BTD, "B T D")
-    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"dt": (dt_BTD, x_BTD.shape)})
-    if pick("selective_scan", x_BTD) == "triton":
-        y_BTD, final_BDN, _ = selective_scan_operator(
-            x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN, None, None, None, False
-        )
+    if skip_D is not None and dt_bias_D is None:
+        raise ValueError("skip is given without dt_bias; give both, or add skip * x to the output yourself")
+    width = x_BTD.shape[2:]
+    around = {
+        "dt" if dt_bias_D is None else "raw_dt": (dt_BTD, x_BTD.shape),
+        "dt_bias": (dt_bias_D, width),
+        "skip": (skip_D, width),
+    }
+    _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, around)
+    kernels = pick("selective_scan", x_BTD) == "triton"
+    if dt_bias_D is not None and not (kernels and threads_own_channels(x_BTD, b_BTN, gated=False)):
+        y_BTD, final_BDN = selective_scan(x_BTD, time_steps(dt_BTD, dt_bias_D), rate_DN, b_BTN, c_BTN, state_BDN)
+        return y_BTD if skip_D is None else (y_BTD + skip_D * x_BTD).to(y_BTD.dtype), final_BDN
+    if kernels:
+        sides = (side if side is None else side[None] for side in (dt_bias_D, skip_D))
+        scanned = (x_BTD, dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
+        y_BTD, final_BDN, *_ = selective_scan_operator(*scanned, *sides, None, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
@@ -109,7 +131,7 @@ def _check_scan(
     b_BTN: Tensor,
     c_BTN: Tensor,
     state_BDN: Tensor | None,
-    more: dict[str, tuple[Tensor, torch.Size]],
+    more: dict[str, tuple[Tensor | None, torch.Size]],
 ) -> None:
     check_axes("rate", rate_DN, "D N")
     batch, length, width = x_BTD.shape
@@ -161,11 +183,11 @@ def gated_selective_scan(
     _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, {"raw_dt": (raw_dt_BTD, x_BTD.shape)} | around)
     if not torch.compiler.is_compiling() and pick("selective_scan", x_BTD) == "triton":
         tensors = (x_BTD, raw_dt_BTD, rate_DN[None], b_BTN, c_BTN, state_BDN)
-        y_BTD, final_BDN, _ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
+        y_BTD, final_BDN, *_ = selective_scan_operator(*tensors, dt_bias_D[None], skip_D[None], gate_BTD, False)
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
-    dt_BTD = time_steps(raw_dt_BTD, dt_bias_D)
-    y_BTD, final_BDN = selective_scan(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN)
-    return skip_and_gate(y_BTD, x_BTD, skip_D, gate_BTD), final_BDN
+    sides = {"dt_bias_D": dt_bias_D, "skip_D": skip_D}
+    y_BTD, final_BDN = selective_scan(x_BTD, raw_dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN, **sides)
+    return y_BTD * F.silu(gate_BTD).to(y_BTD.dtype), final_BDN
 
 
 def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.rows import pick_rows
-from kernels.scan import gated_selective_scan, selective_scan, skip_and_gate, time_steps
+from kernels.scan import gated_selective_scan, selective_scan, skip_and_gate
 from mixers._base import Mixer, State, mixer
 from mixers._layers import ShortConv, project, refuse_context, time_step_bias, widen
 
@@ -70,7 +70,7 @@ class Mamba(Mixer):
         to_scan, to_gate = self.in_proj.weight.chunk(2)
         x_BTE, _ = self.conv(F.linear(x_BTD, to_scan))
         dt_BTE, b_BTN, c_BTN = self._select(x_BTE)
-        y_BTE, _ = selective_scan(x_BTE, time_steps(dt_BTE, self.dt_bias), self.log_rate.exp(), b_BTN, c_BTN)
+        y_BTE, _ = selective_scan(x_BTE, dt_BTE, self.log_rate.exp(), b_BTN, c_BTN, dt_bias_D=self.dt_bias)
         y_BME, x_BME = pick_rows(y_BTE, rows_BM), pick_rows(x_BTE, rows_BM)
         return self.out_proj(skip_and_gate(y_BME, x_BME, self.skip, F.linear(x_BMD, to_gate)))
 

@@ -47,19 +47,31 @@ def selective_scan_operator(
     skip_MD: Tensor | None,
     gate_BTD: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.scan.selective_scan` for M members with rates of their own, their sequences one after the other.
 
-    With the last three, which come together, it is `gated_selective_scan`.
+    With a bias, skip and gate it is `gated_selective_scan`. With a bias, or that and a skip, dt comes before bias and softplus and
+    skip x joins the outputs; only where `threads_own_channels`.
 
     Returns:
         The outputs [B, T, D] in the dtype of x; in fp32 the final state [B, D, N], and, to keep for the backward pass, the states
-        at the borders of tiles [B, S, N, D], else nothing; what is kept differs where `threads_own_channels`.
+        at the borders of tiles [B, S, N, D], else nothing; what is kept differs where `threads_own_channels`. Last, with a bias
+        and no gate, the time steps, or nothing.
     """
+    from kernels.scans import selective_scan_columns_launch as columns
     from kernels.scans.selective_scan_launch import forward, gate_of
 
     with torch.cuda.device_of(x_BTD):  # Triton launches on the current device
-        return forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD), keep=keep)
+        if bias_MD is not None and gate_BTD is None:
+            found = columns.forward(x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, start_BDN)
+            return found if keep else (*found[:2], found[1].new_empty(_none_kept(found[1])), found[3])
+        found = forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, gate_of(bias_MD, skip_MD, gate_BTD), keep=keep)
+        return *found, x_BTD.new_empty(0)
+
+
+def _none_kept(final_BDN: Tensor) -> tuple[int, ...]:
+    batch, width, n_states = final_BDN.shape
+    return batch, 0, n_states, width
 
 
 @operator("mixer_bench::selective_scan_backward")
@@ -76,16 +88,23 @@ def _backward_operator(
     gate_BTD: Tensor | None,
     states_BSND: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, rate, b, c, the initial state, and of bias, skip and gate, which are empty where there are none."""
+    """Gradients of x, dt, rate, b, c, the initial state, and of bias, skip and gate, which are empty where there are none.
+
+    With a bias and no gate dt are the steps that the forward pass made, and their place has what came before, in the dtype of x.
+    """
+    from kernels.scans import selective_scan_columns_launch as columns
     from kernels.scans.selective_scan_launch import backward, gate_of
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        if bias_MD is not None and gate_BTD is None:
+            scanned = (dy_BTD, dfinal_BDN, x_BTD, dt_BTD, bias_MD, skip_MD, rate_MDN, b_BTN, c_BTN, states_BSND)
+            return *columns.backward(*scanned), x_BTD.new_empty(0)
         gate = gate_of(bias_MD, skip_MD, gate_BTD)
         return backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND, gate)
 
 
 @selective_scan_operator.register_fake
-def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> tuple[Tensor, ...]:
     batch, length, width = x_BTD.shape
     n_states = rate_MDN.shape[-1]
     final_BDN = x_BTD.new_empty(batch, width, n_states, dtype=torch.float32)
@@ -93,12 +112,14 @@ def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_B
         kept = x_BTD.new_empty(batch, length // KEPT_EACH + 1, width, n_states, dtype=torch.bfloat16)
     else:
         kept = final_BDN.new_empty(batch, (length + TILE - 1) // TILE + 1 if keep else 0, n_states, width)
-    return x_BTD.new_empty(x_BTD.shape), final_BDN, kept
+    steps = final_BDN.new_empty(x_BTD.shape if bias_MD is not None and gate_BTD is None else 0)
+    return x_BTD.new_empty(x_BTD.shape), final_BDN, kept, steps if steps.numel() else x_BTD.new_empty(0)
 
 
 @_backward_operator.register_fake
 def _(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, bias_MD, skip_MD, gate_BTD, states_BSND) -> tuple[Tensor, ...]:
-    dx, ddt, drate, db, dc = (tensor.new_empty(tensor.shape) for tensor in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
+    of_dt = x_BTD if bias_MD is not None and gate_BTD is None else dt_BTD
+    dx, ddt, drate, db, dc = (tensor.new_empty(tensor.shape) for tensor in (x_BTD, of_dt, rate_MDN, b_BTN, c_BTN))
     around = (x_BTD.new_empty(0 if tensor is None else tensor.shape) for tensor in (bias_MD, skip_MD, gate_BTD))
     dbias, dskip, dgate = (
         found if tensor is None else found.to(tensor.dtype)
@@ -108,21 +129,22 @@ def _(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, bias_MD, skip_M
     return dx, ddt, drate, db, dc, dstart, dbias, dskip, dgate
 
 
-def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    *scanned, start_BDN, bias_MD, skip_MD, gate_BTD, _ = inputs
-    ctx.start_dtype = None if start_BDN is None else start_BDN.dtype
-    ctx.save_for_backward(*scanned, bias_MD, skip_MD, gate_BTD, output[2])
+    ctx.mark_non_differentiable(*output[2:])
+    x_BTD, dt_BTD, *scanned, start_BDN, bias_MD, skip_MD, gate_BTD, _ = inputs
+    ctx.start_dtype, ctx.dt_dtype = None if start_BDN is None else start_BDN.dtype, dt_BTD.dtype
+    stepped = bias_MD is not None and gate_BTD is None
+    ctx.save_for_backward(x_BTD, output[3] if stepped else dt_BTD, *scanned, bias_MD, skip_MD, gate_BTD, output[2])
 
 
-def _differentiate(ctx, dy_BTD: Tensor | None, dfinal_BDN: Tensor | None, _dstates: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, dy_BTD: Tensor | None, dfinal_BDN: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     dy_BTD = torch.zeros_like(tensors[0]) if dy_BTD is None else dy_BTD
-    *scanned, dstart_BDN, dbias_MD, dskip_MD, dgate_BTD = _backward_operator(dy_BTD, dfinal_BDN, *tensors)
+    dx_BTD, ddt_BTD, *scanned, dstart_BDN, dbias_MD, dskip_MD, dgate_BTD = _backward_operator(dy_BTD, dfinal_BDN, *tensors)
     dstart = None if ctx.start_dtype is None else dstart_BDN.to(ctx.start_dtype)
-    around = (None, None, None) if tensors[-2] is None else (dbias_MD, dskip_MD, dgate_BTD)
-    return *scanned, dstart, *around, None
+    around = zip((dbias_MD, dskip_MD, dgate_BTD), tensors[5:8], strict=True)
+    return dx_BTD, ddt_BTD.to(ctx.dt_dtype), *scanned, dstart, *(None if of is None else found for found, of in around), None
 
 
 selective_scan_operator.register_autograd(_differentiate, setup_context=_save, keep=True)
@@ -130,7 +152,12 @@ selective_scan_operator.register_autograd(_differentiate, setup_context=_save, k
 
 @selective_scan_operator.register_sizes
 def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_BTD, keep) -> list[tuple[Any, ...]]:
-    """Few channels are scanned by kernels of their own, and long rows of them in segments; whole tiles that fill a device too."""
+    """Few channels are scanned by kernels of their own, and long rows of them in segments; whole tiles that fill a device too.
+
+    Raw time steps without a gate always take the last.
+    """
+    if bias_MD is not None and gate_BTD is None:
+        return []
     width = x_BTD.shape[2]
     found = []
     for sizes in (
@@ -153,7 +180,9 @@ def _(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN, bias_MD, skip_MD, gate_B
 def _(info, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     *tensors, keep = arguments
     outputs = selective_scan_operator(*_folded(info, in_dims[:-1], tensors), keep)
-    return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs), (0, 0, 0)
+    empty = [out.ndim == 1 for out in outputs]  # no time steps
+    parts = tuple(out if none else out.unflatten(0, (info.batch_size, -1)) for out, none in zip(outputs, empty, strict=True))
+    return parts, tuple(None if none else 0 for none in empty)
 
 
 @operator("mixer_bench::scan")

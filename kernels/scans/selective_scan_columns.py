@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from kernels._entry import entry
+from kernels.scans.selective_scan_gluon import ROW_UNIT
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 STATES = gl.constexpr(16)
@@ -99,7 +100,7 @@ def ask(ptr):
 
 @gluon.jit
 def ask_tile(
-    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, WIDTH: gl.constexpr, L: gl.constexpr
+    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH: gl.constexpr, L: gl.constexpr
 ):  # fmt: skip
     """Asks for all that a tile needs."""
     all_states: gl.constexpr = STATES * WIDTH
@@ -108,8 +109,8 @@ def ask_tile(
     ask(dy_ptr + ((token + lane % L) * WIDTH + start))
     for part in gl.static_range(L // EACH):
         ask(states_ptr + ((state + part) * all_states + (start + lane) * STATES))
-    ask(b_ptr + (token * STATES + lane % (L // 2) * 32))
-    ask(c_ptr + (token * STATES + lane % (L // 2) * 32))
+    ask(b_ptr + (token + lane % L) * row_stride)
+    ask(c_ptr + (token + lane % L) * row_stride)
 
 
 @gluon.jit
@@ -146,16 +147,25 @@ def sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, L: gl.constexpr):
     return db_NL, dc_NL
 
 
-@entry(do_not_specialize=["n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
+@gluon.jit
+def slope_of_softplus(dt):
+    """1 - exp(-dt), the derivative of a softplus where that is dt; small ones without a difference of ones."""
+    return gl.where(dt < 0.01, dt - 0.5 * dt * dt, 1.0 - gl.exp2(dt * -LOG2_E))
+
+
+@entry(do_not_specialize=["row_stride", "n_tokens", "n_tiles", "n_sequences", "sequences_per_member"], gluon=True)
 def columns_backward(  # noqa: PLR0915 - one loop, whose values live in registers
-    dy_ptr, x_ptr, dt_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
-    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr,
-    n_tokens, n_tiles, n_sequences, sequences_per_member, WIDTH: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr,
+    dy_ptr, x_ptr, dt_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
+    dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr, dbias_ptr, dskip_ptr,
+    row_stride, n_tokens, n_tiles, n_sequences, sequences_per_member,
+    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """Gradients, tile by tile from the end. Grid: (B * P,).
 
     States [B, T / EACH + 1, D, N] are those before each EACH tokens, and the last. Rates and the gradients of the first and of the
-    final state are [D, N], `drate` [B, N, D]; `db` and `dc` [P, B, T, N] are parts for each block of channels. The number of
+    final state are [D, N], `drate` [B, N, D]; STEPPED: ddt is that of what dt is the softplus of, and `dbias` its sums [B, D];
+    SKIP: outputs contain skip times x, and `dskip` [B, D] has its gradients.
+    `db` and `dc` [P, B, T, N] are parts for each block of channels. The number of
     channels is a constant, and so are the distances between tokens: added up at run time they would take the registers.
     """
     NC: gl.constexpr = columns_layout()
@@ -184,13 +194,17 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     at_LC, lane = token_L1 * WIDTH, gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     row_L1, n_1N = gl.arange(0, L, gl.SliceLayout(1, LN))[:, None], gl.arange(0, STATES, gl.SliceLayout(0, LN))[None, :]
     sum_N1, sum_1L = gl.arange(0, STATES, gl.SliceLayout(1, S))[:, None], gl.arange(0, L, gl.SliceLayout(0, S))[None, :]
+    dbias_C, dskip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
+    side_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     first = (n_tiles - 1) * L
     token, last_state = sequence * n_tokens + first, sequence * (n_tiles * (L // EACH) + 1) + (n_tiles - 1) * (L // EACH)
     place_1C = token * WIDTH + start + lane_1C
     x_ptrs, dt_ptrs, dy_ptrs = x_ptr + place_1C, dt_ptr + place_1C, dy_ptr + place_1C
     dx_ptrs, ddt_ptrs = dx_ptr + place_1C, ddt_ptr + place_1C
     states_ptrs = states_ptr + (last_state * all_states + channel_1C * STATES)
-    b_ptrs, c_ptrs = b_ptr + (token * STATES + (row_L1 * STATES + n_1N)), c_ptr + (token * STATES + (row_L1 * STATES + n_1N))
+    row_stride = row_stride * ROW_UNIT
+    rows_LN = token * row_stride + (row_L1 * row_stride + n_1N)
+    b_ptrs, c_ptrs = b_ptr + rows_LN, c_ptr + rows_LN
     sums_NL = ((block * n_sequences + sequence) * n_tokens + first) * STATES + (sum_1L * STATES + sum_N1)
     db_ptrs, dc_ptrs = db_ptr + sums_NL, dc_ptr + sums_NL
     for back in range(n_tiles):
@@ -204,7 +218,7 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         c.store(gl.load(c_ptrs).to(gl.float32))
         before = gl.where(back < n_tiles - 1, L, 0)  # at the end lines that are there already
         token, state = sequence * n_tokens + first - before, last_state - back * (L // EACH) - before // EACH
-        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, WIDTH, L)
+        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH, L)
         u_LC = dt_LC * x_LC
         u_weight.store(u_LC.to(gl.bfloat16))
         dy_weight.store(dy_LC.to(gl.bfloat16))
@@ -215,13 +229,25 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         gl.store(dc_ptrs, dc_NL.to(dc_ptr.dtype.element_ty))
         du_LC = gl.convert_layout(stacked(du, L), LC, assert_trivial=True)
         decayed_LC = gl.convert_layout(stacked(decayed, L), LC, assert_trivial=True)  # times rate and -log2(e)
-        gl.store(dx_ptrs + at_LC, (du_LC * dt_LC).to(dx_ptr.dtype.element_ty))
-        gl.store(ddt_ptrs + at_LC, (du_LC * x_LC + decayed_LC * (1.0 / LOG2_E)).to(ddt_ptr.dtype.element_ty))
+        dx_LC = du_LC * dt_LC
+        if SKIP:
+            dx_LC += gl.load(skip_ptr + member * WIDTH + side_C).to(gl.float32)[None, :] * dy_LC
+            dskip_C += gl.sum(dy_LC * x_LC, 0)
+        gl.store(dx_ptrs + at_LC, dx_LC.to(dx_ptr.dtype.element_ty))
+        ddt_LC = du_LC * x_LC + decayed_LC * (1.0 / LOG2_E)
+        if STEPPED:
+            ddt_LC *= slope_of_softplus(dt_LC)
+            dbias_C += gl.sum(ddt_LC, 0)
+        gl.store(ddt_ptrs + at_LC, ddt_LC.to(ddt_ptr.dtype.element_ty))
         states_ptrs -= gl.where(back < n_tiles - 1, L // EACH * all_states, 0)
         x_ptrs, dt_ptrs, dy_ptrs = x_ptrs - L * WIDTH, dt_ptrs - L * WIDTH, dy_ptrs - L * WIDTH
-        b_ptrs, c_ptrs = b_ptrs - L * STATES, c_ptrs - L * STATES
+        b_ptrs, c_ptrs = b_ptrs - L * row_stride, c_ptrs - L * row_stride
         dx_ptrs, ddt_ptrs = dx_ptrs - L * WIDTH, ddt_ptrs - L * WIDTH
         db_ptrs, dc_ptrs = db_ptrs - L * STATES, dc_ptrs - L * STATES
         first -= L
+    if STEPPED:
+        gl.store(dbias_ptr + (sequence * WIDTH + side_C), dbias_C)
+    if SKIP:
+        gl.store(dskip_ptr + (sequence * WIDTH + side_C), dskip_C)
     gl.store(drate_ptr + (sequence * all_states + n_N1 * WIDTH + channel_1C), -drate_NC)
     gl.store(dstart_ptr + (sequence * all_states + own_NC), e_NC)

@@ -18,6 +18,8 @@ from kernels._entry import entry
 from kernels.scans.selective_scan_rows import log_1p
 
 LOG2_E = gl.constexpr(1.4426950408889634)
+ROW_UNIT = gl.constexpr(8)
+"""Of the distance between rows of b and c that are parts of wider ones: so it is known that they start on 16 bytes."""
 
 
 @gluon.constexpr_function
@@ -52,14 +54,14 @@ def fetch(ptr, first, stride, n_tokens, columns, start, L: gl.constexpr, COLUMNS
 
 @gluon.jit
 def rows_of(
-    dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, start,
+    dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, row_stride, start,
     L: gl.constexpr, C: gl.constexpr, N: gl.constexpr, LC: gl.constexpr, LN: gl.constexpr,
 ):  # fmt: skip
-    """A tile's rows of dt, x, b and c."""
+    """A tile's rows of dt, x, b and c; those of b and c are `row_stride` apart."""
     dt_LC = fetch(dt_ptr, first, width, n_tokens, width, start, L, C, LC)
     x_LC = fetch(x_ptr, first, width, n_tokens, width, start, L, C, LC)
-    b_LN = fetch(b_ptr, first, n_states, n_tokens, n_states, 0, L, N, LN)
-    c_LN = fetch(c_ptr, first, n_states, n_tokens, n_states, 0, L, N, LN)
+    b_LN = fetch(b_ptr, first, row_stride, n_tokens, n_states, 0, L, N, LN)
+    c_LN = fetch(c_ptr, first, row_stride, n_tokens, n_states, 0, L, N, LN)
     return dt_LC, x_LC, b_LN, c_LN
 
 
@@ -82,22 +84,30 @@ def tile_buffers(L: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN):
-    """dt, dt x, b and c of a tile in one half of that memory."""
+def shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, MULTIPLIED: gl.constexpr):
+    """dt, dt x or x alone, b and c of a tile in one half of that memory."""
     dt, u, b, c = buffers[0].index(now), buffers[1].index(now), buffers[2].index(now), buffers[3].index(now)
     dt.store(dt_LC)
-    u.store(dt_LC * x_LC)
+    if MULTIPLIED:
+        u.store(dt_LC * x_LC)
+    else:
+        u.store(x_LC)
     b.store(b_LN)
     c.store(c_LN)
     return dt, u, b, c
 
 
 @gluon.jit
+def softplus(x):
+    """Of x: max(x, 0) + log(1 + exp(-|x|))."""
+    high = gl.maximum(x, 0.0)
+    return high + log_1p(gl.exp2((x - 2.0 * high) * LOG2_E))
+
+
+@gluon.jit
 def time_steps(raw_LC, bias_C, first, n_tokens, L: gl.constexpr, layout: gl.constexpr):
     """softplus(raw dt + bias), and 0 beyond the end."""
-    raw_LC = raw_LC + bias_C[None, :]
-    high_LC = gl.maximum(raw_LC, 0.0)
-    dt_LC = high_LC + log_1p(gl.exp2((raw_LC - 2.0 * high_LC) * LOG2_E))  # max(x, 0) + log(1 + exp(-|x|))
+    dt_LC = softplus(raw_LC + bias_C[None, :])
     token_L = first + gl.arange(0, L, gl.SliceLayout(1, layout))
     return gl.where((token_L < n_tokens)[:, None], dt_LC, 0.0)
 
@@ -152,7 +162,7 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
         open_buffers = gl.allocate_shared_memory(gl.float32, [2, L, C], shared)
         bias_C, skip_C = sides_of(bias_ptr, skip_ptr, member, width, column_C)
         z_LC = fetch(gate_ptr, 0, gate_stride, n_tokens, width, start, L, C, LC)
-    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, 0, n_tokens, width, n_states, start, L, C, N, LC, LN)
+    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, 0, n_tokens, width, n_states, n_states, start, L, C, N, LC, LN)
     for tile in range(n_tiles):
         now, following = tile % 2, (tile + 1) * L
         if GATED:
@@ -160,8 +170,10 @@ def selective_scan_forward(  # noqa: PLR0915 - one loop, whose values live in re
             skipped_buffers.index(now).store(skip_C[None, :] * x_LC)
             open_buffers.index(now).store(z_LC / (1.0 + gl.exp2(z_LC * -LOG2_E)))
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
-        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
-        dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, start, L, C, N, LC, LN)
+        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, True)
+        dt_LC, x_LC, b_LN, c_LN = rows_of(
+            dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, n_states, start, L, C, N, LC, LN
+        )
         for t in gl.static_range(L):
             h_NC, y_C = token_step(h_NC, rate_NC, dt, u, b, c, t, NC)
             if GATED:

@@ -1,7 +1,7 @@
 """Launches the kernels of Mamba's selective scan: `selective_scan_gluon` forward, `selective_scan_triton` backward.
 
-Whole tiles of channels that fill a device take `selective_scan_columns_forward` and `selective_scan_columns`, whose threads own a
-channel with all its states in both passes. Where channels do not fill a device, `selective_scan_quads_forward` and
+Whole tiles of channels that fill a device take `selective_scan_columns_launch`, whose threads own a channel with all its states in
+both passes. Where channels do not fill a device, `selective_scan_quads_forward` and
 `selective_scan_quads_backward` take their place: four lanes have a channel, and where even these are few, a program has a segment
 of time (`selective_scan_segments`).
 
@@ -17,23 +17,16 @@ import triton
 from torch import Tensor
 
 from kernels._members import even_rows
-from kernels.between.parts_triton import add_dense_parts, add_parts
-from kernels.scans import (
-    selective_scan_columns,
-    selective_scan_columns_forward,
-    selective_scan_gluon,
-    selective_scan_quads_backward,
-    selective_scan_quads_forward,
-)
-from kernels.scans.scan_operator import CHANNELS, FULL, KEPT_EACH, KEPT_STATES, TILE, threads_own_channels
+from kernels.between.parts_triton import add_parts
+from kernels.scans import selective_scan_columns_launch as columns
+from kernels.scans import selective_scan_gluon, selective_scan_quads_backward, selective_scan_quads_forward
+from kernels.scans.scan_operator import CHANNELS, FULL, TILE, threads_own_channels
 from kernels.scans.selective_scan_segments import entering_states, share_out
 from kernels.scans.selective_scan_triton import selective_scan_backward
 from kernels.scans.selective_scan_turn_triton import turned
 
-WARPS = 2
-"""Warps of a forward program, unless there are fewer channels."""
-COLUMNS_TILE, COLUMNS_REGISTERS = 8, 128
-"""Tokens of a tile backward, and registers of a thread forward, where threads own channels."""
+WARPS, WARPS_ALONE = 2, 4
+"""Warps of a forward program, unless there are fewer channels; and of one that neither keeps states nor has a gate."""
 QUAD_WARPS = 4
 """Warps of a program with four lanes for a channel."""
 ASK = not triton.knobs.runtime.interpret
@@ -78,7 +71,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs in the dtype of x; in fp32 the final state [B, D, N] and, if kept, states at tiles' borders [B, tiles + 1, N, D]."""
     if keep and threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        return _columns_forward(x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start_BDN)
+        return columns.forward(x_BTD, dt_BTD, None, None, rate_MDN, b_BTN, c_BTN, start_BDN)[:3]
     batch, length, width = x_BTD.shape
     n_states, n_tiles = rate_MDN.shape[-1], -(-length // TILE)
     states_BSND = x_BTD.new_empty(batch, n_tiles + 1 if keep else 0, n_states, width, dtype=torch.float32)
@@ -99,7 +92,8 @@ def forward(
             GATED=gate is not None, KEEP=keep, C=channels, L=TILE, WARPS=QUAD_WARPS, num_warps=QUAD_WARPS,
         )  # fmt: skip
         return y_BTD, final_BDN, states_BSND
-    padded, warps = triton.next_power_of_2(n_states), min(WARPS, triton.next_power_of_2(-(-width // CHANNELS)))
+    padded, most = triton.next_power_of_2(n_states), WARPS if keep or gate is not None else WARPS_ALONE
+    warps = min(most, triton.next_power_of_2(-(-width // CHANNELS)))
     channels = warps * selective_scan_gluon.channels_of_a_warp(padded)
     selective_scan_gluon.selective_scan_forward[(batch * -(-width // channels),)](
         x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, *around,
@@ -123,8 +117,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See `kernels.scans.scan_operator`; each gradient in the dtype of its tensor, that of the initial state in fp32."""
     if threads_own_channels(x_BTD, b_BTN, gated=gate is not None):
-        found = _columns_backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, states_BSND)
-        return *found, *(x_BTD.new_empty(0) for _ in range(3))
+        found = columns.backward(dy_BTD, dfinal_BDN, x_BTD, dt_BTD, None, None, rate_MDN, b_BTN, c_BTN, states_BSND)
+        return *found[:6], *(x_BTD.new_empty(0) for _ in range(3))
     batch, length, width = x_BTD.shape
     members, _, n_states = rate_MDN.shape
     few, each = few_channels(x_BTD, b_BTN), batch // members
@@ -175,55 +169,6 @@ def backward(
     sides = (around_B2D, around_B2D[:, 1:]), (dbias_MD[..., None], dskip_MD[..., None])
     add_parts(*sides, (2 * width, parts_of_each * 2 * width), parts_of_each)
     return *found, dbias_MD, dskip_MD, dgate_BTD
-
-
-def _columns_forward(
-    x_BTD: Tensor, dt_BTD: Tensor, rate_MDN: Tensor, b_BTN: Tensor, c_BTN: Tensor, start_BDN: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `forward`, with states before each `KEPT_EACH` tokens as [B, S, D, N] in bf16."""
-    batch, length, width = x_BTD.shape
-    kept_BSDN = x_BTD.new_empty(batch, length // KEPT_EACH + 1, width, KEPT_STATES, dtype=torch.bfloat16)
-    final_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
-    y_BTD, start = x_BTD.new_empty(batch, length, width), final_BDN if start_BDN is None else start_BDN.contiguous()
-    x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN = (x.contiguous() for x in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
-    channels = WARPS * CHANNELS
-    selective_scan_columns_forward.columns_forward[(batch * -(-width // channels),)](
-        x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, start, y_BTD, kept_BSDN, final_BDN,
-        length, length // TILE, batch // rate_MDN.shape[0],
-        WIDTH=width, START=start_BDN is not None, EACH=KEPT_EACH, N=KEPT_STATES, C=channels, L=TILE, WARPS=WARPS,
-        num_warps=WARPS, maxnreg=COLUMNS_REGISTERS,
-    )  # fmt: skip
-    return y_BTD, final_BDN, kept_BSDN
-
-
-def _columns_backward(
-    dy_BTD: Tensor,
-    dfinal_BDN: Tensor | None,
-    x_BTD: Tensor,
-    dt_BTD: Tensor,
-    rate_MDN: Tensor,
-    b_BTN: Tensor,
-    c_BTN: Tensor,
-    kept_BSDN: Tensor,
-) -> tuple[Tensor, ...]:
-    """As `backward` without a gate; one pass makes all but the sums over blocks of channels and over a member's sequences."""
-    batch, length, width = x_BTD.shape
-    n_blocks, each = width // CHANNELS, batch // rate_MDN.shape[0]
-    dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN = (x.new_empty(x.shape) for x in (x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN))
-    dstart_BDN = x_BTD.new_empty(batch, width, KEPT_STATES, dtype=torch.float32)
-    drate_BND = x_BTD.new_empty(batch, KEPT_STATES, width, dtype=torch.float32)
-    # a part of 32 channels is rounded like any of the results; the sum of all parts is made in fp32
-    db_parts, dc_parts = (x_BTD.new_empty(n_blocks, *b_BTN.shape, dtype=torch.bfloat16) for _ in range(2))
-    scanned = (x.contiguous() for x in (dy_BTD, x_BTD, dt_BTD, rate_MDN, b_BTN, c_BTN, kept_BSDN))
-    selective_scan_columns.columns_backward[(batch * n_blocks,)](
-        *scanned, dstart_BDN if dfinal_BDN is None else dfinal_BDN.contiguous(),
-        dx_BTD, ddt_BTD, drate_BND, db_parts, dc_parts, dstart_BDN,
-        length, length // COLUMNS_TILE, batch, each,
-        WIDTH=width, FINAL=dfinal_BDN is not None, L=COLUMNS_TILE, num_warps=1,
-    )  # fmt: skip
-    add_parts((drate_BND,), (drate_MDN,), (KEPT_STATES * width, each * KEPT_STATES * width), each)
-    add_dense_parts((db_parts, dc_parts), (db_BTN, dc_BTN))
-    return dx_BTD, ddt_BTD, drate_MDN, db_BTN, dc_BTN, dstart_BDN
 
 
 def _entering(

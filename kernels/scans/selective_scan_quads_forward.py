@@ -88,16 +88,18 @@ def quads_forward(
     if GATED:
         bias_C, skip_C = sides_of(bias_ptr, skip_ptr, member, width, column_C)
         z_LC = fetch(gate_ptr, first, gate_stride, n_tokens, width, start, L, C, LC)
-    dt_LC, x_LC, b_LN, c_LN = rows_of(dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, start, L, C, STATES, LC, LN)
+    dt_LC, x_LC, b_LN, c_LN = rows_of(
+        dt_ptr, x_ptr, b_ptr, c_ptr, first, n_tokens, width, n_states, n_states, start, L, C, STATES, LC, LN
+    )
     for tile in range(tiles):
         now, following = tile % 2, first + L
         if GATED:
             dt_LC = time_steps(dt_LC, bias_C, first, n_tokens, L, LC)
             skipped_LC, open_LC = skip_C[None, :] * x_LC, opened(z_LC)[0]
             z_LC = fetch(gate_ptr, following, gate_stride, n_tokens, width, start, L, C, LC)
-        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN)
+        dt, u, b, c = shared_rows(buffers, now, dt_LC, x_LC, b_LN, c_LN, True)
         dt_LC, x_LC, b_LN, c_LN = rows_of(
-            dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, start, L, C, STATES, LC, LN
+            dt_ptr, x_ptr, b_ptr, c_ptr, following, n_tokens, width, n_states, n_states, start, L, C, STATES, LC, LN
         )
         h_NC, y_LC = walk(h_NC, slope_NC, dt, u, b, c, L, C, WARPS)
         y_LC = gl.convert_layout(y_LC, LC)

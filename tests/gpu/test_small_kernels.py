@@ -132,6 +132,7 @@ def test_cross_entropy_in_a_graph() -> None:
 def test_selective_scan(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     cases_selective_scan.check(shape, "cuda", dtype)
     cases_selective_scan.check_gated(shape, "cuda", dtype)
+    cases_selective_scan.check_stepped(shape, "cuda", dtype)
 
 
 @pytest.mark.parametrize("strength", [0.0, 10.0, 100.0])

@@ -56,6 +56,29 @@ def check(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, *, 
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
+def check_stepped(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> None:
+    """Time steps before their bias and softplus, in `dtype` too; as `check`."""
+    x, _, rate, b, c, state = draw(*shape)
+    narrow = [x, 2 * torch.randn(x.shape) - 1, b, c]
+    leaves = [tensor.to(dtype) for tensor in narrow] + [rate, state, torch.randn(shape[2]), torch.randn(shape[2])]
+    weights = torch.randn(x.shape), torch.randn(state.shape)
+
+    def call(x, raw_dt, b, c, rate, state, bias, skip) -> tuple[Tensor, Tensor]:
+        return selective_scan(x, raw_dt, rate, b, c, state, dt_bias_D=bias, skip_D=skip)
+
+    def defined(x, raw_dt, b, c, rate, state, bias, skip) -> tuple[Tensor, Tensor]:
+        y, final = by_definition(x, F.softplus(raw_dt + bias), rate, b, c, state)
+        return y + skip * x, final
+
+    names = ("dx", "ddt", "db", "dc", "drate", "dstate", "dbias", "dskip")
+    with use_backend("triton"), poisoned():
+        ours = [tensor.to(device).requires_grad_() for tensor in leaves]
+        got = with_gradients(call, ours, *(weight.to(device) for weight in weights), names)
+    assert got["y"].dtype == got["ddt"].dtype == dtype
+    true = with_gradients(defined, [tensor.double().requires_grad_() for tensor in leaves], *weights, names)
+    require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
+
+
 def check_gated(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> None:
     """Mamba's whole block between its projections, with a gate that lies in rows of twice its width; as `check`."""
     batch, length, width, _ = shape
@@ -85,11 +108,16 @@ def check_members(device: str, shape: tuple[int, int, int, int] = (2, 17, 3, 2),
     """Members with rates of their own are one call and equal the loop; without a state, as in training."""
     kinds = dtype, torch.float32, torch.float32, dtype, dtype
     leaves = [tensor.to(device, kind).requires_grad_() for tensor, kind in zip(draw(*shape, leading=(3,)), kinds, strict=False)]
+    bias, skip = (torch.randn(3, shape[2], device=device, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, *shape[:3], device=device)
+
+    def call(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+        return selective_scan(x, dt, rate, b, c)[0] + selective_scan(x, dt, rate, b, c, dt_bias_D=bias, skip_D=skip)[0]
+
     with use_backend("triton"), poisoned():
-        together = torch.vmap(lambda *own: selective_scan(*own)[0])(*leaves)
-        alone = torch.stack([selective_scan(*own)[0] for own in zip(*leaves, strict=True)])
-        found = [torch.autograd.grad((y * weight).sum(), leaves) for y in (together, alone)]
+        together = torch.vmap(call)(*leaves, bias, skip)
+        alone = torch.stack([call(*own) for own in zip(*leaves, bias, skip, strict=True)])
+        found = [torch.autograd.grad((y * weight).sum(), (*leaves, bias, skip)) for y in (together, alone)]
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(*found)
 

@@ -65,6 +65,11 @@ def test_shapes(shape: tuple[int, int, int, int]):
     cases.check_gated(shape, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 2), (1, 33, 5, 3)])
+def test_raw_time_steps(shape: tuple[int, int, int, int]):
+    cases.check_stepped(shape, "cpu", torch.float32)
+
+
 @pytest.mark.usefixtures("four_lanes")
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 2), (1, 33, 9, 16)])
 def test_shapes_of_few_channels(shape: tuple[int, int, int, int]):
@@ -97,6 +102,7 @@ def test_shapes_that_fill_a_device(shape: tuple[int, int, int, int], monkeypatch
     monkeypatch.setattr(selective_scan_launch, "turned", None)
     cases.check(shape, "cpu", torch.bfloat16)
     cases.check(shape, "cpu", torch.float16, strength=10.0)
+    cases.check_stepped(shape, "cpu", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("full_device")
@@ -152,6 +158,19 @@ def test_operator_is_registered_right():
     around = (rate[None, :, 0].detach().requires_grad_(), rate[None, :, 1].detach().requires_grad_(), x.detach().requires_grad_())
     for more in ((None, None, None), around):
         torch.library.opcheck(torch.ops.mixer_bench.selective_scan.default, (*scanned, *more, False))
+
+
+@pytest.mark.usefixtures("full_device")
+def test_operator_of_raw_time_steps_is_registered_right():
+    x, dt, rate, b, c, _ = cases.draw(1, 16, 32, 16)
+    narrow = [t.bfloat16().requires_grad_() for t in (x, dt, b, c)]
+    sides = [t[None].clone().requires_grad_() for t in (rate, rate[:, 0], rate[:, 1])]
+    scanned = (*narrow[:2], sides[0], *narrow[2:], None)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    for skip in (None, sides[2]):
+        torch.library.opcheck(
+            torch.ops.mixer_bench.selective_scan.default, (*scanned, sides[1], skip, None, False), test_utils=tests
+        )
 
 
 @triton.jit

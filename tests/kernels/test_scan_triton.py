@@ -9,13 +9,14 @@ import torch
 
 from kernels.between.parts_triton import DENSE, DENSE_AT_ONCE, LARGE, MANY, dense_sum_kernel, sum_kernel
 from kernels.scan import scan, selective_scan
+from kernels.scans import selective_scan_columns_launch as columns
 from kernels.scans.scan_operator import CHANNELS, FULL, KEPT_EACH, KEPT_STATES, TILE, threads_own_channels
 from kernels.scans.scan_segments_triton import segments_kernel
 from kernels.scans.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
 from kernels.scans.selective_scan_columns import columns_backward
 from kernels.scans.selective_scan_columns_forward import columns_forward
 from kernels.scans.selective_scan_gluon import channels_of_a_warp, selective_scan_forward
-from kernels.scans.selective_scan_launch import COLUMNS_REGISTERS, COLUMNS_TILE, QUAD_WARPS, WARPS, few_channels
+from kernels.scans.selective_scan_launch import QUAD_WARPS, WARPS, WARPS_ALONE, few_channels
 from kernels.scans.selective_scan_quads_backward import quads_backward
 from kernels.scans.selective_scan_quads_forward import quads_forward
 from kernels.scans.selective_scan_segments import BLOCK, ENOUGH, PROGRAMS, SHORTEST_SEGMENT, enter_segments, segment_ends, share_out
@@ -55,6 +56,14 @@ def test_forward_keeps_states_inside_of_threads(dtype: str, n_states: int, gated
     assert used.spilled <= 8
     assert used.shared <= 227 * 1024 // (8 // WARPS)
     assert ("shfl" in used.ptx) == (n_states > 16)
+
+
+def test_forward_alone_has_more_warps():
+    sizes = {"N": 16, "C": WARPS_ALONE * channels_of_a_warp(16), "L": TILE, "WARPS": WARPS_ALONE}
+    used = compiled(selective_scan_forward, "*bf16+", warps=WARPS_ALONE, gated=False, START=False, KEEP=False, **sizes)
+    assert used.spilled == 0
+    assert used.registers <= 168, "three programs of 128 threads fit an SM"
+    assert used.shared <= 227 * 1024 // 3
 
 
 @pytest.mark.parametrize(
@@ -108,23 +117,32 @@ def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = No
     """x, y, b and c in `dtype`, kept states and parts of sums in bf16, the rest in fp32."""
     every = {name: "*fp32+" for name in kernel.arg_names if name.endswith("_ptr")}
     every |= {f"{name}_ptr": dtype for name in ("x", "dx", "y", "dy", "b", "c")}
-    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | constants
+    every |= dict.fromkeys(("db_ptr", "dc_ptr", "states_ptr"), "*bf16+") | SIZES | {"row_stride": "i32", "WIDTH": 4096} | constants
+    if constants["STEPPED"]:
+        every["dt_ptr" if "y_ptr" in kernel.arg_names else "ddt_ptr"] = dtype
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps, maxnreg=maxnreg)
 
 
-@pytest.mark.parametrize("dtype", ["*bf16+", pytest.param("*fp16+", marks=pytest.mark.slow)])
-def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str):
-    kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "C": WARPS * CHANNELS, "L": TILE, "WARPS": WARPS}
-    forward = compiled_columns(columns_forward, dtype, warps=WARPS, maxnreg=COLUMNS_REGISTERS, WIDTH=4096, START=True, **kept)
-    backward = compiled_columns(columns_backward, dtype, warps=1, WIDTH=4096, FINAL=True, L=COLUMNS_TILE)
-    assert forward.spilled <= 8
-    assert backward.spilled <= 64
+@pytest.mark.parametrize(
+    ("dtype", "stepped"),
+    [("*bf16+", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("*bf16+", False), ("*fp16+", True)))],
+)
+def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str, stepped: bool):
+    kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "L": TILE}
+    sides = {"STEPPED": stepped, "SKIP": stepped}
+    threads = {"C": columns.WARPS * CHANNELS, "WARPS": columns.WARPS}
+    forward = compiled_columns(
+        columns_forward, dtype, warps=columns.WARPS, maxnreg=columns.REGISTERS, START=True, **sides, **kept, **threads
+    )
+    backward = compiled_columns(columns_backward, dtype, warps=1, FINAL=True, L=columns.BACK_TILE, **sides)
+    assert forward.spilled <= 16
+    assert backward.spilled <= 96
     assert backward.shared <= 227 * 1024 // 8 - 1024, "eight programs on an SM"
     assert "shfl" not in forward.ptx + backward.ptx
     # two sums over channels of a token, of 32 channels in two products; one exponential an element
-    assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == COLUMNS_TILE * 4
-    assert backward.ptx.count("ex2.approx") == COLUMNS_TILE * KEPT_STATES
-    assert backward.ptx.count("prefetch.global.L1") == 5 + COLUMNS_TILE // KEPT_EACH
+    assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == columns.BACK_TILE * 4
+    assert backward.ptx.count("ex2.approx") == columns.BACK_TILE * (KEPT_STATES + stepped)
+    assert backward.ptx.count("prefetch.global.L1") == 5 + columns.BACK_TILE // KEPT_EACH
 
 
 @pytest.mark.parametrize(
