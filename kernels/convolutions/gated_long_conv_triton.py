@@ -1,0 +1,293 @@
+"""The long convolution of products, y_b = sum_a q_a (f * (k_a v_b)) head by head, in one launch each way and one for the filter.
+
+Everything lies channel by channel with time innermost, [channels, B, L], as a matrix product W x^T leaves it: a channel's
+sequences are the columns of a matrix that its filter's Toeplitz blocks multiply, and nothing is turned. A program owns some
+sequences of a head. It makes the products k_a v_b of all pairs (a, b), side by side as columns, once for each chunk of C tokens;
+block f[t - s] of chunk s in chunk r is the one at distance r - s, and what the sum over chunks leaves meets q in registers.
+Chunks are unrolled, so this serves short sequences; others take `kernels.convolutions.long_conv_triton`.
+
+Backward, with g_ab = q_a dy_b: dq_a = sum_b dy_b (f * k_a v_b), the gradient of k_a v_b is g_ab through the transposed blocks, and
+the filter's is the sum of g (k v)^T over diagonals.
+
+Bytes an element of [channels, B, L] in 16 bits: forward reads 6 and writes 2, backward reads 8 and writes 6, the filter's
+gradient reads 8.
+
+Shape legend: M members, I heads' width, H heads, D = I H, B sequences, N chunks of C tokens, L = N C, P = I I S columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels._entry import entry
+from kernels.convolutions.channel_conv_triton import (
+    CHUNK,
+    add_outer,
+    blocks_of,
+    filtered,
+    padded_taps,
+    shifted,
+    shifted_backward,
+    start_of,
+    store_diagonals,
+    taps_gradient,
+)
+
+COLUMNS, WARPS = 128, 4
+BACK_COLUMNS, BACK_WARPS = 128, 4
+GRADIENT_COLUMNS, GRADIENT_WARPS, SPLITS = 64, 4, 2
+"""Columns of a program and its warps: forward, backward, and of the filter's gradient, where programs share a head's sequences."""
+
+
+@triton.jit
+def _column(pair, I: tl.constexpr, S: tl.constexpr, tile, batch):
+    """Of columns (a, b, sequence): a, b, the sequence, and whether there is one."""
+    sequence = tile * S + pair % S
+    return pair // (I * S), pair // S % I, sequence, sequence < batch
+
+
+@triton.jit
+def _start(part, row, heads, sequence, batch, L: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, which: tl.constexpr):
+    """Where each column begins whose channel is number `part` of a head, in a part of [M, PARTS, I, H, B, L]."""
+    return start_of((row // heads * PARTS + which) * I * heads + part * heads + row % heads, sequence, batch, L)
+
+
+@triton.jit
+def _loaded(pointer, bias, inside):
+    """A chunk [C, P] in fp32 with its channels' bias."""
+    return tl.load(pointer, mask=inside[None, :], other=0.0).to(tl.float32) + bias[None, :]
+
+
+@triton.jit
+def _bias(bias, part, row, heads, I: tl.constexpr, which: tl.constexpr):
+    """The bias of each column's channel."""
+    return tl.load(bias + (row // heads * 3 + which) * I * heads + part * heads + row % heads).to(tl.float32)
+
+
+@triton.jit
+def _over(x, AXIS: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
+    """[C, I S], the sum over a (AXIS 1) or b (AXIS 2) of columns (a, b, sequence)."""
+    if I == 1:
+        return x
+    else:
+        return tl.reshape(tl.sum(tl.reshape(x, (x.shape[0], I, I, S)), AXIS), (x.shape[0], I * S))
+
+
+@entry(do_not_specialize=["heads", "batch"])
+def forward_kernel(
+    qkv, k, bias, k_bias, taps, y, heads: tl.int32, batch: tl.int32,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
+    N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Grid: (M * H * tiles of S sequences,). Qkv [M, 3 D, B, L]; k [M, K_PARTS D, B, L] is its part or a tensor of its own."""
+    tiles = tl.cdiv(batch, S)
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    i = tl.arange(0, C)
+    a, b, sequence, inside = _column(tl.arange(0, I * I * S), I, S, tile, batch)
+    q_at = qkv + _start(a, row, heads, sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
+    k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
+    v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
+    q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
+    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, N, False)
+    products = ()
+    for s in tl.static_range(N):
+        product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
+        products = products + (product.to(qkv.dtype.element_ty),)
+    out = tl.arange(0, I * S)
+    y_sequence = tile * S + out % S
+    y_at = y + _start(out // S, row, heads, y_sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
+    for r in tl.static_range(N):
+        read = _loaded(q_at + r * C, q_bias, inside) * filtered(blocks, products, r, N, N, False)
+        tl.store(y_at + r * C, _over(read, 1, I, S).to(y.dtype.element_ty), mask=(y_sequence < batch)[None, :])
+
+
+@entry(do_not_specialize=["heads", "batch"])
+def backward_kernel(
+    qkv, k, bias, k_bias, taps, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
+    N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Grid: (M * H * tiles,). D_qkv like qkv, dk like k; sums [tiles, M, 3 D] of the former over a program's tokens."""
+    tiles = tl.cdiv(batch, S)
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    kind = qkv.dtype.element_ty
+    i = tl.arange(0, C)
+    a, b, sequence, inside = _column(tl.arange(0, I * I * S), I, S, tile, batch)
+    q_at = qkv + _start(a, row, heads, sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
+    k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
+    v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
+    dy_at = dy + _start(b, row, heads, sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
+    q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
+    out = tl.arange(0, I * S)
+    part, out_sequence = out // S, tile * S + out % S
+    there = (out_sequence < batch)[None, :]
+    dq_at = d_qkv + _start(part, row, heads, out_sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
+    dk_at = dk + _start(part, row, heads, out_sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
+    dv_at = d_qkv + _start(part, row, heads, out_sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
+    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, N, False)
+    chunks = ()
+    for s in tl.static_range(N):
+        product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
+        chunks = chunks + (product.to(kind),)
+    dq_sum = tl.zeros([I * S], tl.float32)
+    for r in tl.static_range(N):
+        dy_CP = tl.load(dy_at + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
+        dq_CP = _over(dy_CP * filtered(blocks, chunks, r, N, N, False), 2, I, S)
+        dq_sum += tl.sum(dq_CP, 0)
+        tl.store(dq_at + r * C, dq_CP.to(kind), mask=there)
+    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, N, True)
+    chunks = ()
+    for r in tl.static_range(N):
+        dy_CP = tl.load(dy_at + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
+        chunks = chunks + ((_loaded(q_at + r * C, q_bias, inside) * dy_CP).to(kind),)
+    dk_sum, dv_sum = tl.zeros([I * S], tl.float32), tl.zeros([I * S], tl.float32)
+    for s in tl.static_range(N):
+        dp_CP = filtered(blocks, chunks, s, N, N, True)
+        dk_CP = _over(dp_CP * _loaded(v_at + s * C, v_bias, inside), 2, I, S)
+        dv_CP = _over(dp_CP * _loaded(k_at + s * C, k_bias_P, inside), 1, I, S)
+        dk_sum += tl.sum(dk_CP, 0)
+        dv_sum += tl.sum(dv_CP, 0)
+        tl.store(dk_at + s * C, dk_CP.to(kind), mask=there)
+        tl.store(dv_at + s * C, dv_CP.to(kind), mask=there)
+    own = tl.arange(0, I)
+    sums += (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * I * heads + own * heads + row % heads
+    tl.store(sums + Q * I * heads, tl.sum(tl.reshape(dq_sum, (I, S)), 1))
+    tl.store(sums + K * I * heads, tl.sum(tl.reshape(dk_sum, (I, S)), 1))
+    tl.store(sums + V * I * heads, tl.sum(tl.reshape(dv_sum, (I, S)), 1))
+
+
+@entry(do_not_specialize=["heads", "batch", "splits"])
+def taps_kernel(
+    qkv, k, bias, k_bias, dy, sums, heads: tl.int32, batch: tl.int32, splits: tl.int32,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
+    N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Grid: (M * H * splits of the tiles,); sums [M H, splits, N, 2, C]."""
+    row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    kind = qkv.dtype.element_ty
+    i = tl.arange(0, C)
+    pair = tl.arange(0, I * I * S)
+    a, b = pair // (I * S), pair // S % I
+    q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
+    acc = ()
+    for m in tl.static_range(N):
+        acc = acc + (tl.zeros([C, C], tl.float32),)
+    for tile in range(split, tl.cdiv(batch, S), splits):
+        sequence = tile * S + pair % S
+        inside = sequence < batch
+        q_at = qkv + _start(a, row, heads, sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
+        k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
+        v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
+        dy_at = dy + _start(b, row, heads, sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
+        early, late = (), ()
+        for s in tl.static_range(N):
+            product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
+            early = early + (product.to(kind),)
+            dy_CP = tl.load(dy_at + s * C, mask=inside[None, :], other=0.0).to(tl.float32)
+            late = late + ((_loaded(q_at + s * C, q_bias, inside) * dy_CP).to(kind),)
+        acc = add_outer(acc, late, early, N, N)
+    sums += (row.to(tl.int64) * splits + split) * N * 2 * C
+    for m in tl.static_range(N):
+        store_diagonals(acc[m], sums + m * 2 * C, C)
+
+
+class Parts(NamedTuple):
+    """Where q, k and v stand among the three parts of qkv."""
+
+    q: int
+    k: int
+    v: int
+
+
+def parts_of(q: int) -> Parts:
+    """Keys come before values."""
+    k, v = (part for part in range(3) if part != q)
+    return Parts(q, k, v)
+
+
+class Problem(NamedTuple):
+    """What all launches of a call share: tensors as kernels see them, and sizes.
+
+    K is a part of qkv, or what the shift has made of it, with a bias of zeros.
+    """
+
+    qkv: Tensor
+    k: Tensor
+    bias: Tensor
+    k_bias: Tensor
+    taps: Tensor
+    heads: int
+    constants: dict[str, int]
+
+
+def forward(qkv: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor | None, q: int) -> tuple[Tensor, Tensor]:
+    """See `kernels.convolutions.gated_long_conv_operator`."""
+    tokens = qkv.shape[-1]
+    qkv, bias = _whole(qkv), bias.contiguous()
+    k = qkv.new_empty(0) if shift_MDK is None else shifted(qkv, bias, shift_MDK, parts_of(q).k)
+    problem = _problem(qkv, k, bias, taps_MHL, q)
+    members, _, width, batch, length = qkv.shape
+    y = qkv.new_empty(members, width, batch, length)
+    sequences = _sequences(problem, COLUMNS)
+    forward_kernel[(members * problem.heads * triton.cdiv(batch, sequences),)](
+        *problem[:5], y, problem.heads, batch, S=sequences, num_warps=WARPS, **problem.constants
+    )
+    return y[..., :tokens], k
+
+
+def backward(
+    dy: Tensor, qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor | None, q: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, in fp32 of its bias, of the filters, and of the shift's, empty where there is none."""
+    tokens = qkv.shape[-1]
+    qkv, dy, bias = _whole(qkv), _whole(dy), bias.contiguous()
+    problem = _problem(qkv, k, bias, taps_MHL, q)
+    members, _, width, batch, length = qkv.shape
+    d_qkv = torch.empty_like(qkv)
+    dk = d_qkv if shift_MDK is None else torch.empty_like(k)
+    sequences = _sequences(problem, BACK_COLUMNS)
+    tiles = triton.cdiv(batch, sequences)
+    bias_sums = qkv.new_empty(tiles, members, 3, width, dtype=torch.float32)
+    backward_kernel[(members * problem.heads * tiles,)](
+        *problem[:5], dy, d_qkv, dk, bias_sums, problem.heads, batch, S=sequences, num_warps=BACK_WARPS, **problem.constants
+    )
+    sequences = _sequences(problem, GRADIENT_COLUMNS)
+    splits = min(SPLITS, triton.cdiv(batch, sequences))
+    sums = qkv.new_empty(members * problem.heads, splits, length // CHUNK, 2, CHUNK, dtype=torch.float32)
+    taps_kernel[(members * problem.heads * splits,)](
+        *problem[:4], dy, sums, problem.heads, batch, splits, S=sequences, num_warps=GRADIENT_WARPS, **problem.constants
+    )
+    dbias, dtaps = bias_sums.sum(0), taps_gradient(sums, tokens, taps_MHL)
+    if shift_MDK is None:
+        return d_qkv[..., :tokens], dbias, dtaps, dtaps.new_empty(0)
+    part = parts_of(q).k
+    dbias[:, part], dshift = shifted_backward(dk, qkv, bias, shift_MDK, d_qkv, part, tokens)
+    return d_qkv[..., :tokens], dbias, dtaps, dshift
+
+
+def _whole(x: Tensor) -> Tensor:
+    """With zeros up to a whole chunk."""
+    return F.pad(x, (0, -x.shape[-1] % CHUNK)).contiguous()
+
+
+def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> Problem:
+    is_part, heads = k.numel() == 0, taps_MHL.shape[1]
+    constants = parts_of(q)._asdict()
+    constants = {name.upper(): part for name, part in constants.items()} | {
+        "K_PARTS": 3 if is_part else 1,
+        "N": qkv.shape[-1] // CHUNK,
+        "I": qkv.shape[2] // heads,
+        "C": CHUNK,
+    }
+    taps = padded_taps(taps_MHL, qkv.shape[-1], qkv.dtype)
+    return Problem(qkv, qkv if is_part else k, bias, bias if is_part else torch.zeros_like(bias), taps, heads, constants)
+
+
+def _sequences(problem: Problem, columns: int) -> int:
+    return columns // problem.constants["I"] ** 2
