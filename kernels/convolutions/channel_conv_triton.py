@@ -23,15 +23,23 @@ GRADIENT_SEQUENCES, GRADIENT_WARPS, SPLITS = 64, 4, 2
 """Sequences of a program, its warps; of the filter's gradient, and programs that share a channel's sequences."""
 
 
+@entry(do_not_specialize=["chunks"])
+def blocks_kernel(taps, blocks, chunks: tl.int32, C: tl.constexpr):
+    """Toeplitz blocks [rows, N, C, C] of filters [rows, L], at distances from 0. Grid: (rows * N,)."""
+    row, m, i = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.arange(0, C)
+    lag = m * C + i[:, None] - i[None, :]
+    block = tl.load(taps + row.to(tl.int64) * chunks * C + lag, mask=lag >= 0, other=0.0)
+    tl.store(blocks + tl.program_id(0).to(tl.int64) * C * C + i[:, None] * C + i[None, :], block)
+
+
 @triton.jit
-def blocks_of(taps, C: tl.constexpr, REACH: tl.constexpr, BACK: tl.constexpr):
-    """Toeplitz blocks of a filter [L] at each distance; BACK transposes them."""
+def blocks_of(blocks, C: tl.constexpr, REACH: tl.constexpr, BACK: tl.constexpr):
+    """The blocks [N, C, C] of a filter at REACH distances; BACK transposes them."""
     i = tl.arange(0, C)
-    blocks = ()
+    found = ()
     for m in tl.static_range(REACH):
-        lag = m * C + (i[None, :] - i[:, None] if BACK else i[:, None] - i[None, :])
-        blocks = blocks + (tl.load(taps + lag, mask=lag >= 0, other=0.0),)
-    return blocks
+        found = found + (tl.load(blocks + m * C * C + (i[None, :] * C + i[:, None] if BACK else i[:, None] * C + i[None, :])),)
+    return found
 
 
 @triton.jit
@@ -39,9 +47,10 @@ def filtered(blocks, chunks, r: tl.constexpr, N: tl.constexpr, REACH: tl.constex
     """Chunk r, [C, columns], of the convolution of N chunks; BACK runs backwards in time."""
     acc = tl.zeros(chunks[0].shape, tl.float32)
     for m in tl.static_range(REACH):
-        s: tl.constexpr = r + m if BACK else r - m
-        if s >= 0 and s < N:
-            acc = tl.dot(blocks[m], chunks[s], acc)
+        if BACK and r + m < N:
+            acc = tl.dot(blocks[m], chunks[r + m], acc)
+        if not BACK and r >= m:
+            acc = tl.dot(blocks[m], chunks[r - m], acc)
     return acc
 
 
@@ -76,11 +85,11 @@ def start_of(channel, sequence, batch, L: tl.constexpr):
 
 @entry(do_not_specialize=["width", "batch"])
 def channel_conv_kernel(
-    x, bias, taps, y, sums, width: tl.int32, batch: tl.int32,
+    x, bias, blocks, y, sums, width: tl.int32, batch: tl.int32,
     X_PARTS: tl.constexpr, X: tl.constexpr, Y_PARTS: tl.constexpr, Y: tl.constexpr, BACK: tl.constexpr,
     N: tl.constexpr, REACH: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (M * D * tiles of S sequences,). X and y are parts of [M, PARTS, D, B, L], taps [M, D, L].
+    """Grid: (M * D * tiles of S sequences,). X and y are parts of [M, PARTS, D, B, L], blocks [M D, N, C, C].
 
     Forwards x has a bias [M, 3, D]; backwards sums [tiles, M, D] over a program's tokens are stored.
     """
@@ -91,7 +100,7 @@ def channel_conv_kernel(
     inside = (sequence < batch)[None, :]
     x_at = x + start_of((member * X_PARTS + X) * width + channel, sequence, batch, N * C)[None, :] + i[:, None]
     y_at = y + start_of((member * Y_PARTS + Y) * width + channel, sequence, batch, N * C)[None, :] + i[:, None]
-    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, REACH, BACK)
+    own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, REACH, BACK)
     own_bias = 0.0 if BACK else tl.load(bias + (member * X_PARTS + X) * width + channel).to(tl.float32)
     chunks = ()
     for s in tl.static_range(N):
@@ -101,7 +110,7 @@ def channel_conv_kernel(
         chunks = chunks + (chunk,)
     total = tl.zeros([S], tl.float32)
     for r in tl.static_range(N):
-        acc = filtered(blocks, chunks, r, N, REACH, BACK)
+        acc = filtered(own_blocks, chunks, r, N, REACH, BACK)
         total += tl.sum(acc, 0)
         tl.store(y_at + r * C, acc.to(y.dtype.element_ty), mask=inside)
     if BACK:
@@ -143,10 +152,14 @@ def reach_of(n_taps: int, chunks: int) -> int:
     return min(chunks, -(-(n_taps - 1) // CHUNK) + 1)
 
 
-def padded_taps(taps: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The taps [..., L] that are read, in the dtype of the products."""
-    taps = taps[..., :length].to(dtype)
-    return F.pad(taps, (0, length - taps.shape[-1])).contiguous()
+def toeplitz_blocks(taps: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The blocks [rows, N, C, C] of filters [..., T], in the dtype of the products."""
+    taps = taps[..., :length].to(dtype).flatten(0, 1)
+    taps = F.pad(taps, (0, length - taps.shape[1])).contiguous()
+    chunks = length // CHUNK
+    blocks = taps.new_empty(len(taps), chunks, CHUNK, CHUNK)
+    blocks_kernel[(len(taps) * chunks,)](taps, blocks, chunks, C=CHUNK, num_warps=WARPS)
+    return blocks
 
 
 def taps_gradient(sums: Tensor, length: int, like: Tensor) -> Tensor:
@@ -164,7 +177,7 @@ def shifted(qkv: Tensor, bias: Tensor, taps: Tensor, part: int) -> Tensor:
     chunks = length // CHUNK
     y = qkv.new_empty(members, width, batch, length)
     channel_conv_kernel[(members * width * triton.cdiv(batch, SEQUENCES),)](
-        qkv, bias, padded_taps(taps, length, qkv.dtype), y, bias, width, batch,
+        qkv, bias, toeplitz_blocks(taps, length, qkv.dtype), y, bias, width, batch,
         X_PARTS=3, X=part, Y_PARTS=1, Y=0, BACK=False, N=chunks, REACH=reach_of(taps.shape[-1], chunks), S=SEQUENCES, C=CHUNK,
         num_warps=WARPS,
     )  # fmt: skip
@@ -180,7 +193,7 @@ def shifted_backward(
     reach, tiles = reach_of(taps.shape[-1], chunks), triton.cdiv(batch, SEQUENCES)
     bias_sums = dy.new_empty(tiles, members, width, dtype=torch.float32)
     channel_conv_kernel[(members * width * tiles,)](
-        dy, bias, padded_taps(taps, length, qkv.dtype), d_qkv, bias_sums, width, batch,
+        dy, bias, toeplitz_blocks(taps, length, qkv.dtype), d_qkv, bias_sums, width, batch,
         X_PARTS=1, X=0, Y_PARTS=3, Y=part, BACK=True, N=chunks, REACH=reach, S=SEQUENCES, C=CHUNK, num_warps=WARPS,
     )  # fmt: skip
     splits = min(SPLITS, triton.cdiv(batch, GRADIENT_SEQUENCES))

@@ -31,7 +31,7 @@ from kernels.convolutions.channel_conv_triton import (
     add_outer,
     blocks_of,
     filtered,
-    padded_taps,
+    toeplitz_blocks,
     shifted,
     shifted_backward,
     start_of,
@@ -81,7 +81,7 @@ def _over(x, AXIS: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
 
 @entry(do_not_specialize=["heads", "batch"])
 def forward_kernel(
-    qkv, k, bias, k_bias, taps, y, heads: tl.int32, batch: tl.int32,
+    qkv, k, bias, k_bias, blocks, y, heads: tl.int32, batch: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def forward_kernel(
     k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
     v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
     q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
-    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, N, False)
+    own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     products = ()
     for s in tl.static_range(N):
         product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
@@ -103,13 +103,13 @@ def forward_kernel(
     y_sequence = tile * S + out % S
     y_at = y + _start(out // S, row, heads, y_sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
     for r in tl.static_range(N):
-        read = _loaded(q_at + r * C, q_bias, inside) * filtered(blocks, products, r, N, N, False)
+        read = _loaded(q_at + r * C, q_bias, inside) * filtered(own_blocks, products, r, N, N, False)
         tl.store(y_at + r * C, _over(read, 1, I, S).to(y.dtype.element_ty), mask=(y_sequence < batch)[None, :])
 
 
 @entry(do_not_specialize=["heads", "batch"])
 def backward_kernel(
-    qkv, k, bias, k_bias, taps, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
+    qkv, k, bias, k_bias, blocks, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def backward_kernel(
     dq_at = d_qkv + _start(part, row, heads, out_sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
     dk_at = dk + _start(part, row, heads, out_sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
     dv_at = d_qkv + _start(part, row, heads, out_sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
-    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, N, False)
+    own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     chunks = ()
     for s in tl.static_range(N):
         product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
@@ -138,17 +138,17 @@ def backward_kernel(
     dq_sum = tl.zeros([I * S], tl.float32)
     for r in tl.static_range(N):
         dy_CP = tl.load(dy_at + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
-        dq_CP = _over(dy_CP * filtered(blocks, chunks, r, N, N, False), 2, I, S)
+        dq_CP = _over(dy_CP * filtered(own_blocks, chunks, r, N, N, False), 2, I, S)
         dq_sum += tl.sum(dq_CP, 0)
         tl.store(dq_at + r * C, dq_CP.to(kind), mask=there)
-    blocks = blocks_of(taps + row.to(tl.int64) * N * C, C, N, True)
+    own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, True)
     chunks = ()
     for r in tl.static_range(N):
         dy_CP = tl.load(dy_at + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
         chunks = chunks + ((_loaded(q_at + r * C, q_bias, inside) * dy_CP).to(kind),)
     dk_sum, dv_sum = tl.zeros([I * S], tl.float32), tl.zeros([I * S], tl.float32)
     for s in tl.static_range(N):
-        dp_CP = filtered(blocks, chunks, s, N, N, True)
+        dp_CP = filtered(own_blocks, chunks, s, N, N, True)
         dk_CP = _over(dp_CP * _loaded(v_at + s * C, v_bias, inside), 2, I, S)
         dv_CP = _over(dp_CP * _loaded(k_at + s * C, k_bias_P, inside), 1, I, S)
         dk_sum += tl.sum(dk_CP, 0)
@@ -221,7 +221,7 @@ class Problem(NamedTuple):
     k: Tensor
     bias: Tensor
     k_bias: Tensor
-    taps: Tensor
+    blocks: Tensor
     heads: int
     constants: dict[str, int]
 
@@ -285,8 +285,8 @@ def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> 
         "I": qkv.shape[2] // heads,
         "C": CHUNK,
     }
-    taps = padded_taps(taps_MHL, qkv.shape[-1], qkv.dtype)
-    return Problem(qkv, qkv if is_part else k, bias, bias if is_part else torch.zeros_like(bias), taps, heads, constants)
+    blocks = toeplitz_blocks(taps_MHL, qkv.shape[-1], qkv.dtype)
+    return Problem(qkv, qkv if is_part else k, bias, bias if is_part else torch.zeros_like(bias), blocks, heads, constants)
 
 
 def _sequences(problem: Problem, columns: int) -> int:
