@@ -53,9 +53,15 @@ def _column(pair, I: tl.constexpr, S: tl.constexpr, tile, batch):
 
 
 @triton.jit
-def _start(part, row, heads, sequence, batch, L: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, which: tl.constexpr):
-    """Where each column begins whose channel is number `part` of a head, in a part of [M, PARTS, I, H, B, L]."""
-    return start_of((row // heads * PARTS + which) * I * heads + part * heads + row % heads, sequence, batch, L)
+def _head_of(tensor, row, heads, batch, L: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, which: tl.constexpr):
+    """Where a head's first channel begins in a part of [M, PARTS, I, H, B, L]."""
+    return tensor + ((row // heads * PARTS + which) * I * heads + row % heads).to(tl.int64) * batch * L
+
+
+@triton.jit
+def _place(part, sequence, heads, batch, i, L: tl.constexpr):
+    """Where chunks [C, columns] begin from there, of columns whose channel is number `part` of the head."""
+    return ((part * heads * batch + sequence) * L)[None, :] + i[:, None]
 
 
 @triton.jit
@@ -90,20 +96,21 @@ def forward_kernel(
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i = tl.arange(0, C)
     a, b, sequence, inside = _column(tl.arange(0, I * I * S), I, S, tile, batch)
-    q_at = qkv + _start(a, row, heads, sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
-    k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
-    v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
+    q_at = _head_of(qkv, row, heads, batch, N * C, I, 3, Q)
+    k_at = _head_of(k, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
+    v_at = _head_of(qkv, row, heads, batch, N * C, I, 3, V)
+    at_a, at_b = _place(a, sequence, heads, batch, i, N * C), _place(b, sequence, heads, batch, i, N * C)
     q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     products = ()
     for s in tl.static_range(N):
-        product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
+        product = _loaded(k_at + at_a + s * C, k_bias_P, inside) * _loaded(v_at + at_b + s * C, v_bias, inside)
         products = products + (product.to(qkv.dtype.element_ty),)
     out = tl.arange(0, I * S)
     y_sequence = tile * S + out % S
-    y_at = y + _start(out // S, row, heads, y_sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
+    y_at = _head_of(y, row, heads, batch, N * C, I, 1, 0) + _place(out // S, y_sequence, heads, batch, i, N * C)
     for r in tl.static_range(N):
-        read = _loaded(q_at + r * C, q_bias, inside) * filtered(own_blocks, products, r, N, N, False)
+        read = _loaded(q_at + at_a + r * C, q_bias, inside) * filtered(own_blocks, products, r, N, N, False)
         tl.store(y_at + r * C, _over(read, 1, I, S).to(y.dtype.element_ty), mask=(y_sequence < batch)[None, :])
 
 
@@ -119,42 +126,44 @@ def backward_kernel(
     kind = qkv.dtype.element_ty
     i = tl.arange(0, C)
     a, b, sequence, inside = _column(tl.arange(0, I * I * S), I, S, tile, batch)
-    q_at = qkv + _start(a, row, heads, sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
-    k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
-    v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
-    dy_at = dy + _start(b, row, heads, sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
+    q_at = _head_of(qkv, row, heads, batch, N * C, I, 3, Q)
+    k_at = _head_of(k, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
+    v_at = _head_of(qkv, row, heads, batch, N * C, I, 3, V)
+    at_a, at_b = _place(a, sequence, heads, batch, i, N * C), _place(b, sequence, heads, batch, i, N * C)
+    dy_at = _head_of(dy, row, heads, batch, N * C, I, 1, 0)
     q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
     out = tl.arange(0, I * S)
     part, out_sequence = out // S, tile * S + out % S
     there = (out_sequence < batch)[None, :]
-    dq_at = d_qkv + _start(part, row, heads, out_sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
-    dk_at = dk + _start(part, row, heads, out_sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
-    dv_at = d_qkv + _start(part, row, heads, out_sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
+    dq_at = _head_of(d_qkv, row, heads, batch, N * C, I, 3, Q)
+    dk_at = _head_of(dk, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
+    dv_at = _head_of(d_qkv, row, heads, batch, N * C, I, 3, V)
+    at_out = _place(part, out_sequence, heads, batch, i, N * C)
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     chunks = ()
     for s in tl.static_range(N):
-        product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
+        product = _loaded(k_at + at_a + s * C, k_bias_P, inside) * _loaded(v_at + at_b + s * C, v_bias, inside)
         chunks = chunks + (product.to(kind),)
     dq_sum = tl.zeros([I * S], tl.float32)
     for r in tl.static_range(N):
-        dy_CP = tl.load(dy_at + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
+        dy_CP = tl.load(dy_at + at_b + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
         dq_CP = _over(dy_CP * filtered(own_blocks, chunks, r, N, N, False), 2, I, S)
         dq_sum += tl.sum(dq_CP, 0)
-        tl.store(dq_at + r * C, dq_CP.to(kind), mask=there)
+        tl.store(dq_at + at_out + r * C, dq_CP.to(kind), mask=there)
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, True)
     chunks = ()
     for r in tl.static_range(N):
-        dy_CP = tl.load(dy_at + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
-        chunks = chunks + ((_loaded(q_at + r * C, q_bias, inside) * dy_CP).to(kind),)
+        dy_CP = tl.load(dy_at + at_b + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
+        chunks = chunks + ((_loaded(q_at + at_a + r * C, q_bias, inside) * dy_CP).to(kind),)
     dk_sum, dv_sum = tl.zeros([I * S], tl.float32), tl.zeros([I * S], tl.float32)
     for s in tl.static_range(N):
         dp_CP = filtered(own_blocks, chunks, s, N, N, True)
-        dk_CP = _over(dp_CP * _loaded(v_at + s * C, v_bias, inside), 2, I, S)
-        dv_CP = _over(dp_CP * _loaded(k_at + s * C, k_bias_P, inside), 1, I, S)
+        dk_CP = _over(dp_CP * _loaded(v_at + at_b + s * C, v_bias, inside), 2, I, S)
+        dv_CP = _over(dp_CP * _loaded(k_at + at_a + s * C, k_bias_P, inside), 1, I, S)
         dk_sum += tl.sum(dk_CP, 0)
         dv_sum += tl.sum(dv_CP, 0)
-        tl.store(dk_at + s * C, dk_CP.to(kind), mask=there)
-        tl.store(dv_at + s * C, dv_CP.to(kind), mask=there)
+        tl.store(dk_at + at_out + s * C, dk_CP.to(kind), mask=there)
+        tl.store(dv_at + at_out + s * C, dv_CP.to(kind), mask=there)
     own = tl.arange(0, I)
     sums += (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * I * heads + own * heads + row % heads
     tl.store(sums + Q * I * heads, tl.sum(tl.reshape(dq_sum, (I, S)), 1))
@@ -175,22 +184,23 @@ def taps_kernel(
     pair = tl.arange(0, I * I * S)
     a, b = pair // (I * S), pair // S % I
     q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
+    q_at = _head_of(qkv, row, heads, batch, N * C, I, 3, Q)
+    k_at = _head_of(k, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
+    v_at = _head_of(qkv, row, heads, batch, N * C, I, 3, V)
+    dy_at = _head_of(dy, row, heads, batch, N * C, I, 1, 0)
     acc = ()
     for m in tl.static_range(N):
         acc = acc + (tl.zeros([C, C], tl.float32),)
     for tile in range(split, tl.cdiv(batch, S), splits):
         sequence = tile * S + pair % S
         inside = sequence < batch
-        q_at = qkv + _start(a, row, heads, sequence, batch, N * C, I, 3, Q)[None, :] + i[:, None]
-        k_at = k + _start(a, row, heads, sequence, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)[None, :] + i[:, None]
-        v_at = qkv + _start(b, row, heads, sequence, batch, N * C, I, 3, V)[None, :] + i[:, None]
-        dy_at = dy + _start(b, row, heads, sequence, batch, N * C, I, 1, 0)[None, :] + i[:, None]
+        at_a, at_b = _place(a, sequence, heads, batch, i, N * C), _place(b, sequence, heads, batch, i, N * C)
         early, late = (), ()
         for s in tl.static_range(N):
-            product = _loaded(k_at + s * C, k_bias_P, inside) * _loaded(v_at + s * C, v_bias, inside)
+            product = _loaded(k_at + at_a + s * C, k_bias_P, inside) * _loaded(v_at + at_b + s * C, v_bias, inside)
             early = early + (product.to(kind),)
-            dy_CP = tl.load(dy_at + s * C, mask=inside[None, :], other=0.0).to(tl.float32)
-            late = late + ((_loaded(q_at + s * C, q_bias, inside) * dy_CP).to(kind),)
+            dy_CP = tl.load(dy_at + at_b + s * C, mask=inside[None, :], other=0.0).to(tl.float32)
+            late = late + ((_loaded(q_at + at_a + s * C, q_bias, inside) * dy_CP).to(kind),)
         acc = add_outer(acc, late, early, N, N)
     sums += (row.to(tl.int64) * splits + split) * N * 2 * C
     for m in tl.static_range(N):
