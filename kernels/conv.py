@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.convolutions.conv_operator import short_conv_operator, short_conv_step_operator
+from kernels.convolutions.gated_long_conv_operator import gated_long_conv_operator
 from kernels.convolutions.long_conv_operator import long_conv_operator
 from kernels.dispatch import pick
 
@@ -18,6 +19,8 @@ MOST_TAPS = 4
 """Of the Triton form, whose threads keep as many inputs, gradients and sums in registers."""
 LONGEST_TOEPLITZ = 2048
 """Tokens up to which T^2 multiply-adds on tensor cores take less time than an FFT's trips to memory."""
+MOST_UNROLLED = 256
+"""Tokens whose chunks a program of the gated form holds side by side."""
 
 
 def short_conv(
@@ -175,3 +178,58 @@ def _wants_fft(x_BTD: Tensor) -> str | None:
     if x_BTD.shape[1] > LONGEST_TOEPLITZ:
         return f"{x_BTD.shape[1]} tokens are more than {LONGEST_TOEPLITZ}"
     return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"
+
+
+def gated_long_conv(
+    qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor | None = None, *, q: int = 0
+) -> Tensor:
+    """Long convolution of products, y_b = sum_a q_a (filter * (k_a v_b)) in each head, of tensors that lie channel by channel.
+
+    Time is innermost, as in W x^T; channel i H + h is number i of head h. The Triton form makes products, convolution and sum in
+    one launch, see `kernels.convolutions.gated_long_conv_triton`; the torch form is `long_conv` of the products.
+
+    Args:
+        qkv_EBT: queries, keys and values, each of D channels, [3 D, B, T].
+        bias_E: added to them, [3 D].
+        filter_HL: taps of each head, newest first, [H, L], where H divides D; taps beyond T are not read.
+        shift_DK: a filter that keys pass through first, [D, K], or None.
+        q: which of the three parts are queries; of the others keys come first.
+
+    Returns:
+        [D, B, T] in the dtype of `qkv_EBT`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+    """
+    check_axes("qkv", qkv_EBT, "E B T")
+    check_axes("filter", filter_HL, "H L")
+    width, heads = qkv_EBT.shape[0] // 3, filter_HL.shape[0]
+    if qkv_EBT.shape[0] % 3 or width % heads:
+        raise ValueError(f"qkv has {qkv_EBT.shape[0]} channels; they are three times as many as those of {heads} equal heads")
+    others = {"bias": (bias_E, (3 * width,)), "filter": (filter_HL, filter_HL.shape)}
+    if shift_DK is not None:
+        check_axes("shift", shift_DK, "D K")
+        others["shift"] = (shift_DK, (width, shift_DK.shape[1]))
+    check_arguments(qkv_EBT, others, first="qkv")
+    if pick("gated_long_conv", qkv_EBT, obstacle=_not_unrolled(qkv_EBT, width // heads), tensor_cores=True) == "triton":
+        qkv, bias = qkv_EBT.unflatten(0, (3, width))[None], bias_E.view(1, 3, width)
+        y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], None if shift_DK is None else shift_DK[None], q)
+        return y[0]
+    parts = [*(qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).permute(1, 2, 0).chunk(3, -1)]
+    q_BTD, k_BTD, v_BTD = parts.pop(q), *parts
+    k_BTD = k_BTD if shift_DK is None else long_conv(k_BTD, shift_DK)
+    q, k, v = (a.unflatten(-1, (-1, heads)).movedim(-2, 0) for a in (q_BTD, k_BTD, v_BTD))
+    kv_IJBTH = k[:, None] * v
+    y_IJBTH = long_conv(kv_IJBTH.flatten(0, 2), filter_HL).view_as(kv_IJBTH)
+    return (q[:, None] * y_IJBTH).sum(0).permute(0, 3, 1, 2).flatten(0, 1)
+
+
+def _not_unrolled(qkv_EBT: Tensor, head_width: int) -> str | None:
+    """What keeps a gated long convolution from its Triton form."""
+    if qkv_EBT.shape[2] > MOST_UNROLLED:
+        return f"{qkv_EBT.shape[2]} tokens are more than {MOST_UNROLLED}"
+    if head_width > 2:
+        return f"heads of {head_width} channels are wider than 2"
+    if qkv_EBT.shape[0] // 3 * qkv_EBT.shape[1] * MOST_UNROLLED >= 1 << 31:
+        return f"{qkv_EBT.shape[1]} sequences of {qkv_EBT.shape[0]} channels are too many for 32-bit places"
+    return None if qkv_EBT.dtype.itemsize == 2 else f"{qkv_EBT.dtype} is more exact by an FFT"
