@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
+from kernels.convolutions.channel_short_conv_operator import channel_short_conv_operator
 from kernels.convolutions.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.convolutions.gated_long_conv_operator import gated_long_conv_operator
 from kernels.convolutions.long_conv_operator import long_conv_operator
@@ -137,6 +138,30 @@ def short_conv_step(
     if bias_D is not None:
         y_BD = y_BD + bias_D.to(x_BD.dtype)
     return F.silu(y_BD) if silu else y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
+
+
+def channel_short_conv(x_DBT: Tensor, bias_D: Tensor, weight_DK: Tensor) -> Tensor:
+    """`short_conv` of x + bias from zeros, of what lies channel by channel with time innermost, as in W x^T.
+
+    Args:
+        x_DBT: input, [D, B, T].
+        bias_D: added to the input, [D].
+        weight_DK: taps, [D, K]; the last one meets the current token.
+
+    Returns:
+        [D, B, T] in the dtype of `x_DBT`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+    """
+    check_axes("x", x_DBT, "D B T")
+    check_axes("weight", weight_DK, "D K")
+    width, taps = x_DBT.shape[0], weight_DK.shape[1]
+    check_arguments(x_DBT, {"bias": (bias_D, (width,)), "weight": (weight_DK, (width, taps))})
+    if pick("channel_short_conv", x_DBT, obstacle=_too_many(weight_DK)) == "triton":
+        return channel_short_conv_operator(x_DBT[None], bias_D[None], weight_DK[None])[0]
+    x_BTD = (x_DBT + bias_D[:, None, None].to(x_DBT.dtype)).permute(1, 2, 0)
+    return short_conv(x_BTD, weight_DK)[0].permute(2, 0, 1)
 
 
 def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
