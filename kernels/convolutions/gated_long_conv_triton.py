@@ -34,7 +34,6 @@ from kernels.convolutions.channel_conv_triton import (
     toeplitz_blocks,
     shifted,
     shifted_backward,
-    start_of,
     store_diagonals,
     taps_gradient,
 )
@@ -46,43 +45,44 @@ GRADIENT_COLUMNS, GRADIENT_WARPS, SPLITS = 64, 4, 2
 
 
 @triton.jit
-def _column(pair, I: tl.constexpr, S: tl.constexpr, tile, batch):
-    """Of columns (a, b, sequence): a, b, the sequence, and whether there is one."""
-    sequence = tile * S + pair % S
-    return pair // (I * S), pair // S % I, sequence, sequence < batch
+def _head(tensor, row, heads, size, part, PARTS: tl.constexpr, I: tl.constexpr):
+    """Where a head's first channel begins in a part of [M, PARTS, I, H, B, L]; size is that of B L."""
+    return tensor + ((row // heads * PARTS + part) * I * heads + row % heads).to(tl.int64) * size
 
 
 @triton.jit
-def _head_of(tensor, row, heads, batch, L: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, which: tl.constexpr):
-    """Where a head's first channel begins in a part of [M, PARTS, I, H, B, L]."""
-    return tensor + ((row // heads * PARTS + which) * I * heads + row % heads).to(tl.int64) * batch * L
-
-
-@triton.jit
-def _place(part, sequence, heads, batch, i, L: tl.constexpr):
-    """Where chunks [C, columns] begin from there, of columns whose channel is number `part` of the head."""
-    return ((part * heads * batch + sequence) * L)[None, :] + i[:, None]
-
-
-@triton.jit
-def _loaded(pointer, bias, inside):
-    """A chunk [C, P] in fp32 with its channels' bias."""
-    return tl.load(pointer, mask=inside[None, :], other=0.0).to(tl.float32) + bias[None, :]
-
-
-@triton.jit
-def _bias(bias, part, row, heads, I: tl.constexpr, which: tl.constexpr):
-    """The bias of each column's channel."""
-    return tl.load(bias + (row // heads * 3 + which) * I * heads + part * heads + row % heads).to(tl.float32)
-
-
-@triton.jit
-def _over(x, AXIS: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
-    """[C, I S], the sum over a (AXIS 1) or b (AXIS 2) of columns (a, b, sequence)."""
-    if I == 1:
-        return x
+def _along(part, I: tl.constexpr, AXIS: tl.constexpr):
+    """Numbers of a head's channels, broadcast over [C, I, I, S] along axis 1 or 2."""
+    if AXIS == 1:
+        return part[None, :, None, None]
     else:
-        return tl.reshape(tl.sum(tl.reshape(x, (x.shape[0], I, I, S)), AXIS), (x.shape[0], I * S))
+        return part[None, None, :, None]
+
+
+@triton.jit
+def _chunk(pointer, bias, place, inside):
+    """A chunk of a head's channels, [C, I, 1, S] or [C, 1, I, S], in fp32 with their bias."""
+    return tl.load(pointer + place, mask=inside, other=0.0).to(tl.float32) + bias
+
+
+@triton.jit
+def _bias(bias, row, heads, which, part, I: tl.constexpr, AXIS: tl.constexpr):
+    """The bias of a head's channels."""
+    own = tl.load(bias + ((row // heads * 3 + which) * I + part) * heads + row % heads).to(tl.float32)
+    return _along(own, I, AXIS)
+
+
+@triton.jit
+def _products(a, b, kind: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
+    """The products of all pairs of channels as columns (i, j, sequence), [C, I I S]."""
+    return tl.reshape((a * b).to(kind), (a.shape[0], I * I * S))
+
+
+@triton.jit
+def _sum_with(x, factor, AXIS: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
+    """The sum over i (AXIS 1) or j (AXIS 2) of columns (i, j, sequence) with factors of that axis: [C, I S]."""
+    whole = tl.reshape(x, (x.shape[0], I, I, S)) * factor
+    return tl.reshape(whole if I == 1 else tl.sum(whole, AXIS), (x.shape[0], I * S))
 
 
 @entry(do_not_specialize=["heads", "batch"])
@@ -94,24 +94,28 @@ def forward_kernel(
     """Grid: (M * H * tiles of S sequences,). Qkv [M, 3 D, B, L]; k [M, K_PARTS D, B, L] is its part or a tensor of its own."""
     tiles = tl.cdiv(batch, S)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    i = tl.arange(0, C)
-    a, b, sequence, inside = _column(tl.arange(0, I * I * S), I, S, tile, batch)
-    q_at = _head_of(qkv, row, heads, batch, N * C, I, 3, Q)
-    k_at = _head_of(k, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
-    v_at = _head_of(qkv, row, heads, batch, N * C, I, 3, V)
-    at_a, at_b = _place(a, sequence, heads, batch, i, N * C), _place(b, sequence, heads, batch, i, N * C)
-    q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
+    size = batch * (N * C)
+    kind: tl.constexpr = qkv.dtype.element_ty
+    q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
+    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
+    part = tl.arange(0, I)
+    q_bias, k_bias_I = _bias(bias, row, heads, Q, part, I, 1), _bias(k_bias, row, heads, K, part, I, 1)
+    v_bias = _bias(bias, row, heads, V, part, I, 2)
+    i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
+    inside = (sequence < batch)[None, None, None, :]
+    place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
+    at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     products = ()
     for s in tl.static_range(N):
-        product = _loaded(k_at + at_a + s * C, k_bias_P, inside) * _loaded(v_at + at_b + s * C, v_bias, inside)
-        products = products + (product.to(qkv.dtype.element_ty),)
-    out = tl.arange(0, I * S)
-    y_sequence = tile * S + out % S
-    y_at = _head_of(y, row, heads, batch, N * C, I, 1, 0) + _place(out // S, y_sequence, heads, batch, i, N * C)
+        k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        products = products + (_products(k_chunk, v_chunk, kind, I, S),)
+    out, out_sequence = tl.arange(0, I * S) // S, tile * S + tl.arange(0, I * S) % S
+    y_at = _head(y, row, heads, size, 0, 1, I) + (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None]
     for r in tl.static_range(N):
-        read = _loaded(q_at + at_a + r * C, q_bias, inside) * filtered(own_blocks, products, r, N, N, False)
-        tl.store(y_at + r * C, _over(read, 1, I, S).to(y.dtype.element_ty), mask=(y_sequence < batch)[None, :])
+        q_chunk = _chunk(q_head, q_bias, at_a + r * C, inside)
+        y_chunk = _sum_with(filtered(own_blocks, products, r, N, N, False), q_chunk, 1, I, S)
+        tl.store(y_at + r * C, y_chunk.to(y.dtype.element_ty), mask=(out_sequence < batch)[None, :])
 
 
 @entry(do_not_specialize=["heads", "batch"])
@@ -123,49 +127,49 @@ def backward_kernel(
     """Grid: (M * H * tiles,). D_qkv like qkv, dk like k; sums [tiles, M, 3 D] of the former over a program's tokens."""
     tiles = tl.cdiv(batch, S)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    kind = qkv.dtype.element_ty
-    i = tl.arange(0, C)
-    a, b, sequence, inside = _column(tl.arange(0, I * I * S), I, S, tile, batch)
-    q_at = _head_of(qkv, row, heads, batch, N * C, I, 3, Q)
-    k_at = _head_of(k, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
-    v_at = _head_of(qkv, row, heads, batch, N * C, I, 3, V)
-    at_a, at_b = _place(a, sequence, heads, batch, i, N * C), _place(b, sequence, heads, batch, i, N * C)
-    dy_at = _head_of(dy, row, heads, batch, N * C, I, 1, 0)
-    q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
-    out = tl.arange(0, I * S)
-    part, out_sequence = out // S, tile * S + out % S
-    there = (out_sequence < batch)[None, :]
-    dq_at = _head_of(d_qkv, row, heads, batch, N * C, I, 3, Q)
-    dk_at = _head_of(dk, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
-    dv_at = _head_of(d_qkv, row, heads, batch, N * C, I, 3, V)
-    at_out = _place(part, out_sequence, heads, batch, i, N * C)
+    size = batch * (N * C)
+    kind: tl.constexpr = qkv.dtype.element_ty
+    q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
+    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
+    part = tl.arange(0, I)
+    q_bias, k_bias_I = _bias(bias, row, heads, Q, part, I, 1), _bias(k_bias, row, heads, K, part, I, 1)
+    v_bias = _bias(bias, row, heads, V, part, I, 2)
+    dy_head = _head(dy, row, heads, size, 0, 1, I)
+    i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
+    inside = (sequence < batch)[None, None, None, :]
+    place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
+    at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
+    out, out_sequence = tl.arange(0, I * S) // S, tile * S + tl.arange(0, I * S) % S
+    out_place, there = (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None], (out_sequence < batch)[None, :]
+    dq_at = _head(d_qkv, row, heads, size, Q, 3, I) + out_place
+    dk_at = _head(dk, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I) + out_place
+    dv_at = _head(d_qkv, row, heads, size, V, 3, I) + out_place
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     chunks = ()
     for s in tl.static_range(N):
-        product = _loaded(k_at + at_a + s * C, k_bias_P, inside) * _loaded(v_at + at_b + s * C, v_bias, inside)
-        chunks = chunks + (product.to(kind),)
+        k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        chunks = chunks + (_products(k_chunk, v_chunk, kind, I, S),)
     dq_sum = tl.zeros([I * S], tl.float32)
     for r in tl.static_range(N):
-        dy_CP = tl.load(dy_at + at_b + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
-        dq_CP = _over(dy_CP * filtered(own_blocks, chunks, r, N, N, False), 2, I, S)
-        dq_sum += tl.sum(dq_CP, 0)
-        tl.store(dq_at + at_out + r * C, dq_CP.to(kind), mask=there)
+        dy_chunk = _chunk(dy_head, 0.0, at_b + r * C, inside)
+        dq_chunk = _sum_with(filtered(own_blocks, chunks, r, N, N, False), dy_chunk, 2, I, S)
+        dq_sum += tl.sum(dq_chunk, 0)
+        tl.store(dq_at + r * C, dq_chunk.to(kind), mask=there)
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, True)
     chunks = ()
     for r in tl.static_range(N):
-        dy_CP = tl.load(dy_at + at_b + r * C, mask=inside[None, :], other=0.0).to(tl.float32)
-        chunks = chunks + ((_loaded(q_at + at_a + r * C, q_bias, inside) * dy_CP).to(kind),)
+        q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + r * C, inside), _chunk(dy_head, 0.0, at_b + r * C, inside)
+        chunks = chunks + (_products(q_chunk, dy_chunk, kind, I, S),)
     dk_sum, dv_sum = tl.zeros([I * S], tl.float32), tl.zeros([I * S], tl.float32)
     for s in tl.static_range(N):
-        dp_CP = filtered(own_blocks, chunks, s, N, N, True)
-        dk_CP = _over(dp_CP * _loaded(v_at + at_b + s * C, v_bias, inside), 2, I, S)
-        dv_CP = _over(dp_CP * _loaded(k_at + at_a + s * C, k_bias_P, inside), 1, I, S)
-        dk_sum += tl.sum(dk_CP, 0)
-        dv_sum += tl.sum(dv_CP, 0)
-        tl.store(dk_at + at_out + s * C, dk_CP.to(kind), mask=there)
-        tl.store(dv_at + at_out + s * C, dv_CP.to(kind), mask=there)
-    own = tl.arange(0, I)
-    sums += (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * I * heads + own * heads + row % heads
+        k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        dp_chunk = filtered(own_blocks, chunks, s, N, N, True)
+        dk_chunk, dv_chunk = _sum_with(dp_chunk, v_chunk, 2, I, S), _sum_with(dp_chunk, k_chunk, 1, I, S)
+        dk_sum += tl.sum(dk_chunk, 0)
+        dv_sum += tl.sum(dv_chunk, 0)
+        tl.store(dk_at + s * C, dk_chunk.to(kind), mask=there)
+        tl.store(dv_at + s * C, dv_chunk.to(kind), mask=there)
+    sums += (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * I * heads + part * heads + row % heads
     tl.store(sums + Q * I * heads, tl.sum(tl.reshape(dq_sum, (I, S)), 1))
     tl.store(sums + K * I * heads, tl.sum(tl.reshape(dk_sum, (I, S)), 1))
     tl.store(sums + V * I * heads, tl.sum(tl.reshape(dv_sum, (I, S)), 1))
@@ -179,28 +183,29 @@ def taps_kernel(
 ):  # fmt: skip
     """Grid: (M * H * splits of the tiles,); sums [M H, splits, N, 2, C]."""
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    kind = qkv.dtype.element_ty
+    size = batch * (N * C)
+    kind: tl.constexpr = qkv.dtype.element_ty
+    q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
+    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
+    part = tl.arange(0, I)
+    q_bias, k_bias_I = _bias(bias, row, heads, Q, part, I, 1), _bias(k_bias, row, heads, K, part, I, 1)
+    v_bias = _bias(bias, row, heads, V, part, I, 2)
+    dy_head = _head(dy, row, heads, size, 0, 1, I)
     i = tl.arange(0, C)
-    pair = tl.arange(0, I * I * S)
-    a, b = pair // (I * S), pair // S % I
-    q_bias, v_bias, k_bias_P = _bias(bias, a, row, heads, I, Q), _bias(bias, b, row, heads, I, V), _bias(k_bias, a, row, heads, I, K)
-    q_at = _head_of(qkv, row, heads, batch, N * C, I, 3, Q)
-    k_at = _head_of(k, row, heads, batch, N * C, I, K_PARTS, K if K_PARTS == 3 else 0)
-    v_at = _head_of(qkv, row, heads, batch, N * C, I, 3, V)
-    dy_at = _head_of(dy, row, heads, batch, N * C, I, 1, 0)
     acc = ()
     for m in tl.static_range(N):
         acc = acc + (tl.zeros([C, C], tl.float32),)
     for tile in range(split, tl.cdiv(batch, S), splits):
-        sequence = tile * S + pair % S
-        inside = sequence < batch
-        at_a, at_b = _place(a, sequence, heads, batch, i, N * C), _place(b, sequence, heads, batch, i, N * C)
+        sequence = tile * S + tl.arange(0, S)
+        inside = (sequence < batch)[None, None, None, :]
+        place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
+        at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
         early, late = (), ()
         for s in tl.static_range(N):
-            product = _loaded(k_at + at_a + s * C, k_bias_P, inside) * _loaded(v_at + at_b + s * C, v_bias, inside)
-            early = early + (product.to(kind),)
-            dy_CP = tl.load(dy_at + at_b + s * C, mask=inside[None, :], other=0.0).to(tl.float32)
-            late = late + ((_loaded(q_at + at_a + s * C, q_bias, inside) * dy_CP).to(kind),)
+            k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+            early = early + (_products(k_chunk, v_chunk, kind, I, S),)
+            q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + s * C, inside), _chunk(dy_head, 0.0, at_b + s * C, inside)
+            late = late + (_products(q_chunk, dy_chunk, kind, I, S),)
         acc = add_outer(acc, late, early, N, N)
     sums += (row.to(tl.int64) * splits + split) * N * 2 * C
     for m in tl.static_range(N):
