@@ -19,7 +19,7 @@ from kernels._entry import entry
 
 CHUNK = 64
 SEQUENCES, WARPS = 64, 4
-GRADIENT_SEQUENCES, GRADIENT_WARPS, SPLITS = 64, 4, 2
+GRADIENT_SEQUENCES, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 2, 2
 """Sequences of a program, its warps; of the filter's gradient, and programs that share a channel's sequences."""
 
 
@@ -200,6 +200,6 @@ def shifted_backward(
     sums = dy.new_empty(members * width, splits, reach, 2, CHUNK, dtype=torch.float32)
     channel_taps_kernel[(members * width * splits,)](
         qkv, bias, dy, sums, width, batch, splits,
-        X_PARTS=3, X=part, N=chunks, REACH=reach, S=GRADIENT_SEQUENCES, C=CHUNK, num_warps=GRADIENT_WARPS,
+        X_PARTS=3, X=part, N=chunks, REACH=reach, S=GRADIENT_SEQUENCES, C=CHUNK, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES,
     )  # fmt: skip
     return bias_sums.sum(0), taps_gradient(sums, tokens, taps)

@@ -39,8 +39,8 @@ from kernels.convolutions.channel_conv_triton import (
 )
 
 COLUMNS, WARPS = 128, 4
-BACK_COLUMNS, BACK_WARPS = 128, 4
-GRADIENT_COLUMNS, GRADIENT_WARPS, SPLITS = 64, 4, 2
+BACK_COLUMNS, BACK_WARPS = 64, 4
+GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 2, 2
 """Columns of a program and its warps: forward, backward, and of the filter's gradient, where programs share a head's sequences."""
 
 
@@ -276,7 +276,7 @@ def backward(
     splits = min(SPLITS, triton.cdiv(batch, sequences))
     sums = qkv.new_empty(members * problem.heads, splits, length // CHUNK, 2, CHUNK, dtype=torch.float32)
     taps_kernel[(members * problem.heads * splits,)](
-        *problem[:4], dy, sums, problem.heads, batch, splits, S=sequences, num_warps=GRADIENT_WARPS, **problem.constants
+        *problem[:4], dy, sums, problem.heads, batch, splits, S=sequences, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES, **problem.constants
     )
     dbias, dtaps = bias_sums.sum(0), taps_gradient(sums, tokens, taps_MHL)
     if shift_MDK is None:
