@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kernels.channels import from_channels, to_channels
 from kernels.conv import gated_long_conv, long_conv
 from kernels.rows import pick_times
 from mixers._base import Caps, Mixer, State, mixer
@@ -60,8 +61,8 @@ class H3(Mixer):
         if context_BSD is not None:
             raise ValueError("h3 reads its own input only; context_BSD belongs to the cross patterns")
         if state is None:
-            y_DBT = self._mixed(x_BTD)
-            return self.out_proj(y_DBT.flatten(1).t()).unflatten(0, x_BTD.shape[:2]), None
+            y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.out_proj.weight)
+            return (y_ND + self.out_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
         q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
         k, past = continue_conv(k, self._shift_filter(), state["shift"])
         kv_BIJTH = self._split(k)[:, :, None] * self._split(v)[:, None]
@@ -132,7 +133,7 @@ class H3(Mixer):
 
     def _mixed(self, x_BTD: Tensor) -> Tensor:
         """What is read of a sequence from nothing, channel by channel: [D, B, T]."""
-        qkv_EBT = torch.mm(self.qkv_proj.weight, x_BTD.flatten(0, 1).t()).unflatten(1, x_BTD.shape[:2])
+        qkv_EBT = to_channels(x_BTD.flatten(0, 1), self.qkv_proj.weight).unflatten(1, x_BTD.shape[:2])
         return gated_long_conv(qkv_EBT, self.qkv_proj.bias, self._filter(x_BTD.shape[1]), self._shift_filter())
 
     def _shift_filter(self) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kernels.channels import from_channels, to_channels
 from kernels.conv import channel_short_conv, gated_long_conv
 from kernels.rows import pick_times
 from mixers._base import Caps, Mixer, State, mixer
@@ -61,8 +62,8 @@ class Hyena(Mixer):
         if context_BSD is not None:
             raise ValueError("hyena reads its own input only; context_BSD belongs to the cross patterns")
         if state is None:
-            y_DBT = self._mixed(x_BTD)
-            return self.out_proj(y_DBT.flatten(1).t()).unflatten(0, x_BTD.shape[:2]), None
+            y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.out_proj.weight)
+            return (y_ND + self.out_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
         mixed, tail = self.conv(self.in_proj(x_BTD), state["conv"])
         gate_in, gate_out, v = mixed.chunk(3, -1)
         y, past = continue_conv(v * gate_in, self._filter(self.max_len), state["history"])
@@ -94,7 +95,7 @@ class Hyena(Mixer):
 
     def _mixed(self, x_BTD: Tensor) -> Tensor:
         """What is read of a sequence from nothing, channel by channel: [D, B, T]."""
-        in_EBT = torch.mm(self.in_proj.weight, x_BTD.flatten(0, 1).t()).unflatten(1, x_BTD.shape[:2])
+        in_EBT = to_channels(x_BTD.flatten(0, 1), self.in_proj.weight).unflatten(1, x_BTD.shape[:2])
         mixed_EBT = channel_short_conv(in_EBT, self.in_proj.bias, self.conv.weight)
         return gated_long_conv(mixed_EBT, self.conv.bias, self._filter(x_BTD.shape[1]), q=1)
 
