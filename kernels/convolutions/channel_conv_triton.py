@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels._entry import entry
 
@@ -23,13 +22,28 @@ GRADIENT_SEQUENCES, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 2, 2
 """Sequences of a program, its warps; of the filter's gradient, and programs that share a channel's sequences."""
 
 
-@entry(do_not_specialize=["chunks"])
-def blocks_kernel(taps, blocks, chunks: tl.int32, C: tl.constexpr):
-    """Toeplitz blocks [rows, N, C, C] of filters [rows, L], at distances from 0. Grid: (rows * N,)."""
+@entry(do_not_specialize=["chunks", "n_taps"])
+def blocks_kernel(taps, blocks, chunks: tl.int32, n_taps: tl.int32, C: tl.constexpr):
+    """Toeplitz blocks [rows, N, C, C] of filters [rows, K], at distances from 0. Grid: (rows * N,)."""
     row, m, i = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.arange(0, C)
     lag = m * C + i[:, None] - i[None, :]
-    block = tl.load(taps + row.to(tl.int64) * chunks * C + lag, mask=lag >= 0, other=0.0)
-    tl.store(blocks + tl.program_id(0).to(tl.int64) * C * C + i[:, None] * C + i[None, :], block)
+    block = tl.load(taps + row.to(tl.int64) * n_taps + lag, mask=(lag >= 0) & (lag < n_taps), other=0.0)
+    at = blocks + tl.program_id(0).to(tl.int64) * C * C + i[:, None] * C + i[None, :]
+    tl.store(at, block.to(blocks.dtype.element_ty))
+
+
+@entry(do_not_specialize=["splits", "n_taps", "tokens"])
+def diagonals_kernel(sums, dtaps, splits: tl.int32, n_taps: tl.int32, tokens: tl.int32, REACH: tl.constexpr, C: tl.constexpr):
+    """Gradients of taps [rows, K] from sums [rows, splits, R, 2, C] over diagonals. Grid: (rows * blocks of C taps,)."""
+    blocks = tl.cdiv(n_taps, C)
+    row, m, i = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks, tl.arange(0, C)
+    total = tl.zeros([C], tl.float32)
+    for split in range(splits):
+        own = sums + ((row * splits + split) * REACH + m) * 2 * C + i
+        total += tl.load(own, mask=i < (REACH - m) * C, other=0.0)
+        total += tl.load(own + 3 * C, mask=i < (REACH - 1 - m) * C, other=0.0)
+    lag = m * C + i
+    tl.store(dtaps + row * n_taps + lag, tl.where(lag < tokens, total, 0.0).to(dtaps.dtype.element_ty), mask=lag < n_taps)
 
 
 @triton.jit
@@ -153,22 +167,21 @@ def reach_of(n_taps: int, chunks: int) -> int:
 
 
 def toeplitz_blocks(taps: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The blocks [rows, N, C, C] of filters [..., T], in the dtype of the products."""
-    taps = taps[..., :length].to(dtype).flatten(0, 1)
-    taps = F.pad(taps, (0, length - taps.shape[1])).contiguous()
-    chunks = length // CHUNK
-    blocks = taps.new_empty(len(taps), chunks, CHUNK, CHUNK)
-    blocks_kernel[(len(taps) * chunks,)](taps, blocks, chunks, C=CHUNK, num_warps=WARPS)
+    """The blocks [rows, N, C, C] of filters [M, rows / M, K], in the dtype of the products."""
+    taps, chunks = taps.flatten(0, 1).contiguous(), length // CHUNK
+    blocks = taps.new_empty(len(taps), chunks, CHUNK, CHUNK, dtype=dtype)
+    blocks_kernel[(len(taps) * chunks,)](taps, blocks, chunks, taps.shape[1], C=CHUNK, num_warps=WARPS)
     return blocks
 
 
-def taps_gradient(sums: Tensor, length: int, like: Tensor) -> Tensor:
-    """Gradients of taps [..., T] from sums [rows, splits, R, 2, C] over diagonals."""
-    sums = sums.sum(1)
-    found = sums[:, :, 0].clone()
-    found[:, :-1] += sums[:, 1:, 1]
-    found = found.flatten(1)[:, : min(length, like.shape[-1])]
-    return F.pad(found, (0, like.shape[-1] - found.shape[1])).view(like.shape).to(like.dtype)
+def taps_gradient(sums: Tensor, tokens: int, taps: Tensor) -> Tensor:
+    """Gradients of filters [M, rows / M, K] from sums [rows, splits, R, 2, C] over diagonals."""
+    found = taps.new_empty(taps.shape)
+    rows, splits, reach = sums.shape[:3]
+    diagonals_kernel[(rows * triton.cdiv(taps.shape[2], CHUNK),)](
+        sums, found, splits, taps.shape[2], tokens, REACH=reach, C=CHUNK, num_warps=1
+    )
+    return found
 
 
 def shifted(qkv: Tensor, bias: Tensor, taps: Tensor, part: int) -> Tensor:

@@ -87,7 +87,7 @@ def _sum_with(x, factor, AXIS: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
 
 @entry(do_not_specialize=["heads", "batch"])
 def forward_kernel(
-    qkv, k, bias, k_bias, blocks, y, heads: tl.int32, batch: tl.int32,
+    qkv, k, bias, blocks, y, heads: tl.int32, batch: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +99,11 @@ def forward_kernel(
     q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
     k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
     part = tl.arange(0, I)
-    q_bias, k_bias_I = _bias(bias, row, heads, Q, part, I, 1), _bias(k_bias, row, heads, K, part, I, 1)
-    v_bias = _bias(bias, row, heads, V, part, I, 2)
+    q_bias, v_bias = _bias(bias, row, heads, Q, part, I, 1), _bias(bias, row, heads, V, part, I, 2)
+    if K_PARTS == 3:
+        k_bias = _bias(bias, row, heads, K, part, I, 1)
+    else:
+        k_bias = 0.0
     i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
     inside = (sequence < batch)[None, None, None, :]
     place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
@@ -108,7 +111,7 @@ def forward_kernel(
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     products = ()
     for s in tl.static_range(N):
-        k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         products = products + (_products(k_chunk, v_chunk, kind, I, S),)
     out, out_sequence = tl.arange(0, I * S) // S, tile * S + tl.arange(0, I * S) % S
     y_at = _head(y, row, heads, size, 0, 1, I) + (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None]
@@ -120,7 +123,7 @@ def forward_kernel(
 
 @entry(do_not_specialize=["heads", "batch"])
 def backward_kernel(
-    qkv, k, bias, k_bias, blocks, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
+    qkv, k, bias, blocks, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +135,11 @@ def backward_kernel(
     q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
     k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
     part = tl.arange(0, I)
-    q_bias, k_bias_I = _bias(bias, row, heads, Q, part, I, 1), _bias(k_bias, row, heads, K, part, I, 1)
-    v_bias = _bias(bias, row, heads, V, part, I, 2)
+    q_bias, v_bias = _bias(bias, row, heads, Q, part, I, 1), _bias(bias, row, heads, V, part, I, 2)
+    if K_PARTS == 3:
+        k_bias = _bias(bias, row, heads, K, part, I, 1)
+    else:
+        k_bias = 0.0
     dy_head = _head(dy, row, heads, size, 0, 1, I)
     i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
     inside = (sequence < batch)[None, None, None, :]
@@ -147,7 +153,7 @@ def backward_kernel(
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     chunks = ()
     for s in tl.static_range(N):
-        k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         chunks = chunks + (_products(k_chunk, v_chunk, kind, I, S),)
     dq_sum = tl.zeros([I * S], tl.float32)
     for r in tl.static_range(N):
@@ -162,7 +168,7 @@ def backward_kernel(
         chunks = chunks + (_products(q_chunk, dy_chunk, kind, I, S),)
     dk_sum, dv_sum = tl.zeros([I * S], tl.float32), tl.zeros([I * S], tl.float32)
     for s in tl.static_range(N):
-        k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         dp_chunk = filtered(own_blocks, chunks, s, N, N, True)
         dk_chunk, dv_chunk = _sum_with(dp_chunk, v_chunk, 2, I, S), _sum_with(dp_chunk, k_chunk, 1, I, S)
         dk_sum += tl.sum(dk_chunk, 0)
@@ -177,7 +183,7 @@ def backward_kernel(
 
 @entry(do_not_specialize=["heads", "batch", "splits"])
 def taps_kernel(
-    qkv, k, bias, k_bias, dy, sums, heads: tl.int32, batch: tl.int32, splits: tl.int32,
+    qkv, k, bias, dy, sums, heads: tl.int32, batch: tl.int32, splits: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -188,8 +194,11 @@ def taps_kernel(
     q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
     k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
     part = tl.arange(0, I)
-    q_bias, k_bias_I = _bias(bias, row, heads, Q, part, I, 1), _bias(k_bias, row, heads, K, part, I, 1)
-    v_bias = _bias(bias, row, heads, V, part, I, 2)
+    q_bias, v_bias = _bias(bias, row, heads, Q, part, I, 1), _bias(bias, row, heads, V, part, I, 2)
+    if K_PARTS == 3:
+        k_bias = _bias(bias, row, heads, K, part, I, 1)
+    else:
+        k_bias = 0.0
     dy_head = _head(dy, row, heads, size, 0, 1, I)
     i = tl.arange(0, C)
     acc = ()
@@ -202,7 +211,7 @@ def taps_kernel(
         at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
         early, late = (), ()
         for s in tl.static_range(N):
-            k_chunk, v_chunk = _chunk(k_head, k_bias_I, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+            k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
             early = early + (_products(k_chunk, v_chunk, kind, I, S),)
             q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + s * C, inside), _chunk(dy_head, 0.0, at_b + s * C, inside)
             late = late + (_products(q_chunk, dy_chunk, kind, I, S),)
@@ -229,13 +238,12 @@ def parts_of(q: int) -> Parts:
 class Problem(NamedTuple):
     """What all launches of a call share: tensors as kernels see them, and sizes.
 
-    K is a part of qkv, or what the shift has made of it, with a bias of zeros.
+    K is a part of qkv, or what the shift has made of it and of its bias.
     """
 
     qkv: Tensor
     k: Tensor
     bias: Tensor
-    k_bias: Tensor
     blocks: Tensor
     heads: int
     constants: dict[str, int]
@@ -251,7 +259,7 @@ def forward(qkv: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor | Non
     y = qkv.new_empty(members, width, batch, length)
     sequences = _sequences(problem, COLUMNS)
     forward_kernel[(members * problem.heads * triton.cdiv(batch, sequences),)](
-        *problem[:5], y, problem.heads, batch, S=sequences, num_warps=WARPS, **problem.constants
+        *problem[:4], y, problem.heads, batch, S=sequences, num_warps=WARPS, **problem.constants
     )
     return y[..., :tokens], k
 
@@ -270,13 +278,13 @@ def backward(
     tiles = triton.cdiv(batch, sequences)
     bias_sums = qkv.new_empty(tiles, members, 3, width, dtype=torch.float32)
     backward_kernel[(members * problem.heads * tiles,)](
-        *problem[:5], dy, d_qkv, dk, bias_sums, problem.heads, batch, S=sequences, num_warps=BACK_WARPS, **problem.constants
+        *problem[:4], dy, d_qkv, dk, bias_sums, problem.heads, batch, S=sequences, num_warps=BACK_WARPS, **problem.constants
     )
     sequences = _sequences(problem, GRADIENT_COLUMNS)
     splits = min(SPLITS, triton.cdiv(batch, sequences))
     sums = qkv.new_empty(members * problem.heads, splits, length // CHUNK, 2, CHUNK, dtype=torch.float32)
     taps_kernel[(members * problem.heads * splits,)](
-        *problem[:4], dy, sums, problem.heads, batch, splits, S=sequences, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES, **problem.constants
+        *problem[:3], dy, sums, problem.heads, batch, splits, S=sequences, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES, **problem.constants
     )
     dbias, dtaps = bias_sums.sum(0), taps_gradient(sums, tokens, taps_MHL)
     if shift_MDK is None:
@@ -301,7 +309,7 @@ def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> 
         "C": CHUNK,
     }
     blocks = toeplitz_blocks(taps_MHL, qkv.shape[-1], qkv.dtype)
-    return Problem(qkv, qkv if is_part else k, bias, bias if is_part else torch.zeros_like(bias), blocks, heads, constants)
+    return Problem(qkv, qkv if is_part else k, bias, blocks, heads, constants)
 
 
 def _sequences(problem: Problem, columns: int) -> int:
