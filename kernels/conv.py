@@ -205,9 +205,7 @@ def _wants_fft(x_BTD: Tensor) -> str | None:
     return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"
 
 
-def gated_long_conv(
-    qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor | None = None, *, q: int = 0
-) -> Tensor:
+def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor | None = None, *, q: int = 0) -> Tensor:
     """Long convolution of products, y_b = sum_a q_a (filter * (k_a v_b)) in each head, of tensors that lie channel by channel.
 
     Time is innermost, as in W x^T; channel i H + h is number i of head h. The Triton form makes products, convolution and sum in
@@ -230,7 +228,7 @@ def gated_long_conv(
     check_axes("filter", filter_HL, "H L")
     width, heads = qkv_EBT.shape[0] // 3, filter_HL.shape[0]
     if qkv_EBT.shape[0] % 3 or width % heads:
-        raise ValueError(f"qkv has {qkv_EBT.shape[0]} channels; they are three times as many as those of {heads} equal heads")
+        raise ValueError(f"qkv has {qkv_EBT.shape[0]} channels; a filter of {heads} heads needs a multiple of {3 * heads}")
     others = {"bias": (bias_E, (3 * width,)), "filter": (filter_HL, filter_HL.shape)}
     if shift_DK is not None:
         check_axes("shift", shift_DK, "D K")
@@ -243,10 +241,10 @@ def gated_long_conv(
     parts = [*(qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).permute(1, 2, 0).chunk(3, -1)]
     q_BTD, k_BTD, v_BTD = parts.pop(q), *parts
     k_BTD = k_BTD if shift_DK is None else long_conv(k_BTD, shift_DK)
-    q, k, v = (a.unflatten(-1, (-1, heads)).movedim(-2, 0) for a in (q_BTD, k_BTD, v_BTD))
-    kv_IJBTH = k[:, None] * v
+    q_IBTH, k_IBTH, v_JBTH = (a.unflatten(-1, (-1, heads)).movedim(-2, 0) for a in (q_BTD, k_BTD, v_BTD))
+    kv_IJBTH = k_IBTH[:, None] * v_JBTH
     y_IJBTH = long_conv(kv_IJBTH.flatten(0, 2), filter_HL).view_as(kv_IJBTH)
-    return (q[:, None] * y_IJBTH).sum(0).permute(0, 3, 1, 2).flatten(0, 1)
+    return (q_IBTH[:, None] * y_IJBTH).sum(0).permute(0, 3, 1, 2).flatten(0, 1)
 
 
 def _not_unrolled(qkv_EBT: Tensor, head_width: int) -> str | None:

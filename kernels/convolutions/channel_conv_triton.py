@@ -143,7 +143,7 @@ def channel_taps_kernel(
     part = (member * X_PARTS + X) * width + channel
     own_bias = tl.load(bias + part).to(tl.float32)
     acc = ()
-    for m in tl.static_range(REACH):
+    for _ in tl.static_range(REACH):
         acc = acc + (tl.zeros([C, C], tl.float32),)
     for tile in range(split, tl.cdiv(batch, S), splits):
         sequence = tile * S + tl.arange(0, S)
@@ -213,6 +213,7 @@ def shifted_backward(
     sums = dy.new_empty(members * width, splits, reach, 2, CHUNK, dtype=torch.float32)
     channel_taps_kernel[(members * width * splits,)](
         qkv, bias, dy, sums, width, batch, splits,
-        X_PARTS=3, X=part, N=chunks, REACH=reach, S=GRADIENT_SEQUENCES, C=CHUNK, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES,
+        X_PARTS=3, X=part, N=chunks, REACH=reach, S=GRADIENT_SEQUENCES, C=CHUNK,
+        num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES,
     )  # fmt: skip
     return bias_sums.sum(0), taps_gradient(sums, tokens, taps)

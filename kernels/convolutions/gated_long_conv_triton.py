@@ -31,11 +31,11 @@ from kernels.convolutions.channel_conv_triton import (
     add_outer,
     blocks_of,
     filtered,
-    toeplitz_blocks,
     shifted,
     shifted_backward,
     store_diagonals,
     taps_gradient,
+    toeplitz_blocks,
 )
 
 COLUMNS, WARPS = 128, 4
@@ -45,14 +45,14 @@ GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 2, 2
 
 
 @triton.jit
-def _head(tensor, row, heads, size, part, PARTS: tl.constexpr, I: tl.constexpr):
+def _head(tensor, row, heads, size, part, PARTS: tl.constexpr, HEAD: tl.constexpr):
     """Where a head's first channel begins in a part of [M, PARTS, I, H, B, L]; size is that of B L."""
-    return tensor + ((row // heads * PARTS + part) * I * heads + row % heads).to(tl.int64) * size
+    return tensor + ((row // heads * PARTS + part) * HEAD * heads + row % heads).to(tl.int64) * size
 
 
 @triton.jit
-def _along(part, I: tl.constexpr, AXIS: tl.constexpr):
-    """Numbers of a head's channels, broadcast over [C, I, I, S] along axis 1 or 2."""
+def _along(part, HEAD: tl.constexpr, AXIS: tl.constexpr):
+    """Numbers of a head's channels, broadcast over [C, HEAD, HEAD, S] along axis 1 or 2."""
     if AXIS == 1:
         return part[None, :, None, None]
     else:
@@ -61,63 +61,60 @@ def _along(part, I: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _chunk(pointer, bias, place, inside):
-    """A chunk of a head's channels, [C, I, 1, S] or [C, 1, I, S], in fp32 with their bias."""
+    """A chunk of a head's channels, [C, HEAD, 1, S] or [C, 1, HEAD, S], in fp32 with their bias."""
     return tl.load(pointer + place, mask=inside, other=0.0).to(tl.float32) + bias
 
 
 @triton.jit
-def _bias(bias, row, heads, which, part, I: tl.constexpr, AXIS: tl.constexpr):
+def _bias(bias, row, heads, which, part, HEAD: tl.constexpr, AXIS: tl.constexpr):
     """The bias of a head's channels."""
-    own = tl.load(bias + ((row // heads * 3 + which) * I + part) * heads + row % heads).to(tl.float32)
-    return _along(own, I, AXIS)
+    own = tl.load(bias + ((row // heads * 3 + which) * HEAD + part) * heads + row % heads).to(tl.float32)
+    return _along(own, HEAD, AXIS)
 
 
 @triton.jit
-def _products(a, b, kind: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
-    """The products of all pairs of channels as columns (i, j, sequence), [C, I I S]."""
-    return tl.reshape((a * b).to(kind), (a.shape[0], I * I * S))
+def _products(a, b, kind: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr):
+    """The products of all pairs of channels as columns (i, j, sequence), [C, HEAD HEAD S]."""
+    return tl.reshape((a * b).to(kind), (a.shape[0], HEAD * HEAD * S))
 
 
 @triton.jit
-def _sum_with(x, factor, AXIS: tl.constexpr, I: tl.constexpr, S: tl.constexpr):
-    """The sum over i (AXIS 1) or j (AXIS 2) of columns (i, j, sequence) with factors of that axis: [C, I S]."""
-    whole = tl.reshape(x, (x.shape[0], I, I, S)) * factor
-    return tl.reshape(whole if I == 1 else tl.sum(whole, AXIS), (x.shape[0], I * S))
+def _sum_with(x, factor, AXIS: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr):
+    """The sum over i (AXIS 1) or j (AXIS 2) of columns (i, j, sequence) with factors of that axis: [C, HEAD S]."""
+    whole = tl.reshape(x, (x.shape[0], HEAD, HEAD, S)) * factor
+    return tl.reshape(whole if HEAD == 1 else tl.sum(whole, AXIS), (x.shape[0], HEAD * S))
 
 
 @entry(do_not_specialize=["heads", "batch"])
 def forward_kernel(
     qkv, k, bias, blocks, y, heads: tl.int32, batch: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
-    N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M * H * tiles of S sequences,). Qkv [M, 3 D, B, L]; k [M, K_PARTS D, B, L] is its part or a tensor of its own."""
     tiles = tl.cdiv(batch, S)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     size = batch * (N * C)
     kind: tl.constexpr = qkv.dtype.element_ty
-    q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
-    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
-    part = tl.arange(0, I)
-    q_bias, v_bias = _bias(bias, row, heads, Q, part, I, 1), _bias(bias, row, heads, V, part, I, 2)
-    if K_PARTS == 3:
-        k_bias = _bias(bias, row, heads, K, part, I, 1)
-    else:
-        k_bias = 0.0
+    q_head, v_head = _head(qkv, row, heads, size, Q, 3, HEAD), _head(qkv, row, heads, size, V, 3, HEAD)
+    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD)
+    part = tl.arange(0, HEAD)
+    q_bias, v_bias = _bias(bias, row, heads, Q, part, HEAD, 1), _bias(bias, row, heads, V, part, HEAD, 2)
+    k_bias = _bias(bias, row, heads, K, part, HEAD, 1) if K_PARTS == 3 else 0.0
     i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
     inside = (sequence < batch)[None, None, None, :]
     place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
-    at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
+    at_a, at_b = place + _along(part, HEAD, 1) * heads * size, place + _along(part, HEAD, 2) * heads * size
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     products = ()
     for s in tl.static_range(N):
         k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
-        products = products + (_products(k_chunk, v_chunk, kind, I, S),)
-    out, out_sequence = tl.arange(0, I * S) // S, tile * S + tl.arange(0, I * S) % S
-    y_at = _head(y, row, heads, size, 0, 1, I) + (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None]
+        products = products + (_products(k_chunk, v_chunk, kind, HEAD, S),)
+    out, out_sequence = tl.arange(0, HEAD * S) // S, tile * S + tl.arange(0, HEAD * S) % S
+    y_at = _head(y, row, heads, size, 0, 1, HEAD) + (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None]
     for r in tl.static_range(N):
         q_chunk = _chunk(q_head, q_bias, at_a + r * C, inside)
-        y_chunk = _sum_with(filtered(own_blocks, products, r, N, N, False), q_chunk, 1, I, S)
+        y_chunk = _sum_with(filtered(own_blocks, products, r, N, N, False), q_chunk, 1, HEAD, S)
         tl.store(y_at + r * C, y_chunk.to(y.dtype.element_ty), mask=(out_sequence < batch)[None, :])
 
 
@@ -125,96 +122,92 @@ def forward_kernel(
 def backward_kernel(
     qkv, k, bias, blocks, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
-    N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M * H * tiles,). D_qkv like qkv, dk like k; sums [tiles, M, 3 D] of the former over a program's tokens."""
     tiles = tl.cdiv(batch, S)
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     size = batch * (N * C)
     kind: tl.constexpr = qkv.dtype.element_ty
-    q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
-    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
-    part = tl.arange(0, I)
-    q_bias, v_bias = _bias(bias, row, heads, Q, part, I, 1), _bias(bias, row, heads, V, part, I, 2)
-    if K_PARTS == 3:
-        k_bias = _bias(bias, row, heads, K, part, I, 1)
-    else:
-        k_bias = 0.0
-    dy_head = _head(dy, row, heads, size, 0, 1, I)
+    q_head, v_head = _head(qkv, row, heads, size, Q, 3, HEAD), _head(qkv, row, heads, size, V, 3, HEAD)
+    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD)
+    part = tl.arange(0, HEAD)
+    q_bias, v_bias = _bias(bias, row, heads, Q, part, HEAD, 1), _bias(bias, row, heads, V, part, HEAD, 2)
+    k_bias = _bias(bias, row, heads, K, part, HEAD, 1) if K_PARTS == 3 else 0.0
+    dy_head = _head(dy, row, heads, size, 0, 1, HEAD)
     i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
     inside = (sequence < batch)[None, None, None, :]
     place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
-    at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
-    out, out_sequence = tl.arange(0, I * S) // S, tile * S + tl.arange(0, I * S) % S
+    at_a, at_b = place + _along(part, HEAD, 1) * heads * size, place + _along(part, HEAD, 2) * heads * size
+    out, out_sequence = tl.arange(0, HEAD * S) // S, tile * S + tl.arange(0, HEAD * S) % S
     out_place, there = (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None], (out_sequence < batch)[None, :]
-    dq_at = _head(d_qkv, row, heads, size, Q, 3, I) + out_place
-    dk_at = _head(dk, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I) + out_place
-    dv_at = _head(d_qkv, row, heads, size, V, 3, I) + out_place
+    dq_at = _head(d_qkv, row, heads, size, Q, 3, HEAD) + out_place
+    dk_at = _head(dk, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD) + out_place
+    dv_at = _head(d_qkv, row, heads, size, V, 3, HEAD) + out_place
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     chunks = ()
     for s in tl.static_range(N):
         k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
-        chunks = chunks + (_products(k_chunk, v_chunk, kind, I, S),)
-    dq_sum = tl.zeros([I * S], tl.float32)
+        chunks = chunks + (_products(k_chunk, v_chunk, kind, HEAD, S),)
+    dq_sum = tl.zeros([HEAD * S], tl.float32)
     for r in tl.static_range(N):
         dy_chunk = _chunk(dy_head, 0.0, at_b + r * C, inside)
-        dq_chunk = _sum_with(filtered(own_blocks, chunks, r, N, N, False), dy_chunk, 2, I, S)
+        dq_chunk = _sum_with(filtered(own_blocks, chunks, r, N, N, False), dy_chunk, 2, HEAD, S)
         dq_sum += tl.sum(dq_chunk, 0)
         tl.store(dq_at + r * C, dq_chunk.to(kind), mask=there)
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, True)
     chunks = ()
     for r in tl.static_range(N):
         q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + r * C, inside), _chunk(dy_head, 0.0, at_b + r * C, inside)
-        chunks = chunks + (_products(q_chunk, dy_chunk, kind, I, S),)
-    dk_sum, dv_sum = tl.zeros([I * S], tl.float32), tl.zeros([I * S], tl.float32)
+        chunks = chunks + (_products(q_chunk, dy_chunk, kind, HEAD, S),)
+    dk_sum, dv_sum = tl.zeros([HEAD * S], tl.float32), tl.zeros([HEAD * S], tl.float32)
     for s in tl.static_range(N):
         k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         dp_chunk = filtered(own_blocks, chunks, s, N, N, True)
-        dk_chunk, dv_chunk = _sum_with(dp_chunk, v_chunk, 2, I, S), _sum_with(dp_chunk, k_chunk, 1, I, S)
+        dk_chunk, dv_chunk = _sum_with(dp_chunk, v_chunk, 2, HEAD, S), _sum_with(dp_chunk, k_chunk, 1, HEAD, S)
         dk_sum += tl.sum(dk_chunk, 0)
         dv_sum += tl.sum(dv_chunk, 0)
         tl.store(dk_at + s * C, dk_chunk.to(kind), mask=there)
         tl.store(dv_at + s * C, dv_chunk.to(kind), mask=there)
-    sums += (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * I * heads + part * heads + row % heads
-    tl.store(sums + Q * I * heads, tl.sum(tl.reshape(dq_sum, (I, S)), 1))
-    tl.store(sums + K * I * heads, tl.sum(tl.reshape(dk_sum, (I, S)), 1))
-    tl.store(sums + V * I * heads, tl.sum(tl.reshape(dv_sum, (I, S)), 1))
+    sums += (
+        (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * HEAD * heads + part * heads + row % heads
+    )
+    tl.store(sums + Q * HEAD * heads, tl.sum(tl.reshape(dq_sum, (HEAD, S)), 1))
+    tl.store(sums + K * HEAD * heads, tl.sum(tl.reshape(dk_sum, (HEAD, S)), 1))
+    tl.store(sums + V * HEAD * heads, tl.sum(tl.reshape(dv_sum, (HEAD, S)), 1))
 
 
 @entry(do_not_specialize=["heads", "batch", "splits"])
 def taps_kernel(
     qkv, k, bias, dy, sums, heads: tl.int32, batch: tl.int32, splits: tl.int32,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
-    N: tl.constexpr, I: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M * H * splits of the tiles,); sums [M H, splits, N, 2, C]."""
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     size = batch * (N * C)
     kind: tl.constexpr = qkv.dtype.element_ty
-    q_head, v_head = _head(qkv, row, heads, size, Q, 3, I), _head(qkv, row, heads, size, V, 3, I)
-    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, I)
-    part = tl.arange(0, I)
-    q_bias, v_bias = _bias(bias, row, heads, Q, part, I, 1), _bias(bias, row, heads, V, part, I, 2)
-    if K_PARTS == 3:
-        k_bias = _bias(bias, row, heads, K, part, I, 1)
-    else:
-        k_bias = 0.0
-    dy_head = _head(dy, row, heads, size, 0, 1, I)
+    q_head, v_head = _head(qkv, row, heads, size, Q, 3, HEAD), _head(qkv, row, heads, size, V, 3, HEAD)
+    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD)
+    part = tl.arange(0, HEAD)
+    q_bias, v_bias = _bias(bias, row, heads, Q, part, HEAD, 1), _bias(bias, row, heads, V, part, HEAD, 2)
+    k_bias = _bias(bias, row, heads, K, part, HEAD, 1) if K_PARTS == 3 else 0.0
+    dy_head = _head(dy, row, heads, size, 0, 1, HEAD)
     i = tl.arange(0, C)
     acc = ()
-    for m in tl.static_range(N):
+    for _ in tl.static_range(N):
         acc = acc + (tl.zeros([C, C], tl.float32),)
     for tile in range(split, tl.cdiv(batch, S), splits):
         sequence = tile * S + tl.arange(0, S)
         inside = (sequence < batch)[None, None, None, :]
         place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
-        at_a, at_b = place + _along(part, I, 1) * heads * size, place + _along(part, I, 2) * heads * size
+        at_a, at_b = place + _along(part, HEAD, 1) * heads * size, place + _along(part, HEAD, 2) * heads * size
         early, late = (), ()
         for s in tl.static_range(N):
             k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
-            early = early + (_products(k_chunk, v_chunk, kind, I, S),)
+            early = early + (_products(k_chunk, v_chunk, kind, HEAD, S),)
             q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + s * C, inside), _chunk(dy_head, 0.0, at_b + s * C, inside)
-            late = late + (_products(q_chunk, dy_chunk, kind, I, S),)
+            late = late + (_products(q_chunk, dy_chunk, kind, HEAD, S),)
         acc = add_outer(acc, late, early, N, N)
     sums += (row.to(tl.int64) * splits + split) * N * 2 * C
     for m in tl.static_range(N):
@@ -284,7 +277,16 @@ def backward(
     splits = min(SPLITS, triton.cdiv(batch, sequences))
     sums = qkv.new_empty(members * problem.heads, splits, length // CHUNK, 2, CHUNK, dtype=torch.float32)
     taps_kernel[(members * problem.heads * splits,)](
-        *problem[:3], dy, sums, problem.heads, batch, splits, S=sequences, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES, **problem.constants
+        *problem[:3],
+        dy,
+        sums,
+        problem.heads,
+        batch,
+        splits,
+        S=sequences,
+        num_warps=GRADIENT_WARPS,
+        num_stages=GRADIENT_STAGES,
+        **problem.constants,
     )
     dbias, dtaps = bias_sums.sum(0), taps_gradient(sums, tokens, taps_MHL)
     if shift_MDK is None:
@@ -305,7 +307,7 @@ def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> 
     constants = {name.upper(): part for name, part in constants.items()} | {
         "K_PARTS": 3 if is_part else 1,
         "N": qkv.shape[-1] // CHUNK,
-        "I": qkv.shape[2] // heads,
+        "HEAD": qkv.shape[2] // heads,
         "C": CHUNK,
     }
     blocks = toeplitz_blocks(taps_MHL, qkv.shape[-1], qkv.dtype)
@@ -313,4 +315,4 @@ def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> 
 
 
 def _sequences(problem: Problem, columns: int) -> int:
-    return columns // problem.constants["I"] ** 2
+    return columns // problem.constants["HEAD"] ** 2
