@@ -17,13 +17,13 @@ from kernels._members import fold_members
 def to_channels(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
     """W x^T of each token, channel by channel: [E, N]; in autocast's dtype where that is on."""
     x, weight = _autocast(x_ND, weight_ED)
-    return _to_channels(x[None], weight[None])[0]
+    return _to_channels(x[None], weight[None]).squeeze(0)
 
 
 def from_channels(y_EN: Tensor, weight_DE: Tensor) -> Tensor:
     """W y of each token, token by token: [N, D]; in autocast's dtype where that is on."""
     y, weight = _autocast(y_EN, weight_DE)
-    return _from_channels(y[None], weight[None])[0]
+    return _from_channels(y[None], weight[None]).squeeze(0)
 
 
 # Operators that a compiler sees through, forward and backward.

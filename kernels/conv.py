@@ -237,7 +237,7 @@ def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK
     if pick("gated_long_conv", qkv_EBT, obstacle=_not_unrolled(qkv_EBT, width // heads), tensor_cores=True) == "triton":
         qkv, bias = qkv_EBT.unflatten(0, (3, width))[None], bias_E.view(1, 3, width)
         y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], None if shift_DK is None else shift_DK[None], q)
-        return y[0]
+        return y.squeeze(0)  # a gradient of an index would be a copy into zeros
     parts = [*(qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).permute(1, 2, 0).chunk(3, -1)]
     q_BTD, k_BTD, v_BTD = parts.pop(q), *parts
     k_BTD = k_BTD if shift_DK is None else long_conv(k_BTD, shift_DK)

@@ -73,7 +73,7 @@ def _wide(rows_BM: Tensor, x_BTD: Tensor) -> Tensor:
 
 def pick_times(x_DBT: Tensor, rows_BM: Tensor) -> Tensor:
     """`pick_rows` of what lies channel by channel: [B, M, D] from [D, B, T]."""
-    return _pick_times(x_DBT[None], rows_BM[None])[0]
+    return _pick_times(x_DBT[None], rows_BM[None]).squeeze(0)
 
 
 @torch.library.triton_op("mixer_bench::pick_times", mutates_args={})

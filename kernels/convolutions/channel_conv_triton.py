@@ -18,7 +18,7 @@ from kernels._entry import entry
 
 CHUNK = 64
 SEQUENCES, WARPS = 64, 4
-GRADIENT_SEQUENCES, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 2, 2
+GRADIENT_SEQUENCES, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 1, 2
 """Sequences of a program, its warps; of the filter's gradient, and programs that share a channel's sequences."""
 
 

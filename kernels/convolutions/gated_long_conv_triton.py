@@ -298,7 +298,8 @@ def backward(
 
 def _whole(x: Tensor) -> Tensor:
     """With zeros up to a whole chunk."""
-    return F.pad(x, (0, -x.shape[-1] % CHUNK)).contiguous()
+    rest = -x.shape[-1] % CHUNK
+    return (F.pad(x, (0, rest)) if rest else x).contiguous()  # padding by nothing is a copy
 
 
 def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> Problem:
