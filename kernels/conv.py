@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
-from kernels.convolutions.channel_short_conv_operator import channel_short_conv_operator
 from kernels.convolutions.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.convolutions.gated_long_conv_operator import gated_long_conv_operator
 from kernels.convolutions.long_conv_operator import long_conv_operator
@@ -140,30 +139,6 @@ def short_conv_step(
     return F.silu(y_BD) if silu else y_BD, window_BKD[:, 1:].to(tail_BPD.dtype)
 
 
-def channel_short_conv(x_DBT: Tensor, bias_D: Tensor, weight_DK: Tensor) -> Tensor:
-    """`short_conv` of x + bias from zeros, of what lies channel by channel with time innermost, as in W x^T.
-
-    Args:
-        x_DBT: input, [D, B, T].
-        bias_D: added to the input, [D].
-        weight_DK: taps, [D, K]; the last one meets the current token.
-
-    Returns:
-        [D, B, T] in the dtype of `x_DBT`.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not match.
-    """
-    check_axes("x", x_DBT, "D B T")
-    check_axes("weight", weight_DK, "D K")
-    width, taps = x_DBT.shape[0], weight_DK.shape[1]
-    check_arguments(x_DBT, {"bias": (bias_D, (width,)), "weight": (weight_DK, (width, taps))})
-    if pick("channel_short_conv", x_DBT, obstacle=_too_many(weight_DK)) == "triton":
-        return channel_short_conv_operator(x_DBT[None], bias_D[None], weight_DK[None])[0]
-    x_BTD = (x_DBT + bias_D[:, None, None].to(x_DBT.dtype)).permute(1, 2, 0)
-    return short_conv(x_BTD, weight_DK)[0].permute(2, 0, 1)
-
-
 def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
     """Causal convolution with a filter as long as the sequence, y_t = sum_{s<=t} filter[:, t-s] x_s.
 
@@ -205,7 +180,7 @@ def _wants_fft(x_BTD: Tensor) -> str | None:
     return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"
 
 
-def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor | None = None, *, q: int = 0) -> Tensor:
+def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor) -> Tensor:
     """Long convolution of products, y_b = sum_a q_a (filter * (k_a v_b)) in each head, of tensors that lie channel by channel.
 
     Time is innermost, as in W x^T; channel i H + h is number i of head h. The Triton form makes products, convolution and sum in
@@ -215,8 +190,7 @@ def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK
         qkv_EBT: queries, keys and values, each of D channels, [3 D, B, T].
         bias_E: added to them, [3 D].
         filter_HL: taps of each head, newest first, [H, L], where H divides D; taps beyond T are not read.
-        shift_DK: a filter that keys pass through first, [D, K], or None.
-        q: which of the three parts are queries; of the others keys come first.
+        shift_DK: a filter that keys pass through first, [D, K].
 
     Returns:
         [D, B, T] in the dtype of `qkv_EBT`.
@@ -226,22 +200,23 @@ def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK
     """
     check_axes("qkv", qkv_EBT, "E B T")
     check_axes("filter", filter_HL, "H L")
+    check_axes("shift", shift_DK, "D K")
     width, heads = qkv_EBT.shape[0] // 3, filter_HL.shape[0]
-    if qkv_EBT.shape[0] % 3 or width % heads:
+    if qkv_EBT.shape[0] % (3 * heads):
         raise ValueError(f"qkv has {qkv_EBT.shape[0]} channels; a filter of {heads} heads needs a multiple of {3 * heads}")
-    others = {"bias": (bias_E, (3 * width,)), "filter": (filter_HL, filter_HL.shape)}
-    if shift_DK is not None:
-        check_axes("shift", shift_DK, "D K")
-        others["shift"] = (shift_DK, (width, shift_DK.shape[1]))
+    others = {
+        "bias": (bias_E, (3 * width,)),
+        "filter": (filter_HL, filter_HL.shape),
+        "shift": (shift_DK, (width, shift_DK.shape[1])),
+    }
     check_arguments(qkv_EBT, others, first="qkv")
     if pick("gated_long_conv", qkv_EBT, obstacle=_not_unrolled(qkv_EBT, width // heads), tensor_cores=True) == "triton":
         qkv, bias = qkv_EBT.unflatten(0, (3, width))[None], bias_E.view(1, 3, width)
-        y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], None if shift_DK is None else shift_DK[None], q)
-        return y.squeeze(0)  # a gradient of an index would be a copy into zeros
-    parts = [*(qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).permute(1, 2, 0).chunk(3, -1)]
-    q_BTD, k_BTD, v_BTD = parts.pop(q), *parts
-    k_BTD = k_BTD if shift_DK is None else long_conv(k_BTD, shift_DK)
-    q_IBTH, k_IBTH, v_JBTH = (a.unflatten(-1, (-1, heads)).movedim(-2, 0) for a in (q_BTD, k_BTD, v_BTD))
+        y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], shift_DK[None])
+        return y.squeeze(0)  # the gradient of an index would be a copy into zeros
+    q_BTD, k_BTD, v_BTD = (qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).permute(1, 2, 0).chunk(3, -1)
+    per_head = (a.unflatten(-1, (-1, heads)).movedim(-2, 0) for a in (q_BTD, long_conv(k_BTD, shift_DK), v_BTD))
+    q_IBTH, k_IBTH, v_JBTH = per_head
     kv_IJBTH = k_IBTH[:, None] * v_JBTH
     y_IJBTH = long_conv(kv_IJBTH.flatten(0, 2), filter_HL).view_as(kv_IJBTH)
     return (q_IBTH[:, None] * y_IJBTH).sum(0).permute(0, 3, 1, 2).flatten(0, 1)

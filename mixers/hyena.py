@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.channels import from_channels, to_channels
-from kernels.conv import channel_short_conv, gated_long_conv
-from kernels.rows import pick_times
+from kernels.conv import long_conv
+from kernels.rows import pick_rows
 from mixers._base import Caps, Mixer, State, mixer
 from mixers._filters import ImplicitFilter, continue_conv, history, step_conv
 from mixers._layers import ShortConv
@@ -61,24 +60,25 @@ class Hyena(Mixer):
         """See `Mixer.forward`."""
         if context_BSD is not None:
             raise ValueError("hyena reads its own input only; context_BSD belongs to the cross patterns")
+        v, gate_out, tail = self._gated(x_BTD, None if state is None else state["conv"])
         if state is None:
-            y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.out_proj.weight)
-            return (y_ND + self.out_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
-        mixed, tail = self.conv(self.in_proj(x_BTD), state["conv"])
-        gate_in, gate_out, v = mixed.chunk(3, -1)
-        y, past = continue_conv(v * gate_in, self._filter(self.max_len), state["history"])
-        return self.out_proj(y * gate_out), {"conv": tail, "history": past}
+            return self._output(long_conv(v, self.filter(v.shape[1])), v, gate_out), None
+        y, past = continue_conv(v, self.filter(self.max_len), state["history"])
+        return self._output(y, v, gate_out), {"conv": tail, "history": past}
 
     def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
-        """See `Mixer.at_rows`: the output's map is left out elsewhere."""
-        return self.out_proj(pick_times(self._mixed(x_BTD), rows_BM))
+        """See `Mixer.at_rows`: what follows the long convolution is left out elsewhere."""
+        v, gate_out, _ = self._gated(x_BTD, None)
+        y = long_conv(v, self.filter(v.shape[1]))
+        return self._output(*(pick_rows(part, rows_BM) for part in (y, v, gate_out)))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: the convolution's sum for one output, over all stored inputs."""
         mixed, tail = self.conv.step(self.in_proj(x_BD), state["conv"])
         gate_in, gate_out, v = mixed.chunk(3, -1)
-        y, past = step_conv(v * gate_in, self._filter(self.max_len), state["history"])
-        return self.out_proj(y * gate_out), {"conv": tail, "history": past}
+        v = v * gate_in
+        y, past = step_conv(v, self.filter(self.max_len), state["history"])
+        return self._output(y, v, gate_out), {"conv": tail, "history": past}
 
     def init_state(
         self, batch: int, max_len: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -93,13 +93,11 @@ class Hyena(Mixer):
         """See `Mixer.published_elements`: d L, without the short convolution's tail (Zoology)."""
         return self.d_model * seq_len
 
-    def _mixed(self, x_BTD: Tensor) -> Tensor:
-        """What is read of a sequence from nothing, channel by channel: [D, B, T]."""
-        in_EBT = to_channels(x_BTD.flatten(0, 1), self.in_proj.weight).unflatten(1, x_BTD.shape[:2])
-        mixed_EBT = channel_short_conv(in_EBT, self.in_proj.bias, self.conv.weight)
-        return gated_long_conv(mixed_EBT, self.conv.bias, self._filter(x_BTD.shape[1]), q=1)
+    def _gated(self, x_BTD: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gated values and the gate of the output, [B, T, D] each, and the short convolution's tail."""
+        mixed, tail = self.conv(self.in_proj(x_BTD), tail)
+        gate_in, gate_out, v = mixed.chunk(3, -1)
+        return v * gate_in, gate_out, tail
 
-    def _filter(self, length: int) -> Tensor:
-        """The first taps [D, T]; the skip is one at lag 0."""
-        taps_DT = self.filter(length)
-        return torch.cat((taps_DT[:, :1] + self.skip[:, None], taps_DT[:, 1:]), 1)
+    def _output(self, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return self.out_proj(torch.addcmul(y, v, self.skip.to(v.dtype)) * gate)

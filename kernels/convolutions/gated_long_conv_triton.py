@@ -17,8 +17,6 @@ Shape legend: M members, I heads' width, H heads, D = I H, B sequences, N chunks
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +36,8 @@ from kernels.convolutions.channel_conv_triton import (
     toeplitz_blocks,
 )
 
+QUERIES, KEYS, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Parts of qkv."""
 COLUMNS, WARPS = 128, 4
 BACK_COLUMNS, BACK_WARPS = 64, 4
 GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_STAGES, SPLITS = 64, 4, 2, 2
@@ -88,7 +88,6 @@ def _sum_with(x, factor, AXIS: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr
 @entry(do_not_specialize=["heads", "batch"])
 def forward_kernel(
     qkv, k, bias, blocks, y, heads: tl.int32, batch: tl.int32,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M * H * tiles of S sequences,). Qkv [M, 3 D, B, L]; k [M, K_PARTS D, B, L] is its part or a tensor of its own."""
@@ -96,11 +95,10 @@ def forward_kernel(
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     size = batch * (N * C)
     kind: tl.constexpr = qkv.dtype.element_ty
-    q_head, v_head = _head(qkv, row, heads, size, Q, 3, HEAD), _head(qkv, row, heads, size, V, 3, HEAD)
-    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD)
+    q_head, v_head = _head(qkv, row, heads, size, QUERIES, 3, HEAD), _head(qkv, row, heads, size, VALUES, 3, HEAD)
+    k_head = _head(k, row, heads, size, 0, 1, HEAD)
     part = tl.arange(0, HEAD)
-    q_bias, v_bias = _bias(bias, row, heads, Q, part, HEAD, 1), _bias(bias, row, heads, V, part, HEAD, 2)
-    k_bias = _bias(bias, row, heads, K, part, HEAD, 1) if K_PARTS == 3 else 0.0
+    q_bias, v_bias = _bias(bias, row, heads, QUERIES, part, HEAD, 1), _bias(bias, row, heads, VALUES, part, HEAD, 2)
     i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
     inside = (sequence < batch)[None, None, None, :]
     place = (sequence * (N * C))[None, None, None, :] + i[:, None, None, None]
@@ -108,7 +106,7 @@ def forward_kernel(
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     products = ()
     for s in tl.static_range(N):
-        k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        k_chunk, v_chunk = _chunk(k_head, 0.0, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         products = products + (_products(k_chunk, v_chunk, kind, HEAD, S),)
     out, out_sequence = tl.arange(0, HEAD * S) // S, tile * S + tl.arange(0, HEAD * S) % S
     y_at = _head(y, row, heads, size, 0, 1, HEAD) + (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None]
@@ -121,7 +119,6 @@ def forward_kernel(
 @entry(do_not_specialize=["heads", "batch"])
 def backward_kernel(
     qkv, k, bias, blocks, dy, d_qkv, dk, sums, heads: tl.int32, batch: tl.int32,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M * H * tiles,). D_qkv like qkv, dk like k; sums [tiles, M, 3 D] of the former over a program's tokens."""
@@ -129,11 +126,10 @@ def backward_kernel(
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     size = batch * (N * C)
     kind: tl.constexpr = qkv.dtype.element_ty
-    q_head, v_head = _head(qkv, row, heads, size, Q, 3, HEAD), _head(qkv, row, heads, size, V, 3, HEAD)
-    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD)
+    q_head, v_head = _head(qkv, row, heads, size, QUERIES, 3, HEAD), _head(qkv, row, heads, size, VALUES, 3, HEAD)
+    k_head = _head(k, row, heads, size, 0, 1, HEAD)
     part = tl.arange(0, HEAD)
-    q_bias, v_bias = _bias(bias, row, heads, Q, part, HEAD, 1), _bias(bias, row, heads, V, part, HEAD, 2)
-    k_bias = _bias(bias, row, heads, K, part, HEAD, 1) if K_PARTS == 3 else 0.0
+    q_bias, v_bias = _bias(bias, row, heads, QUERIES, part, HEAD, 1), _bias(bias, row, heads, VALUES, part, HEAD, 2)
     dy_head = _head(dy, row, heads, size, 0, 1, HEAD)
     i, sequence = tl.arange(0, C), tile * S + tl.arange(0, S)
     inside = (sequence < batch)[None, None, None, :]
@@ -141,13 +137,13 @@ def backward_kernel(
     at_a, at_b = place + _along(part, HEAD, 1) * heads * size, place + _along(part, HEAD, 2) * heads * size
     out, out_sequence = tl.arange(0, HEAD * S) // S, tile * S + tl.arange(0, HEAD * S) % S
     out_place, there = (out * heads * size + out_sequence * (N * C))[None, :] + i[:, None], (out_sequence < batch)[None, :]
-    dq_at = _head(d_qkv, row, heads, size, Q, 3, HEAD) + out_place
-    dk_at = _head(dk, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD) + out_place
-    dv_at = _head(d_qkv, row, heads, size, V, 3, HEAD) + out_place
+    dq_at = _head(d_qkv, row, heads, size, QUERIES, 3, HEAD) + out_place
+    dk_at = _head(dk, row, heads, size, 0, 1, HEAD) + out_place
+    dv_at = _head(d_qkv, row, heads, size, VALUES, 3, HEAD) + out_place
     own_blocks = blocks_of(blocks + row.to(tl.int64) * N * C * C, C, N, False)
     chunks = ()
     for s in tl.static_range(N):
-        k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        k_chunk, v_chunk = _chunk(k_head, 0.0, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         chunks = chunks + (_products(k_chunk, v_chunk, kind, HEAD, S),)
     dq_sum = tl.zeros([HEAD * S], tl.float32)
     for r in tl.static_range(N):
@@ -160,38 +156,34 @@ def backward_kernel(
     for r in tl.static_range(N):
         q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + r * C, inside), _chunk(dy_head, 0.0, at_b + r * C, inside)
         chunks = chunks + (_products(q_chunk, dy_chunk, kind, HEAD, S),)
-    dk_sum, dv_sum = tl.zeros([HEAD * S], tl.float32), tl.zeros([HEAD * S], tl.float32)
+    dv_sum = tl.zeros([HEAD * S], tl.float32)
     for s in tl.static_range(N):
-        k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+        k_chunk, v_chunk = _chunk(k_head, 0.0, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
         dp_chunk = filtered(own_blocks, chunks, s, N, N, True)
         dk_chunk, dv_chunk = _sum_with(dp_chunk, v_chunk, 2, HEAD, S), _sum_with(dp_chunk, k_chunk, 1, HEAD, S)
-        dk_sum += tl.sum(dk_chunk, 0)
         dv_sum += tl.sum(dv_chunk, 0)
         tl.store(dk_at + s * C, dk_chunk.to(kind), mask=there)
         tl.store(dv_at + s * C, dv_chunk.to(kind), mask=there)
     sums += (
         (tile * (tl.num_programs(0) // tiles // heads) + row // heads).to(tl.int64) * 3 * HEAD * heads + part * heads + row % heads
     )
-    tl.store(sums + Q * HEAD * heads, tl.sum(tl.reshape(dq_sum, (HEAD, S)), 1))
-    tl.store(sums + K * HEAD * heads, tl.sum(tl.reshape(dk_sum, (HEAD, S)), 1))
-    tl.store(sums + V * HEAD * heads, tl.sum(tl.reshape(dv_sum, (HEAD, S)), 1))
+    tl.store(sums + QUERIES * HEAD * heads, tl.sum(tl.reshape(dq_sum, (HEAD, S)), 1))
+    tl.store(sums + VALUES * HEAD * heads, tl.sum(tl.reshape(dv_sum, (HEAD, S)), 1))
 
 
 @entry(do_not_specialize=["heads", "batch", "splits"])
 def taps_kernel(
     qkv, k, bias, dy, sums, heads: tl.int32, batch: tl.int32, splits: tl.int32,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PARTS: tl.constexpr,
     N: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M * H * splits of the tiles,); sums [M H, splits, N, 2, C]."""
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     size = batch * (N * C)
     kind: tl.constexpr = qkv.dtype.element_ty
-    q_head, v_head = _head(qkv, row, heads, size, Q, 3, HEAD), _head(qkv, row, heads, size, V, 3, HEAD)
-    k_head = _head(k, row, heads, size, K if K_PARTS == 3 else 0, K_PARTS, HEAD)
+    q_head, v_head = _head(qkv, row, heads, size, QUERIES, 3, HEAD), _head(qkv, row, heads, size, VALUES, 3, HEAD)
+    k_head = _head(k, row, heads, size, 0, 1, HEAD)
     part = tl.arange(0, HEAD)
-    q_bias, v_bias = _bias(bias, row, heads, Q, part, HEAD, 1), _bias(bias, row, heads, V, part, HEAD, 2)
-    k_bias = _bias(bias, row, heads, K, part, HEAD, 1) if K_PARTS == 3 else 0.0
+    q_bias, v_bias = _bias(bias, row, heads, QUERIES, part, HEAD, 1), _bias(bias, row, heads, VALUES, part, HEAD, 2)
     dy_head = _head(dy, row, heads, size, 0, 1, HEAD)
     i = tl.arange(0, C)
     acc = ()
@@ -204,7 +196,7 @@ def taps_kernel(
         at_a, at_b = place + _along(part, HEAD, 1) * heads * size, place + _along(part, HEAD, 2) * heads * size
         early, late = (), ()
         for s in tl.static_range(N):
-            k_chunk, v_chunk = _chunk(k_head, k_bias, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
+            k_chunk, v_chunk = _chunk(k_head, 0.0, at_a + s * C, inside), _chunk(v_head, v_bias, at_b + s * C, inside)
             early = early + (_products(k_chunk, v_chunk, kind, HEAD, S),)
             q_chunk, dy_chunk = _chunk(q_head, q_bias, at_a + s * C, inside), _chunk(dy_head, 0.0, at_b + s * C, inside)
             late = late + (_products(q_chunk, dy_chunk, kind, HEAD, S),)
@@ -214,86 +206,52 @@ def taps_kernel(
         store_diagonals(acc[m], sums + m * 2 * C, C)
 
 
-class Parts(NamedTuple):
-    """Where q, k and v stand among the three parts of qkv."""
-
-    q: int
-    k: int
-    v: int
-
-
-def parts_of(q: int) -> Parts:
-    """Keys come before values."""
-    k, v = (part for part in range(3) if part != q)
-    return Parts(q, k, v)
-
-
-class Problem(NamedTuple):
-    """What all launches of a call share: tensors as kernels see them, and sizes.
-
-    K is a part of qkv, or what the shift has made of it and of its bias.
-    """
-
-    qkv: Tensor
-    k: Tensor
-    bias: Tensor
-    blocks: Tensor
-    heads: int
-    constants: dict[str, int]
-
-
-def forward(qkv: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor | None, q: int) -> tuple[Tensor, Tensor]:
+def forward(qkv: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor) -> tuple[Tensor, Tensor]:
     """See `kernels.convolutions.gated_long_conv_operator`."""
-    tokens = qkv.shape[-1]
+    tokens, heads = qkv.shape[-1], taps_MHL.shape[1]
     qkv, bias = _whole(qkv), bias.contiguous()
-    k = qkv.new_empty(0) if shift_MDK is None else shifted(qkv, bias, shift_MDK, parts_of(q).k)
-    problem = _problem(qkv, k, bias, taps_MHL, q)
-    members, _, width, batch, length = qkv.shape
-    y = qkv.new_empty(members, width, batch, length)
-    sequences = _sequences(problem, COLUMNS)
-    forward_kernel[(members * problem.heads * triton.cdiv(batch, sequences),)](
-        *problem[:4], y, problem.heads, batch, S=sequences, num_warps=WARPS, **problem.constants
-    )
+    members, _, _, batch, length = qkv.shape
+    k = shifted(qkv, bias, shift_MDK, KEYS.value)
+    y = torch.empty_like(k)
+    blocks, sizes = toeplitz_blocks(taps_MHL, length, qkv.dtype), _sizes(qkv, heads, COLUMNS)
+    grid = (members * heads * triton.cdiv(batch, sizes["S"]),)
+    forward_kernel[grid](qkv, k, bias, blocks, y, heads, batch, num_warps=WARPS, **sizes)
     return y[..., :tokens], k
 
 
 def backward(
-    dy: Tensor, qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor | None, q: int
+    dy: Tensor, qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, shift_MDK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, in fp32 of its bias, of the filters, and of the shift's, empty where there is none."""
+    """Gradients of qkv, in fp32 of its bias, of the filters, and of the shift's."""
     tokens = qkv.shape[-1]
     qkv, dy, bias = _whole(qkv), _whole(dy), bias.contiguous()
-    problem = _problem(qkv, k, bias, taps_MHL, q)
-    members, _, width, batch, length = qkv.shape
-    d_qkv = torch.empty_like(qkv)
-    dk = d_qkv if shift_MDK is None else torch.empty_like(k)
-    sequences = _sequences(problem, BACK_COLUMNS)
-    tiles = triton.cdiv(batch, sequences)
-    bias_sums = qkv.new_empty(tiles, members, 3, width, dtype=torch.float32)
-    backward_kernel[(members * problem.heads * tiles,)](
-        *problem[:4], dy, d_qkv, dk, bias_sums, problem.heads, batch, S=sequences, num_warps=BACK_WARPS, **problem.constants
-    )
-    sequences = _sequences(problem, GRADIENT_COLUMNS)
-    splits = min(SPLITS, triton.cdiv(batch, sequences))
-    sums = qkv.new_empty(members * problem.heads, splits, length // CHUNK, 2, CHUNK, dtype=torch.float32)
-    taps_kernel[(members * problem.heads * splits,)](
-        *problem[:3],
-        dy,
-        sums,
-        problem.heads,
-        batch,
-        splits,
-        S=sequences,
-        num_warps=GRADIENT_WARPS,
-        num_stages=GRADIENT_STAGES,
-        **problem.constants,
-    )
-    dbias, dtaps = bias_sums.sum(0), taps_gradient(sums, tokens, taps_MHL)
-    if shift_MDK is None:
-        return d_qkv[..., :tokens], dbias, dtaps, dtaps.new_empty(0)
-    part = parts_of(q).k
-    dbias[:, part], dshift = shifted_backward(dk, qkv, bias, shift_MDK, d_qkv, part, tokens)
+    d_qkv, dk, dbias = _backward_of_qkv(dy, qkv, k, bias, taps_MHL)
+    dtaps = _backward_of_taps(dy, qkv, k, bias, taps_MHL, tokens)
+    dbias[:, KEYS.value], dshift = shifted_backward(dk, qkv, bias, shift_MDK, d_qkv, KEYS.value, tokens)
     return d_qkv[..., :tokens], dbias, dtaps, dshift
+
+
+def _backward_of_qkv(dy: Tensor, qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv and of its bias, without those of keys, and of what the shift made of these."""
+    members, _, width, batch, length = qkv.shape
+    heads, d_qkv, dk = taps_MHL.shape[1], torch.empty_like(qkv), torch.empty_like(k)
+    blocks, sizes = toeplitz_blocks(taps_MHL, length, qkv.dtype), _sizes(qkv, heads, BACK_COLUMNS)
+    tiles = triton.cdiv(batch, sizes["S"])
+    sums = qkv.new_empty(tiles, members, 3, width, dtype=torch.float32)
+    grid = (members * heads * tiles,)
+    backward_kernel[grid](qkv, k, bias, blocks, dy, d_qkv, dk, sums, heads, batch, num_warps=BACK_WARPS, **sizes)
+    return d_qkv, dk, sums.sum(0)
+
+
+def _backward_of_taps(dy: Tensor, qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, tokens: int) -> Tensor:
+    members, heads, _ = taps_MHL.shape
+    batch, sizes = qkv.shape[3], _sizes(qkv, heads, GRADIENT_COLUMNS)
+    splits = min(SPLITS, triton.cdiv(batch, sizes["S"]))
+    sums = qkv.new_empty(members * heads, splits, sizes["N"], 2, CHUNK, dtype=torch.float32)
+    taps_kernel[(members * heads * splits,)](
+        qkv, k, bias, dy, sums, heads, batch, splits, num_warps=GRADIENT_WARPS, num_stages=GRADIENT_STAGES, **sizes
+    )
+    return taps_gradient(sums, tokens, taps_MHL)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -302,18 +260,7 @@ def _whole(x: Tensor) -> Tensor:
     return (F.pad(x, (0, rest)) if rest else x).contiguous()  # padding by nothing is a copy
 
 
-def _problem(qkv: Tensor, k: Tensor, bias: Tensor, taps_MHL: Tensor, q: int) -> Problem:
-    is_part, heads = k.numel() == 0, taps_MHL.shape[1]
-    constants = parts_of(q)._asdict()
-    constants = {name.upper(): part for name, part in constants.items()} | {
-        "K_PARTS": 3 if is_part else 1,
-        "N": qkv.shape[-1] // CHUNK,
-        "HEAD": qkv.shape[2] // heads,
-        "C": CHUNK,
-    }
-    blocks = toeplitz_blocks(taps_MHL, qkv.shape[-1], qkv.dtype)
-    return Problem(qkv, qkv if is_part else k, bias, blocks, heads, constants)
-
-
-def _sequences(problem: Problem, columns: int) -> int:
-    return columns // problem.constants["HEAD"] ** 2
+def _sizes(qkv: Tensor, heads: int, columns: int) -> dict[str, int]:
+    """Constants of a kernel that has so many columns."""
+    head = qkv.shape[2] // heads
+    return {"N": qkv.shape[-1] // CHUNK, "HEAD": head, "S": columns // head**2, "C": CHUNK}

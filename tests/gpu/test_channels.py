@@ -1,4 +1,4 @@
-"""Convolutions that work channel by channel on a CUDA device: exact in 16 bits, as members, and captured in a graph."""
+"""The gated long convolution on a CUDA device: exact in 16 bits, as members, and captured in a graph."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ from tests.kernels import cases_channels as cases
 
 pytestmark = pytest.mark.gpu
 
-LARGE = ((2, 5, 300, 256, 256, 0), (1, 7, 130, 192, 0, 1))
+LARGE = ((2, 5, 300, 256, 256), (1, 7, 130, 192, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [*cases.GATED, *LARGE], ids=str)
-def test_gated_equals_the_definition(case: tuple[int, ...], dtype: torch.dtype) -> None:
-    cases.check_gated(case, "cuda", dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [*cases.SHORT, (5, 64, 256, 3)], ids=str)
-def test_short_equals_the_definition(case: tuple[int, ...], dtype: torch.dtype) -> None:
-    cases.check_short(case, "cuda", dtype)
+@pytest.mark.parametrize("case", [*cases.CASES, *LARGE], ids=str)
+def test_equals_the_definition(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    cases.check(case, "cuda", dtype)
 
 
 def test_members() -> None:
@@ -31,13 +25,13 @@ def test_members() -> None:
 
 
 def test_in_a_graph() -> None:
-    leaves = cases.gated_leaves((2, 8, 3, 200, 20, 0), "cuda", torch.bfloat16)
+    leaves = cases.leaves_of((2, 8, 3, 200, 20), "cuda", torch.bfloat16)
     with torch.no_grad(), watched() as seen:
-        want = cases.called(leaves, 0)
+        want = gated_long_conv(*leaves.values())
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = gated_long_conv(leaves["qkv"], leaves["bias"], leaves["filter"], leaves["shift"])
+            got = gated_long_conv(*leaves.values())
     graph.replay()
     assert seen["gated_long_conv"] == "triton"
     assert torch.equal(got, want)

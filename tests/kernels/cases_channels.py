@@ -5,21 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.conv import channel_short_conv, gated_long_conv
+from kernels.conv import gated_long_conv
 from kernels.dispatch import use_backend
-from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
+from tests.kernels.oracle import SIXTEEN_BIT, poisoned, require_close
 
-GATED = (
-    (1, 1, 1, 5, 0, 0),
-    (2, 2, 2, 70, 300, 0),
-    (2, 3, 3, 64, 9, 0),
-    (1, 2, 70, 100, 0, 1),
-    (2, 1, 33, 200, 100, 2),
-    (2, 1, 2, 256, 32, 0),
+CASES = (
+    (1, 1, 1, 5, 1),
+    (2, 2, 2, 70, 300),
+    (2, 3, 3, 64, 9),
+    (1, 2, 70, 100, 100),
+    (2, 1, 33, 200, 65),
+    (2, 1, 2, 256, 32),
 )
-"""Channels of a head, heads, sequences, length, taps of the shift and place of the queries: whole and broken chunks and tiles."""
-SHORT = ((1, 1, 1, 1), (3, 2, 5, 3), (2, 33, 65, 4), (1, 3, 1024, 2))
-"""Channels, sequences, length and taps: runs that end within a sequence and within a program."""
+"""Channels of a head, heads, sequences, length and taps of the shift: whole and broken chunks and tiles."""
 
 
 def convolved(x_DBT: Tensor, taps_DL: Tensor) -> Tensor:
@@ -31,13 +29,10 @@ def convolved(x_DBT: Tensor, taps_DL: Tensor) -> Tensor:
     return y
 
 
-def gated(leaves: dict[str, Tensor], q: int) -> Tensor:
-    """The definition of `gated_long_conv`."""
-    parts = [*(leaves["qkv"] + leaves["bias"][:, None, None]).chunk(3)]
-    queries, keys, values = parts.pop(q), *parts
-    keys = convolved(keys, leaves["shift"]) if "shift" in leaves else keys
-    heads = len(leaves["filter"])
-    per_head = [part.unflatten(0, (-1, heads)) for part in (queries, keys, values)]
+def definition(leaves: dict[str, Tensor]) -> Tensor:
+    """The sums of `gated_long_conv`."""
+    queries, keys, values = (leaves["qkv"] + leaves["bias"][:, None, None]).chunk(3)
+    per_head = (part.unflatten(0, (-1, len(leaves["filter"]))) for part in (queries, convolved(keys, leaves["shift"]), values))
     queries, keys, values = per_head
     return torch.cat([_read(queries, keys, value, leaves["filter"]) for value in values])
 
@@ -47,29 +42,15 @@ def _read(queries: Tensor, keys: Tensor, value: Tensor, taps: Tensor) -> Tensor:
     return torch.stack([q * convolved(k * value, taps) for q, k in zip(queries, keys, strict=True)]).sum(0)
 
 
-def short(leaves: dict[str, Tensor]) -> Tensor:
-    """The definition of `channel_short_conv`."""
-    return convolved(leaves["x"] + leaves["bias"][:, None, None], leaves["weight"].flip(1))
-
-
-def gated_leaves(case: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fresh arguments: those that are projected in `dtype`, parameters in fp32."""
-    width, heads, batch, length, n_taps, _ = case
+def leaves_of(case: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Fresh arguments: what is projected in `dtype`, parameters in fp32."""
+    width, heads, batch, length, n_taps = case
     leaves = {
         "qkv": torch.randn(3 * width * heads, batch, length, device=device).to(dtype),
         "bias": torch.randn(3 * width * heads, device=device),
         "filter": torch.randn(heads, length, device=device) / length**0.5,
+        "shift": torch.randn(width * heads, n_taps, device=device) / n_taps**0.5,
     }
-    if n_taps:
-        leaves["shift"] = torch.randn(width * heads, n_taps, device=device) / n_taps**0.5
-    return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-
-
-def short_leaves(case: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same of the short convolution."""
-    width, batch, length, taps = case
-    x = torch.randn(width, batch, length, device=device).to(dtype)
-    leaves = {"x": x, "bias": torch.randn(width, device=device), "weight": torch.randn(width, taps, device=device)}
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
 
@@ -84,50 +65,29 @@ def in_fp64(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: leaf.detach().double().cpu().requires_grad_() for name, leaf in leaves.items()}
 
 
-def called(leaves: dict[str, Tensor], q: int) -> Tensor:
-    """`gated_long_conv` of leaves."""
-    return gated_long_conv(leaves["qkv"], leaves["bias"], leaves["filter"], leaves.get("shift"), q=q)
-
-
-def check_gated(case: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
+def check(case: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
     """Output and gradients against fp64, fresh memory poisoned; repeats are equal to the bit."""
-    leaves, q = gated_leaves(case, device, dtype), case[-1]
+    leaves = leaves_of(case, device, dtype)
     weight = torch.randn(len(leaves["qkv"]) // 3, *case[2:4], device=device).to(dtype)
     with use_backend("triton"), poisoned():
-        got = [differentiated(called(leaves, q), leaves, weight) for _ in range(3)]
+        got = [differentiated(gated_long_conv(*leaves.values()), leaves, weight) for _ in range(3)]
     assert all(torch.equal(tensor, again[name]) for again in got[1:] for name, tensor in got[0].items())
     true = in_fp64(leaves)
-    require_close(got[0], differentiated(gated(true, q), true, weight.double().cpu()), SIXTEEN_BIT)
-
-
-def check_short(case: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
-    """The same of the short convolution."""
-    leaves = short_leaves(case, device, dtype)
-    weight = torch.randn(case[:3], device=device).to(dtype)
-    with use_backend("triton"), poisoned():
-        got = [differentiated(channel_short_conv(**_named(leaves)), leaves, weight) for _ in range(3)]
-    assert all(torch.equal(tensor, again[name]) for again in got[1:] for name, tensor in got[0].items())
-    true = in_fp64(leaves)
-    tolerance = SINGLE if dtype == torch.float32 else SIXTEEN_BIT
-    require_close(got[0], differentiated(short(true), true, weight.double().cpu()), tolerance)
-
-
-def _named(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"x_DBT": leaves["x"], "bias_D": leaves["bias"], "weight_DK": leaves["weight"]}
+    require_close(got[0], differentiated(definition(true), true, weight.double().cpu()), SIXTEEN_BIT)
 
 
 def check_members(device: str) -> None:
     """Members with parameters of their own are one launch and come out as they do alone; so they do compiled."""
-    members = [gated_leaves((2, 2, 3, 20, 9, 0), device, torch.float16) for _ in range(2)]
+    members = [leaves_of((2, 2, 3, 20, 9), device, torch.float16) for _ in range(2)]
     stacked = {name: torch.stack([leaves[name].detach() for leaves in members]).requires_grad_() for name in members[0]}
-    mapped = torch.vmap(lambda leaves: called(leaves, 0))
+    mapped = torch.vmap(lambda leaves: gated_long_conv(*leaves.values()))
     with use_backend("triton"), poisoned():
         y = mapped(stacked)
         together = torch.autograd.grad(y.float().square().sum(), list(stacked.values()))
         compiled = torch.compile(mapped, backend="aot_eager", fullgraph=True)(stacked)
         again = torch.autograd.grad(compiled.float().square().sum(), list(stacked.values()))
         for index, leaves in enumerate(members):
-            alone = called(leaves, 0)
+            alone = gated_long_conv(*leaves.values())
             own = torch.autograd.grad(alone.float().square().sum(), list(leaves.values()))
             assert torch.equal(alone, y[index])
             assert all(torch.equal(a[index], b) for a, b in zip(together, own, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.adamw import adamw_step
 from kernels.attention import banded_attention
-from kernels.conv import channel_short_conv, gated_long_conv, long_conv, short_conv, short_conv_step
+from kernels.conv import gated_long_conv, long_conv, short_conv, short_conv_step
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
@@ -136,7 +136,6 @@ DOORS = {
     "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
     "long_conv": Door(long_conv, {"x": r(B, T, D), "filter": r(D, T)}),
     "gated_long_conv": Door(gated_long_conv, {"qkv": r(3 * D, B, T), "bias": r(3 * D), "filter": r(D, T), "shift": r(D, J)}),
-    "channel_short_conv": Door(channel_short_conv, {"x": r(D, B, T), "bias": r(D), "weight": r(D, J)}),
     "banded_attention": Door(banded, {**qkv(B, H, T), **SINKS}),
     "sparse_attention": Door(lambda q, k, v: sparse_attention(q, k, v, pattern="strided", stride=2), qkv(B, H, T)),
     "block_attention": Door(
@@ -173,10 +172,9 @@ FREE = {(door, "v") for door in ("vector gates", "sparse_attention", "block_atte
     ("gated_conv", "taps"),
     ("gated_long_conv", "filter"),
     ("gated_long_conv", "shift"),
-    ("channel_short_conv", "weight"),
 }
 """Tensors whose last axis may have any length."""
-FREE_PAIR = {("gated_long_conv", "qkv"), ("channel_short_conv", "x")}
+FREE_PAIR = {("gated_long_conv", "qkv")}
 """Tensors whose last two axes may."""
 ROWS = [
     (door, argument, fault)

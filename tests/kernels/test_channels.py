@@ -1,4 +1,4 @@
-"""What works channel by channel, in its torch form: convolutions, linear maps and the choice of positions."""
+"""What works channel by channel: the gated long convolution in its torch form, linear maps and the choice of positions."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ import pytest
 import torch
 
 from kernels.channels import from_channels, to_channels
-from kernels.conv import channel_short_conv, gated_long_conv
+from kernels.conv import gated_long_conv
 from kernels.rows import pick_rows, pick_times
 from tests.kernels import cases_channels as cases
 
 
-@pytest.mark.parametrize("case", [*cases.GATED, (3, 2, 2, 300, 0, 1)])
+@pytest.mark.parametrize("case", [*cases.CASES, (3, 2, 2, 300, 20)])
 def test_gated_long_conv(case: tuple[int, ...]):
-    leaves = cases.in_fp64(cases.gated_leaves(case, "cpu", torch.float64))
+    leaves = cases.in_fp64(cases.leaves_of(case, "cpu", torch.float64))
     weight = torch.randn(len(leaves["qkv"]) // 3, *case[2:4], dtype=torch.float64)
-    got = cases.differentiated(cases.called(leaves, case[-1]), leaves, weight)
-    for name, tensor in cases.differentiated(cases.gated(leaves, case[-1]), leaves, weight).items():
-        torch.testing.assert_close(got[name], tensor)
-
-
-@pytest.mark.parametrize("case", [*cases.SHORT, (2, 2, 9, 6)])
-def test_channel_short_conv(case: tuple[int, ...]):
-    leaves = cases.in_fp64(cases.short_leaves(case, "cpu", torch.float64))
-    weight = torch.randn(case[:3], dtype=torch.float64)
-    got = cases.differentiated(channel_short_conv(*leaves.values()), leaves, weight)
-    for name, tensor in cases.differentiated(cases.short(leaves), leaves, weight).items():
+    got = cases.differentiated(gated_long_conv(*leaves.values()), leaves, weight)
+    for name, tensor in cases.differentiated(cases.definition(leaves), leaves, weight).items():
         torch.testing.assert_close(got[name], tensor)
 
 
@@ -60,4 +51,4 @@ def test_positions_are_picked_as_from_rows():
 
 def test_channels_that_are_no_heads():
     with pytest.raises(ValueError, match="qkv has 8 channels; a filter of 2 heads needs a multiple of 6"):
-        gated_long_conv(torch.randn(8, 2, 4), torch.randn(8), torch.randn(2, 4))
+        gated_long_conv(torch.randn(8, 2, 4), torch.randn(8), torch.randn(2, 4), torch.randn(2, 3))

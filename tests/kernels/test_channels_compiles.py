@@ -12,8 +12,7 @@ from tests.kernels.offline import Resources, compile_sm90
 
 POINTERS = dict.fromkeys(("qkv", "k", "blocks", "y", "dy", "d_qkv", "dk", "x"), "*bf16+") | {"bias": "*fp32+", "sums": "*fp32+"}
 SIZES = dict.fromkeys(("heads", "batch", "splits", "width"), "i32")
-OF_H3 = {"Q": 0, "K": 1, "V": 2, "K_PARTS": 1, "HEAD": 2, "N": 4, "C": plain.CHUNK}
-OF_HYENA = {"Q": 1, "K": 0, "V": 2, "K_PARTS": 3, "HEAD": 1, "N": 1, "C": plain.CHUNK}
+CHUNKS = (1, pytest.param(4, marks=pytest.mark.slow))
 
 
 def compile_kernel(kernel: Any, warps: int, *, stages: int | None = None, **constants: Any) -> Resources:
@@ -30,17 +29,18 @@ def require_fit(used: Resources) -> None:
     assert "wgmma.mma_async" in used.ptx
 
 
-@pytest.mark.parametrize("constants", [OF_H3, OF_HYENA], ids=["h3", "hyena"])
-def test_gated(constants: dict[str, int]):
-    pairs = constants["HEAD"] ** 2
-    require_fit(compile_kernel(shipped.forward_kernel, shipped.WARPS, S=shipped.COLUMNS // pairs, **constants))
-    require_fit(compile_kernel(shipped.backward_kernel, shipped.BACK_WARPS, S=shipped.BACK_COLUMNS // pairs, **constants))
-    sizes = {"S": shipped.GRADIENT_COLUMNS // pairs, "stages": shipped.GRADIENT_STAGES}
-    require_fit(compile_kernel(shipped.taps_kernel, shipped.GRADIENT_WARPS, **sizes, **constants))
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_gated(chunks: int):
+    common = {"HEAD": 2, "N": chunks, "C": plain.CHUNK}
+    require_fit(compile_kernel(shipped.forward_kernel, shipped.WARPS, S=shipped.COLUMNS // 4, **common))
+    require_fit(compile_kernel(shipped.backward_kernel, shipped.BACK_WARPS, S=shipped.BACK_COLUMNS // 4, **common))
+    sizes = {"S": shipped.GRADIENT_COLUMNS // 4, "stages": shipped.GRADIENT_STAGES}
+    require_fit(compile_kernel(shipped.taps_kernel, shipped.GRADIENT_WARPS, **sizes, **common))
 
 
-def test_shift():
-    common = {"N": 4, "REACH": 2, "C": plain.CHUNK}
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_shift(chunks: int):
+    common = {"N": chunks, "REACH": min(chunks, 2), "C": plain.CHUNK}
     forward, back = {"X_PARTS": 3, "X": 1, "Y_PARTS": 1, "Y": 0}, {"X_PARTS": 1, "X": 0, "Y_PARTS": 3, "Y": 1}
     for parts, backwards in ((forward, False), (back, True)):
         require_fit(compile_kernel(plain.channel_conv_kernel, plain.WARPS, S=plain.SEQUENCES, BACK=backwards, **parts, **common))
