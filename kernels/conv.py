@@ -162,22 +162,30 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
             return long_conv(x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type)), filter_DL).to(x_BTD.dtype)
     length = x_BTD.shape[1]
-    if pick("long_conv", x_BTD, obstacle=_wants_fft(x_BTD), tensor_cores=True) == "triton":
+    if pick("long_conv", x_BTD, obstacle=_wants_fft(length, x_BTD.dtype), tensor_cores=True) == "triton":
         return long_conv_operator(x_BTD, filter_DL[None])
-    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    return _by_fft(x_BTD, filter_DL[:, :length].t(), 1)
+
+
+def _by_fft(x: Tensor, taps: Tensor, time: int) -> Tensor:
+    """The convolution along axis `time`, whose place in the taps is the same from the end.
+
+    A compiler keeps the order of x in memory but takes that of a transform's result for the usual one, so x lies as its axes say.
+    """
+    length, dtype = x.shape[time], torch.promote_types(x.dtype, torch.float32)
     size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        x_BFD = torch.fft.rfft(x_BTD.to(dtype), n=size, dim=1)
-        filter_FD = torch.fft.rfft(filter_DL[:, :length].to(dtype).t(), n=size, dim=0)
-        y_BTD = torch.fft.irfft(x_BFD * filter_FD, n=size, dim=1)[:, :length]
-    return y_BTD.to(x_BTD.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        x_F = torch.fft.rfft(x.to(dtype), n=size, dim=time)
+        taps_F = torch.fft.rfft(taps.to(dtype), n=size, dim=time - x.ndim)
+        y = torch.fft.irfft(x_F * taps_F, n=size, dim=time).narrow(time, 0, length)
+    return y.to(x.dtype)
 
 
-def _wants_fft(x_BTD: Tensor) -> str | None:
+def _wants_fft(length: int, dtype: torch.dtype) -> str | None:
     """What keeps a long convolution from its Triton form."""
-    if x_BTD.shape[1] > LONGEST_TOEPLITZ:
-        return f"{x_BTD.shape[1]} tokens are more than {LONGEST_TOEPLITZ}"
-    return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"
+    if length > LONGEST_TOEPLITZ:
+        return f"{length} tokens are more than {LONGEST_TOEPLITZ}"
+    return None if dtype.itemsize == 2 else f"{dtype} is more exact by an FFT"
 
 
 def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor) -> Tensor:
@@ -214,12 +222,20 @@ def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK
         qkv, bias = qkv_EBT.unflatten(0, (3, width))[None], bias_E.view(1, 3, width)
         y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], shift_DK[None])
         return y.squeeze(0)  # the gradient of an index would be a copy into zeros
-    q_BTD, k_BTD, v_BTD = (qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).permute(1, 2, 0).chunk(3, -1)
-    per_head = (a.unflatten(-1, (-1, heads)).movedim(-2, 0) for a in (q_BTD, long_conv(k_BTD, shift_DK), v_BTD))
-    q_IBTH, k_IBTH, v_JBTH = per_head
-    kv_IJBTH = k_IBTH[:, None] * v_JBTH
-    y_IJBTH = long_conv(kv_IJBTH.flatten(0, 2), filter_HL).view_as(kv_IJBTH)
-    return (q_IBTH[:, None] * y_IJBTH).sum(0).permute(0, 3, 1, 2).flatten(0, 1)
+    q_DBT, k_DBT, v_DBT = (qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).chunk(3)
+    per_head = (a.unflatten(0, (-1, heads)) for a in (q_DBT, _channel_long_conv(k_DBT, shift_DK), v_DBT))
+    q_IHBT, k_IHBT, v_JHBT = per_head
+    y_IJHBT = _channel_long_conv(k_IHBT[:, None] * v_JHBT, filter_HL)
+    return (q_IHBT[:, None] * y_IJHBT).sum(0).flatten(0, 1)
+
+
+def _channel_long_conv(x: Tensor, filter_DL: Tensor) -> Tensor:
+    """`long_conv` of [..., D, B, T]."""
+    length = x.shape[-1]
+    if pick("long_conv", x, obstacle=_wants_fft(length, x.dtype), tensor_cores=True) == "triton":
+        rows = x.movedim(-3, -1)
+        return long_conv_operator(rows.flatten(0, -3), filter_DL[None]).view(rows.shape).movedim(-1, -3)
+    return _by_fft(x, filter_DL[:, None, :length], x.ndim - 1)
 
 
 def _not_unrolled(qkv_EBT: Tensor, head_width: int) -> str | None:

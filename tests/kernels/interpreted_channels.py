@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from kernels.conv import gated_long_conv
+from kernels.conv import _channel_long_conv, gated_long_conv
 from kernels.convolutions.gated_long_conv_operator import gated_long_conv_operator
 from kernels.dispatch import use_backend
 from tests.kernels import cases_channels as cases
+from tests.kernels.oracle import SIXTEEN_BIT, poisoned, require_close
 
 REGISTERED = ("test_schema", "test_faketensor", "test_autograd_registration")
 
@@ -14,6 +15,14 @@ REGISTERED = ("test_schema", "test_faketensor", "test_autograd_registration")
 @pytest.mark.parametrize("case", cases.CASES)
 def test_equals_the_definition(case: tuple[int, ...]):
     cases.check(case, "cpu", torch.float16)
+
+
+def test_longer_sequences_take_the_other_kernels():
+    x, taps = torch.randn(2, 3, 2, 300, dtype=torch.float16), torch.randn(3, 300) / 300**0.5
+    with use_backend("triton"), poisoned():
+        got = _channel_long_conv(x, taps)
+    true = torch.stack([cases.convolved(heads.double(), taps.double()) for heads in x])
+    require_close({"y": got}, {"y": true}, SIXTEEN_BIT)
 
 
 def test_members():

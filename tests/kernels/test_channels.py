@@ -20,6 +20,18 @@ def test_gated_long_conv(case: tuple[int, ...]):
         torch.testing.assert_close(got[name], tensor)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_compiled_gradients_of_the_torch_form():
+    leaves = cases.leaves_of((2, 2, 3, 20, 9), "cpu", torch.float32)
+    compiled = torch.compile(gated_long_conv, fullgraph=True)
+    got, want = (
+        torch.autograd.grad(call(*leaves.values()).square().sum(), list(leaves.values())) for call in (compiled, gated_long_conv)
+    )
+    for found, true in zip(got, want, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("members", [None, 1, 3])
 @pytest.mark.parametrize("way", ["to", "from"])
 def test_linear_maps_and_the_layout_of_their_gradients(way: str, members: int | None):
