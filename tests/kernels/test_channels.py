@@ -21,7 +21,7 @@ def test_gated_long_conv(case: tuple[int, ...]):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning", "ignore:Torchinductor does not support:UserWarning")
 def test_compiled_gradients_of_the_torch_form():
     leaves = cases.leaves_of((2, 2, 3, 20, 9), "cpu", torch.float32)
     compiled = torch.compile(gated_long_conv, fullgraph=True)
