@@ -26,7 +26,8 @@ from kernels.operands import (
 )
 from kernels.walks import walk_grouped, walk_hopper_launch, walk_hopper_plan
 from kernels.walks.walk_config import Backward, Config, backward_config, forward_config, tile_of
-from kernels.walks.walk_decays import decay_gradient, gate_every, gate_of
+from kernels.walks.walk_crossings import Segments
+from kernels.walks.walk_decays import RowSums, decay_gradient, gate_every, gate_of
 from kernels.walks.walk_pieces import n_segments, share_out
 from kernels.walks.walk_segments import segments
 
@@ -156,7 +157,7 @@ def backward(
     dgate = _nothing(v)
     if gate_grad:
         assert log_decay is not None
-        dgate = decay_gradient(rowsums, log_decay, starts, final, dfinal, dot)
+        dgate = decay_gradient(rowsums, log_decay, starts, final, dlast, dot)
     heads_of = dq.shape[2] // k.shape[2]
     if heads_of > 1:
         dq, dk = _sum_heads(dq, dk, k.shape[2])
@@ -172,13 +173,13 @@ def _walk_back(
     dfirst: Tensor,
     *,
     gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and keys for each head [B, T, H, K], and what sums to that of the cumulated decays [parts, B, H, T].
+) -> tuple[Tensor, Tensor, RowSums]:
+    """Gradients of queries and keys for each head [B, T, H, K], and what sums to that of the cumulated decays.
 
     `narrow` are q, k, v and do in the dtype of the products; `dv` and `dfirst` are written.
     """
     from kernels.walks.walk_gradients_triton import apart_kernel
-    from kernels.walks.walk_triton import FULL_PROBE, NO_PROBE, STATE_PROBE
+    from kernels.walks.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, STATE_PROBE
 
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, v_dim = v.shape
@@ -205,7 +206,8 @@ def _walk_back(
             GATE=_gate_kind(log_decay), FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, PIECES=pieces.kind,
             DOT=_triton_dtype(v.dtype), PRECISION=_precision(v.dtype), STAGES=own.stages, num_warps=own.warps, **flags,
         )  # fmt: skip
-    return dq, dk, rowsums
+    between = Segments(entering, sums, decays, pieces.length) if pieces.kind == SEGMENTS.value else None
+    return dq, dk, RowSums(rowsums, key_tiles if config.together else 0, config.queries.chunk, between)
 
 
 def _backward_launches(config: Backward, key_tiles: int, value_tiles: int) -> list[tuple[Any, int, Config, dict[str, Any]]]:

@@ -5,8 +5,13 @@ Shape legend: B batch, T time, H heads, M rows of a constant decay.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from kernels.operands import _gate_kind
+from kernels.walks.walk_crossings import Chunks, Segments
 
 DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
 """Tokens of a tile of the decays' gradient, and programs that share a long row."""
@@ -22,8 +27,25 @@ def gate_every(log_decay: Tensor | None, batch: int) -> int:
     return 1 if log_decay is None or log_decay.ndim == 3 else batch // log_decay.shape[0]
 
 
+class RowSums(NamedTuple):
+    """What sums to the gradient of the cumulated decays.
+
+    Args:
+        parts: what a token adds, [parts, B, H, T].
+        reads: so many of the parts are what queries read from chunks before their own, and the others all else; 0 where the
+            parts are not apart.
+        chunk: tokens of a chunk.
+        between: states between pieces of long rows, or None: sums of whole rows and of packed sequences.
+    """
+
+    parts: Tensor
+    reads: int
+    chunk: int
+    between: Segments | Chunks | None = None
+
+
 def decay_gradient(
-    rowsums: Tensor,
+    sums: RowSums,
     log_decay: Tensor,
     starts: Tensor | None,
     final_BHKV: Tensor | None,
@@ -33,24 +55,28 @@ def decay_gradient(
     """Gradient of the log decays: each is part of the cumulated decay of its own and all later tokens of its sequence.
 
     What the final state adds nearly cancels with what the last tokens wrote of it, so its gradient is rounded to the dtype of the
-    products here as well.
+    products here as well. With states between segments each of these is summed by itself, from the state and the gradient there.
     """
-    from kernels.walks.walk_gradients_triton import decay_gradient_kernel
+    from kernels.walks.walk_decays_triton import decay_gradient_kernel
     from kernels.walks.walk_triton import SEGMENTS, SEQUENCES
 
-    parts, batch, heads, length = rowsums.shape
+    parts, batch, heads, length = sums.parts.shape
+    tokens = max(DECAY_ROWS, -(-length // (DECAY_SEGMENTS * sums.chunk)) * sums.chunk)
+    pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
     ends = None
-    if dfinal_BHKV is not None:
+    if sums.between is not None:
+        ends = sums.between.crossing(final_BHKV, dfinal_BHKV, dot)
+        tokens, pieces = sums.between.length, ends.shape[1]
+    elif dfinal_BHKV is not None:
         assert final_BHKV is not None
         ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))
-    tokens = max(DECAY_ROWS, -(-length // DECAY_SEGMENTS))
-    pieces = -(-length // tokens) if starts is None else starts.shape[0] - 1
-    later_BTH = rowsums.new_empty(batch, length, heads)
+    later_BTH = sums.parts.new_empty(batch, length, heads)
     decay_gradient_kernel[(batch * pieces * heads,)](
-        rowsums, rowsums if starts is None else starts, rowsums if ends is None else ends, later_BTH,
-        rowsums.stride(0), rowsums.stride(2), length, heads, pieces, tokens,
-        PARTS=parts, ENDS=ends is not None, PIECES=(SEGMENTS if starts is None else SEQUENCES).value,
-        ROWS=DECAY_ROWS, num_warps=8,
+        sums.parts, gate_of(log_decay, later_BTH), later_BTH if starts is None else starts, later_BTH if ends is None else ends,
+        later_BTH, sums.parts.stride(0), sums.parts.stride(2), length, heads, gate_every(log_decay, batch), pieces, tokens,
+        PARTS=parts, READS=sums.reads, GATE=_gate_kind(log_decay), ENDS=ends is not None,
+        APART=sums.between is not None or starts is not None,
+        PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, num_warps=8,
     )  # fmt: skip
     if log_decay.ndim == 3:
         return later_BTH

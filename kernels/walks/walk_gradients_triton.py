@@ -23,7 +23,6 @@ from kernels.walks.walk_triton import (
     NO_PROBE,
     SCALAR_GATE,
     SEGMENTS,
-    SEQUENCES,
     _bounds,
     _gate_of,
     _initial,
@@ -223,39 +222,6 @@ def apart_kernel(
         )  # fmt: skip
         if FIRST:
             tl.store(dfirst + state + at_KV, state_KV, mask=in_KV & ((PIECES != SEGMENTS) | (piece == 0)))
-
-
-@entry
-def decay_gradient_kernel(
-    rowsums, starts, ends, out, part_stride: tl.int64, head_stride: tl.int64,
-    length: tl.int32, heads: tl.int32, pieces: tl.int32, segment: tl.int32,
-    PARTS: tl.constexpr, ENDS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dL/dlog_decay_t = sum of dL/dG_i over i >= t of the sequence, and `ends`, what comes from its final state [.., H].
-
-    Grid: (B * P * H,). A segment sums what is behind it first. `rowsums` is [parts, B * H, T] by
-    its strides, `out` [B, T, H].
-    """
-    _, head, piece, batch = _place(tl.program_id(0), 1, heads, pieces)
-    begin, count = _bounds(starts, piece, segment, length, PIECES)
-    behind = begin + count if PIECES == SEQUENCES else length
-    rowsums += (batch * heads + head) * head_stride
-    out += batch.to(tl.int64) * length * heads + head
-    row_R = tl.arange(0, ROWS)
-    later = tl.zeros([], tl.float32)
-    if ENDS:
-        owner = batch * pieces + piece if PIECES == SEQUENCES else batch
-        later += tl.load(ends + owner * heads + head)
-    n_blocks = tl.cdiv(behind - begin, ROWS)
-    for n in range(n_blocks):
-        first = begin + (n_blocks - 1 - n) * ROWS
-        token_R = first + row_R
-        own_R = tl.zeros([ROWS], tl.float32)
-        for part in tl.static_range(PARTS):
-            own_R += tl.load(rowsums + part * part_stride + token_R, mask=token_R < behind, other=0.0)
-        if first < begin + count:
-            tl.store(out + token_R.to(tl.int64) * heads, later + tl.cumsum(own_R, 0, reverse=True), mask=token_R < begin + count)
-        later += tl.sum(own_R, 0)
 
 
 @entry

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
 from kernels.walks import walk_hopper_plan, walk_hopper_states_launch
-from kernels.walks.walk_decays import gate_every, gate_of
+from kernels.walks.walk_crossings import Chunks
+from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
 from kernels.walks.walk_segments import segments
 
@@ -24,6 +25,8 @@ STATES_TILE = 64
 """Columns of the values that a walk of states has."""
 STATES, OUTPUTS, QUERIES, KEYS = ({"num_warps": 4, "STAGES": stages} for stages in (3, 2, 2, 2))
 """How the kernels are compiled."""
+RUN = 16
+"""Chunks that the decays' gradient is summed over at once, in rows of more than two such runs: longer sums lose too much."""
 GATE_ROWS, GATE_HEADS = 128, 16
 """Tokens and heads of a tile of the decays that are summed over chunks."""
 LEAST_GROUP, MAX_WIDTH = 4, 128
@@ -140,8 +143,8 @@ def backward(
     dfirst: Tensor,
     *,
     gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and keys, [B, T, G * splits, K], and what sums to that of the cumulated decays, [2, B, H, T].
+) -> tuple[Tensor, Tensor, RowSums]:
+    """Gradients of queries and keys, [B, T, G * splits, K], and what sums to that of the cumulated decays.
 
     See `kernels.walks.walk._walk_back`.
     """
@@ -167,4 +170,5 @@ def backward(
         q, k, v, do, call.sums, dkept, dk, dv, rowsums[1], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **KEYS,
     )  # fmt: skip
-    return dq, dk, rowsums
+    between = Chunks(entering, dkept, RUN, RUN * CHUNK) if call.sizes[1] > 2 * RUN else None
+    return dq, dk, RowSums(rowsums, 1, CHUNK, between)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
-from kernels.walks.walk_decays import gate_every, gate_of
+from kernels.walks.walk_crossings import Segments, entering_states
+from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_hopper_plan import (
     BACKWARD,
     CHUNK,
@@ -76,15 +77,16 @@ def backward(
     dfirst: Tensor,
     *,
     gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and keys [B, T, H, K], and what sums to that of the cumulated decays, [parts, B, H, T].
+) -> tuple[Tensor, Tensor, RowSums]:
+    """Gradients of queries and keys [B, T, H, K], and what sums to that of the cumulated decays.
 
     See `kernels.walks.walk._walk_back`; `rows` are q, k, v and do.
     """
     from kernels.walks import walk_hopper_back
 
     q, k, v, do = (aligned(x) for x in rows)
-    (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
+    (batch, length, heads, v_dim), k_dim = v.shape, k.shape[3]
+    state = None if inputs.state is None else inputs.state.contiguous()
     pieces, gate, width = share_out(inputs), gate_of(inputs.log_decay, v), max(width_on_chip(k), width_on_chip(v))
     config = BACKWARD[width]
     lines, *before = kept.split(sizes(inputs))
@@ -96,9 +98,14 @@ def backward(
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
     walk_hopper_back.backward_kernel[(batch * pieces.number * heads * 2,)](
         *described, line_rows(lines, batch * heads, described[0]), lines, gate,
-        v if state is None else state.contiguous(), v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
+        v if state is None else state, v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
     )  # fmt: skip
-    return dq, dk, rowsums
+    between = None
+    if gate_grad and pieces.number > 1:
+        states = (batch, pieces.number, heads, k_dim, v_dim)
+        entering = entering_states(before[0].view(states), before[1].view(states[:3]), state)
+        between = Segments(entering, behind[0].view(states), behind[1].view(states[:3]), pieces.length)
+    return dq, dk, RowSums(rowsums, config.groups, CHUNK, between)

@@ -16,6 +16,8 @@ PROGRAMS = 256
 VALUES = 64
 SHORTEST_SEGMENT = 512
 """Tokens below which the states between segments would cost more than the segments gain."""
+MULTIPLE = 64
+"""What divides all segments but the last: the longest chunk of a walk, so that the chunks of a row are those of a whole one."""
 
 
 class Pieces(NamedTuple):
@@ -49,8 +51,8 @@ def n_segments(k_BTGK: Tensor, v_BTHV: Tensor) -> int:
 
 
 def segment_length(number: int, length: int) -> int:
-    """Tokens of each of about so many segments; the last may be shorter."""
-    return -(-length // number)
+    """Tokens of each of about so many segments, which are whole chunks; the last may be shorter."""
+    return -(-length // (number * MULTIPLE)) * MULTIPLE
 
 
 def share_out(k_BTGK: Tensor, v_BTHV: Tensor, starts: Tensor | None) -> Pieces:

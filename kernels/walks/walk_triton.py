@@ -14,7 +14,8 @@ programs, which need no reduction among them.
 
 A row of tokens is walked whole, or in pieces by programs of their own: packed sequences, which start from states of their
 own, or equal segments of one long sequence, whose entering states follow from what `segment_kernel` summed over each.
-Here are the walk and what its kernels share; `walk_forward_triton` and `walk_gradients_triton` hold these.
+Here are the walk and what its kernels share; `walk_forward_triton`, `walk_gradients_triton` and `walk_decays_triton` hold
+these.
 
 Shape legend: B batch, T time, H heads, P pieces, C tokens of a chunk, D width of a and b, E width of c.
 """

@@ -130,6 +130,13 @@ def test_segments_of_long_rows(k_dim: int, v_dim: int, groups: int, gate: str) -
     agree_with_torch(shape, gate)
 
 
+@pytest.mark.parametrize("gate", ["scalar", "strong"])
+@pytest.mark.parametrize("shape", [(1, 8192, 2, 2, 128, 128), (1, 8192, 1, 2, 64, 64), (1, 4096, 1, 4, 128, 64)], ids=str)
+def test_errors_do_not_grow_with_the_length(shape: tuple[int, ...], gate: str) -> None:
+    """Gradients of decays are sums over later tokens, which start anew at segments, runs of kept chunks and chunks that forget."""
+    agree_with_torch(shape, gate)
+
+
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong"])
 @pytest.mark.parametrize("shape", [(9, 577, 1, 16, 128, 64), (1, 1600, 2, 8, 128, 64), (1, 1100, 1, 4, 72, 24)], ids=str)
 def test_heads_that_share_keys(shape: tuple[int, ...], gate: str) -> None:
@@ -242,9 +249,16 @@ def test_many_heads_and_long_sequences() -> None:
 
 
 def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
-    from kernels.walks import walk_forward_triton, walk_gradients_triton, walk_hopper, walk_hopper_back, walk_hopper_states
+    from kernels.walks import (
+        walk_decays_triton,
+        walk_forward_triton,
+        walk_gradients_triton,
+        walk_hopper,
+        walk_hopper_back,
+        walk_hopper_states,
+    )
 
-    gradients = (walk_gradients_triton.backward_kernel, walk_gradients_triton.decay_gradient_kernel)
+    gradients = (walk_gradients_triton.backward_kernel, walk_decays_triton.decay_gradient_kernel)
     hopper = (walk_hopper.forward_kernel, walk_hopper_back.backward_kernel, walk_hopper_states.states_kernel)
     kernels = (walk_forward_triton.forward_kernel, *gradients, *hopper)
 

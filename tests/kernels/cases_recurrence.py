@@ -22,6 +22,7 @@ def draw(shape, gate, *, state, beta=None, seed=0, dtype=torch.float64):
 
     rates = normal(batch, length, heads).abs()
     decays = {"none": None, "constant": -rates[0, 0], "scalar": -rates, "strong": -10 * uniform(), "zero": 0 * rates}
+    decays["rare"] = torch.where(torch.arange(length)[None, :, None] % 19 == 7, -20.0, -rates / 8)
     q, k = (normal(batch, length, groups, k_dim) for _ in range(2))
     tensors = {
         "q": q,

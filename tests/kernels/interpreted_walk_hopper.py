@@ -57,7 +57,7 @@ def test_equals_the_token_loop(shape, gate):
     check(shape, gate)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar"])
+@pytest.mark.parametrize("gate", ["none", "scalar", "rare"])
 def test_segments_of_long_rows(monkeypatch, gate):
     """Three segments, the last of which is short."""
     monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 64)

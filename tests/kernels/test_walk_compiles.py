@@ -4,9 +4,11 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels.walks import walk, walk_config, walk_decays, walk_grouped
+from kernels.walks import walk, walk_config, walk_crossings, walk_decays, walk_grouped
+from kernels.walks.walk_crossings_triton import crossing_kernel, entering_kernel, kept_crossing_kernel
+from kernels.walks.walk_decays_triton import decay_gradient_kernel
 from kernels.walks.walk_forward_triton import forward_kernel, segment_kernel
-from kernels.walks.walk_gradients_triton import decay_gradient_kernel, sum_heads_kernel
+from kernels.walks.walk_gradients_triton import sum_heads_kernel
 from kernels.walks.walk_grouped_triton import keys_kernel, outputs_kernel, queries_kernel, states_kernel
 from kernels.walks.walk_triton import FULL_PROBE, NO_PROBE, SEGMENTS, SEQUENCES, STATE_PROBE, WHOLE
 from tests.kernels.offline import compile_sm90
@@ -99,13 +101,18 @@ def test_pieces(pieces):
 
 
 def test_what_runs_beside_the_walks():
-    """Sums of segments, of decays and of heads."""
+    """Sums of segments, of decays and of heads, and what crosses the ends of segments."""
     assert compile_walk(segment_kernel, walk_config.SEGMENT_16[128], (128, 128), 2, torch.bfloat16).spilled == 0
-    constants = {"PARTS": 2, "ENDS": False, "PIECES": SEGMENTS.value, "ROWS": walk_decays.DECAY_ROWS}
-    constants |= {"WIDTH": 128, "BLOCK": 128}
-    for kernel, warps, rows in ((decay_gradient_kernel, 8, walk_decays.DECAY_ROWS), (sum_heads_kernel, 4, walk.SUM_ROWS)):
+    of_decays = {"PARTS": 2, "READS": 1, "GATE": 2, "APART": False, "PIECES": SEGMENTS.value, "C": 64}
+    of_decays |= {"ENDS": True, "ROWS": walk_decays.DECAY_ROWS}
+    of_heads = {"WIDTH": 128, "BLOCK": 128, "ROWS": walk.SUM_ROWS}
+    of_states = {"SIZE": 128 * 128, "BLOCK": walk_crossings.BLOCK, "STAGES": walk_crossings.STAGES}
+    of_states |= {"GIVEN": True, "ENDS": True, "DOT": tl.bfloat16}
+    beside = ((decay_gradient_kernel, 8, of_decays), (sum_heads_kernel, 4, of_heads))
+    crossings = ((kernel, 4, of_states) for kernel in (entering_kernel, crossing_kernel, kept_crossing_kernel))
+    for kernel, warps, constants in (*beside, *crossings):
         runtime = {p.name: p.annotation_type or "*fp32+" for p in kernel.params if not p.is_constexpr}
-        arguments = runtime | constants | {"ROWS": rows}
+        arguments = runtime | dict.fromkeys(("kept", "dkept"), "*bf16+") | constants
         assert compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps).spilled <= 80
 
 
