@@ -88,7 +88,7 @@ def gated_long_conv_case(members: int, batch: int, length: int, width: int, taps
 
 
 def long_conv_case(members: int, batch: int, length: int, width: int) -> Case:
-    """Hyena and H3's shift: a filter as long as the sequence, in fp32; the torch form is an FFT."""
+    """Hyena: a filter as long as the sequence, in fp32; the torch form is an FFT."""
     x, taps = normal(members, batch, length, width), normal(members, width, length, dtype=torch.float32)
     size = 2 * x.numel()
     return Case(torch.vmap(long_conv), [x, taps], 2 * size, 3 * size)
