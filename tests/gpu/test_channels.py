@@ -20,7 +20,7 @@ LARGE = ((2, 5, 300, 256, 256), (1, 7, 130, 192, 40), (2, 64, 4, 200, 200))
 def test_equals_the_definition(case: tuple[int, ...], dtype: torch.dtype) -> None:
     """Close to the kernels' roundings followed in fp64, and within 5e-3 of fp64 without roundings; see `cases.require_right`.
 
-    On an H200, bf16, these roundings alone put the gradients of three to 42 biases up to 9.2e-3 from fp64, so the second limit is
+    On an H200, bf16, these roundings alone put the gradients of 6 to 21 biases up to 9.2e-3 from fp64, so the second limit is
     theirs there. At a mixer's width, 384 biases, it is 5e-3 for every tensor.
     """
     cases.check(case, "cuda", dtype)
