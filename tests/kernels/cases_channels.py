@@ -22,7 +22,7 @@ CASES = (
 TURNED = {torch.bfloat16: 1e-3, torch.float16: 3e-4}
 """How far a kernel may be from its own roundings followed in fp64, since some fall the other way after sums in fp32."""
 FEW = 100
-"""Fewer sums over tokens than these may all cancel, and rounded terms then leave them less than 5e-3."""
+"""Gradients of fewer numbers than these may all cancel, and what rounded terms leave of them can be further off than 5e-3."""
 
 
 def convolved(x_DBT: Tensor, taps_DL: Tensor) -> Tensor:
