@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated_norm import gated_norm
 from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
 from kernels.rows import pick_rows
 from kernels.step_form import StepForm
+from kernels.time_steps import time_steps
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
 from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
@@ -138,25 +140,28 @@ class SSDBlock(Mixer):
 
     def project_out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm and the output projection of [..., E]."""
-        return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
+        return self.out_proj(gated_norm(y, z, self.norm.weight, self.norm.eps))
 
     def _scan(self, xbc: Tensor, dt: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
         """`scan` of a projected segment, heads apart and without the skip."""
         xbc, tail = self.conv(xbc, None if state is None else state["conv"])
         x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH, log_decay_BTH = self._time_step(dt)
+        dt_BTH = time_steps(dt, self.dt_bias)
+        k, q, v = b_BTGN, c_BTGN, x_BTHP
+        if 2 * self.d_state <= self.head_dim:  # of what is written the narrower factor carries the time step
+            each = self.n_heads // self.n_groups
+            k, q = (a[:, :, :, None].expand(-1, -1, -1, each, -1).flatten(2, 3) for a in (k, q))
+            k = (k * dt_BTH[..., None]).to(k.dtype)
+        else:
+            v = (v * dt_BTH[..., None]).to(v.dtype)
         y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
-            log_decay=log_decay_BTH,
-            state_BHKV=None if state is None else state["s"],
+            q, k, v, log_decay=-self.log_rate.exp() * dt_BTH, state_BHKV=None if state is None else state["s"]
         )
         return y_BTHP, x_BTHP, None if state is None else {"s": s_BHNP, "conv": tail}
 
     def _with_skip(self, y: Tensor, x: Tensor) -> Tensor:
         """What the scan made of its inputs and their own share, [..., H, P] each, as [..., E]."""
-        return (y + self.skip[:, None] * x).to(x.dtype).flatten(-2)
+        return (y + (self.skip[:, None] * x).to(y.dtype)).flatten(-2)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""

@@ -19,6 +19,7 @@ from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
 from kernels.gated_conv import gated_conv
+from kernels.gated_norm import gated_norm
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
 from kernels.kept_step import Kept, kept_step
 from kernels.labelled_head import labelled_head
@@ -30,6 +31,7 @@ from kernels.scan import gated_selective_scan, scan, selective_scan
 from kernels.step import recurrent_step
 from kernels.step_form import StepForm
 from kernels.taylor import n_features, taylor_attention
+from kernels.time_steps import time_steps
 from kernels.window_step import Stored, window_step
 
 B, T, H, K, V, D, N, J = 2, 5, 2, 4, 3, 6, 4, 3
@@ -131,6 +133,8 @@ DOORS = {
         {{"dt": "raw_dt"}.get(name, name): tensor for name, tensor in SCANNED.items()}
         | {"dt_bias": r(D), "skip": r(D), "gate": r(B, T, D)},
     ),
+    "gated_norm": Door(gated_norm, {"x": r(B, T, D), "gate": r(B, T, D), "weight": r(D)}),
+    "time_steps": Door(time_steps, {"raw": r(B, T, H), "bias": r(H)}),
     "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
