@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.convolutions.conv_operator import short_conv_operator, short_conv_step_operator
+from kernels.convolutions.gated_long_conv_operator import gated_long_conv_operator
 from kernels.convolutions.long_conv_operator import long_conv_operator
 from kernels.dispatch import pick
 
@@ -18,6 +19,8 @@ MOST_TAPS = 4
 """Of the Triton form, whose threads keep as many inputs, gradients and sums in registers."""
 LONGEST_TOEPLITZ = 2048
 """Tokens up to which T^2 multiply-adds on tensor cores take less time than an FFT's trips to memory."""
+MOST_UNROLLED = 256
+"""Tokens whose chunks a program of the gated form holds side by side."""
 
 
 def short_conv(
@@ -159,19 +162,88 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
             return long_conv(x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type)), filter_DL).to(x_BTD.dtype)
     length = x_BTD.shape[1]
-    if pick("long_conv", x_BTD, obstacle=_wants_fft(x_BTD), tensor_cores=True) == "triton":
+    if pick("long_conv", x_BTD, obstacle=_wants_fft(length, x_BTD.dtype), tensor_cores=True) == "triton":
         return long_conv_operator(x_BTD, filter_DL[None])
-    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    return _by_fft(x_BTD, filter_DL[:, :length].t(), 1)
+
+
+def _by_fft(x: Tensor, taps: Tensor, time: int) -> Tensor:
+    """The convolution along axis `time`, whose place in the taps is the same from the end.
+
+    A compiler keeps the order of x in memory but takes that of a transform's result for the usual one, so x lies as its axes say.
+    """
+    length, dtype = x.shape[time], torch.promote_types(x.dtype, torch.float32)
     size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        x_BFD = torch.fft.rfft(x_BTD.to(dtype), n=size, dim=1)
-        filter_FD = torch.fft.rfft(filter_DL[:, :length].to(dtype).t(), n=size, dim=0)
-        y_BTD = torch.fft.irfft(x_BFD * filter_FD, n=size, dim=1)[:, :length]
-    return y_BTD.to(x_BTD.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        x_F = torch.fft.rfft(x.to(dtype), n=size, dim=time)
+        taps_F = torch.fft.rfft(taps.to(dtype), n=size, dim=time - x.ndim)
+        y = torch.fft.irfft(x_F * taps_F, n=size, dim=time).narrow(time, 0, length)
+    return y.to(x.dtype)
 
 
-def _wants_fft(x_BTD: Tensor) -> str | None:
+def _wants_fft(length: int, dtype: torch.dtype) -> str | None:
     """What keeps a long convolution from its Triton form."""
-    if x_BTD.shape[1] > LONGEST_TOEPLITZ:
-        return f"{x_BTD.shape[1]} tokens are more than {LONGEST_TOEPLITZ}"
-    return None if x_BTD.dtype.itemsize == 2 else f"{x_BTD.dtype} is more exact by an FFT"
+    if length > LONGEST_TOEPLITZ:
+        return f"{length} tokens are more than {LONGEST_TOEPLITZ}"
+    return None if dtype.itemsize == 2 else f"{dtype} is more exact by an FFT"
+
+
+def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK: Tensor) -> Tensor:
+    """Long convolution of products, y_b = sum_a q_a (filter * (k_a v_b)) in each head, of tensors that lie channel by channel.
+
+    Time is innermost, as in W x^T; channel i H + h is number i of head h. The Triton form makes products, convolution and sum in
+    one launch, see `kernels.convolutions.gated_long_conv_triton`; the torch form is `long_conv` of the products.
+
+    Args:
+        qkv_EBT: queries, keys and values, each of D channels, [3 D, B, T].
+        bias_E: added to them, [3 D].
+        filter_HL: taps of each head, newest first, [H, L], where H divides D; taps beyond T are not read.
+        shift_DK: a filter that keys pass through first, [D, K].
+
+    Returns:
+        [D, B, T] in the dtype of `qkv_EBT`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+    """
+    check_axes("qkv", qkv_EBT, "E B T")
+    check_axes("filter", filter_HL, "H L")
+    check_axes("shift", shift_DK, "D K")
+    width, heads = qkv_EBT.shape[0] // 3, filter_HL.shape[0]
+    if qkv_EBT.shape[0] % (3 * heads):
+        raise ValueError(f"qkv has {qkv_EBT.shape[0]} channels; a filter of {heads} heads needs a multiple of {3 * heads}")
+    others = {
+        "bias": (bias_E, (3 * width,)),
+        "filter": (filter_HL, filter_HL.shape),
+        "shift": (shift_DK, (width, shift_DK.shape[1])),
+    }
+    check_arguments(qkv_EBT, others, first="qkv")
+    if pick("gated_long_conv", qkv_EBT, obstacle=_not_unrolled(qkv_EBT, width // heads), tensor_cores=True) == "triton":
+        qkv, bias = qkv_EBT.unflatten(0, (3, width))[None], bias_E.view(1, 3, width)
+        y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], shift_DK[None])
+        return y.squeeze(0)  # the gradient of an index would be a copy into zeros
+    q_DBT, k_DBT, v_DBT = (qkv_EBT + bias_E[:, None, None].to(qkv_EBT.dtype)).chunk(3)
+    per_head = (a.unflatten(0, (-1, heads)) for a in (q_DBT, _channel_long_conv(k_DBT, shift_DK), v_DBT))
+    q_IHBT, k_IHBT, v_JHBT = per_head
+    y_IJHBT = _channel_long_conv(k_IHBT[:, None] * v_JHBT, filter_HL)
+    return (q_IHBT[:, None] * y_IJHBT).sum(0).flatten(0, 1)
+
+
+def _channel_long_conv(x: Tensor, filter_DL: Tensor) -> Tensor:
+    """`long_conv` of [..., D, B, T]."""
+    length = x.shape[-1]
+    if pick("long_conv", x, obstacle=_wants_fft(length, x.dtype), tensor_cores=True) == "triton":
+        rows = x.movedim(-3, -1)
+        return long_conv_operator(rows.flatten(0, -3), filter_DL[None]).view(rows.shape).movedim(-1, -3)
+    return _by_fft(x, filter_DL[:, None, :length], x.ndim - 1)
+
+
+def _not_unrolled(qkv_EBT: Tensor, head_width: int) -> str | None:
+    """What keeps a gated long convolution from its Triton form."""
+    if qkv_EBT.shape[2] > MOST_UNROLLED:
+        return f"{qkv_EBT.shape[2]} tokens are more than {MOST_UNROLLED}"
+    if head_width > 2:
+        return f"heads of {head_width} channels are wider than 2"
+    if qkv_EBT.shape[0] // 3 * qkv_EBT.shape[1] * MOST_UNROLLED >= 1 << 31:
+        return f"{qkv_EBT.shape[1]} sequences of {qkv_EBT.shape[0]} channels are too many for 32-bit places"
+    return None if qkv_EBT.dtype.itemsize == 2 else f"{qkv_EBT.dtype} is more exact by an FFT"

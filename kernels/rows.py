@@ -71,6 +71,40 @@ def _wide(rows_BM: Tensor, x_BTD: Tensor) -> Tensor:
     return rows_BM[..., None].expand(-1, -1, x_BTD.shape[-1])
 
 
+def pick_times(x_DBT: Tensor, rows_BM: Tensor) -> Tensor:
+    """`pick_rows` of what lies channel by channel: [B, M, D] from [D, B, T]."""
+    return _pick_times(x_DBT[None], rows_BM[None]).squeeze(0)
+
+
+@torch.library.triton_op("mixer_bench::pick_times", mutates_args={})
+def _pick_times(x_GDBT: Tensor, rows_GBM: Tensor) -> Tensor:
+    at_GDBM = rows_GBM[:, None].expand(-1, x_GDBT.shape[1], -1, -1)
+    return x_GDBT.gather(3, at_GDBM).permute(0, 2, 3, 1).contiguous()
+
+
+def _save_times(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    x_GDBT, rows_GBM = inputs
+    ctx.save_for_backward(rows_GBM)
+    ctx.length = x_GDBT.shape[3]
+
+
+def _differentiate_times(ctx, dy_GBMD: Tensor) -> tuple[Tensor, None]:
+    (rows_GBM,) = ctx.saved_tensors
+    most, dy_GDBM = rows_GBM.shape[2], dy_GBMD.permute(0, 3, 1, 2)
+    place_GBT = places(rows_GBM.flatten(0, 1), ctx.length).unflatten(0, rows_GBM.shape[:2])
+    at_GDBT = place_GBT.clamp(max=most - 1).long()[:, None].expand(-1, dy_GDBM.shape[1], -1, -1)
+    return torch.where((place_GBT < most)[:, None], dy_GDBM.contiguous().gather(3, at_GDBT), 0.0).to(dy_GBMD.dtype), None
+
+
+_pick_times.register_autograd(_differentiate_times, setup_context=_save_times)
+
+
+@_pick_times.register_vmap
+def _(info, in_dims: tuple[int | None, int | None], x_GDBT: Tensor, rows_GBM: Tensor) -> tuple[Tensor, int]:
+    x, rows = (fold_members(t, axis, info.batch_size) for t, axis in zip((x_GDBT, rows_GBM), in_dims, strict=True))
+    return _pick_times(x, rows).unflatten(0, (info.batch_size, -1)), 0
+
+
 def read_rows(
     q_BHMD: Tensor, x_BTD: Tensor, rows_BM: Tensor, *, weights: str, eps: float | None = None, window: int | None = None
 ) -> Tensor:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.conv import long_conv
-from kernels.rows import pick_rows
+from kernels.channels import from_channels, to_channels
+from kernels.conv import gated_long_conv, long_conv
+from kernels.rows import pick_times
 from mixers._base import Caps, Mixer, State, mixer
 from mixers._filters import continue_conv, history, step_conv
+
+FINE = 16
+"""Lags whose powers are tabulated one by one; those of their multiples are another table."""
 
 
 @mixer("h3")
@@ -57,13 +60,13 @@ class H3(Mixer):
         """See `Mixer.forward`."""
         if context_BSD is not None:
             raise ValueError("h3 reads its own input only; context_BSD belongs to the cross patterns")
-        q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
         if state is None:
-            kv_BIJTH = self._products(self._with_skip(long_conv(k, self.shift_taps), k), v)
-            return self._read(q, self._recalled(kv_BIJTH) + self._skipped(kv_BIJTH)), None
-        shifted, past = continue_conv(k, self.shift_taps, state["shift"])
-        kv_BIJTH = self._products(self._with_skip(shifted, k), v)
-        y_BIJTH = self._recalled(kv_BIJTH) + self._skipped(kv_BIJTH)
+            y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.out_proj.weight)
+            return (y_ND + self.out_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
+        q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
+        k, past = continue_conv(k, self._shift_filter(), state["shift"])
+        kv_BIJTH = self._split(k)[:, :, None] * self._split(v)[:, None]
+        y_BIJTH = long_conv(kv_BIJTH.flatten(0, 2), self._filter(x_BTD.shape[1])).view_as(kv_BIJTH)
         step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
         before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
         power_HMT = torch.exp(step_HM[..., None] * torch.arange(x_BTD.shape[1], device=x_BTD.device))
@@ -75,21 +78,14 @@ class H3(Mixer):
         return self._read(q, y_BIJTH + recalled.to(y_BIJTH.dtype)), new_state
 
     def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
-        """See `Mixer.at_rows`: queries and what follows the long convolution are left out elsewhere."""
-        parts = (self.d_model, 2 * self.d_model)
-        (to_q, to_kv), (q_bias, kv_bias) = self.qkv_proj.weight.split(parts), self.qkv_proj.bias.split(parts)
-        k, v = F.linear(x_BTD, to_kv, kv_bias.to(x_BTD.dtype)).chunk(2, -1)
-        k = self._with_skip(long_conv(k, self.shift_taps), k)
-        rows = rows_BM[:, None, None].expand(-1, self.head_dim, self.head_dim, -1)
-        y_BIJMH = pick_rows(self._recalled(self._products(k, v)).flatten(0, 2), rows.flatten(0, 2)).unflatten(0, rows.shape[:3])
-        kv_BIJMH = self._products(pick_rows(k, rows_BM), pick_rows(v, rows_BM))
-        return self._read(F.linear(x_BMD, to_q, q_bias.to(x_BMD.dtype)), y_BIJMH + self._skipped(kv_BIJMH))
+        """See `Mixer.at_rows`: the output's map is left out elsewhere."""
+        return self.out_proj(pick_times(self._mixed(x_BTD), rows_BM))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
         q_BD, k, v = self.qkv_proj(x_BD).chunk(3, -1)
-        shifted, past = step_conv(k, self.shift_taps, state["shift"])
-        k, v = (self._split(a[:, None])[:, :, 0] for a in (torch.addcmul(shifted, k, self.shift_skip.to(k.dtype)), v))
+        k, past = step_conv(k, self._shift_filter(), state["shift"])
+        k, v = (self._split(a[:, None])[:, :, 0] for a in (k, v))
         kv_BIJH = k[:, :, None] * v[:, None]
         step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
         before = torch.view_as_complex(state["modes"].to(step_HM.real.dtype))
@@ -135,22 +131,19 @@ class H3(Mixer):
         """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
         return a_BTD.unflatten(-1, (self.head_dim, self.n_heads)).transpose(1, 2)
 
-    def _with_skip(self, shifted: Tensor, k: Tensor) -> Tensor:
-        """Keys after the shift SSM."""
-        return torch.addcmul(shifted, k, self.shift_skip.to(k.dtype))
+    def _mixed(self, x_BTD: Tensor) -> Tensor:
+        """What is read of a sequence from nothing, channel by channel: [D, B, T]."""
+        qkv_EBT = to_channels(x_BTD.flatten(0, 1), self.qkv_proj.weight).unflatten(1, x_BTD.shape[:2])
+        return gated_long_conv(qkv_EBT, self.qkv_proj.bias, self._filter(x_BTD.shape[1]), self._shift_filter())
 
-    def _products(self, k_BTD: Tensor, v_BTD: Tensor) -> Tensor:
-        """The products k v^T of each head, [B, I, J, T, H]."""
-        return self._split(k_BTD)[:, :, None] * self._split(v_BTD)[:, None]
+    def _shift_filter(self) -> Tensor:
+        """Taps of the shift SSM [D, K]; its skip is one at lag 0."""
+        return torch.cat((self.shift_taps[:, :1] + self.shift_skip[:, None], self.shift_taps[:, 1:]), 1)
 
-    def _recalled(self, kv_BIJTH: Tensor) -> Tensor:
-        """What the diagonal SSM makes of products from nothing, without its skip: [B, I, J, T, H]."""
-        kernel_HT = _impulse_response(*self._modes(), torch.arange(kv_BIJTH.shape[3], device=kv_BIJTH.device))
-        return long_conv(kv_BIJTH.flatten(0, 2), kernel_HT).view_as(kv_BIJTH)
-
-    def _skipped(self, kv: Tensor) -> Tensor:
-        """The products' own share."""
-        return kv * self.skip.to(kv.dtype)
+    def _filter(self, length: int) -> Tensor:
+        """Impulse response of the diagonal SSMs with their skips, [H, T]."""
+        response_HT = _impulse_response(*self._modes(), length)
+        return torch.cat((response_HT[:, :1] + self.skip[:, None], response_HT[:, 1:]), 1)
 
     def _read(self, q_BTD: Tensor, y_BIJTH: Tensor) -> Tensor:
         """The output of queries."""
@@ -158,11 +151,24 @@ class H3(Mixer):
         return self.out_proj(y_BJTH.transpose(1, 2).flatten(-2))
 
 
-def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, lag_T: Tensor) -> Tensor:
-    """2 Re sum_m gain_m exp(step_m lag), [H, T]."""
-    step_HTM2, gain_HTM2, lag_T1 = step_HM2[:, None], gain_HM2[:, None], lag_T[:, None]
-    size_HTM, angle_HTM = (step_HTM2[..., 0] * lag_T1).exp(), step_HTM2[..., 1] * lag_T1
-    return 2 * (size_HTM * (gain_HTM2[..., 0] * angle_HTM.cos() - gain_HTM2[..., 1] * angle_HTM.sin())).sum(-1)
+def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, length: int) -> Tensor:
+    """2 Re sum_m gain_m exp(step_m lag) of the lags below `length`, [H, T].
+
+    A lag is c F + f, and its power a product: two short tables and a matrix product instead of an exponential for each lag.
+    """
+    coarse = -(-length // FINE)
+    near_HFM2 = _powers(step_HM2, torch.arange(FINE, device=step_HM2.device))
+    far_HCM2 = _times(2 * gain_HM2[:, None], _powers(step_HM2, FINE * torch.arange(coarse, device=step_HM2.device)))
+    conjugate_HFM2 = torch.stack((near_HFM2[..., 0], -near_HFM2[..., 1]), -1)
+    with torch.autocast(step_HM2.device.type, enabled=False):
+        return torch.bmm(far_HCM2.flatten(2), conjugate_HFM2.flatten(2).mT).flatten(1)[:, :length]
+
+
+def _powers(step_HM2: Tensor, lag_L: Tensor) -> Tensor:
+    """exp(step lag) as pairs (real, imaginary), [H, L, M, 2]."""
+    lag_L1 = lag_L[:, None]
+    size_HLM, angle_HLM = (step_HM2[:, None, :, 0] * lag_L1).exp(), step_HM2[:, None, :, 1] * lag_L1
+    return torch.stack((size_HLM * angle_HLM.cos(), size_HLM * angle_HLM.sin()), -1)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

@@ -31,6 +31,12 @@ def line_layout():
     return gl.BlockedLayout([1], [32], [4], [0])
 
 
+@gluon.constexpr_function
+def scan_layout():
+    """A vector of a chunk in each of the four warps."""
+    return gl.BlockedLayout([2], [32], [4], [0])
+
+
 @gluon.jit
 def rows_buffers(
     BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr, DOT: gl.constexpr
@@ -49,8 +55,9 @@ def beside_buffers(
 ):  # fmt: skip
     """Shared memory of what is made, of two chunks each, but of HELD chunks' H; of what only those see who make it; barriers.
 
-    Made are H and scores; beta; decays since the chunk began, until it ends, and (for each row of a transposed state) of all of
-    it. The barriers say that all of MAKERS partitions are ready, and what is free again. Without SOLVERS H comes from memory.
+    Made are H and scores; beta; decays since the chunk began, until it ends (times beta without SOLVERS), and (for each row of a
+    transposed state) of all of it. The barriers say that all of MAKERS partitions are ready, and what is free again. Without
+    SOLVERS H comes from memory.
     """
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     h_buffers = gl.allocate_shared_memory(DOT, [HELD, C, C], shared_layout(C))
@@ -63,7 +70,7 @@ def beside_buffers(
     if SOLVERS > 0:
         x_buffers = gl.allocate_shared_memory(MERGE, [SOLVERS, C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         own_buffers = gl.allocate_shared_memory(MERGE, [SOLVERS, C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
-    lines = gl.allocate_shared_memory(gl.float32, [3 * SOLVERS + 2, C], line)
+    lines = gl.allocate_shared_memory(gl.float32, [2 * SOLVERS + 1, C], line)
     made = (h_buffers, p_buffers, beta_buffers, since_buffers, until_buffers, whole_buffers)
     return made, (x_buffers, own_buffers, lines), (barriers(2, MAKERS), barriers(2, WALKS))
 
@@ -107,33 +114,39 @@ def vectors(beta, gate, gate_t, n, length, heads, C: gl.constexpr, GATED: gl.con
     beta_C = gl.load(beta + t_C.to(gl.int64) * heads, mask=t_C < length, other=0.0).to(gl.float32)
     step_C = beta_C
     if GATED:
+        t_C = n * C + gl.arange(0, C, scan_layout())
         step_C = gl.load(gate + t_C.to(gl.int64) * gate_t, mask=t_C < length, other=0.0).to(gl.float32) * LOG2_E
     return beta_C, step_C
 
 
 @gluon.jit
-def given_decays(g_C, g_buffer, zero, C: gl.constexpr):
-    """The decays from one token to another, zero from later to earlier, of cumulated log2 decays."""
-    square: gl.constexpr = turned_layout(C)
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
-    g_buffer.store(g_C)
-    # Only exponents that are <= 0 are used; the others would overflow and are masked before.
-    fall_CC = g_buffer.load(gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
-    return gl.exp2(gl.where(i[:, None] >= j[None, :], fall_CC, float("-inf")))
+def _add(a, b):
+    return a + b
 
 
 @gluon.jit
-def decays(step_C, step_buffer, g_buffer, zero, C: gl.constexpr):
-    """Log2 decays cumulated from the start of the chunk, and the decays from one token to another, zero from later to earlier."""
+def seen_by(C: gl.constexpr):
+    """Which tokens (columns) a token sees, in words whose compile-time bits leave a thread eleven different ones of 32."""
     square: gl.constexpr = turned_layout(C)
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
-    seen = i[:, None] >= j[None, :]
-    step_buffer.store(step_C)
-    g_C = gl.sum(gl.where(seen, step_buffer.load(gl.SliceLayout(0, square))[None, :], 0.0), 1)
+    i, j = gl.arange(0, C, gl.SliceLayout(1, square))[:, None], gl.arange(0, C, gl.SliceLayout(0, square))[None, :]
+    half_i, half_j = i // 8 % 2, j // 8 % 2
+    inside = (half_j < half_i) | ((half_j == half_i) & (j % 8 <= i % 8))
+    return (j // S < i // S) | ((j // S == i // S) & inside)
+
+
+@gluon.jit
+def falls(g_buffer, C: gl.constexpr):
+    """The log2 decays from one token to another, with the other sign from later to earlier."""
+    square: gl.constexpr = turned_layout(C)
+    return g_buffer.load(gl.SliceLayout(1, square))[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
+
+
+@gluon.jit
+def cumulated(step_C, g_buffer):
+    """Log2 decays cumulated from the start of the chunk, also in shared memory."""
+    g_C = gl.associative_scan(step_C, 0, _add)
     g_buffer.store(g_C)
-    # Only exponents that are <= 0 are used; the others would overflow and are masked before.
-    fall_CC = g_C[:, None] - g_buffer.load(gl.SliceLayout(0, square))[None, :]
-    return g_C, gl.exp2(gl.where(seen, fall_CC, float("-inf")))
+    return g_C
 
 
 @gluon.jit
@@ -166,25 +179,33 @@ def bring_next(
 
 
 @gluon.jit
-def made_decays(step_C, g_at, lines, made, part, zero, C: gl.constexpr):
-    """Decays of tokens for the walks; cumulated ones are stored; the decays from one token to another."""
-    i = gl.arange(0, C, gl.SliceLayout(1, turned_layout(C))) + zero
-    g_C, fall_CC = decays(step_C, lines.index(0), lines.index(1), zero, C)
-    g_all = gl.sum(step_C, 0)
+def token_decays(step_C, g_at, g_buffer, made, part, C: gl.constexpr):
+    """Decays of tokens for the walks; cumulated ones are stored."""
+    i = gl.arange(0, C, scan_layout())
+    g_C = cumulated(step_C, g_buffer)
+    g_all = g_buffer.slice(C - 1, 1).load(scan_layout())
     made[3].index(part).store(gl.exp2(g_C))
     made[4].index(part).store(gl.exp2(g_all - g_C))
-    made[5].index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
-    gl.store(g_at + i, g_C, mask=i >= 0)
-    return fall_CC
+    made[5].index(part).store(gl.zeros([C], gl.float32, scan_layout()) + gl.exp2(g_all))
+    gl.store(g_at + i, g_C)
 
 
 @gluon.jit
-def read_decays(g_C, g_all, g_buffer, made, part, zero, C: gl.constexpr):
+def decays_seen(g_buffer, C: gl.constexpr, GATED: gl.constexpr):
+    """The decays from one token to another, zero from later to earlier, of cumulated log2 decays."""
+    if GATED:
+        return gl.exp2(falls(g_buffer, C) + gl.where(seen_by(C), 0.0, float("-inf")))
+    else:
+        return gl.where(seen_by(C), 1.0, 0.0)
+
+
+@gluon.jit
+def read_decays(beta_C, g_C, g_all, g_buffer, made, part, C: gl.constexpr):
     """The same of cumulated decays that were read."""
+    g_buffer.store(g_C)
     made[3].index(part).store(gl.exp2(g_C))
-    made[4].index(part).store(gl.exp2(g_all - g_C))
+    made[4].index(part).store(gl.exp2(g_all - g_C) * beta_C)
     made[5].index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
-    return given_decays(g_C, g_buffer, zero, C)
 
 
 @gluon.jit
@@ -197,8 +218,6 @@ def score(
     square: gl.constexpr = turned_layout(C)
     sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, g = pointers
-    zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
     line = gl.arange(0, C, line_layout())
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
@@ -215,18 +234,18 @@ def score(
         mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
         scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         made[2].index(part).store(beta_C)
-        fall = 1.0
         following = bounds[0] + gl.minimum(step + 1, steps - 1)
         if SOLVERS == 0:
             if GATED:
-                fall = read_decays(step_C, g_all, inner[2].index(1), made, part, zero, C)
+                read_decays(beta_C, step_C, g_all, inner[2].index(0), made, part, C)
             beta_C, step_C, g_all = factors_of(beta, g, following, line, length, heads, C, GATED)
         else:
             if GATED:
-                fall = made_decays(step_C, g + (bounds[0] + step) * C, inner[2], made, part, zero, C)
+                token_decays(step_C, g + (bounds[0] + step) * C, inner[2].index(0), made, part, C)
             beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
+        fall = decays_seen(inner[2].index(0), C, GATED)
         scores_CC = warpgroup_mma_wait(0, [scores])
-        made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+        made[1].index(part).store((scores_CC * fall).to(DOT))
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)

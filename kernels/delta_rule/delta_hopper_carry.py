@@ -25,8 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import SIZES, barriers, factors_of, fetch, place, shared_layout, thread_barrier, turned_layout
-from kernels.delta_rule.delta_hopper_beside import given_decays, line_layout
-from kernels.delta_rule.delta_hopper_transposed import operand, start_errors, start_state, state_places, token_factors, whole_decay
+from kernels.delta_rule.delta_hopper_beside import decays_seen, line_layout
+from kernels.delta_rule.delta_hopper_transposed import (
+    error_factors,
+    faded,
+    operand,
+    start_errors,
+    state_places,
+    token_factors,
+    whole_decay,
+)
 
 UNITS = tl.constexpr(2)
 
@@ -99,8 +107,6 @@ def _feed(
 ):  # fmt: skip
     """The partition that brings rows and makes factors of tokens; for gradients, scores of queries and keys too."""
     square: gl.constexpr = turned_layout(C)
-    zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
     line = gl.arange(0, C, line_layout())
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
@@ -116,18 +122,21 @@ def _feed(
         made[2].index(part).store(beta_C)
         if GATED:
             made[3].index(part).store(gl.exp2(g_C))
-            made[4].index(part).store(gl.exp2(g_all - g_C))
+            until_C = gl.exp2(g_all - g_C)
+            if not REVERSE:
+                until_C = until_C * beta_C
+            made[4].index(part).store(until_C)
             made[5].index(part).store(gl.zeros([C], gl.float32, line_layout()) + gl.exp2(g_all))
         if REVERSE:  # noqa: SIM102
             if where[4]:
                 mbarrier.wait(bars[0].index(step % STAGES), step // STAGES % 2)
                 k_CK = rows[0].index(step % STAGES)
                 scores = warpgroup_mma(rows[2].index(step % STAGES), k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-                fall = 1.0
                 if GATED:
-                    fall = given_decays(g_C, made[6], zero, C)
+                    made[6].store(g_C)
+                fall = decays_seen(made[6], C, GATED)
                 scores_CC = warpgroup_mma_wait(0, [scores])
-                made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC * fall, 0.0).to(DOT))
+                made[1].index(part).store((scores_CC * fall).to(DOT))
                 fence_async_shared()
         following = _chunk_of(bounds, gl.minimum(step + 1, steps - 1), REVERSE)
         beta_C, g_C, g_all = factors_of(pointers[0], pointers[1], following, line, length, heads, C, GATED)
@@ -165,10 +174,12 @@ def _ahead(
         if WRITES:
             value_VC = rows[1].index(stage * TILES + WALK).permute([1, 0]).load(turned_layout(C)).to(gl.float32)
         mbarrier.wait(bars[1].index(part), step // 2 % 2)
+        factors = error_factors(made, part, C, GATED)
         read_VC = warpgroup_mma_wait(0, [read])
-        error = start_errors(read_VC, value_VC, part, made[0].index(stage), made, C, GATED, DOT)
+        error = start_errors(read_VC, value_VC, factors, made[0].index(stage), C, GATED, DOT)
+        state_VK, enter_C = faded(state_VK, made, part, factors[1], BK, C, GATED)
         error_VC = warpgroup_mma_wait(0, [error])
-        state, _ = start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
+        state = warpgroup_mma(operand(error_VC * enter_C, C, DOT), k_CK, state_VK, is_async=True)
         state_VK = warpgroup_mma_wait(0, [state])
         thread_barrier()
         mbarrier.arrive(bars[2].index(part), count=1)

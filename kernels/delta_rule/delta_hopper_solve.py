@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.delta_rule.delta_hopper import thread_barrier, turned_layout
-from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, decays, vectors
+from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, cumulated, falls, seen_by, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -35,13 +35,23 @@ def diagonal_layout(blocks):
 
 
 @gluon.jit
+def _halves(x, C: gl.constexpr, WIDTH: gl.constexpr):
+    """The left and the right half of `WIDTH` columns, in the registers where they are."""
+    return gl.split(x.reshape([C, 2, WIDTH // 2]).permute([0, 2, 1]))
+
+
+@gluon.jit
 def _on_diagonal(gram_CC, C: gl.constexpr):
     """The blocks on the diagonal [C / S, S, S]: of each row of blocks its own column of blocks is left."""
     BLOCKS: gl.constexpr = C // S
     square: gl.constexpr = turned_layout(C)
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    own = gl.where((i // S)[:, None] == (j // S)[None, :], gram_CC, 0.0).reshape([C, BLOCKS, S])
-    return gl.convert_layout(gl.sum(own, 1).reshape([BLOCKS, S, S]), diagonal_layout(BLOCKS))
+    row_CC = gl.arange(0, C, gl.SliceLayout(1, square))[:, None] + gl.zeros([C, C], gl.int32, square)
+    left, right = _halves(gram_CC, C, C)
+    row, _ = _halves(row_CC, C, C)
+    left, right = _halves(gl.where(row >= C // 2, right, left), C, C // 2)
+    row, _ = _halves(row, C, C // 2)
+    own = gl.where(row // S % 2 == 1, right, left)
+    return gl.convert_layout(own.reshape([BLOCKS, S, S]), diagonal_layout(BLOCKS))
 
 
 @gluon.jit
@@ -59,16 +69,15 @@ def _product(a, b, sums, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
+def _solve_diagonal(own, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
     """A and H of the blocks on the diagonal, from those of K K^T."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = diagonal_layout(BLOCKS)
-    # Known to be zero by the chip only, as in `kernels.delta_rule.delta_coupling_triton`.
-    i = (gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, layout))) + zero)[None, :, None]
-    j = (gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout))) + zero)[None, None, :]
+    i = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    j = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     if GATED:
         fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
-        own = own * gl.exp2(gl.where(i > j, fall, -fall))
+        own = own * gl.exp2(-gl.abs(fall))
     x, xt = gl.where(i > j, own, 0.0), gl.where(i < j, own, 0.0)
     none = gl.zeros([BLOCKS, S, S], gl.float32, layout)
     one, pair = gl.where(i == j, 1.0, 0.0), (i >> 1) == (j >> 1)
@@ -84,13 +93,13 @@ def _solve_diagonal(own, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.cons
 
 
 @gluon.jit
-def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
+def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, C: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
     """H of a chunk from X and H of the blocks on the diagonal, in shared memory, and A and H of these in registers."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    block = ((gl.arange(0, C, gl.SliceLayout(1, layout)) + zero) // S)[:, None]
+    block = gl.arange(0, C, gl.SliceLayout(1, layout)) // S
     columns = ()
     for back in gl.static_range(BLOCKS):
         p = gl.zeros([C, S], gl.float32, layout)
@@ -101,23 +110,22 @@ def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, zero, C: gl.const
         if back > 0:
             solved = own_buffer.slice((BLOCKS - 1 - back) * S, S, 0).load(right)
             p = mma_v2(gl.convert_layout((p * minus).to(MERGE), left), solved, p)
-        below, at = block > BLOCKS - 1 - back, block == BLOCKS - 1 - back
-        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.where(below, p, gl.where(at, h, 0.0)).to(DOT))
-        columns = columns + (gl.where(below, p * minus, gl.where(at, a, 0.0)).to(MERGE),)
+        # On and above the diagonal P is zero.
+        at = gl.where(block == BLOCKS - 1 - back, 1.0, 0.0)[:, None]
+        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.fma(h, at, p).to(DOT))
+        columns = columns + (gl.fma(a, at, p * minus).to(MERGE),)
 
 
 @gluon.jit
 def _solved(
-    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, zero, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
+    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
 ):  # fmt: skip
     """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
-    square: gl.constexpr = turned_layout(C)
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
-    x_buffer.store(gl.where(i[:, None] > j[None, :], gram_CC * fall, 0.0).to(MERGE))
+    x_buffer.store((gram_CC * fall).to(MERGE))  # read are only blocks below the diagonal
     own = _on_diagonal(gram_CC, C)
     thread_barrier()
-    a, h_own = _solve_diagonal(own, beta_C, g_buffer, zero, C, GATED, MERGE)
+    a, h_own = _solve_diagonal(own, beta_C, g_buffer, C, GATED, MERGE)
     a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
     own_buffer.store(h_own.to(MERGE))
     return a, h_own
@@ -133,12 +141,7 @@ def solve(
     _, h, pointers, gate_t, _, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
-    beta_buffer, step_buffer, g_buffer = (
-        inner[2].index(SOLVER * 3 + 2),
-        inner[2].index(SOLVER * 3 + 3),
-        inner[2].index(SOLVER * 3 + 4),
-    )
-    zero = gl.minimum(length, 0)  # known by the chip only
+    beta_buffer, g_buffer = inner[2].index(SOLVER * 2 + 1), inner[2].index(SOLVER * 2 + 2)
     none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
     steps = bounds[1] - bounds[0] + 1
     first = gl.minimum(SOLVER, steps - 1)
@@ -150,16 +153,17 @@ def solve(
         beta_buffer.store(beta_C)
         fall = 1.0
         if GATED:
-            fall = decays(step_C, step_buffer, g_buffer, zero, C)[1]
+            cumulated(step_C, g_buffer)
+            fall = gl.exp2(falls(g_buffer, C))
         following = bounds[0] + gl.minimum(step + SOLVERS, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, zero, C, GATED, MERGE)
+        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
         mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        _store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        _store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, beta_buffer, C, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)
@@ -183,8 +187,6 @@ def score_and_solve(
     sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
-    zero = gl.minimum(length, 0)  # known by the chip only
-    i, j = gl.arange(0, C, gl.SliceLayout(1, square)) + zero, gl.arange(0, C, gl.SliceLayout(0, square)) + zero
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
     bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, 1)
@@ -201,13 +203,13 @@ def score_and_solve(
         beta_C, _ = vectors(beta, gate, gate_t, following, length, heads, C, False)
         scores_CC = warpgroup_mma_wait(0, [scores])
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        made[1].index(part).store(gl.where(i[:, None] >= j[None, :], scores_CC, 0.0).to(DOT))
+        made[1].index(part).store((scores_CC * gl.where(seen_by(C), 1.0, 0.0)).to(DOT))
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, zero, C, False, MERGE)
+        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, C, False, MERGE)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, zero, C, DOT, MERGE)
+        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, C, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)

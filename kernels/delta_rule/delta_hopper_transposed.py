@@ -56,27 +56,83 @@ def state_places(e_start, V: gl.constexpr, K: gl.constexpr, BK: gl.constexpr):
 
 
 @gluon.jit
-def start_errors(read_VC, value_VC, part, h_CC, made, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
-    """Starts the product that makes the errors E of what is read, K S, and the values."""
+def error_factors(made, part, C: gl.constexpr, GATED: gl.constexpr):
+    """The decays of tokens since the chunk began and their betas, with the sign that errors want."""
+    minus_C = -token_factors(made[2].index(part), C)
+    since_C = minus_C
     if GATED:
-        read_VC = read_VC * token_factors(made[3].index(part), C)
-    rest_VC = value_VC - read_VC
-    scaled = operand(rest_VC * -token_factors(made[2].index(part), C), C, DOT)
-    return warpgroup_mma(scaled, h_CC.permute([1, 0]), rest_VC, is_async=True)
+        since_C = token_factors(made[3].index(part), C)
+    return since_C, minus_C
 
 
 @gluon.jit
-def start_state(
-    error_VC, state_VK, k_CK, part, made, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr
-):  # fmt: skip
-    """Starts the product that makes the next state; what is written, as a left operand."""
-    write_VC = error_VC * token_factors(made[2].index(part), C)
-    writes = operand(write_VC, C, DOT)
-    fading = writes
+def start_errors(read_VC, value_VC, factors, h_CC, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr):
+    """Starts the product that makes the errors E of what is read, K S, and the values."""
+    since_C, minus_C = factors
     if GATED:
-        fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
+        read_VC = read_VC * since_C
+    rest_VC = value_VC - read_VC
+    return warpgroup_mma(operand(rest_VC * minus_C, C, DOT), h_CC.permute([1, 0]), rest_VC, is_async=True)
+
+
+@gluon.jit
+def faded(state_VK, made, part, minus_C, BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr):
+    """A state as its chunk's end sees it, and the factors with which errors enter it; to be made while errors are."""
+    enter_C = -minus_C
+    if GATED:
+        enter_C = token_factors(made[4].index(part), C)
         state_VK = state_VK * whole_decay(made[5].index(part), BK)
-    return warpgroup_mma(fading, k_CK, state_VK, is_async=True), writes
+    return state_VK, enter_C
+
+
+@gluon.jit
+def _errors(
+    read, asked, value_VC, state_VK, h_CC, made, part,
+    BK: gl.constexpr, C: gl.constexpr, EARLY: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Errors, what queries ask, the state, and the factors with which errors enter it.
+
+    EARLY: the latter three as the next products want them. A wide state leaves no registers for factors while it is read.
+    """
+    if EARLY and BK == C:
+        factors = error_factors(made, part, C, GATED)
+    read_VC, asked = warpgroup_mma_wait(1, [read, asked])
+    if not EARLY or BK > C:
+        factors = error_factors(made, part, C, GATED)
+    error, enter_C = start_errors(read_VC, value_VC, factors, h_CC, C, GATED, DOT), factors[1]
+    if EARLY:
+        state_VK, enter_C = faded(state_VK, made, part, factors[1], BK, C, GATED)
+        asked_VC, error = warpgroup_mma_wait(1, [asked, error])
+        if GATED:
+            asked_VC = asked_VC * token_factors(made[3].index(part), C)
+        error_VC = warpgroup_mma_wait(0, [error])
+    else:
+        asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
+    return error_VC, asked_VC, state_VK, enter_C
+
+
+@gluon.jit
+def _start_state(
+    error_VC, asked_VC, state_VK, enter_C, k_CK, made, part,
+    BK: gl.constexpr, C: gl.constexpr, EARLY: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """Starts the product that makes the next state; what is written, as a left operand, and what queries asked."""
+    if EARLY:
+        writes = operand(error_VC * enter_C, C, DOT)
+        state = warpgroup_mma(writes, k_CK, state_VK, is_async=True)
+        if GATED:
+            writes = operand(error_VC * token_factors(made[2].index(part), C), C, DOT)
+    else:
+        write_VC = error_VC * token_factors(made[2].index(part), C)
+        writes = operand(write_VC, C, DOT)
+        fading = writes
+        if GATED:
+            fading = operand(write_VC * token_factors(made[4].index(part), C), C, DOT)
+            state_VK = state_VK * whole_decay(made[5].index(part), BK)
+        state = warpgroup_mma(fading, k_CK, state_VK, is_async=True)
+        if GATED:
+            asked_VC = asked_VC * token_factors(made[3].index(part), C)
+    return state, writes, asked_VC
 
 
 @gluon.jit
@@ -103,8 +159,8 @@ def _keep_errors(errors, at_o, v_CV, error_VC, DOT: gl.constexpr):
 @gluon.jit
 def _step(
     results, place, n, step, rows, work, made, handed, state_VK, left_VC,
-    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, HELD: gl.constexpr, WALKS: gl.constexpr,
-    WALK: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
+    BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, HELD: gl.constexpr, EARLY: gl.constexpr,
+    WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A chunk: the next state, and its outputs; those of a walk alone leave while the next chunk's first products run."""
     o, errors, states = results
@@ -127,14 +183,12 @@ def _step(
     mbarrier.wait(rows[2][1].index(step % DEPTH), step // DEPTH % 2)
     value_VC = v_CV.permute([1, 0]).load(turned_layout(C)).to(gl.float32)
     mbarrier.wait(handed[0].index(part), step // 2 % 2)
-    read_VC, asked = warpgroup_mma_wait(1, [read, asked])
-    error = start_errors(read_VC, value_VC, part, made[0].index(step % HELD), made, C, GATED, DOT)
-    asked_VC, error_VC = warpgroup_mma_wait(0, [asked, error])
+    error_VC, asked_VC, state_VK, enter_C = _errors(
+        read, asked, value_VC, state_VK, made[0].index(step % HELD), made, part, BK, C, EARLY, GATED, DOT
+    )
     if KEEP:
         _keep_errors(errors, at_o, v_CV, error_VC, DOT)
-    state, writes = start_state(error_VC, state_VK, k_CK, part, made, BK, C, GATED, DOT)
-    if GATED:
-        asked_VC = asked_VC * token_factors(made[3].index(part), C)
+    state, writes, asked_VC = _start_state(error_VC, asked_VC, state_VK, enter_C, k_CK, made, part, BK, C, EARLY, GATED, DOT)
     written = warpgroup_mma(writes, made[1].index(part).permute([1, 0]), asked_VC, is_async=True)
     state_VK, written = warpgroup_mma_wait(1, [state, written])
     if KEEP:
@@ -151,8 +205,8 @@ def _step(
 def _walk(
     shared, given,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    HELD: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
-    KEEP: gl.constexpr, DOT: gl.constexpr,
+    HELD: gl.constexpr, EARLY: gl.constexpr, WALKS: gl.constexpr, WALK: gl.constexpr, GATED: gl.constexpr, FIRST: gl.constexpr,
+    LAST: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A partition that walks over the chunks of a segment, with 64 columns of the values."""
     results, place, bounds, rows, work, made, handed = shared
@@ -174,7 +228,7 @@ def _walk(
     for n in range(n_first, n_last + 1):
         state_VK, left_VC = _step(
             results, (batch, head, chunk_0, e_start), n, n - n_first, rows, (o_buffer, state_buffer), made, handed, state_VK,
-            left_VC, BK, C, STAGES, DEPTH, HELD, WALKS, WALK, GATED, KEEP, DOT,
+            left_VC, BK, C, STAGES, DEPTH, HELD, EARLY, WALKS, WALK, GATED, KEEP, DOT,
         )  # fmt: skip
     if WALKS == 1:
         _leave_outputs(results[0], [batch, n_last * C, head, e_start], o_buffer, left_VC)
@@ -202,7 +256,9 @@ def forward_kernel(
     # every phase of the stages that it waits for.
     gl.static_assert(STAGES % max(SOLVERS, 1) == 0)
     TILES: gl.constexpr = (V + 64 * WALKS - 1) // (64 * WALKS)
-    HELD: gl.constexpr = 2 if SOLVERS > 0 else DEPTH
+    # Where others make H beside it, a walk that reads factors early was slower under decays.
+    EARLY: gl.constexpr = SOLVERS == 0
+    HELD: gl.constexpr = DEPTH if EARLY else 2
     part, e_start = gl.program_id(0) // TILES, gl.program_id(0) % TILES * 64 * WALKS
     n_chunks = (length + C - 1) // C
     head_index, order, n_first, n_last = place(part, segments, segments, span, n_chunks, False)
@@ -222,7 +278,7 @@ def forward_kernel(
     if WALKS == 1 and SOLVERS == 0:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (beside, BK, C, STAGES, DEPTH, 1, 0, GATED, DOT)),
             ],
             [4],
@@ -231,7 +287,7 @@ def forward_kernel(
     elif WALKS == 1:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 1, 0, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (beside, BK, C, STAGES, DEPTH, 1, 2, GATED, DOT)),
                 (solve, (beside, C, STAGES, 0, 2, GATED, KEEP, DOT, MERGE)),
                 (solve, (beside, C, STAGES, 1, 2, GATED, KEEP, DOT, MERGE)),
@@ -242,8 +298,8 @@ def forward_kernel(
     elif SOLVERS == 0:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
                 (score, (beside, BK, C, STAGES, DEPTH, 2, 0, GATED, DOT)),
             ],
             [4, 4],
@@ -252,8 +308,8 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 0, False, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, 2, 1, False, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 0, False, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 1, False, FIRST, LAST, KEEP, DOT)),
                 (score_and_solve, (beside, BK, C, STAGES, DEPTH, 2, KEEP, DOT, MERGE)),
             ],
             [4, 4],

@@ -135,7 +135,7 @@ def _walk_states(
         start_C, after_C, rate_C, sum_C = coming
         coming = _of_state(states_ptr, dstate_ptr, rate_ptr, drate_ptr, n + 1, width, inside_C & (n + 1 < n_states))
         b_L, c_L = tl.load(b_ptr + n * row + token_L), tl.load(c_ptr + n * row + token_L)
-        factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE)
+        factors, states = replay(start_C, rate_C * -LOG2_E, dt, u, spread(b_L, TILE, CHANNELS), TILE, not DOTS)
         dhs, dlogs, e_C, drate_C = reverse(after_C, factors, states, dt, dy, spread(c_L, TILE, CHANNELS), TILE)
         h_LC, dh_LC = stack(states[1:], TILE, CHANNELS), stack(dhs, TILE, CHANNELS)
         if GATED:

@@ -85,7 +85,7 @@ def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _entering
     *inputs, final = ctx.saved_tensors
     gate_grad = inputs[3] is not None and ctx.needs_input_grad[3]
     do = torch.zeros_like(inputs[2]) if do is None else do
-    more = (None, None) if dfinal is None else (final, dfinal)
+    more = (None, None) if dfinal is None or final is None else (final, dfinal)
     dq, dk, dv, dgate, dstate = linear_recurrence_backward(*inputs, do, *more, gate_grad)
     return dq, dk, dv, dgate if gate_grad else None, None if inputs[4] is None else dstate, None, None
 

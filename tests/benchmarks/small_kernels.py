@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels import _replay
 from kernels.attention import attention, attention_reference, band_mask, banded_attention
 from kernels.between import cross_entropy_triton
-from kernels.conv import long_conv, short_conv
+from kernels.conv import gated_long_conv, long_conv, short_conv
 from kernels.convolutions import conv_triton, long_conv_triton
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.dispatch import use_backend
@@ -78,8 +78,17 @@ def short_conv_case(members: int, batch: int, length: int, width: int, taps: int
     return Case(torch.vmap(lambda *own: short_conv(*own, silu=True)[0]), [x, weight, bias], 2 * size, 3 * size)
 
 
+def gated_long_conv_case(members: int, batch: int, length: int, width: int, taps: int) -> Case:
+    """H3 with heads of two channels, channel by channel; the torch form is an FFT of the products."""
+    qkv = normal(members, 3 * width, batch, length)
+    shapes = ((3 * width,), (width // 2, length), (width, taps))
+    parameters = [normal(members, *shape, dtype=torch.float32) for shape in shapes]
+    size = 2 * qkv.numel() // 3
+    return Case(torch.vmap(gated_long_conv), [qkv, *parameters], 4 * size, 7 * size)
+
+
 def long_conv_case(members: int, batch: int, length: int, width: int) -> Case:
-    """Hyena and H3: a filter as long as the sequence, in fp32; the torch form is an FFT."""
+    """Hyena: a filter as long as the sequence, in fp32; the torch form is an FFT."""
     x, taps = normal(members, batch, length, width), normal(members, width, length, dtype=torch.float32)
     size = 2 * x.numel()
     return Case(torch.vmap(long_conv), [x, taps], 2 * size, 3 * size)
@@ -120,6 +129,7 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     ),
     "selective_scan": (selective_scan_case, ((4, 256, 64, 256, 16), (4, 256, 256, 256, 16), (1, 8, 2048, 4096, 16))),
     "short_conv": (short_conv_case, ((4, 256, 64, 256, 4), (12, 256, 256, 128, 3), (1, 8, 2048, 4096, 4))),
+    "gated_long_conv": (gated_long_conv_case, ((4, 256, 64, 128, 32), (4, 256, 256, 128, 32), (1, 256, 256, 128, 32))),
     "long_conv": (
         long_conv_case,
         ((1, 64, 64, 128), (1, 64, 256, 128), (4, 64, 256, 128), (1, 32, 512, 256), (1, 16, 1024, 512), (1, 8, 2048, 1024)),

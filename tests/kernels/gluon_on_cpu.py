@@ -43,6 +43,8 @@ class Program:
             minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             exp2=torch.exp2,
+            abs=torch.abs,
+            associative_scan=lambda x, axis, _: x.cumsum(axis),
             log=torch.log,
             sum=lambda x, axis: x.sum(axis),
             fma=lambda a, b, c: a * b + c,

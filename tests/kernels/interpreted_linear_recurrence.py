@@ -234,6 +234,15 @@ def test_torch_accepts_the_operator():
     torch.library.opcheck(torch.ops.mixer_bench.linear_recurrence.default, (*tensors.values(), None, True))
 
 
+def test_a_state_that_nobody_asked_for_has_no_gradient():
+    """It is empty, and kernels would read a whole one."""
+    tensors = [x.detach().requires_grad_() for x in draw((1, 20, 1, 1, 16, 16), "none", state=False, dtype=torch.float32).values()]
+    o, final, _ = torch.ops.mixer_bench.linear_recurrence(*tensors, None, None, None, False)
+    got = torch.autograd.grad(o.sum() + final.sum(), tensors, retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(o.sum(), tensors), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_the_kernels_lack_is_said():
     x = torch.randn(1, 4, 1, 300)
     with pytest.raises(ValueError, match="head dim 300 is above 256"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.adamw import adamw_step
 from kernels.attention import banded_attention
-from kernels.conv import long_conv, short_conv, short_conv_step
+from kernels.conv import gated_long_conv, long_conv, short_conv, short_conv_step
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
@@ -139,6 +139,7 @@ DOORS = {
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
     "long_conv": Door(long_conv, {"x": r(B, T, D), "filter": r(D, T)}),
+    "gated_long_conv": Door(gated_long_conv, {"qkv": r(3 * D, B, T), "bias": r(3 * D), "filter": r(D, T), "shift": r(D, J)}),
     "banded_attention": Door(banded, {**qkv(B, H, T), **SINKS}),
     "sparse_attention": Door(lambda q, k, v: sparse_attention(q, k, v, pattern="strided", stride=2), qkv(B, H, T)),
     "block_attention": Door(
@@ -173,14 +174,19 @@ FREE = {(door, "v") for door in ("vector gates", "sparse_attention", "block_atte
     ("long_conv", "filter"),
     ("norm_pair", "rows"),
     ("gated_conv", "taps"),
+    ("gated_long_conv", "filter"),
+    ("gated_long_conv", "shift"),
 }
 """Tensors whose last axis may have any length."""
+FREE_PAIR = {("gated_long_conv", "qkv")}
+"""Tensors whose last two axes may."""
 ROWS = [
     (door, argument, fault)
     for door in DOORS
     for argument in DOORS[door].tensors
     for fault in FAULTS
     if fault != "shape" or (door, argument) not in FREE
+    if fault not in ("shape", "transposed") or (door, argument) not in FREE_PAIR
 ]
 
 

@@ -62,8 +62,8 @@ def planned(monkeypatch, sizes, width, *, gated):
 
 
 WALKS = list(itertools.product((MANY, FEW, CUT), (64, 128), (False, True), (False, True)))
-# Bytes of spilled registers by width and decays, at most, with the assembler of Triton 3.7; ptxas 13.5 spills 20, 160, 8 and 0.
-FORWARD_SPILLS = {(64, False): 20, (64, True): 160, (128, False): 40, (128, True): 20}
+# Bytes of spilled registers by width and decays, at most, with the assembler of Triton 3.7; ptxas 13.5 spills 16, 24, 36 and 12.
+FORWARD_SPILLS = {(64, False): 20, (64, True): 40, (128, False): 60, (128, True): 40}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_carries(reverse):
     check(carry_kernel, 128, gated=True, REVERSE=reverse, STAGES=delta_hopper_launch.CARRY_STAGES[reverse], spilled=20)
 
 
-# Bytes of spilled registers at width 128: what the compilers of Triton 3.6 and 3.7 give at most, rounded up; none at 64.
+# Bytes of spilled registers at width 128: what the compilers of Triton 3.6 and 3.7 give at most, rounded up; at 64 at most 8.
 SPILLS = {backward_kernel: 120, combine_kernel: 80}
 
 
@@ -95,5 +95,5 @@ def test_the_main_configuration(kernel):
 @pytest.mark.parametrize("kernel", [*SPILLS, carry_kernel], ids=lambda kernel: kernel.__name__)
 def test_every_configuration(kernel, width, gated):
     for reverse in (False, True) if kernel is carry_kernel else (False,):
-        spilled = SPILLS.get(kernel, 20) if width > C else 0
+        spilled = SPILLS.get(kernel, 20) if width > C else 8
         check(kernel, width, gated=gated, REVERSE=reverse, STAGES=delta_hopper_launch.CARRY_STAGES[reverse], spilled=spilled)

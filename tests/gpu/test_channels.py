@@ -1,0 +1,37 @@
+"""The gated long convolution on a CUDA device: exact in 16 bits, as members, and captured in a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.conv import gated_long_conv
+from kernels.dispatch import watched
+from tests.kernels import cases_channels as cases
+
+pytestmark = pytest.mark.gpu
+
+LARGE = ((2, 5, 300, 256, 256), (1, 7, 130, 192, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*cases.CASES, *LARGE], ids=str)
+def test_equals_the_definition(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    cases.check(case, "cuda", dtype)
+
+
+def test_members() -> None:
+    cases.check_members("cuda")
+
+
+def test_in_a_graph() -> None:
+    leaves = cases.leaves_of((2, 8, 3, 200, 20), "cuda", torch.bfloat16)
+    with torch.no_grad(), watched() as seen:
+        want = gated_long_conv(*leaves.values())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = gated_long_conv(*leaves.values())
+    graph.replay()
+    assert seen["gated_long_conv"] == "triton"
+    assert torch.equal(got, want)
