@@ -16,11 +16,11 @@ from kernels.gated_norm import gated_norm
 from kernels.layer_step import Packed, layer_step
 from kernels.recurrence import linear_recurrence
 from kernels.rows import pick_rows
+from kernels.ssd import fits, ssd
 from kernels.step_form import StepForm
-from kernels.time_steps import time_steps
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
-from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
+from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, project_wide, time_step_bias, widen
 
 
 class SSDBlock(Mixer):
@@ -77,17 +77,15 @@ class SSDBlock(Mixer):
         Returns:
             Its output, the convolved input and the gate, [B, T, E] each, and the state's part `s` and `conv`, or None.
         """
-        z, xbc, dt = self._project(x_BTD)
-        y, x, state = self._scan(xbc, dt, state)
-        return self._with_skip(y, x), x.flatten(-2), z, state
+        gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
+        y, x, state = self._scan(project_wide(x_BTD, rest), state)
+        return y, x, F.linear(x_BTD, gate), state
 
     def scan_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """The output of `scan` from nothing and the gate at some positions only, [B, M, E] each; as for `Mixer.at_rows`."""
         gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
-        xbc, dt = project(x_BTD, rest, (self.conv.dim, self.n_heads))
-        y_BTHP, x_BTHP, _ = self._scan(xbc, dt, None)
-        y_BMHP, x_BMHP = (pick_rows(a.flatten(-2), rows_BM).unflatten(-1, (self.n_heads, -1)) for a in (y_BTHP, x_BTHP))
-        return self._with_skip(y_BMHP, x_BMHP), F.linear(x_BMD, gate)
+        y_BTE, _, _ = self._scan(project_wide(x_BTD, rest), None)
+        return pick_rows(y_BTE, rows_BM), F.linear(x_BMD, gate)
 
     def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         """One token of `scan`, by the recurrence: [B, E] three times, and the state's part."""
@@ -142,26 +140,26 @@ class SSDBlock(Mixer):
         """The gated norm and the output projection of [..., E]."""
         return self.out_proj(gated_norm(y, z, self.norm.weight, self.norm.eps))
 
-    def _scan(self, xbc: Tensor, dt: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
-        """`scan` of a projected segment, heads apart and without the skip."""
+    def _scan(self, row: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
+        """`scan` of a projected segment: convolution, time steps and spare numbers."""
+        taps = self.conv.taps
+        if state is None and fits(row, head_dim=self.head_dim, d_state=self.d_state, taps=taps):
+            heads = (self.dt_bias, self.log_rate, self.skip)
+            y, xbc = ssd(row, self.conv.weight, self.conv.bias, *heads, head_dim=self.head_dim, d_state=self.d_state)
+            return y, xbc[..., : self.d_inner], None
+        xbc, dt = row[..., : self.conv.dim + self.n_heads].split((self.conv.dim, self.n_heads), dim=-1)
         xbc, tail = self.conv(xbc, None if state is None else state["conv"])
         x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH = time_steps(dt, self.dt_bias)
-        k, q, v = b_BTGN, c_BTGN, x_BTHP
-        if 2 * self.d_state <= self.head_dim:  # of what is written the narrower factor carries the time step
-            each = self.n_heads // self.n_groups
-            k, q = (a[:, :, :, None].expand(-1, -1, -1, each, -1).flatten(2, 3) for a in (k, q))
-            k = (k * dt_BTH[..., None]).to(k.dtype)
-        else:
-            v = (v * dt_BTH[..., None]).to(v.dtype)
+        dt_BTH, log_decay_BTH = self._time_step(dt)
         y_BTHP, s_BHNP = linear_recurrence(
-            q, k, v, log_decay=-self.log_rate.exp() * dt_BTH, state_BHKV=None if state is None else state["s"]
+            c_BTGN,
+            b_BTGN,
+            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
+            log_decay=log_decay_BTH,
+            state_BHKV=None if state is None else state["s"],
         )
-        return y_BTHP, x_BTHP, None if state is None else {"s": s_BHNP, "conv": tail}
-
-    def _with_skip(self, y: Tensor, x: Tensor) -> Tensor:
-        """What the scan made of its inputs and their own share, [..., H, P] each, as [..., E]."""
-        return (y + (self.skip[:, None] * x).to(y.dtype)).flatten(-2)
+        y_BTHP = (y_BTHP + self.skip[:, None] * x_BTHP).to(x_BTHP.dtype)
+        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), None if state is None else {"s": s_BHNP, "conv": tail}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""
