@@ -28,7 +28,8 @@ def _slope(dt_C):
 @entry(do_not_specialize=(*LENGTHS, "draw_t"))
 def ssd_backward(
     xbc, dy, raw, bias, log_rate, skip, kept, dkept, dxbc, draw, parts, length, per_member, raw_t, draw_t,
-    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows [B, T, W] and of raw, and shares [B, chunks, 3, H] of those of log rate, bias and skip.
 
@@ -44,7 +45,7 @@ def ssd_backward(
     raw += batch * length * raw_t
     draw += batch * length * draw_t
     parts += (batch * chunks + chunk) * 3 * H
-    i, p, n = tl.arange(0, C), tl.arange(0, P), tl.arange(0, BN)
+    i, p, n = tl.arange(0, C), tl.arange(0, BP), tl.arange(0, BN)
     t_C, at_b = chunk * C + i, H * P + group * N
     inside_C1, seen = (t_C < length)[:, None], i[:, None] >= i[None, :]
     b_CN = columns_of(xbc, t_C, length, at_b, n, N, W)
@@ -52,53 +53,59 @@ def ssd_backward(
     scores_CC = tl.dot(c_CN, tl.trans(b_CN), input_precision="ieee")
     db_CN = tl.zeros([C, BN], tl.float32)
     dc_CN = tl.zeros([C, BN], tl.float32)
-    at_NP = n[:, None] * P + p[None, :]
     enters, leaves = (n < N)[:, None] & (chunk > 0), (n < N)[:, None] & (chunk + 1 < chunks)
     for head in tl.range(group * EACH, (group + 1) * EACH, num_stages=STAGES):
         rate, bias_h, skip_h = head_numbers(log_rate, bias, skip, batch // per_member, head, H)
-        x_CP = columns_of(xbc, t_C, length, head * P, p, P, W)
-        dy_CP = columns_of(dy, t_C, length, head * P, p, P, H * P)
-        states = ((batch * H + head) * (chunks - 1) + chunk) * N * P
-        state_NP = tl.load(kept + (states - N * P) + at_NP, mask=enters, other=0.0)
-        dstate_NP = tl.load(dkept + states + at_NP, mask=leaves, other=0.0)
         dt_C = steps_of(raw, raw_t, head, bias_h, t_C, length)
         step_C = dt_C * -rate
         g_C, g_all = tl.cumsum(step_C, 0), tl.sum(step_C, 0)
-        x_wide_CP, dy_wide_CP = x_CP.to(tl.float32), dy_CP.to(tl.float32)
         # pairs inside of the chunk
+        along_CC = tl.zeros([C, C], tl.float32)
+        for tile in tl.range(0, P // BP, num_stages=STAGES):
+            x_CP = columns_of(xbc, t_C, length, head * P + tile * BP, p, BP, W)
+            dy_CP = columns_of(dy, t_C, length, head * P + tile * BP, p, BP, H * P)
+            along_CC = tl.dot(dy_CP, tl.trans(x_CP), along_CC, input_precision="ieee")
         decay_CC = tl.exp2(tl.where(seen, g_C[:, None] - g_C[None, :], float("-inf")))
-        along_CC = tl.dot(dy_CP, tl.trans(x_CP), input_precision="ieee") * decay_CC
+        along_CC *= decay_CC
         both_CC = scores_CC * along_CC
         written_C = tl.sum(both_CC, 0)
         read_C = tl.sum(both_CC * dt_C[None, :], 1)
-        along_low_CC = (along_CC * dt_C[None, :]).to(x_CP.dtype)
+        along_low_CC = (along_CC * dt_C[None, :]).to(b_CN.dtype)
         dc_CN = tl.dot(along_low_CC, b_CN, dc_CN, input_precision="ieee")
         db_CN = tl.dot(tl.trans(along_low_CC), c_CN, db_CN, input_precision="ieee")
-        pairs_CC = (scores_CC * decay_CC * dt_C[None, :]).to(x_CP.dtype)
-        # what is read from the state that enters
-        factor_C1 = tl.exp2(g_C)[:, None]
-        earlier_CP = tl.dot(c_CN, state_NP, input_precision="ieee")
-        read_C += tl.sum(earlier_CP * (dy_wide_CP * factor_C1), 1)
-        dc_CN = tl.dot((dy_wide_CP * factor_C1).to(x_CP.dtype), tl.trans(state_NP), dc_CN, input_precision="ieee")
-        # what is written into the state that leaves
-        keep_C = tl.exp2(g_all - g_C)
-        later_CP = tl.dot(b_CN, dstate_NP, input_precision="ieee") * keep_C[:, None]
-        later_C = tl.sum(later_CP * x_wide_CP, 1)
-        db_CN = tl.dot((x_wide_CP * (keep_C * dt_C)[:, None]).to(x_CP.dtype), tl.trans(dstate_NP), db_CN, input_precision="ieee")
-        dx_CP = later_CP * dt_C[:, None] + skip_h * dy_wide_CP
-        dx_CP = tl.dot(tl.trans(pairs_CC), dy_CP, dx_CP, input_precision="ieee")
-        tl.store(dxbc + t_C[:, None] * W + head * P + p[None, :], dx_CP.to(dxbc.dtype.element_ty), mask=inside_C1)
+        turned_CC = tl.trans((scores_CC * decay_CC * dt_C[None, :]).to(b_CN.dtype))
+        # what is read from the state that enters, and written into the one that leaves
+        factor_C, keep_C = tl.exp2(g_C), tl.exp2(g_all - g_C)
+        later_C, skipped_C, crossing = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
+        for tile in tl.range(0, P // BP, num_stages=STAGES):
+            x_CP = columns_of(xbc, t_C, length, head * P + tile * BP, p, BP, W)
+            dy_CP = columns_of(dy, t_C, length, head * P + tile * BP, p, BP, H * P)
+            states = ((batch * H + head) * (chunks - 1) + chunk) * N * P + tile * BP + n[:, None] * P + p[None, :]
+            state_NP = tl.load(kept + (states - N * P), mask=enters, other=0.0)
+            dstate_NP = tl.load(dkept + states, mask=leaves, other=0.0)
+            read_CP = dy_CP.to(tl.float32) * factor_C[:, None]
+            read_C += tl.sum(tl.dot(c_CN, state_NP, input_precision="ieee") * read_CP, 1)
+            dc_CN = tl.dot(read_CP.to(b_CN.dtype), tl.trans(state_NP), dc_CN, input_precision="ieee")
+            write_CP = x_CP.to(tl.float32) * keep_C[:, None]
+            later_CP = tl.dot(b_CN, dstate_NP, input_precision="ieee")
+            later_C += tl.sum(later_CP * write_CP, 1)
+            db_CN = tl.dot((write_CP * dt_C[:, None]).to(b_CN.dtype), tl.trans(dstate_NP), db_CN, input_precision="ieee")
+            dx_CP = later_CP * (keep_C * dt_C)[:, None] + skip_h * dy_CP.to(tl.float32)
+            dx_CP = tl.dot(turned_CC, dy_CP, dx_CP, input_precision="ieee")
+            at_CP = t_C[:, None] * W + head * P + tile * BP + p[None, :]
+            tl.store(dxbc + at_CP, dx_CP.to(dxbc.dtype.element_ty), mask=inside_C1)
+            skipped_C += tl.sum(x_CP.to(tl.float32) * dy_CP.to(tl.float32), 1)
+            crossing += tl.sum(tl.sum(state_NP.to(tl.float32) * dstate_NP.to(tl.float32), 0), 0)
         # decays and time steps
         written_C += later_C
-        crossing = tl.sum(tl.sum(state_NP.to(tl.float32) * dstate_NP.to(tl.float32), 0), 0) * tl.exp2(g_all)
-        crossing += tl.sum(later_C * dt_C, 0)
+        crossing = crossing * tl.exp2(g_all) + tl.sum(later_C * dt_C, 0)
         decay_grad_C = tl.cumsum(read_C - dt_C * written_C, 0, reverse=True) + crossing
         natural = rate / LOG2_E
         draw_C = (written_C - natural * decay_grad_C) * _slope(dt_C)
         tl.store(draw + t_C * draw_t + head, draw_C.to(draw.dtype.element_ty), mask=t_C < length)
         tl.store(parts + head, tl.sum(decay_grad_C * dt_C, 0) * -natural)
         tl.store(parts + H + head, tl.sum(draw_C, 0))
-        tl.store(parts + 2 * H + head, tl.sum(tl.sum(x_wide_CP * dy_wide_CP, 0), 0))
+        tl.store(parts + 2 * H + head, tl.sum(skipped_C, 0))
     inside_CN = inside_C1 & (n < N)[None, :]
     at_CN = t_C[:, None] * W + at_b + n[None, :]
     tl.store(dxbc + at_CN, db_CN.to(dxbc.dtype.element_ty), mask=inside_CN)

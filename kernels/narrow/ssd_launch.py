@@ -17,15 +17,18 @@ from kernels.convolutions import conv_triton
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled: tokens of a chunk, which all of them share, warps of a program and stages of its loop."""
+    """How a kernel is compiled: warps of a program, stages of its loop, and registers of a thread if fewer than it would take."""
 
-    chunk: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-FORWARD, BEHIND, BACKWARD = Config(64, 4, 2), Config(64, 4, 2), Config(64, 4, 1)
-FP32_CHUNK = 16
+CHUNK, FP32_CHUNK = 64, 16
+"""Tokens of a chunk, which all kernels share."""
+COLUMNS = 32
+"""Columns of a head that the backward pass has in registers at once."""
+FORWARD, BEHIND, BACKWARD = Config(4, 2), Config(4, 2), Config(4, 1)
 
 
 class Weights(NamedTuple):
@@ -48,7 +51,7 @@ class Sizes(NamedTuple):
 
 def chunk_of(row: Tensor) -> int:
     """Tokens of a chunk."""
-    return FP32_CHUNK if row.dtype == torch.float32 else FORWARD.chunk
+    return FP32_CHUNK if row.dtype == torch.float32 else CHUNK
 
 
 def kept_shape(row_BTR: Tensor, weights: Weights, sizes: Sizes) -> tuple[int, ...]:
@@ -62,7 +65,7 @@ def _constants(row: Tensor, weights: Weights, sizes: Sizes, config: Config) -> d
     groups = (width - heads * sizes.head_dim) // (2 * sizes.d_state)
     return {
         "H": heads, "P": sizes.head_dim, "G": groups, "N": sizes.d_state, "BN": max(16, triton.next_power_of_2(sizes.d_state)),
-        "C": chunk_of(row), "STAGES": config.stages, "num_warps": config.warps,
+        "C": chunk_of(row), "STAGES": config.stages, "num_warps": config.warps, "maxnreg": config.registers,
     }  # fmt: skip
 
 
@@ -105,7 +108,7 @@ def backward(
     drow, dxbc = row.new_empty(row.shape), torch.empty_like(xbc_BTW)
     drow[..., width + heads :].zero_()
     parts = row.new_empty(members, per_member * chunks, 3, heads, dtype=torch.float32)
-    constants = _constants(row, weights, sizes, BACKWARD)
+    constants = _constants(row, weights, sizes, BACKWARD) | {"BP": min(COLUMNS, sizes.head_dim)}
     ssd_backward[(batch * chunks * constants["G"],)](
         xbc_BTW, dy, raw, step_bias, log_rate, skip, kept, dkept, dxbc, drow[..., width:], parts,
         length, per_member, row.stride(1), drow.stride(1), **constants,
