@@ -230,6 +230,7 @@ def test_adamw(members: int, parameters: int) -> None:
 @pytest.mark.parametrize("shape", [*cases_norms.SHAPES, (4, 200, 256), (2, 300, 1000)])
 def test_norms(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     cases_norms.check_layer_norm(shape, "cuda", dtype, "triton")
+    cases_norms.check_stream(shape, "cuda", dtype, "triton")
     for at_rows in (False, True):
         cases_norms.check_pair(shape, "cuda", dtype, "triton", at_rows=at_rows)
 
