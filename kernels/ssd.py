@@ -1,91 +1,146 @@
-"""Mamba-2 between projection and gate in few passes, where its states are narrow (Dao & Gu 2024, section 7).
+"""Mamba-2 between projection and gate (Dao & Gu 2024, section 7): short convolution, time steps, recurrence and skip.
 
     S_t = exp(-exp(log_rate) dt_t) S_{t-1} + B_t (dt_t x_t)^T,    y_t = S_t^T C_t + skip x_t,    dt_t = softplus(raw_t + step_bias)
 
-of x, B and C after a short convolution and its SiLU. There are kernels for a CUDA device only; elsewhere, and with wide states, a
-mixer calls `kernels.conv.short_conv` and `kernels.recurrence.linear_recurrence`.
+of x, B and C after the convolution and a SiLU. Narrow states of whole segments have kernels of their own
+(`kernels.narrow.ssd_launch`); all else goes through `kernels.conv` and `kernels.recurrence`, which choose for themselves.
 
-Shape legend: B batch, T time, H heads, P width of a head, G groups that share B and C, N states; W = H P + 2 G N channels of the
-convolution, K taps, R >= W + H numbers of a row.
+Shape legend: B batch, T time, H heads, P width of a head, E = H P, G groups that share B and C, N states; W = E + 2 G N channels
+of the convolution, K taps, Q = K - 1 remembered inputs, R >= W + H numbers of a row.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
-from kernels.conv import MOST_TAPS
+from kernels.conv import MOST_TAPS, short_conv
 from kernels.dispatch import pick
 from kernels.narrow.ssd_operator import ssd_operator
+from kernels.recurrence import linear_recurrence
 
-OPERATION = "ssd"
 WIDEST = 32
-"""States; from 64 on kernels for Hopper are faster, and a chunk of wider ones does not fit the registers."""
+"""States of the Triton form; from 64 on kernels for Hopper are faster, and a chunk of wider ones does not fit the registers."""
 LONGEST = 2048
-"""Tokens up to which a program for each head and sequence is no longer than those of the convolution."""
+"""Tokens of the Triton form, whose programs walk whole sequences."""
 HEAD_DIMS = (16, 32, 64)
 
 
-def fits(row_BTR: Tensor, *, head_dim: int, d_state: int, taps: int) -> bool:
-    """Whether `ssd` runs such a call."""
-    return pick(OPERATION, row_BTR, obstacle=_obstacle(row_BTR, head_dim, d_state, taps), tensor_cores=True) == "triton"
+class Sizes(NamedTuple):
+    """G, N and P."""
+
+    n_groups: int
+    d_state: int
+    head_dim: int
+
+
+class Conv(NamedTuple):
+    """Taps, of which the last meets the current token."""
+
+    taps_WK: Tensor
+    bias_W: Tensor | None
+
+
+class Heads(NamedTuple):
+    """Bias of the time steps, log rate of the decays, and the paper's D."""
+
+    step_bias_H: Tensor
+    log_rate_H: Tensor
+    skip_H: Tensor
+
+
+class State(NamedTuple):
+    """S, and the last inputs of the convolution."""
+
+    s_BHNP: Tensor
+    tail_BQW: Tensor
 
 
 def ssd(
-    row_BTR: Tensor,
-    taps_WK: Tensor,
-    bias_W: Tensor | None,
-    step_bias_H: Tensor,
-    log_rate_H: Tensor,
-    skip_H: Tensor,
-    *,
-    head_dim: int,
-    d_state: int,
-) -> tuple[Tensor, Tensor]:
-    """What the formula above says, from nothing.
+    row_BTR: Tensor, conv: Conv | None, heads: Heads, sizes: Sizes, state: State | None = None
+) -> tuple[Tensor, Tensor, State | None]:
+    """What the formula above says.
 
     Args:
-        row_BTR: projected inputs: W channels of the convolution (x of all heads, then B and C of all groups), raw time steps of
-            all heads, and spare numbers, which are not read.
-        taps_WK: of the convolution; the last one meets the current token.
-        bias_W: of the convolution, or None.
-        step_bias_H: of the time steps.
-        log_rate_H: of the decays.
-        skip_H: D of the paper.
-        head_dim: P.
-        d_state: N.
+        row_BTR: projected inputs: x of all heads, B and C of all groups, raw time steps of all heads, and spare numbers, which
+            are not read.
+        conv: None leaves the SiLU alone.
+        heads: weights of each head.
+        sizes: what the rows consist of.
+        state: before the segment; None means from nothing, and none is returned.
 
     Returns:
-        y [B, T, H P] and the convolved channels [B, T, W] in the dtype of the rows.
+        y and the convolved x, [B, T, E] in the dtype of the rows, and the state after the segment in the dtypes of the given one.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or `fits` says no.
+        ValueError: shapes, dtypes or devices do not match.
     """
-    check_axes("row", row_BTR, "B T R")
-    check_axes("taps", taps_WK, "W K")
-    check_axes("skip", skip_H, "H")
-    (width, taps), heads = taps_WK.shape, skip_H.shape[0]
-    shared = width - heads * head_dim
-    if shared <= 0 or shared % (2 * d_state) or heads % (shared // (2 * d_state)) or row_BTR.shape[2] < width + heads:
+    inner = _check(row_BTR, conv, heads, sizes, state)
+    if conv is not None and state is None and _is_narrow(row_BTR, conv, sizes):
+        weights = (None if x is None else x[None] for x in (*conv, *heads))
+        y_BTE, convolved_BTW, _ = ssd_operator(row_BTR, *weights, sizes.head_dim, sizes.d_state)
+        return y_BTE, convolved_BTW[..., :inner], None
+    return _composed(row_BTR, conv, heads, sizes, state)
+
+
+def _composed(
+    row_BTR: Tensor, conv: Conv | None, heads: Heads, sizes: Sizes, state: State | None
+) -> tuple[Tensor, Tensor, State | None]:
+    """The same of other operations."""
+    groups, states, width = sizes
+    n_heads, n_shared = heads.skip_H.shape[0], groups * states
+    parts = (n_heads * width, n_shared, n_shared, n_heads)
+    channels_BTW, tail = row_BTR[..., : sum(parts[:3])], None if state is None else state.tail_BQW
+    if conv is None:
+        channels_BTW = F.silu(channels_BTW)
+    else:
+        channels_BTW, tail = short_conv(channels_BTW, *conv, tail, silu=True)
+    x_BTE, *shared = channels_BTW.split(parts[:3], dim=-1)
+    x_BTHP, (b_BTGN, c_BTGN) = x_BTE.unflatten(-1, (n_heads, width)), (a.unflatten(-1, (groups, states)) for a in shared)
+    raw_BTH = row_BTR[..., sum(parts[:3]) : sum(parts)]
+    dt_BTH = F.softplus(raw_BTH.to(torch.promote_types(raw_BTH.dtype, torch.float32)) + heads.step_bias_H)
+    y_BTHP, s_BHNP = linear_recurrence(
+        c_BTGN,
+        b_BTGN,
+        (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
+        log_decay=-heads.log_rate_H.exp() * dt_BTH,
+        state_BHKV=None if state is None else state.s_BHNP,
+    )
+    y_BTHP = (y_BTHP + heads.skip_H[:, None] * x_BTHP).to(x_BTHP.dtype)
+    return y_BTHP.flatten(-2), x_BTE, None if s_BHNP is None or tail is None else State(s_BHNP, tail)
+
+
+def _is_narrow(row: Tensor, conv: Conv, sizes: Sizes) -> bool:
+    """Whether the kernels for narrow states run; where they do not fit, other operations have kernels, so nothing is refused."""
+    fits = (
+        sizes.d_state <= WIDEST and sizes.head_dim in HEAD_DIMS and row.shape[1] <= LONGEST and conv.taps_WK.shape[1] <= MOST_TAPS
+    )
+    return fits and pick("ssd", row, tensor_cores=True) == "triton"
+
+
+def _check(row: Tensor, conv: Conv | None, heads: Heads, sizes: Sizes, state: State | None) -> int:
+    """E, if everything fits."""
+    check_axes("row", row, "B T R")
+    check_axes("skip", heads.skip_H, "H")
+    batch, _, numbers = row.shape
+    n_heads, (groups, states, width) = heads.skip_H.shape[0], sizes
+    channels = n_heads * width + 2 * groups * states
+    if n_heads % groups or numbers < channels + n_heads:
         raise ValueError(
-            f"rows of {row_BTR.shape[2]} numbers and {width} channels do not hold {heads} heads of {head_dim}, B and C of"
-            f" {d_state} states for groups of heads, and {heads} time steps"
+            f"row has {numbers} numbers; {n_heads} heads of {width} in {groups} groups of {states} states need {channels + n_heads},"
+            " and groups that divide the heads"
         )
-    others = {"taps": (taps_WK, (width, taps)), "bias": (bias_W, (width,)), "step_bias": (step_bias_H, (heads,))}
-    check_arguments(row_BTR, others | {"log_rate": (log_rate_H, (heads,)), "skip": (skip_H, (heads,))}, first="row")
-    if not fits(row_BTR, head_dim=head_dim, d_state=d_state, taps=taps):
-        raise ValueError(f"ssd has kernels only, which do not run here: {_obstacle(row_BTR, head_dim, d_state, taps)}")
-    weights = (None if x is None else x[None] for x in (taps_WK, bias_W, step_bias_H, log_rate_H, skip_H))
-    y_BTE, xbc_BTW, _ = ssd_operator(row_BTR, *weights, head_dim, d_state)
-    return y_BTE, xbc_BTW
-
-
-def _obstacle(row: Tensor, head_dim: int, d_state: int, taps: int) -> str | None:
-    """What keeps a call from the kernels."""
-    if d_state > WIDEST:
-        return f"{d_state} states are more than {WIDEST}"
-    if row.shape[1] > LONGEST:
-        return f"{row.shape[1]} tokens are more than {LONGEST}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} is not among {', '.join(map(str, HEAD_DIMS))}"
-    return f"{taps} taps are not 1 to {MOST_TAPS}" if not 1 <= taps <= MOST_TAPS else None
+    named = {f"{name.rpartition('_')[0]}": (x, (n_heads,)) for name, x in heads._asdict().items()}
+    taps = 1
+    if conv is not None:
+        check_axes("taps", conv.taps_WK, "W K")
+        taps = conv.taps_WK.shape[1]
+        named |= {"taps": (conv.taps_WK, (channels, taps)), "bias": (conv.bias_W, (channels,))}
+    if state is not None:
+        named |= {"s": (state.s_BHNP, (batch, n_heads, states, width)), "tail": (state.tail_BQW, (batch, taps - 1, channels))}
+    check_arguments(row, named, first="row")
+    return n_heads * width

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from kernels.gated_norm import gated_norm
 from kernels.layer_step import Packed, layer_step
-from kernels.recurrence import linear_recurrence
 from kernels.rows import pick_rows
-from kernels.ssd import fits, ssd
+from kernels.ssd import Conv, Heads, Sizes, ssd
+from kernels.ssd import State as SSDState
 from kernels.step_form import StepForm
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
@@ -140,26 +140,16 @@ class SSDBlock(Mixer):
         """The gated norm and the output projection of [..., E]."""
         return self.out_proj(gated_norm(y, z, self.norm.weight, self.norm.eps))
 
-    def _scan(self, row: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
-        """`scan` of a projected segment: convolution, time steps and spare numbers."""
-        taps = self.conv.taps
-        if state is None and fits(row, head_dim=self.head_dim, d_state=self.d_state, taps=taps):
-            heads = (self.dt_bias, self.log_rate, self.skip)
-            y, xbc = ssd(row, self.conv.weight, self.conv.bias, *heads, head_dim=self.head_dim, d_state=self.d_state)
-            return y, xbc[..., : self.d_inner], None
-        xbc, dt = row[..., : self.conv.dim + self.n_heads].split((self.conv.dim, self.n_heads), dim=-1)
-        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
-        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH, log_decay_BTH = self._time_step(dt)
-        y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
-            log_decay=log_decay_BTH,
-            state_BHKV=None if state is None else state["s"],
+    def _scan(self, row_BTR: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
+        """`scan` of a projected segment: inputs of the convolution, time steps and spare numbers."""
+        y_BTE, x_BTE, after = ssd(
+            row_BTR,
+            Conv(self.conv.weight, self.conv.bias) if self.conv.taps else None,
+            Heads(self.dt_bias, self.log_rate, self.skip),
+            Sizes(self.n_groups, self.d_state, self.head_dim),
+            None if state is None else SSDState(state["s"], state["conv"]),
         )
-        y_BTHP = (y_BTHP + self.skip[:, None] * x_BTHP).to(x_BTHP.dtype)
-        return y_BTHP.flatten(-2), x_BTHP.flatten(-2), None if state is None else {"s": s_BHNP, "conv": tail}
+        return y_BTE, x_BTE, None if after is None else {"s": after.s_BHNP, "conv": after.tail_BQW}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""

@@ -178,7 +178,9 @@ def short_conv_backward(
             for tap in tl.static_range(TAPS):
                 more = more + (shares[tap] + dz_C * rows[u + tap],)
             shares = more + (shares[TAPS] + dz_C,)
-            _store_gradient(dx_ptr, dx_stride, gradients, weights, u, start + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
+            _store_gradient(
+                dx_ptr, dx_stride, gradients, weights, u, start + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS
+            )
         before = _last(rows, TAPS - 1 + AHEAD, TAPS - 1)
         behind = _last(gradients, TAPS - 1 + AHEAD, TAPS - 1)
     end = first + turns * AHEAD

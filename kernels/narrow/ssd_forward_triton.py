@@ -84,7 +84,9 @@ def ssd_forward(
         read_CP = tl.dot(c_CN, state_NP.to(c_CN.dtype), input_precision="ieee") * tl.exp2(g_C)[:, None]
         scores_CC = tl.dot(c_CN, tl.trans(b_CN), input_precision="ieee")
         # the time step of what is written is part of the exponent
-        pairs_CC = scores_CC * tl.exp2(tl.where(seen, g_C[:, None] - (g_C - tl.log2(tl.maximum(dt_C, LEAST)))[None, :], float("-inf")))
+        pairs_CC = scores_CC * tl.exp2(
+            tl.where(seen, g_C[:, None] - (g_C - tl.log2(tl.maximum(dt_C, LEAST)))[None, :], float("-inf"))
+        )
         y_CP = tl.dot(pairs_CC.to(x_CP.dtype), x_CP, read_CP, input_precision="ieee") + skip_h * x_CP.to(tl.float32)
         write_CN = (b_CN.to(tl.float32) * (dt_C * tl.exp2(g_all - g_C))[:, None]).to(x_CP.dtype)
         state_NP = tl.dot(tl.trans(write_CN), x_CP, state_NP * tl.exp2(g_all), input_precision="ieee")

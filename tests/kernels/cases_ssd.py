@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.dispatch import use_backend
-from kernels.ssd import ssd
+from kernels.ssd import Conv, Heads, Sizes, ssd
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
 
 
@@ -32,6 +32,14 @@ SPARE, TAPS = 3, 4
 NAMES = ("row", "taps", "bias", "step_bias", "log_rate", "skip")
 
 
+def call(
+    row: Tensor, taps: Tensor, bias: Tensor | None, step_bias: Tensor, log_rate: Tensor, skip: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """`ssd` from nothing: y, and the convolved x."""
+    sizes = Sizes(shape.G, shape.N, shape.P)
+    return ssd(row, Conv(taps, bias), Heads(step_bias, log_rate, skip), sizes)[:2]
+
+
 def definition(
     row: Tensor, taps: Tensor, bias: Tensor | None, step_bias: Tensor, log_rate: Tensor, skip: Tensor, shape: Shape
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +58,7 @@ def definition(
     for t in range(length):
         state = factor[:, t, :, None, None] * state + b[:, t, :, :, None] * (dt[:, t, :, None] * x[:, t])[:, :, None]
         found.append((c[:, t, :, :, None] * state).sum(2) + skip[:, None] * x[:, t])
-    return torch.stack(found, 1).flatten(-2), convolved
+    return torch.stack(found, 1).flatten(-2), convolved[..., : heads * width]
 
 
 def draw(shape: Shape, *, bias: bool = True) -> dict[str, Tensor]:
@@ -67,39 +75,40 @@ def draw(shape: Shape, *, bias: bool = True) -> dict[str, Tensor]:
     return {name: x for name, x in zip(NAMES, drawn, strict=True) if x is not None}
 
 
-def check(shape: Shape, device: str, dtype: torch.dtype, *, bias: bool = True, beside: bool = False) -> None:
-    """Outputs and all gradients against fp64, with a gradient of the convolved channels too or without."""
+def check(
+    shape: Shape, device: str, dtype: torch.dtype, backend: str = "triton", *, bias: bool = True, beside: bool = False
+) -> None:
+    """Outputs and all gradients against fp64, with a gradient of the convolved x too or without."""
     tensors = draw(shape, bias=bias)
     tensors["row"] = tensors["row"].to(dtype)
     upstream = torch.randn(shape.B, shape.T, shape.H * shape.P)
-    upstream_beside = torch.randn(shape.B, shape.T, len(tensors["taps"]))
+    upstream_beside = torch.randn_like(upstream)
 
-    def run(leaves: dict[str, Tensor], call) -> dict[str, Tensor]:
-        y, convolved = call(leaves["row"][..., 8:], leaves["taps"], leaves.get("bias"), *(leaves[name] for name in NAMES[3:]))
+    def run(leaves: dict[str, Tensor], form) -> dict[str, Tensor]:
+        y, convolved = form(leaves["row"][..., 8:], leaves["taps"], leaves.get("bias"), *(leaves[name] for name in NAMES[3:]))
         loss = (y * upstream.to(y)).sum()
         loss = loss + (convolved * upstream_beside.to(y)).sum() if beside else loss
         found = torch.autograd.grad(loss, list(leaves.values()))
         return {"y": y, "convolved": convolved} | {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
 
-    with use_backend("triton"), poisoned():
+    with use_backend(backend), poisoned():
         leaves = {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
-        got = run(leaves, lambda *args: ssd(*args, head_dim=shape.P, d_state=shape.N))
+        got = run(leaves, lambda *args: call(*args, shape))
     true = run({n: x.to(device).double().requires_grad_() for n, x in tensors.items()}, lambda *args: definition(*args, shape))
     assert got["y"].dtype == got["convolved"].dtype == dtype
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
-def check_members(device: str) -> None:
+def check_members(device: str, backend: str = "triton") -> None:
     """Members with weights of their own are one call and equal the loop."""
     shape = SHAPES[1]
     leaves = tuple(torch.stack([draw(shape)[name] for _ in range(3)]).to(device).requires_grad_() for name in NAMES)
 
-    def call(*leaves: Tensor) -> Tensor:
-        y, _ = ssd(leaves[0][..., 8:], *leaves[1:], head_dim=shape.P, d_state=shape.N)
-        return y.sin().sum()
+    def loss(*leaves: Tensor) -> Tensor:
+        return call(leaves[0][..., 8:], *leaves[1:], shape)[0].sin().sum()
 
-    with use_backend("triton"), poisoned():
-        together = torch.vmap(call)(*leaves)
-        alone = torch.stack([call(*(x[i] for x in leaves)) for i in range(3)])
+    with use_backend(backend), poisoned():
+        together = torch.vmap(loss)(*leaves)
+        alone = torch.stack([loss(*(x[i] for x in leaves)) for i in range(3)])
         torch.testing.assert_close(together, alone)
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), leaves) for y in (together, alone)), rtol=1e-4, atol=1e-4)

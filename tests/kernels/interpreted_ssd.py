@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels.dispatch import use_backend
-from kernels.ssd import ssd
 from tests.kernels import cases_ssd as cases
 
 
@@ -24,7 +23,7 @@ def test_members():
 def test_compiles_as_one_graph():
     shape = cases.Shape(1, 17, 2, 1, 16, 8)
     leaves = tuple(torch.stack([cases.draw(shape)[name] for _ in range(2)]).requires_grad_() for name in cases.NAMES)
-    mapped = torch.vmap(lambda *leaves: ssd(*leaves, head_dim=shape.P, d_state=shape.N)[0])
+    mapped = torch.vmap(lambda *leaves: cases.call(*leaves, shape)[0])
     with use_backend("triton"):
         losses = [call(*leaves).sin().sum() for call in (torch.compile(mapped, backend="aot_eager", fullgraph=True), mapped)]
     torch.testing.assert_close(*losses)
