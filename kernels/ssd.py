@@ -131,8 +131,8 @@ def _check(row: Tensor, conv: Conv | None, heads: Heads, sizes: Sizes, state: St
     channels = n_heads * width + 2 * groups * states
     if n_heads % groups or numbers < channels + n_heads:
         raise ValueError(
-            f"row has {numbers} numbers; {n_heads} heads of {width} in {groups} groups of {states} states need {channels + n_heads},"
-            " and groups that divide the heads"
+            f"row has {numbers} numbers; {n_heads} heads of {width} in {groups} groups of {states} states need"
+            f" {channels + n_heads}, and groups that divide the heads"
         )
     named = {f"{name.rpartition('_')[0]}": (x, (n_heads,)) for name, x in heads._asdict().items()}
     taps = 1

@@ -26,7 +26,7 @@ def _slope(dt_C):
 
 
 @entry(do_not_specialize=(*LENGTHS, "draw_t"))
-def ssd_backward(
+def ssd_backward(  # noqa: PLR0915 - one loop, whose values live in registers
     xbc, dy, raw, bias, log_rate, skip, kept, dkept, dxbc, draw, parts, length, per_member, raw_t, draw_t,
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     C: tl.constexpr, STAGES: tl.constexpr,

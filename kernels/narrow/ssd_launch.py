@@ -32,8 +32,10 @@ FORWARD, BEHIND, BACKWARD = Config(4, 2), Config(4, 2), Config(4, 1)
 
 
 class Weights(NamedTuple):
-    """Of M members: taps [M, W, K] and bias [M, W] or None of the convolution; of each head the bias of its time steps, the log
-    of its decay's rate and its skip, [M, H]."""
+    """Of M members: taps [M, W, K] and bias [M, W] or None of the convolution; the rest of each head, [M, H].
+
+    These are the bias of its time steps, the log of its decay's rate and its skip.
+    """
 
     taps: Tensor
     bias: Tensor | None

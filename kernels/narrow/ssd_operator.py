@@ -49,7 +49,7 @@ def _backward_operator(
     head_dim: int,
     d_state: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the rows, of taps and bias, which is empty where there is none, and [3, M, H] of log rate, step bias and skip."""
+    """Gradients of the rows, of taps and bias, empty where there is none, and [3, M, H] of log rate, step bias and skip."""
     weights, sizes = launch.Weights(taps_MWK, bias_MW, step_bias_MH, log_rate_MH, skip_MH), launch.Sizes(head_dim, d_state)
     with torch.cuda.device_of(dy_BTE):  # Triton launches on the current device
         return launch.backward(dy_BTE, dxbc_BTW, row_BTR, xbc_BTW, kept, weights, sizes)
@@ -81,7 +81,7 @@ def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]
 
 
 def _differentiate(ctx, dy_BTE: Tensor | None, dxbc_BTW: Tensor | None, _kept: None) -> tuple[Tensor | None, ...]:
-    row_BTR, taps, bias, *of_heads, xbc_BTW, kept = ctx.saved_tensors
+    _, _, bias, *of_heads, xbc_BTW, _ = ctx.saved_tensors
     dy = xbc_BTW.new_zeros(*xbc_BTW.shape[:2], of_heads[0].shape[1] * ctx.sizes[0]) if dy_BTE is None else dy_BTE
     drow, dtaps, dbias, dheads = _backward_operator(dy, dxbc_BTW, *ctx.saved_tensors, *ctx.sizes)
     dlog_rate, dstep_bias, dskip = dheads.unbind()

@@ -82,7 +82,7 @@ def check_pair(shape: tuple[int, int, int], device: str, dtype: torch.dtype, bac
 
 
 def check_stream(shape: tuple[int, int, int], device: str, dtype: torch.dtype, backend: str) -> None:
-    """All outputs and gradients of the RMS norm of a stream against fp64; chosen positions may repeat where they have no gradient."""
+    """The RMS norm of a stream and its gradients against fp64; chosen positions may repeat where they have no gradient."""
     batch, length, width = shape
     rows = rows_of(batch, length)
     tensors = {"r": (torch.randn(shape) + 0.5).to(dtype), "weight": torch.randn(width)}
