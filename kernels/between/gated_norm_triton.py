@@ -19,8 +19,8 @@ from torch import Tensor
 from kernels._entry import entry
 from kernels._members import even_rows
 
-TILE_ELEMENTS = 1024
-"""Of a tile; a thread of the four warps holds eight of each."""
+TILE_ELEMENTS = 512
+"""Of a tile; a thread of the four warps holds four of each."""
 ROWS = 128
 """Rows of a program."""
 WARPS = 4

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from kernels._entry import entry
 
-TILE_ELEMENTS = 1024
-"""Of a tile; a thread of the four warps holds eight of each."""
+TILE_ELEMENTS = 512
+"""Of a tile; a thread of the two warps holds eight of each."""
 ROWS = 128
 """Rows of a program."""
-WARPS = 4
+WARPS = 2
 
 
 @triton.jit

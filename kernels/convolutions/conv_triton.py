@@ -24,7 +24,7 @@ from kernels.between.parts_triton import MANY, add_parts
 LOG2_E = tl.constexpr(1.4426950408889634)
 RUN, LONG_RUN, AHEAD = 64, 256, 8
 """Tokens that a program walks along, backward where runs are many, and how many of them it asks for at once."""
-MANY_RUNS = 4096
+MANY_RUNS = 3000
 """Programs of long runs from which on these fill a device."""
 CHANNELS, WARPS = 64, 1
 STEP_CHANNELS = 256

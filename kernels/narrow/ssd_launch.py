@@ -24,11 +24,13 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
-CHUNK, FP32_CHUNK = 64, 16
+CHUNK, FP32_CHUNK = 32, 16
 """Tokens of a chunk, which all kernels share."""
 COLUMNS = 32
 """Columns of a head that the backward pass has in registers at once."""
-FORWARD, BEHIND, BACKWARD = Config(4, 2), Config(4, 2), Config(4, 1)
+FORWARD = {16: Config(1, 2), 32: Config(2, 3)}
+"""By N, the first at least as large."""
+BEHIND, BACKWARD = Config(1, 2), Config(2, 1)
 
 
 class Weights(NamedTuple):
@@ -82,7 +84,7 @@ def forward(row_BTR: Tensor, weights: Weights, sizes: Sizes) -> tuple[Tensor, Te
     kept = row.new_empty(kept_shape(row, weights, sizes))
     ssd_forward[(batch * heads,)](
         xbc, row[..., width:], *(w.contiguous() for w in weights[2:]), y, kept, length, batch // members, row.stride(1),
-        **_constants(row, weights, sizes, FORWARD),
+        **_constants(row, weights, sizes, next(config for most, config in FORWARD.items() if sizes.d_state <= most)),
     )  # fmt: skip
     return y, xbc, kept
 

@@ -10,7 +10,7 @@ from kernels.ssd import Conv, Heads, Sizes, State, ssd
 from tests.kernels import cases_ssd as cases
 from tests.kernels.offline import compile_sm90
 
-CONFIGS = {ssd_forward: launch.FORWARD, ssd_behind: launch.BEHIND, ssd_backward: launch.BACKWARD}
+CONFIGS = {ssd_forward: launch.FORWARD[16], ssd_behind: launch.BEHIND, ssd_backward: launch.BACKWARD}
 
 
 @pytest.mark.parametrize(
