@@ -20,10 +20,11 @@ from kernels._entry import entry
 from kernels._members import even_rows
 
 TILE_ELEMENTS = 512
-"""Of a tile; a thread of the four warps holds four of each."""
-ROWS = 128
+"""Of a tile; a thread of an only warp holds sixteen of each, and sums over a row stay inside of the warp."""
+ROWS = 64
 """Rows of a program."""
-WARPS = 4
+ONE_WARP, WARPS = 512, 4
+"""The widest rows that a warp holds without spills, and warps of wider ones."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -95,6 +96,6 @@ def backward(
         gated_norm_backward[(members * n_parts,)](
             x_MND, gate_MND, dy_MND, parts if weight_MD is None else weight_MD.contiguous(), dx_MND, dgate_MND, parts,
             n_rows, gate_MND.stride(1) // unit, width, eps,
-            NORM=weight_MD is not None, UNIT=unit, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block, num_warps=WARPS,
+            NORM=weight_MD is not None, UNIT=unit, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block, num_warps=1 if block <= ONE_WARP else WARPS,
         )  # fmt: skip
     return dx_MND, dgate_MND, parts.sum(1)

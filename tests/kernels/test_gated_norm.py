@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.between.gated_norm_triton import ROWS, TILE_ELEMENTS, WARPS, gated_norm_backward
+from kernels.between.gated_norm_triton import ONE_WARP, ROWS, TILE_ELEMENTS, WARPS, gated_norm_backward
 from kernels.dispatch import use_backend
 from kernels.gated_norm import MOST_WIDTH, gated_norm
 from tests.kernels import cases_gated_norm as cases
@@ -35,8 +35,8 @@ def test_compiles_for_sm90_without_spills(width: int, dtype: str, norm: bool):
     tensors |= dict.fromkeys(("weight_ptr", "parts_ptr"), "*fp32+")
     sizes = {"n_rows": "i32", "gate_stride": "i32", "width": "i32+", "eps": "fp32"}
     flags = {"NORM": norm, "UNIT": 8, "ROWS": ROWS, "TILE": max(1, TILE_ELEMENTS // block), "BLOCK": block}
-    used = compile_sm90(gated_norm_backward, tensors | sizes | flags, warps=WARPS)
+    used = compile_sm90(gated_norm_backward, tensors | sizes | flags, warps=1 if width <= ONE_WARP else WARPS)
     assert used.spilled == 0
-    assert used.registers <= 128, "fewer than four programs of 128 threads fit an SM"
+    assert used.shared == 0 or width > ONE_WARP, "a row is summed inside of a warp"
     if dtype == "*bf16+":
-        assert used.ptx.count("ld.global.v") >= 6, "two tiles of three tensors, 8 bytes a load or more, the gate's rows too"
+        assert used.ptx.count("ld.global.v4.b32") >= 6, "two tiles of three tensors, 16 bytes a load, the gate's rows too"
