@@ -96,6 +96,7 @@ def backward(
         gated_norm_backward[(members * n_parts,)](
             x_MND, gate_MND, dy_MND, parts if weight_MD is None else weight_MD.contiguous(), dx_MND, dgate_MND, parts,
             n_rows, gate_MND.stride(1) // unit, width, eps,
-            NORM=weight_MD is not None, UNIT=unit, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block, num_warps=1 if block <= ONE_WARP else WARPS,
+            NORM=weight_MD is not None, UNIT=unit, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block,
+            num_warps=1 if block <= ONE_WARP else WARPS,
         )  # fmt: skip
     return dx_MND, dgate_MND, parts.sum(1)
