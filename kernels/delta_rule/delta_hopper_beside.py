@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from kernels.delta_rule.delta_hopper import barriers, factors_of, fetch, shared_layout, thread_barrier, turned_layout
 from kernels.walks.walk_triton import LOG2_E
@@ -221,6 +222,8 @@ def score(
     line = gl.arange(0, C, line_layout())
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
+    if SOLVERS == 0:
+        gdc_wait()
     bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, SOLVERS)
     g_all = 0.0
     if SOLVERS == 0:

@@ -128,6 +128,24 @@ def _carried(
     return states
 
 
+TRIAL = {"couple": "gluon", "registers": 80, "programs": 6, "pdl": False}
+
+
+def couple(k: Tensor, beta: Tensor, gate: Gate, kept: Kept, *, gated: bool) -> None:
+    """Writes the couplings and the cumulated decays of every chunk."""
+    from kernels.delta_rule.delta_hopper_couple import couple_kernel
+
+    (batch, length, groups, k_dim), (heads, chunks) = k.shape, kept.couplings.shape[1:3]
+    wide = max(padded(k_dim), CHUNK)
+    programs = min(batch * heads * chunks, TRIAL["programs"] * multiprocessors(k.device))
+    couple_kernel[(programs,)](
+        _described(k, [1, CHUNK, 1, wide]), _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]),
+        beta, gate.log_decay, kept.decays, *gate.strides, gate.every, length, heads, heads // groups, batch * heads,
+        BK=wide, C=CHUNK, GATED=gated, DOT=_triton_dtype(kept.couplings.dtype), MERGE=_triton_dtype(torch.float16), num_warps=4,
+        maxnreg=TRIAL["registers"],
+    )  # fmt: skip
+
+
 class Gate(NamedTuple):
     """Log decays, or any tensor where there are none, as `kernels.operands._gate` describes them."""
 
@@ -161,6 +179,7 @@ def forward(
         *gate.strides, gate.every, *counts,
         **constants, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
         LAST=return_state, KEEP=keep, MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
+        **({"launch_pdl": True} if TRIAL["pdl"] and segments == 1 and not plan.solvers else {}),
     )  # fmt: skip
 
 

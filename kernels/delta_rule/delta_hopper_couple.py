@@ -1,0 +1,81 @@
+"""H of every chunk of the delta rule for Hopper, in Gluon, where no warps make it beside a walk: few heads, wide ones under decays.
+
+Four warps make H of a chunk as beside a walk (`kernels.delta_rule.delta_hopper_solve`), and the keys of their next one are on
+their way meanwhile. Chunks are taken from the last to the first, all heads of a chunk together: what a walk reads first, keys
+and H of its first chunks, was touched last and is still in the L2 cache.
+
+Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key width, S = 16 tokens of a block.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from kernels._entry import entry
+from kernels.delta_rule.delta_hopper import SIZES, barriers, fetch, shared_layout, thread_barrier, turned_layout
+from kernels.delta_rule.delta_hopper_beside import S, cumulated, scan_layout, vectors
+from kernels.delta_rule.delta_hopper_solve import solved, store_couplings
+
+
+@entry(do_not_specialize=SIZES, gluon=True)
+def couple_kernel(
+    k, h, beta, gate, g,
+    gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32, length: tl.int32, heads: tl.int32, group: tl.int32, walks: tl.int32,
+    BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """Grid: (programs,), each of every programs-th chunk of all `walks` = B * H heads. Writes H, and cumulated log2 decays."""
+    gdc_launch_dependents()
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_CK = gl.allocate_shared_memory(DOT, [C, BK], shared_layout(BK))
+    h_CC = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
+    x_buffer = gl.allocate_shared_memory(MERGE, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    own_buffer = gl.allocate_shared_memory(MERGE, [C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+    beta_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    bar = barriers(1).index(0)
+    none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
+    chunks = (length + C - 1) // C
+    jobs, programs = walks * chunks, gl.num_programs(0)
+    job = gl.program_id(0)
+    n, head_index = chunks - 1 - job // walks, job % walks
+    batch, head = head_index // heads, head_index % heads
+    fetch(bar, 2 * C * BK, (k,), ([batch, n * C, head // group, 0],), (k_CK,))
+    beta_C, step_C = vectors(
+        beta + batch.to(gl.int64) * length * heads + head, gate + (batch // gate_every) * gate_b + head, gate_t, n, length, heads,
+        C, GATED,
+    )  # fmt: skip
+    for turn in range((jobs - job + programs - 1) // programs):
+        at = head_index.to(gl.int64) * chunks + n
+        mbarrier.wait(bar, turn % 2)
+        gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
+        beta_buffer.store(beta_C)
+        if GATED:
+            gl.store(g + at * C + gl.arange(0, C, scan_layout()), cumulated(step_C, g_buffer))
+        following = gl.minimum(job + (turn + 1) * programs, jobs - 1)
+        n, head_index = chunks - 1 - following // walks, following % walks
+        batch, head = head_index // heads, head_index % heads
+        beta_C, step_C = vectors(
+            beta + batch.to(gl.int64) * length * heads + head, gate + (batch // gate_every) * gate_b + head, gate_t, n, length,
+            heads, C, GATED,
+        )  # fmt: skip
+        gram_CC = warpgroup_mma_wait(0, [gram])
+        thread_barrier()
+        if following == job + (turn + 1) * programs:
+            fetch(bar, 2 * C * BK, (k,), ([batch, n * C, head // group, 0],), (k_CK,))
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, C, MERGE)
+        tma.store_wait(0)
+        thread_barrier()
+        store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, DOT, MERGE)
+        fence_async_shared()
+        thread_barrier()
+        tma.async_copy_shared_to_global(h, [at.to(gl.int32), 0, 0], h_CC)
+    tma.store_wait(0)
