@@ -32,7 +32,7 @@ def couple_kernel(
     gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32, length: tl.int32, heads: tl.int32, group: tl.int32, walks: tl.int32,
     BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs,), each of every programs-th chunk of all `walks` = B * H heads. Writes H, and cumulated log2 decays."""
+    """Grid: (programs * walks,) of every programs-th chunk of one of `walks` = B * H heads. Writes H, and cumulated log2 decays."""
     gdc_launch_dependents()
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_CK = gl.allocate_shared_memory(DOT, [C, BK], shared_layout(BK))
@@ -43,39 +43,32 @@ def couple_kernel(
     g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
     bar = barriers(1).index(0)
     none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
-    chunks = (length + C - 1) // C
-    jobs, programs = walks * chunks, gl.num_programs(0)
-    job = gl.program_id(0)
-    n, head_index = chunks - 1 - job // walks, job % walks
+    chunks, programs = (length + C - 1) // C, gl.num_programs(0) // walks
+    order, head_index = gl.program_id(0) // walks, gl.program_id(0) % walks
     batch, head = head_index // heads, head_index % heads
-    fetch(bar, 2 * C * BK, (k,), ([batch, n * C, head // group, 0],), (k_CK,))
-    beta_C, step_C = vectors(
-        beta + batch.to(gl.int64) * length * heads + head, gate + (batch // gate_every) * gate_b + head, gate_t, n, length, heads,
-        C, GATED,
-    )  # fmt: skip
-    for turn in range((jobs - job + programs - 1) // programs):
-        at = head_index.to(gl.int64) * chunks + n
+    beta += batch.to(gl.int64) * length * heads + head
+    gate += (batch // gate_every) * gate_b + head
+    first, shared_head, chunk_0 = chunks - 1 - order, head // group, head_index * chunks
+    fetch(bar, 2 * C * BK, (k,), ([batch, first * C, shared_head, 0],), (k_CK,))
+    beta_C, step_C = vectors(beta, gate, gate_t, first, length, heads, C, GATED)
+    for turn in range(first // programs + 1):
+        n = first - turn * programs
         mbarrier.wait(bar, turn % 2)
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         beta_buffer.store(beta_C)
         if GATED:
-            gl.store(g + at * C + gl.arange(0, C, scan_layout()), cumulated(step_C, g_buffer))
-        following = gl.minimum(job + (turn + 1) * programs, jobs - 1)
-        n, head_index = chunks - 1 - following // walks, following % walks
-        batch, head = head_index // heads, head_index % heads
-        beta_C, step_C = vectors(
-            beta + batch.to(gl.int64) * length * heads + head, gate + (batch // gate_every) * gate_b + head, gate_t, n, length,
-            heads, C, GATED,
-        )  # fmt: skip
+            gl.store(g + (chunk_0 + n).to(gl.int64) * C + gl.arange(0, C, scan_layout()), cumulated(step_C, g_buffer))
+        following = gl.maximum(n - programs, 0)
+        beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         gram_CC = warpgroup_mma_wait(0, [gram])
         thread_barrier()
-        if following == job + (turn + 1) * programs:
-            fetch(bar, 2 * C * BK, (k,), ([batch, n * C, head // group, 0],), (k_CK,))
-        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, C, MERGE)
+        if n >= programs:
+            fetch(bar, 2 * C * BK, (k,), ([batch, following * C, shared_head, 0],), (k_CK,))
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
         tma.store_wait(0)
         thread_barrier()
         store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
-        tma.async_copy_shared_to_global(h, [at.to(gl.int32), 0, 0], h_CC)
+        tma.async_copy_shared_to_global(h, [chunk_0 + n, 0, 0], h_CC)
     tma.store_wait(0)

@@ -137,8 +137,8 @@ def couple(k: Tensor, beta: Tensor, gate: Gate, kept: Kept, *, gated: bool) -> N
 
     (batch, length, groups, k_dim), (heads, chunks) = k.shape, kept.couplings.shape[1:3]
     wide = max(padded(k_dim), CHUNK)
-    programs = min(batch * heads * chunks, TRIAL["programs"] * multiprocessors(k.device))
-    couple_kernel[(programs,)](
+    programs = max(1, min(chunks, TRIAL["programs"] * multiprocessors(k.device) // (batch * heads)))
+    couple_kernel[(programs * batch * heads,)](
         _described(k, [1, CHUNK, 1, wide]), _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]),
         beta, gate.log_decay, kept.decays, *gate.strides, gate.every, length, heads, heads // groups, batch * heads,
         BK=wide, C=CHUNK, GATED=gated, DOT=_triton_dtype(kept.couplings.dtype), MERGE=_triton_dtype(torch.float16), num_warps=4,

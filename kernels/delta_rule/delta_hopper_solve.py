@@ -100,7 +100,7 @@ def store_couplings(
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
     block = gl.arange(0, C, gl.SliceLayout(1, layout)) // S
     if GATED:
-        g_row = g_buffer.load(gl.SliceLayout(1, layout))[:, None]
+        g_row = g_buffer.load(gl.SliceLayout(1, layout))
     columns = ()
     for back in gl.static_range(BLOCKS):
         p = gl.zeros([C, S], gl.float32, layout)
@@ -113,25 +113,27 @@ def store_couplings(
             p = mma_v2(gl.convert_layout((p * minus).to(MERGE), left), solved, p)
         # On and above the diagonal P is zero.
         at = gl.where(block == BLOCKS - 1 - back, 1.0, 0.0)[:, None]
-        seen = gl.fma(h, at, p)
-        if GATED:
+        below = p
+        if GATED and back > 0:
             g_column = g_buffer.slice((BLOCKS - 1 - back) * S, S, 0).load(gl.SliceLayout(0, layout))[None, :]
-            seen = seen * gl.exp2(-gl.abs(g_row - g_column))
-        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(seen.to(DOT))
+            below = p * gl.exp2(gl.where(block > BLOCKS - 1 - back, g_row, float("-inf"))[:, None] - g_column)
+        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.fma(h, at, below).to(DOT))
         columns = columns + (gl.fma(a, at, p * minus).to(MERGE),)
 
 
 @gluon.jit
-def solved(gram_CC, x_buffer, own_buffer, beta_C, C: gl.constexpr, MERGE: gl.constexpr):
-    """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T."""
+def solved(gram_CC, x_buffer, own_buffer, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
+    """A and decayed H of the blocks on the diagonal, a row of blocks a warp; X and H of these in shared memory; from K K^T."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
     x_buffer.store(gram_CC.to(MERGE))  # read are only blocks below the diagonal
     own = _on_diagonal(gram_CC, C)
     thread_barrier()
     a, h_own = _solve_diagonal(own, beta_C, C, MERGE)
-    a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
-    own_buffer.store(h_own.to(MERGE))
-    return a, h_own
+    own_buffer.store(gl.convert_layout(h_own.reshape([C, S]), layout).to(MERGE))
+    if GATED:
+        fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
+        h_own = h_own * gl.exp2(gl.minimum(fall, 0.0))
+    return gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
 
 
 @gluon.jit
@@ -159,7 +161,7 @@ def solve(
         following = bounds[0] + gl.minimum(step + SOLVERS, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, C, MERGE)
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
         mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
         if KEEP:
             tma.store_wait(0)
@@ -208,7 +210,7 @@ def score_and_solve(
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         made[1].index(part).store((scores_CC * decays_seen(g_buffer, C, GATED)).to(DOT))
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, C, MERGE)
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
