@@ -39,7 +39,7 @@ def couple_kernel(
     h_CC = gl.allocate_shared_memory(DOT, [C, C], shared_layout(C))
     x_buffer = gl.allocate_shared_memory(MERGE, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     own_buffer = gl.allocate_shared_memory(MERGE, [C, S], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
-    beta_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
+    minus_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
     g_buffer = gl.allocate_shared_memory(gl.float32, [C], line)
     bar = barriers(1).index(0)
     none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
@@ -55,7 +55,7 @@ def couple_kernel(
         n = first - turn * programs
         mbarrier.wait(bar, turn % 2)
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        beta_buffer.store(beta_C)
+        minus_buffer.store(-beta_C)
         if GATED:
             gl.store(g + (chunk_0 + n).to(gl.int64) * C + gl.arange(0, C, scan_layout()), cumulated(step_C, g_buffer))
         following = gl.maximum(n - programs, 0)
@@ -64,10 +64,10 @@ def couple_kernel(
         thread_barrier()
         if n >= programs:
             fetch(bar, 2 * C * BK, (k,), ([batch, following * C, shared_head, 0],), (k_CK,))
-        a, h_own = solved(gram_CC, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, MERGE)
         tma.store_wait(0)
         thread_barrier()
-        store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, DOT, MERGE)
+        store_couplings(h_CC, a, h_own, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(h, [chunk_0 + n, 0, 0], h_CC)
