@@ -209,8 +209,11 @@ def score_and_solve(
         following = bounds[0] + gl.minimum(step + 1, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         scores_CC = warpgroup_mma_wait(0, [scores])
+        if GATED:
+            made[1].index(part).store((scores_CC * decays_seen(g_buffer, C, GATED)).to(DOT))
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        made[1].index(part).store((scores_CC * decays_seen(g_buffer, C, GATED)).to(DOT))
+        if not GATED:
+            made[1].index(part).store((scores_CC * decays_seen(g_buffer, C, GATED)).to(DOT))
         gram_CC = warpgroup_mma_wait(0, [gram])
         a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, MERGE)
         if KEEP:
