@@ -159,6 +159,8 @@ def bring_first(
     for early in gl.static_range(STAGES):
         if bounds[0] + early <= bounds[1]:
             _bring_keys(sources, rows, place, bounds[0] + early, early, BK, C, STAGES)
+    if SOLVERS == 0:
+        gdc_wait()
     for early in gl.static_range(DEPTH):
         if bounds[0] + early <= bounds[1]:
             _bring_values(sources, h, rows, place, chunk_0, h_buffers, bounds[0] + early, early, C, DEPTH, WALKS, SOLVERS)
@@ -222,8 +224,6 @@ def score(
     line = gl.arange(0, C, line_layout())
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
-    if SOLVERS == 0:
-        gdc_wait()
     bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, SOLVERS)
     g_all = 0.0
     if SOLVERS == 0:
