@@ -103,9 +103,7 @@ def coupling_kernel(
     """Grid: (B * H * N,). Writes H [B, H, N, C, C] of every chunk, and its cumulated log2 decays [B, H, N, C]."""
     BLOCKS: tl.constexpr = C // S
     program = tl.program_id(0)
-    walks = tl.num_programs(0) // chunks
-    head_index, chunk = program % walks, chunks - 1 - program // walks
-    program = head_index * chunks + chunk
+    head_index, chunk = program // chunks, program % chunks
     batch, head = head_index // heads, head_index % heads
     wide, start = batch.to(tl.int64), chunk * C
     # Known to be zero by the chip only: of operands with zeros that the compiler knows, ptxas 13.3 to 13.5 stores registers

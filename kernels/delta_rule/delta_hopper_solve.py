@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.delta_rule.delta_hopper import thread_barrier, turned_layout
-from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, cumulated, decays_seen, token_decays, vectors
+from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, cumulated, seen_by, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -180,21 +180,20 @@ def solve(
 def score_and_solve(
     given,
     BK: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, WALKS: gl.constexpr,
-    GATED: gl.constexpr, KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+    KEEP: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """The partition that does what `kernels.delta_rule.delta_hopper_beside.score` and `solve` do.
+    """The partition that does what `kernels.delta_rule.delta_hopper_beside.score` and `solve` do, without decays.
 
     Two partitions would leave the walks too few registers for products that run on.
     """
     square: gl.constexpr = turned_layout(C)
     sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
-    beta, gate, g = pointers
-    x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
-    g_buffer, minus_buffer = inner[2].index(0), inner[2].index(1)
+    beta, gate, _ = pointers
+    x_buffer, own_buffer, minus_buffer = inner[0].index(0), inner[1].index(0), inner[2].index(0)
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
     bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, 1)
-    beta_C, step_C = vectors(beta, gate, gate_t, bounds[0], length, heads, C, GATED)
+    beta_C, _ = vectors(beta, gate, gate_t, bounds[0], length, heads, C, False)
     for step in range(steps):
         part, q_CK, k_CK = step % 2, rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
         h_CC = made[0].index(part)
@@ -204,22 +203,17 @@ def score_and_solve(
         scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         made[2].index(part).store(beta_C)
         minus_buffer.store(-beta_C)
-        if GATED:
-            token_decays(step_C, g + (bounds[0] + step) * C, g_buffer, made, part, C)
         following = bounds[0] + gl.minimum(step + 1, steps - 1)
-        beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
+        beta_C, _ = vectors(beta, gate, gate_t, following, length, heads, C, False)
         scores_CC = warpgroup_mma_wait(0, [scores])
-        if GATED:
-            made[1].index(part).store((scores_CC * decays_seen(g_buffer, C, GATED)).to(DOT))
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        if not GATED:
-            made[1].index(part).store((scores_CC * decays_seen(g_buffer, C, GATED)).to(DOT))
+        made[1].index(part).store((scores_CC * gl.where(seen_by(C), 1.0, 0.0)).to(DOT))
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, MERGE)
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, minus_buffer, C, False, MERGE)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        store_couplings(h_CC, a, h_own, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, DOT, MERGE)
+        store_couplings(h_CC, a, h_own, x_buffer, own_buffer, minus_buffer, minus_buffer, C, False, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)

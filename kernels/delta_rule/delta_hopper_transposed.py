@@ -308,9 +308,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 0, GATED, FIRST, LAST, KEEP, DOT)),
-                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 1, GATED, FIRST, LAST, KEEP, DOT)),
-                (score_and_solve, (beside, BK, C, STAGES, DEPTH, 2, GATED, KEEP, DOT, MERGE)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 0, False, FIRST, LAST, KEEP, DOT)),
+                (_walk, (shared, given, K, V, BK, C, STAGES, DEPTH, HELD, EARLY, 2, 1, False, FIRST, LAST, KEEP, DOT)),
+                (score_and_solve, (beside, BK, C, STAGES, DEPTH, 2, KEEP, DOT, MERGE)),
             ],
             [4, 4],
             [208, 88],

@@ -67,9 +67,11 @@ def test_few_wide_heads(monkeypatch, processors, length, gate):
     assert_equal((1, length, 1, 1, 72, 96), gate, state=True)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar"])
-def test_many_wide_heads(monkeypatch, gate):
+@pytest.mark.parametrize(("gate", "programs"), [("none", 6), ("scalar", 2)])
+def test_many_wide_heads(monkeypatch, gate, programs):
+    """Under decays couplings of five chunks are made by two programs."""
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 1)
+    monkeypatch.setattr(delta_hopper_launch, "COUPLING_PROGRAMS", programs)
     assert_equal((1, 300, 1, 1, 72, 96), gate, state=True)
 
 

@@ -11,6 +11,7 @@ from kernels.delta_rule.delta_combine_triton import combine_kernel
 from kernels.delta_rule.delta_hopper import shared_layout
 from kernels.delta_rule.delta_hopper_backward import backward_kernel
 from kernels.delta_rule.delta_hopper_carry import carry_kernel
+from kernels.delta_rule.delta_hopper_couple import couple_kernel
 from kernels.delta_rule.delta_hopper_transposed import forward_kernel
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
@@ -35,7 +36,8 @@ def compile_one(kernel, width, *, gated, **more):
     constants |= {"MERGE": tl.float16, "KEEP": True, "GATED": gated, "GATE_GRAD": gated}
     arguments = runtime | constants | FLAGS | more
     warps = 8 if kernel in (combine_kernel, backward_kernel) else 4
-    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps)
+    capped = {"maxnreg": delta_hopper_launch.COUPLING_REGISTERS} if kernel is couple_kernel else {}
+    return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=warps, **capped)
 
 
 def check(kernel, width, *, gated, spilled=0, **more):
@@ -73,6 +75,21 @@ FORWARD_SPILLS = {(64, False): 20, (64, True): 40, (128, False): 60, (128, True)
 def test_forward_walks(monkeypatch, sizes, width, gated, keep):
     constants = planned(monkeypatch, sizes, width, gated=gated)
     check(forward_kernel, width, gated=gated, KEEP=keep, spilled=FORWARD_SPILLS[width, gated], **constants)
+
+
+@pytest.mark.parametrize(
+    ("width", "gated"), [(128, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((128, False), (64, True), (64, False)))]
+)
+def test_couplings(width, gated):
+    """As many programs fit on a multiprocessor as are launched for it."""
+    used = compile_one(couple_kernel, width, gated=gated)
+    assert used.spilled <= 16, used.spilled
+    assert used.reread <= 2, used.reread
+    assert used.registers * 128 * delta_hopper_launch.COUPLING_PROGRAMS <= 65536
+    assert (used.shared + 1024) * delta_hopper_launch.COUPLING_PROGRAMS <= 228 * 1024
+    assert "wgmma.mma_async" in used.ptx
+    assert "mma.sync" in used.ptx.replace("wgmma.mma_async.sync", "")
+    assert not used.serialised
 
 
 @pytest.mark.parametrize("reverse", [False, True])
