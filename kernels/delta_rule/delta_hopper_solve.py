@@ -91,7 +91,8 @@ def _solve_diagonal(own, minus_C, C: gl.constexpr, MERGE: gl.constexpr):
 
 @gluon.jit
 def store_couplings(
-    h_CC, a, h, x_buffer, own_buffer, minus_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr
+    h_CC, a, h, x_buffer, own_buffer, minus_C, g_buffer,
+    C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """H of a chunk from X and H of the blocks on the diagonal, in shared memory, and A and H of these in registers; decayed."""
     BLOCKS: gl.constexpr = C // S

@@ -78,7 +78,8 @@ def test_forward_walks(monkeypatch, sizes, width, gated, keep):
 
 
 @pytest.mark.parametrize(
-    ("width", "gated"), [(128, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((128, False), (64, True), (64, False)))]
+    ("width", "gated"),
+    [(128, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((128, False), (64, True), (64, False)))],
 )
 def test_couplings(width, gated):
     """As many programs fit on a multiprocessor as are launched for it."""
