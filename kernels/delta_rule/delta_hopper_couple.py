@@ -1,8 +1,9 @@
 """H of every chunk of the delta rule for Hopper, in Gluon, where no warps make it beside a walk: few heads, wide ones under decays.
 
 Four warps make H of a chunk as beside a walk (`kernels.delta_rule.delta_hopper_solve`), and the keys of their next one are on
-their way meanwhile. Chunks are taken from the last to the first, all heads of a chunk together: what a walk reads first, keys
-and H of its first chunks, was touched last and is still in the L2 cache.
+their way meanwhile. A program has some of the chunks of one head, from the last to the first. The walk is launched while this
+kernel runs: its programs start where these have ended, and wait for all of them before they ask for H
+(`delta_hopper_beside.bring_first`).
 
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key width, S = 16 tokens of a block.
 """

@@ -22,7 +22,7 @@ SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
 CARRY_STAGES = (4, 3)
 """Chunks that are on their way or read in the walk that carries states, and in that of their gradients."""
-COUPLING_PROGRAMS, COUPLING_REGISTERS = 6, 80
+COUPLING_PROGRAMS, COUPLING_REGISTERS = 5, 96
 """Programs of the coupling kernel that share a multiprocessor, and registers of a thread, at most, with which they fit."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
@@ -85,10 +85,11 @@ class Plan(NamedTuple):
     depth: int
 
 
-def plan_of(k: Tensor, v: Tensor, *, gated: bool) -> Plan:
+def plan_of(k: Tensor, v: Tensor, *, gated: bool, keep: bool) -> Plan:
     """A plan that leaves few multiprocessors idle, as measured on an H200.
 
-    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay.
+    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay. What is kept
+    for training takes the place of a third chunk's values.
     """
     (batch, length, heads, v_dim), k_dim = v.shape, k.shape[3]
     wide, tiles = max(k_dim, v_dim) > CHUNK, -(-v_dim // CHUNK)
@@ -100,7 +101,7 @@ def plan_of(k: Tensor, v: Tensor, *, gated: bool) -> Plan:
         return Plan(1, 1, 0, 3, 4)
     if tiles == 1:
         return Plan(1, 1, 2, 4, 2 if wide else 3)
-    return Plan(1, tiles, 0 if gated else 1, 3, 2)
+    return Plan(1, tiles, 0, 3, 2 if keep else 3) if gated else Plan(1, tiles, 1, 3, 2)
 
 
 def _split(chunks: int, segments: int) -> tuple[int, int]:
