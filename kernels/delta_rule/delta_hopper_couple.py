@@ -10,6 +10,7 @@ Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K ke
 from __future__ import annotations
 
 import triton.language as tl
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -26,11 +27,36 @@ from kernels.delta_rule.delta_hopper_beside import S, cumulated, scan_layout, ve
 from kernels.delta_rule.delta_hopper_solve import solved, store_couplings
 
 
+@gluon.jit
+def _last(ptr):
+    gl.inline_asm_elementwise("prefetch.global.L2::evict_last [$1]; mov.u32 $0, 0;", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _keys_last(k_at, n, k_t, length, BK: gl.constexpr, C: gl.constexpr, LASTING: gl.constexpr):
+    """Asks that a chunk's keys stay in L2."""
+    if LASTING > 0:  # noqa: SIM102
+        if n < LASTING:
+            i = gl.arange(0, C * BK // 64, gl.BlockedLayout([1], [32], [4], [0]))
+            t = gl.minimum(n * C + i // (BK // 64), length - 1)
+            _last(k_at + t.to(gl.int64) * k_t + i % (BK // 64) * 64)
+
+
+@gluon.jit
+def _couplings_last(h_at, chunk, n, C: gl.constexpr, LASTING: gl.constexpr):
+    """Asks that a chunk's H stays in L2."""
+    if LASTING > 0:  # noqa: SIM102
+        if n < LASTING:
+            i = gl.arange(0, C, gl.BlockedLayout([1], [32], [4], [0]))
+            _last(h_at + chunk.to(gl.int64) * C * C + i * C)
+
+
 @entry(do_not_specialize=SIZES, gluon=True)
 def couple_kernel(
-    k, h, beta, gate, g,
+    k, h, beta, gate, g, k_at, h_at, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, gate_every: tl.int32, length: tl.int32, heads: tl.int32, group: tl.int32, walks: tl.int32,
     BK: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+    LASTING: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * walks,) of every programs-th chunk of one of `walks` = B * H heads. Writes H, and cumulated log2 decays."""
     gdc_launch_dependents()
@@ -49,6 +75,8 @@ def couple_kernel(
     beta += batch.to(gl.int64) * length * heads + head
     gate += (batch // gate_every) * gate_b + head
     first, shared_head, chunk_0 = chunks - 1 - order, head // group, head_index * chunks
+    k_at += batch.to(gl.int64) * k_b + shared_head * k_h
+    _keys_last(k_at, first, k_t, length, BK, C, LASTING)
     fetch(bar, 2 * C * BK, (k,), ([batch, first * C, shared_head, 0],), (k_CK,))
     beta_C, step_C = vectors(beta, gate, gate_t, first, length, heads, C, GATED)
     for turn in range(first // programs + 1):
@@ -63,12 +91,16 @@ def couple_kernel(
         gram_CC = warpgroup_mma_wait(0, [gram])
         thread_barrier()
         if n >= programs:
+            _keys_last(k_at, following, k_t, length, BK, C, LASTING)
             fetch(bar, 2 * C * BK, (k,), ([batch, following * C, shared_head, 0],), (k_CK,))
         a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, MERGE)
         tma.store_wait(0)
+        if turn > 0:
+            _couplings_last(h_at, chunk_0 + n + programs, n + programs, C, LASTING)
         thread_barrier()
         store_couplings(h_CC, a, h_own, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(h, [chunk_0 + n, 0, 0], h_CC)
     tma.store_wait(0)
+    _couplings_last(h_at, chunk_0 + first % programs, first % programs, C, LASTING)

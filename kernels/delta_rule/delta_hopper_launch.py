@@ -128,7 +128,7 @@ def _carried(
     return states
 
 
-TRIAL = {"couple": "gluon", "registers": 80, "programs": 6, "pdl": False}
+TRIAL = {"couple": "gluon", "registers": 80, "programs": 6, "pdl": False, "lasting": 0}
 
 
 def couple(k: Tensor, beta: Tensor, gate: Gate, kept: Kept, *, gated: bool) -> None:
@@ -140,9 +140,9 @@ def couple(k: Tensor, beta: Tensor, gate: Gate, kept: Kept, *, gated: bool) -> N
     programs = max(1, min(chunks, TRIAL["programs"] * multiprocessors(k.device) // (batch * heads)))
     couple_kernel[(programs * batch * heads,)](
         _described(k, [1, CHUNK, 1, wide]), _described(kept.couplings.flatten(0, 2), [1, CHUNK, CHUNK]),
-        beta, gate.log_decay, kept.decays, *gate.strides, gate.every, length, heads, heads // groups, batch * heads,
+        beta, gate.log_decay, kept.decays, k, kept.couplings, k.stride(0), k.stride(1), k.stride(2), *gate.strides, gate.every, length, heads, heads // groups, batch * heads,
         BK=wide, C=CHUNK, GATED=gated, DOT=_triton_dtype(kept.couplings.dtype), MERGE=_triton_dtype(torch.float16), num_warps=4,
-        maxnreg=TRIAL["registers"],
+        maxnreg=TRIAL["registers"], LASTING=TRIAL.get("lasting", 0),
     )  # fmt: skip
 
 
