@@ -104,10 +104,11 @@ def check(
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
-def check_members(device: str, backend: str = "triton") -> None:
+def check_members(device: str, backend: str = "triton", dtype: torch.dtype = torch.float32) -> None:
     """Members with weights of their own are one call and equal the loop."""
     shape = Shape(2, 17, 2, 1, 16, 8)
-    leaves = tuple(torch.stack([draw(shape)[name] for _ in range(3)]).to(device).requires_grad_() for name in NAMES)
+    row, *weights = (torch.stack([draw(shape)[name] for _ in range(3)]).to(device) for name in NAMES)
+    leaves = tuple(x.requires_grad_() for x in (row.to(dtype), *weights))
 
     def loss(*leaves: Tensor) -> Tensor:
         return call(leaves[0][..., 8:], *leaves[1:], shape)[0].sin().sum()
