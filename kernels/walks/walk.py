@@ -121,9 +121,12 @@ def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward`."""
     q, k, v, _, _, starts = inputs
     states = (v.shape[2], k.shape[3], v.shape[3])
+    shared = walk_grouped.suits(q, k, v, starts)
     if walk_hopper_plan.suits(inputs):
         return walk_hopper_plan.entering_like(inputs)
-    if walk_grouped.suits(q, k, v, starts):
+    if shared and walk_hopper_plan.suits_shared(inputs):
+        return walk_hopper_plan.shared_like(inputs)
+    if shared:
         return v.new_empty(v.shape[0], walk_grouped.n_chunks(v.shape[1]), *states, dtype=_dot_dtype(q, k, v))
     number = 1 if starts is not None else n_segments(k, v)
     return v.new_empty((v.shape[0], number, *states) if number > 1 else 0, dtype=torch.float32)

@@ -21,6 +21,8 @@ from kernels.walks.walk_hopper_plan import (
     SHARED,
     entering_like,
     share_out,
+    shared_like,
+    shared_sizes,
     sizes,
     width_on_chip,
 )
@@ -48,16 +50,23 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     group, wide_k, wide_v = heads // k.shape[2], width_on_chip(k), width_on_chip(v)
     pieces, gate, last = share_out(inputs), gate_of(inputs.log_decay, v), _state_like(v, k_dim) if return_state else _nothing(v)
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
-    kept = entering_like(inputs)
-    lines, sums, decays = parts = kept.split(sizes(inputs))
+    if group > 1:
+        kept = shared_like(inputs)
+        states_size, lines_size = shared_sizes(inputs)
+        _, *of_sums = sizes(inputs)
+        room = v.new_empty(sum(of_sums), dtype=torch.float32)
+        parts = kept[states_size:].view(torch.float32), *room.split(of_sums)
+        lines, sums, decays = parts
+    else:
+        kept = entering_like(inputs)
+        lines, sums, decays = parts = kept.split(sizes(inputs))
     if lines.numel():
         make_lines(lines, gate)
     segment_sums(k, v, parts, inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
     states = described[3]
     if group > 1:
-        kept = v.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
-        states = _described(kept.flatten(0, 2), [1, wide_k, wide_v])
+        states = _described(kept[:states_size].view(-1, k_dim, v_dim), [1, wide_k, wide_v])
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, states, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, sums, decays,

@@ -17,6 +17,8 @@ from kernels.walks.walk_pieces import Pieces, n_segments
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
+FORM = 7
+"""Trial: 1 the Gluon gradients, 2 queries beside states, 4 other kernels start beside those before, 8 constant pairs made once, 16 keys await late."""
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 WIDTH, NARROW = 128, 64
@@ -134,6 +136,18 @@ def entering_like(inputs: Inputs) -> Tensor:
     Lines of scalar decays [B * H, N * C], what segments add to the state [B, P, H, K, V] and their decays [B, P, H], as one row.
     """
     return inputs.v.new_empty(sum(sizes(inputs)), dtype=torch.float32)
+
+
+def shared_like(inputs: Inputs) -> Tensor:
+    """Room for what `forward` keeps for `backward` of heads that share keys, in the dtype of the values: states before the chunks, lines."""
+    states, lines = shared_sizes(inputs)
+    return inputs.v.new_empty(states + lines)
+
+
+def shared_sizes(inputs: Inputs) -> tuple[int, int]:
+    """How many numbers of the dtype of the values states and lines in fp32 take."""
+    (batch, length, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
+    return batch * -(-length // CHUNK) * heads * k_dim * v_dim, 4 // inputs.v.element_size() * sizes(inputs)[0]
 
 
 def sizes(inputs: Inputs) -> tuple[int, int, int]:

@@ -23,14 +23,14 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def make_lines(lines: Tensor, gate_BTH: Tensor) -> None:
-    """Writes scalar log decays as the walks read them."""
+def make_lines(lines: Tensor, gate_BTH: Tensor, chunk: int = CHUNK) -> None:
+    """Writes scalar log decays as the walks read them, in lines of a chunk."""
     from kernels.walks.walk_lines_triton import lines_kernel
 
     batch, length, heads = gate_BTH.shape
-    chunks = -(-length // CHUNK)
+    chunks = -(-length // chunk)
     lines_kernel[(batch * chunks * -(-heads // LINE_HEADS),)](
-        gate_BTH.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, num_warps=4
+        gate_BTH.contiguous(), lines, length, heads, chunks, C=chunk, HEADS=LINE_HEADS, num_warps=4
     )
 
 

@@ -27,6 +27,7 @@ from kernels.walks.walk_hopper_parts import (
     chunks_of,
     entering,
     half_of,
+    let_launch,
     line_layout,
     program,
     rate_of,
@@ -86,7 +87,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
-    REVERSE: gl.constexpr, DOT: gl.constexpr,
+    REVERSE: gl.constexpr, LET: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
 
@@ -98,6 +99,8 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
 
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
+    if LET:
+        let_launch()
     tiles: gl.constexpr = (V + BV - 1) // BV
     tile = gl.program_id(0) % tiles
     head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)

@@ -5,15 +5,18 @@ Shape legend: B batch, T time, H heads, P segments, N chunks of C tokens, K key,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _triton_dtype
 from kernels.walks.walk_decays import gate_every, gate_of
-from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, entering_like, share_out, sizes, width_on_chip
-from kernels.walks.walk_hopper_rows import aligned, line_rows, make_lines
+from kernels.walks import walk_hopper_plan
+from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, share_out, sizes, width_on_chip
+from kernels.walks.walk_hopper_rows import aligned, line_rows
 
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
@@ -27,14 +30,18 @@ def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs,
         _walk_states(b, c, c, lines, inputs, None, None, sums, pieces.number - 1, config, reverse=reverse, keep=False)
 
 
-def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool) -> Tensor:
-    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit; `last` is written."""
+def states(
+    b: Tensor, c: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool
+) -> Tensor:
+    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit; `last` is written.
+
+    `lines` are those of scalar decays.
+    """
     b, c = aligned(b), aligned(c)
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
-    lines, *sums = parts = entering_like(inputs).split(sizes(inputs))
-    if lines.numel():
-        make_lines(lines, gate_of(inputs.log_decay, c))
-    segment_sums(b, c, parts, inputs, reverse=reverse)
+    _, *of_sums = sizes(inputs)
+    sums = c.new_empty(sum(of_sums), dtype=torch.float32).split(of_sums)
+    segment_sums(b, c, (lines, *sums), inputs, reverse=reverse)
     kept = c.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
     _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True)
     return kept
@@ -42,7 +49,7 @@ def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Ten
 
 def _walk_states(
     b: Tensor, c: Tensor, kept: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None,
-    sums: list[Tensor], number: int, config: States, *, reverse: bool, keep: bool,
+    sums: Sequence[Tensor], number: int, config: States, *, reverse: bool, keep: bool,
 ) -> None:  # fmt: skip
     """Walks states over so many segments of each head."""
     from kernels.walks import walk_hopper_states
@@ -57,5 +64,5 @@ def _walk_states(
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
         GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, KEEP=keep, LAST=last is not None,
-        REVERSE=reverse, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
+        REVERSE=reverse, LET=reverse and keep and walk_hopper_plan.FORM & 2 > 0, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
     )  # fmt: skip

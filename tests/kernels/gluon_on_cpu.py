@@ -133,8 +133,12 @@ class Program:
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
-    def ask(code: str, _: str, where: list[Pointer], **__: Any) -> None:
-        """Lines that are asked for have no values, but addresses."""
+    def ask(code: str, _: str, where: list[Any], **__: Any) -> Any:
+        """What is pinned stays as it is, kernels run one after the other; lines that are asked for have addresses."""
+        if code.startswith("mov"):
+            return where[0]
+        if code.startswith("griddepcontrol"):
+            return None
         assert code.startswith("prefetch.global")
         at = torch.as_tensor(where[0].at)
         assert ((at >= 0) & (at < where[0].flat.numel())).all(), "asks for what there is not"

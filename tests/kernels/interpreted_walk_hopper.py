@@ -14,6 +14,8 @@ from kernels.walks import (
     walk_hopper_launch,
     walk_hopper_parts,
     walk_hopper_plan,
+    walk_hopper_shared,
+    walk_hopper_shared_launch,
     walk_hopper_states,
     walk_hopper_states_launch,
 )
@@ -23,15 +25,16 @@ from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 C = walk_hopper_plan.CHUNK
-MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states)
+MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states, walk_hopper_shared)
 
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    kernels = ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel"))
+    kernels = ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel"),
+        (walk_hopper_shared, "queries_kernel"), (walk_hopper_shared, "keys_kernel"))
     for module, name in kernels:
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
-    for launch in (walk_hopper_launch, walk_hopper_states_launch):
+    for launch in (walk_hopper_launch, walk_hopper_states_launch, walk_hopper_shared_launch):
         monkeypatch.setattr(launch, "_described", Descriptor)
         monkeypatch.setattr(
             launch, "line_rows", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare
