@@ -14,6 +14,7 @@ from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
 from kernels.walks.walk_crossings import Segments, entering_states
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
+from kernels.walks import walk_hopper_plan
 from kernels.walks.walk_hopper_plan import (
     BACKWARD,
     CHUNK,
@@ -67,12 +68,15 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     states = described[3]
     if group > 1:
         states = _described(kept[:states_size].view(-1, k_dim, v_dim), [1, wide_k, wide_v])
+    form, scalar = walk_hopper_plan.FORM, _gate_kind(inputs.log_decay) == 2
+    after = form & 4 > 0 and scalar
+    more = {"AHEAD": form & 32 > 0, "AFTER": after, "PAIRS": form >> 3 & 3 if _gate_kind(inputs.log_decay) == 1 else 0, **({"launch_pdl": True} if after else {})}
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, states, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state,
+        KEEP=group > 1, LAST=return_state, **more,
     )  # fmt: skip
     return o, last, kept
 
@@ -110,7 +114,7 @@ def backward(
         v if state is None else state, v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
+        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LET=walk_hopper_plan.FORM & 4 > 0, AHEAD=walk_hopper_plan.FORM & 32 > 0,
     )  # fmt: skip
     between = None
     if gate_grad and pieces.number > 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import ALIGNED
+from kernels.walks import walk_hopper_plan
 from kernels.walks.walk_hopper_plan import CHUNK
 
 LINE_HEADS = 16
@@ -30,7 +31,7 @@ def make_lines(lines: Tensor, gate_BTH: Tensor, chunk: int = CHUNK) -> None:
     batch, length, heads = gate_BTH.shape
     chunks = -(-length // chunk)
     lines_kernel[(batch * chunks * -(-heads // LINE_HEADS),)](
-        gate_BTH.contiguous(), lines, length, heads, chunks, C=chunk, HEADS=LINE_HEADS, num_warps=4
+        gate_BTH.contiguous(), lines, length, heads, chunks, C=chunk, HEADS=LINE_HEADS, LET=walk_hopper_plan.FORM & 4 > 0 and lines.is_cuda, num_warps=4
     )
 
 

@@ -87,7 +87,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
-    REVERSE: gl.constexpr, LET: gl.constexpr, DOT: gl.constexpr,
+    REVERSE: gl.constexpr, LET: gl.constexpr, AHEAD: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
 
@@ -121,7 +121,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     state_KV = gl.zeros([BK, BV], gl.float32, tall)
     if KEEP:
         own_place = (batch, head, piece)
-        state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE)
+        state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE, AHEAD)
     t, others = _start(n_first, 0, steps, C, BACK), 0.0
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     await_stage(bars, 0, STAGES)
