@@ -60,13 +60,6 @@ def bring(
 
 
 @gluon.jit
-def pinned(x_RC, layout: gl.constexpr):
-    """A left operand, converted here: between products, the conversion would have the assembler wait for each of them."""
-    x_RC = gl.convert_layout(x_RC, layout, assert_trivial=True)
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x_RC], dtype=x_RC.dtype, is_pure=False, pack=2)
-
-
-@gluon.jit
 def await_launch():
     """Waits until the kernel before this one has ended."""
     gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

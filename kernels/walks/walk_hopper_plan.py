@@ -17,7 +17,7 @@ from kernels.walks.walk_pieces import Pieces, n_segments
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
-FORM = 63
+FORM = 7
 """Trial: 1 the Gluon gradients, 2 queries beside states, 4 other kernels start beside those before, 8 constant pairs made once, 16 keys await late."""
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""

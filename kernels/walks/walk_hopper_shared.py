@@ -30,7 +30,6 @@ from kernels.walks.walk_hopper_parts import (
     half_of,
     let_launch,
     line_layout,
-    pinned,
     rate_of,
     row_sums,
     store_sums,
@@ -135,7 +134,7 @@ def queries_kernel(
             dq_sums = warpgroup_mma(own[1], own[2].permute([1, 0]), dq_CK, is_async=True)
         else:
             read_C = gl.exp2(half + falls(own, rate, t, length, C, GATE, gl.SliceLayout(1, left)))
-            read_CV = pinned((own[1].load(left).to(gl.float32) * read_C[:, None]).to(DOT), left)
+            read_CV = (own[1].load(left).to(gl.float32) * read_C[:, None]).to(DOT)
             dq_sums = warpgroup_mma(read_CV, own[2].permute([1, 0]), dq_CK, is_async=True)
         decay_CC = _decays(own, rate, t, length, square, C, GATE, False)
         if GATE_GRAD:
@@ -145,7 +144,8 @@ def queries_kernel(
             store_sums(rowsums + (batch * heads + head).to(gl.int64) * PARTS * part_size + t, sums, part_size, True, C, 1)
         else:
             pairs_CC, dq_sums = warpgroup_mma_wait(1, [pairs, dq_sums])
-        dq_sums = warpgroup_mma(pinned((pairs_CC * decay_CC).to(DOT), left), k_buffer, dq_sums, is_async=True)
+        pairs_CC = gl.convert_layout((pairs_CC * decay_CC).to(DOT), left, assert_trivial=True)
+        dq_sums = warpgroup_mma(pairs_CC, k_buffer, dq_sums, is_async=True)
         dq_CK = warpgroup_mma_wait(0, [dq_sums])
         thread_barrier()  # all warps have read what was brought
         if turn + STAGES < turns:
@@ -217,10 +217,10 @@ def keys_kernel(
             dk_sums = warpgroup_mma(own[0], own[2].permute([1, 0]), dk_CK, is_async=True)
         else:
             keep_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, gl.SliceLayout(1, left)))
-            write_CV = pinned((own[0].load(left).to(gl.float32) * keep_C[:, None]).to(DOT), left)
+            write_CV = (own[0].load(left).to(gl.float32) * keep_C[:, None]).to(DOT)
             dk_sums = warpgroup_mma(write_CV, own[2].permute([1, 0]), dk_CK, is_async=True)
         decay_CC = _decays(own, rate, t, length, square, C, GATE, True)
-        kq_CC = pinned((scores_CC * decay_CC).to(DOT), left)
+        kq_CC = gl.convert_layout((scores_CC * decay_CC).to(DOT), left, assert_trivial=True)
         dv_CV, pairs, dk_sums = warpgroup_mma_wait(2, [dv_read, pairs, dk_sums])
         if GATE != NO_GATE:
             read_C = gl.exp2(half - falls(own, rate, t, length, C, GATE, gl.SliceLayout(1, narrow)))
@@ -231,7 +231,8 @@ def keys_kernel(
         dv_sums = warpgroup_mma(kq_CC, own[1], dv_CV, is_async=True)
         pairs_CC, dk_sums, dv_sums = warpgroup_mma_wait(2, [pairs, dk_sums, dv_sums])
         pairs_CC = pairs_CC * decay_CC
-        dk_sums = warpgroup_mma(pinned(pairs_CC.to(DOT), left), q_buffer, dk_sums, is_async=True)
+        vo_CC = gl.convert_layout(pairs_CC.to(DOT), left, assert_trivial=True)
+        dk_sums = warpgroup_mma(vo_CC, q_buffer, dk_sums, is_async=True)
         if GATE_GRAD:
             both_CC = gl.where(rows[:, None] == cols[None, :], 0.0, scores_CC * pairs_CC)
             of_keys += row_sums(both_CC, C, C, 1)

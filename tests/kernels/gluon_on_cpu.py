@@ -136,9 +136,7 @@ class Program:
 
     @staticmethod
     def ask(code: str, _: str, where: list[Any], **__: Any) -> Any:
-        """What is pinned stays as it is, kernels run one after the other; lines that are asked for have addresses."""
-        if code.startswith("mov"):
-            return where[0]
+        """Kernels run one after the other; lines that are asked for have no values, but addresses."""
         if code.startswith("griddepcontrol"):
             return None
         assert code.startswith("prefetch.global")
