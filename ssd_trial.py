@@ -27,7 +27,7 @@ from kernels_shipped.dispatch import use_backend as use_shipped
 from kernels_shipped.recurrence import linear_recurrence as shipped_recurrence
 
 HEADS = 16
-SHAPES = {"T512": (32, 512), "T2048": (8, 2048), "T8192": (2, 8192), "T32768": (1, 32768)}
+SHAPES = {"T256": (64, 256), "T512": (32, 512), "T2048": (8, 2048), "T8192": (2, 8192), "T32768": (1, 32768)}
 DEFAULT = {"FORWARD": dict(plan.FORWARD), "KEPT": plan.KEPT, "SHARED": plan.SHARED}
 FIVE = {"FORWARD": {64: plan.Config(1, 5), 128: plan.FORWARD[128]}}
 SIX = {"FORWARD": {64: plan.Config(1, 6), 128: plan.FORWARD[128]}}
@@ -43,6 +43,9 @@ VARIANTS = {
     "beside after ahead": (39, {}),
     "four stages": (7, {"SHARED": plan.Config(1, 4)}),
     "after": (4, {}),
+    "after late": (68, {}),
+    "beside after late": (71, {}),
+    "after late five": (68, FIVE),
     "after ahead": (36, {}),
     "ahead": (32, {}),
     "pairs": (8, {}),
@@ -80,12 +83,14 @@ def use(name):
 
 def variants_of(width, gate, shape):
     """Those that differ, what is hoped of most first."""
+    if shape == "T256":
+        return ["shipped", "lines", "after"]
     long = shape in ("T8192", "T32768")
     if gate == "ssd":
-        found = ["shipped", "gluon beside after", "gluon beside", "gluon", "lines", "gluon after"]
+        found = ["shipped", "gluon beside after", "gluon beside", "gluon", "lines", "gluon after", "beside after late"]
         return [*found, "beside after one group", "beside after two stages", "beside after ahead" if long else "four stages"]
     if gate == "scalar":
-        return ["shipped", "lines", "after", *(["after ahead"] if long else []), *(["five"] if width == 64 else [])]
+        return ["shipped", "lines", "after", "after late", *(["after ahead"] if long else []), *(["five", "after late five"] if width == 64 else [])]
     found = ["shipped", "pairs", "pairs keep", *(["ahead"] if long else [])]
     return [*found, "five", "pairs five", "pairs keep five", "six"] if width == 64 else found
 
@@ -93,7 +98,7 @@ def variants_of(width, gate, shape):
 ROWS = [("T2048", 128, "ssd"), ("T2048", 64, "constant"), ("T2048", 64, "scalar"), ("T8192", 128, "ssd"), ("T512", 128, "ssd"),
         ("T8192", 64, "scalar"), ("T8192", 64, "constant"), ("T512", 64, "constant"), ("T512", 64, "scalar"),
         ("T2048", 128, "constant"), ("T2048", 128, "scalar"), ("T8192", 128, "constant"), ("T8192", 128, "scalar"),
-        ("T32768", 128, "ssd"), ("T32768", 64, "constant")]
+        ("T32768", 128, "ssd"), ("T32768", 64, "constant"), ("T256", 64, "scalar")]
 
 
 def dims_of(width, gate):
@@ -192,14 +197,15 @@ def no_others():
 
 def prepared(name, shape, width, gate):
     batch, length = SHAPES[shape]
-    x = draw(batch, length, HEADS, *dims_of(width, gate), gate)
+    heads = 2 if shape == "T256" else HEADS
+    x = draw(batch, length, heads, 1 if gate == "ssd" else heads, *dims_of(width, gate)[1:], gate)
     function, backend = use(name)
     return x, function, backend
 
 
 def warm(out, part, parts):
     no_others()
-    kinds = [(s, w, g) for s, w, g in ROWS if s in ("T2048", "T8192")]
+    kinds = [(s, w, g) for s, w, g in ROWS if s in ("T2048", "T8192", "T256")]
     kinds = [(name, s, w, g) for s, w, g in kinds for name in variants_of(w, g, s)]
     kinds = [t for t in kinds if t[0] != "shipped"] + [t for t in kinds if t[0] == "shipped"]
     mine = kinds[part::parts]

@@ -70,7 +70,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         states = _described(kept[:states_size].view(-1, k_dim, v_dim), [1, wide_k, wide_v])
     form, scalar = walk_hopper_plan.FORM, _gate_kind(inputs.log_decay) == 2
     after = form & 4 > 0 and scalar
-    more = {"AHEAD": form & 32 > 0, "AFTER": after, "PAIRS": form >> 3 & 3 if _gate_kind(inputs.log_decay) == 1 else 0, **({"launch_pdl": True} if after else {})}
+    more = {"AHEAD": form & 32 > 0, "AFTER": (2 if form & 64 else 1) if after else 0, "PAIRS": form >> 3 & 3 if _gate_kind(inputs.log_decay) == 1 else 0, **({"launch_pdl": True} if after else {})}
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, states, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, sums, decays,

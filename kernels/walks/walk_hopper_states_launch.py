@@ -64,5 +64,5 @@ def _walk_states(
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
         GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, KEEP=keep, LAST=last is not None,
-        REVERSE=reverse, AHEAD=walk_hopper_plan.FORM & 32 > 0, LET=reverse and keep and walk_hopper_plan.FORM & 2 > 0, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
+        REVERSE=reverse, AHEAD=walk_hopper_plan.FORM & 32 > 0, LET=walk_hopper_plan.FORM & (2 if keep else 4) > 0, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
     )  # fmt: skip
