@@ -47,8 +47,11 @@ VARIANTS = {
     "beside after late": (71, {}),
     "after late five": (68, FIVE),
     "after ahead": (36, {}),
+    "beside after late ahead": (103, {}),
     "ahead": (32, {}),
+    "after late ahead": (100, {}),
     "pairs": (8, {}),
+    "pairs keep after late": (92, {}),
     "pairs keep": (24, {}),
     "pairs five": (8, FIVE),
     "pairs keep five": (24, FIVE),
@@ -83,22 +86,26 @@ def use(name):
 
 def variants_of(width, gate, shape):
     """Those that differ, what is hoped of most first."""
+    long, main = shape in ("T8192", "T32768"), shape == "T2048"
     if shape == "T256":
         return ["shipped", "lines", "after"]
-    long = shape in ("T8192", "T32768")
     if gate == "ssd":
-        found = ["shipped", "gluon beside after", "gluon beside", "gluon", "lines", "gluon after", "beside after late"]
-        return [*found, "beside after one group", "beside after two stages", "beside after ahead" if long else "four stages"]
+        found = ["shipped", "beside after late", "gluon beside after", "gluon beside", "gluon", "lines"]
+        found += ["beside after late ahead"] if long else []
+        return [*found, *(["gluon after", "beside after one group", "beside after two stages", "four stages"] if main else [])]
     if gate == "scalar":
-        return ["shipped", "lines", "after", "after late", *(["after ahead"] if long else []), *(["five", "after late five"] if width == 64 else [])]
-    found = ["shipped", "pairs", "pairs keep", *(["ahead"] if long else [])]
-    return [*found, "five", "pairs five", "pairs keep five", "six"] if width == 64 else found
+        found = ["shipped", "lines", "after", "after late", *(["after late ahead"] if long else [])]
+        return [*found, *(["five", "after late five"] if width == 64 and main else [])]
+    if gate == "none":
+        return ["shipped", "ahead", "after late", "after late ahead"]
+    found = ["shipped", "pairs", "pairs keep", *(["ahead", "after late", "pairs keep after late"] if long else [])]
+    return [*found, "five", "pairs five", "pairs keep five", "six"] if width == 64 and main else found
 
 
 ROWS = [("T2048", 128, "ssd"), ("T2048", 64, "constant"), ("T2048", 64, "scalar"), ("T8192", 128, "ssd"), ("T512", 128, "ssd"),
-        ("T8192", 64, "scalar"), ("T8192", 64, "constant"), ("T512", 64, "constant"), ("T512", 64, "scalar"),
-        ("T2048", 128, "constant"), ("T2048", 128, "scalar"), ("T8192", 128, "constant"), ("T8192", 128, "scalar"),
-        ("T32768", 128, "ssd"), ("T32768", 64, "constant"), ("T256", 64, "scalar")]
+        ("T8192", 64, "none"), ("T8192", 64, "constant"), ("T8192", 64, "scalar"), ("T8192", 128, "none"), ("T8192", 128, "scalar"),
+        ("T512", 64, "constant"), ("T512", 64, "scalar"), ("T2048", 128, "constant"), ("T2048", 128, "scalar"), ("T256", 64, "scalar"),
+        ("T8192", 128, "constant"), ("T32768", 128, "ssd"), ("T32768", 64, "none"), ("T32768", 64, "constant")]
 
 
 def dims_of(width, gate):

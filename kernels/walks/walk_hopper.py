@@ -219,7 +219,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    if LATE:
+    if LATE == 1:
         for early in gl.static_range(STAGES - 1):
             _bring_rows(bars, sources, stages, place, _start(n_first, early, steps, C), early, BYTES, C)
         await_launch()
@@ -229,6 +229,8 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     else:
         for early in gl.static_range(STAGES - 1):
             _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    if LATE == 2:
+        await_launch()
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False, AHEAD)
@@ -300,10 +302,11 @@ def forward_kernel(
     """
     if AFTER == 1:
         await_launch()
+    LATE: gl.constexpr = 0 if AFTER < 2 else (1 if GATE == SCALAR_GATE else 2)
     head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, PAIRS, AHEAD, AFTER == 2, DOT,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, PAIRS, AHEAD, LATE, DOT,
     )  # fmt: skip

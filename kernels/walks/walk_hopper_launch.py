@@ -69,7 +69,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     if group > 1:
         states = _described(kept[:states_size].view(-1, k_dim, v_dim), [1, wide_k, wide_v])
     form, scalar = walk_hopper_plan.FORM, _gate_kind(inputs.log_decay) == 2
-    after = form & 4 > 0 and scalar
+    after = form & 4 > 0 and (scalar or pieces.number > 1)
     more = {"AHEAD": form & 32 > 0, "AFTER": (2 if form & 64 else 1) if after else 0, "PAIRS": form >> 3 & 3 if _gate_kind(inputs.log_decay) == 1 else 0, **({"launch_pdl": True} if after else {})}
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, states, line_rows(lines, batch * heads, described[0]), lines, gate,
@@ -102,6 +102,7 @@ def backward(
     state = None if inputs.state is None else inputs.state.contiguous()
     pieces, gate, width = share_out(inputs), gate_of(inputs.log_decay, v), max(width_on_chip(k), width_on_chip(v))
     config = BACKWARD[width]
+    back_after = walk_hopper_plan.FORM & 4 > 0 and pieces.number > 1
     lines, *before = kept.split(sizes(inputs))
     _, *behind = torch.empty_like(kept).split(sizes(inputs))
     segment_sums(q, do, (lines, *behind), inputs, reverse=True)
@@ -114,7 +115,7 @@ def backward(
         v if state is None else state, v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LET=walk_hopper_plan.FORM & 4 > 0, AHEAD=walk_hopper_plan.FORM & 32 > 0,
+        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LET=walk_hopper_plan.FORM & 4 > 0, AHEAD=walk_hopper_plan.FORM & 32 > 0, AFTER=2 if back_after else 0, **({"launch_pdl": True} if back_after else {}),
     )  # fmt: skip
     between = None
     if gate_grad and pieces.number > 1:

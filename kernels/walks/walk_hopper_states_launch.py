@@ -55,6 +55,10 @@ def _walk_states(
     from kernels.walks import walk_hopper_states
 
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
+    after = 0
+    if walk_hopper_plan.FORM & 4:
+        # Sums of the forward pass follow the lines; kept states of segments follow sums.
+        after = (2 if pieces.number > 1 else 0) if keep else (1 if not reverse and lines.numel() else 0)
     wide_k, tile = width_on_chip(b), min(config.tile, width_on_chip(c))
     described = [_described(b, [1, CHUNK, 1, wide_k]), _described(c, [1, CHUNK, 1, tile])]
     described.append(_described(kept.flatten(0, 2), [1, wide_k, tile]) if keep else described[1])
@@ -64,5 +68,5 @@ def _walk_states(
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
         GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, KEEP=keep, LAST=last is not None,
-        REVERSE=reverse, AHEAD=walk_hopper_plan.FORM & 32 > 0, LET=walk_hopper_plan.FORM & (2 if keep else 4) > 0, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
+        REVERSE=reverse, AHEAD=walk_hopper_plan.FORM & 32 > 0, LET=walk_hopper_plan.FORM & (2 if keep else 4) > 0, AFTER=after, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups, **({"launch_pdl": True} if after else {}),
     )  # fmt: skip
