@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
-from kernels.walks import walk_hopper_plan, walk_hopper_shared_launch, walk_hopper_states_launch
 from kernels.walks.walk_crossings import Chunks
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
-from kernels.walks.walk_hopper_rows import make_lines
 from kernels.walks.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
 from kernels.walks.walk_segments import segments
 
@@ -28,6 +26,8 @@ STATES, OUTPUTS, QUERIES, KEYS = ({"num_warps": 4, "STAGES": stages} for stages 
 """How the kernels are compiled."""
 RUN = 16
 """Chunks that the decays' gradient is summed over at once, in rows of more than two such runs: longer sums lose too much."""
+GATE_ROWS, GATE_HEADS = 128, 16
+"""Tokens and heads of a tile of the decays that are summed over chunks."""
 LEAST_GROUP, MAX_WIDTH = 4, 128
 """Heads that share keys below which walks of whole heads are faster, and widths above which states do not fit."""
 PROGRAMS = 256
@@ -45,17 +45,24 @@ def n_chunks(length: int) -> int:
     return -(-length // CHUNK)
 
 
+def n_splits(v_BTHV: Tensor, groups: int) -> int:
+    """Parts into which the heads of each group are split, a divisor of their number, so that programs fill a device."""
+    batch, length, heads, _ = v_BTHV.shape
+    group, wanted = heads // groups, -(-PROGRAMS // (batch * n_chunks(length) * groups))
+    return next(n for n in range(min(wanted, group), group + 1) if group % n == 0)
+
+
 class _Call(NamedTuple):
-    """What the launches of one pass share: sizes, constants, and the decays, as they are and as lines."""
+    """What the launches of one pass share: sizes, constants, and the decays, as they are and summed over chunks."""
 
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     gate: Tensor
-    lines: Tensor
+    sums: Tensor
     pieces: Pieces
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, log_decay: Tensor | None, unit: int, lines: Tensor | None = None) -> _Call:
+    def of(cls, k: Tensor, v: Tensor, log_decay: Tensor | None, unit: int) -> _Call:
         """Segments are whole chunks; with enough heads there are none, as walks of states alone are short."""
         from kernels.walks.walk_triton import SEGMENTS, WHOLE
 
@@ -70,25 +77,22 @@ class _Call(NamedTuple):
             "UNIT": unit, "C": CHUNK,
             "GATE": _gate_kind(log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
         }  # fmt: skip
-        lines = _lines(log_decay, v) if lines is None else lines
-        return cls(sizes, constants, gate_of(log_decay, v), lines, pieces)
-
-    def splits(self, batch: int) -> int:
-        """Parts into which the heads of each group are split, a divisor of their number, so that programs fill a device."""
-        _, chunks, heads, group, _ = self.sizes
-        wanted = -(-PROGRAMS // (batch * chunks * (heads // group)))
-        return next(n for n in range(min(wanted, group), group + 1) if group % n == 0)
+        return cls(sizes, constants, gate_of(log_decay, v), _sums(log_decay, v), pieces)
 
 
-def _lines(log_decay: Tensor | None, spare: Tensor) -> Tensor:
-    """Decays as these kernels read them: [M, H] as given, those of each token as lines [B, H, N * C]."""
+def _sums(log_decay: Tensor | None, spare: Tensor) -> Tensor:
+    """Decays as these kernels read them: [M, H] as given, those of each token as log2 sums over each chunk, [B, H, T]."""
+    from kernels.walks.walk_grouped_triton import cumulate_kernel
+
     gate = gate_of(log_decay, spare)
     if log_decay is None or gate.ndim == 2:
         return gate
     batch, length, heads = gate.shape
-    lines = gate.new_empty(batch, heads, n_chunks(length) * CHUNK)
-    make_lines(lines, gate, CHUNK)
-    return lines
+    sums, blocks = gate.new_empty(batch, heads, length), -(-length // GATE_ROWS)
+    cumulate_kernel[(batch * -(-heads // GATE_HEADS) * blocks,)](
+        gate, sums, length, heads, blocks, C=CHUNK, ROWS=GATE_ROWS, HEADS=GATE_HEADS, num_warps=4
+    )
+    return sums
 
 
 def _states(
@@ -102,7 +106,7 @@ def _states(
     kept = c.new_empty(batch, call.sizes[1], heads, b.shape[3], v_dim)
     tile = min(STATES_TILE, product_width(v_dim, c.dtype))
     states_kernel[(batch * call.pieces.number * heads * -(-v_dim // tile),)](
-        b, c, call.lines, c if given is None else given, c if last is None else last, kept, sums, decays,
+        b, c, call.sums, c if given is None else given, c if last is None else last, kept, sums, decays,
         *strides, *call.sizes, call.pieces.number, call.pieces.length,
         **call.constants | {"BV": tile}, GIVEN=given is not None, LAST=last is not None, PIECES=call.pieces.kind, REVERSE=reverse,
         **STATES,
@@ -122,9 +126,9 @@ def forward(
     last = _state_like(v, k.shape[3]) if return_state else None
     given = None if state is None else state.contiguous()
     kept = _states(call, k, v, strides[3:], given, last, reverse=False)
-    splits = call.splits(batch)
+    splits = n_splits(v, k.shape[2])
     outputs_kernel[(batch * call.sizes[1] * k.shape[2] * splits,)](
-        q, k, v, call.lines, kept, o, *strides, *call.sizes, splits,
+        q, k, v, call.sums, kept, o, *strides, *call.sizes, splits,
         **call.constants, **OUTPUTS,
     )  # fmt: skip
     return o, _nothing(v) if last is None else last, kept
@@ -148,31 +152,19 @@ def backward(
 
     (q, k, v, do), strides, unit = _rows(*narrow)
     batch, length, heads, _ = v.shape
+    call = _Call.of(k, v, inputs.log_decay, unit)
     first = None if inputs.state is None else dfirst
-    on_hopper, lines = walk_hopper_plan.suits_shared(inputs), None
-    if on_hopper:
-        kept = entering
-        entering, kept_lines = entering.split(walk_hopper_plan.shared_sizes(inputs))
-        entering = entering.view(batch, -1, heads, k.shape[3], v.shape[3])
-        lines = kept_lines.view(torch.float32).view(batch, heads, -1) if kept_lines.numel() else None
-    call = _Call.of(k, v, inputs.log_decay, unit, lines)
-    splits = call.splits(batch)
-    if on_hopper and walk_hopper_plan.FORM & 1:
-        return walk_hopper_shared_launch.backward(narrow, inputs, kept, dlast, dv, first, splits=splits, gate_grad=gate_grad)
-    if on_hopper:
-        lines = kept_lines.view(torch.float32)
-        dkept = walk_hopper_states_launch.states(narrow[0], narrow[3], lines, inputs, dlast, first, reverse=True)
-    else:
-        dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
+    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
+    splits = n_splits(v, k.shape[2])
     dq, dk = (x.new_empty(batch, length, k.shape[2] * splits, k.shape[3]) for x in (inputs.q, inputs.k))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
     grid = (batch * call.sizes[1] * k.shape[2] * splits,)
     queries_kernel[grid](
-        q, k, v, do, call.lines, entering, dq, rowsums[0], *strides, *call.sizes, splits,
+        q, k, v, do, call.sums, entering, dq, rowsums[0], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **QUERIES,
     )  # fmt: skip
     keys_kernel[grid](
-        q, k, v, do, call.lines, dkept, dk, dv, rowsums[1], *strides, *call.sizes, splits,
+        q, k, v, do, call.sums, dkept, dk, dv, rowsums[1], *strides, *call.sizes, splits,
         **call.constants, GATE_GRAD=gate_grad, **KEYS,
     )  # fmt: skip
     between = Chunks(entering, dkept, RUN, RUN * CHUNK) if call.sizes[1] > 2 * RUN else None

@@ -27,11 +27,30 @@ from kernels.walks.walk_triton import (
 )
 
 
+@entry
+def cumulate_kernel(
+    gate, out, length: tl.int32, heads: tl.int32, blocks: tl.int32,
+    C: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Log2 decays [B, H, T] of log decays [B, T, H], summed from the start of each chunk.
+
+    Grid: (B * blocks of HEADS heads * blocks of ROWS tokens,).
+    """
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head_groups = tl.cdiv(heads, HEADS)
+    head_H, wide = rest % head_groups * HEADS + tl.arange(0, HEADS), (rest // head_groups).to(tl.int64)
+    token_R1 = (block * ROWS + tl.arange(0, ROWS))[:, None]
+    inside_RH = (token_R1 < length) & (head_H < heads)[None, :]
+    step_RH = tl.load(gate + (wide * length + token_R1) * heads + head_H[None, :], mask=inside_RH, other=0.0) * LOG2_E
+    sums_RH = tl.reshape(tl.cumsum(tl.reshape(step_RH, [ROWS // C, C, HEADS]), 1), [ROWS, HEADS])
+    tl.store(out + (wide * heads + head_H[None, :]) * length + token_R1, sums_RH, mask=inside_RH)
+
+
 @triton.jit
-def _sums_of(gate, batch, head, length, heads, gate_every, C: tl.constexpr, GATE: tl.constexpr):
-    """Where the decays of a head start: one number, or lines of `kernels.walks.walk_lines_triton`."""
+def _sums_of(gate, batch, head, length, heads, gate_every, GATE: tl.constexpr):
+    """Where the decays of a head start: one number, or those that `cumulate_kernel` has summed over each chunk."""
     if GATE == SCALAR_GATE:
-        return gate + (batch.to(tl.int64) * heads + head) * tl.cdiv(length, C) * C
+        return gate + (batch.to(tl.int64) * heads + head) * length
     return gate + batch // gate_every * heads + head
 
 
@@ -39,7 +58,7 @@ def _sums_of(gate, batch, head, length, heads, gate_every, C: tl.constexpr, GATE
 def _whole_decay(sums, start, length, C: tl.constexpr, GATE: tl.constexpr):
     """Log2 decay of a chunk, which loops ask for one turn ahead: nothing else of theirs waits for a number from memory."""
     if GATE == SCALAR_GATE:
-        return 2.0 * tl.load(sums + (start + C - 1))
+        return tl.load(sums + (tl.minimum(start + C, length) - 1))
     if GATE == CONSTANT_GATE:
         return tl.load(sums) * LOG2_E * tl.minimum(length - start, C).to(tl.float32)
     return tl.zeros([], tl.float32)
@@ -49,7 +68,7 @@ def _whole_decay(sums, start, length, C: tl.constexpr, GATE: tl.constexpr):
 def _sums_at(sums, g_all, t_C, start, length, SCALAR: tl.constexpr):
     """Log2 decays of a chunk, cumulated up to and with each token; padding does not decay."""
     if SCALAR:
-        return tl.load(sums + t_C) + 0.5 * g_all
+        return tl.where(t_C < length, tl.load(sums + t_C, mask=t_C < length, other=0.0), g_all)
     return tl.load(sums) * LOG2_E * (tl.minimum(t_C + 1, length) - start).to(tl.float32)
 
 
@@ -71,7 +90,7 @@ def states_kernel(
     wide, skipped = batch.to(tl.int64), tl.cast(begin, tl.int64)
     b += (wide * b_b + skipped * b_t + head // group * b_h) * UNIT
     c += (wide * c_b + skipped * c_t + head * c_h) * UNIT
-    gate = _sums_of(gate, batch, head, length, heads, gate_every, C, GATE)
+    gate = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
     if GATE == SCALAR_GATE:
         gate += begin
     at_KV, in_KV = _state_tile(0, tile * BV, V, 1, BK, BV, K, V)
@@ -109,7 +128,7 @@ def _share(program, chunks, groups, splits):
 @triton.jit
 def _decay_of_head(gate, batch, head, start, length, heads, gate_every, C: tl.constexpr, GATE: tl.constexpr):
     """Log2 decay of one head's chunk."""
-    return _whole_decay(_sums_of(gate, batch, head, length, heads, gate_every, C, GATE), start, length, C, GATE)
+    return _whole_decay(_sums_of(gate, batch, head, length, heads, gate_every, GATE), start, length, C, GATE)
 
 
 @triton.jit
@@ -150,7 +169,7 @@ def outputs_kernel(
         o_CV = tl.dot(q_CK, state_KV, input_precision=PRECISION)
         g_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
-            own = _sums_of(gate, batch, head, length, heads, gate_every, C, GATE)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
             g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
             o_CV *= tl.exp2(g_C)[:, None]
         pairs_CC = _decay_pairs(scores_CC, g_C, g_C, i[:, None] >= i[None, :], GATE)
@@ -195,7 +214,7 @@ def queries_kernel(
         g_C = tl.zeros([C], tl.float32)
         read_CV = do_CV
         if GATE != NO_GATE:
-            own = _sums_of(gate, batch, head, length, heads, gate_every, C, GATE)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
             g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
             scaled_CV = do_CV.to(tl.float32) * tl.exp2(g_C)[:, None]
             read_CV = scaled_CV.to(DOT)
@@ -252,7 +271,7 @@ def keys_kernel(
         g_C = tl.zeros([C], tl.float32)
         later_C = tl.zeros([C], tl.float32)
         if GATE != NO_GATE:
-            own = _sums_of(gate, batch, head, length, heads, gate_every, C, GATE)
+            own = _sums_of(gate, batch, head, length, heads, gate_every, GATE)
             g_C = _sums_at(own, g_all, t_C, start, length, GATE == SCALAR_GATE)
             keep_C1 = tl.exp2(g_all - g_C)[:, None]
             dv_CV *= keep_C1

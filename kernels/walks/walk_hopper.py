@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -25,7 +24,6 @@ from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_la
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     add_rows,
-    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -83,23 +81,6 @@ def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def _pairs(rate, square: gl.constexpr, C: gl.constexpr):
-    """Decays of tokens and earlier ones under a constant gate, the same in all chunks."""
-    rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-    is_seen, between = rows[:, None] >= cols[None, :], (rows[:, None] - cols[None, :]).to(gl.float32)
-    return gl.exp2(gl.where(is_seen, rate * between, float("-inf")))
-
-
-@gluon.jit
-def _keep(keep_C, rate, t, length, left: gl.constexpr, C: gl.constexpr):
-    """Decays of rows to the end of their chunk, which is short if it is the last."""
-    if t + C > length:
-        count = (length - t).to(gl.float32)
-        keep_C = gl.exp2(rate * gl.maximum(count - 1.0 - gl.arange(0, C, gl.SliceLayout(0, left)).to(gl.float32), 0.0))
-    return keep_C
-
-
-@gluon.jit
 def _bring(
     bars, sources, stages, place, heads, t, step, BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr
 ):  # fmt: skip
@@ -107,17 +88,6 @@ def _bring(
     batch, head, _, ab_head = place
     rows = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, head, 0])
     bring(bars, sources, stages, rows, [batch * heads + head, t], step, BYTES, C, STAGES, GATE)
-
-
-@gluon.jit
-def _bring_rows(bars, sources, stages, place, t, step, BYTES: gl.constexpr, C: gl.constexpr):
-    """Starts to copy one of the first chunks of a, b and c, whose line of decays comes later."""
-    batch, head, _, ab_head = place
-    bar, row = bars.index(step), [batch, t, ab_head, 0]
-    mbarrier.expect(bar, BYTES + 4 * C)
-    tma.async_copy_global_to_shared(sources[0], row, bar, stages[0].index(step))
-    tma.async_copy_global_to_shared(sources[1], row, bar, stages[1].index(step))
-    tma.async_copy_global_to_shared(sources[2], [batch, t, head, 0], bar, stages[2].index(step))
 
 
 @gluon.jit
@@ -172,16 +142,11 @@ def _write(out, row, out_buffer, outputs, scores, DOT: gl.constexpr):
 
 @gluon.jit
 def _store_scores(
-    scores_buffer, scores, pairs_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr,
-    PAIRS: gl.constexpr, DOT: gl.constexpr,
+    scores_buffer, scores, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr
 ):  # fmt: skip
     """Waits for a chunk's scores, and stores them decayed."""
     scores_CC = warpgroup_mma_wait(0, [scores])
-    if PAIRS:
-        scores_CC = scores_CC * pairs_CC
-    else:
-        scores_CC = _seen(scores_CC, stage, rate, t, length, square, C, GATE)
-    scores_buffer.store(scores_CC.to(DOT))
+    scores_buffer.store(_seen(scores_CC, stage, rate, t, length, square, C, GATE).to(DOT))
 
 
 @gluon.jit
@@ -189,7 +154,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, PAIRS: gl.constexpr, AHEAD: gl.constexpr, LATE: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -219,32 +184,16 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    if LATE == 1:
-        for early in gl.static_range(STAGES - 1):
-            _bring_rows(bars, sources, stages, place, _start(n_first, early, steps, C), early, BYTES, C)
-        await_launch()
-        for early in gl.static_range(STAGES - 1):
-            line = [batch * heads + head, _start(n_first, early, steps, C)]
-            tma.async_copy_global_to_shared(sources[3], line, bars.index(early), stages[3].index(early))
-    else:
-        for early in gl.static_range(STAGES - 1):
-            _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
-    if LATE == 2:
-        await_launch()
+    for early in gl.static_range(STAGES - 1):
+        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
-    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False, AHEAD)
+    state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
     t = _start(n_first, 0, steps, C)
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
-    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
-    pairs_CC, keep_C = none_CC, t
-    if PAIRS & 1:
-        pairs_CC = _pairs(rate, square, C)
-    if PAIRS & 2:
-        keep_C = gl.exp2(rate * (C - 1 - gl.arange(0, C, gl.SliceLayout(0, left))).to(gl.float32))
-    _store_scores(scores_buffer, _scores(first, none_CC), pairs_CC, first, rate, t, length, square, C, GATE, PAIRS & 1, DOT)
+    _store_scores(scores_buffer, _scores(first, none_CC), first, rate, t, length, square, C, GATE, DOT)
     state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
@@ -252,11 +201,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         t_next, t_far = _start(n_first, step + 1, steps, C), _start(n_first, step + STAGES - 1, steps, C)
         next_half = half_of(lines, rate, batch, head, heads, t_next, length, C, GATE)
         read = warpgroup_mma(own[0], state_buffer, none_CE, use_acc=False, is_async=True)
-        if PAIRS & 2:
-            a_DC = (own[1].permute([1, 0]).load(left).to(gl.float32) * _keep(keep_C, rate, t, length, left, C)[None, :]).to(DOT)
-            state = warpgroup_mma(a_DC, own[2], state_DE * gl.exp2(2.0 * half), is_async=True)
-        else:
-            state = add_rows(state_DE, own[1], own[2], own, rate, half, t, length, tall, C, GATE, False, DOT)
+        state = add_rows(state_DE, own[1], own[2], own, rate, half, t, length, tall, C, GATE, False, DOT)
         if KEEP:
             chunk = batch * ((length + C - 1) // C) + t // C
             tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, 0], state_buffer)
@@ -274,7 +219,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         thread_barrier()  # all warps' products have read the state
         state_buffer.store(state_DE.to(DOT))
         scores = _write(out, [batch, t, head, 0], out_buffer, outputs, scores, DOT)
-        _store_scores(scores_buffer, scores, pairs_CC, following, rate, t_next, length, square, C, GATE, PAIRS & 1, DOT)
+        _store_scores(scores_buffer, scores, following, rate, t_next, length, square, C, GATE, DOT)
         fence_async_shared()
         thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
         if PROBE:
@@ -293,20 +238,17 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
-    LAST: gl.constexpr, AFTER: gl.constexpr, PAIRS: gl.constexpr, AHEAD: gl.constexpr, DOT: gl.constexpr,
+    LAST: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
     state before each chunk in 16 bit, [B * N * H, K, V].
     """
-    if AFTER == 1:
-        await_launch()
-    LATE: gl.constexpr = 0 if AFTER < 2 else (1 if GATE == SCALAR_GATE else 2)
     head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, PAIRS, AHEAD, LATE, DOT,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
     )  # fmt: skip

@@ -14,7 +14,6 @@ from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
 from kernels.walks.walk_crossings import Segments, entering_states
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
-from kernels.walks import walk_hopper_plan
 from kernels.walks.walk_hopper_plan import (
     BACKWARD,
     CHUNK,
@@ -23,8 +22,9 @@ from kernels.walks.walk_hopper_plan import (
     entering_like,
     share_out,
     shared_like,
-    shared_sizes,
+    shared_parts,
     sizes,
+    sums_like,
     width_on_chip,
 )
 from kernels.walks.walk_hopper_rows import aligned, line_rows, make_lines
@@ -47,36 +47,28 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     from kernels.walks import walk_hopper
 
     q, k, v = (aligned(x) for x in (inputs.q, inputs.k, inputs.v))
-    (batch, length, heads, v_dim), k_dim, state = v.shape, k.shape[3], inputs.state
+    (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
     group, wide_k, wide_v = heads // k.shape[2], width_on_chip(k), width_on_chip(v)
     pieces, gate, last = share_out(inputs), gate_of(inputs.log_decay, v), _state_like(v, k_dim) if return_state else _nothing(v)
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
     if group > 1:
         kept = shared_like(inputs)
-        states_size, lines_size = shared_sizes(inputs)
-        _, *of_sums = sizes(inputs)
-        room = v.new_empty(sum(of_sums), dtype=torch.float32)
-        parts = kept[states_size:].view(torch.float32), *room.split(of_sums)
-        lines, sums, decays = parts
+        states, lines = shared_parts(kept, inputs)
+        sums, decays = sums_like(inputs)
     else:
-        kept = entering_like(inputs)
-        lines, sums, decays = parts = kept.split(sizes(inputs))
+        kept = states = entering_like(inputs)
+        lines, sums, decays = kept.split(sizes(inputs))
     if lines.numel():
         make_lines(lines, gate)
-    segment_sums(k, v, parts, inputs, reverse=False)
+    segment_sums(k, v, (lines, sums, decays), inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
-    states = described[3]
-    if group > 1:
-        states = _described(kept[:states_size].view(-1, k_dim, v_dim), [1, wide_k, wide_v])
-    form, scalar = walk_hopper_plan.FORM, _gate_kind(inputs.log_decay) == 2
-    after = form & 4 > 0 and (scalar or pieces.number > 1)
-    more = {"AHEAD": form & 32 > 0, "AFTER": (2 if form & 64 else 1) if after else 0, "PAIRS": form >> 3 & 3 if _gate_kind(inputs.log_decay) == 1 else 0, **({"launch_pdl": True} if after else {})}
+    of_states = _described(states.flatten(0, 2), [1, wide_k, wide_v]) if group > 1 else described[3]
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
-        *described, states, line_rows(lines, batch * heads, described[0]), lines, gate,
+        *described, of_states, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state, **more,
+        KEEP=group > 1, LAST=return_state,
     )  # fmt: skip
     return o, last, kept
 
@@ -102,7 +94,6 @@ def backward(
     state = None if inputs.state is None else inputs.state.contiguous()
     pieces, gate, width = share_out(inputs), gate_of(inputs.log_decay, v), max(width_on_chip(k), width_on_chip(v))
     config = BACKWARD[width]
-    back_after = walk_hopper_plan.FORM & 4 > 0 and pieces.number > 1
     lines, *before = kept.split(sizes(inputs))
     _, *behind = torch.empty_like(kept).split(sizes(inputs))
     segment_sums(q, do, (lines, *behind), inputs, reverse=True)
@@ -115,7 +106,7 @@ def backward(
         v if state is None else state, v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
-        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad, LET=walk_hopper_plan.FORM & 4 > 0, AHEAD=walk_hopper_plan.FORM & 32 > 0, AFTER=2 if back_after else 0, **({"launch_pdl": True} if back_after else {}),
+        FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
     )  # fmt: skip
     between = None
     if gate_grad and pieces.number > 1:

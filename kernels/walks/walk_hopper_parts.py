@@ -60,15 +60,15 @@ def bring(
 
 
 @gluon.jit
-def await_launch():
-    """Waits until the kernel before this one has ended."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def let_launch():
+    """Lets programs of the next kernel start beside those of this one, if it is launched so."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def let_launch():
-    """Lets programs of the next kernel start beside those of this one."""
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def await_launch():
+    """Waits until the kernel before this one has ended."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -141,37 +141,19 @@ def add_rows(
 
 
 @gluon.jit
-def _segment(sums, decays, place, n, count, heads, segments, offsets, inside, SIZE: gl.constexpr, REVERSE: gl.constexpr):
-    """Log2 decay of the n-th of so many segments on the way, and what it adds to the state; nothing beyond the last."""
-    batch, head, _ = place
-    index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-    decay = gl.load(decays + index, mask=n < count, other=0.0)
-    return decay, gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside & (n < count), other=0.0)
-
-
-@gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
-    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr, AHEAD: gl.constexpr,
+    SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """The state that a walk starts from: zero or given, and what the segments before make of it."""
     batch, head, piece = place
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
     if GIVEN:
         state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    count = (segments - 1 - piece) if REVERSE else piece
-    if AHEAD:
-        decay, added = _segment(sums, decays, place, 0, count, heads, segments, offsets, inside, SIZE, REVERSE)
-        for n in range(count):
-            # Asked for a turn ahead, as nothing else hides how long it takes.
-            next_decay, next_added = _segment(sums, decays, place, n + 1, count, heads, segments, offsets, inside, SIZE, REVERSE)
-            state_DE = state_DE * gl.exp2(decay) + added
-            decay, added = next_decay, next_added
-    else:
-        for n in range(count):
-            index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-            added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-            state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    for n in range((segments - 1 - piece) if REVERSE else piece):
+        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+        added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
 
 

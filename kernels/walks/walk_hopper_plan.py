@@ -17,8 +17,6 @@ from kernels.walks.walk_pieces import Pieces, n_segments
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
-FORM = 7
-"""Trial: 1 the Gluon gradients, 2 queries beside states, 4 other kernels start beside those before, 8 constant pairs made once, 16 keys await late."""
 CHUNK = 64
 """Tokens of a chunk, which are the rows of one product of a warp group."""
 WIDTH, NARROW = 128, 64
@@ -79,6 +77,8 @@ SUMS = {NARROW: States(64, 1, 4), WIDTH: States(128, 2, 3)}
 """Of the sums over segments, by the same width."""
 KEPT = States(64, 2, 3)
 """Of the states between chunks."""
+GROUPED = 2
+"""Heads that share keys whose rows and states are on their way or read in the gradients: with three, one program fills an SM."""
 
 
 def suits(inputs: Inputs) -> bool:
@@ -139,15 +139,28 @@ def entering_like(inputs: Inputs) -> Tensor:
 
 
 def shared_like(inputs: Inputs) -> Tensor:
-    """Room for what `forward` keeps for `backward` of heads that share keys, in the dtype of the values: states before the chunks, lines."""
-    states, lines = shared_sizes(inputs)
-    return inputs.v.new_empty(states + lines)
+    """Room for what `forward` keeps for `backward` of heads that share keys, as one row; see `shared_parts`."""
+    return inputs.v.new_empty(sum(_shared_sizes(inputs)))
 
 
-def shared_sizes(inputs: Inputs) -> tuple[int, int]:
-    """How many numbers of the dtype of the values states and lines in fp32 take."""
+def shared_parts(kept: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The states before the chunks [B, N, H, K, V], in the dtype of the values, and lines of scalar decays, in fp32."""
+    (batch, _, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
+    states, lines = kept.split(_shared_sizes(inputs))
+    return states.view(batch, -1, heads, k_dim, v_dim), lines.view(torch.float32)
+
+
+def _shared_sizes(inputs: Inputs) -> tuple[int, int]:
+    """How many numbers of the dtype of the values states and lines take."""
     (batch, length, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
-    return batch * -(-length // CHUNK) * heads * k_dim * v_dim, 4 // inputs.v.element_size() * sizes(inputs)[0]
+    lines = sizes(inputs)[0] * torch.float32.itemsize // inputs.v.element_size()
+    return batch * -(-length // CHUNK) * heads * k_dim * v_dim, lines
+
+
+def sums_like(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Room for what segments add to a state and for their decays, in fp32, as in `entering_like`."""
+    _, *of_sums = sizes(inputs)
+    return inputs.v.new_empty(sum(of_sums), dtype=torch.float32).split(of_sums)
 
 
 def sizes(inputs: Inputs) -> tuple[int, int, int]:

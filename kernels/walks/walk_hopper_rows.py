@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import ALIGNED
-from kernels.walks import walk_hopper_plan
 from kernels.walks.walk_hopper_plan import CHUNK
 
 LINE_HEADS = 16
@@ -24,14 +23,14 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def make_lines(lines: Tensor, gate_BTH: Tensor, chunk: int = CHUNK) -> None:
-    """Writes scalar log decays as the walks read them, in lines of a chunk."""
+def make_lines(lines: Tensor, gate_BTH: Tensor) -> None:
+    """Writes scalar log decays as the walks read them."""
     from kernels.walks.walk_lines_triton import lines_kernel
 
     batch, length, heads = gate_BTH.shape
-    chunks = -(-length // chunk)
+    chunks = -(-length // CHUNK)
     lines_kernel[(batch * chunks * -(-heads // LINE_HEADS),)](
-        gate_BTH.contiguous(), lines, length, heads, chunks, C=chunk, HEADS=LINE_HEADS, LET=walk_hopper_plan.FORM & 4 > 0 and lines.is_cuda, num_warps=4
+        gate_BTH.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, num_warps=4
     )
 
 

@@ -21,7 +21,6 @@ from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, thread_barrier
 from kernels.walks.walk_hopper_parts import (
     SIZES,
-    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -88,7 +87,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
-    REVERSE: gl.constexpr, LET: gl.constexpr, AHEAD: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
+    REVERSE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
 
@@ -100,10 +99,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
 
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
-    if LET:
-        let_launch()
-    if AFTER == 1:
-        await_launch()
+    let_launch()
     tiles: gl.constexpr = (V + BV - 1) // BV
     tile = gl.program_id(0) % tiles
     head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)
@@ -120,13 +116,11 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     for early in gl.static_range(STAGES):
         t_far = _start(n_first, early, steps, C, BACK)
         _bring(bars, sources, stages, place, group, heads, t_far, early, BYTES, C, STAGES, GATE)
-    if AFTER == 2:
-        await_launch()
     offsets, inside = columns_of(tall, place[2], V, K, BK, BV)
     state_KV = gl.zeros([BK, BV], gl.float32, tall)
     if KEEP:
         own_place = (batch, head, piece)
-        state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE, AHEAD)
+        state_KV = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, K * V, BK, BV, GIVEN, REVERSE)
     t, others = _start(n_first, 0, steps, C, BACK), 0.0
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     await_stage(bars, 0, STAGES)

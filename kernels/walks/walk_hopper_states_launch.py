@@ -8,21 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _triton_dtype
 from kernels.walks.walk_decays import gate_every, gate_of
-from kernels.walks import walk_hopper_plan
-from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, share_out, sizes, width_on_chip
-from kernels.walks.walk_hopper_rows import aligned, line_rows
+from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, share_out, sums_like, width_on_chip
+from kernels.walks.walk_hopper_rows import line_rows
 
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
 
-def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs, *, reverse: bool) -> None:
+def segment_sums(b: Tensor, c: Tensor, kept: Sequence[Tensor], inputs: Inputs, *, reverse: bool) -> None:
     """Writes what each segment adds to the state and its log2 decay, of aligned rows."""
     pieces, config = share_out(inputs), SUMS[max(width_on_chip(b), width_on_chip(c))]
     lines, *sums = kept
@@ -33,14 +31,12 @@ def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs,
 def states(
     b: Tensor, c: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool
 ) -> Tensor:
-    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit; `last` is written.
+    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit, of aligned rows.
 
-    `lines` are those of scalar decays.
+    `last` is written. The kernel that is launched next may start beside this one.
     """
-    b, c = aligned(b), aligned(c)
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
-    _, *of_sums = sizes(inputs)
-    sums = c.new_empty(sum(of_sums), dtype=torch.float32).split(of_sums)
+    sums = sums_like(inputs)
     segment_sums(b, c, (lines, *sums), inputs, reverse=reverse)
     kept = c.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
     _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True)
@@ -55,10 +51,6 @@ def _walk_states(
     from kernels.walks import walk_hopper_states
 
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
-    after = 0
-    if walk_hopper_plan.FORM & 4:
-        # Sums of the forward pass follow the lines; kept states of segments follow sums.
-        after = (2 if pieces.number > 1 else 0) if keep else (1 if not reverse and lines.numel() else 0)
     wide_k, tile = width_on_chip(b), min(config.tile, width_on_chip(c))
     described = [_described(b, [1, CHUNK, 1, wide_k]), _described(c, [1, CHUNK, 1, tile])]
     described.append(_described(kept.flatten(0, 2), [1, wide_k, tile]) if keep else described[1])
@@ -68,5 +60,5 @@ def _walk_states(
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
         GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, KEEP=keep, LAST=last is not None,
-        REVERSE=reverse, AHEAD=walk_hopper_plan.FORM & 32 > 0, LET=walk_hopper_plan.FORM & (2 if keep else 4) > 0, AFTER=after, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups, **({"launch_pdl": True} if after else {}),
+        REVERSE=reverse, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
     )  # fmt: skip

@@ -130,15 +130,13 @@ class Program:
     def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
-        if not where.flat.numel() and not torch.as_tensor(mask).any():
-            return torch.full(at.shape, other, dtype=torch.float64)
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
-    def ask(code: str, _: str, where: list[Any], **__: Any) -> Any:
+    def ask(code: str, _: str, where: list[Pointer], **__: Any) -> None:
         """Kernels run one after the other; lines that are asked for have no values, but addresses."""
         if code.startswith("griddepcontrol"):
-            return None
+            return
         assert code.startswith("prefetch.global")
         at = torch.as_tensor(where[0].at)
         assert ((at >= 0) & (at < where[0].flat.numel())).all(), "asks for what there is not"

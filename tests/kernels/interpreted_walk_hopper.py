@@ -30,8 +30,8 @@ MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    kernels = ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel"),
-        (walk_hopper_shared, "queries_kernel"), (walk_hopper_shared, "keys_kernel"))
+    kernels = [(walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel")]
+    kernels += [(walk_hopper_shared, name) for name in ("queries_kernel", "keys_kernel")]
     for module, name in kernels:
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
     for launch in (walk_hopper_launch, walk_hopper_states_launch, walk_hopper_shared_launch):
@@ -70,7 +70,7 @@ def test_segments_of_long_rows(monkeypatch, gate):
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
 @pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
 def test_heads_that_share_keys(monkeypatch, gate, shape):
-    """Their states are kept for `kernels.walks.walk_grouped`."""
+    """Their states are kept, and gradients are made chunk by chunk."""
     monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 128)
     monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)
