@@ -141,6 +141,15 @@ def add_rows(
 
 
 @gluon.jit
+def _segment(sums, decays, place, n, count, heads, segments, offsets, inside, SIZE: gl.constexpr, REVERSE: gl.constexpr):
+    """Log2 decay of the n-th of so many segments on the way, and what it adds to the state; nothing beyond the last."""
+    batch, head, _ = place
+    index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+    decay = gl.load(decays + index, mask=n < count, other=0.0)
+    return decay, gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside & (n < count), other=0.0)
+
+
+@gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
     SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr,
@@ -150,10 +159,13 @@ def state_of(
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
     if GIVEN:
         state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    for n in range((segments - 1 - piece) if REVERSE else piece):
-        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-        added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
+    count = (segments - 1 - piece) if REVERSE else piece
+    decay, added = _segment(sums, decays, place, 0, count, heads, segments, offsets, inside, SIZE, REVERSE)
+    for n in range(count):
+        # Asked for a turn ahead, as nothing else hides how long it takes.
+        next_decay, next_added = _segment(sums, decays, place, n + 1, count, heads, segments, offsets, inside, SIZE, REVERSE)
+        state_DE = state_DE * gl.exp2(decay) + added
+        decay, added = next_decay, next_added
     return state_DE
 
 
