@@ -68,12 +68,25 @@ def _start(n_first, step, steps, C: gl.constexpr):
 
 
 @gluon.jit
-def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
+def _constant_pairs(rate, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
+    """Decays of tokens and earlier ones where they are the same in all chunks: under a constant gate."""
+    pairs_CC = gl.zeros([C, C], gl.float32, square)
+    if GATE == CONSTANT_GATE:
+        rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
+        between_CC = rate * (rows[:, None] - cols[None, :]).to(gl.float32)
+        pairs_CC = gl.exp2(gl.where(rows[:, None] >= cols[None, :], between_CC, float("-inf")))
+    return pairs_CC
+
+
+@gluon.jit
+def _seen(scores_CC, pairs_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
     """Scores of tokens and earlier ones, decayed."""
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     is_seen = rows[:, None] >= cols[None, :]
     if GATE == NO_GATE:
         return gl.where(is_seen, scores_CC, 0.0)
+    if GATE == CONSTANT_GATE:
+        return scores_CC * pairs_CC
     fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
     fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
     # Only exponents that are <= 0 are used; the others would overflow and are masked before.
@@ -142,11 +155,12 @@ def _write(out, row, out_buffer, outputs, scores, DOT: gl.constexpr):
 
 @gluon.jit
 def _store_scores(
-    scores_buffer, scores, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr
+    scores_buffer, scores, pairs_CC, stage, rate, t, length, square: gl.constexpr,
+    C: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Waits for a chunk's scores, and stores them decayed."""
     scores_CC = warpgroup_mma_wait(0, [scores])
-    scores_buffer.store(_seen(scores_CC, stage, rate, t, length, square, C, GATE).to(DOT))
+    scores_buffer.store(_seen(scores_CC, pairs_CC, stage, rate, t, length, square, C, GATE).to(DOT))
 
 
 @gluon.jit
@@ -181,6 +195,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(BD, BE, GROUPS)
     BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
     n_first, steps = chunks_of(piece, span, length, C)
+    pairs_CC = _constant_pairs(rate, square, C, GATE)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
@@ -193,7 +208,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
-    _store_scores(scores_buffer, _scores(first, none_CC), first, rate, t, length, square, C, GATE, DOT)
+    _store_scores(scores_buffer, _scores(first, none_CC), pairs_CC, first, rate, t, length, square, C, GATE, DOT)
     state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
@@ -219,7 +234,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         thread_barrier()  # all warps' products have read the state
         state_buffer.store(state_DE.to(DOT))
         scores = _write(out, [batch, t, head, 0], out_buffer, outputs, scores, DOT)
-        _store_scores(scores_buffer, scores, following, rate, t_next, length, square, C, GATE, DOT)
+        _store_scores(scores_buffer, scores, pairs_CC, following, rate, t_next, length, square, C, GATE, DOT)
         fence_async_shared()
         thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
         if PROBE:
