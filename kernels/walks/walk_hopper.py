@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -22,8 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_layout, sums_layout, thread_barrier
 from kernels.walks.walk_hopper_parts import (
+    LINES,
+    NOTHING,
     SIZES,
     add_rows,
+    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -104,6 +108,31 @@ def _bring(
 
 
 @gluon.jit
+def _bring_first(
+    bars, sources, stages, place, sizes,
+    BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, AFTER: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy the first chunks, and waits for the kernel before this one: of LINES only the rows are copied before."""
+    batch, head, piece, ab_head = place
+    length, heads, _, span = sizes
+    n_first, steps = chunks_of(piece, span, length, C)
+    for early in gl.static_range(STAGES - 1):
+        t = _start(n_first, early, steps, C)
+        if AFTER == LINES:
+            rows, stage = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, head, 0]), at_stage(stages, early)
+            mbarrier.expect(bars.index(early), BYTES + 4 * C)
+            for source in gl.static_range(3):
+                tma.async_copy_global_to_shared(sources[source], rows[source], bars.index(early), stage[source])
+        else:
+            _bring(bars, sources, stages, place, heads, t, early, BYTES, C, STAGES, GATE)
+    if AFTER != NOTHING:
+        await_launch()
+    for early in gl.static_range(STAGES - 1 if AFTER == LINES else 0):
+        line = [batch * heads + head, _start(n_first, early, steps, C)]
+        tma.async_copy_global_to_shared(sources[3], line, bars.index(early), stages[3].index(early))
+
+
+@gluon.jit
 def _bring_probe(of_probe, probe, batch, t, head, slot, C: gl.constexpr, BE: gl.constexpr):
     """Starts to copy a chunk of the probe's rows into a slot."""
     fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t, head, 0],), (of_probe[0].index(slot),))
@@ -168,7 +197,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -184,6 +213,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         sizes: length, heads, segments and chunks of a segment.
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
+        AFTER: what the kernel before this one makes, NOTHING, LINES or SUMS.
     """
     lines, given, last, sums, decays, rowsum, part_size = pointers
     batch, head, piece, _ = place
@@ -199,8 +229,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    for early in gl.static_range(STAGES - 1):
-        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+    _bring_first(bars, sources, stages, place, sizes, BYTES, C, STAGES, GATE, AFTER)
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
@@ -253,7 +282,7 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
-    LAST: gl.constexpr, DOT: gl.constexpr,
+    LAST: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
@@ -265,5 +294,5 @@ def forward_kernel(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, AFTER, DOT,
     )  # fmt: skip

@@ -17,6 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from kernels.delta_rule.delta_hopper import at_stage, fetch
 from kernels.walks.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
+NOTHING, LINES, SUMS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+"""What a walk reads of the kernel before it, beside which it is launched: lines of decays, or what segments add to a state."""
+
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "heads", "group", "gate_every", "segments", "span"]
 
