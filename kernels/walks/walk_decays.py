@@ -77,7 +77,8 @@ def decay_gradient(
         later_BTH, sums.parts.stride(0), sums.parts.stride(2), length, heads, gate_every(log_decay, batch), pieces, tokens,
         PARTS=parts, READS=sums.reads, GATE=_gate_kind(log_decay), ENDS=ends is not None,
         APART=sums.between is not None or starts is not None,
-        PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, BESIDE=beside, num_warps=8, launch_pdl=beside,
+        PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, BESIDE=beside,
+        num_warps=8, launch_pdl=beside,
     )  # fmt: skip
     if log_decay.ndim == 3:
         return later_BTH
