@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kernels.operands import _gate_kind
 from kernels.walks.walk_crossings import Chunks, Segments
-from kernels.walks.walk_hopper_plan import overlap
 
 DECAY_ROWS, DECAY_SEGMENTS = 2048, 16
 """Tokens of a tile of the decays' gradient, and programs that share a long row."""
@@ -71,14 +70,13 @@ def decay_gradient(
     elif dfinal_BHKV is not None:
         assert final_BHKV is not None
         ends = (final_BHKV * dfinal_BHKV.to(dot)).sum((-2, -1))
-    later_BTH, beside = sums.parts.new_empty(batch, length, heads), overlap(sums.parts)
+    later_BTH = sums.parts.new_empty(batch, length, heads)
     decay_gradient_kernel[(batch * pieces * heads,)](
         sums.parts, gate_of(log_decay, later_BTH), later_BTH if starts is None else starts, later_BTH if ends is None else ends,
         later_BTH, sums.parts.stride(0), sums.parts.stride(2), length, heads, gate_every(log_decay, batch), pieces, tokens,
         PARTS=parts, READS=sums.reads, GATE=_gate_kind(log_decay), ENDS=ends is not None,
         APART=sums.between is not None or starts is not None,
-        PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, BESIDE=beside,
-        num_warps=8, launch_pdl=beside,
+        PIECES=(SEGMENTS if starts is None else SEQUENCES).value, ROWS=DECAY_ROWS, C=sums.chunk, num_warps=8,
     )  # fmt: skip
     if log_decay.ndim == 3:
         return later_BTH

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from kernels._entry import entry
 from kernels.walks.walk_triton import LOG2_E, SCALAR_GATE, _bounds, _gate_of, _place
@@ -35,7 +34,7 @@ def decay_gradient_kernel(
     rowsums, gate, starts, ends, out, part_stride: tl.int64, head_stride: tl.int64,
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, pieces: tl.int32, segment: tl.int32,
     PARTS: tl.constexpr, READS: tl.constexpr, GATE: tl.constexpr, ENDS: tl.constexpr, APART: tl.constexpr,
-    PIECES: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BESIDE: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """dL/dlog_decay_t = sum of dL/dG_i over i >= t of the sequence, and `ends`, what crosses its end [B, H].
 
@@ -43,10 +42,8 @@ def decay_gradient_kernel(
     (APART). `rowsums` is [parts, B * H, T] by its strides,
     `out` [B, T, H]. Where READS parts are what queries read from earlier chunks, the others sum over a chunk to what its keys give
     to later ones, less: pairs of the chunk cancel. If it forgets what entered it, that is all that crosses its end, and sums start
-    anew there, from numbers that were rounded in one walk. BESIDE is launched beside the kernel before it.
+    anew there, from numbers that were rounded in one walk.
     """
-    if BESIDE:
-        gdc_wait()
     _, head, piece, batch = _place(tl.program_id(0), 1, heads, pieces)
     begin, count = _bounds(starts, piece, segment, length, PIECES)
     behind = begin + count if APART else length

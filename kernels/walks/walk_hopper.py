@@ -23,8 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_layout, sums_layout, thread_barrier
 from kernels.walks.walk_hopper_parts import (
-    LINES,
-    NOTHING,
     SIZES,
     add_rows,
     await_launch,
@@ -72,25 +70,12 @@ def _start(n_first, step, steps, C: gl.constexpr):
 
 
 @gluon.jit
-def _constant_pairs(rate, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
-    """Decays of tokens and earlier ones where they are the same in all chunks: under a constant gate."""
-    pairs_CC = gl.zeros([C, C], gl.float32, square)
-    if GATE == CONSTANT_GATE:
-        rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
-        between_CC = rate * (rows[:, None] - cols[None, :]).to(gl.float32)
-        pairs_CC = gl.exp2(gl.where(rows[:, None] >= cols[None, :], between_CC, float("-inf")))
-    return pairs_CC
-
-
-@gluon.jit
-def _seen(scores_CC, pairs_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
+def _seen(scores_CC, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr):
     """Scores of tokens and earlier ones, decayed."""
     rows, cols = gl.arange(0, C, gl.SliceLayout(1, square)), gl.arange(0, C, gl.SliceLayout(0, square))
     is_seen = rows[:, None] >= cols[None, :]
     if GATE == NO_GATE:
         return gl.where(is_seen, scores_CC, 0.0)
-    if GATE == CONSTANT_GATE:
-        return scores_CC * pairs_CC
     fall_rows = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(1, square))
     fall_cols = falls(stage, rate, t, length, C, GATE, gl.SliceLayout(0, square))
     # Only exponents that are <= 0 are used; the others would overflow and are masked before.
@@ -108,28 +93,14 @@ def _bring(
 
 
 @gluon.jit
-def _bring_first(
-    bars, sources, stages, place, sizes,
-    BYTES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, AFTER: gl.constexpr,
-):  # fmt: skip
-    """Starts to copy the first chunks, and waits for the kernel before this one: of LINES only the rows are copied before."""
-    batch, head, piece, ab_head = place
-    length, heads, _, span = sizes
-    n_first, steps = chunks_of(piece, span, length, C)
-    for early in gl.static_range(STAGES - 1):
-        t = _start(n_first, early, steps, C)
-        if AFTER == LINES:
-            rows, stage = ([batch, t, ab_head, 0], [batch, t, ab_head, 0], [batch, t, head, 0]), at_stage(stages, early)
-            mbarrier.expect(bars.index(early), BYTES + 4 * C)
-            for source in gl.static_range(3):
-                tma.async_copy_global_to_shared(sources[source], rows[source], bars.index(early), stage[source])
-        else:
-            _bring(bars, sources, stages, place, heads, t, early, BYTES, C, STAGES, GATE)
-    if AFTER != NOTHING:
-        await_launch()
-    for early in gl.static_range(STAGES - 1 if AFTER == LINES else 0):
-        line = [batch * heads + head, _start(n_first, early, steps, C)]
-        tma.async_copy_global_to_shared(sources[3], line, bars.index(early), stages[3].index(early))
+def _bring_rows(bars, sources, stages, place, t, step, BYTES: gl.constexpr, C: gl.constexpr):
+    """Starts to copy one of the first chunks of a, b and c, whose decays are copied later."""
+    batch, head, _, ab_head = place
+    bar, row = bars.index(step), [batch, t, ab_head, 0]
+    mbarrier.expect(bar, BYTES + 4 * C)
+    tma.async_copy_global_to_shared(sources[0], row, bar, stages[0].index(step))
+    tma.async_copy_global_to_shared(sources[1], row, bar, stages[1].index(step))
+    tma.async_copy_global_to_shared(sources[2], [batch, t, head, 0], bar, stages[2].index(step))
 
 
 @gluon.jit
@@ -184,12 +155,11 @@ def _write(out, row, out_buffer, outputs, scores, DOT: gl.constexpr):
 
 @gluon.jit
 def _store_scores(
-    scores_buffer, scores, pairs_CC, stage, rate, t, length, square: gl.constexpr,
-    C: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr,
+    scores_buffer, scores, stage, rate, t, length, square: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, DOT: gl.constexpr
 ):  # fmt: skip
     """Waits for a chunk's scores, and stores them decayed."""
     scores_CC = warpgroup_mma_wait(0, [scores])
-    scores_buffer.store(_seen(scores_CC, pairs_CC, stage, rate, t, length, square, C, GATE).to(DOT))
+    scores_buffer.store(_seen(scores_CC, stage, rate, t, length, square, C, GATE).to(DOT))
 
 
 @gluon.jit
@@ -197,7 +167,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, LATE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -213,7 +183,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         sizes: length, heads, segments and chunks of a segment.
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
-        AFTER: what the kernel before this one makes, NOTHING, LINES or SUMS.
+        LATE: whether lines of decays are those that the kernel before this one makes, which may still run.
     """
     lines, given, last, sums, decays, rowsum, part_size = pointers
     batch, head, piece, _ = place
@@ -225,11 +195,20 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     tall: gl.constexpr = narrow if GATE == NO_GATE else state_layout(BD, BE, GROUPS)
     BYTES: gl.constexpr = 2 * C * (2 * BD + BE)
     n_first, steps = chunks_of(piece, span, length, C)
-    pairs_CC = _constant_pairs(rate, square, C, GATE)
     none_CE, none_CC = gl.zeros([C, BE], gl.float32, narrow), gl.zeros([C, C], gl.float32, square)
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
-    _bring_first(bars, sources, stages, place, sizes, BYTES, C, STAGES, GATE, AFTER)
+    for early in gl.static_range(STAGES - 1):
+        t_early = _start(n_first, early, steps, C)
+        if LATE:
+            _bring_rows(bars, sources, stages, place, t_early, early, BYTES, C)
+        else:
+            _bring(bars, sources, stages, place, heads, t_early, early, BYTES, C, STAGES, GATE)
+    if LATE:
+        await_launch()
+        for early in gl.static_range(STAGES - 1):
+            line = [batch * heads + head, _start(n_first, early, steps, C)]
+            tma.async_copy_global_to_shared(sources[3], line, bars.index(early), stages[3].index(early))
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
@@ -237,7 +216,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     half = half_of(lines, rate, batch, head, heads, t, length, C, GATE)
     await_stage(bars, 0, STAGES)
     first = at_stage(stages, 0)
-    _store_scores(scores_buffer, _scores(first, none_CC), pairs_CC, first, rate, t, length, square, C, GATE, DOT)
+    _store_scores(scores_buffer, _scores(first, none_CC), first, rate, t, length, square, C, GATE, DOT)
     state_buffer.store(state_DE.to(DOT))
     fence_async_shared()
     for step in range(steps):
@@ -263,7 +242,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         thread_barrier()  # all warps' products have read the state
         state_buffer.store(state_DE.to(DOT))
         scores = _write(out, [batch, t, head, 0], out_buffer, outputs, scores, DOT)
-        _store_scores(scores_buffer, scores, pairs_CC, following, rate, t_next, length, square, C, GATE, DOT)
+        _store_scores(scores_buffer, scores, following, rate, t_next, length, square, C, GATE, DOT)
         fence_async_shared()
         thread_barrier()  # here, not by the compiler at the top: ptxas forgets on the way back that the fence still runs
         if PROBE:
@@ -282,17 +261,17 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
-    LAST: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
+    LAST: gl.constexpr, LATE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
-    state before each chunk in 16 bit, [B * N * H, K, V].
+    state before each chunk in 16 bit, [B * N * H, K, V]. LATE starts beside the kernel that makes the lines.
     """
     head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, AFTER, DOT,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, LATE, DOT,
     )  # fmt: skip

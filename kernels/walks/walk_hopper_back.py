@@ -22,10 +22,8 @@ from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, sums_layout, thread_barrier
 from kernels.walks.walk_hopper import buffers_of, walk
 from kernels.walks.walk_hopper_parts import (
-    NOTHING,
     SIZES,
     add_rows,
-    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -33,7 +31,6 @@ from kernels.walks.walk_hopper_parts import (
     column_sums,
     falls,
     half_of,
-    let_launch,
     line_layout,
     program,
     rate_of,
@@ -148,7 +145,7 @@ def _store_scores(
 def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, results, pointers, rate, place, sizes, buffers,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
+    GATE: gl.constexpr, DLAST: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's reverse walk over a segment for all of dk and dv.
 
@@ -174,8 +171,6 @@ def _walk_back(  # noqa: PLR0915 - one turn of a pipeline, whose order is the po
     for early in gl.static_range(STAGES - 1):
         row = [batch, _start(n_first, early, steps, C), head, 0]
         bring(bars, sources, stages, (row, row, row, row), [batch * heads + head, row[1]], early, BYTES, C, STAGES, GATE)
-    if AFTER != NOTHING:
-        await_launch()
     offsets, inside = columns_of(tall, 0, V, K, W, W)
     state_KV = state_of(given, sums, decays, place, heads, segments, offsets, inside, tall, K * V, W, W, DLAST, True)
     t = _start(n_first, 0, steps, C)
@@ -233,7 +228,7 @@ def backward_kernel(
     length: tl.int32, heads: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     BACK_STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr,
-    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
+    DLAST: gl.constexpr, GATE_GRAD: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """All gradients. Grid: (2 * B * P * H,): keys and values of all heads, then, as their walks are shorter, the queries.
 
@@ -242,7 +237,6 @@ def backward_kernel(
     decays: GROUPS parts of what queries read from earlier chunks, as many of what keys give, and four of what queries get inside
     of their chunk.
     """
-    let_launch()
     of_keys = gl.num_programs(0) // 2
     head, piece, batch = program(gl.program_id(0) % of_keys, heads, segments)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
@@ -254,12 +248,12 @@ def backward_kernel(
             (q, k, v, do, line_rows) if GATE == SCALAR_GATE else (q, k, v, do), (dk, dv),
             (lines, dlast, dfirst, behind, decays_behind, rowsum + GROUPS * part_size, part_size), rate,
             (batch, head, piece), sizes, _back_buffers(W, C, BACK_STAGES, GATE, DOT),
-            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, AFTER, DOT,
+            K, V, W, GROUPS, C, BACK_STAGES, GATE, DLAST, FIRST, GATE_GRAD, DOT,
         )  # fmt: skip
     else:
         walk(
             (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
             (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
             buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
-            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, AFTER, DOT,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, False, DOT,
         )  # fmt: skip

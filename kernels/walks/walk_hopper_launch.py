@@ -15,9 +15,6 @@ from kernels.operands import _gate_kind, _nothing, _state_like, _triton_dtype
 from kernels.walks.walk_crossings import Segments, entering_states
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_hopper_plan import (
-    AFTER_LINES,
-    AFTER_NOTHING,
-    AFTER_SUMS,
     BACKWARD,
     CHUNK,
     FORWARD,
@@ -66,13 +63,13 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     segment_sums(k, v, (lines, sums, decays), inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
     of_states = _described(states.flatten(0, 2), [1, wide_k, wide_v]) if group > 1 else described[3]
-    after = AFTER_LINES if lines.numel() else AFTER_SUMS if pieces.number > 1 else AFTER_NOTHING
+    late = lines.numel() > 0 and pieces.number == 1  # behind sums of segments it is slower
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
         *described, of_states, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state, AFTER=after, launch_pdl=after > AFTER_NOTHING,
+        KEEP=group > 1, LAST=return_state, LATE=late, launch_pdl=late,
     )  # fmt: skip
     return o, last, kept
 
@@ -105,14 +102,12 @@ def backward(
     parts = (batch, heads, 2 * config.groups + 4, -(-length // CHUNK) * CHUNK)
     rowsums = v.new_empty(parts if gate_grad else (0, 0, 0, 0), dtype=torch.float32).permute(2, 0, 1, 3)[..., :length]
     described = [_described(x, [1, CHUNK, 1, width]) for x in (q, k, v, do, dq, dk, dv)]
-    after = AFTER_SUMS if pieces.number > 1 else AFTER_NOTHING
     walk_hopper_back.backward_kernel[(batch * pieces.number * heads * 2,)](
         *described, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state, v if dlast is None else dlast, dfirst, *before, *behind, rowsums,
         length, heads, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), W=width, STAGES=config.stages, BACK_STAGES=config.back, SLOTS=config.slots,
         FIRST=state is not None, DLAST=dlast is not None, GATE_GRAD=gate_grad,
-        AFTER=after, launch_pdl=after > AFTER_NOTHING,
     )  # fmt: skip
     between = None
     if gate_grad and pieces.number > 1:

@@ -17,9 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from kernels.delta_rule.delta_hopper import at_stage, fetch
 from kernels.walks.walk_triton import LOG2_E, NO_GATE, SCALAR_GATE
 
-NOTHING, LINES, SUMS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-"""What a walk reads of the kernel before it, beside which it is launched: lines of decays, or what segments add to a state."""
-
 # What differs from call to call is not specialised, so that a new batch, length or head count compiles nothing.
 SIZES = ["length", "heads", "group", "gate_every", "segments", "span"]
 
@@ -144,15 +141,6 @@ def add_rows(
 
 
 @gluon.jit
-def _segment(sums, decays, place, n, count, heads, segments, offsets, inside, SIZE: gl.constexpr, REVERSE: gl.constexpr):
-    """Log2 decay of the n-th of so many segments on the way, and what it adds to the state; nothing beyond the last."""
-    batch, head, _ = place
-    index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
-    decay = gl.load(decays + index, mask=n < count, other=0.0)
-    return decay, gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside & (n < count), other=0.0)
-
-
-@gluon.jit
 def state_of(
     given, sums, decays, place, heads, segments, offsets, inside, layout: gl.constexpr,
     SIZE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GIVEN: gl.constexpr, REVERSE: gl.constexpr,
@@ -162,13 +150,10 @@ def state_of(
     state_DE = gl.zeros([BD, BE], gl.float32, layout)
     if GIVEN:
         state_DE += gl.load(given + (batch * heads + head).to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
-    count = (segments - 1 - piece) if REVERSE else piece
-    decay, added = _segment(sums, decays, place, 0, count, heads, segments, offsets, inside, SIZE, REVERSE)
-    for n in range(count):
-        # Asked for a turn ahead, as nothing else hides how long it takes.
-        next_decay, next_added = _segment(sums, decays, place, n + 1, count, heads, segments, offsets, inside, SIZE, REVERSE)
-        state_DE = state_DE * gl.exp2(decay) + added
-        decay, added = next_decay, next_added
+    for n in range((segments - 1 - piece) if REVERSE else piece):
+        index = (batch * segments + ((segments - 1 - n) if REVERSE else n)) * heads + head
+        added = gl.load(sums + index.to(gl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        state_DE = state_DE * gl.exp2(gl.load(decays + index)) + added
     return state_DE
 
 

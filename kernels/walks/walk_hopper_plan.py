@@ -27,10 +27,6 @@ LEAST_SEGMENT, PROGRAMS = 512, 128
 """Tokens below which the states between segments would cost more than they gain, and heads for which rows are cut no more."""
 
 
-AFTER_NOTHING, AFTER_LINES, AFTER_SUMS = range(3)
-"""What a walk reads of the kernel before it, beside which it starts then; see `kernels.walks.walk_hopper_parts`."""
-
-
 class Config(NamedTuple):
     """How a walk is compiled.
 
@@ -74,7 +70,7 @@ class States(NamedTuple):
 
 
 FORWARD = {NARROW: Config(1, 4), WIDTH: Config(2, 3)}
-SHARED = Config(1, 3)
+SHARED = Config(1, 4)
 BACKWARD = {NARROW: Backward(1, 3, 2, 2), WIDTH: Backward(2, 3, 2, 1)}
 """By the width of keys and values on chip; heads that share keys apart."""
 SUMS = {NARROW: States(64, 1, 4), WIDTH: States(128, 2, 3)}
@@ -116,11 +112,6 @@ def fits(inputs: Inputs) -> bool:
     if starts is not None or not v.is_cuda or torch.cuda.get_device_capability(v.device)[0] != 9:
         return False
     return all(x.dtype == torch.bfloat16 and x.shape[3] % ALIGNED == 0 and x.shape[3] <= WIDTH for x in (q, k, v))
-
-
-def overlap(x: Tensor) -> bool:
-    """Whether kernels can start beside those that are launched before them."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def share_out(inputs: Inputs) -> Pieces:

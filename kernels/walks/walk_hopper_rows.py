@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.delta_rule.delta_hopper_launch import ALIGNED
-from kernels.walks.walk_hopper_plan import CHUNK, overlap
+from kernels.walks.walk_hopper_plan import CHUNK
 
 LINE_HEADS = 16
 """Heads of a program that makes lines of decays."""
@@ -30,7 +30,7 @@ def make_lines(lines: Tensor, gate_BTH: Tensor) -> None:
     batch, length, heads = gate_BTH.shape
     chunks = -(-length // CHUNK)
     lines_kernel[(batch * chunks * -(-heads // LINE_HEADS),)](
-        gate_BTH.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, LET=overlap(lines), num_warps=4
+        gate_BTH.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, LET=lines.is_cuda, num_warps=4
     )
 
 

@@ -28,7 +28,6 @@ from kernels.walks.walk_hopper_parts import (
     column_sums,
     falls,
     half_of,
-    let_launch,
     line_layout,
     rate_of,
     row_sums,
@@ -137,7 +136,6 @@ def queries_kernel(
 
     It may start beside the kernel before it, of which it reads nothing, and ends after it. Grid: (B * N * G * splits,).
     """
-    let_launch()
     place, first, turns = _share(gl.program_id(0), length, heads, group, splits, C)
     batch, t, shared, split = place
     part_size = (length + C - 1) // C * C
@@ -195,7 +193,6 @@ def keys_kernel(  # noqa: PLR0915 - one turn of a pipeline, whose order is the p
     `states` are gradients of those behind the chunks. Of the parts one is what keys give, less, and four are what queries get
     inside of their chunk, from the products of the same pairs. Grid: (B * N * G * splits,).
     """
-    let_launch()
     place, first, turns = _share(gl.program_id(0), length, heads, group, splits, C)
     batch, t, shared, split = place
     part_size = (length + C - 1) // C * C
@@ -207,7 +204,6 @@ def keys_kernel(  # noqa: PLR0915 - one turn of a pipeline, whose order is the p
     sources = (v, do, states, line_rows) if GATE == SCALAR_GATE else (v, do, states)
     own_row = [batch, t, shared, 0]
     fetch(bar.index(0), 4 * C * BK, (q, k), (own_row, own_row), (q_buffer, k_buffer))
-    await_launch()
     for early in gl.static_range(STAGES):
         if early < turns:
             _bring(bars, sources, stages, place, first + early, length, heads, early, BK, BV, C, STAGES, GATE)

@@ -56,10 +56,12 @@ def backward(
     counts = length, heads, heads // groups, gate_every(inputs.log_decay, batch), splits
     constants = {
         "BK": wide_k, "BV": wide_v, "C": CHUNK, "STAGES": GROUPED, "GATE": _gate_kind(inputs.log_decay), "GATE_GRAD": gate_grad,
-        "PARTS": PARTS, "DOT": _triton_dtype(v.dtype), "num_warps": 4, "launch_pdl": True,
+        "PARTS": PARTS, "DOT": _triton_dtype(v.dtype), "num_warps": 4,
     }  # fmt: skip
     grid = (batch * chunks * groups * splits,)
-    walk_hopper_shared.queries_kernel[grid](*described[:4], of_entering, described[4], *decays, *counts, **constants)
+    walk_hopper_shared.queries_kernel[grid](
+        *described[:4], of_entering, described[4], *decays, *counts, **constants, launch_pdl=True
+    )
     walk_hopper_shared.keys_kernel[grid](*described[:4], of_leaving, *described[5:], *decays, *counts, **constants)
     between = Chunks(entering, leaving, RUN, RUN * CHUNK) if chunks > 2 * RUN else None
     return dq, dk, RowSums(rowsums, 1, CHUNK, between)

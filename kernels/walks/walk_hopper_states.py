@@ -20,10 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, thread_barrier
 from kernels.walks.walk_hopper_parts import (
-    LINES,
     SIZES,
-    SUMS,
-    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -90,7 +87,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, GIVEN: gl.constexpr, KEEP: gl.constexpr, LAST: gl.constexpr,
-    REVERSE: gl.constexpr, AFTER: gl.constexpr, DOT: gl.constexpr,
+    REVERSE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of segments, or with KEEP states between chunks; b and c are k and v, or in reverse q and do.
 
@@ -103,8 +100,6 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
     let_launch()
-    if AFTER == LINES:
-        await_launch()
     tiles: gl.constexpr = (V + BV - 1) // BV
     tile = gl.program_id(0) % tiles
     head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)
@@ -121,8 +116,6 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     for early in gl.static_range(STAGES):
         t_far = _start(n_first, early, steps, C, BACK)
         _bring(bars, sources, stages, place, group, heads, t_far, early, BYTES, C, STAGES, GATE)
-    if AFTER == SUMS:
-        await_launch()
     offsets, inside = columns_of(tall, place[2], V, K, BK, BV)
     state_KV = gl.zeros([BK, BV], gl.float32, tall)
     if KEEP:

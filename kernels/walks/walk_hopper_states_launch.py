@@ -13,18 +13,7 @@ from torch import Tensor
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _triton_dtype
 from kernels.walks.walk_decays import gate_every, gate_of
-from kernels.walks.walk_hopper_plan import (
-    AFTER_LINES,
-    AFTER_NOTHING,
-    AFTER_SUMS,
-    CHUNK,
-    KEPT,
-    SUMS,
-    States,
-    share_out,
-    sums_like,
-    width_on_chip,
-)
+from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, share_out, sums_like, width_on_chip
 from kernels.walks.walk_hopper_rows import line_rows
 
 if TYPE_CHECKING:
@@ -36,8 +25,7 @@ def segment_sums(b: Tensor, c: Tensor, kept: Sequence[Tensor], inputs: Inputs, *
     pieces, config = share_out(inputs), SUMS[max(width_on_chip(b), width_on_chip(c))]
     lines, *sums = kept
     if pieces.number > 1:
-        after = AFTER_LINES if lines.numel() and not reverse else AFTER_NOTHING
-        _walk_states(b, c, c, lines, inputs, None, None, sums, pieces.number - 1, config, reverse=reverse, keep=False, after=after)
+        _walk_states(b, c, c, lines, inputs, None, None, sums, pieces.number - 1, config, reverse=reverse, keep=False)
 
 
 def states(
@@ -51,14 +39,13 @@ def states(
     sums = sums_like(inputs)
     segment_sums(b, c, (lines, *sums), inputs, reverse=reverse)
     kept = c.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
-    after = AFTER_SUMS if pieces.number > 1 else AFTER_NOTHING
-    _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True, after=after)
+    _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True)
     return kept
 
 
 def _walk_states(
     b: Tensor, c: Tensor, kept: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None,
-    sums: Sequence[Tensor], number: int, config: States, *, reverse: bool, keep: bool, after: int,
+    sums: Sequence[Tensor], number: int, config: States, *, reverse: bool, keep: bool,
 ) -> None:  # fmt: skip
     """Walks states over so many segments of each head."""
     from kernels.walks import walk_hopper_states
@@ -73,5 +60,5 @@ def _walk_states(
         length, heads, heads // b.shape[2], gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         K=k_dim, V=v_dim, BK=wide_k, BV=tile, GROUPS=config.groups, C=CHUNK, STAGES=config.stages,
         GATE=_gate_kind(inputs.log_decay), GIVEN=given is not None, KEEP=keep, LAST=last is not None,
-        REVERSE=reverse, AFTER=after, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups, launch_pdl=after > AFTER_NOTHING,
+        REVERSE=reverse, DOT=_triton_dtype(c.dtype), num_warps=4 * config.groups,
     )  # fmt: skip

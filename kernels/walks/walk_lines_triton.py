@@ -18,7 +18,9 @@ def lines_kernel(
 ):  # fmt: skip
     """Log2 decays [B, H, N * C] of log decays [B, T, H], summed from the start of each chunk, less half of the chunk's.
 
-    Padding does not decay. LET lets the next kernel start. Grid: (B * N * blocks of HEADS heads,).
+    Padding does not decay. LET has the next kernel start beside this one, if it is launched so.
+
+    Grid: (B * N * blocks of HEADS heads,).
     """
     if LET:
         gdc_launch_dependents()

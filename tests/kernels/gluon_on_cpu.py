@@ -130,8 +130,6 @@ class Program:
     def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
-        if not where.flat.numel() and not torch.as_tensor(mask).any():
-            return torch.full(at.shape, other, dtype=torch.float64)
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod

@@ -103,7 +103,7 @@ def test_pieces(pieces):
 def test_what_runs_beside_the_walks():
     """Sums of segments, of decays and of heads, and what crosses the ends of segments."""
     assert compile_walk(segment_kernel, walk_config.SEGMENT_16[128], (128, 128), 2, torch.bfloat16).spilled == 0
-    of_decays = {"PARTS": 2, "READS": 1, "GATE": 2, "APART": False, "PIECES": SEGMENTS.value, "C": 64, "BESIDE": True}
+    of_decays = {"PARTS": 2, "READS": 1, "GATE": 2, "APART": False, "PIECES": SEGMENTS.value, "C": 64}
     of_decays |= {"ENDS": True, "ROWS": walk_decays.DECAY_ROWS}
     of_heads = {"WIDTH": 128, "BLOCK": 128, "ROWS": walk.SUM_ROWS}
     of_states = {"SIZE": 128 * 128, "BLOCK": walk_crossings.BLOCK, "STAGES": walk_crossings.STAGES}

@@ -37,7 +37,7 @@ def compile_one(kernel, gate, config, widths, constants):
         **dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE"), False),
         "GATE_GRAD": gate == 2,
     }
-    flags |= {"PARTS": walk_hopper_shared_launch.PARTS, "AFTER": walk_hopper_plan.AFTER_SUMS}
+    flags |= {"PARTS": walk_hopper_shared_launch.PARTS, "LATE": gate == 2}
     arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
 
