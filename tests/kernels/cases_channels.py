@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kernels.conv import gated_long_conv
 from kernels.dispatch import use_backend
-from tests.kernels.oracle import SIXTEEN_BIT, poisoned, require_close
+from tests.kernels.followed_channels import followed
+from tests.kernels.oracle import SIXTEEN_BIT, poisoned, require_close, rms_error
 
 CASES = (
     (1, 1, 1, 5, 1),
@@ -18,6 +19,10 @@ CASES = (
     (2, 1, 2, 256, 32),
 )
 """Channels of a head, heads, sequences, length and taps of the shift: whole and broken chunks and tiles."""
+TURNED = {torch.bfloat16: 1e-3, torch.float16: 3e-4}
+"""How far a kernel may be from its own roundings followed in fp64, since some fall the other way after sums in fp32."""
+FEW = 100
+"""Gradients of fewer numbers than these may all cancel, and what rounded terms leave of them can be further off than 5e-3."""
 
 
 def convolved(x_DBT: Tensor, taps_DL: Tensor) -> Tensor:
@@ -66,14 +71,26 @@ def in_fp64(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(case: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
-    """Output and gradients against fp64, fresh memory poisoned; repeats are equal to the bit."""
+    """Output and gradients, fresh memory poisoned; repeats are equal to the bit."""
     leaves = leaves_of(case, device, dtype)
     weight = torch.randn(len(leaves["qkv"]) // 3, *case[2:4], device=device).to(dtype)
     with use_backend("triton"), poisoned():
         got = [differentiated(gated_long_conv(*leaves.values()), leaves, weight) for _ in range(3)]
     assert all(torch.equal(tensor, again[name]) for again in got[1:] for name, tensor in got[0].items())
-    true = in_fp64(leaves)
-    require_close(got[0], differentiated(definition(true), true, weight.double().cpu()), SIXTEEN_BIT)
+    require_right(got[0], leaves, weight)
+
+
+def require_right(got: dict[str, Tensor], leaves: dict[str, Tensor], weight: Tensor) -> None:
+    """Everything within `TURNED` of the kernels' roundings followed in fp64, and within 5e-3 of the definition without any.
+
+    Gradients of fewer than `FEW` biases or taps of the shift may be further from the definition than 5e-3, but not by more than
+    1.1 times what these roundings alone are: 9.2e-3 for six biases whose gradients cancel, on draws of a GPU.
+    """
+    own, exact = followed(leaves, weight, weight.dtype), in_fp64(leaves)
+    true = differentiated(definition(exact), exact, weight.double().cpu())
+    few = {name: 1.1 * rms_error(own[name], true[name]) for name in ("dbias", "dshift") if own[name].numel() < FEW}
+    require_close(got, own, TURNED[weight.dtype])
+    require_close(got, true, {"other": SIXTEEN_BIT} | {name: max(SIXTEEN_BIT, allowed) for name, allowed in few.items()})
 
 
 def check_members(device: str) -> None:

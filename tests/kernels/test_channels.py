@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.channels import from_channels, to_channels
 from kernels.conv import gated_long_conv
 from kernels.rows import pick_rows, pick_times
 from tests.kernels import cases_channels as cases
+from tests.kernels.followed_channels import followed
+from tests.kernels.oracle import require_close
 
 
 @pytest.mark.parametrize("case", [*cases.CASES, (3, 2, 2, 300, 20)])
@@ -18,6 +23,44 @@ def test_gated_long_conv(case: tuple[int, ...]):
     got = cases.differentiated(gated_long_conv(*leaves.values()), leaves, weight)
     for name, tensor in cases.differentiated(cases.definition(leaves), leaves, weight).items():
         torch.testing.assert_close(got[name], tensor)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_what_follows_the_kernels_has_the_definitions_sums(case: tuple[int, ...]):
+    leaves, weight = drawn(case, torch.float64)
+    own = cases.in_fp64(leaves)
+    require_close(followed(leaves, weight, torch.float64), cases.differentiated(cases.definition(own), own, weight), 1e-12)
+
+
+FAULTS = {
+    "a bias off by 2 %": lambda own: own | {"dbias": one_off(own["dbias"])},
+    "a filter of keys off by 2 %": lambda own: own | {"dshift": torch.cat((1.02 * own["dshift"][:1], own["dshift"][1:]))},
+    "sums kept in 16 bits": lambda own: own | {"dbias": own["dbias"].bfloat16()},
+    "sums of gradients as stored": lambda own: own | {"dbias": own["dqkv"].sum((1, 2))},
+}
+"""What may not pass where sums cancel, made of results that are right."""
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
+@pytest.mark.parametrize("case", [(2, 1, 2, 256, 32), (1, 7, 130, 192, 40)])
+def test_a_small_fault_of_a_sum_that_cancels_is_seen(case: tuple[int, ...], fault: Callable):
+    leaves, weight = drawn(case, torch.bfloat16)
+    right = followed(leaves, weight, torch.bfloat16)
+    cases.require_right(right, leaves, weight)
+    with pytest.raises(AssertionError, match=r"dbias|dshift"):
+        cases.require_right(fault(right), leaves, weight)
+
+
+def drawn(case: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments and the gradient of an output."""
+    return cases.leaves_of(case, "cpu", dtype), torch.randn(case[0] * case[1], *case[2:4]).to(dtype)
+
+
+def one_off(gradients: Tensor) -> Tensor:
+    """With the one in the middle of their sizes 2 % too large."""
+    off = gradients.clone()
+    off[off.abs().argsort()[len(off) // 2]] *= 1.02
+    return off
 
 
 @pytest.mark.slow
