@@ -68,9 +68,10 @@ def test_segments_of_long_rows(monkeypatch, gate):
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
-@pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
-def test_heads_that_share_keys(monkeypatch, gate, shape):
-    """Their states are kept, and gradients are made chunk by chunk."""
+@pytest.mark.parametrize(("shape", "programs"), [((2, 130, 1, 4, 72, 24), 256), ((1, 300, 2, 8, 16, 24), 1)], ids=str)
+def test_heads_that_share_keys(monkeypatch, gate, shape, programs):
+    """Their states are kept, and gradients are made chunk by chunk: of one head a program, or of all four of a group."""
+    monkeypatch.setattr(walk_grouped, "PROGRAMS", programs)
     monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 128)
     monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)
