@@ -57,7 +57,7 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
         sums, decays = sums_like(inputs)
     else:
         kept = states = entering_like(inputs)
-        lines, sums, decays = kept.split(sizes(inputs))
+        lines, sums, decays = kept.flatten().split(sizes(inputs))
     if lines.numel():
         make_lines(lines, gate)
     segment_sums(k, v, (lines, sums, decays), inputs, reverse=False)
@@ -95,8 +95,8 @@ def backward(
     state = None if inputs.state is None else inputs.state.contiguous()
     pieces, gate, width = share_out(inputs), gate_of(inputs.log_decay, v), max(width_on_chip(k), width_on_chip(v))
     config = BACKWARD[width]
-    lines, *before = kept.split(sizes(inputs))
-    _, *behind = torch.empty_like(kept).split(sizes(inputs))
+    lines, *before = kept.flatten().split(sizes(inputs))
+    behind = sums_like(inputs)
     segment_sums(q, do, (lines, *behind), inputs, reverse=True)
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     parts = (batch, heads, 2 * config.groups + 4, -(-length // CHUNK) * CHUNK)

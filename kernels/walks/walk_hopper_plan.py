@@ -133,20 +133,21 @@ def width_on_chip(x: Tensor) -> int:
 def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward` of heads with keys of their own, in fp32.
 
-    Lines of scalar decays [B * H, N * C], what segments add to the state [B, P, H, K, V] and their decays [B, P, H], as one row.
+    Lines of scalar decays [B * H, N * C], what segments add to the state [B, P, H, K, V] and their decays [B, P, H], one after the
+    other in [B, *], as vmap folds members into the batch.
     """
-    return inputs.v.new_empty(sum(sizes(inputs)), dtype=torch.float32)
+    return inputs.v.new_empty(*_in_batch(sizes(inputs), inputs), dtype=torch.float32)
 
 
 def shared_like(inputs: Inputs) -> Tensor:
-    """Room for what `forward` keeps for `backward` of heads that share keys, as one row; see `shared_parts`."""
-    return inputs.v.new_empty(sum(_shared_sizes(inputs)))
+    """Room for what `forward` keeps for `backward` of heads that share keys, [B, *] likewise; see `shared_parts`."""
+    return inputs.v.new_empty(*_in_batch(_shared_sizes(inputs), inputs))
 
 
 def shared_parts(kept: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The states before the chunks [B, N, H, K, V], in the dtype of the values, and lines of scalar decays, in fp32."""
     (batch, _, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
-    states, lines = kept.split(_shared_sizes(inputs))
+    states, lines = kept.flatten().split(_shared_sizes(inputs))
     return states.view(batch, -1, heads, k_dim, v_dim), lines.view(torch.float32)
 
 
@@ -155,6 +156,12 @@ def _shared_sizes(inputs: Inputs) -> tuple[int, int]:
     (batch, length, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
     lines = sizes(inputs)[0] * torch.float32.itemsize // inputs.v.element_size()
     return batch * -(-length // CHUNK) * heads * k_dim * v_dim, lines
+
+
+def _in_batch(parts: tuple[int, ...], inputs: Inputs) -> tuple[int, int]:
+    """The shape of so many numbers in all, with the batch first."""
+    batch = inputs.v.shape[0]
+    return batch, sum(parts) // batch
 
 
 def sums_like(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.func import grad, vmap
 
 from kernels.delta_rule import delta_hopper
 from kernels.dispatch import use_backend
@@ -75,6 +76,23 @@ def test_heads_that_share_keys(monkeypatch, gate, shape, programs):
     monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 128)
     monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)
+
+
+@pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 4, 72, 24)], ids=str)
+def test_gradients_of_members(monkeypatch, shape):
+    """What is kept between the passes goes through vmap with the batch, here inside of which gradients are taken."""
+    monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
+    members = [{name: x.detach().float() for name, x in draw(shape, "scalar", state=True).items()} for _ in range(2)]
+    names = list(members[0])
+
+    def loss(*values):
+        return call(linear_recurrence, dict(zip(names, values, strict=True)))[0].square().sum()
+
+    gradient = grad(loss, tuple(range(len(names))))
+    mapped = vmap(gradient)(*(torch.stack([member[name] for member in members]) for name in names))
+    for index, member in enumerate(members):
+        for a, b in zip(mapped, gradient(*member.values()), strict=True):
+            torch.testing.assert_close(a[index], b, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_copies_cannot_take():
