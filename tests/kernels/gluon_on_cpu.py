@@ -246,7 +246,7 @@ class OnCpu:
         names = {
             "gl": program.gl, "tma": program.tma, "mbarrier": program.mbarrier, "fence_async_shared": program.fence,
             "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait, "mma_v2": program.small_product,
-            "thread_barrier": lambda: None,
+            "thread_barrier": lambda: None, "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
         }  # fmt: skip
         with ExitStack() as patches:
             for module in self.modules:
