@@ -28,7 +28,7 @@ from bench.dropout import dropout
 from bench.errors import UserError
 from bench.spec import LayerSpec, ModelSpec
 from kernels.labelled_head import labelled_head
-from kernels.norms import layer_norm, norm_pair
+from kernels.norms import layer_norm, norm_pair, stream_norm
 from kernels.rows import pick_rows
 from mixers import Mixer
 from synthetic_tasks import Task
@@ -184,6 +184,8 @@ class _Block(nn.Module):
     def to_next(self, r_BTD: Tensor, norm: nn.Module, rows_BM: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """`finished`, at `rows_BM` if given; its norm at every position, for the next layer's mixer; and that at `rows_BM`."""
         r_BTD = self.finished(r_BTD)
+        if rows_BM is not None and isinstance(norm, nn.RMSNorm) and norm.eps is not None:
+            return stream_norm(r_BTD, norm.weight, rows_BM, norm.eps)
         x_BTD = normed(norm, r_BTD)
         return (r_BTD, x_BTD, None) if rows_BM is None else (pick_rows(r_BTD, rows_BM), x_BTD, pick_rows(x_BTD, rows_BM))
 

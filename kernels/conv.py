@@ -170,15 +170,17 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
 def _by_fft(x: Tensor, taps: Tensor, time: int) -> Tensor:
     """The convolution along axis `time`, whose place in the taps is the same from the end.
 
-    A compiler keeps the order of x in memory but takes that of a transform's result for the usual one, so x lies as its axes say.
+    Transforms get matrices of rows. Of tensors whose order in memory is not that of their axes a compiler takes the result's order
+    for the usual one, without a word, and gradients of the filter were wrong (torch 2.13).
     """
     length, dtype = x.shape[time], torch.promote_types(x.dtype, torch.float32)
     size = 1 << (2 * length - 1).bit_length()  # >= 2T keeps the circular wrap out; a power of two is always fast
     with torch.autocast(x.device.type, enabled=False):
-        x_F = torch.fft.rfft(x.to(dtype), n=size, dim=time)
-        taps_F = torch.fft.rfft(taps.to(dtype), n=size, dim=time - x.ndim)
-        y = torch.fft.irfft(x_F * taps_F, n=size, dim=time).narrow(time, 0, length)
-    return y.to(x.dtype)
+        rows = x.to(dtype).movedim(time, -1)
+        x_F = torch.fft.rfft(rows.flatten(0, -2), n=size).unflatten(0, rows.shape[:-1])
+        taps_F = torch.fft.rfft(taps.to(dtype).movedim(time - x.ndim, -1), n=size)
+        y = torch.fft.irfft((x_F * taps_F).flatten(0, -2), n=size).unflatten(0, rows.shape[:-1])
+    return y[..., :length].movedim(-1, time).to(x.dtype)
 
 
 def _wants_fft(length: int, dtype: torch.dtype) -> str | None:

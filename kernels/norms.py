@@ -1,4 +1,4 @@
-"""Layer norms between the layers of a model, alone and two in a row: r + LN1(r), and LN2 of that.
+"""Norms between the layers of a model: a layer norm alone, two in a row (r + LN1(r), and LN2 of that), an RMS norm of a stream.
 
 Forward is plain torch, which a compiler fuses with what comes before; backward is one Triton pass that makes the gradients of the
 input and of all parameters together and recomputes everything but the input (`kernels.between.norms_triton`).
@@ -81,6 +81,39 @@ def norm_pair(
     s_BTD = r_BTD + normalized(r_BTD, *first, eps)
     y_BTD = normalized(s_BTD, *second, eps)
     return (s_BTD, y_BTD, None) if rows_BR is None else (pick_rows(s_BTD, rows_BR), y_BTD, pick_rows(y_BTD, rows_BR))
+
+
+def stream_norm(r_BTD: Tensor, weight_D: Tensor, rows_BR: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+    """A residual stream at chosen positions, its RMS norm at all, and that at the chosen ones.
+
+    Args:
+        r_BTD: the stream.
+        weight_D: of the norm.
+        rows_BR: the only positions at which the stream itself is wanted, as for `kernels.rows.pick_rows`.
+        eps: added to the mean square.
+
+    Returns:
+        [B, R, D], [B, T, D] and [B, R, D] in the dtype of r.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    check_axes("r", r_BTD, "B T D")
+    others = {"weight": (weight_D, r_BTD.shape[-1:]), "rows": (rows_BR, (r_BTD.shape[0], rows_BR.shape[-1]))}
+    check_arguments(r_BTD, others, first="r", dtypes={"rows": INTEGERS})
+    if pick("stream_norm", r_BTD, obstacle=_too_wide(r_BTD)) == "triton":
+        from kernels.between.stream_norm_operator import stream_norm_operator
+
+        r, y, picked = stream_norm_operator(r_BTD.flatten(0, -2)[None], weight_D[None], rows_BR[None], eps)
+        return r.view(*rows_BR.shape, -1), y.view(r_BTD.shape), picked.view(*rows_BR.shape, -1)
+    y_BTD = rms_normalized(r_BTD, weight_D, eps)
+    return pick_rows(r_BTD, rows_BR), y_BTD, pick_rows(y_BTD, rows_BR)
+
+
+def rms_normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition; the weight broadcasts against x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -43,7 +43,8 @@ def linear_recurrence(
         k_BTGK: keys.
         v_BTHV: values.
         log_decay: natural log of the decay, <= 0 and finite: None, [H], [B, T, H] or [B, T, H, K].
-        beta_BTH: write strength of the delta rule, or None for no erasure and unit writes.
+        beta_BTH: write strength of the delta rule, or None for no erasure and unit writes. beta |k|^2 of at most 2 is assumed, as
+            keys of unit length have it: what erases more grows from token to token, and some forms solve without decays.
         state_BHKV: S_0; None means "from zero, and return no state", as for `Mixer.forward`.
         cu_seqlens: where each of N sequences that are packed into one row starts, and the end of the last, [N + 1] in int32 or
             int64; B is 1 then, and states are [N, H, K, V]. The kernels without the delta rule and with at most a scalar decay

@@ -116,13 +116,18 @@ class ShortConv(nn.Module):
 
 
 def project(x: Tensor, weight: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The map x W^T in parts of the given widths, made with spare outputs up to a multiple of eight.
+    """`project_wide` in parts of the given widths."""
+    wide = project_wide(x, weight)
+    return wide.split((*widths, wide.shape[-1] - sum(widths)), dim=-1)[: len(widths)]
+
+
+def project_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """The map x W^T with spare outputs up to a multiple of eight.
 
     Tensor cores' fast products want rows that begin on 16 bytes, and so do kernels that read a part.
     """
-    if spare := -weight.shape[0] % 8:
-        return F.linear(x, F.pad(weight, (0, 0, 0, spare))).split((*widths, spare), dim=-1)[:-1]
-    return F.linear(x, weight).split(widths, dim=-1)
+    spare = -weight.shape[0] % 8
+    return F.linear(x, F.pad(weight, (0, 0, 0, spare)) if spare else weight)
 
 
 def widen(x: Tensor) -> Tensor:

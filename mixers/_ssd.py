@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated_norm import gated_norm
 from kernels.layer_step import Packed, layer_step
-from kernels.recurrence import linear_recurrence
 from kernels.rows import pick_rows
+from kernels.ssd import Conv, Heads, Sizes, ssd
+from kernels.ssd import State as SSDState
 from kernels.step_form import StepForm
 from mixers._base import AttentionWeights, Mixer, State
 from mixers._fused import conv_of, next_state
-from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, time_step_bias, widen
+from mixers._layers import RMSNorm, ShortConv, head_count, log_rates, project, project_wide, time_step_bias, widen
 
 
 class SSDBlock(Mixer):
@@ -75,17 +77,15 @@ class SSDBlock(Mixer):
         Returns:
             Its output, the convolved input and the gate, [B, T, E] each, and the state's part `s` and `conv`, or None.
         """
-        z, xbc, dt = self._project(x_BTD)
-        y, x, state = self._scan(xbc, dt, state)
-        return self._with_skip(y, x), x.flatten(-2), z, state
+        gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
+        y, x, state = self._scan(project_wide(x_BTD, rest), state)
+        return y, x, F.linear(x_BTD, gate), state
 
     def scan_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """The output of `scan` from nothing and the gate at some positions only, [B, M, E] each; as for `Mixer.at_rows`."""
         gate, rest = self.in_proj.weight.split((self.d_inner, self.conv.dim + self.n_heads))
-        xbc, dt = project(x_BTD, rest, (self.conv.dim, self.n_heads))
-        y_BTHP, x_BTHP, _ = self._scan(xbc, dt, None)
-        y_BMHP, x_BMHP = (pick_rows(a.flatten(-2), rows_BM).unflatten(-1, (self.n_heads, -1)) for a in (y_BTHP, x_BTHP))
-        return self._with_skip(y_BMHP, x_BMHP), F.linear(x_BMD, gate)
+        y_BTE, _, _ = self._scan(project_wide(x_BTD, rest), None)
+        return pick_rows(y_BTE, rows_BM), F.linear(x_BMD, gate)
 
     def scan_step(self, x_BD: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         """One token of `scan`, by the recurrence: [B, E] three times, and the state's part."""
@@ -138,25 +138,18 @@ class SSDBlock(Mixer):
 
     def project_out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm and the output projection of [..., E]."""
-        return self.out_proj(self.norm(y * F.silu(z)).to(z.dtype))
+        return self.out_proj(gated_norm(y, z, self.norm.weight, self.norm.eps))
 
-    def _scan(self, xbc: Tensor, dt: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
-        """`scan` of a projected segment, heads apart and without the skip."""
-        xbc, tail = self.conv(xbc, None if state is None else state["conv"])
-        x_BTHP, b_BTGN, c_BTGN = self._split(xbc)
-        dt_BTH, log_decay_BTH = self._time_step(dt)
-        y_BTHP, s_BHNP = linear_recurrence(
-            c_BTGN,
-            b_BTGN,
-            (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
-            log_decay=log_decay_BTH,
-            state_BHKV=None if state is None else state["s"],
+    def _scan(self, row_BTR: Tensor, state: State | None) -> tuple[Tensor, Tensor, State | None]:
+        """`scan` of a projected segment: inputs of the convolution, time steps and spare numbers."""
+        y_BTE, x_BTE, after = ssd(
+            row_BTR,
+            Conv(self.conv.weight, self.conv.bias) if self.conv.taps else None,
+            Heads(self.dt_bias, self.log_rate, self.skip),
+            Sizes(self.n_groups, self.d_state, self.head_dim),
+            None if state is None else SSDState(state["s"], state["conv"]),
         )
-        return y_BTHP, x_BTHP, None if state is None else {"s": s_BHNP, "conv": tail}
-
-    def _with_skip(self, y: Tensor, x: Tensor) -> Tensor:
-        """What the scan made of its inputs and their own share, [..., H, P] each, as [..., E]."""
-        return (y + self.skip[:, None] * x).to(x.dtype).flatten(-2)
+        return y_BTE, x_BTE, None if after is None else {"s": after.s_BHNP, "conv": after.tail_BQW}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output gate z, the input of the convolution (x, B, C), and dt before its softplus."""

@@ -22,8 +22,10 @@ from kernels._members import even_rows
 from kernels.between.parts_triton import MANY, add_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RUN, AHEAD = 64, 8
-"""Tokens that a program walks along, and how many of them it asks for at once."""
+RUN, LONG_RUN, AHEAD = 64, 256, 8
+"""Tokens that a program walks along, backward where runs are many, and how many of them it asks for at once."""
+MANY_RUNS = 3000
+"""Programs of long runs from which on these fill a device."""
 CHANNELS, WARPS = 64, 1
 STEP_CHANNELS = 256
 LENGTHS = ("n_tokens", "sequences_per_member")
@@ -82,7 +84,7 @@ def _bias_of(bias_ptr, channel_C, width, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _place(n_tokens, width, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+def _place(n_tokens, width, RUN, CHANNELS: tl.constexpr):
     """Of a program: its run of tokens among all, sequence, first token, and channels."""
     n_blocks = tl.cdiv(width, CHANNELS)
     run, n_runs = tl.program_id(0) // n_blocks, tl.cdiv(n_tokens, RUN)
@@ -128,30 +130,32 @@ def _before_silu(dy_C, rows, weights, bias_C, u: tl.constexpr, TAPS: tl.constexp
 
 
 @triton.jit
-def _store_gradient(dx_ptr, gradients, weights, u: tl.constexpr, token, first, channel_C, n_tokens, width, TAPS: tl.constexpr):
+def _store_gradient(
+    dx_ptr, dx_stride, gradients, weights, u: tl.constexpr, token, first, channel_C, n_tokens, width, TAPS: tl.constexpr
+):
     """The gradient dx of a token from dz of it and the next ones, gradients[u] and on, if it is one of the run's."""
     dx_C = gradients[u] * weights[TAPS - 1]
     for ahead in tl.static_range(1, TAPS):
         dx_C += gradients[u + ahead] * weights[TAPS - 1 - ahead]
     mine_C = (channel_C < width) & (token >= first) & (token < n_tokens)
-    tl.store(dx_ptr + tl.cast(token, tl.int64) * width + channel_C, dx_C.to(dx_ptr.dtype.element_ty), mask=mine_C)
+    tl.store(dx_ptr + tl.cast(token, tl.int64) * dx_stride + channel_C, dx_C.to(dx_ptr.dtype.element_ty), mask=mine_C)
 
 
-@entry(do_not_specialize=LENGTHS)
+@entry(do_not_specialize=(*LENGTHS, "run_length"))
 def short_conv_backward(
-    dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
-    n_tokens, width, sequences_per_member,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
+    dy_ptr, x_ptr, x_stride, weight_ptr, bias_ptr, dx_ptr, dx_stride, parts_ptr,
+    n_tokens, width, sequences_per_member, run_length,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """RUN tokens of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward.
+    """`run_length` tokens of dx, and their shares in the gradients of the taps and, last, of the bias. Grid: as forward.
 
     The K - 1 tokens behind the run give the rest of its last tokens' gradients.
     """
-    run, sequence, first, channel_C = _place(n_tokens, width, RUN, CHANNELS)
+    run, sequence, first, channel_C = _place(n_tokens, width, run_length, CHANNELS)
     member = sequence // sequences_per_member
     x_ptr += sequence * n_tokens * x_stride
     dy_ptr += sequence * n_tokens * width
-    dx_ptr += sequence * n_tokens * width
+    dx_ptr += sequence * n_tokens * dx_stride
     weights = _taps_of(weight_ptr + member * TAPS * width, channel_C, width, TAPS)
     bias_C = _bias_of(bias_ptr + member * width, channel_C, width, BIAS)
     before = _tokens(x_ptr, x_stride, first - (TAPS - 1), channel_C, n_tokens, width, TAPS - 1)
@@ -161,7 +165,8 @@ def short_conv_backward(
         shares = shares + (none_C,)
     for _ in tl.static_range(TAPS - 1):
         behind = behind + (none_C,)
-    for turn in range(RUN // AHEAD):
+    turns = tl.cdiv(tl.minimum(run_length, n_tokens - first), AHEAD)
+    for turn in range(turns):
         start = first + turn * AHEAD
         rows = before + _tokens(x_ptr, x_stride, start, channel_C, n_tokens, width, AHEAD)
         own = _tokens(dy_ptr, width, start, channel_C, n_tokens, width, AHEAD)
@@ -173,15 +178,17 @@ def short_conv_backward(
             for tap in tl.static_range(TAPS):
                 more = more + (shares[tap] + dz_C * rows[u + tap],)
             shares = more + (shares[TAPS] + dz_C,)
-            _store_gradient(dx_ptr, gradients, weights, u, start + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
+            _store_gradient(
+                dx_ptr, dx_stride, gradients, weights, u, start + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS
+            )
         before = _last(rows, TAPS - 1 + AHEAD, TAPS - 1)
         behind = _last(gradients, TAPS - 1 + AHEAD, TAPS - 1)
-    end = first + RUN
+    end = first + turns * AHEAD
     rows = before + _tokens(x_ptr, x_stride, end, channel_C, n_tokens, width, TAPS - 1)
     own = _tokens(dy_ptr, width, end, channel_C, n_tokens, width, TAPS - 1)
     for u in tl.static_range(TAPS - 1):
         behind = behind + (_before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU),)
-        _store_gradient(dx_ptr, behind, weights, u, end + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
+        _store_gradient(dx_ptr, dx_stride, behind, weights, u, end + u - (TAPS - 1), first, channel_C, n_tokens, width, TAPS)
     for tap in tl.static_range(TAPS + 1):
         tl.store(parts_ptr + (run * (TAPS + 1) + tap) * width + channel_C, shares[tap], mask=channel_C < width)
 
@@ -234,22 +241,23 @@ def forward(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: boo
 
 
 def backward(
-    dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+    dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the taps, and of the bias, empty where there is none."""
+    """Gradients of x, of the taps, and of the bias, empty where there is none; that of x is written to even rows if given."""
     batch, length, width = x_BTD.shape
     members, _, taps = weight_MDK.shape
-    dx_BTD = x_BTD.new_empty(batch, length, width)
+    dx_BTD = x_BTD.new_empty(batch, length, width) if out is None else out
     x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
-    n_runs = batch * -(-length // RUN)
+    run = LONG_RUN if batch * -(-length // LONG_RUN) * -(-width // CHANNELS) >= MANY_RUNS else RUN
+    n_runs = batch * -(-length // run)
     parts = x_BTD.new_empty(n_runs, taps + 1, width, dtype=torch.float32)
     dweight_MDK = torch.zeros_like(weight_MDK) if not parts.numel() else torch.empty_like(weight_MDK)
     dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_zeros(bias_MD.shape)
     if parts.numel():
         short_conv_backward[(n_runs * -(-width // CHANNELS),)](
             dy_BTD.contiguous(), x_BTD, x_BTD.stride(1), weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(),
-            dx_BTD, parts, length, width, batch // members,
-            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, RUN=RUN, AHEAD=AHEAD, CHANNELS=CHANNELS,
+            dx_BTD, dx_BTD.stride(1), parts, length, width, batch // members, run,
+            TAPS=taps, BIAS=bias_MD is not None, SILU=silu, AHEAD=AHEAD, CHANNELS=CHANNELS,
             num_warps=WARPS,
         )  # fmt: skip
         strides, own = ((taps + 1) * width, n_runs // members * (taps + 1) * width), n_runs // members

@@ -153,10 +153,9 @@ def forward(
     beta, first = beta_BTH.contiguous(), None if state_BHKV is None else state_BHKV.contiguous()
     gate, gated = delta_hopper_launch.Gate(*_gate(log_decay, len(v), v)), log_decay is not None
     wanted = {"gated": gated, "return_state": return_state, "keep": keep}
-    plan = delta_hopper_launch.plan_of(k, v, gated=gated) if delta_hopper_launch.fit(k_dim, q, k, v) else None
-    if plan is None or not plan.solvers:
-        _couple(k, beta, gate, kept, _gate_kind(log_decay))
+    plan = delta_hopper_launch.plan_of(k, v, gated=gated, keep=keep) if delta_hopper_launch.fit(k_dim, q, k, v) else None
     if plan is None:
+        _couple(k, beta, gate, kept, _gate_kind(log_decay))
         _walk(q, k, v, beta, kept, first, o, last, config.forward, **wanted)
     else:
         delta_hopper_launch.forward(q, k, v, beta, gate, kept, first, o, last, plan, **wanted)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from kernels.delta_rule.delta_hopper import barriers, factors_of, fetch, shared_layout, thread_barrier, turned_layout
 from kernels.walks.walk_triton import LOG2_E
@@ -158,6 +159,8 @@ def bring_first(
     for early in gl.static_range(STAGES):
         if bounds[0] + early <= bounds[1]:
             _bring_keys(sources, rows, place, bounds[0] + early, early, BK, C, STAGES)
+    if SOLVERS == 0:
+        gdc_wait()
     for early in gl.static_range(DEPTH):
         if bounds[0] + early <= bounds[1]:
             _bring_values(sources, h, rows, place, chunk_0, h_buffers, bounds[0] + early, early, C, DEPTH, WALKS, SOLVERS)

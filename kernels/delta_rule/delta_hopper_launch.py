@@ -22,6 +22,8 @@ SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
 CARRY_STAGES = (4, 3)
 """Chunks that are on their way or read in the walk that carries states, and in that of their gradients."""
+COUPLING_PROGRAMS, COUPLING_REGISTERS = 5, 96
+"""Programs of the coupling kernel that share a multiprocessor, and registers of a thread, at most, with which they fit."""
 ALIGNED = 8
 """16-bit elements in the 16 bytes on which the tensor memory accelerator wants rows to start."""
 
@@ -83,10 +85,11 @@ class Plan(NamedTuple):
     depth: int
 
 
-def plan_of(k: Tensor, v: Tensor, *, gated: bool) -> Plan:
+def plan_of(k: Tensor, v: Tensor, *, gated: bool, keep: bool) -> Plan:
     """A plan that leaves few multiprocessors idle, as measured on an H200.
 
-    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay.
+    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay. What is kept
+    for training takes the place of a third chunk's values.
     """
     (batch, length, heads, v_dim), k_dim = v.shape, k.shape[3]
     wide, tiles = max(k_dim, v_dim) > CHUNK, -(-v_dim // CHUNK)
@@ -98,7 +101,7 @@ def plan_of(k: Tensor, v: Tensor, *, gated: bool) -> Plan:
         return Plan(1, 1, 0, 3, 4)
     if tiles == 1:
         return Plan(1, 1, 2, 4, 2 if wide else 3)
-    return Plan(1, tiles, 0 if gated else 1, 3, 2)
+    return Plan(1, tiles, 0, 3, 2 if keep else 3) if gated else Plan(1, tiles, 1, 3, 2)
 
 
 def _split(chunks: int, segments: int) -> tuple[int, int]:
@@ -136,11 +139,27 @@ class Gate(NamedTuple):
     every: int
 
 
+def _couple(
+    keys: Any, couplings: Any, beta: Tensor, gate: Gate, kept: Kept, counts: tuple[int, ...], constants: dict[str, Any]
+) -> None:
+    """The couplings and cumulated decays of every chunk; each program has some of one head's."""
+    from kernels.delta_rule.delta_hopper_couple import couple_kernel
+
+    batch, heads, chunks = kept.couplings.shape[:3]
+    walks = batch * heads
+    programs = max(1, min(chunks, COUPLING_PROGRAMS * multiprocessors(beta.device) // walks))
+    shared = {name: constants[name] for name in ("BK", "C", "GATED", "DOT")}
+    couple_kernel[(programs * walks,)](
+        keys, couplings, beta, gate.log_decay, kept.decays, *gate.strides, gate.every, *counts, walks,
+        **shared, MERGE=_triton_dtype(torch.float16), num_warps=4, maxnreg=COUPLING_REGISTERS,
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Gate, kept: Kept, first: Tensor | None, o: Tensor, last: Tensor,
     plan: Plan, *, gated: bool, return_state: bool, keep: bool,
 ) -> None:  # fmt: skip
-    """The forward walk, and couplings unless there are no solvers; writes o, last, decays, and what is kept."""
+    """The forward walk, before it couplings unless there are solvers; writes o, last, decays, and what is kept."""
     from kernels.delta_rule import delta_hopper_transposed
 
     (batch, length, heads, v_dim), k_dim, wide = v.shape, k.shape[3], max(padded(k.shape[3]), CHUNK)
@@ -153,6 +172,8 @@ def forward(
     segments, span = _split(chunks, plan.segments)
     counts = (length, heads, heads // k.shape[2], segments, span)
     constants = {"K": k_dim, "V": v_dim, "BK": wide, "C": CHUNK, "GATED": gated, "DOT": _triton_dtype(v.dtype)}
+    if not plan.solvers:
+        _couple(rows[1], rows[3], beta, gate, kept, counts[:3], constants)
     if segments > 1:
         more = constants | {"STAGES": CARRY_STAGES[0], "REVERSE": False}
         first = _carried([rows[1], rows[3], rows[2], rows[1]], beta, kept, first, v, counts, more)
@@ -161,6 +182,7 @@ def forward(
         *gate.strides, gate.every, *counts,
         **constants, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
         LAST=return_state, KEEP=keep, MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
+        launch_pdl=not plan.solvers and segments == 1,
     )  # fmt: skip
 
 

@@ -5,6 +5,9 @@ needs of the other rows only X, and H of the blocks on the diagonal: with J from
 H_J = P_J - P_J beta_J H_JJ and A_J = -H_J beta_J are columns of blocks of which each warp has its own. Above the diagonal A is
 zero, so that all warps do what the last one has to.
 
+With decays X is D X' D^-1, where D has exp(G) on its diagonal and X' = tril(K K^T, -1), so H is D H' D^-1: what is solved knows
+of no decays, and each element of H' is multiplied by exp(G_i - G_j). For keys of unit length and betas up to 2 H' is small.
+
 Shape legend: C = 64 tokens of a chunk, S = 16 tokens of a block.
 """
 
@@ -23,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.delta_rule.delta_hopper import thread_barrier, turned_layout
-from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, cumulated, falls, seen_by, vectors
+from kernels.delta_rule.delta_hopper_beside import S, bring_first, bring_next, cumulated, seen_by, vectors
 
 LEVELS = tl.constexpr(4)
 
@@ -69,20 +72,17 @@ def _product(a, b, sums, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _solve_diagonal(own, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
+def _solve_diagonal(own, minus_C, C: gl.constexpr, MERGE: gl.constexpr):
     """A and H of the blocks on the diagonal, from those of K K^T."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = diagonal_layout(BLOCKS)
     i = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     j = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    if GATED:
-        fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
-        own = own * gl.exp2(-gl.abs(fall))
     x, xt = gl.where(i > j, own, 0.0), gl.where(i < j, own, 0.0)
     none = gl.zeros([BLOCKS, S, S], gl.float32, layout)
     one, pair = gl.where(i == j, 1.0, 0.0), (i >> 1) == (j >> 1)
-    lt = xt * -_by_blocks(beta_C, 2, C)[:, :, None]
-    a = gl.where(pair, one + x * -_by_blocks(beta_C, 1, C)[:, None, :], 0.0)
+    lt = xt * _by_blocks(minus_C, 2, C)[:, :, None]
+    a = gl.where(pair, one + x * _by_blocks(minus_C, 1, C)[:, None, :], 0.0)
     at = gl.where(pair, one + lt, 0.0)
     for level in gl.static_range(1, LEVELS):
         between = ((i >> level) < (j >> level)) & ((i >> (level + 1)) == (j >> (level + 1)))
@@ -93,42 +93,51 @@ def _solve_diagonal(own, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr,
 
 
 @gluon.jit
-def _store_couplings(h_CC, a, h, x_buffer, own_buffer, beta_C, C: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr):
-    """H of a chunk from X and H of the blocks on the diagonal, in shared memory, and A and H of these in registers."""
+def store_couplings(
+    h_CC, a, h, x_buffer, own_buffer, minus_C, g_buffer,
+    C: gl.constexpr, GATED: gl.constexpr, DOT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """H of a chunk from X and H of the blocks on the diagonal, in shared memory, and A and H of these in registers; decayed."""
     BLOCKS: gl.constexpr = C // S
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCKS, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
     block = gl.arange(0, C, gl.SliceLayout(1, layout)) // S
+    if GATED:
+        g_row = g_buffer.load(gl.SliceLayout(1, layout))
     columns = ()
     for back in gl.static_range(BLOCKS):
         p = gl.zeros([C, S], gl.float32, layout)
         for step in gl.static_range(back):
             x = x_buffer.slice((BLOCKS - 1 - step) * S, S, 0).slice((BLOCKS - 1 - back) * S, S, 1)
             p = mma_v2(gl.convert_layout(columns[step], left), x.load(right), p)
-        minus = -beta_C.slice((BLOCKS - 1 - back) * S, S, 0).load(gl.SliceLayout(0, layout))[None, :]
+        minus = minus_C.slice((BLOCKS - 1 - back) * S, S, 0).load(gl.SliceLayout(0, layout))[None, :]
         if back > 0:
             solved = own_buffer.slice((BLOCKS - 1 - back) * S, S, 0).load(right)
             p = mma_v2(gl.convert_layout((p * minus).to(MERGE), left), solved, p)
         # On and above the diagonal P is zero.
         at = gl.where(block == BLOCKS - 1 - back, 1.0, 0.0)[:, None]
-        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.fma(h, at, p).to(DOT))
+        below = p
+        if GATED and back > 0:  # from later to earlier decays might not be finite
+            g_column = g_buffer.slice((BLOCKS - 1 - back) * S, S, 0).load(gl.SliceLayout(0, layout))[None, :]
+            below = p * gl.exp2(gl.where(block > BLOCKS - 1 - back, g_row, float("-inf"))[:, None] - g_column)
+        h_CC.slice((BLOCKS - 1 - back) * S, S, 1).store(gl.fma(h, at, below).to(DOT))
         columns = columns + (gl.fma(a, at, p * minus).to(MERGE),)
 
 
 @gluon.jit
-def _solved(
-    gram_CC, fall, x_buffer, own_buffer, beta_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr
-):  # fmt: skip
-    """A and H of the blocks on the diagonal, a row of blocks a warp, and X and that H in shared memory; from K K^T and decays."""
+def solved(gram_CC, x_buffer, own_buffer, minus_C, g_buffer, C: gl.constexpr, GATED: gl.constexpr, MERGE: gl.constexpr):
+    """A and decayed H of the blocks on the diagonal, a row of blocks a warp; X and H of these in shared memory; from K K^T."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C // S, 1], [16, 8])
-    x_buffer.store((gram_CC * fall).to(MERGE))  # read are only blocks below the diagonal
+    x_buffer.store(gram_CC.to(MERGE))  # read are only blocks below the diagonal
     own = _on_diagonal(gram_CC, C)
     thread_barrier()
-    a, h_own = _solve_diagonal(own, beta_C, g_buffer, C, GATED, MERGE)
-    a, h_own = gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
-    own_buffer.store(h_own.to(MERGE))
-    return a, h_own
+    a, h_own = _solve_diagonal(own, minus_C, C, MERGE)
+    own_buffer.store(gl.convert_layout(h_own.reshape([C, S]), layout).to(MERGE))
+    if GATED:
+        fall = _by_blocks(g_buffer, 2, C)[:, :, None] - _by_blocks(g_buffer, 1, C)[:, None, :]
+        h_own = h_own * gl.exp2(gl.minimum(fall, 0.0))
+    return gl.convert_layout(a.reshape([C, S]), layout), gl.convert_layout(h_own.reshape([C, S]), layout)
 
 
 @gluon.jit
@@ -141,7 +150,7 @@ def solve(
     _, h, pointers, gate_t, _, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
     x_buffer, own_buffer = inner[0].index(SOLVER), inner[1].index(SOLVER)
-    beta_buffer, g_buffer = inner[2].index(SOLVER * 2 + 1), inner[2].index(SOLVER * 2 + 2)
+    minus_buffer, g_buffer = inner[2].index(SOLVER * 2 + 1), inner[2].index(SOLVER * 2 + 2)
     none_CC = gl.zeros([C, C], gl.float32, turned_layout(C))
     steps = bounds[1] - bounds[0] + 1
     first = gl.minimum(SOLVER, steps - 1)
@@ -150,20 +159,18 @@ def solve(
         part, k_CK = step % 2, rows[0][1].index(step % STAGES)
         mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        beta_buffer.store(beta_C)
-        fall = 1.0
+        minus_buffer.store(-beta_C)
         if GATED:
             cumulated(step_C, g_buffer)
-            fall = gl.exp2(falls(g_buffer, C))
         following = bounds[0] + gl.minimum(step + SOLVERS, steps - 1)
         beta_C, step_C = vectors(beta, gate, gate_t, following, length, heads, C, GATED)
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = _solved(gram_CC, fall, x_buffer, own_buffer, beta_buffer, g_buffer, C, GATED, MERGE)
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, MERGE)
         mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        _store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, beta_buffer, C, DOT, MERGE)
+        store_couplings(made[0].index(part), a, h_own, x_buffer, own_buffer, minus_buffer, g_buffer, C, GATED, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)
@@ -186,30 +193,31 @@ def score_and_solve(
     square: gl.constexpr = turned_layout(C)
     sources, h, pointers, gate_t, place, bounds, chunk_0, rows, made, inner, handed, length, heads = given
     beta, gate, _ = pointers
-    x_buffer, own_buffer = inner[0].index(0), inner[1].index(0)
+    x_buffer, own_buffer, minus_buffer = inner[0].index(0), inner[1].index(0), inner[2].index(0)
     none_CC = gl.zeros([C, C], gl.float32, square)
     steps = bounds[1] - bounds[0] + 1
     bring_first(sources, h, rows, place, bounds, chunk_0, made[0], BK, C, STAGES, DEPTH, WALKS, 1)
     beta_C, _ = vectors(beta, gate, gate_t, bounds[0], length, heads, C, False)
     for step in range(steps):
         part, q_CK, k_CK = step % 2, rows[0][0].index(step % STAGES), rows[0][1].index(step % STAGES)
-        h_CC, beta_buffer = made[0].index(part), made[2].index(part)
+        h_CC = made[0].index(part)
         mbarrier.wait(handed[1].index(part), (step // 2 + 1) % 2)
         bring_next(sources, h, rows, place, bounds, chunk_0, made[0], step, BK, C, STAGES, DEPTH, WALKS, 1)
         mbarrier.wait(rows[2][0].index(step % STAGES), step // STAGES % 2)
         scores = warpgroup_mma(q_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
-        beta_buffer.store(beta_C)
+        made[2].index(part).store(beta_C)
+        minus_buffer.store(-beta_C)
         following = bounds[0] + gl.minimum(step + 1, steps - 1)
         beta_C, _ = vectors(beta, gate, gate_t, following, length, heads, C, False)
         scores_CC = warpgroup_mma_wait(0, [scores])
         gram = warpgroup_mma(k_CK, k_CK.permute([1, 0]), none_CC, use_acc=False, is_async=True)
         made[1].index(part).store((scores_CC * gl.where(seen_by(C), 1.0, 0.0)).to(DOT))
         gram_CC = warpgroup_mma_wait(0, [gram])
-        a, h_own = _solved(gram_CC, 1.0, x_buffer, own_buffer, beta_buffer, beta_buffer, C, False, MERGE)
+        a, h_own = solved(gram_CC, x_buffer, own_buffer, minus_buffer, minus_buffer, C, False, MERGE)
         if KEEP:
             tma.store_wait(0)
         thread_barrier()
-        _store_couplings(h_CC, a, h_own, x_buffer, own_buffer, beta_buffer, C, DOT, MERGE)
+        store_couplings(h_CC, a, h_own, x_buffer, own_buffer, minus_buffer, minus_buffer, C, False, DOT, MERGE)
         fence_async_shared()
         thread_barrier()
         mbarrier.arrive(handed[0].index(part), count=1)

@@ -24,7 +24,7 @@ from kernels.operands import (
     _triton_dtype,
     padded,
 )
-from kernels.walks import walk_grouped, walk_hopper_launch, walk_hopper_plan
+from kernels.walks import walk_grouped, walk_hopper_launch, walk_hopper_plan, walk_hopper_shared_launch
 from kernels.walks.walk_config import Backward, Config, backward_config, forward_config, tile_of
 from kernels.walks.walk_crossings import Segments
 from kernels.walks.walk_decays import RowSums, decay_gradient, gate_every, gate_of
@@ -124,6 +124,8 @@ def entering_like(inputs: Inputs) -> Tensor:
     if walk_hopper_plan.suits(inputs):
         return walk_hopper_plan.entering_like(inputs)
     if walk_grouped.suits(q, k, v, starts):
+        if walk_hopper_plan.suits_shared(inputs):
+            return walk_hopper_plan.shared_like(inputs)
         return v.new_empty(v.shape[0], walk_grouped.n_chunks(v.shape[1]), *states, dtype=_dot_dtype(q, k, v))
     number = 1 if starts is not None else n_segments(k, v)
     return v.new_empty((v.shape[0], number, *states) if number > 1 else 0, dtype=torch.float32)
@@ -150,9 +152,11 @@ def backward(
     dfirst = _nothing(v) if state is None else torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
     dlast = None if dfinal is None else dfinal.float().contiguous()
     narrow = _narrow(dot, q, k, v, do)
-    back = walk_grouped.backward if walk_grouped.suits(q, k, v, starts) else _walk_back
+    back = _walk_back
     if walk_hopper_plan.suits(inputs):
         back = walk_hopper_launch.backward
+    elif walk_grouped.suits(q, k, v, starts):
+        back = walk_hopper_shared_launch.backward if walk_hopper_plan.suits_shared(inputs) else walk_grouped.backward
     dq, dk, rowsums = back(narrow, inputs, entering, dlast, dv, dfirst, gate_grad=gate_grad)
     dgate = _nothing(v)
     if gate_grad:

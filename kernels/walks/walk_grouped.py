@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.operands import _dot_dtype, _gate_kind, _nothing, _precision, _rows, _state_like, _triton_dtype, product_width
-from kernels.walks import walk_hopper_plan, walk_hopper_states_launch
 from kernels.walks.walk_crossings import Chunks
 from kernels.walks.walk_decays import RowSums, gate_every, gate_of
 from kernels.walks.walk_pieces import HEADS_AT_ONCE, Pieces, n_segments
@@ -46,6 +45,13 @@ def n_chunks(length: int) -> int:
     return -(-length // CHUNK)
 
 
+def n_splits(v_BTHV: Tensor, groups: int) -> int:
+    """Parts into which the heads of each group are split, a divisor of their number, so that programs fill a device."""
+    batch, length, heads, _ = v_BTHV.shape
+    group, wanted = heads // groups, -(-PROGRAMS // (batch * n_chunks(length) * groups))
+    return next(n for n in range(min(wanted, group), group + 1) if group % n == 0)
+
+
 class _Call(NamedTuple):
     """What the launches of one pass share: sizes, constants, and the decays, as they are and summed over chunks."""
 
@@ -72,12 +78,6 @@ class _Call(NamedTuple):
             "GATE": _gate_kind(log_decay), "DOT": _triton_dtype(v.dtype), "PRECISION": _precision(v.dtype),
         }  # fmt: skip
         return cls(sizes, constants, gate_of(log_decay, v), _sums(log_decay, v), pieces)
-
-    def splits(self, batch: int) -> int:
-        """Parts into which the heads of each group are split, a divisor of their number, so that programs fill a device."""
-        _, chunks, heads, group, _ = self.sizes
-        wanted = -(-PROGRAMS // (batch * chunks * (heads // group)))
-        return next(n for n in range(min(wanted, group), group + 1) if group % n == 0)
 
 
 def _sums(log_decay: Tensor | None, spare: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def forward(
     last = _state_like(v, k.shape[3]) if return_state else None
     given = None if state is None else state.contiguous()
     kept = _states(call, k, v, strides[3:], given, last, reverse=False)
-    splits = call.splits(batch)
+    splits = n_splits(v, k.shape[2])
     outputs_kernel[(batch * call.sizes[1] * k.shape[2] * splits,)](
         q, k, v, call.sums, kept, o, *strides, *call.sizes, splits,
         **call.constants, **OUTPUTS,
@@ -154,11 +154,8 @@ def backward(
     batch, length, heads, _ = v.shape
     call = _Call.of(k, v, inputs.log_decay, unit)
     first = None if inputs.state is None else dfirst
-    if walk_hopper_plan.suits_shared(inputs):
-        dkept = walk_hopper_states_launch.states(narrow[0], narrow[3], inputs, dlast, first, reverse=True)
-    else:
-        dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
-    splits = call.splits(batch)
+    dkept = _states(call, q, do, [*strides[:3], *strides[9:]], dlast, first, reverse=True)
+    splits = n_splits(v, k.shape[2])
     dq, dk = (x.new_empty(batch, length, k.shape[2] * splits, k.shape[3]) for x in (inputs.q, inputs.k))
     rowsums = v.new_empty((2, batch, heads, length) if gate_grad else (2, 0), dtype=torch.float32)
     grid = (batch * call.sizes[1] * k.shape[2] * splits,)

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -24,6 +25,7 @@ from kernels.delta_rule.delta_hopper import at_stage, barriers, fetch, shared_la
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     add_rows,
+    await_launch,
     await_rest,
     await_stage,
     bring,
@@ -91,6 +93,17 @@ def _bring(
 
 
 @gluon.jit
+def _bring_rows(bars, sources, stages, place, t, step, BYTES: gl.constexpr, C: gl.constexpr):
+    """Starts to copy one of the first chunks of a, b and c, whose decays are copied later."""
+    batch, head, _, ab_head = place
+    bar, row = bars.index(step), [batch, t, ab_head, 0]
+    mbarrier.expect(bar, BYTES + 4 * C)
+    tma.async_copy_global_to_shared(sources[0], row, bar, stages[0].index(step))
+    tma.async_copy_global_to_shared(sources[1], row, bar, stages[1].index(step))
+    tma.async_copy_global_to_shared(sources[2], [batch, t, head, 0], bar, stages[2].index(step))
+
+
+@gluon.jit
 def _bring_probe(of_probe, probe, batch, t, head, slot, C: gl.constexpr, BE: gl.constexpr):
     """Starts to copy a chunk of the probe's rows into a slot."""
     fetch(of_probe[1].index(slot), 2 * C * BE, (probe,), ([batch, t, head, 0],), (of_probe[0].index(slot),))
@@ -154,7 +167,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     sources, probe, out, states, pointers, rate, place, sizes, buffers,
     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, GATE: gl.constexpr, TURNED: gl.constexpr, FIRST: gl.constexpr,
-    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, DOT: gl.constexpr,
+    KEEP: gl.constexpr, LAST: gl.constexpr, PROBE: gl.constexpr, LATE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """One head's walk over a segment; see `kernels.walks.walk_triton`.
 
@@ -170,6 +183,7 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
         sizes: length, heads, segments and chunks of a segment.
         buffers: of `buffers_of`.
         TURNED: whether states in memory are transposed, [E, D].
+        LATE: whether lines of decays are those that the kernel before this one makes, which may still run.
     """
     lines, given, last, sums, decays, rowsum, part_size = pointers
     batch, head, piece, _ = place
@@ -185,7 +199,16 @@ def walk(  # noqa: PLR0915 - one turn of a pipeline, whose order is the point
     for early in gl.static_range(SLOTS if PROBE else 0):
         _bring_probe(of_probe, probe, batch, _start(n_first, early, steps, C), head, early, C, BE)
     for early in gl.static_range(STAGES - 1):
-        _bring(bars, sources, stages, place, heads, _start(n_first, early, steps, C), early, BYTES, C, STAGES, GATE)
+        t_early = _start(n_first, early, steps, C)
+        if LATE:
+            _bring_rows(bars, sources, stages, place, t_early, early, BYTES, C)
+        else:
+            _bring(bars, sources, stages, place, heads, t_early, early, BYTES, C, STAGES, GATE)
+    if LATE:
+        await_launch()
+        for early in gl.static_range(STAGES - 1):
+            line = [batch * heads + head, _start(n_first, early, steps, C)]
+            tma.async_copy_global_to_shared(sources[3], line, bars.index(early), stages[3].index(early))
     offsets, inside = _places(tall, D, E, BD, BE, TURNED)
     own_place = (batch, head, piece)
     state_DE = state_of(given, sums, decays, own_place, heads, segments, offsets, inside, tall, D * E, BD, BE, FIRST, False)
@@ -238,17 +261,17 @@ def forward_kernel(
     length: tl.int32, heads: tl.int32, group: tl.int32, gate_every: tl.int32, segments: tl.int32, span: tl.int32,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, GATE: gl.constexpr, FIRST: gl.constexpr, KEEP: gl.constexpr,
-    LAST: gl.constexpr, DOT: gl.constexpr,
+    LAST: gl.constexpr, LATE: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Outputs, on descriptors of blocks of a chunk, of GROUPS warp groups. Grid: (B * P * H,).
 
     A segment is `span` chunks. `sums` and `decays` are those of `kernels.walks.walk_hopper_states.states_kernel`. KEEP writes the
-    state before each chunk in 16 bit, [B * N * H, K, V].
+    state before each chunk in 16 bit, [B * N * H, K, V]. LATE starts beside the kernel that makes the lines.
     """
     head, piece, batch = program(gl.program_id(0), heads, segments)
     walk(
         (q, k, v, line_rows) if GATE == SCALAR_GATE else (q, k, v), v, o, states,
         (lines, first, last, sums, decays, last, 0), rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE),
         (batch, head, piece, head // group), (length, heads, segments, span), buffers_of(BK, BV, C, STAGES, 0, GATE, DOT),
-        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, DOT,
+        K, V, BK, BV, GROUPS, C, STAGES, 0, GATE, False, FIRST, KEEP, LAST, False, LATE, DOT,
     )  # fmt: skip

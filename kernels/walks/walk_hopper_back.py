@@ -255,5 +255,5 @@ def backward_kernel(
             (do, v, k, line_rows) if GATE == SCALAR_GATE else (do, v, k), q, dq, q,
             (lines, first, first, before, decays_before, rowsum, part_size), rate, (batch, head, piece, head), sizes,
             buffers_of(W, W, C, STAGES, SLOTS if GATE_GRAD else 0, GATE, DOT),
-            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, DOT,
+            V, K, W, W, GROUPS, C, STAGES, SLOTS, GATE, True, FIRST, False, False, GATE_GRAD, False, DOT,
         )  # fmt: skip

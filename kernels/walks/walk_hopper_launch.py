@@ -21,7 +21,10 @@ from kernels.walks.walk_hopper_plan import (
     SHARED,
     entering_like,
     share_out,
+    shared_like,
+    shared_parts,
     sizes,
+    sums_like,
     width_on_chip,
 )
 from kernels.walks.walk_hopper_rows import aligned, line_rows, make_lines
@@ -44,26 +47,29 @@ def forward(inputs: Inputs, o: Tensor, *, return_state: bool) -> tuple[Tensor, T
     from kernels.walks import walk_hopper
 
     q, k, v = (aligned(x) for x in (inputs.q, inputs.k, inputs.v))
-    (batch, length, heads, v_dim), k_dim, state = v.shape, k.shape[3], inputs.state
+    (batch, length, heads, _), k_dim, state = v.shape, k.shape[3], inputs.state
     group, wide_k, wide_v = heads // k.shape[2], width_on_chip(k), width_on_chip(v)
     pieces, gate, last = share_out(inputs), gate_of(inputs.log_decay, v), _state_like(v, k_dim) if return_state else _nothing(v)
     config = SHARED if group > 1 else FORWARD[max(wide_k, wide_v)]
-    kept = entering_like(inputs)
-    lines, sums, decays = parts = kept.split(sizes(inputs))
+    if group > 1:
+        kept = shared_like(inputs)
+        states, lines = shared_parts(kept, inputs)
+        sums, decays = sums_like(inputs)
+    else:
+        kept = states = entering_like(inputs)
+        lines, sums, decays = kept.flatten().split(sizes(inputs))
     if lines.numel():
         make_lines(lines, gate)
-    segment_sums(k, v, parts, inputs, reverse=False)
+    segment_sums(k, v, (lines, sums, decays), inputs, reverse=False)
     described = [_described(x, [1, CHUNK, 1, wide]) for x, wide in ((q, wide_k), (k, wide_k), (v, wide_v), (o, wide_v))]
-    states = described[3]
-    if group > 1:
-        kept = v.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
-        states = _described(kept.flatten(0, 2), [1, wide_k, wide_v])
+    of_states = _described(states.flatten(0, 2), [1, wide_k, wide_v]) if group > 1 else described[3]
+    late = lines.numel() > 0 and pieces.number == 1  # behind sums of segments it is slower
     walk_hopper.forward_kernel[(batch * pieces.number * heads,)](
-        *described, states, line_rows(lines, batch * heads, described[0]), lines, gate,
+        *described, of_states, line_rows(lines, batch * heads, described[0]), lines, gate,
         v if state is None else state.contiguous(), last, sums, decays,
         length, heads, group, gate_every(inputs.log_decay, batch), pieces.number, pieces.length // CHUNK,
         **_constants(inputs, config.groups), BK=wide_k, BV=wide_v, STAGES=config.stages, FIRST=state is not None,
-        KEEP=group > 1, LAST=return_state,
+        KEEP=group > 1, LAST=return_state, LATE=late, launch_pdl=late,
     )  # fmt: skip
     return o, last, kept
 
@@ -89,8 +95,8 @@ def backward(
     state = None if inputs.state is None else inputs.state.contiguous()
     pieces, gate, width = share_out(inputs), gate_of(inputs.log_decay, v), max(width_on_chip(k), width_on_chip(v))
     config = BACKWARD[width]
-    lines, *before = kept.split(sizes(inputs))
-    _, *behind = torch.empty_like(kept).split(sizes(inputs))
+    lines, *before = kept.flatten().split(sizes(inputs))
+    behind = sums_like(inputs)
     segment_sums(q, do, (lines, *behind), inputs, reverse=True)
     dq, dk = (v.new_empty(batch, length, heads, k_dim) for _ in range(2))
     parts = (batch, heads, 2 * config.groups + 4, -(-length // CHUNK) * CHUNK)

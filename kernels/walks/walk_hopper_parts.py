@@ -60,6 +60,18 @@ def bring(
 
 
 @gluon.jit
+def let_launch():
+    """Lets programs of the next kernel start beside those of this one, if it is launched so."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_launch():
+    """Waits until the kernel before this one has ended."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def await_stage(bars, step, STAGES: gl.constexpr):
     """Waits until the copies of a step have arrived."""
     mbarrier.wait(bars.index(step % STAGES), step // STAGES % 2)

@@ -70,13 +70,15 @@ class States(NamedTuple):
 
 
 FORWARD = {NARROW: Config(1, 4), WIDTH: Config(2, 3)}
-SHARED = Config(1, 3)
+SHARED = Config(1, 4)
 BACKWARD = {NARROW: Backward(1, 3, 2, 2), WIDTH: Backward(2, 3, 2, 1)}
 """By the width of keys and values on chip; heads that share keys apart."""
 SUMS = {NARROW: States(64, 1, 4), WIDTH: States(128, 2, 3)}
 """Of the sums over segments, by the same width."""
 KEPT = States(64, 2, 3)
 """Of the states between chunks."""
+GROUPED = 2
+"""Heads that share keys whose rows and states are on their way or read in the gradients: with three, one program fills an SM."""
 
 
 def suits(inputs: Inputs) -> bool:
@@ -131,9 +133,41 @@ def width_on_chip(x: Tensor) -> int:
 def entering_like(inputs: Inputs) -> Tensor:
     """Room for what `forward` keeps for `backward` of heads with keys of their own, in fp32.
 
-    Lines of scalar decays [B * H, N * C], what segments add to the state [B, P, H, K, V] and their decays [B, P, H], as one row.
+    Lines of scalar decays [B * H, N * C], what segments add to the state [B, P, H, K, V] and their decays [B, P, H], one after the
+    other in [B, *], as vmap folds members into the batch.
     """
-    return inputs.v.new_empty(sum(sizes(inputs)), dtype=torch.float32)
+    return inputs.v.new_empty(*_in_batch(sizes(inputs), inputs), dtype=torch.float32)
+
+
+def shared_like(inputs: Inputs) -> Tensor:
+    """Room for what `forward` keeps for `backward` of heads that share keys, [B, *] likewise; see `shared_parts`."""
+    return inputs.v.new_empty(*_in_batch(_shared_sizes(inputs), inputs))
+
+
+def shared_parts(kept: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The states before the chunks [B, N, H, K, V], in the dtype of the values, and lines of scalar decays, in fp32."""
+    (batch, _, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
+    states, lines = kept.flatten().split(_shared_sizes(inputs))
+    return states.view(batch, -1, heads, k_dim, v_dim), lines.view(torch.float32)
+
+
+def _shared_sizes(inputs: Inputs) -> tuple[int, int]:
+    """How many numbers of the dtype of the values states and lines take."""
+    (batch, length, heads, v_dim), k_dim = inputs.v.shape, inputs.k.shape[3]
+    lines = sizes(inputs)[0] * torch.float32.itemsize // inputs.v.element_size()
+    return batch * -(-length // CHUNK) * heads * k_dim * v_dim, lines
+
+
+def _in_batch(parts: tuple[int, ...], inputs: Inputs) -> tuple[int, int]:
+    """The shape of so many numbers in all, with the batch first."""
+    batch = inputs.v.shape[0]
+    return batch, sum(parts) // batch
+
+
+def sums_like(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Room for what segments add to a state and for their decays, in fp32, as in `entering_like`."""
+    _, *of_sums = sizes(inputs)
+    return inputs.v.new_empty(sum(of_sums), dtype=torch.float32).split(of_sums)
 
 
 def sizes(inputs: Inputs) -> tuple[int, int, int]:

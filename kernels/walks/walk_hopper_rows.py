@@ -30,7 +30,7 @@ def make_lines(lines: Tensor, gate_BTH: Tensor) -> None:
     batch, length, heads = gate_BTH.shape
     chunks = -(-length // CHUNK)
     lines_kernel[(batch * chunks * -(-heads // LINE_HEADS),)](
-        gate_BTH.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, num_warps=4
+        gate_BTH.contiguous(), lines, length, heads, chunks, C=CHUNK, HEADS=LINE_HEADS, LET=lines.is_cuda, num_warps=4
     )
 
 

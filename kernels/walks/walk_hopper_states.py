@@ -27,6 +27,7 @@ from kernels.walks.walk_hopper_parts import (
     chunks_of,
     entering,
     half_of,
+    let_launch,
     line_layout,
     program,
     rate_of,
@@ -98,6 +99,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
 
     Grid: (B * P * H * value tiles,), without KEEP P - 1.
     """
+    let_launch()
     tiles: gl.constexpr = (V + BV - 1) // BV
     tile = gl.program_id(0) % tiles
     head, piece, batch = program(gl.program_id(0) // tiles, heads, segments if KEEP else segments - 1)

@@ -5,6 +5,7 @@ Shape legend: B batch, T time, H heads, P segments, N chunks of C tokens, K key,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,14 +13,14 @@ from torch import Tensor
 from kernels.delta_rule.delta_hopper_launch import _described
 from kernels.operands import _gate_kind, _triton_dtype
 from kernels.walks.walk_decays import gate_every, gate_of
-from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, entering_like, share_out, sizes, width_on_chip
-from kernels.walks.walk_hopper_rows import aligned, line_rows, make_lines
+from kernels.walks.walk_hopper_plan import CHUNK, KEPT, SUMS, States, share_out, sums_like, width_on_chip
+from kernels.walks.walk_hopper_rows import line_rows
 
 if TYPE_CHECKING:
     from kernels.walks.walk import Inputs
 
 
-def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs, *, reverse: bool) -> None:
+def segment_sums(b: Tensor, c: Tensor, kept: Sequence[Tensor], inputs: Inputs, *, reverse: bool) -> None:
     """Writes what each segment adds to the state and its log2 decay, of aligned rows."""
     pieces, config = share_out(inputs), SUMS[max(width_on_chip(b), width_on_chip(c))]
     lines, *sums = kept
@@ -27,14 +28,16 @@ def segment_sums(b: Tensor, c: Tensor, kept: tuple[Tensor, ...], inputs: Inputs,
         _walk_states(b, c, c, lines, inputs, None, None, sums, pieces.number - 1, config, reverse=reverse, keep=False)
 
 
-def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool) -> Tensor:
-    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit; `last` is written."""
-    b, c = aligned(b), aligned(c)
+def states(
+    b: Tensor, c: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None, *, reverse: bool
+) -> Tensor:
+    """States before the chunks, or the gradients of those behind them, [B, N, H, K, V] in 16 bit, of aligned rows.
+
+    `last` is written. The kernel that is launched next may start beside this one.
+    """
     (batch, length, heads, v_dim), k_dim, pieces = c.shape, b.shape[3], share_out(inputs)
-    lines, *sums = parts = entering_like(inputs).split(sizes(inputs))
-    if lines.numel():
-        make_lines(lines, gate_of(inputs.log_decay, c))
-    segment_sums(b, c, parts, inputs, reverse=reverse)
+    sums = sums_like(inputs)
+    segment_sums(b, c, (lines, *sums), inputs, reverse=reverse)
     kept = c.new_empty(batch, -(-length // CHUNK), heads, k_dim, v_dim)
     _walk_states(b, c, kept, lines, inputs, given, last, sums, pieces.number, KEPT, reverse=reverse, keep=True)
     return kept
@@ -42,7 +45,7 @@ def states(b: Tensor, c: Tensor, inputs: Inputs, given: Tensor | None, last: Ten
 
 def _walk_states(
     b: Tensor, c: Tensor, kept: Tensor, lines: Tensor, inputs: Inputs, given: Tensor | None, last: Tensor | None,
-    sums: list[Tensor], number: int, config: States, *, reverse: bool, keep: bool,
+    sums: Sequence[Tensor], number: int, config: States, *, reverse: bool, keep: bool,
 ) -> None:  # fmt: skip
     """Walks states over so many segments of each head."""
     from kernels.walks import walk_hopper_states

@@ -6,17 +6,24 @@ Shape legend: B batch, T time, H heads, N chunks of C tokens.
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kernels._entry import entry
 from kernels.walks.walk_triton import LOG2_E
 
 
 @entry
-def lines_kernel(gate, out, length: tl.int32, heads: tl.int32, chunks: tl.int32, C: tl.constexpr, HEADS: tl.constexpr):
+def lines_kernel(
+    gate, out, length: tl.int32, heads: tl.int32, chunks: tl.int32, C: tl.constexpr, HEADS: tl.constexpr, LET: tl.constexpr
+):  # fmt: skip
     """Log2 decays [B, H, N * C] of log decays [B, T, H], summed from the start of each chunk, less half of the chunk's.
 
-    Padding does not decay. Grid: (B * N * blocks of HEADS heads,).
+    Padding does not decay. LET has the next kernel start beside this one, if it is launched so.
+
+    Grid: (B * N * blocks of HEADS heads,).
     """
+    if LET:
+        gdc_launch_dependents()
     blocks = tl.cdiv(heads, HEADS)
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     chunk, wide = rest % chunks, (rest // chunks).to(tl.int64)

@@ -1,13 +1,14 @@
 """What the recall-memory plot costs on one GPU, estimated from the steps that `fleet_speed` has timed: minutes by family.
 
-    python -m tests.benchmarks.recipe_cost RECORD.json [MORE.json ...]
+    python -m tests.benchmarks.recipe_cost RECORD.json [MORE.json ...] [--trained STORE]
 
 A later record's times replace an earlier one's. A step is taken apart into tokens and labelled rows: attention's cells of 256
 tokens, timed with 16 and 64 pairs, tell what a row costs, the same for all mixers, and each mixer's own cells of 64 and 256
 tokens what the rest costs, taken as linear in between. A mixer that was not timed at a width or a size of fleet counts as the
 mean share of those that were, in the middle between two widths. One seed is a fleet of four learning rates and a reported run
 alone; three seeds are a fleet of twelve and one of three, left out if no such fleet was timed. Training and its validation at
-every epoch: 32 epochs, no early stop, and no compiling, which overlaps with training where several workers share a GPU.
+every epoch, and no compiling, which overlaps with training where several workers share a GPU. All 32 epochs, or with --trained
+those that a store's runs of the model took before they passed 0.99 on validation: of a fleet, its last member.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from bench.recipes.readme_plot import readme_plot
+from bench.store import Store
 
 EPOCHS = 32
 STEPS = {(64, 4): 391, (128, 8): 79, (256, 16): 79, (256, 32): 79, (256, 64): 79}
@@ -109,39 +111,56 @@ class Costs:
         return found.get(mixer, mean(found.values()))
 
 
+def trained_shares(store: Path) -> dict[tuple[str, int, str], float]:
+    """The share of all epochs that a model's runs took, the longest, by expression, width and role."""
+    longest: dict[tuple[str, int, str], int] = defaultdict(int)
+    for record in Store(store).load()[0]:
+        model = (record.label, record.spec.model.d_model, record.role)
+        longest[model] = max(longest[model], record.epochs_run)
+    return {model: epochs / EPOCHS for model, epochs in longest.items()}
+
+
 def _family(expression: str) -> str:
     return re.split("[:*]", expression, maxsplit=1)[0]
+
+
+def minutes(costs: Costs, models: list[tuple[str, int]], role: str, members: int, shares: dict) -> float:
+    """Of one fleet of each model that was timed."""
+    found = [(costs.mixer_of(expression), width, shares.get((expression, width, role), 1.0)) for expression, width in models]
+    return sum(costs.seconds(mixer, width, members) * share for mixer, width, share in found if mixer) / 60
 
 
 def main() -> None:
     """Prints seconds of a fleet and minutes of the recipe, by family."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", type=Path, nargs="+")
-    records = [json.loads(path.read_text()) for path in parser.parse_args().records]
+    parser.add_argument("--trained", type=Path, metavar="STORE")
+    args = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in args.records]
+    shares = trained_shares(args.trained) if args.trained else {}
     costs = Costs([row for r in records for row in r["fleets"]], [row for r in records for row in r.get("validation", [])])
     plans = {"one seed": (LRS, 1), "three seeds": (LRS * SEEDS, SEEDS)}
     plans = {name: sizes for name, sizes in plans.items() if all((USUAL, members) in costs.shares for members in sizes)}
     models: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for experiment in readme_plot().experiments:
-        model = experiment.model
-        models[_family(model.alias)].append((model.alias, model.d_model))
-    totals = dict.fromkeys(plans, 0.0)
+        models[_family(experiment.model.alias)].append((experiment.model.alias, experiment.model.d_model))
+    totals = {name: [0.0, 0.0] for name in plans}
     for family, shapes in models.items():
-        timed = [(mixer, width) for expression, width in shapes if (mixer := costs.mixer_of(expression))]
-        if not timed:
+        timed = next((mixer for expression, _ in shapes if (mixer := costs.mixer_of(expression))), None)
+        if timed is None:
             print(f"{family:16} {len(shapes):3} models, not timed")
             continue
-        found = {
-            name: [sum(costs.seconds(mixer, width, members) for mixer, width in timed) / 60 for members in plan]
-            for name, plan in plans.items()
-        }
-        for name, minutes in found.items():
-            totals[name] += sum(minutes)
-        usual = mean(costs.seconds(mixer, USUAL, LRS) for mixer, _ in timed)
-        parts = "; ".join(f"{name} {a:5.1f} + {b:4.1f} min" for name, (a, b) in found.items())
-        print(f"{family:16} {len(shapes):3} models, {usual:5.0f} s a fleet of width {USUAL}; {parts}")
-    for name, minutes in totals.items():
-        print(f"{name}: {minutes:.0f} min of training and validation, which is {100 * costs.validation:.1f} % of training")
+        line = f"{family:16} {len(shapes):3} models, {costs.seconds(timed, USUAL, LRS):5.0f} s a fleet of width {USUAL}"
+        for name, sizes in plans.items():
+            parts = [
+                minutes(costs, shapes, role, members, shares) for role, members in zip(("select", "report"), sizes, strict=True)
+            ]
+            totals[name] = [sum(pair) for pair in zip(totals[name], parts, strict=True)]
+            line += f"; {name} {parts[0]:5.1f} + {parts[1]:4.1f} min"
+        print(line)
+    for name, (chosen, reported) in totals.items():
+        share = 100 * costs.validation
+        print(f"{name}: {chosen:.0f} + {reported:.0f} min to choose and to report, validation, {share:.1f} % of training, included")
 
 
 if __name__ == "__main__":

@@ -183,6 +183,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_coupling_triton,
         delta_hopper_backward,
         delta_hopper_carry,
+        delta_hopper_couple,
         delta_hopper_transposed,
         delta_triton,
     )
@@ -194,6 +195,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         delta_triton.reverse_kernel,
         gradients_kernel,
         delta_hopper_carry.carry_kernel,
+        delta_hopper_couple.couple_kernel,
         delta_hopper_transposed.forward_kernel,
         delta_hopper_backward.backward_kernel,
     )

@@ -16,6 +16,7 @@ from tests.kernels import (
     cases_adamw,
     cases_cross_entropy,
     cases_gated_conv,
+    cases_gated_norm,
     cases_norms,
     cases_rows,
     cases_scan,
@@ -229,12 +230,24 @@ def test_adamw(members: int, parameters: int) -> None:
 @pytest.mark.parametrize("shape", [*cases_norms.SHAPES, (4, 200, 256), (2, 300, 1000)])
 def test_norms(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     cases_norms.check_layer_norm(shape, "cuda", dtype, "triton")
+    cases_norms.check_stream(shape, "cuda", dtype, "triton")
     for at_rows in (False, True):
         cases_norms.check_pair(shape, "cuda", dtype, "triton", at_rows=at_rows)
 
 
 def test_norms_of_members() -> None:
     cases_norms.check_members("cuda", "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", [*cases_gated_norm.SHAPES, (4, 200, 256), (2, 300, 1000)])
+def test_gated_norm(shape: tuple[int, int, int], norm: bool, dtype: torch.dtype) -> None:
+    cases_gated_norm.check(shape, "cuda", dtype, "triton", norm=norm)
+
+
+def test_gated_norm_of_members() -> None:
+    cases_gated_norm.check_members("cuda", "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.dispatch import use_backend
-from kernels.norms import layer_norm, norm_pair
+from kernels.norms import layer_norm, norm_pair, stream_norm
 from tests.kernels.oracle import SINGLE, SIXTEEN_BIT, poisoned, require_close
 
 SHAPES = ((1, 1, 24), (2, 3, 5), (3, 70, 33), (2, 65, 128))
@@ -81,6 +81,32 @@ def check_pair(shape: tuple[int, int, int], device: str, dtype: torch.dtype, bac
     require_close(got, true, 2 * SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
+def check_stream(shape: tuple[int, int, int], device: str, dtype: torch.dtype, backend: str) -> None:
+    """The RMS norm of a stream and its gradients against fp64; chosen positions may repeat where they have no gradient."""
+    batch, length, width = shape
+    rows = rows_of(batch, length)
+    tensors = {"r": (torch.randn(shape) + 0.5).to(dtype), "weight": torch.randn(width)}
+    weights = {"y": torch.randn(shape)} | {name: torch.randn(*rows.shape, width) for name in ("r", "picked")}
+    weights["r"][:, -1] = weights["picked"][:, -1] = 0
+
+    def run(leaves: dict[str, Tensor], call) -> dict[str, Tensor]:
+        r, y, picked = call(leaves["r"], leaves["weight"])
+        loss = sum((x * weights[name].to(x)).sum() for name, x in (("r", r), ("y", y), ("picked", picked)))
+        dr, dweight = torch.autograd.grad(loss, list(leaves.values()))
+        return {"r": r, "y": y, "picked": picked, "dr": dr, "dweight": dweight}
+
+    def definition(r: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, at = F.rms_norm(r, (width,), weight, 1e-5), rows[..., None].expand(-1, -1, width)
+        return r.gather(1, at), y, y.gather(1, at)
+
+    with use_backend(backend), poisoned():
+        leaves = {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
+        got = run(leaves, lambda r, weight: stream_norm(r, weight, rows.to(device)))
+    true = run({name: tensor.double().requires_grad_() for name, tensor in tensors.items()}, definition)
+    assert got["r"].dtype == got["y"].dtype == got["picked"].dtype == dtype
+    require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
+
+
 def check_members(device: str, backend: str) -> None:
     """Members with parameters of their own are one call and equal the loop."""
     r = torch.randn(3, 2, 21, 8, device=device, requires_grad=True)
@@ -91,6 +117,8 @@ def check_members(device: str, backend: str) -> None:
     def call(r: Tensor, *rest: Tensor) -> Tensor:
         s, y, picked = norm_pair(r, rest[:2], rest[2:4], rest[4] if len(rest) > 4 else None)
         more = 0.0 if picked is None else picked.exp().sum()
+        if picked is not None:
+            more = more + sum(x.sin().sum() for x in stream_norm(r, rest[0], rest[4]))
         return s.sin().sum() + y.cos().sum() + layer_norm(r, rest[:2]).square().sum() + more
 
     with use_backend(backend), poisoned():

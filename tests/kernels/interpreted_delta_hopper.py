@@ -8,6 +8,7 @@ from kernels.delta_rule import (
     delta_hopper_backward,
     delta_hopper_beside,
     delta_hopper_carry,
+    delta_hopper_couple,
     delta_hopper_launch,
     delta_hopper_solve,
     delta_hopper_transposed,
@@ -22,6 +23,7 @@ KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_beside, ()),
     (delta_hopper_solve, ()),
+    (delta_hopper_couple, ("couple_kernel",)),
     (delta_hopper_transposed, ("forward_kernel",)),
     (delta_hopper_carry, ("carry_kernel",)),
     (delta_hopper_backward, ("backward_kernel",)),
@@ -65,9 +67,11 @@ def test_few_wide_heads(monkeypatch, processors, length, gate):
     assert_equal((1, length, 1, 1, 72, 96), gate, state=True)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar"])
-def test_many_wide_heads(monkeypatch, gate):
+@pytest.mark.parametrize(("gate", "programs"), [("none", 6), ("scalar", 2)])
+def test_many_wide_heads(monkeypatch, gate, programs):
+    """Under decays couplings of five chunks are made by two programs."""
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 1)
+    monkeypatch.setattr(delta_hopper_launch, "COUPLING_PROGRAMS", programs)
     assert_equal((1, 300, 1, 1, 72, 96), gate, state=True)
 
 

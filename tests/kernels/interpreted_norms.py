@@ -19,6 +19,11 @@ def test_pair(shape: tuple[int, int, int], at_rows: bool):
     cases.check_pair(shape, "cpu", torch.float32, "triton", at_rows=at_rows)
 
 
+@pytest.mark.parametrize("shape", cases.SHAPES)
+def test_stream(shape: tuple[int, int, int]):
+    cases.check_stream(shape, "cpu", torch.float32, "triton")
+
+
 def test_members():
     cases.check_members("cpu", "triton")
 
@@ -40,3 +45,8 @@ def test_operator_is_registered_right(pair: bool):
     parameters = [torch.randn(2, 5, requires_grad=True) if i < 2 or pair else None for i in range(4)]
     rows = torch.tensor([[[0, 2]], [[1, 5]]]) if pair else None
     torch.library.opcheck(torch.ops.mixer_bench.norms.default, (r, *parameters, rows, 1e-5))
+
+
+def test_operator_of_a_stream_is_registered_right():
+    r, weight = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.mixer_bench.stream_norm.default, (r, weight, torch.tensor([[[0, 2]], [[1, 5]]]), 1e-5))

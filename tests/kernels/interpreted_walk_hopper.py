@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.func import grad, vmap
 
 from kernels.delta_rule import delta_hopper
 from kernels.dispatch import use_backend
@@ -14,6 +15,8 @@ from kernels.walks import (
     walk_hopper_launch,
     walk_hopper_parts,
     walk_hopper_plan,
+    walk_hopper_shared,
+    walk_hopper_shared_launch,
     walk_hopper_states,
     walk_hopper_states_launch,
 )
@@ -23,15 +26,16 @@ from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 C = walk_hopper_plan.CHUNK
-MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states)
+MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states, walk_hopper_shared)
 
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    kernels = ((walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel"))
+    kernels = [(walk_hopper, "forward_kernel"), (walk_hopper_back, "backward_kernel"), (walk_hopper_states, "states_kernel")]
+    kernels += [(walk_hopper_shared, name) for name in ("queries_kernel", "keys_kernel")]
     for module, name in kernels:
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), MODULES))
-    for launch in (walk_hopper_launch, walk_hopper_states_launch):
+    for launch in (walk_hopper_launch, walk_hopper_states_launch, walk_hopper_shared_launch):
         monkeypatch.setattr(launch, "_described", Descriptor)
         monkeypatch.setattr(
             launch, "line_rows", lambda x, rows, spare: Descriptor(x.view(rows, -1), [1, C]) if x.numel() else spare
@@ -65,12 +69,30 @@ def test_segments_of_long_rows(monkeypatch, gate):
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
-@pytest.mark.parametrize("shape", [(2, 130, 1, 4, 72, 24), (1, 300, 2, 8, 16, 24)], ids=str)
-def test_heads_that_share_keys(monkeypatch, gate, shape):
-    """Their states are kept for `kernels.walks.walk_grouped`."""
+@pytest.mark.parametrize(("shape", "programs"), [((2, 130, 1, 4, 72, 24), 256), ((1, 300, 2, 8, 16, 24), 1)], ids=str)
+def test_heads_that_share_keys(monkeypatch, gate, shape, programs):
+    """Their states are kept, and gradients are made chunk by chunk: of one head a program, or of all four of a group."""
+    monkeypatch.setattr(walk_grouped, "PROGRAMS", programs)
     monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 128)
     monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
     check(shape, gate)
+
+
+@pytest.mark.parametrize("shape", [(1, 130, 2, 2, 20, 33), (2, 70, 1, 4, 72, 24)], ids=str)
+def test_gradients_of_members(monkeypatch, shape):
+    """What is kept between the passes goes through vmap with the batch, here inside of which gradients are taken."""
+    monkeypatch.setattr(walk_grouped, "_dot_dtype", lambda *_: torch.float16)
+    members = [{name: x.detach().float() for name, x in draw(shape, "scalar", state=True).items()} for _ in range(2)]
+    names = list(members[0])
+
+    def loss(*values):
+        return call(linear_recurrence, dict(zip(names, values, strict=True)))[0].square().sum()
+
+    gradient = grad(loss, tuple(range(len(names))))
+    mapped = vmap(gradient)(*(torch.stack([member[name] for member in members]) for name in names))
+    for index, member in enumerate(members):
+        for a, b in zip(mapped, gradient(*member.values()), strict=True):
+            torch.testing.assert_close(a[index], b, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_copies_cannot_take():

@@ -17,14 +17,15 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kernels.assembler import _installed, version_of
-from tests.kernels.sass import disassembled, unwaited, unwritten
+from tests.kernels.sass import disassembled, reread, unwaited, unwritten
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes: registers of a thread, bytes of spilled registers, bytes of shared memory of a program.
 
-    Asynchronous products are `serialised`, each waited for at once, where the newest assembler has too few registers for them.
+    Asynchronous products are `serialised`, each waited for at once, where the newest assembler has too few registers for them;
+    `reread` counts its reads of spilled registers in loops.
     """
 
     registers: int
@@ -32,6 +33,7 @@ class Resources:
     shared: int
     ptx: str
     serialised: bool
+    reread: int
 
 
 def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **options: int | None) -> Resources:
@@ -54,7 +56,8 @@ def compile_sm90(kernel: Any, arguments: dict[str, Any], *, warps: int, **option
     ptx = compiled.asm["ptx"]
     listing, said = disassembled(ptx, newest_assembler())
     assert not (found := [*unwritten(listing), *unwaited(listing)]), found
-    return Resources(*_assemble(ptx), compiled.metadata.shared, ptx, "wgmma.mma_async instructions are serialized" in said)
+    serialised = "wgmma.mma_async instructions are serialized" in said
+    return Resources(*_assemble(ptx), compiled.metadata.shared, ptx, serialised, reread(listing))
 
 
 @cache

@@ -21,6 +21,7 @@ REGISTER = re.compile(r"\bR(\d+)\b")
 ENCODED = re.compile(r"\*/\s+(?P<text>[^;/]*?)\s*;.*\n\s*/\* 0x(?P<high>[0-9a-f]{16}) \*/|^(?P<label>\.L_x_\d+):", re.MULTILINE)
 BRANCH = re.compile(r"^(?P<condition>@!?U?P\d+ )?BRA.*`\((?P<label>\.L_x_\d+)\)")
 MEETING = re.compile(r"(@!?U?P\d+ )?(BAR\.|SYNCS\.ARRIVE|UTMASTG)")
+PRODUCT = re.compile(r"(@!?U?P\d+ )?HG?MMA")
 NO_SCOREBOARD = 7
 WRITES_NOTHING = ("ST", "RED", "BAR", "ISETP", "FSETP", "R2UR", "R2P", "PLOP3", "LDGSTS", "WARPGROUP")
 
@@ -72,14 +73,7 @@ def _width(name: str) -> int:
 
 def unwaited(listing: str) -> list[str]:
     """Barriers, signals and copies that a fence for accelerators may still run at, as nothing on the way waits for its end."""
-    code: list[tuple[str, int, int]] = []
-    labels: dict[str, int] = {}
-    for match in ENCODED.finditer(listing):
-        if match["label"]:
-            labels[match["label"]] = len(code)
-            continue
-        control = int(match["high"], 16) >> 41
-        code.append((match["text"], control >> 5 & 7, control >> 11 & 63))
+    code, labels = _code(listing)
     found = []
     for start, (text, scoreboard, _) in enumerate(code):
         if not text.startswith("FENCE.VIEW.ASYNC"):
@@ -96,6 +90,29 @@ def unwaited(listing: str) -> list[str]:
             else:
                 todo += _after(code[at][0], at, labels)
     return found
+
+
+def reread(listing: str) -> int:
+    """Instructions that read spilled registers in a loop with products that has no other such loop inside: in every turn."""
+    code, labels = _code(listing)
+    texts = [text for text, *_ in code]
+    ends = [(labels[match["label"]], at) for at, text in enumerate(texts) if (match := BRANCH.match(text))]
+    loops = [(start, end) for start, end in ends if any(PRODUCT.match(text) for text in texts[start : end + 1])]
+    inner = [one for one in loops if not any(one[0] <= start and end <= one[1] and one != (start, end) for start, end in loops)]
+    return sum(text.startswith("LDL") and any(start <= at <= end for start, end in inner) for at, text in enumerate(texts))
+
+
+def _code(listing: str) -> tuple[list[tuple[str, int, int]], dict[str, int]]:
+    """Each instruction with the scoreboard that it counts on and those that it waits for, as bits; where labels are."""
+    code: list[tuple[str, int, int]] = []
+    labels: dict[str, int] = {}
+    for match in ENCODED.finditer(listing):
+        if match["label"]:
+            labels[match["label"]] = len(code)
+            continue
+        control = int(match["high"], 16) >> 41
+        code.append((match["text"], control >> 5 & 7, control >> 11 & 63))
+    return code, labels
 
 
 def _after(text: str, at: int, labels: dict[str, int]) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 
 from kernels.assembler import SAFE, version_of
 from tests.kernels.offline import newest_assembler
-from tests.kernels.sass import NO_SCOREBOARD, unwaited, unwritten
+from tests.kernels.sass import NO_SCOREBOARD, reread, unwaited, unwritten
 
 LISTING = """
         /*0060*/                   MOV R93, RZ ;
@@ -55,3 +55,11 @@ def test_a_fence_that_no_barrier_waits_for_is_found(top: str, end: str, found: l
     """It ends a loop; behind the loop somebody waits."""
     after = [instruction(BARRIER, **WAITS), instruction("EXIT")]
     assert unwaited("\n".join([".L_x_8:", top, instruction("NOP"), FENCE, end, *after])) == found
+
+
+def test_spilled_registers_that_loops_with_products_read_are_counted() -> None:
+    """Not those before the loop, nor in a loop that waits, nor in one around it."""
+    read, product = instruction("LDL R3, [R1+0x90]"), instruction("HMMA.16816.F32 R32, R48, R28, RZ")
+    wait = [".L_x_1:", read, instruction("@P4 BRA `(.L_x_1)")]
+    inner = [".L_x_2:", read, product, read, instruction("@P4 BRA `(.L_x_2)")]
+    assert reread("\n".join([".L_x_0:", read, *wait, *inner, instruction("@P4 BRA `(.L_x_0)"), read])) == 2

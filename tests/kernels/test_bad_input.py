@@ -19,14 +19,18 @@ from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
 from kernels.dplr import dplr_recurrence
 from kernels.gated_conv import gated_conv
+from kernels.gated_norm import gated_norm
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
 from kernels.kept_step import Kept, kept_step
 from kernels.labelled_head import labelled_head
 from kernels.layer_step import Apart, Conv, Packed, layer_step
-from kernels.norms import norm_pair
+from kernels.norms import norm_pair, stream_norm
 from kernels.recurrence import linear_recurrence, normalized_recurrence
 from kernels.rows import read_rows
 from kernels.scan import gated_selective_scan, scan, selective_scan
+from kernels.ssd import Conv as SSDConv
+from kernels.ssd import Heads, Sizes, ssd
+from kernels.ssd import State as SSDState
 from kernels.step import recurrent_step
 from kernels.step_form import StepForm
 from kernels.taylor import n_features, taylor_attention
@@ -131,6 +135,21 @@ DOORS = {
         {{"dt": "raw_dt"}.get(name, name): tensor for name, tensor in SCANNED.items()}
         | {"dt_bias": r(D), "skip": r(D), "gate": r(B, T, D)},
     ),
+    "gated_norm": Door(gated_norm, {"x": r(B, T, D), "gate": r(B, T, D), "weight": r(D)}),
+    "ssd": Door(
+        lambda row, taps, bias, step_bias, log_rate, skip, s, tail: ssd(
+            row, SSDConv(taps, bias), Heads(step_bias, log_rate, skip), Sizes(1, N, K), SSDState(s, tail)
+        ),
+        {
+            "row": r(B, T, H * K + 2 * N + H),
+            "taps": r(H * K + 2 * N, J),
+            "bias": r(H * K + 2 * N),
+            **{name: r(H) for name in ("step_bias", "log_rate", "skip")},
+            "s": r(B, H, N, K),
+            "tail": r(B, J - 1, H * K + 2 * N),
+        },
+    ),
+    "stream_norm": Door(stream_norm, {"r": r(B, T, D), "weight": r(D), "rows": ROWS_OF_EACH}),
     "short_conv": Door(short_conv, {"x": r(B, T, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "short_conv_step": Door(short_conv_step, {"x": r(B, D), "weight": r(D, J), "bias": r(D), "tail": r(B, J - 1, D)}),
     "gated_conv": Door(gated_conv, {"x": r(B, T, D), "weight": r(D, D), "bias": r(D), "taps": r(D, J), "tap_bias": r(D)}),
@@ -169,6 +188,8 @@ FREE = {(door, "v") for door in ("vector gates", "sparse_attention", "block_atte
     ("labelled_cross_entropy", "logits"),
     ("long_conv", "filter"),
     ("norm_pair", "rows"),
+    ("stream_norm", "rows"),
+    ("ssd", "row"),
     ("gated_conv", "taps"),
     ("gated_long_conv", "filter"),
     ("gated_long_conv", "shift"),

@@ -63,3 +63,16 @@ def test_long_conv_of_members_under_autocast():
     assert together.dtype == torch.bfloat16
     for i in range(3):
         torch.testing.assert_close(together[i].double(), long_conv(x[i].double(), taps[i].double()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning", "ignore:Torchinductor does not support:UserWarning")
+def test_long_conv_compiles_on_any_order_in_memory():
+    """A transform's place in memory once turned a compiled filter's gradient into that of another tap, by 150 %."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 40, 3).permute(2, 1, 0).requires_grad_()
+    taps, out = torch.randn(6, 40, requires_grad=True), torch.randn(3, 40, 6)
+    got, want = (convolve(x, taps) for convolve in (torch.compile(long_conv, fullgraph=True), long_conv))
+    torch.testing.assert_close(got, want)
+    for compiled, eager in zip(torch.autograd.grad(got, (x, taps), out), torch.autograd.grad(want, (x, taps), out), strict=True):
+        torch.testing.assert_close(compiled, eager)

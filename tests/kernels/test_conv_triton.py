@@ -27,7 +27,8 @@ from tests.kernels.offline import compile_sm90
 def test_compiles_for_sm90_without_spills(kernel, width: str, taps: int, dtype: str):
     narrow = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "tail_ptr", "new_tail_ptr"), dtype)
     wide = dict.fromkeys(("weight_ptr", "bias_ptr", "parts_ptr"), "*fp32+")
-    sizes = {"x_stride": width, "width": width, "n_tokens": "i32", "sequences_per_member": "i32"}
+    sizes = {"x_stride": width, "dx_stride": width, "width": width}
+    sizes |= dict.fromkeys(("n_tokens", "sequences_per_member", "run_length"), "i32")
     channels = STEP_CHANNELS if kernel is short_conv_update else CHANNELS
     flags = {"TAPS": taps, "BIAS": True, "SILU": True, "RUN": RUN, "AHEAD": AHEAD, "CHANNELS": channels}
     every = narrow | wide | sizes | flags

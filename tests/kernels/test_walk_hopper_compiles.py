@@ -5,11 +5,19 @@ import triton.language as tl
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from kernels.delta_rule.delta_hopper import shared_layout
-from kernels.walks import walk_hopper, walk_hopper_back, walk_hopper_plan, walk_hopper_states
+from kernels.walks import (
+    walk_hopper,
+    walk_hopper_back,
+    walk_hopper_plan,
+    walk_hopper_shared,
+    walk_hopper_shared_launch,
+    walk_hopper_states,
+)
 from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
 C = walk_hopper_plan.CHUNK
+REGISTERS = 1 << 16
 FORWARD, BACKWARD, STATES = walk_hopper.forward_kernel, walk_hopper_back.backward_kernel, walk_hopper_states.states_kernel
 
 
@@ -29,6 +37,7 @@ def compile_one(kernel, gate, config, widths, constants):
         **dict.fromkeys(("FIRST", "GIVEN", "KEEP", "LAST", "DLAST", "REVERSE"), False),
         "GATE_GRAD": gate == 2,
     }
+    flags |= {"PARTS": walk_hopper_shared_launch.PARTS, "LATE": gate == 2}
     arguments = runtime | shared | flags | {"GROUPS": config.groups, "STAGES": config.stages} | constants
     return compile_sm90(kernel, {name: arguments[name] for name in kernel.arg_names}, warps=4 * config.groups)
 
@@ -75,3 +84,17 @@ def test_sums_of_segments(width, gate):
 @pytest.mark.parametrize("gate", [2, pytest.param(0, marks=slow), pytest.param(1, marks=slow)])
 def test_states_between_chunks(gate):
     check(compile_one(STATES, gate, walk_hopper_plan.KEPT, (128, 64), {"KEEP": True, "REVERSE": True}), 2)
+
+
+@pytest.mark.parametrize("gate", [2, pytest.param(0, marks=slow), pytest.param(1, marks=slow)])
+def test_gradients_of_heads_that_share_keys(gate):
+    """Two programs of each share an SM, and one of queries fits beside one that walks states."""
+    config = walk_hopper_plan.Config(1, walk_hopper_plan.GROUPED)
+    queries = compile_one(walk_hopper_shared.queries_kernel, gate, config, (128, 64), {})
+    keys = compile_one(walk_hopper_shared.keys_kernel, gate, config, (128, 64), {})
+    check(queries, 2)
+    check(keys, 2, 80)
+    walk = compile_one(STATES, gate, walk_hopper_plan.KEPT, (128, 64), {"KEEP": True, "REVERSE": True})
+    assert walk.shared + queries.shared <= SMEM
+    assert 128 * (2 * walk.registers + queries.registers) <= REGISTERS
+    assert not queries.serialised and not keys.serialised
