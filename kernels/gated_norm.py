@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments
 from kernels.dispatch import pick
+from kernels.norms import rms_normalized
 
 MOST_WIDTH = 1024
 """Of the Triton form, whose program holds whole rows."""
@@ -46,6 +47,4 @@ def gated(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The definition; the weight broadcasts against x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     product = x.to(wide) * F.silu(gate.to(wide))
-    if weight is not None:
-        product = product * torch.rsqrt(product.square().mean(-1, keepdim=True) + eps) * weight
-    return product.to(x.dtype)
+    return (product if weight is None else rms_normalized(product, weight, eps)).to(x.dtype)
