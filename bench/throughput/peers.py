@@ -1,4 +1,4 @@
-"""Public implementations of the timed kernels: flash-linear-attention where it is installed, and torch's own attention.
+"""Public implementations of the timed kernels: flash-linear-attention and others where they are installed, and torch's attention.
 
 Each is called as its documentation says, with the scale that makes it the same function as ours, and is autotuned at the
 shape that is timed: the check of its results comes after its timing, because the first shape seen decides.
@@ -7,6 +7,7 @@ shape that is timed: the check of its results comes after its timing, because th
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +40,8 @@ class PublicPeer(NamedTuple):
 
 TRAIN = ("forward", "train")
 FLA = "fla-core"
+FLASH_QLA = "FLA_FLASH_QLA"
+"""fla's switch for handing gated delta rules to FlashQLA, where that is installed; here both are timed, under their own names."""
 
 
 def installed(package: str) -> str | None:
@@ -60,6 +63,7 @@ def _fla(module: str, name: str, *gates: str, **options: Any) -> PublicPeer:
     pairs = [gate.split("=") for gate in gates]
 
     def function(own: Tensors) -> Tensors:
+        os.environ.setdefault(FLASH_QLA, "0")
         operation: Callable[..., Any] = getattr(importlib.import_module(f"fla.ops.{module}"), name)
         named = {theirs: own[ours] for theirs, ours in pairs}
         if "state" in own:
@@ -71,6 +75,12 @@ def _fla(module: str, name: str, *gates: str, **options: Any) -> PublicPeer:
 
     told = "".join(f" {option}" for option, value in options.items() if value is True)
     return PublicPeer(name + told, FLA, function, ("decode",) if is_step else TRAIN)
+
+
+def _flash_qla(own: Tensors) -> Tensors:
+    """For keys and values of 128; it refuses others."""
+    operation: Callable[..., Any] = importlib.import_module("flash_qla").chunk_gated_delta_rule
+    return {"o": operation(own["q"], own["k"], own["v"], own["log_decay"], own["beta"], scale=1.0)[0]}
 
 
 def _blocks(own: Tensors) -> Tensors:
@@ -145,6 +155,7 @@ PEERS: dict[KernelName, tuple[PublicPeer, ...]] = {
     "gated_delta": (
         _fla("gated_delta_rule", "chunk_gated_delta_rule", "g=log_decay", "beta=beta"),
         _fla("gated_delta_rule", "fused_recurrent_gated_delta_rule", "g=log_decay", "beta=beta"),
+        PublicPeer("FlashQLA chunk_gated_delta_rule", "flash-qla", _flash_qla, TRAIN),
     ),
     "gla": (_fla("gla", "chunk_gla", "g=log_decay"), _fla("gla", "fused_recurrent_gla", "gk=log_decay")),
     "kda": (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bench.throughput.names import KERNELS
 from bench.throughput.plan import Row
 from bench.throughput.problem import check
 from kernels.attention import attention_reference
+from kernels.reference import linear_recurrence_reference
 from tests.benchmarks import speed_table
 from tests.benchmarks.speed_table import Goal, Speeds
 from tests.report.fake_store import speed
@@ -52,6 +55,16 @@ def test_mamba_2_is_our_recurrence_with_values_times_time_steps():
     definition = problem.definition
     same = replace(problem, definition=lambda own: equals(definition, own))
     assert check(same, gradients=True, against="", function=stepped).passed
+
+
+def test_flash_qla_is_given_our_problem(monkeypatch):
+    def theirs(q, k, v, g, beta, scale):  # by its signature; the package itself needs a Hopper GPU
+        return linear_recurrence_reference(scale * q, k, v, log_decay=g, beta_BTH=beta)
+
+    monkeypatch.setitem(sys.modules, "flash_qla", SimpleNamespace(chunk_gated_delta_rule=theirs))
+    problem = OPERATIONS["gated_delta"].problem(Shape(2, 20, 2, 2, 8, 8), "train", CPU)
+    peer = next(peer for peer in peers.PEERS["gated_delta"] if peer.package == "flash-qla")
+    assert check(problem, gradients=True, against="", function=peer.function).passed
 
 
 def test_a_peer_is_checked_once_and_with_the_sizes_of_its_row(monkeypatch):
