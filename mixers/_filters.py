@@ -24,9 +24,11 @@ class ImplicitFilter(nn.Module):
         d_model: D.
         hidden: F.
         max_len: L.
+        train_features: whether what the network sees of each lag is a parameter, which starts from the features above: a free
+            point for every lag, at the learning rate and weight decay of all others.
     """
 
-    def __init__(self, d_model: int, *, hidden: int, max_len: int) -> None:
+    def __init__(self, d_model: int, *, hidden: int, max_len: int, train_features: bool = False) -> None:
         super().__init__()
         if max_len < 1:
             raise ValueError(f"max_len={max_len}: a filter has at least one tap")
@@ -34,6 +36,7 @@ class ImplicitFilter(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, hidden) for width in (3, hidden, hidden))
         self.readout = nn.Linear(hidden, d_model, bias=False)
         self.frequency = nn.Parameter(torch.ones(hidden))
+        self.features = nn.Parameter(_lag_features(torch.arange(max_len).float(), max_len)) if train_features else None
         self.register_buffer("delta", torch.linspace(math.log(100) / 1.5, math.log(100) / 0.3, d_model), persistent=False)
 
     def forward(self, length: int) -> Tensor:
@@ -52,13 +55,19 @@ class ImplicitFilter(nn.Module):
             raise ValueError(f"the filter is defined for max_len={self.max_len} tokens, not {length}; raise max_len")
         lag_L = torch.arange(length, device=self.delta.device, dtype=self.delta.dtype)
         t_L1 = lag_L[:, None] / max(self.max_len - 1, 1)
-        # the published features have a single band of frequency 1e-4: nearly the constants 1 and 0
-        angle_L1 = 1e-4 * 2 * math.pi * lag_L[:, None] / self.max_len
-        h = torch.cat((t_L1, angle_L1.cos(), -angle_L1.sin()), -1)
+        h = _lag_features(lag_L, self.max_len) if self.features is None else self.features[:length]
         with torch.autocast(h.device.type, enabled=False):  # lags above 256 would be rounded to each other
             for layer in self.layers:
                 h = torch.sin(self.frequency * layer(h))
             return (self.readout(h) * torch.exp(-t_L1 * self.delta)).t()
+
+
+def _lag_features(lag_L: Tensor, max_len: int) -> Tensor:
+    """What the network sees of each lag, [L, 3]."""
+    lag_L1 = lag_L[:, None]
+    # the published features have a single band of frequency 1e-4: nearly the constants 1 and 0
+    angle_L1 = 1e-4 * 2 * math.pi * lag_L1 / max_len
+    return torch.cat((lag_L1 / max(max_len - 1, 1), angle_L1.cos(), -angle_L1.sin()), -1)
 
 
 def continue_conv(x_BTD: Tensor, filter_DL: Tensor, history_BMD: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ FINE = 16
 
 @mixer("h3")
 class H3(Mixer):
-    """H3 with S4D-Lin modes and zero-order hold (the published code defaults to the bilinear rule and trains B too).
+    """H3 with S4D-Lin modes, the bilinear rule and trained input maps B of both SSMs, as in the published code.
 
     Args:
         d_state: taps of the shift SSM, and real state size of each diagonal SSM; even.
@@ -46,13 +46,15 @@ class H3(Mixer):
         n_modes = d_state // 2
         self.qkv_proj = nn.Linear(d_model, 3 * d_model)
         self.shift_taps = nn.Parameter(torch.empty(d_model, d_state).uniform_(-(d_state**-0.5), d_state**-0.5))
+        self.shift_in = nn.Parameter(torch.eye(1, d_state).repeat(d_model, 1))
         self.shift_skip = nn.Parameter(torch.randn(d_model))
         self.log_dt = nn.Parameter(torch.empty(self.n_heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.log_decay = nn.Parameter(torch.full((self.n_heads, n_modes), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(n_modes).repeat(self.n_heads, 1).float())
+        self.write_in = nn.Parameter(torch.eye(1, 2).repeat(self.n_heads, n_modes, 1))
         self.readout = nn.Parameter(torch.randn(self.n_heads, n_modes, 2) * 0.5**0.5)
         self.skip = nn.Parameter(torch.randn(self.n_heads))
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.o_proj = nn.Linear(d_model, d_model)  # the name that is not scaled down: H3 is published with 0.02
 
     def forward(
         self, x_BTD: Tensor, state: State | None = None, *, context_BSD: Tensor | None = None
@@ -61,8 +63,8 @@ class H3(Mixer):
         if context_BSD is not None:
             raise ValueError("h3 reads its own input only; context_BSD belongs to the cross patterns")
         if state is None:
-            y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.out_proj.weight)
-            return (y_ND + self.out_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
+            y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.o_proj.weight)
+            return (y_ND + self.o_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
         q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
         k, past = continue_conv(k, self._shift_filter(), state["shift"])
         kv_BIJTH = self._split(k)[:, :, None] * self._split(v)[:, None]
@@ -79,7 +81,7 @@ class H3(Mixer):
 
     def at_rows(self, x_BTD: Tensor, rows_BM: Tensor, x_BMD: Tensor) -> Tensor:
         """See `Mixer.at_rows`: the output's map is left out elsewhere."""
-        return self.out_proj(pick_times(self._mixed(x_BTD), rows_BM))
+        return self.o_proj(pick_times(self._mixed(x_BTD), rows_BM))
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
@@ -111,21 +113,21 @@ class H3(Mixer):
         return self.d_model * self.d_state
 
     def _modes(self) -> tuple[Tensor, Tensor]:
-        """Log of the transition, dt A, and C times the held input gain, C (exp(dt A) - 1) / A.
+        """Log of the transition (1 + dt A / 2) / (1 - dt A / 2), and B C dt / (1 - dt A / 2).
 
         Pairs (real, imaginary) [H, M, 2] and at least fp32: compilers for GPUs leave out complex numbers.
         """
         wide = torch.promote_types(self.log_dt.dtype, torch.float32)
-        decay_HM, frequency_HM = self.log_decay.to(wide).exp(), self.frequency.to(wide)
         dt_H1 = self.log_dt.to(wide).exp()[:, None]
-        step_HM2 = torch.stack((-decay_HM * dt_H1, frequency_HM * dt_H1), -1)
-        size_HM, angle_HM = step_HM2[..., 0].exp(), step_HM2[..., 1]
-        # exp(a + ib) - 1, without the difference of two numbers close to one
-        grown_HM2 = torch.stack(
-            (torch.expm1(step_HM2[..., 0]) - 2 * size_HM * (angle_HM / 2).sin().square(), size_HM * angle_HM.sin()), -1
-        )
-        conjugate_HM2 = torch.stack((-decay_HM, -frequency_HM), -1) / (decay_HM.square() + frequency_HM.square())[..., None]
-        return step_HM2, _times(_times(self.readout.to(wide), grown_HM2), conjugate_HM2)
+        half_decay_HM = self.log_decay.to(wide).exp() * dt_H1 / 2
+        half_turn_HM = self.frequency.to(wide) * dt_H1 / 2
+        below_HM = (1 + half_decay_HM).square() + half_turn_HM.square()
+        # the ratio's size by what it lacks to one, without the difference of two logarithms that are close to each other
+        size_HM = 0.5 * torch.log1p(-4 * half_decay_HM / below_HM)
+        turn_HM = torch.atan2(half_turn_HM, 1 - half_decay_HM) + torch.atan2(half_turn_HM, 1 + half_decay_HM)
+        held_HM2 = torch.stack((1 + half_decay_HM, half_turn_HM), -1) * (dt_H1 / below_HM)[..., None]
+        gain_HM2 = _times(_times(self.readout.to(wide), self.write_in.to(wide)), held_HM2)
+        return torch.stack((size_HM, turn_HM), -1), gain_HM2
 
     def _split(self, a_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
@@ -138,7 +140,10 @@ class H3(Mixer):
 
     def _shift_filter(self) -> Tensor:
         """Taps of the shift SSM [D, K]; its skip is one at lag 0."""
-        return torch.cat((self.shift_taps[:, :1] + self.shift_skip[:, None], self.shift_taps[:, 1:]), 1)
+        with torch.autocast(self.shift_taps.device.type, enabled=False):
+            reversed_DK = long_conv(self.shift_taps.flip(1).t()[None], self.shift_in)[0].t()
+        taps_DK = reversed_DK.flip(1)  # tap l is sum_n in_n taps_{n + l}
+        return torch.cat((taps_DK[:, :1] + self.shift_skip[:, None], taps_DK[:, 1:]), 1)
 
     def _filter(self, length: int) -> Tensor:
         """Impulse response of the diagonal SSMs with their skips, [H, T]."""
@@ -148,7 +153,7 @@ class H3(Mixer):
     def _read(self, q_BTD: Tensor, y_BIJTH: Tensor) -> Tensor:
         """The output of queries."""
         y_BJTH = (self._split(q_BTD)[:, :, None] * y_BIJTH).sum(1)
-        return self.out_proj(y_BJTH.transpose(1, 2).flatten(-2))
+        return self.o_proj(y_BJTH.transpose(1, 2).flatten(-2))
 
 
 def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, length: int) -> Tensor:

@@ -28,10 +28,12 @@ class Hyena(Mixer):
         max_len: longest sequence; the filter is defined for this many lags.
         filter_order: hidden width of the filter's network.
         kernel_size: taps of the short convolution over queries, keys and values.
+        train_features: whether what the filter's network sees of each lag is trained. In Zoology it is: the published learning
+            rate of 1e-5 for it is an attribute that Zoology's trainer does not read.
     """
 
     caps = Caps(recurrent=False, patterns=frozenset({"causal_self"}))
-    variants = ({"max_len": 96}, {"max_len": 80, "filter_order": 8, "kernel_size": 1})
+    variants = ({"max_len": 96}, {"max_len": 80, "filter_order": 8, "kernel_size": 1}, {"max_len": 96, "train_features": True})
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Hyena(Mixer):
         max_len: int = 1024,
         filter_order: int = 64,
         kernel_size: int = 3,
+        train_features: bool = False,
     ) -> None:
         super().__init__(d_model, pattern=pattern)
         if kernel_size < 1:
@@ -50,7 +53,7 @@ class Hyena(Mixer):
         self.caps = replace(self.caps, max_len=max_len)
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.conv = ShortConv(3 * d_model, kernel_size, bias=True, silu=False)
-        self.filter = ImplicitFilter(d_model, hidden=filter_order, max_len=max_len)
+        self.filter = ImplicitFilter(d_model, hidden=filter_order, max_len=max_len, train_features=train_features)
         self.skip = nn.Parameter(torch.randn(d_model))
         self.out_proj = nn.Linear(d_model, d_model)
 

@@ -34,6 +34,6 @@ def based_figure2() -> Sweep:
         *((f"based:feature_dim={f}", width) for width, f in BASED),
         *((f"mamba:d_state={n}*2", width) for width, n in MAMBA),
         *((f"h3:d_state={width // 4}*2", width) for width in WIDTHS),
-        *(("hyena*2", width) for width in WIDTHS),
+        *(("hyena:train_features=true*2", width) for width in WIDTHS),
     ]
     return Sweep(experiments=mixture(models), select_seeds=3, seeds=3)

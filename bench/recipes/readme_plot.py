@@ -33,7 +33,7 @@ FOR_EACH_WIDTH = (
     "gated_delta_net:n_heads=2",
     "gla:n_heads=2",
     "rwkv7",
-    "hyena*2",
+    "hyena:train_features=true*2",
     "h3:d_state=1024*2",
 )
 

@@ -48,7 +48,7 @@ def zoology_figure2() -> Sweep:
 
 def _models(length: int) -> list[ModelSpec]:
     """The models of a cell; H3's state has as many elements a channel as the sequence has tokens."""
-    convolutions = ("hyena*2", f"h3:d_state={length}*2", "base_conv+base_conv:implicit=true")
+    convolutions = ("hyena:train_features=true*2", f"h3:d_state={length}*2", "base_conv+base_conv:implicit=true")
     return [
         *(ModelSpec(**named_layers("attention*2"), d_model=width, positions="learned") for width in WIDTHS),
         *(ModelSpec(**named_layers(mixer), d_model=width) for mixer in convolutions for width in WIDTHS),

@@ -13,7 +13,7 @@ README = [*TINY, "--recipe=readme_plot", "--set=model.d_model=64", "--set=train.
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Outcome]:
     """A store with a hard and a soft point, both far from published, and what training it printed."""
     bench = Bench(tmp_path_factory.mktemp("check"))
-    return bench, bench("synthetic", *README, "--mixer=attention,hyena*2", f"--store={bench.folder / 'runs'}")
+    return bench, bench("synthetic", *README, "--mixer=attention,hyena:train_features=true*2", f"--store={bench.folder / 'runs'}")
 
 
 def dry(bench: Bench, mixer: str, store: str = "runs") -> tuple[int, dict[str, dict]]:
@@ -36,7 +36,7 @@ def test_a_missed_hard_value_fails_and_a_soft_one_does_not(trained: tuple[Bench,
     assert (row["verdict"], row["published"], row["seeds"]) == ("differs", 1.0, 1)
     assert row["accuracy"] < 0.9 and row["published_selection"] is None
     assert {row["verdict"] for name, row in rows.items() if name != "Attention d=64"} == {"not run"}
-    code, rows = dry(trained[0], "hyena*2")
+    code, rows = dry(trained[0], "hyena:train_features=true*2")
     assert (code, rows["Hyena d=64"]["target"], rows["Hyena d=64"]["verdict"]) == (0, "soft", "differs")
     assert rows["Attention d=64"]["verdict"] == "not run"  # this sweep does not hold it
 
