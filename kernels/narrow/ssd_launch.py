@@ -27,10 +27,14 @@ class Config(NamedTuple):
 CHUNK, FP32_CHUNK = 32, 16
 """Tokens of a chunk, which all kernels share."""
 COLUMNS = 32
-"""Columns of a head that the backward pass has in registers at once."""
+"""Columns of a head that the backward pass in Triton has in registers at once."""
 FORWARD = {16: Config(1, 2), 32: Config(2, 3)}
 """By N, the first at least as large."""
 BEHIND, BACKWARD = Config(1, 2), Config(2, 1)
+ONE_WARP = {16: 184, 32: None}
+"""Registers of the backward pass in Gluon, by padded N; with these, eleven programs share an SM."""
+MOST_HEADS = 32
+"""Of a group, in Gluon."""
 
 
 class Weights(NamedTuple):
@@ -89,6 +93,26 @@ def forward(row_BTR: Tensor, weights: Weights, sizes: Sizes) -> tuple[Tensor, Te
     return y, xbc, kept
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous numbers, 16 bytes of which are copied at a time."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _backward_form(row: Tensor, weights: Weights, sizes: Sizes) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the backward pass and its constants: one warp a program in 16 bit, where rows consist of 16 bytes."""
+    constants = _constants(row, weights, sizes, BACKWARD)
+    each = constants["H"] // constants["G"]
+    if row.dtype == torch.float32 or sizes.d_state % 8 or each > MOST_HEADS:
+        from kernels.narrow.ssd_backward_triton import ssd_backward
+
+        return ssd_backward, constants | {"BP": min(COLUMNS, sizes.head_dim)}
+    from kernels.narrow.ssd_backward_gluon import ssd_backward
+
+    del constants["STAGES"]
+    one_warp = {"HEADS": triton.next_power_of_2(each), "WHOLE": row.shape[1] % CHUNK == 0}
+    return ssd_backward, constants | one_warp | {"num_warps": 1, "maxnreg": ONE_WARP[constants["BN"]]}
+
+
 def backward(
     dy_BTE: Tensor, beside: Tensor | None, row_BTR: Tensor, xbc_BTW: Tensor, kept: Tensor, weights: Weights, sizes: Sizes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,11 +120,10 @@ def backward(
 
     Given are those of the outputs and, if they have one, of the convolved rows.
     """
-    from kernels.narrow.ssd_backward_triton import ssd_backward
     from kernels.narrow.ssd_forward_triton import ssd_behind
 
     (batch, length, _), (members, width, _) = row_BTR.shape, weights.taps.shape
-    row, dy, heads = even_rows(row_BTR), dy_BTE.contiguous(), weights.skip.shape[1]
+    row, dy, heads = even_rows(row_BTR), _aligned(dy_BTE.contiguous()), weights.skip.shape[1]
     step_bias, log_rate, skip = (w.contiguous() for w in weights[2:])
     raw, per_member = row[..., width:], batch // members
     dkept, chunks = torch.empty_like(kept), kept.shape[2] + 1
@@ -112,8 +135,8 @@ def backward(
     drow, dxbc = row.new_empty(row.shape), torch.empty_like(xbc_BTW)
     drow[..., width + heads :].zero_()
     parts = row.new_empty(members, per_member * chunks, 3, heads, dtype=torch.float32)
-    constants = _constants(row, weights, sizes, BACKWARD) | {"BP": min(COLUMNS, sizes.head_dim)}
-    ssd_backward[(batch * chunks * constants["G"],)](
+    kernel, constants = _backward_form(row, weights, sizes)
+    kernel[(batch * chunks * constants["G"],)](
         xbc_BTW, dy, raw, step_bias, log_rate, skip, kept, dkept, dxbc, drow[..., width:], parts,
         length, per_member, row.stride(1), drow.stride(1), **constants,
     )  # fmt: skip

@@ -142,6 +142,9 @@ class Program:
     def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
+        if not where.flat.numel():
+            assert not mask.any(), "reads what there is not"
+            return torch.full(mask.shape, other, dtype=torch.float64)
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
@@ -270,7 +273,8 @@ class OnCpu:
         names = {
             "gl": program.gl, "tma": program.tma, "mbarrier": program.mbarrier, "fence_async_shared": program.fence,
             "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait, "mma_v2": program.small_product,
-            "async_copy": program.async_copy, "thread_barrier": lambda: None, "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
+            "async_copy": program.async_copy, "thread_barrier": lambda: None,
+            "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
         }  # fmt: skip
         with ExitStack() as patches:
             for module in self.modules:
