@@ -30,7 +30,7 @@ def _backward_operator(
     dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the taps, and of the bias, empty where there is none."""
-    from kernels.convolutions.conv_triton import backward
+    from kernels.convolutions.conv_backward_triton import backward
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
         return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu)
@@ -59,6 +59,15 @@ def _differentiate(ctx, dy_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None, 
 
 
 short_conv_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+@short_conv_operator.register_sizes
+def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> list[tuple[Tensor | bool | None, ...]]:
+    """Whole runs and ragged ones."""
+    row, width = x_BTD.stride(1), x_BTD.shape[2]
+    sizes = ((64, 64), (1, 1))
+    rows = [x_BTD.new_empty(*size, max(row, width))[..., :width].requires_grad_(x_BTD.requires_grad) for size in sizes]
+    return [(x, weight_MDK[:1], None if bias_MD is None else bias_MD[:1], silu) for x in rows]
 
 
 @short_conv_operator.register_vmap
