@@ -39,7 +39,7 @@ LONG_RUN, MOST_WALKS = 256, 4
 ENOUGH = 2000
 """Programs that fill a device, up to which runs are made longer and programs given more of them."""
 REGISTERS = 96
-"""Of a thread in 16 bit where nothing is masked: 21 warps a multiprocessor, so that ENOUGH programs run at once. Loops spill none."""
+"""Of a thread in 16 bit where nothing is masked: 21 warps a multiprocessor, so that ENOUGH programs run at once; no loop spills."""
 COLUMNS, AT_ONCE = 32, 128
 """Sums that a program makes, and shares that it reads at once."""
 LENGTHS = ("n_tokens", "n_places", "walks_per_member", "run_length", "walks")
@@ -66,6 +66,38 @@ def _gradient(gradients, weights, u: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _asked(
+    dy_C, more_C, inside_C, token_C, n_tokens, WIDTH: tl.constexpr, COUNT: tl.constexpr, BESIDE: tl.constexpr, WHOLE: tl.constexpr
+):
+    """COUNT tokens of dy, and then those of its second term."""
+    found = tokens(dy_C, inside_C, token_C, n_tokens, WIDTH, COUNT, WHOLE)
+    if BESIDE:
+        found = found + tokens(more_C, inside_C, token_C, n_tokens, WIDTH, COUNT, WHOLE)
+    return found
+
+
+@triton.jit
+def _added(terms, COUNT: tl.constexpr, BESIDE: tl.constexpr):
+    """Both terms in one, in fp32."""
+    found = ()
+    for u in tl.static_range(COUNT):
+        dy_C = terms[u].to(tl.float32)
+        if BESIDE:
+            dy_C += terms[COUNT + u].to(tl.float32)
+        found = found + (dy_C,)
+    return found
+
+
+@triton.jit
+def _shared(shares, dz_C, rows, u: tl.constexpr, TAPS: tl.constexpr):
+    """A token's shares in the gradients of taps and bias joined to those of others."""
+    grown = ()
+    for tap in tl.static_range(TAPS):
+        grown = grown + (shares[tap] + dz_C * rows[u + tap],)
+    return grown + (shares[TAPS] + dz_C,)
+
+
+@triton.jit
 def _nothing(CHANNELS: tl.constexpr, COUNT: tl.constexpr):
     """COUNT rows of zeros."""
     found = ()
@@ -76,14 +108,15 @@ def _nothing(CHANNELS: tl.constexpr, COUNT: tl.constexpr):
 
 @entry(do_not_specialize=LENGTHS)
 def short_conv_backward(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
+    dy_ptr, beside_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, parts_ptr,
     n_tokens, n_places, walks_per_member, run_length, walks,
     X_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr,
-    SILU: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
+    BESIDE: tl.constexpr, SILU: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The gradient dx of `walks` runs of `run_length` tokens, and their shares in the gradients of the taps and, last, of the bias.
 
-    The K - 1 tokens behind a run give the rest of its last tokens' gradients. Grid: (blocks of channels of all walks,).
+    The K - 1 tokens behind a run give the rest of its last tokens' gradients. BESIDE says that dy is the sum of two tensors. Grid:
+    (blocks of channels of all walks,).
     """
     walk_C, channel_C, inside_C = lanes_of(n_places, WIDTH, CHANNELS)
     own_C = walk_C // walks_per_member * WIDTH + channel_C
@@ -94,46 +127,39 @@ def short_conv_backward(
         run_C = walk_C * walks + walk
         first_C = run_C % n_runs * run_length
         row_C = (run_C // n_runs).to(tl.int64) * n_tokens + first_C
-        x_C, dy_C = x_ptr + row_C * X_STRIDE + channel_C, dy_ptr + row_C * WIDTH + channel_C
+        x_C, place_C = x_ptr + row_C * X_STRIDE + channel_C, row_C * WIDTH + channel_C
+        dy_C, more_C = dy_ptr + place_C, beside_ptr + place_C
         dx_C, token_C = dx_ptr + (row_C - (TAPS - 1)) * DX_STRIDE + channel_C, first_C
-        before = numbers(
-            tokens(x_C - (TAPS - 1) * X_STRIDE, inside_C, first_C - (TAPS - 1), n_tokens, X_STRIDE, TAPS - 1, False), TAPS - 1
-        )
-        behind = _nothing(CHANNELS, TAPS - 1)
+        before = tokens(x_C - (TAPS - 1) * X_STRIDE, inside_C, first_C - (TAPS - 1), n_tokens, X_STRIDE, TAPS - 1, False)
+        before, behind = numbers(before, TAPS - 1), _nothing(CHANNELS, TAPS - 1)
         next_x = tokens(x_C, inside_C, token_C, n_tokens, X_STRIDE, AHEAD, WHOLE)
-        next_dy = tokens(dy_C, inside_C, token_C, n_tokens, WIDTH, AHEAD, WHOLE)
+        next_dy = _asked(dy_C, more_C, inside_C, token_C, n_tokens, WIDTH, AHEAD, BESIDE, WHOLE)
         for turn in range(turns):
-            rows, own, gradients = before + numbers(next_x, AHEAD), numbers(next_dy, AHEAD), behind
+            rows, own, gradients = before + numbers(next_x, AHEAD), _added(next_dy, AHEAD, BESIDE), behind
             further = tl.where(turn + 1 < turns, AHEAD, 0)  # the last turn asks for its own tokens again
-            x_C, dy_C = x_C + further * X_STRIDE, dy_C + further * WIDTH
+            x_C, dy_C, more_C = x_C + further * X_STRIDE, dy_C + further * WIDTH, more_C + further * WIDTH
             next_x = tokens(x_C, inside_C, token_C + further, n_tokens, X_STRIDE, AHEAD, WHOLE)
-            next_dy = tokens(dy_C, inside_C, token_C + further, n_tokens, WIDTH, AHEAD, WHOLE)
+            next_dy = _asked(dy_C, more_C, inside_C, token_C + further, n_tokens, WIDTH, AHEAD, BESIDE, WHOLE)
             for u in tl.static_range(AHEAD):
-                dz_C = _before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU, FAST)
-                gradients = gradients + (dz_C,)
-                more = ()
-                for tap in tl.static_range(TAPS):
-                    more = more + (shares[tap] + dz_C * rows[u + tap],)
-                shares = more + (shares[TAPS] + dz_C,)
-                found_C = _gradient(gradients, weights, u, TAPS).to(dx_ptr.dtype.element_ty)
-                if not WHOLE:
-                    at_C = token_C + (u - (TAPS - 1))
-                    tl.store(dx_C + u * DX_STRIDE, found_C, mask=inside_C & (at_C >= first_C) & (at_C < n_tokens))
-                elif u < TAPS - 1:
-                    tl.store(dx_C + u * DX_STRIDE, found_C, mask=turn > 0)
-                else:
-                    tl.store(dx_C + u * DX_STRIDE, found_C)
+                gradients = gradients + (_before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU, FAST),)
+                shares = _shared(shares, gradients[TAPS - 1 + u], rows, u, TAPS)
+                at_C = token_C + (u - (TAPS - 1))
+                mine_C = inside_C & (at_C >= first_C) & (at_C < n_tokens)
+                if WHOLE:
+                    mine_C = turn > 0 if u < TAPS - 1 else None
+                tl.store(dx_C + u * DX_STRIDE, _gradient(gradients, weights, u, TAPS).to(dx_ptr.dtype.element_ty), mask=mine_C)
             before, behind = last(rows, TAPS - 1 + AHEAD, TAPS - 1), last(gradients, TAPS - 1 + AHEAD, TAPS - 1)
             token_C, dx_C = token_C + AHEAD, dx_C + AHEAD * DX_STRIDE
-        x_C = x_ptr + (row_C + turns * AHEAD) * X_STRIDE + channel_C
-        dy_C = dy_ptr + (row_C + turns * AHEAD) * WIDTH + channel_C
+        row_C += turns * AHEAD
+        x_C, place_C = x_ptr + row_C * X_STRIDE + channel_C, row_C * WIDTH + channel_C
+        dy_C, more_C = dy_ptr + place_C, beside_ptr + place_C
         rows = before + numbers(tokens(x_C, inside_C, token_C, n_tokens, X_STRIDE, TAPS - 1, False), TAPS - 1)
-        own = numbers(tokens(dy_C, inside_C, token_C, n_tokens, WIDTH, TAPS - 1, False), TAPS - 1)
+        own = _added(_asked(dy_C, more_C, inside_C, token_C, n_tokens, WIDTH, TAPS - 1, BESIDE, False), TAPS - 1, BESIDE)
         for u in tl.static_range(TAPS - 1):
             behind = behind + (_before_silu(own[u], rows, weights, bias_C, u, TAPS, SILU, FAST),)
-            found_C, at_C = _gradient(behind, weights, u, TAPS), token_C + (u - (TAPS - 1))
+            at_C = token_C + (u - (TAPS - 1))
             mine_C = inside_C & (at_C >= first_C) & (at_C < n_tokens)
-            tl.store(dx_C + u * DX_STRIDE, found_C.to(dx_ptr.dtype.element_ty), mask=mine_C)
+            tl.store(dx_C + u * DX_STRIDE, _gradient(behind, weights, u, TAPS).to(dx_ptr.dtype.element_ty), mask=mine_C)
     parts_C = parts_ptr + walk_C.to(tl.int64) * (TAPS + 1) * WIDTH + channel_C
     for tap in tl.static_range(TAPS + 1):
         tl.store(parts_C + tap * WIDTH, shares[tap], mask=inside_C)
@@ -162,13 +188,30 @@ def sum_shares(
 
 
 def backward(
-    dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool, *, out: Tensor | None = None
+    dy_BTD: Tensor,
+    x_BTD: Tensor,
+    weight_MDK: Tensor,
+    bias_MD: Tensor | None,
+    silu: bool,
+    *,
+    beside: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the taps, and of the bias, empty where there is none; that of x is written to even rows if given."""
+    """Gradients of x, of the taps, and of the bias, empty where there is none.
+
+    Args:
+        dy_BTD: gradient of the outputs.
+        x_BTD: inputs.
+        weight_MDK: taps.
+        bias_MD: added to the convolution, or None.
+        silu: whether a SiLU follows.
+        beside: a second term of the outputs' gradient, in the dtype of the first.
+        out: even rows that the gradient of x is written to.
+    """
     batch, length, width = x_BTD.shape
     members, _, taps = weight_MDK.shape
     dx_BTD = x_BTD.new_empty(batch, length, width) if out is None else out
-    x_BTD, weight_MDK = even_rows(x_BTD), weight_MDK.contiguous()
+    dy_BTD, x_BTD, weight_MDK = dy_BTD.contiguous(), even_rows(x_BTD), weight_MDK.contiguous()
     dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else torch.empty_like(bias_MD, memory_format=torch.contiguous_format)
     if not x_BTD.numel():
         return dx_BTD, torch.zeros_like(weight_MDK), dbias_MD.zero_()
@@ -179,9 +222,11 @@ def backward(
     dweight_MDK, whole = torch.empty_like(weight_MDK), is_whole(length, run, places)
     registers = REGISTERS if whole and x_BTD.dtype.itemsize == 2 else None
     short_conv_backward[(-(-places // CHANNELS),)](
-        dy_BTD.contiguous(), x_BTD, weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(), dx_BTD, parts,
+        dy_BTD, dy_BTD if beside is None else beside.contiguous(), x_BTD,
+        weight_MDK, weight_MDK if bias_MD is None else bias_MD.contiguous(), dx_BTD, parts,
         length, places, n_parts, run, walks,
-        X_STRIDE=x_BTD.stride(1), DX_STRIDE=dx_BTD.stride(1), WIDTH=width, TAPS=taps, BIAS=bias_MD is not None, SILU=silu,
+        X_STRIDE=x_BTD.stride(1), DX_STRIDE=dx_BTD.stride(1), WIDTH=width, TAPS=taps, BIAS=bias_MD is not None,
+        BESIDE=beside is not None, SILU=silu,
         WHOLE=whole, FAST=FAST, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=WARPS, maxnreg=registers,
     )  # fmt: skip
     sum_shares[(members * -(-(taps + 1) * width // COLUMNS),)](
