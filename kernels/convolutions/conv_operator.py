@@ -36,6 +36,17 @@ def _backward_operator(
         return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu)
 
 
+@operator("mixer_bench::short_conv_backward_of_two")
+def _backward_of_two_operator(
+    dy_BTD: Tensor, beside_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where the gradient of the outputs is the sum of two tensors; put into graphs by `bench.two_terms`."""
+    from kernels.convolutions.conv_backward_triton import backward
+
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu, beside=beside_BTD)
+
+
 @short_conv_operator.register_fake
 def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> Tensor:
     return x_BTD.new_empty(x_BTD.shape)
@@ -43,6 +54,14 @@ def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> 
 
 @_backward_operator.register_fake
 def _(dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+    return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
+
+
+@_backward_of_two_operator.register_fake
+def _(
+    dy_BTD: Tensor, beside_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
     return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
 

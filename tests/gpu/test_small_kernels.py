@@ -162,8 +162,10 @@ def test_short_conv_options(options: tuple[int, bool, bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*cases_short_conv.SHAPES, (3, 300, 128), (70_000, 2, 16)])
+@pytest.mark.parametrize("shape", [*cases_short_conv.SHAPES, (3, 300, 128), (70_000, 2, 16), (2048, 16, 128), (1000, 40, 288)])
 def test_short_conv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """The last two are whole runs, two of them a walk."""
+    cases_short_conv.check_two_terms(shape, "cuda", dtype)
     cases_short_conv.check(shape, (4, True, True, False), "cuda", dtype)
     cases_short_conv.check_step((4, True, True, False), "cuda", dtype)
 

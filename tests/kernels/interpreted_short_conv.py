@@ -26,6 +26,7 @@ def test_walks_of_several_runs(shape: tuple[int, int, int], taps: int, monkeypat
     monkeypatch.setattr(conv_backward_triton, "ENOUGH", 0)
     monkeypatch.setattr(conv_backward_triton, "LONG_RUN", 16)
     cases.check(shape, (taps, True, True, False), "cpu", torch.float32)
+    cases.check_two_terms(shape, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("options", [option for option in cases.OPTIONS if not option[3]])

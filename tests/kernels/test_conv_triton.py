@@ -11,13 +11,22 @@ from kernels.convolutions.conv_triton import AHEAD, CHANNELS, RUN, STEP_CHANNELS
 from kernels.dispatch import use_backend
 from tests.kernels.offline import Resources, compile_sm90
 
-NARROW = ("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "tail_ptr", "new_tail_ptr")
+NARROW = ("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "beside_ptr", "tail_ptr", "new_tail_ptr")
 WIDE = ("weight_ptr", "bias_ptr", "parts_ptr", "dweight_ptr", "dbias_ptr")
 SIZES = ("n_tokens", "n_places", "sequences_per_member", "walks_per_member", "run_length", "walks", "n_parts")
 
 
 def compiled(kernel, dtype: str, taps: int, warps: int, *, registers: int | None = None, **own) -> Resources:
-    flags = {"TAPS": taps, "BIAS": True, "SILU": True, "RUN": RUN, "AHEAD": AHEAD, "CHANNELS": CHANNELS, "FAST": True}
+    flags = {
+        "TAPS": taps,
+        "BIAS": True,
+        "SILU": True,
+        "RUN": RUN,
+        "AHEAD": AHEAD,
+        "CHANNELS": CHANNELS,
+        "FAST": True,
+        "BESIDE": False,
+    }
     types = dict.fromkeys(NARROW, dtype) | dict.fromkeys(WIDE, "*fp32+") | dict.fromkeys(SIZES, "i32")
     every = types | flags | own
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps, maxnreg=registers)
@@ -37,6 +46,8 @@ def test_walks_compile_for_sm90_without_spills(stride: int, width: int, whole: b
     assert forward.spilled == 0
     assert forward.registers <= 96
     assert backward.spilled <= (24 if few else 0), "numbers that only borders of runs need"
+    both = compiled(short_conv_backward, dtype, taps, WARPS, registers=few, **sizes, BESIDE=True)
+    assert both.spilled <= (80 if few else 16)
     if few and width % 2 == 0:
         assert backward.ptx.count("ld.global.b32") >= 4 * AHEAD, "a pair of channels is one load"
         assert backward.ptx.count("st.global.b32") >= AHEAD, "and one store"
