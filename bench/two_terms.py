@@ -12,10 +12,10 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from bench.graph_passes import VIEWS, before_views, erase_unused
 from kernels.convolutions import conv_operator
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 RENAMED = (*VIEWS, aten.permute.default, aten.alias.default)
 
 
@@ -26,7 +26,7 @@ class TakeTwoTerms(CustomGraphPass):
         """Changes the graph in place."""
         for node in graph.find_nodes(op="call_function", target=torch.ops.mixer_bench.short_conv_backward.default):
             gradient = node.all_input_nodes[0]
-            added = _before_views(gradient)
+            added = before_views(gradient)
             if added is None or not _is_sum_of_stored(added):
                 continue
             with graph.inserting_before(node):
@@ -34,28 +34,11 @@ class TakeTwoTerms(CustomGraphPass):
                 both = graph.call_function(torch.ops.mixer_bench.short_conv_backward_of_two.default, (*terms, *node.args[1:]))
             both.meta.update({key: of for key, of in node.meta.items() if key != "eager_input_vals"})  # of other arguments
             node.replace_all_uses_with(both)
-            graph.erase_node(node)
-            while not gradient.users:
-                gradient, unused = gradient.all_input_nodes[0], gradient
-                graph.erase_node(unused)
+            erase_unused(graph, node)
 
     def uuid(self) -> bytes:
         """What tells compiled graphs of other versions of this pass apart."""
         return get_hash_for_files((__file__, conv_operator.__file__))
-
-
-def _before_views(node: fx.Node) -> fx.Node | None:
-    """What a tensor is another shape of, if nothing else uses it."""
-    while len(node.users) == 1:
-        if not _is_view(node):
-            return node
-        node = node.all_input_nodes[0]
-    return None
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether this is another shape of the same numbers in the same order."""
-    return node.target in VIEWS or (node.target == aten.permute.default and node.args[1] == list(range(node.meta["val"].ndim)))
 
 
 def _is_sum_of_stored(node: fx.Node) -> bool:

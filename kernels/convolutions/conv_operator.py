@@ -47,6 +47,38 @@ def _backward_of_two_operator(
         return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu, beside=beside_BTD)
 
 
+@torch.library.custom_op("mixer_bench::short_conv_backward_into", mutates_args=("rows_BTR",))
+def _backward_into_operator(
+    dy_BTD: Tensor,
+    beside_BTD: Tensor | None,
+    x_BTD: Tensor,
+    weight_MDK: Tensor,
+    bias_MD: Tensor | None,
+    silu: bool,
+    rows_BTR: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same, with the gradient of x written to the first D numbers of wider rows; put into graphs by `bench.joined_rows`."""
+    from kernels.convolutions.conv_backward_triton import backward
+
+    out = rows_BTR[..., : x_BTD.shape[2]]
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu, beside=beside_BTD, out=out)[1:]
+
+
+@_backward_into_operator.register_fake
+def _(
+    dy_BTD: Tensor,
+    beside_BTD: Tensor | None,
+    x_BTD: Tensor,
+    weight_MDK: Tensor,
+    bias_MD: Tensor | None,
+    silu: bool,
+    rows_BTR: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+    return weight_MDK.new_empty(weight_MDK.shape), dbias_MD
+
+
 @short_conv_operator.register_fake
 def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> Tensor:
     return x_BTD.new_empty(x_BTD.shape)

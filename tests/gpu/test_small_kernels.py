@@ -246,6 +246,7 @@ def test_norms_of_members() -> None:
 @pytest.mark.parametrize("shape", [*cases_gated_norm.SHAPES, (4, 200, 256), (2, 300, 1000)])
 def test_gated_norm(shape: tuple[int, int, int], norm: bool, dtype: torch.dtype) -> None:
     cases_gated_norm.check(shape, "cuda", dtype, "triton", norm=norm)
+    cases_gated_norm.check_rows_for_two(shape, "cuda", dtype, "triton", norm=norm)
 
 
 def test_gated_norm_of_members() -> None:

@@ -12,24 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels.conv  # noqa: F401 - registers the operators
 from bench.graph_passes import Passes
 from bench.two_terms import TakeTwoTerms
+from tests.unit.traced import Traced
 
 aten, ops = torch.ops.aten, torch.ops.mixer_bench
 MEMBERS, EACH, LENGTH, WIDTH = 2, 3, 8, 5
 BATCH = MEMBERS * EACH
-
-
-class Traced(fx.Graph):
-    """A graph whose nodes hold what fake tensors say of them."""
-
-    def add(self, target, *args) -> fx.Node:
-        node = self.call_function(target, args)
-        node.meta["val"] = target(*fx.map_arg(args, lambda one: one.meta["val"]))
-        return node
-
-    def given(self, name: str, *shape: int) -> fx.Node:
-        node = self.placeholder(name)
-        node.meta["val"] = torch.empty(shape)
-        return node
 
 
 def graph_of(kind: str) -> fx.GraphModule:
