@@ -57,7 +57,7 @@ def _is_stored(node: fx.Node) -> bool:
         node = node.all_input_nodes[0]
     if node.target == operator.getitem:
         node = node.all_input_nodes[0]
-    return node.target == aten.bmm.default or getattr(node.target, "namespace", "") == "mixer_bench"
+    return node.target in (aten.bmm.default, aten.mm.default) or getattr(node.target, "namespace", "") == "mixer_bench"
 
 
 def _shaped(graph: fx.Graph, term: fx.Node, like: torch.Tensor) -> fx.Node:
