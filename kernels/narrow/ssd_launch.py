@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from kernels._members import even_rows
-from kernels.convolutions import conv_triton
+from kernels.convolutions import conv_backward_triton, conv_triton
 
 
 class Config(NamedTuple):
@@ -161,5 +161,7 @@ def backward(
     )  # fmt: skip
     if beside is not None:
         dxbc += beside
-    _, dtaps, dbias = conv_triton.backward(dxbc, row[..., :width], weights.taps, weights.bias, silu=True, out=drow[..., :width])
+    _, dtaps, dbias = conv_backward_triton.backward(
+        dxbc, row[..., :width], weights.taps, weights.bias, silu=True, out=drow[..., :width]
+    )
     return drow, dtaps, dbias, parts.sum(1).transpose(0, 1).contiguous()
