@@ -35,8 +35,6 @@ COLUMNS = 32
 FORWARD = {16: Config(1, 2), 32: Config(2, 3)}
 """In Triton, by padded N."""
 BEHIND, BACKWARD = Config(1, 2), Config(2, 1)
-ONE_WARP = {16: (168, 184), 32: (None, None)}
-"""Registers of the forward and the backward pass in Gluon, by padded N; with these, twelve and eleven programs share an SM."""
 MOST_HEADS = 32
 """Of a group, in Gluon."""
 
@@ -95,8 +93,7 @@ def _forward_form(row: Tensor, weights: Weights, sizes: Sizes) -> tuple[Any, dic
         return ssd_forward, constants | FORWARD[constants["BN"]].options()
     from kernels.narrow.ssd_forward_gluon import ssd_forward
 
-    whole = row.shape[1] % CHUNK == 0
-    return ssd_forward, constants | {"WHOLE": whole, "num_warps": 1, "maxnreg": ONE_WARP[constants["BN"]][0]}
+    return ssd_forward, constants | {"WHOLE": row.shape[1] % CHUNK == 0, "num_warps": 1}
 
 
 def _backward_form(row: Tensor, weights: Weights, sizes: Sizes) -> tuple[Any, dict[str, Any]]:
@@ -109,8 +106,7 @@ def _backward_form(row: Tensor, weights: Weights, sizes: Sizes) -> tuple[Any, di
     from kernels.narrow.ssd_backward_gluon import ssd_backward
 
     heads = triton.next_power_of_2(constants["H"] // constants["G"])
-    options = {"num_warps": 1, "maxnreg": ONE_WARP[constants["BN"]][1]}
-    return ssd_backward, constants | options | {"HEADS": heads, "WHOLE": row.shape[1] % CHUNK == 0}
+    return ssd_backward, constants | {"HEADS": heads, "WHOLE": row.shape[1] % CHUNK == 0, "num_warps": 1}
 
 
 def forward(row_BTR: Tensor, weights: Weights, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,9 +42,9 @@ def test_one_warp_compiles_for_sm90(place: int, states: int, heads: int, whole: 
     flags = {"H": heads, "P": 64, "G": 1, "N": states, "BN": padded, "C": launch.CHUNK, "HEADS": heads, "WHOLE": whole}
     every = tensors | wide | sizes | flags
     given = {name: every[name] for name in kernel.arg_names}
-    used = compile_sm90(kernel, given, warps=1, maxnreg=launch.ONE_WARP[padded][place])
-    assert used.spilled <= 200
-    assert used.reread <= 40
+    used = compile_sm90(kernel, given, warps=1)
+    assert used.spilled <= (200 if states == 24 else 0)  # 24 bytes, 144 by Triton 3.6
+    assert used.reread <= (40 if states == 24 else 0)
     assert used.shared <= 24 << 10
 
 
