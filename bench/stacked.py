@@ -122,13 +122,16 @@ def compile_for_cells(function: Function) -> Function:
     from torch._functorch import config as autograd
     from torch._inductor import config
 
+    from bench.graph_passes import Passes
+    from bench.joined_rows import JoinRows
     from bench.long_sums import CutLongSums
+    from bench.two_terms import TakeTwoTerms
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     if hasattr(autograd, "force_non_lazy_backward_lowering"):
         # else the backward pass is compiled after the forward pass has run, which holds its activations meanwhile
         autograd.force_non_lazy_backward_lowering = True
-    config.post_grad_custom_post_pass = CutLongSums()
+    config.post_grad_custom_post_pass = Passes(TakeTwoTerms(), JoinRows(), CutLongSums())
     return cast(Function, torch.compile(function, dynamic=False, fullgraph=True))
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
+from kernels.gated_norm import gated_norm
 from kernels.scans.scan_operator import scan_operator, selective_scan_operator, threads_own_channels
 
 
@@ -187,6 +188,8 @@ def gated_selective_scan(
         return y_BTD, None if state_BDN is None else final_BDN.to(state_BDN.dtype)
     sides = {"dt_bias_D": dt_bias_D, "skip_D": skip_D}
     y_BTD, final_BDN = selective_scan(x_BTD, raw_dt_BTD, rate_DN, b_BTN, c_BTN, state_BDN, **sides)
+    if torch.compiler.is_compiling() and threads_own_channels(x_BTD, b_BTN, gated=False):
+        return gated_norm(y_BTD, gate_BTD), final_BDN
     return y_BTD * F.silu(gate_BTD).to(y_BTD.dtype), final_BDN
 
 

@@ -30,6 +30,27 @@ def _backward_operator(
         return backward(dy_MND, x_MND, gate_MND, weight_MD, eps)
 
 
+@torch.library.custom_op("mixer_bench::gated_norm_backward_beside", mutates_args=())
+def _backward_beside_operator(
+    dy_MND: Tensor, x_MND: Tensor, gate_MND: Tensor, weight_MD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the gate's gradient in the right half of rows of 2 D; put into graphs by `bench.joined_rows`."""
+    from kernels.between.gated_norm_triton import backward
+
+    members, n_rows, width = x_MND.shape
+    rows = gate_MND.new_empty(members, n_rows, 2 * width)
+    with torch.cuda.device_of(dy_MND):  # Triton launches on the current device
+        dx_MND, _, dweight_MD = backward(dy_MND, x_MND, gate_MND, weight_MD, eps, out=rows[..., width:])
+    return dx_MND, rows, dweight_MD
+
+
+@_backward_beside_operator.register_fake
+def _(dy_MND, x_MND, gate_MND, weight_MD, eps) -> tuple[Tensor, Tensor, Tensor]:
+    members, n_rows, width = x_MND.shape
+    dweight_MD = x_MND.new_empty(members, 0 if weight_MD is None else width, dtype=torch.float32)
+    return x_MND.new_empty(x_MND.shape), gate_MND.new_empty(members, n_rows, 2 * width), dweight_MD
+
+
 @_backward_operator.register_fake
 def _(dy_MND, x_MND, gate_MND, weight_MD, eps) -> tuple[Tensor, Tensor, Tensor]:
     members, _, width = x_MND.shape

@@ -39,16 +39,16 @@ def _tile(x_ptr, gate_ptr, dy_ptr, member, row_L, column_D, n_rows, gate_stride,
     return x_LD, z_LD, tl.load(dy_ptr + place_LD, mask=inside_LD, other=0.0)
 
 
-@entry(do_not_specialize=("n_rows", "gate_stride"))
+@entry(do_not_specialize=("n_rows", "gate_stride", "dgate_stride"))
 def gated_norm_backward(
-    x_ptr, gate_ptr, dy_ptr, weight_ptr, dx_ptr, dgate_ptr, parts_ptr, n_rows, gate_stride, width, eps,
+    x_ptr, gate_ptr, dy_ptr, weight_ptr, dx_ptr, dgate_ptr, parts_ptr, n_rows, gate_stride, dgate_stride, width, eps,
     NORM: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one member; without NORM only the gate's.
 
-    The gate's rows are UNIT * gate_stride apart, so that they are known to start on 16 bytes.
+    The gate's rows are UNIT * gate_stride apart, so that they are known to start on 16 bytes, those of its gradient likewise.
     """
-    gate_stride *= UNIT
+    gate_stride, dgate_stride = gate_stride * UNIT, dgate_stride * UNIT
     n_parts = tl.cdiv(n_rows, ROWS)
     member, part = (tl.program_id(0) // n_parts).to(tl.int64), tl.program_id(0) % n_parts
     column_D = tl.arange(0, BLOCK)
@@ -71,11 +71,12 @@ def gated_norm_backward(
             g_LD *= weight_D[None, :]
             along_L = tl.sum(g_LD * n_LD, axis=1) / width
             g_LD = (g_LD - n_LD * along_L[:, None]) * scale_L[:, None]
-        place_LD = (member * n_rows + row_L)[:, None] * width + column_D[None, :]
+        row_L1 = (member * n_rows + row_L)[:, None]
+        place_LD = row_L1 * width + column_D[None, :]
         inside_LD = (row_L < n_rows)[:, None] & inside_D[None, :]
         dz_LD = g_LD * x_LD * (open_LD * (1.0 + z_LD * (1.0 - open_LD)))
         tl.store(dx_ptr + place_LD, (g_LD * silu_LD).to(dx_ptr.dtype.element_ty), mask=inside_LD)
-        tl.store(dgate_ptr + place_LD, dz_LD.to(dgate_ptr.dtype.element_ty), mask=inside_LD)
+        tl.store(dgate_ptr + (row_L1 * dgate_stride + column_D[None, :]), dz_LD.to(dgate_ptr.dtype.element_ty), mask=inside_LD)
         row_L += TILE
         x_LD, z_LD, dy_LD = after
     if NORM:
@@ -83,19 +84,19 @@ def gated_norm_backward(
 
 
 def backward(
-    dy_MND: Tensor, x_MND: Tensor, gate_MND: Tensor, weight_MD: Tensor | None, eps: float
+    dy_MND: Tensor, x_MND: Tensor, gate_MND: Tensor, weight_MD: Tensor | None, eps: float, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.between.gated_norm_operator`."""
+    """See `kernels.between.gated_norm_operator`; the gate's gradient is written to even rows if given."""
     members, n_rows, width = x_MND.shape
     n_parts, block = triton.cdiv(n_rows, ROWS), triton.next_power_of_2(width)
-    dx_MND, dgate_MND = x_MND.new_empty(x_MND.shape), gate_MND.new_empty(x_MND.shape)
+    dx_MND, dgate_MND = x_MND.new_empty(x_MND.shape), gate_MND.new_empty(x_MND.shape) if out is None else out
     parts = x_MND.new_empty(members, n_parts, 0 if weight_MD is None else width, dtype=torch.float32)
     x_MND, dy_MND, gate_MND = x_MND.contiguous(), dy_MND.contiguous(), even_rows(gate_MND)
-    unit = 8 if gate_MND.stride(1) % 8 == 0 else 1
+    unit = 8 if gate_MND.stride(1) % 8 == 0 and dgate_MND.stride(1) % 8 == 0 else 1
     if x_MND.numel():
         gated_norm_backward[(members * n_parts,)](
             x_MND, gate_MND, dy_MND, parts if weight_MD is None else weight_MD.contiguous(), dx_MND, dgate_MND, parts,
-            n_rows, gate_MND.stride(1) // unit, width, eps,
+            n_rows, gate_MND.stride(1) // unit, dgate_MND.stride(1) // unit, width, eps,
             NORM=weight_MD is not None, UNIT=unit, ROWS=ROWS, TILE=max(1, TILE_ELEMENTS // block), BLOCK=block,
             num_warps=1 if block <= ONE_WARP else WARPS,
         )  # fmt: skip

@@ -30,10 +30,53 @@ def _backward_operator(
     dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the taps, and of the bias, empty where there is none."""
-    from kernels.convolutions.conv_triton import backward
+    from kernels.convolutions.conv_backward_triton import backward
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
         return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu)
+
+
+@operator("mixer_bench::short_conv_backward_of_two")
+def _backward_of_two_operator(
+    dy_BTD: Tensor, beside_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where the gradient of the outputs is the sum of two tensors; put into graphs by `bench.two_terms`."""
+    from kernels.convolutions.conv_backward_triton import backward
+
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu, beside=beside_BTD)
+
+
+@torch.library.custom_op("mixer_bench::short_conv_backward_into", mutates_args=("rows_BTR",))
+def _backward_into_operator(
+    dy_BTD: Tensor,
+    beside_BTD: Tensor | None,
+    x_BTD: Tensor,
+    weight_MDK: Tensor,
+    bias_MD: Tensor | None,
+    silu: bool,
+    rows_BTR: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same, with the gradient of x written to the first D numbers of wider rows; put into graphs by `bench.joined_rows`."""
+    from kernels.convolutions.conv_backward_triton import backward
+
+    out = rows_BTR[..., : x_BTD.shape[2]]
+    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
+        return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu, beside=beside_BTD, out=out)[1:]
+
+
+@_backward_into_operator.register_fake
+def _(
+    dy_BTD: Tensor,
+    beside_BTD: Tensor | None,
+    x_BTD: Tensor,
+    weight_MDK: Tensor,
+    bias_MD: Tensor | None,
+    silu: bool,
+    rows_BTR: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+    return weight_MDK.new_empty(weight_MDK.shape), dbias_MD
 
 
 @short_conv_operator.register_fake
@@ -43,6 +86,14 @@ def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> 
 
 @_backward_operator.register_fake
 def _(dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+    return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
+
+
+@_backward_of_two_operator.register_fake
+def _(
+    dy_BTD: Tensor, beside_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
     return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
 
@@ -59,6 +110,15 @@ def _differentiate(ctx, dy_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None, 
 
 
 short_conv_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+@short_conv_operator.register_sizes
+def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> list[tuple[Tensor | bool | None, ...]]:
+    """Whole runs and ragged ones."""
+    row, width = x_BTD.stride(1), x_BTD.shape[2]
+    sizes = ((64, 64), (1, 1))
+    rows = [x_BTD.new_empty(*size, max(row, width))[..., :width].requires_grad_(x_BTD.requires_grad) for size in sizes]
+    return [(x, weight_MDK[:1], None if bias_MD is None else bias_MD[:1], silu) for x in rows]
 
 
 @short_conv_operator.register_vmap

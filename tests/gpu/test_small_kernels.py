@@ -162,8 +162,10 @@ def test_short_conv_options(options: tuple[int, bool, bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*cases_short_conv.SHAPES, (3, 300, 128), (70_000, 2, 16)])
+@pytest.mark.parametrize("shape", [*cases_short_conv.SHAPES, (3, 300, 128), (70_000, 2, 16), (2048, 16, 128), (1000, 40, 288)])
 def test_short_conv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """The last two are whole runs, two of them a walk."""
+    cases_short_conv.check_two_terms(shape, "cuda", dtype)
     cases_short_conv.check(shape, (4, True, True, False), "cuda", dtype)
     cases_short_conv.check_step((4, True, True, False), "cuda", dtype)
 
@@ -244,6 +246,7 @@ def test_norms_of_members() -> None:
 @pytest.mark.parametrize("shape", [*cases_gated_norm.SHAPES, (4, 200, 256), (2, 300, 1000)])
 def test_gated_norm(shape: tuple[int, int, int], norm: bool, dtype: torch.dtype) -> None:
     cases_gated_norm.check(shape, "cuda", dtype, "triton", norm=norm)
+    cases_gated_norm.check_rows_for_two(shape, "cuda", dtype, "triton", norm=norm)
 
 
 def test_gated_norm_of_members() -> None:

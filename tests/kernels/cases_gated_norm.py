@@ -40,6 +40,17 @@ def check(shape: tuple[int, int, int], device: str, dtype: torch.dtype, backend:
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
+def check_rows_for_two(shape: tuple[int, int, int], device: str, dtype: torch.dtype, backend: str, *, norm: bool) -> None:
+    """The gate's gradient in the right half of wider rows is the same."""
+    dy, x, gate = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    weight = torch.randn(shape[0], shape[2], device=device) if norm else None
+    with use_backend(backend), poisoned():
+        dx, dgate, dweight = torch.ops.mixer_bench.gated_norm_backward(dy, x, gate, weight, EPS)
+        same, rows, sums = torch.ops.mixer_bench.gated_norm_backward_beside(dy, x, gate, weight, EPS)
+    for found, want in ((same, dx), (rows[..., shape[2] :], dgate), (sums, dweight)):
+        assert torch.equal(found, want)
+
+
 def check_members(device: str, backend: str) -> None:
     """Members with weights of their own are one call and equal the loop."""
     x, wide = (torch.randn(3, 2, 21, width, device=device, requires_grad=True) for width in (8, 24))

@@ -56,6 +56,24 @@ def check(shape: tuple[int, int, int], options: tuple[int, bool, bool, bool], de
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
 
 
+def check_two_terms(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> None:
+    """Gradients where that of the outputs is a sum, which is nowhere rounded, equal those of the sum in fp32, in wider rows too."""
+    width = shape[2]
+    x, *terms = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(1, width, 4, device=device), torch.randn(1, width, device=device)
+    operators = torch.ops.mixer_bench
+    with use_backend("triton"), poisoned():
+        found = operators.short_conv_backward_of_two(*terms, x, weight, bias, True)
+        rows = torch.ones(*shape[:2], width + 3, device=device, dtype=dtype)
+        beside = operators.short_conv_backward_into(*terms, x, weight, bias, True, rows)
+        want = operators.short_conv_backward(terms[0].float() + terms[1].float(), x.float(), weight, bias, True)
+    assert found[0].dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(found, (rows[..., :width], *beside), strict=True))
+    assert bool((rows[..., width:] == 1).all())
+    got, true = (dict(zip(("dx", "dweight", "dbias"), of, strict=True)) for of in (found, want))
+    require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
+
+
 def check_members(device: str) -> None:
     """Members with taps of their own are one call and equal the loop, whether they share their input or not."""
     x = torch.randn(3, 2, 37, 5, device=device, requires_grad=True)

@@ -44,8 +44,11 @@ class Program:
             maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             exp2=torch.exp2,
             abs=torch.abs,
-            associative_scan=lambda x, axis, _: x.cumsum(axis),
+            associative_scan=_sums_along,
             log=torch.log,
+            log2=torch.log2,
+            cdiv=lambda a, b: -(-a // b),
+            barrier=lambda: None,
             sum=lambda x, axis: x.sum(axis),
             fma=lambda a, b, c: a * b + c,
             join=lambda a, b: torch.stack((a, b), -1),
@@ -72,6 +75,9 @@ class Program:
                 lambda *_, **__: None,
             ),
         )
+        self.async_copy = types.SimpleNamespace(
+            async_copy_global_to_shared=self.ask_for, commit_group=self.commit, wait_group=self.wait_group
+        )
         self.tma = types.SimpleNamespace(
             async_copy_global_to_shared=self.copy_in, async_copy_shared_to_global=self.copy_out, store_wait=self.store_wait
         )
@@ -92,6 +98,11 @@ class Program:
     def seen(self) -> dict[int, int]:
         """The parity for which this partition waited last, by barrier."""
         return self.own.__dict__.setdefault("seen", {})
+
+    @property
+    def groups(self) -> list[list[Any]]:
+        """Copies of this partition's threads into shared memory that run, by group; the last one is open."""
+        return self.own.__dict__.setdefault("groups", [[]])
 
     @property
     def stores(self) -> list[Any]:
@@ -125,11 +136,15 @@ class Program:
         """What has to be waited for before a partition ends."""
         assert not self.stores, "a copy that nobody waited for"
         assert not self.products, "a product that nobody waited for"
+        assert not any(self.groups), "a copy into shared memory that nobody waited for"
 
     @staticmethod
     def load(where: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
         at = torch.as_tensor(where.at)
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
+        if not where.flat.numel():
+            assert not mask.any(), "reads what there is not"
+            return torch.full(mask.shape, other, dtype=torch.float64)
         return torch.where(mask, where.flat[torch.where(mask, at, 0)].double(), other)
 
     @staticmethod
@@ -164,6 +179,18 @@ class Program:
         target.x.fill_(float("nan"))
         bar.copies.append((source, at, target))
         self.wake()
+
+    def ask_for(self, target: Shared, where: Pointer, mask: Any = None) -> None:
+        target.x.fill_(float("nan"))
+        self.groups[-1].append((target, self.load(where, mask)))
+
+    def commit(self) -> None:
+        self.groups.append([])
+
+    def wait_group(self, pending: int) -> None:
+        while len(self.groups) > pending + 1:
+            for target, x in self.groups.pop(0):
+                target.x.copy_(x)
 
     def wake(self) -> None:
         """Lets partitions that wait look again."""
@@ -246,7 +273,8 @@ class OnCpu:
         names = {
             "gl": program.gl, "tma": program.tma, "mbarrier": program.mbarrier, "fence_async_shared": program.fence,
             "warpgroup_mma": program.product, "warpgroup_mma_wait": program.products_wait, "mma_v2": program.small_product,
-            "thread_barrier": lambda: None, "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
+            "async_copy": program.async_copy, "thread_barrier": lambda: None,
+            "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
         }  # fmt: skip
         with ExitStack() as patches:
             for module in self.modules:
@@ -259,6 +287,10 @@ class OnCpu:
 
 def _assert(condition: bool) -> None:
     assert condition
+
+
+def _sums_along(x: Tensor, axis: int, _: Any, *, reverse: bool = False) -> Tensor:
+    return x.flip(axis).cumsum(axis).flip(axis) if reverse else x.cumsum(axis)
 
 
 def _argument(x: Any) -> Any:

@@ -12,6 +12,7 @@ from tests.kernels import cases_gated_norm as cases
 @pytest.mark.parametrize("shape", cases.SHAPES)
 def test_gated_norm(shape: tuple[int, int, int], norm: bool):
     cases.check(shape, "cpu", torch.float32, "triton", norm=norm)
+    cases.check_rows_for_two(shape, "cpu", torch.float32, "triton", norm=norm)
 
 
 def test_members():

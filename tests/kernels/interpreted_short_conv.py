@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.conv import short_conv
+from kernels.convolutions import conv_backward_triton
 from kernels.dispatch import use_backend
 from tests.kernels import cases_short_conv as cases
 
@@ -16,6 +17,16 @@ def test_options(options: tuple[int, bool, bool, bool]):
 @pytest.mark.parametrize("shape", cases.SHAPES)
 def test_shapes(shape: tuple[int, int, int]):
     cases.check(shape, (4, True, True, False), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 96), (16, 37, 6), (6, 24, 32)])
+@pytest.mark.parametrize("taps", [1, 3, 4])
+def test_walks_of_several_runs(shape: tuple[int, int, int], taps: int, monkeypatch: pytest.MonkeyPatch):
+    """Whole ones whose lanes lie in two runs, ragged ones, and a number of runs that four does not divide."""
+    monkeypatch.setattr(conv_backward_triton, "ENOUGH", 0)
+    monkeypatch.setattr(conv_backward_triton, "LONG_RUN", 16)
+    cases.check(shape, (taps, True, True, False), "cpu", torch.float32)
+    cases.check_two_terms(shape, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("options", [option for option in cases.OPTIONS if not option[3]])

@@ -4,11 +4,28 @@ import pytest
 import torch
 
 from kernels.dispatch import use_backend
+from kernels.narrow import ssd_backward_gluon, ssd_forward_gluon, ssd_launch, ssd_pieces_gluon
 from tests.kernels import cases_ssd as cases
+from tests.kernels.gluon_on_cpu import OnCpu
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES)
 def test_ssd(shape: cases.Shape):
+    cases.check(shape, "cpu", torch.float32)
+
+
+@pytest.fixture
+def one_warp(monkeypatch: pytest.MonkeyPatch):
+    """Kernels of one warp a program, whose roundings to 16 bit are none here; chunks as there."""
+    for module, name in ((ssd_forward_gluon, "ssd_forward"), (ssd_backward_gluon, "ssd_backward")):
+        monkeypatch.setattr(module, name, OnCpu(getattr(module, name), (module, ssd_pieces_gluon)))
+    monkeypatch.setattr(ssd_launch, "FP32_CHUNK", ssd_launch.CHUNK)
+    monkeypatch.setattr(ssd_launch, "_by_one_warp", lambda *_: True)
+
+
+@pytest.mark.usefixtures("one_warp")
+@pytest.mark.parametrize("shape", [*cases.SHAPES, cases.Shape(1, 64, 4, 1, 64, 16), cases.Shape(2, 70, 3, 1, 16, 8)])
+def test_one_warp(shape: cases.Shape):
     cases.check(shape, "cpu", torch.float32)
 
 

@@ -33,7 +33,7 @@ def test_compiles_for_sm90_without_spills(width: int, dtype: str, norm: bool):
     block = max(16, 1 << (width - 1).bit_length())
     tensors = dict.fromkeys(("x_ptr", "gate_ptr", "dy_ptr", "dx_ptr", "dgate_ptr"), dtype)
     tensors |= dict.fromkeys(("weight_ptr", "parts_ptr"), "*fp32+")
-    sizes = {"n_rows": "i32", "gate_stride": "i32", "width": "i32+", "eps": "fp32"}
+    sizes = {"n_rows": "i32", "gate_stride": "i32", "dgate_stride": "i32", "width": "i32+", "eps": "fp32"}
     flags = {"NORM": norm, "UNIT": 8, "ROWS": ROWS, "TILE": max(1, TILE_ELEMENTS // block), "BLOCK": block}
     used = compile_sm90(gated_norm_backward, tensors | sizes | flags, warps=1 if width <= ONE_WARP else WARPS)
     assert used.spilled == 0

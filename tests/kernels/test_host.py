@@ -24,7 +24,7 @@ FIRST = (2, 256, 4)
 LATER = ((3, 256, 4), (2, 333, 4), (2, 256, 5), (16, 64, 16), (1, 64, 1), (1, 4096, 2))
 """Batch, length and heads."""
 CHANNELS = 16
-"""Heads of the selective scan: its channels, as widths of heads elsewhere, are a constant of the kernels that fill a device."""
+"""Heads where they are channels that kernels take for a constant, as widths of heads elsewhere."""
 NAMES = (
     "linear", "constant_decay", "scalar_decay", "ssd", "delta", "gated_delta", "gla", "kda", "taylor", "scan", "selective_scan",
     "short_conv",
@@ -78,7 +78,7 @@ def forget_kernels() -> None:
 @pytest.mark.parametrize(("name", "width"), ROWS)
 def test_other_sizes_compile_nothing(name: KernelName, width: int, compiled: list[str]) -> None:
     with use_backend("triton"):
-        heads = CHANNELS if name == "selective_scan" else None
+        heads = CHANNELS if name in ("selective_scan", "short_conv") else None
         training_call(name, (*FIRST[:2], heads or FIRST[2]), width)()
         assert compiled
         for sizes in LATER:
