@@ -14,6 +14,6 @@ test-slow:  ## minutes long
 	$(PYTHON) -m pytest -m slow
 
 test-gpu:  ## needs a CUDA device; pytest-benchmark, where installed, would warn beside pytest-xdist
-	$(PYTHON) -m pytest -p no:benchmark -m gpu tests
+	$(PYTHON) -m pytest -p no:benchmark -m gpu tests  # side by side, with a record: -m tests.gpu.suite
 
 .PHONY: check test-slow test-gpu
