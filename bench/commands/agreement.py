@@ -7,7 +7,10 @@ from rich.table import Table
 from bench.commands.console import Output
 from bench.commands.request import Request, named_sweep
 from bench.errors import UserError
+from bench.outcome import identity_of
+from bench.points import Point
 from bench.published import Compared, Comparison, Figure, compare, load, sweep_points
+from bench.records import RunRecord
 from bench.selection import published_selection
 from bench.store import Store
 from bench.sweep import Sweep
@@ -47,10 +50,23 @@ def check(figure: Figure, sweep: Sweep, request: Request, output: Output) -> boo
     published = {experiment.point_id() for experiment in named_sweep(request).experiments}
     if not all(experiment.point_id() in published for experiment in sweep.experiments):
         output.say(f"Not the recipe's own settings ({', '.join(request.settings)}): this compares, and does not reproduce.")
-    for text in (*warnings, *(f"{point.name}: {text}." for point in shown for text in point.warnings)):
+    older = _of_older_code(shown, records)
+    for text in (*warnings, *older, *(f"{point.name}: {text}." for point in shown for text in point.warnings)):
         output.say(f"Warning: {text}")
     _print_summary(comparison, output)
     return not comparison.missed
+
+
+def _of_older_code(shown: list[Point], records: list[RunRecord]) -> list[str]:
+    """Points whose every run was made by a mixer or task that reads otherwise now."""
+    by_point: dict[str, list[RunRecord]] = {point.id: [] for point in shown}
+    for record in records:
+        by_point.get(record.spec.point_id(), []).append(record)
+    return [
+        f"{point.name}: all of its runs are of older mixer or task code; without --dry-run this command trains them again."
+        for point in shown
+        if not any(identity_of(record.spec) == record.run_id for record in by_point[point.id])
+    ]
 
 
 def _print_values(comparison: Comparison, output: Output) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.cli.conftest import TINY, Bench, Outcome
@@ -39,6 +41,18 @@ def test_a_missed_hard_value_fails_and_a_soft_one_does_not(trained: tuple[Bench,
     code, rows = dry(trained[0], "hyena:train_features=true*2")
     assert (code, rows["Hyena d=64"]["target"], rows["Hyena d=64"]["verdict"]) == (0, "soft", "differs")
     assert rows["Attention d=64"]["verdict"] == "not run"  # this sweep does not hold it
+
+
+def test_runs_of_older_code_count_and_are_named(trained: tuple[Bench, Outcome]) -> None:
+    bench = trained[0]
+    shutil.copytree(bench.folder / "runs", bench.folder / "older")
+    for record in list((bench.folder / "older").glob("*/record.json")):
+        record.write_text(record.read_text().replace(record.parent.name, "0" + record.parent.name[1:]))
+        record.parent.rename(record.parent.with_name("0" + record.parent.name[1:]))
+    for store, named in (("runs", False), ("older", True)):
+        found = bench("synthetic", *README, "--dry-run", "--mixer=attention", f"--store={bench.folder / store}")
+        assert ("all of its runs are of older mixer or task code" in found.out) == named
+        assert "1 differs" in found.out
 
 
 def test_the_dry_run_trains_nothing(trained: tuple[Bench, Outcome]) -> None:
