@@ -161,16 +161,17 @@ def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, length: int) -> Tensor
 
     A lag is c F + f, and its power a product: two short tables and a matrix product instead of an exponential for each lag.
     """
-    coarse = -(-length // FINE)
-    near_HFM2 = _powers(step_HM2, torch.arange(FINE, device=step_HM2.device))
-    far_HCM2 = times(2 * gain_HM2[:, None], _powers(step_HM2, FINE * torch.arange(coarse, device=step_HM2.device)))
-    conjugate_HFM2 = torch.stack((near_HFM2[..., 0], -near_HFM2[..., 1]), -1)
+    near_re_HFM, near_im_HFM = _powers(step_HM2, torch.arange(FINE, device=step_HM2.device))
+    re_HCM, im_HCM = _powers(step_HM2, FINE * torch.arange(-(-length // FINE), device=step_HM2.device))
+    gain_re_H1M, gain_im_H1M = (2 * gain_HM2[:, None]).unbind(-1)
+    far = torch.cat((re_HCM * gain_re_H1M - im_HCM * gain_im_H1M, re_HCM * gain_im_H1M + im_HCM * gain_re_H1M), -1)
+    near = torch.cat((near_re_HFM, -near_im_HFM), -1)
     with torch.autocast(step_HM2.device.type, enabled=False):
-        return torch.bmm(far_HCM2.flatten(2), conjugate_HFM2.flatten(2).mT).flatten(1)[:, :length]
+        return torch.bmm(far, near.mT).flatten(1)[:, :length]
 
 
-def _powers(step_HM2: Tensor, lag_L: Tensor) -> Tensor:
-    """exp(step lag) as pairs (real, imaginary), [H, L, M, 2]."""
+def _powers(step_HM2: Tensor, lag_L: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(step lag), real and imaginary parts [H, L, M]: as pairs they would be a tensor of their own in memory."""
     lag_L1 = lag_L[:, None]
     size_HLM, angle_HLM = (step_HM2[:, None, :, 0] * lag_L1).exp(), step_HM2[:, None, :, 1] * lag_L1
-    return torch.stack((size_HLM * angle_HLM.cos(), size_HLM * angle_HLM.sin()), -1)
+    return size_HLM * angle_HLM.cos(), size_HLM * angle_HLM.sin()

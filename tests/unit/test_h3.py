@@ -1,9 +1,9 @@
-"""H3's shift filter against the state space model that it stands for."""
+"""H3's filters against the state space models that they stand for."""
 
 import pytest
 import torch
 
-from mixers.h3 import H3
+from mixers.h3 import H3, _impulse_response
 
 
 @pytest.mark.parametrize("d_state", [2, 16, 64])
@@ -23,3 +23,15 @@ def test_shift_filter_is_the_impulse_response(d_state):
         weight_DK = torch.randn_like(want_DK)
         want = torch.autograd.grad(want_DK, weights, weight_DK, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(got_DK, weights, weight_DK), want)
+
+
+@pytest.mark.parametrize(("modes", "length"), [(1, 1), (8, 40), (64, 256)])
+def test_impulse_response_is_the_sum_over_modes(modes, length):
+    step = torch.stack((-0.05 * torch.rand(3, modes), torch.pi * torch.rand(3, modes)), -1).double().requires_grad_()
+    gain = torch.randn(3, modes, 2, dtype=torch.float64, requires_grad=True)
+    powers = torch.exp(torch.view_as_complex(step)[..., None] * torch.arange(length))
+    want = 2 * (torch.view_as_complex(gain)[..., None] * powers).sum(1).real
+    got, weight = _impulse_response(step, gain, length), torch.randn_like(want)
+    torch.testing.assert_close(got, want)
+    true = torch.autograd.grad(want, (step, gain), weight)
+    torch.testing.assert_close(torch.autograd.grad(got, (step, gain), weight), true)
