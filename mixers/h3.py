@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from kernels.channels import from_channels, to_channels
 from kernels.conv import gated_long_conv, long_conv
+from kernels.correlation import correlation
+from kernels.pairs import times
 from kernels.rows import pick_times
 from mixers._base import Caps, Mixer, State, mixer
 from mixers._filters import continue_conv, history, step_conv
@@ -66,7 +68,7 @@ class H3(Mixer):
             y_ND = from_channels(self._mixed(x_BTD).flatten(1), self.o_proj.weight)
             return (y_ND + self.o_proj.bias.to(y_ND.dtype)).unflatten(0, x_BTD.shape[:2]), None
         q, k, v = self.qkv_proj(x_BTD).chunk(3, -1)
-        k, past = continue_conv(k, self._shift_filter(), state["shift"])
+        k, past = continue_conv(k, self._shift_filter(self.d_state), state["shift"])
         kv_BIJTH = self._split(k)[:, :, None] * self._split(v)[:, None]
         y_BIJTH = long_conv(kv_BIJTH.flatten(0, 2), self._filter(x_BTD.shape[1])).view_as(kv_BIJTH)
         step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
@@ -86,7 +88,7 @@ class H3(Mixer):
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`: h <- a h + k v^T, o = q (2 Re C B h + D k v^T)."""
         q_BD, k, v = self.qkv_proj(x_BD).chunk(3, -1)
-        k, past = step_conv(k, self._shift_filter(), state["shift"])
+        k, past = step_conv(k, self._shift_filter(self.d_state), state["shift"])
         k, v = (self._split(a[:, None])[:, :, 0] for a in (k, v))
         kv_BIJH = k[:, :, None] * v[:, None]
         step_HM, gain_HM = (torch.view_as_complex(pair) for pair in self._modes())
@@ -126,7 +128,7 @@ class H3(Mixer):
         size_HM = 0.5 * torch.log1p(-4 * half_decay_HM / below_HM)
         turn_HM = torch.atan2(half_turn_HM, 1 - half_decay_HM) + torch.atan2(half_turn_HM, 1 + half_decay_HM)
         held_HM2 = torch.stack((1 + half_decay_HM, half_turn_HM), -1) * (dt_H1 / below_HM)[..., None]
-        gain_HM2 = _times(_times(self.readout.to(wide), self.write_in.to(wide)), held_HM2)
+        gain_HM2 = times(times(self.readout.to(wide), self.write_in.to(wide)), held_HM2)
         return torch.stack((size_HM, turn_HM), -1), gain_HM2
 
     def _split(self, a_BTD: Tensor) -> Tensor:
@@ -136,13 +138,11 @@ class H3(Mixer):
     def _mixed(self, x_BTD: Tensor) -> Tensor:
         """What is read of a sequence from nothing, channel by channel: [D, B, T]."""
         qkv_EBT = to_channels(x_BTD.flatten(0, 1), self.qkv_proj.weight).unflatten(1, x_BTD.shape[:2])
-        return gated_long_conv(qkv_EBT, self.qkv_proj.bias, self._filter(x_BTD.shape[1]), self._shift_filter())
+        return gated_long_conv(qkv_EBT, self.qkv_proj.bias, self._filter(x_BTD.shape[1]), self._shift_filter(x_BTD.shape[1]))
 
-    def _shift_filter(self) -> Tensor:
-        """Taps of the shift SSM [D, K]; its skip is one at lag 0."""
-        with torch.autocast(self.shift_taps.device.type, enabled=False):
-            reversed_DK = long_conv(self.shift_taps.flip(1).t()[None], self.shift_in)[0].t()
-        taps_DK = reversed_DK.flip(1)  # tap l is sum_n in_n taps_{n + l}
+    def _shift_filter(self, length: int) -> Tensor:
+        """The shift SSM's taps of the lags below `length`, no more than it has, [D, K]; its skip is one at lag 0."""
+        taps_DK = correlation(self.shift_in, self.shift_taps, min(length, self.d_state))
         return torch.cat((taps_DK[:, :1] + self.shift_skip[:, None], taps_DK[:, 1:]), 1)
 
     def _filter(self, length: int) -> Tensor:
@@ -161,21 +161,17 @@ def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, length: int) -> Tensor
 
     A lag is c F + f, and its power a product: two short tables and a matrix product instead of an exponential for each lag.
     """
-    coarse = -(-length // FINE)
-    near_HFM2 = _powers(step_HM2, torch.arange(FINE, device=step_HM2.device))
-    far_HCM2 = _times(2 * gain_HM2[:, None], _powers(step_HM2, FINE * torch.arange(coarse, device=step_HM2.device)))
-    conjugate_HFM2 = torch.stack((near_HFM2[..., 0], -near_HFM2[..., 1]), -1)
+    near_re_HFM, near_im_HFM = _powers(step_HM2, torch.arange(FINE, device=step_HM2.device))
+    re_HCM, im_HCM = _powers(step_HM2, FINE * torch.arange(-(-length // FINE), device=step_HM2.device))
+    gain_re_H1M, gain_im_H1M = (2 * gain_HM2[:, None]).unbind(-1)
+    far = torch.cat((re_HCM * gain_re_H1M - im_HCM * gain_im_H1M, re_HCM * gain_im_H1M + im_HCM * gain_re_H1M), -1)
+    near = torch.cat((near_re_HFM, -near_im_HFM), -1)
     with torch.autocast(step_HM2.device.type, enabled=False):
-        return torch.bmm(far_HCM2.flatten(2), conjugate_HFM2.flatten(2).mT).flatten(1)[:, :length]
+        return torch.bmm(far, near.mT).flatten(1)[:, :length]
 
 
-def _powers(step_HM2: Tensor, lag_L: Tensor) -> Tensor:
-    """exp(step lag) as pairs (real, imaginary), [H, L, M, 2]."""
+def _powers(step_HM2: Tensor, lag_L: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(step lag), real and imaginary parts [H, L, M]: as pairs they would be a tensor of their own in memory."""
     lag_L1 = lag_L[:, None]
     size_HLM, angle_HLM = (step_HM2[:, None, :, 0] * lag_L1).exp(), step_HM2[:, None, :, 1] * lag_L1
-    return torch.stack((size_HLM * angle_HLM.cos(), size_HLM * angle_HLM.sin()), -1)
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Complex product on the last axis (real, imaginary)."""
-    return torch.stack((a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1], a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]), -1)
+    return size_HLM * angle_HLM.cos(), size_HLM * angle_HLM.sin()
