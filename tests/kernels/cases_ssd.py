@@ -102,6 +102,8 @@ def check(
     true = run({n: x.to(device).double().requires_grad_() for n, x in tensors.items()}, lambda *args: definition(*args, shape))
     assert got["y"].dtype == got["convolved"].dtype == dtype
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)
+    stored = (upstream.to(got["y"]).double() * got["convolved"].double()).unflatten(-1, (shape.H, shape.P)).sum((0, 1, 3))
+    require_close({"dskip": got["dskip"]}, {"dskip": stored}, SINGLE["dskip"])  # nothing but what is stored is rounded
 
 
 def check_members(device: str, backend: str = "triton", dtype: torch.dtype = torch.float32) -> None:
