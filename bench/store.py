@@ -125,16 +125,8 @@ class Store:
 
     def load(self) -> tuple[list[RunRecord], list[str]]:
         """All valid records, oldest first, and a warning for each file that is not one; nothing is ever deleted."""
-        records: list[RunRecord] = []
-        warnings: list[str] = []
-        for path in sorted(self.root.glob("*/record.json")):
-            record, warning = _parse(path, RunRecord, SCHEMA_VERSION)
-            if record is not None:
-                records.append(record)
-            elif warning:
-                warnings.append(warning)
-        records.sort(key=lambda record: (record.started, record.run_id))
-        return records, warnings
+        records, warnings = self._load("*/record.json", RunRecord, SCHEMA_VERSION)
+        return sorted(records, key=lambda record: (record.started, record.run_id)), warnings
 
     def write_speed(self, record: SpeedRecord) -> Path:
         """Writes one row of `bench throughput`; an earlier measurement of the same thing is replaced."""
@@ -145,16 +137,8 @@ class Store:
 
     def load_speed(self) -> tuple[list[SpeedRecord], list[str]]:
         """All valid rows of `bench throughput`, oldest first, and a warning for each file that is not one."""
-        records: list[SpeedRecord] = []
-        warnings: list[str] = []
-        for path in sorted(self.root.glob("speed/*.json")):
-            record, warning = _parse(path, SpeedRecord, SCHEMA_VERSION)
-            if record is not None:
-                records.append(record)
-            elif warning:
-                warnings.append(warning)
-        records.sort(key=lambda record: (record.started, record.speed_id))
-        return records, warnings
+        records, warnings = self._load("speed/*.json", SpeedRecord, SCHEMA_VERSION)
+        return sorted(records, key=lambda record: (record.started, record.speed_id)), warnings
 
     def curve(self, run_id: str) -> pd.DataFrame | None:
         """The learning curve of a run, or None."""
@@ -198,16 +182,8 @@ class Store:
 
     def load_evals(self) -> tuple[list[EvalRecord], list[str]]:
         """All valid evaluations, oldest first, and a warning for each file that is not one."""
-        records: list[EvalRecord] = []
-        warnings: list[str] = []
-        for path in sorted(self.root.glob("*/eval.json")):
-            record, warning = _parse(path, EvalRecord, EVAL_SCHEMA_VERSION)
-            if record is not None:
-                records.append(record)
-            elif warning:
-                warnings.append(warning)
-        records.sort(key=lambda record: (record.started, record.eval_id))
-        return records, warnings
+        records, warnings = self._load("*/eval.json", EvalRecord, EVAL_SCHEMA_VERSION)
+        return sorted(records, key=lambda record: (record.started, record.eval_id)), warnings
 
     def eval_items(self, eval_id: str) -> pd.DataFrame | None:
         """The items of an evaluation (columns item, metric, filter, value, given, wanted), or None."""
@@ -215,6 +191,11 @@ class Store:
 
         path = self.path(eval_id) / "items.parquet"
         return pd.read_parquet(path) if path.exists() else None
+
+    def _load(self, pattern: str, kind: type[Record], newest: int) -> tuple[list[Record], list[str]]:
+        """The valid records among the files of a pattern, and a warning for each of the others."""
+        parsed = [_parse(path, kind, newest) for path in sorted(self.root.glob(pattern))]
+        return [record for record, _ in parsed if record is not None], [warning for _, warning in parsed if warning]
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -1,15 +1,12 @@
-"""The page's charts as Vega-Lite specifications without data; `page.js` fills in the named data sets.
-
-Colours and shapes stand in the data as literal values (a scale of None), so one specification serves both themes and any
-set of mixers.
-"""
+"""The page's charts of synthetic tasks as Vega-Lite specifications without data; `page.js` fills in the named data sets."""
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import altair as alt
+
+from bench.report.chart_parts import BYTES, FIT, ROOM, TOOLTIP, LayeredChart, accuracy, ceilings, finish, in_lines, literal
 
 AXES = {
     "state": ("state_bytes", "State, bytes a sequence (log scale)"),
@@ -20,40 +17,6 @@ AXES = {
 """Choices of the Pareto plot's horizontal axis: the field and the axis title."""
 
 SECONDS_AXES = {"step": "Training step (log scale)", "examples": "Training examples seen (log scale)"}
-
-BYTES = (
-    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? format(datum.value / 1024, '.3~r') + ' KiB' : "
-    "format(datum.value / 1048576, '.3~r') + ' MiB'"
-)
-"""How an axis writes bytes."""
-ZOOM = {
-    "name": "zoom",
-    "bind": "scales",
-    "select": {"type": "interval", "zoom": "wheel![event.shiftKey]", "clear": "dblclick"},
-}
-"""Drag to move, Shift and wheel to zoom (so that the page still scrolls), double-click to reset. It is set on one layer by
-hand, because Altair would set it on the whole chart, some of whose layers have no field on one axis."""
-ZOOMED = ("points", "curves", "speeds")
-LayeredChart = alt.LayerChart | alt.FacetChart
-FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
-ROOM = {"left": 5, "top": 5, "right": 18, "bottom": 5}
-"""Around charts whose last label is centred near the right edge, which fitting does not count."""
-TOOLTIP = {
-    "name": "point",
-    "mixer": "mixer",
-    "task_title": "task",
-    "accuracy_text": "accuracy",
-    "interval_text": "interval",
-    "n": "seeds",
-    "state_text": "state",
-    "published_text": "as published",
-    "read_text": "read a token",
-    "parameters_text": "parameters",
-    "lr_text": "learning rate",
-    "speed_text": "examples/s",
-    "hardware": "hardware",
-    "commit": "commit",
-}
 
 PANEL_AXES = {"state": "State as published, bytes a sequence (log scale)", "width": "Model width (log scale)"}
 """Horizontal axis of a published figure: its state bytes, or the width where it gives none."""
@@ -79,36 +42,6 @@ def specs() -> dict[str, Any]:
         "families": finish(_family_map()),
         "curves": {axis: finish(_curves(axis)) for axis in SECONDS_AXES},
     }
-
-
-def finish(chart: LayeredChart) -> dict[str, Any]:
-    """The specification without Altair's default configuration, which the page's themes replace."""
-    spec = chart.to_dict()
-    spec.pop("config", None)
-    for layer in spec["layer"]:
-        if layer.get("name") in ZOOMED:
-            layer["params"] = [ZOOM]
-    return spec
-
-
-def literal(field: str) -> dict[str, Any]:
-    """Encoding options of a field whose values are colours or shapes themselves."""
-    return {"shorthand": f"{field}:N", "scale": None, "legend": None}
-
-
-def in_lines(title: str) -> list[str]:
-    """The title of a horizontal axis in lines that fit under the chart of a page 400 pixels wide, which would cut them off."""
-    return textwrap.wrap(title, 36)
-
-
-def accuracy(field: str, title: str) -> alt.Y:
-    """The vertical axis of accuracies."""
-    return alt.Y(
-        f"{field}:Q",
-        title=title,
-        scale=alt.Scale(domain=[-0.08, 1.06], nice=False),
-        axis=alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1]),
-    )
 
 
 def _pareto(axis: str) -> LayeredChart:
@@ -192,14 +125,6 @@ def _published(axis: str) -> LayeredChart:
         padding=ROOM,
         description="Published accuracies as hollow marks, ours filled with intervals; the numbers are in the table below.",
     )
-
-
-def ceilings() -> LayeredChart:
-    """Horizontal lines: accuracy of solvers that do not solve the task."""
-    base = alt.Chart(alt.NamedData(name="ceilings")).encode(y=accuracy("y", "Mean test accuracy"))
-    rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
-    text = base.mark_text(align="right", baseline="bottom", dy=-3, style="note", x="width").encode(text="label:N")
-    return alt.layer(rule, text)
 
 
 def _bits(x: alt.X) -> LayeredChart:

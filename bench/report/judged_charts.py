@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import altair as alt
 
-from bench.report.charts import BYTES, LayeredChart, in_lines
+from bench.report.chart_parts import BYTES, FIT, LayeredChart, accuracy, finish, in_lines, literal
 
 DASHES = [[1, 0], [1, 0], [6, 3], [2, 2]]
 """Solid for models and students, dashed for the untrained window, dotted for ablations."""
-_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 _BEFORE_NAMES = alt.Scale(type="point", padding=0, range=[40, alt.ExprRef("max(width - 210, 0.6 * width)")])
 """Points of an axis that leaves room on the right for names at the ends of lines, of a narrow page two fifths."""
 _NAMES = alt.ExprRef("min(195, 0.4 * width - 15)")
 """Pixels of such a name; a longer one ends with an ellipsis, the tooltip has it whole."""
+_share = partial(accuracy, least=-0.04)
 
 
 def specs() -> dict[str, Any]:
@@ -26,23 +27,7 @@ def specs() -> dict[str, Any]:
         "judged_answers": _answers(),
         "bridge": _bridge(),
     }
-    found = {name: chart.to_dict() for name, chart in made.items()}
-    for spec in found.values():
-        spec.pop("config", None)
-    return found
-
-
-def _literal(field: str) -> dict[str, Any]:
-    return {"shorthand": f"{field}:N", "scale": None, "legend": None}
-
-
-def _share(field: str, title: str) -> alt.Y:
-    return alt.Y(
-        f"{field}:Q",
-        title=title,
-        scale=alt.Scale(domain=[-0.04, 1.06], nice=False),
-        axis=alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1]),
-    )
+    return {name: finish(chart) for name, chart in made.items()}
 
 
 def _tooltips(**fields: str) -> list[alt.Tooltip]:
@@ -57,21 +42,21 @@ def _pareto() -> LayeredChart:
         axis=alt.Axis(labelExpr=BYTES, tickCount=4, labelOverlap=True),
     )
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x)
-    stroke = alt.Stroke(**_literal("color"))
+    stroke = alt.Stroke(**literal("color"))
     tooltip = [*_tooltips(state_text="state", front="on the front"), alt.Tooltip("y:Q", title="recall", format=".1%")]
     bars = base.mark_rule(strokeWidth=2, opacity=0.7).encode(y=_share("low", "Recall"), y2="high:Q", stroke=stroke)
     marks = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
         y=_share("y", "Recall"),
         stroke=stroke,
-        fill=alt.Fill(**_literal("color")),
-        shape=alt.Shape(**_literal("shape")),
+        fill=alt.Fill(**literal("color")),
+        shape=alt.Shape(**literal("shape")),
         tooltip=tooltip,
     )
     names = base.mark_text(align="left", dx=9, dy=-9, style="name").encode(y=_share("y", "Recall"), text="label:N")
     return alt.layer(bars, marks, names).properties(
         width="container",
         height=340,
-        autosize=_FIT,
+        autosize=FIT,
         description="Mean accuracy over all recall items against bytes of state, one point a model; see the table.",
     )
 
@@ -82,7 +67,7 @@ def _lengths() -> LayeredChart:
     bars = (
         alt.Chart(alt.NamedData(name="values"))
         .mark_rule(strokeWidth=1.5, opacity=0.5)
-        .encode(x=x, y=_share("low", "Recall"), y2="high:Q", stroke=alt.Stroke(**_literal("color")))
+        .encode(x=x, y=_share("low", "Recall"), y2="high:Q", stroke=alt.Stroke(**literal("color")))
     )
     said = "Mean accuracy over the recall items of each length, one line a model; see the table."
     return _lines(x, _share("y", "Recall"), tooltip, said, bars)
@@ -98,16 +83,16 @@ def _speed() -> LayeredChart:
 def _lines(x: alt.X, y: alt.Y, tooltip: list[alt.Tooltip], said: str, *below: alt.Chart) -> LayeredChart:
     """A line with points for every model, named at its end where there is room."""
     base = alt.Chart(alt.NamedData(name="values")).encode(x=x, y=y)
-    stroke = alt.Stroke(**_literal("color"))
+    stroke = alt.Stroke(**literal("color"))
     dash = alt.StrokeDash(
         "kind:N", scale=alt.Scale(domain=["model", "student", "untrained", "ablation"], range=DASHES), legend=None
     )
     line = base.mark_line(strokeWidth=2).encode(stroke=stroke, strokeDash=dash, detail="name:N")
     marks = base.mark_point(size=60, strokeWidth=2, opacity=1).encode(
-        stroke=stroke, fill=alt.Fill(**_literal("color")), shape=alt.Shape(**_literal("shape")), tooltip=tooltip
+        stroke=stroke, fill=alt.Fill(**literal("color")), shape=alt.Shape(**literal("shape")), tooltip=tooltip
     )
     names = base.mark_text(align="left", dx=9, limit=_NAMES, style="name").encode(text="label:N")
-    return alt.layer(*below, line, marks, names).properties(width="container", height=340, autosize=_FIT, description=said)
+    return alt.layer(*below, line, marks, names).properties(width="container", height=340, autosize=FIT, description=said)
 
 
 def _answers() -> alt.FacetChart:
@@ -146,9 +131,9 @@ def _bridge() -> LayeredChart:
         alt.Tooltip("y:Q", title="recall", format=".1%"),
     ]
     marks = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
-        stroke=alt.Stroke(**_literal("color")),
-        fill=alt.Fill(**_literal("color")),
-        shape=alt.Shape(**_literal("shape")),
+        stroke=alt.Stroke(**literal("color")),
+        fill=alt.Fill(**literal("color")),
+        shape=alt.Shape(**literal("shape")),
         tooltip=tooltip,
     )
     side = "datum.x > 0.4 ? {} : {}"  # names have more room on the left of these points, and would be cut off on their right
@@ -157,6 +142,6 @@ def _bridge() -> LayeredChart:
     return alt.layer(marks, names).properties(
         width="container",
         height=340,
-        autosize=_FIT,
+        autosize=FIT,
         description="MQAR accuracy of each mixer against recall of the models converted with it; see the table.",
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from bench.report.charts import FIT, TOOLTIP, LayeredChart, accuracy, ceilings, finish, in_lines, literal
+from bench.report.chart_parts import FIT, TOOLTIP, LayeredChart, accuracy, ceilings, finish, in_lines, literal
 
 _RECALL_TOOLTIP = {
     "name": "point",

@@ -12,7 +12,8 @@ from browsing import MARKS, clipped, ready, redrawn
 from playwright.sync_api import Page
 
 from bench.report.build import build_report
-from bench.report.charts import AXES, in_lines
+from bench.report.chart_parts import in_lines
+from bench.report.charts import AXES
 
 ROWS = "#points tbody tr:visible"
 
