@@ -50,7 +50,7 @@ def resolve_device(wanted: str) -> Device:
         return Device(kind, f"Device: {name} ({count} visible), bf16 autocast, Triton kernels where they fit.")
     if base == "cuda":
         raise UserError(
-            "--device cuda was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch."
+            f"--device {wanted} was given, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch."
         )
     return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels (no CUDA device was found).")
 

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bench import catalog
-from bench.errors import UserError, unknown
+from bench.errors import UserError, nearest_literal, unknown
 from bench.spec import Frozen, LayerSpec, ModelSpec, TrainSpec
 from bench.sweep import Experiment, Sweep
 
@@ -135,4 +135,5 @@ def _validated(experiment: Experiment, update: dict[str, Any], setting: str) -> 
         return Experiment.model_validate({**experiment.model_dump(), **update})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"--set {setting} is not valid: {first['msg'].lower()}, got {first['input']!r}.") from None
+        got = f"got {first['input']!r}.{nearest_literal(first)}"
+        raise UserError(f"--set {setting} is not valid: {first['msg'].lower()}, {got}") from None

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import catalog
 from bench.commands.console import Output, bytes_text, seconds_text
 from bench.commands.doctor import kernels_clash
 from bench.convert.resolve import resolve_recipe
 from bench.convert.spec import Recipe
 from bench.device import resolve_device
 from bench.errors import UserError, unknown
+from bench.hub import go_offline_without_hub
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,24 @@ def run(request: ConvertRequest, output: Output) -> int:
         seed=request.seed,
     )
     device = resolve_device(request.device)
+    _check_words(request, recipe)
 
     from bench.convert import parallel
 
     with parallel.group(device.kind):
         return _run(request, recipe, parallel.local_device(device.kind), output, first=parallel.rank() == 0)
+
+
+def _check_words(request: ConvertRequest, recipe: Recipe) -> None:
+    """What is wrong whatever the teacher is, said before it is loaded, which may take minutes."""
+    if not Path(request.model).exists():
+        go_offline_without_hub()
+    from bench.convert.data import check_sources
+
+    if recipe.plan.mixer is not None:
+        mixer = catalog.load("mixer", recipe.plan.mixer)
+        catalog.check_options("mixer", recipe.plan.mixer, mixer, recipe.plan.options)
+    check_sources(recipe.data)
 
 
 def _run(request: ConvertRequest, recipe: Recipe, device: str, output: Output, *, first: bool) -> int:

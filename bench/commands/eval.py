@@ -98,9 +98,10 @@ def run(request: EvalRequest, output: Output) -> int:
     device = resolve_device(request.device)
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own lines tell the progress; it must be set before tqdm is loaded
 
-    from bench.judge.sources import go_offline_without_hub
+    from bench.hub import go_offline_without_hub
 
     go_offline_without_hub()
+    _check_paths(request)
     evaluation = _plan(request, names, device.kind, output)
     jobs = evaluation.jobs if request.rerun else evaluation.missing()
     _say_plan(evaluation, jobs, device.sentence, output)
@@ -123,6 +124,22 @@ def run(request: EvalRequest, output: Output) -> int:
         output.say(f"Report: {summary.path}")
         output.emit("report", {"path": str(summary.path)})
     return 0
+
+
+def _check_paths(request: EvalRequest) -> None:
+    """Files and folders that are not there, said before a model is loaded."""
+    from bench.judge import packaged
+    from bench.judge.sources import check_data_folder
+    from bench.judge.text import DOCSTRINGS, running_text
+
+    for folder in request.include:
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}; --include-path takes a folder of lm-eval tasks.")
+    if request.data_dir is not None:
+        check_data_folder(request.data_dir)
+    packaged.item_source(request.items)
+    if request.text != DOCSTRINGS:
+        running_text(request.text)
 
 
 def _plan(request: EvalRequest, names: list[str], device: str, output: Output) -> Evaluation:

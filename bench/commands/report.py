@@ -12,12 +12,14 @@ def run(root: Path, out: Path, task: str | None, paper: Path | None, output: Out
     """Writes the report.
 
     Raises:
-        UserError: the store is empty, or holds nothing of the task.
+        UserError: the store is empty, or holds nothing of the task, or something else lies where a folder or file is to go.
     """
     from bench.points import points
     from bench.report.build import build_report
-    from bench.report.paper import paper_figures
+    from bench.report.paper import check_folder, paper_figures
 
+    if paper is not None:
+        check_folder(paper)
     store = Store(root)
     summary = build_report(store, out, task=task)
     for warning in summary.warnings:

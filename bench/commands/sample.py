@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bench.commands.console import Output, seconds_text
 from bench.device import resolve_device
 from bench.errors import UserError
+from bench.hub import go_offline_without_hub
 from bench.store import atomic_write
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def run(
     if (out / "tokens.npy").exists():
         raise UserError(f"{out} holds a corpus already; choose another --out.")
     resolved = resolve_device(device)
+    if not Path(model).exists():
+        go_offline_without_hub()
     import numpy as np
     import torch
 

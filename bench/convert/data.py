@@ -136,6 +136,19 @@ def load_data(sources: Iterable[Source], tokenizer: Any, vocab_size: int, seed: 
     return TrainingData(corpora, tokenizer, seed)
 
 
+def check_sources(sources: Iterable[Source]) -> None:
+    """Looks for the files and folders of sources; data sets are asked for when they are read.
+
+    Raises:
+        UserError: one that is not there or holds no text.
+    """
+    for source in sources:
+        if source.kind == "text":
+            documents(source)
+        elif source.kind == "corpus":
+            _sampled(Path(source.where))
+
+
 def _tokens(source: Source, tokenizer: Any, cap: int) -> np.ndarray:
     if source.kind == "recall":
         return np.zeros(0, dtype=np.int32)

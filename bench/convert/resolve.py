@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from bench import catalog
 from bench.convert import rendered
 from bench.convert.spec import LayerPlan, Recipe, Source, Stage
-from bench.errors import UserError, unknown
+from bench.errors import UserError, nearest_literal, unknown
 from bench.grammar import parse_value
 
 KINDS = ("text", "dataset", "packages", "corpus", "recall")
@@ -26,6 +26,8 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith(".toml") else Path(__file__).parent / "recipes" / f"{name}.toml"
     if not path.is_file():
+        if name.endswith(".toml"):
+            raise UserError(f"There is no recipe file {name}; `bench list conversions` names the recipes that need none.")
         raise unknown("recipe", name, catalog.conversions(), fix="A file of your own is named as ./file.toml.")
     try:
         return _validated({"name": path.stem, **tomllib.loads(path.read_text(encoding="utf-8"))}, name)
@@ -85,6 +87,7 @@ def _validated(fields: dict[str, Any], name: str) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"The recipe {name} with these settings is not valid: {where}: {first['msg'].removeprefix('Value error, ')}."
+            f"{nearest_literal(first)}"
         ) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.errors import UserError
+from bench.errors import UserError, nearest
 from bench.judge import packaged
 from bench.judge.sources import data_folder
 from bench.judge.suites import OFFLINE, PACKAGED_ITEMS, PER_LENGTH, TASK_FOLDER
@@ -117,9 +116,8 @@ def load_tasks(wanted: Wanted) -> TaskSet:
         manager = _task_index((TASK_FOLDER, *wanted.include), json.dumps(metadata), defaults=True)
     for name in wanted.names:
         if name not in manager.all_tasks and not Path(name).is_file():
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"Unknown task {name!r}: none of lm-eval's {len(manager.all_tasks):,} names.{hint}")
+            near = nearest(name, manager.all_tasks)
+            raise UserError(f"Unknown task {name!r}: none of lm-eval's {len(manager.all_tasks):,} names.{near}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     missing: dict[str, Exception] = {}
     with data_folder(wanted.data_dir), warnings.catch_warnings():

@@ -1,49 +1,24 @@
-"""Where the items of a task come from: the hub, a local folder shaped like it, or nothing that can be reached."""
+"""Where the items of a task come from if not from the hub: a local folder shaped like it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
-from urllib.parse import urlsplit
 
 from bench.errors import UserError
 
-PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-SECONDS = 3.0
-"""How long the hub may take to answer a connection."""
 
+def check_data_folder(folder: Path) -> None:
+    """Refuses a folder that is not there.
 
-def go_offline_without_hub() -> bool:
-    """Asks the hub once and, if it cannot be reached, tells the libraries, which would otherwise retry for a minute per set.
-
-    Must run before `huggingface_hub` is imported.
-
-    Returns:
-        Whether the hub can be reached.
+    Raises:
+        UserError: with what such a folder holds.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if any(os.environ.get(name) for name in PROXIES):
-        return True
-    # Name resolution has no time limit of its own, and without a network it takes most of a minute.
-    asked = Thread(target=_connect, args=(host.hostname or "", host.port or 443, answers := []), daemon=True)
-    asked.start()
-    asked.join(SECONDS)
-    if not answers:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    return bool(answers)
-
-
-def _connect(host: str, port: int, answers: list[bool]) -> None:
-    with contextlib.suppress(OSError):
-        socket.create_connection((host, port), timeout=SECONDS).close()
-        answers.append(True)
+    if not folder.is_dir():
+        raise UserError(f"There is no data folder {folder}; --data-dir takes a folder that holds OWNER/NAME folders as on the hub.")
 
 
 @contextlib.contextmanager
@@ -62,8 +37,7 @@ def data_folder(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    if not folder.is_dir():
-        raise UserError(f"There is no data folder {folder}; --data-dir takes a folder that holds OWNER/NAME folders as on the hub.")
+    check_data_folder(folder)
     from datasets import config
 
     before, home = config.HF_DATASETS_CACHE, Path.cwd()

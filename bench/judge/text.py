@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.convert.data import HELD_OUT
+from bench.convert.data import HELD_OUT, check_sources
 from bench.convert.measure import agreement_by_row
 from bench.convert.resolve import parse_source
+from bench.convert.spec import Source
 from bench.convert.texts import documents
 from bench.errors import UserError
 from bench.judge import packaged
@@ -41,15 +42,25 @@ def held_out_tokens(source: str, tokenizer: Any, rows: int, length: int) -> Tens
     if source == DOCSTRINGS:
         found = list(itertools.islice(_tokens(packaged.docstrings(), tokenizer), needed))
     else:
-        parsed = parse_source(source)
-        if parsed.kind not in ("text", "dataset", "packages"):
-            raise UserError(f"--text {source!r} is no running text; give text:PATH, dataset:NAME, packages or {DOCSTRINGS}.")
-        tokens = np.fromiter(_tokens(documents(parsed), tokenizer), dtype=np.int64)
+        tokens = np.fromiter(_tokens(documents(running_text(source)), tokenizer), dtype=np.int64)
         found = tokens[len(tokens) - min(needed, int(len(tokens) * HELD_OUT)) :].tolist()
     whole = len(found) // length
     if whole == 0:
         raise UserError(f"--text {source} has {len(found):,} held-out tokens; a sequence takes {length:,}. Give more text.")
     return torch.tensor(found[: whole * length]).view(whole, length)
+
+
+def running_text(source: str) -> Source:
+    """A source as `bench convert --data` writes it, if it is one of running text.
+
+    Raises:
+        UserError: another kind of source, or a file or folder that is not there.
+    """
+    parsed = parse_source(source)
+    if parsed.kind not in ("text", "dataset", "packages"):
+        raise UserError(f"--text {source!r} is no running text; give text:PATH, dataset:NAME, packages or {DOCSTRINGS}.")
+    check_sources([parsed])
+    return parsed
 
 
 def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[int]:

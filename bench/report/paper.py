@@ -36,6 +36,17 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
+def check_folder(folder: Path) -> None:
+    """Looks, before anything else is written, whether the folder of figures is there or can be made.
+
+    Raises:
+        UserError: a file stands in its place or above it.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"The folder {folder} cannot be made ({there} is a file); choose another one with --paper.")
+
+
 def paper_figures(points: Sequence[Point], folder: Path, *, store: Store | None = None) -> list[Path]:
     """Writes the Pareto plot, the heat map and, given the store, the learning curves of each task.
 

@@ -30,7 +30,9 @@ BAD = [
     (["--recipe", "lolcats", "--set", "stages.rl=1"], "Did you mean"),
     (["--recipe", "lolcats", "--set", "stages.3.lr=1"], "the recipe has 2 stages"),
     (["--recipe", "lolcats", "--set", "stages.lr=-1"], "stages.0.lr"),
+    (["--recipe", "./absent.toml"], "There is no recipe file ./absent.toml"),
     (["--recipe", "lolcats", "--set", "plan.combine=both"], "plan.combine"),
+    (["--recipe", "lolcats", "--set", "plan.combine=gat"], "Did you mean 'gate'?"),
     (["--recipe", "swa", "--window", "0"], "needs a mixer, a window, or both"),
     (["--recipe", "lolcats", "--data", "text:missing.txt"], "There is no text file or folder missing.txt"),
     (["--recipe", "lolcats", "--data", "txt:a"], "Unknown data source"),
@@ -54,6 +56,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(arguments: list[str], sent
     assert err.startswith("bench: ")
     assert len(err.strip().splitlines()) == 1
     assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--mixer", "glaa"], ["--mixer", "gla:rank=2"], ["--data", "text:missing"], ["--data", "corpus:no"]])
+def test_what_any_teacher_would_refuse_is_said_before_one_is_loaded(arguments: list[str], text: Path, work: Path, monkeypatch):
+    monkeypatch.setattr(pretrained, "load", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    assert convert(work / "model", text, "--recipe", "lolcats", *arguments)[0] == 2
 
 
 def test_an_existing_folder_is_not_touched(teacher_folder: Path, text: Path, work: Path):
