@@ -183,7 +183,7 @@ def _filled(data: dict[str, Any], **parts: Any) -> str:
             axes=charts.AXES,
             data=Markup(_script_json(data)),
             css=Markup((HERE / "page.css").read_text("utf-8")),
-            scripts=[Markup((HERE / name).read_text("utf-8")) for name in ("table.js", "page.js")],
+            scripts=[Markup((HERE / name).read_text("utf-8")) for name in ("table.js", "text.js", "page.js")],
             bundle=Markup(vl_convert.javascript_bundle()),  # pyright: ignore[reportCallIssue] - its stub forgets the default
         )
     )

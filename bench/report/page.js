@@ -52,41 +52,15 @@
     return { ...point, x: point[data.axes[state.axis]], color, fill: point.n > 1 ? color : "transparent", shape: mixer.shape };
   }
 
-  function humanBytes(count) {
-    for (const unit of ["B", "KiB", "MiB"]) {
-      if (count < 1024) return `${count < 100 ? Number(count.toPrecision(3)) : Math.round(count)} ${unit}`;
-      count /= 1024;
-    }
-    return `${Math.round(count)} GiB`;
-  }
-
-  // Names beside the points of the front: up and left where space is free, down and right at the left edge. A name that
-  // would cover another is left out, and so are all on a narrow page; the caption lists the whole front.
-  function withNames(front, points, width) {
-    const costs = points.map((p) => Math.log(p.x));
-    const least = Math.min(...costs), span = Math.max(...costs) - least || 1;
-    const taken = [];
-    const named = front.map((p) => ({ ...p, left_name: "", right_name: "" }));
-    for (const p of width > 500 ? named : []) {
-      const x = ((Math.log(p.x) - least) / span) * (width - 180), y = -350 * p.accuracy, long = 6.5 * p.name.length;
-      const atEdge = x < long - 20;
-      const box = atEdge ? { x0: x, x1: x + long, y: y + 14 } : { x0: x - long, x1: x, y: y - 10 };
-      if (taken.some((other) => box.x0 < other.x1 && other.x0 < box.x1 && Math.abs(box.y - other.y) < 13)) continue;
-      taken.push(box);
-      p[atEdge ? "left_name" : "right_name"] = p.name;
-    }
-    return named;
-  }
-
   function paretoData(task, width) {
     const points = data.points.filter((p) => p.task === task.id && isShown(p) && p.accuracy !== null).map(drawn).filter((p) => p.x > 0);
-    const front = withNames(points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x), points, width);
+    const front = ChartText.ofFront(points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x), points, width);
     // A need far below every state would squeeze the points into a corner: it becomes a note at the left edge.
     const least = Math.min(...points.map((p) => p.x));
     const wide = width > 500;
     const need = task.bits / 8;
     const off = need < least / 8;
-    const label = wide ? `needed for ${task.bits_cell}: ${humanBytes(need)}` : `needed: ${humanBytes(need)}`;
+    const label = wide ? `needed for ${task.bits_cell}: ${ChartText.bytes(need)}` : `needed: ${ChartText.bytes(need)}`;
     const bits = points.length && need > 0 ? [{ x: off ? least : need, off, label: off ? `◂ ${label}${wide ? ", left of this plot" : ""}` : label }] : [];
     const ceilings = Object.entries(task.lines).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
     return { points, front, bits, ceilings };
@@ -140,31 +114,12 @@
     return { values };
   }
 
-  // Names beside marks, from the top down; one that would cover another is left out. Places are in pixels.
-  function placeNames(marks, width) {
-    const taken = [];
-    for (const mark of [...marks].sort((a, b) => a.y - b.y)) {
-      Object.assign(mark.row, { left_name: "", right_name: "" });
-      const long = 6.5 * mark.text.length, onLeft = mark.leftToo && mark.x > width - long - 130;
-      const box = onLeft ? { x0: mark.x - long, x1: mark.x, y: mark.y } : { x0: mark.x, x1: mark.x + long, y: mark.y };
-      if (width < 500 || taken.some((other) => box.x0 < other.x1 && other.x0 < box.x1 && Math.abs(box.y - other.y) < 13)) continue;
-      taken.push(box);
-      mark.row[onLeft ? "left_name" : "right_name"] = mark.text;
-    }
-  }
-
-  // Where values of a logarithmic axis lie between 0 and 1.
-  function placed(values) {
-    const logs = values.map(Math.log), least = Math.min(...logs), span = Math.max(...logs) - least || 1;
-    return logs.map((log) => (log - least) / span);
-  }
-
   // Accuracy against the speed that is chosen, for the points that have one.
   function recallData(task, width) {
     const points = data.speed.recall.filter((item) => item.mode === state.speed && byId[item.point].task === task.id).filter((item) => isShown(byId[item.point]) && byId[item.point].accuracy !== null)
       .map((item) => ({ ...drawn(byId[item.point]), ...item, speed_text: Math.round(item.tokens_per_second).toLocaleString("en") }));
-    const across = placed(points.map((p) => p.tokens_per_second));
-    placeNames(points.map((row, i) => ({ row, text: row.name, leftToo: true, x: across[i] * (width - 120), y: -350 * row.accuracy })), width);
+    const across = ChartText.placed(points.map((p) => p.tokens_per_second));
+    ChartText.beside(points.map((row, i) => ({ row, text: row.name, leftToo: true, x: across[i] * (width - 120), y: -350 * row.accuracy })), width);
     const ceilings = Object.entries(task.lines).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
     return { points, ceilings };
   }
@@ -186,8 +141,8 @@
         tokens_text: Math.round(row.tokens_per_second).toLocaleString("en"), bound_text: `${text(row.bound_ratio)} (${row.bound_by})`, peer_text: `${text(row.peer_ratio)} ${row.peer}`,
       };
     });
-    const last = speeds.filter((row) => row.last), down = placed(last.map((row) => row.tokens_per_second)), across = placed([...last.map((row) => row.length), 1]);
-    placeNames(last.map((row, i) => ({ row, text: row.series, x: across[i] * width, y: -350 * down[i] })), width);
+    const last = speeds.filter((row) => row.last), down = ChartText.placed(last.map((row) => row.tokens_per_second)), across = ChartText.placed([...last.map((row) => row.length), 1]);
+    ChartText.beside(last.map((row, i) => ({ row, text: row.series, x: across[i] * width, y: -350 * down[i] })), width);
     const lengths = speeds.map((row) => row.length), first = Math.min(...lengths) / 1.2, end = Math.max(...lengths);
     // The axis goes on behind the last length for the longest name there, at most for two fifths of it.
     const longest = Math.max(0, ...last.filter((row) => row.length === end).map((row) => (row.right_name ?? "").length));
@@ -255,7 +210,7 @@
   function frontText(task) {
     const front = paretoData(task, 0).front;
     if (!front.length) return "";
-    const cost = (p) => (state.axis === "parameters" ? p.parameters_text : humanBytes(p.x));
+    const cost = (p) => (state.axis === "parameters" ? p.parameters_text : ChartText.bytes(p.x));
     return `Front, cheapest first: ${front.map((p) => `${p.name} (${cost(p)}, ${p.accuracy_text})`).join(" → ")}.`;
   }
 

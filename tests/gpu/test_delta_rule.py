@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
+from tests.gpu.compiled import require_nothing_new
 from tests.gpu.test_linear_recurrence import outputs_and_gradients, rms_error
 
 pytestmark = pytest.mark.gpu
@@ -207,14 +208,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
             o, _ = linear_recurrence(q, k, v, log_decay=decay.requires_grad_(), beta_BTH=beta.requires_grad_())
         o.float().sum().backward()
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-    run(2, 64, 2)
-    before = compiled()
-    for sizes in ((1, 1, 1), (3, 77, 5), (16, 1024, 16)):
-        run(*sizes)
-    assert compiled() == before
+    require_nothing_new(kernels, run, (2, 64, 2), (1, 1, 1), (3, 77, 5), (16, 1024, 16))
 
 
 def test_forward_and_backward_inside_a_cuda_graph() -> None:

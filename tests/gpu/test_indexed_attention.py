@@ -12,6 +12,7 @@ from kernels.indexed import chosen_launch
 from kernels.indexed.indexed_op import indexed_attention
 from kernels.indexed_attention import block_attention, decode_attention, sparse_attention
 from kernels.sparse_masks import mask
+from tests.gpu.compiled import require_nothing_new
 from tests.kernels.oracle import rms_error
 
 pytestmark = pytest.mark.gpu
@@ -150,14 +151,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         q, k, v = draw((batch, heads, kv_heads, length, 64), torch.bfloat16)
         indexed_attention(q, k, v, None, None, "band", [64, 0, 0, 0])[0].float().sum().backward()
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-    run(2, 2, 2, 100)
-    before = compiled()
-    for sizes in ((1, 1, 1, 1), (3, 5, 5, 77), (16, 16, 4, 2048)):
-        run(*sizes)
-    assert compiled() == before
+    require_nothing_new(kernels, run, (2, 2, 2, 100), (1, 1, 1, 1), (3, 5, 5, 77), (16, 16, 4, 2048))
 
 
 def test_inside_a_cuda_graph() -> None:

@@ -14,6 +14,7 @@ from kernels.reference import linear_recurrence_reference
 from kernels.walks import walk_hopper_plan
 from kernels.walks.walk import Inputs
 from kernels.walks.walk_pieces import n_segments
+from tests.gpu.compiled import require_nothing_new
 
 pytestmark = pytest.mark.gpu
 
@@ -269,14 +270,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
             o, _ = linear_recurrence(q, k, v, log_decay=decay.requires_grad_())
         o.float().sum().backward()
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-    run(2, 64, 2)
-    before = compiled()
-    for sizes in ((1, 1, 1), (3, 77, 5), (16, 1024, 16), (1, 2048, 3), (1, 1024, 100)):
-        run(*sizes)
-    assert compiled() == before
+    require_nothing_new(kernels, run, (2, 64, 2), (1, 1, 1), (3, 77, 5), (16, 1024, 16), (1, 2048, 3), (1, 1024, 100))
 
 
 def test_inside_a_cuda_graph() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from kernels.dispatch import use_backend
 from kernels.step import recurrent_step, states_in_place
+from tests.gpu.compiled import require_nothing_new
 from tests.kernels import cases_step as cases
 
 pytestmark = pytest.mark.gpu
@@ -59,13 +60,9 @@ def test_replayed_steps_are_a_sequence() -> None:
 def test_new_batches_and_heads_compile_nothing() -> None:
     from kernels.steps.step_triton import step_kernel
 
-    def compiled() -> int:
-        return sum(len(caches[0]) for caches in step_kernel.device_caches.values())
-
-    counts = []
-    for batch, heads in ((2, 2), (1, 1), (3, 4), (16, 16)):
+    def run(batch: int, heads: int) -> None:
         state = torch.zeros(batch, heads, 32, 32, device="cuda")
         q, k, v = torch.randn(3, batch, heads, 32, device="cuda", dtype=torch.bfloat16)
         recurrent_step(q, k, v, state, beta_BH=torch.rand(batch, heads, device="cuda"))
-        counts.append(compiled())
-    assert len(set(counts)) == 1
+
+    require_nothing_new((step_kernel,), run, (2, 2), (1, 1), (3, 4), (16, 16))

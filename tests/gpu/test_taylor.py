@@ -10,6 +10,7 @@ import torch
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
 from kernels.taylor_features import taylor_launch
+from tests.gpu.compiled import require_nothing_new
 from tests.kernels.oracle import rms_error
 
 pytestmark = pytest.mark.gpu
@@ -121,14 +122,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
             o, _ = taylor_attention(q, k, v, eps=1e-6)
         o.float().sum().backward()
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-    run(2, 1024, 2)
-    before = compiled()
-    for sizes in ((1, 1, 1), (3, 777, 5), (16, 2048, 16)):
-        run(*sizes)
-    assert compiled() == before
+    require_nothing_new(kernels, run, (2, 1024, 2), (1, 1, 1), (3, 777, 5), (16, 2048, 16))
 
 
 def test_inside_a_cuda_graph() -> None:

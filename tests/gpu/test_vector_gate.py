@@ -10,6 +10,7 @@ from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
 from kernels.vector_gates import vector_gate, vector_gate_hopper_launch
+from tests.gpu.compiled import require_nothing_new
 from tests.kernels import cases_vector_gate as cases
 from tests.kernels.oracle import rms_error
 
@@ -134,14 +135,7 @@ def test_a_new_batch_length_or_head_count_compiles_nothing() -> None:
         with use_backend("triton"):
             cases.with_gradients(linear_recurrence, {name: x.cuda().requires_grad_() for name, x in narrow.items()})
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-    run(2, 64, 2)
-    before = compiled()
-    for sizes in ((1, 1, 1), (3, 77, 5), (16, 1024, 16)):
-        run(*sizes)
-    assert compiled() == before
+    require_nothing_new(kernels, run, (2, 64, 2), (1, 1, 1), (3, 77, 5), (16, 1024, 16))
 
 
 @pytest.mark.parametrize("delta", [False, True])

@@ -19,6 +19,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from tests.kernels.gluon_functions import functions
 from tests.kernels.gluon_memory import Barrier, Descriptor, Pointer, Shared
 
 
@@ -30,50 +31,13 @@ class Program:
         self.own = threading.local()
         self.turn = threading.Condition()
         self.alive, self.failed = 1, []
-        numbers = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bfloat16": torch.float64}
         self.gl = types.SimpleNamespace(
-            **numbers,
-            constexpr=None,
-            program_id=lambda _: torch.tensor(index),
-            num_programs=lambda _: torch.tensor(programs),
-            arange=lambda start, stop, _=None: torch.arange(start, stop),
-            zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=torch.float64),
-            full=lambda shape, x, *_: torch.full(shape, x, dtype=torch.float64),
-            where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
-            minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-            maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
-            exp2=torch.exp2,
-            abs=torch.abs,
-            associative_scan=_sums_along,
-            log=torch.log,
-            log2=torch.log2,
-            cdiv=lambda a, b: -(-a // b),
-            barrier=lambda: None,
-            sum=lambda x, axis: x.sum(axis),
-            fma=lambda a, b, c: a * b + c,
-            join=lambda a, b: torch.stack((a, b), -1),
-            split=lambda x: (x[..., 0], x[..., 1]),
-            convert_layout=lambda x, *_, **__: x,
-            static_range=range,
-            static_assert=_assert,
+            **functions(index, programs),
             load=self.load,
             store=self.store,
             inline_asm_elementwise=self.ask,
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialize,
-            **dict.fromkeys(
-                (
-                    "SliceLayout",
-                    "BlockedLayout",
-                    "DotOperandLayout",
-                    "DistributedLinearLayout",
-                    "SharedLinearLayout",
-                    "NVMMADistributedLayout",
-                    "NVMMASharedLayout",
-                    "SwizzledSharedLayout",
-                ),
-                lambda *_, **__: None,
-            ),
         )
         self.async_copy = types.SimpleNamespace(
             async_copy_global_to_shared=self.ask_for, commit_group=self.commit, wait_group=self.wait_group
@@ -283,14 +247,6 @@ class OnCpu:
                         patches.enter_context(patch.object(module, name, getattr(x, "value", getattr(x, "fn", x))))
             self.kernel.fn(**arguments)
         program.check()
-
-
-def _assert(condition: bool) -> None:
-    assert condition
-
-
-def _sums_along(x: Tensor, axis: int, _: Any, *, reverse: bool = False) -> Tensor:
-    return x.flip(axis).cumsum(axis).flip(axis) if reverse else x.cumsum(axis)
 
 
 def _argument(x: Any) -> Any:
