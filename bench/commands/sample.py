@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +60,8 @@ def run(
     if start is None:
         raise UserError(f"The tokenizer of {model} has no token that begins a text; sampling needs bos or eos.")
     torch.manual_seed(seed)
-    began, texts, found = time.monotonic(), [], 0
-    while found < tokens:
-        texts.append(_drawn(teacher, start, tokenizer.pad_token_id, batch, length, temperature))
-        found += texts[-1].size
-        rate = found / (time.monotonic() - began)
-        output.say(f"{found:,}/{tokens:,} tokens, {rate:,.0f} tokens/s, {seconds_text(max(0, tokens - found) / rate)} left")
-    corpus = np.concatenate(texts)[:tokens]
+    draw = partial(_drawn, teacher, start, tokenizer.pad_token_id, batch, length, temperature)
+    corpus = np.concatenate(list(_texts(draw, tokens, output)))[:tokens]
     buffer = io.BytesIO()
     np.save(buffer, corpus, allow_pickle=False)
     facts = {
@@ -82,6 +79,17 @@ def run(
     output.emit("sampled", facts)
     output.say(f"Wrote {len(corpus):,} tokens to {out}; use them with --data corpus:{out}.")
     return 0
+
+
+def _texts(draw: Callable[[], np.ndarray], tokens: int, output: Output) -> Iterator[np.ndarray]:
+    """Draws until there are so many tokens, and says how far it is."""
+    began, found = time.monotonic(), 0
+    while found < tokens:
+        texts = draw()
+        found += texts.size
+        rate = found / (time.monotonic() - began)
+        output.say(f"{found:,}/{tokens:,} tokens, {rate:,.0f} tokens/s, {seconds_text(max(0, tokens - found) / rate)} left")
+        yield texts
 
 
 def _drawn(teacher: Any, start: int, padding: Any, batch: int, length: int, temperature: float) -> np.ndarray:

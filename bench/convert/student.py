@@ -158,13 +158,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = self.new_cache()
-        padding_BT = None
-        if attention_mask is not None:
-            if position_ids is None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
-            # One new token is always real, and asking would wait for the device.
-            if given.shape[1] > 1 and not bool((recent := attention_mask[:, -given.shape[1] :].bool()).all()):
-                padding_BT = recent
+        if attention_mask is not None and position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
         if labels is None and self._may_record(input_ids, cache):
             from bench.convert.decode import recorded_step
 
@@ -180,7 +175,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            padding_BT=padding_BT,
+            padding_BT=_padding(attention_mask, given.shape[1]),
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -222,6 +217,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """`generate` leaves it to `forward` to make the cache."""
         return False
+
+
+def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Which of the last `length` positions are real [B, T], or None if all are."""
+    if attention_mask is None or length == 1:  # one new token is always real, and asking would wait for the device
+        return None
+    recent_BT = attention_mask[:, -length:].bool()
+    return None if bool(recent_BT.all()) else recent_BT
 
 
 def build_student(teacher: Any, plans: list[LayerPlan | None]) -> LinearizedForCausalLM:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from kernels.dispatch import use_backend
 from kernels.indexed import indexed_launch
 from kernels.indexed.indexed_op import indexed_attention
 from kernels.indexed_attention import block_attention, choose_blocks, decode_attention
-from tests.benchmarks.facts import facts
+from tests.benchmarks.facts import facts, swept
 from tests.benchmarks.linear_recurrence import ceilings, graph_ms
 
 # batch, heads of q, heads of k and v, length, head dim, window
@@ -190,14 +188,8 @@ def compile_one(candidate: Candidate) -> None:
 
 
 def sweep() -> list[dict]:
-    """The window of 128 keys with every candidate, compiled by several processes beforehand."""
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, candidates()))
-    rows = []
-    for candidate in candidates():
-        rows.append(try_one(candidate, 8, 2048))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    """The window of 128 keys with every candidate."""
+    return swept(candidates(), compile_one, lambda candidate: try_one(candidate, 8, 2048))
 
 
 def main() -> None:

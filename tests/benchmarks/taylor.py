@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from kernels import _replay
 from kernels.dispatch import use_backend
 from kernels.taylor import n_features, taylor_attention
 from kernels.taylor_features import taylor_launch
-from tests.benchmarks.facts import facts
+from tests.benchmarks.facts import facts, swept
 from tests.benchmarks.linear_recurrence import CHUNK_OF_FLOPS, ceilings, graph_ms
 
 # batch, length, heads, width of q and k, width of v
@@ -125,14 +123,8 @@ def compile_one(candidate: tuple[str, taylor_launch.Config, int]) -> None:
 
 
 def sweep() -> list[dict]:
-    """The main shape with every candidate, compiled by several processes beforehand."""
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, candidates()))
-    rows = []
-    for candidate in candidates():
-        rows.append(try_one(candidate, MAIN))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    """The main shape with every candidate."""
+    return swept(candidates(), compile_one, lambda candidate: try_one(candidate, MAIN))
 
 
 def main() -> None:
