@@ -84,7 +84,7 @@ def test_nothing_is_loaded_from_elsewhere(built):
     styles_and_ours = re.findall(r"<style>(.*?)</style>", built[2], re.S) + re.findall(
         r'"use strict";(.*?)</script>', built[2], re.S
     )
-    assert len(styles_and_ours) == 3
+    assert len(styles_and_ours) == 4
     for text in styles_and_ours:
         assert not re.search(r"@import|url\(|https?://|\bfetch\(|XMLHttpRequest|\bimport\(|WebSocket|sendBeacon", text)
 
@@ -120,7 +120,7 @@ def test_hostile_labels_stay_text(tmp_path: Path):
     assert evil not in page
     assert "<img src=x" not in page
     assert page_data(page)["points"][0]["label"] == evil
-    assert sum(tag == "script" for tag, _ in Elements(page).found) == 4
+    assert sum(tag == "script" for tag, _ in Elements(page).found) == 5
 
 
 def test_unreadable_files_are_skipped_and_said(tmp_path: Path):
