@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from bench.errors import UserError
 from bench.launch import LaunchError
 from bench.launch.remote import End, Job, RemoteWorkers, Said, choose_device
 from bench.spec import Frozen
+
+
+REACH_SECONDS = 10.0
 
 
 class RayOptions(Frozen):
@@ -134,13 +138,25 @@ def connect(address: str) -> Any:
     if ray.is_initialized():
         return ray
     try:
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--launch ray found no Ray cluster at {address} ({_one_line(error)}); start one with `ray start --head`, or "
             "name its head with --launch ray:address=HOST:PORT."
         ) from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """Opens a connection to a head that is named as host:port, and closes it: Ray would try a dead one for many minutes.
+
+    Raises:
+        OSError: nobody answers there.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
 
 
 def ray_device(options: RayOptions, wanted: str) -> Device:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/no_ray_cluster_has_its_files_here")
     with pytest.raises(UserError, match="no Ray cluster at auto"):
         connect(RayOptions().address)
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid:6379", "127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_head_that_does_not_answer(address: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"no Ray cluster at {address}"):
+        connect(address)
+    assert time.monotonic() - began < 60  # Ray itself would go on for many minutes
 
 
 @pytest.mark.parametrize(
