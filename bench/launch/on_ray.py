@@ -17,7 +17,6 @@ from bench.launch import LaunchError
 from bench.launch.remote import End, Job, RemoteWorkers, Said, choose_device
 from bench.spec import Frozen
 
-
 REACH_SECONDS = 10.0
 
 
