@@ -45,20 +45,16 @@ def _halves(cat: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(inputs) != 2 or axis not in (-1, own.ndim - 1):
         return None
     left, right = (before_views(one) for one in inputs)
-    if (
-        left is None
-        or right is None
-        or not _is_result(left, 0, (ops.short_conv_backward.default, ops.short_conv_backward_of_two.default))
-    ):
+    if left is None or right is None or not _is_result(left, 0, ops.short_conv_backward.default):
         return None
     widths = {one.meta["val"].shape[-1] for one in (left, right, *inputs)}
-    return (left, right) if _is_result(right, 1, (ops.gated_norm_backward.default,)) and len(widths) == 1 else None
+    return (left, right) if _is_result(right, 1, ops.gated_norm_backward.default) and len(widths) == 1 else None
 
 
-def _is_result(node: fx.Node, index: int, targets: tuple[object, ...]) -> bool:
-    """Whether a node is a certain result of one of some operators."""
+def _is_result(node: fx.Node, index: int, target: object) -> bool:
+    """Whether a node is a certain result of an operator."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
-    return source is not None and node.target == operator.getitem and bool(node.args[1] == index) and source.target in targets
+    return source is not None and node.target == operator.getitem and bool(node.args[1] == index) and source.target == target
 
 
 def _join(graph: fx.Graph, cat: fx.Node, left: fx.Node, right: fx.Node) -> None:
@@ -73,9 +69,7 @@ def _join(graph: fx.Graph, cat: fx.Node, left: fx.Node, right: fx.Node) -> None:
         made = _result(graph, beside, 1)
         shape = [*left.meta["val"].shape[:-1], rows.shape[-1]]
         made = _viewed(graph, made, shape)
-        dy, *others = conv.args
-        terms = (dy, None, *others) if conv.target == ops.short_conv_backward.default else conv.args
-        arguments = dict(zip(INTO, (*terms, made), strict=True))
+        arguments = dict(zip(INTO, (*conv.args, made), strict=True))
         into = graph.call_function(auto_functionalized, (ops.short_conv_backward_into.default,), arguments)
         into.meta["val"] = (*conv.meta["val"][1:], made.meta["val"])
         filled = _viewed(graph, _result(graph, into, 2), list(cat.meta["val"].shape))

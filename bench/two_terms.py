@@ -27,11 +27,11 @@ class TakeTwoTerms(CustomGraphPass):
         for node in graph.find_nodes(op="call_function", target=torch.ops.mixer_bench.short_conv_backward.default):
             gradient = node.all_input_nodes[0]
             added = before_views(gradient)
-            if added is None or not _is_sum_of_stored(added):
+            if node.args[1] is not None or added is None or not _is_sum_of_stored(added):
                 continue
             with graph.inserting_before(node):
                 terms = [_shaped(graph, term, gradient.meta["val"]) for term in added.all_input_nodes]
-                both = graph.call_function(torch.ops.mixer_bench.short_conv_backward_of_two.default, (*terms, *node.args[1:]))
+                both = graph.call_function(node.target, (*terms, *node.args[2:]))
             both.meta.update({key: of for key, of in node.meta.items() if key != "eager_input_vals"})  # of other arguments
             node.replace_all_uses_with(both)
             erase_unused(graph, node)

@@ -27,20 +27,12 @@ def short_conv_operator(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | Non
 
 @operator("mixer_bench::short_conv_backward")
 def _backward_operator(
-    dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+    dy_BTD: Tensor, beside_BTD: Tensor | None, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the taps, and of the bias, empty where there is none."""
-    from kernels.convolutions.conv_backward_triton import backward
+    """Gradients of x, of the taps, and of the bias, empty where there is none.
 
-    with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
-        return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu)
-
-
-@operator("mixer_bench::short_conv_backward_of_two")
-def _backward_of_two_operator(
-    dy_BTD: Tensor, beside_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where the gradient of the outputs is the sum of two tensors; put into graphs by `bench.two_terms`."""
+    The outputs' gradient may be the sum of two tensors: `bench.two_terms` puts the second one into graphs.
+    """
     from kernels.convolutions.conv_backward_triton import backward
 
     with torch.cuda.device_of(dy_BTD):  # Triton launches on the current device
@@ -65,18 +57,14 @@ def _backward_into_operator(
         return backward(dy_BTD, x_BTD, weight_MDK, bias_MD, silu, beside=beside_BTD, out=out)[1:]
 
 
+def _like_weights(weight_MDK: Tensor, bias_MD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What gradients of the taps and the bias look like."""
+    return weight_MDK.new_empty(weight_MDK.shape), weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
+
+
 @_backward_into_operator.register_fake
-def _(
-    dy_BTD: Tensor,
-    beside_BTD: Tensor | None,
-    x_BTD: Tensor,
-    weight_MDK: Tensor,
-    bias_MD: Tensor | None,
-    silu: bool,
-    rows_BTR: Tensor,
-) -> tuple[Tensor, Tensor]:
-    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
-    return weight_MDK.new_empty(weight_MDK.shape), dbias_MD
+def _(dy_BTD, beside_BTD, x_BTD, weight_MDK: Tensor, bias_MD: Tensor | None, silu, rows_BTR) -> tuple[Tensor, Tensor]:
+    return _like_weights(weight_MDK, bias_MD)
 
 
 @short_conv_operator.register_fake
@@ -85,17 +73,10 @@ def _(x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> 
 
 
 @_backward_operator.register_fake
-def _(dy_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
-    return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
-
-
-@_backward_of_two_operator.register_fake
 def _(
-    dy_BTD: Tensor, beside_BTD: Tensor, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
+    dy_BTD: Tensor, beside_BTD: Tensor | None, x_BTD: Tensor, weight_MDK: Tensor, bias_MD: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dbias_MD = weight_MDK.new_empty(0) if bias_MD is None else bias_MD.new_empty(bias_MD.shape)
-    return x_BTD.new_empty(x_BTD.shape), weight_MDK.new_empty(weight_MDK.shape), dbias_MD
+    return x_BTD.new_empty(x_BTD.shape), *_like_weights(weight_MDK, bias_MD)
 
 
 def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
@@ -105,7 +86,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tenso
 
 def _differentiate(ctx, dy_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
     x_BTD, weight_MDK, bias_MD = ctx.saved_tensors
-    dx_BTD, dweight_MDK, dbias_MD = _backward_operator(dy_BTD, x_BTD, weight_MDK, bias_MD, ctx.silu)
+    dx_BTD, dweight_MDK, dbias_MD = _backward_operator(dy_BTD, None, x_BTD, weight_MDK, bias_MD, ctx.silu)
     return dx_BTD, dweight_MDK, None if bias_MD is None else dbias_MD, None
 
 
@@ -159,7 +140,7 @@ def _differentiate_step(ctx, dy_BD: Tensor, dtail_BPD: Tensor) -> tuple[Tensor |
     x_BD, tail_BPD, weight_MDK, bias_MD = ctx.saved_tensors
     window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)
     dy_BKD = torch.cat((torch.zeros_like(window_BKD[:, 1:]), dy_BD[:, None]), dim=1)
-    dwindow_BKD, dweight_MDK, dbias_MD = _backward_operator(dy_BKD, window_BKD, weight_MDK, bias_MD, ctx.silu)
+    dwindow_BKD, dweight_MDK, dbias_MD = _backward_operator(dy_BKD, None, window_BKD, weight_MDK, bias_MD, ctx.silu)
     dwindow_BKD = dwindow_BKD + torch.cat((torch.zeros_like(dy_BKD[:, :1]), dtail_BPD.to(x_BD.dtype)), dim=1)
     dbias_MD = None if bias_MD is None else dbias_MD
     return dwindow_BKD[:, -1], dwindow_BKD[:, :-1].to(tail_BPD.dtype), dweight_MDK, dbias_MD, None

@@ -63,10 +63,10 @@ def check_two_terms(shape: tuple[int, int, int], device: str, dtype: torch.dtype
     weight, bias = torch.randn(1, width, 4, device=device), torch.randn(1, width, device=device)
     operators = torch.ops.mixer_bench
     with use_backend("triton"), poisoned():
-        found = operators.short_conv_backward_of_two(*terms, x, weight, bias, True)
+        found = operators.short_conv_backward(*terms, x, weight, bias, True)
         rows = torch.ones(*shape[:2], width + 3, device=device, dtype=dtype)
         beside = operators.short_conv_backward_into(*terms, x, weight, bias, True, rows)
-        want = operators.short_conv_backward(terms[0].float() + terms[1].float(), x.float(), weight, bias, True)
+        want = operators.short_conv_backward(terms[0].float() + terms[1].float(), None, x.float(), weight, bias, True)
     assert found[0].dtype == dtype
     assert all(torch.equal(a, b) for a, b in zip(found, (rows[..., :width], *beside), strict=True))
     assert bool((rows[..., width:] == 1).all())

@@ -30,9 +30,8 @@ def graph_of(kind: str) -> fx.GraphModule:
         gated = graph.add(ops.gated_norm_backward.default, *gate, None, 1e-5)
         dscan, dz = (result(graph, gated, index) for index in range(2))
         dscan = graph.add(aten.view.default, dscan, [MEMBERS * EACH, LENGTH, WIDTH])
-        terms = (dscan, x) if kind == "two terms" else (dscan,)
-        target = ops.short_conv_backward_of_two.default if kind == "two terms" else ops.short_conv_backward.default
-        convolved = graph.add(target, *terms, x, weight, None, True)
+        second = x if kind == "two terms" else None
+        convolved = graph.add(ops.short_conv_backward.default, dscan, second, x, weight, None, True)
         dx, dweight = (result(graph, convolved, index) for index in range(2))
         shape = [MEMBERS, EACH, LENGTH, WIDTH]
         halves = [graph.add(aten.view.default, dx, shape), graph.add(aten.view.default, dz, shape)]
