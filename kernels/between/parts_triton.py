@@ -73,8 +73,11 @@ def add_parts(
 
 
 @entry(do_not_specialize=("n_parts",))
-def dense_sum_kernel(first, second, first_out, second_out, n_parts, columns, BC: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Sums over the parts [S, C] of one of two tensors. Grid: (2 * blocks of columns,)."""
+def dense_sum_kernel(
+    first, second, first_out, second_out, n_parts, columns,
+    ROW: tl.constexpr, STRIDE: tl.constexpr, BC: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Sums over the parts [S, C] of one of two tensors, in rows of ROW that lie STRIDE apart. Grid: (2 * blocks of columns,)."""
     which, c = tl.program_id(0) % 2, tl.program_id(0) // 2 * BC + tl.arange(0, BC)
     s, inside = tl.arange(0, AT_ONCE), c < columns
     parts = first if which == 0 else second
@@ -84,12 +87,17 @@ def dense_sum_kernel(first, second, first_out, second_out, n_parts, columns, BC:
         place = (at + s).to(tl.int64)[:, None] * columns + c[None, :]
         part = tl.load(parts + place, mask=(at + s < n_parts)[:, None] & inside[None, :], other=0.0)
         total += tl.sum(part.to(tl.float32), 0)
-    tl.store(out + c, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (c // ROW * STRIDE + c % ROW), total.to(out.dtype.element_ty), mask=inside)
 
 
 def add_dense_parts(parts: tuple[Tensor, Tensor], outs: tuple[Tensor, Tensor]) -> None:
-    """Writes the sums over the first axis of two dense tensors of one shape and dtype, [S, ...], to two others, in one launch."""
-    columns = outs[0].numel()
+    """Writes the sums over the first axis of two dense tensors of one shape and dtype, [S, ...], to two others, in one launch.
+
+    These are dense too, or columns of wider rows.
+    """
+    columns, row, stride = outs[0].numel(), outs[0].shape[-1], outs[0].stride(-2)
+    if row == stride:  # one kernel for dense rows of all widths
+        row = stride = 1
     dense_sum_kernel[(2 * -(-columns // DENSE),)](
-        *parts, *outs, parts[0].shape[0], columns, BC=DENSE, AT_ONCE=DENSE_AT_ONCE, num_warps=4
+        *parts, *outs, parts[0].shape[0], columns, ROW=row, STRIDE=stride, BC=DENSE, AT_ONCE=DENSE_AT_ONCE, num_warps=4
     )

@@ -21,17 +21,18 @@ CHANNELS = 32
 """Channels of a program: a lane of a warp has one."""
 FULL = 800
 """Warps of 32 channels each, in all sequences, that fill a device."""
-KEPT_EACH, KEPT_STATES = 4, 16
-"""Tokens between two stored states where threads own channels, and the states of a channel there."""
+KEPT_EACH, OWN_STATES = 4, (8, 16, 24)
+"""Tokens between two stored states where threads own channels, and how many states a channel has there."""
 
 
 def threads_own_channels(x_BTD: Tensor, b_BTN: Tensor, *, gated: bool) -> bool:
     """Whether a thread owns a channel with all its states backward too, for which states are kept often, in bf16 as [B, S, D, N].
 
-    Their kernels mask nothing and sum over channels in bf16, and there are none for gates.
+    Their kernels mask nothing and sum over channels in bf16, and there are none for gates. Of more than 16 states a sequence keeps
+    each launch's apart (`kernels.scans.selective_scan_columns_launch`).
     """
     batch, length, width = x_BTD.shape
-    whole = length % TILE == 0 and width % CHANNELS == 0 and b_BTN.shape[2] == KEPT_STATES
+    whole = length % TILE == 0 and width % CHANNELS == 0 and b_BTN.shape[2] in OWN_STATES
     return whole and not gated and b_BTN.dtype in (torch.bfloat16, torch.float16) and batch * width // CHANNELS >= FULL
 
 

@@ -2,11 +2,12 @@
 
 A program is one warp with 32 channels of one sequence, and goes through it in tiles of `L` tokens from the end, of which it takes
 four at a time: the forward pass has kept the state before them, so states and factors of four tokens stay in registers, no
-exponential is taken twice, and sixteen recurrences hide each other's latency. States and their gradients go to shared memory in
-bf16, from where they come turned, as operands of the products that sum over channels. Nothing is masked: it takes whole tiles and
-whole warps.
+exponential is taken twice, and its recurrences hide each other's latency. States and their gradients go to shared memory in
+bf16, from where they come turned, as operands of the products that sum over channels: those of one token, or, if there are 8,
+of two. Nothing is masked: it takes whole tiles and whole warps. Channels with more states take a launch for each group of them.
 
-Shape legend: B batch, T time, D channels, P blocks of them, N = 16 states, L tokens of a tile, C = 32 channels of a program.
+Shape legend: B batch, T time, D channels, P blocks of them, N = 8 or 16 states, R = 16 rows of a product, L tokens of a tile,
+C = 32 channels of a program.
 """
 
 from __future__ import annotations
@@ -19,16 +20,14 @@ from kernels._entry import entry
 from kernels.scans.selective_scan_gluon import ROW_UNIT
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-STATES = gl.constexpr(16)
+ROWS = gl.constexpr(16)
 C = gl.constexpr(32)
-EACH = gl.constexpr(4)
-"""Tokens between two kept states."""
 
 
 @gluon.constexpr_function
-def columns_layout():
+def columns_layout(n_states):
     """[N, C]: a thread has all states of a channel."""
-    return gl.BlockedLayout([16, 1], [1, 32], [1, 1], [0, 1])
+    return gl.BlockedLayout([n_states, 1], [1, 32], [1, 1], [0, 1])
 
 
 @gluon.constexpr_function
@@ -38,25 +37,25 @@ def tile_layout(tokens):
 
 
 @gluon.constexpr_function
-def rows_layout():
+def rows_layout(n_states):
     """[L, N] as they come from memory."""
-    return gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0])
+    return gl.BlockedLayout([1, n_states // 4], [8, 4], [1, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def sums_layout():
-    """Sums [N, L] over channels, and through it their operands."""
+    """Sums [R, L] over channels, and through it their operands."""
     return gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
 
 
 @gluon.jit
-def unstacked(x_LC, L: gl.constexpr):
+def unstacked(x_LC, L: gl.constexpr, N: gl.constexpr):
     """The rows [C] of [L, C]; only names registers."""
     if L == 1:
-        return (gl.convert_layout(x_LC.reshape([C]), gl.SliceLayout(0, columns_layout()), assert_trivial=True),)
+        return (gl.convert_layout(x_LC.reshape([C]), gl.SliceLayout(0, columns_layout(N)), assert_trivial=True),)
     else:
         even, odd = gl.split(x_LC.reshape([L // 2, 2, C]).permute([0, 2, 1]))
-        evens, odds = unstacked(even, L // 2), unstacked(odd, L // 2)
+        evens, odds = unstacked(even, L // 2, N), unstacked(odd, L // 2, N)
         rows = (evens[0], odds[0])
         for n in gl.static_range(1, L // 2):
             rows = rows + (evens[n], odds[n])
@@ -77,19 +76,29 @@ def stacked(rows, L: gl.constexpr):
 
 
 @gluon.jit
-def over_channels(sums_NL, slot, weight_CL, t: gl.constexpr):
-    """Sums whose column t is the sum over c of slot[c, n] weight[c, t]."""
-    S: gl.constexpr = sums_layout()
-    column = gl.arange(0, sums_NL.shape[1], gl.SliceLayout(0, S))[None, :]
-    left_NC = slot.permute([1, 0]).load(gl.DotOperandLayout(0, S, 2))
-    none_NL = gl.zeros([sums_NL.shape[0], sums_NL.shape[1]], gl.float32, S)
-    return gl.where(column == t, mma_v2(left_NC, weight_CL, none_NL), sums_NL)
+def put(slot, first_NC, second_NC, N: gl.constexpr):
+    """States of a token, or of two neighbours one after the other, into a slot [C, R]."""
+    if N == ROWS:
+        slot.store(first_NC.to(gl.bfloat16).permute([1, 0]))
+    else:
+        both = gl.join(first_NC.to(gl.bfloat16), second_NC.to(gl.bfloat16))
+        slot.store(both.permute([1, 2, 0]).reshape([C, ROWS]))
 
 
 @gluon.jit
-def row_of(buffer, t: gl.constexpr):
+def over_channels(sums_RL, slot, weight_CL, at: gl.constexpr, TOKENS: gl.constexpr):
+    """Sums whose column t is the sum over c of slot[c, r] weight[c, t], in the columns of that slot's tokens."""
+    S: gl.constexpr = sums_layout()
+    column = gl.arange(0, sums_RL.shape[1], gl.SliceLayout(0, S))[None, :]
+    left_RC = slot.permute([1, 0]).load(gl.DotOperandLayout(0, S, 2))
+    none_RL = gl.zeros([sums_RL.shape[0], sums_RL.shape[1]], gl.float32, S)
+    return gl.where(column // TOKENS == at, mma_v2(left_RC, weight_CL, none_RL), sums_RL)
+
+
+@gluon.jit
+def row_of(buffer, t: gl.constexpr, N: gl.constexpr):
     """Token t of [L, N] in shared memory, [N, 1], which all lanes read at once."""
-    return buffer.permute([1, 0]).slice(t, 1, 1).load(columns_layout())
+    return buffer.permute([1, 0]).slice(t, 1, 1).load(columns_layout(N))
 
 
 @gluon.jit
@@ -100,51 +109,79 @@ def ask(ptr):
 
 @gluon.jit
 def ask_tile(
-    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH: gl.constexpr, L: gl.constexpr
+    dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride,
+    WIDTH: gl.constexpr, N: gl.constexpr, EACH: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """Asks for all that a tile needs."""
-    all_states: gl.constexpr = STATES * WIDTH
+    all_states: gl.constexpr = N * WIDTH
     ask(dt_ptr + ((token + lane % L) * WIDTH + start))
     ask(x_ptr + ((token + lane % L) * WIDTH + start))
     ask(dy_ptr + ((token + lane % L) * WIDTH + start))
     for part in gl.static_range(L // EACH):
-        ask(states_ptr + ((state + part) * all_states + (start + lane) * STATES))
+        ask(states_ptr + ((state + part) * all_states + (start + lane) * N))
     ask(b_ptr + (token + lane % L) * row_stride)
     ask(c_ptr + (token + lane % L) * row_stride)
 
 
 @gluon.jit
-def through_states(e_NC, drate_NC, slope_NC, borders, dt, u, dy, b, c, h_slots, dh_slots, L: gl.constexpr):
+def through_states(
+    e_NC, drate_NC, slope_NC, borders, dt, u, dy, b, c, h_slots, dh_slots, N: gl.constexpr, EACH: gl.constexpr, L: gl.constexpr
+):
     """States of a tile from those that were kept, and gradients back through them; both into slots, what follows as rows [C]."""
+    held: gl.constexpr = ROWS // N
     du, decayed = (), ()
     for part in gl.static_range(L // EACH - 1, -1, -1):
         factors, states = (), (borders[part],)
         for s in gl.static_range(EACH):
             factors = factors + (gl.exp2(slope_NC * dt[part * EACH + s][None, :]),)
-            states = states + (gl.fma(states[s], factors[s], u[part * EACH + s][None, :] * row_of(b, part * EACH + s)),)
-            h_slots[part * EACH + s].store(states[s + 1].to(gl.bfloat16).permute([1, 0]))
+            states = states + (gl.fma(states[s], factors[s], u[part * EACH + s][None, :] * row_of(b, part * EACH + s, N)),)
+            if s % held == held - 1:
+                put(h_slots[(part * EACH + s) // held], states[s + 2 - held], states[s + 1], N)
         # e_t = a_t dh_t is what reaches h_{t-1}, and e_t h_{t-1} the gradient of log a_t
+        later_NC = e_NC
         for s in gl.static_range(EACH - 1, -1, -1):
-            dh_NC = e_NC + dy[part * EACH + s][None, :] * row_of(c, part * EACH + s)
+            dh_NC = e_NC + dy[part * EACH + s][None, :] * row_of(c, part * EACH + s, N)
             e_NC = factors[s] * dh_NC
             dlog_NC = e_NC * states[s]
             drate_NC += dlog_NC * dt[part * EACH + s][None, :]
-            du = (gl.sum(dh_NC * row_of(b, part * EACH + s), 0),) + du
+            du = (gl.sum(dh_NC * row_of(b, part * EACH + s, N), 0),) + du
             decayed = (gl.sum(dlog_NC * slope_NC, 0),) + decayed
-            dh_slots[part * EACH + s].store(dh_NC.to(gl.bfloat16).permute([1, 0]))
+            if s % held == 0:
+                put(dh_slots[(part * EACH + s) // held], dh_NC, later_NC, N)
+            later_NC = dh_NC
     return e_NC, drate_NC, du, decayed
 
 
 @gluon.jit
-def sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, L: gl.constexpr):
-    """Shares of the channels in the gradients of b and c, [N, L]."""
+def sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, N: gl.constexpr, L: gl.constexpr):
+    """Shares of the channels in the gradients of b and c, [R, L]; of a column the rows of its token."""
     S: gl.constexpr = sums_layout()
-    db_NL, dc_NL = gl.zeros([STATES, L], gl.float32, S), gl.zeros([STATES, L], gl.float32, S)
+    held: gl.constexpr = ROWS // N
+    db_RL, dc_RL = gl.zeros([ROWS, L], gl.float32, S), gl.zeros([ROWS, L], gl.float32, S)
     dy_CL = dy_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
     u_CL = u_weight.permute([1, 0]).load(gl.DotOperandLayout(1, S, 2))
-    for t in gl.static_range(L):
-        dc_NL, db_NL = over_channels(dc_NL, h_slots[t], dy_CL, t), over_channels(db_NL, dh_slots[t], u_CL, t)
-    return db_NL, dc_NL
+    for at in gl.static_range(L // held):
+        dc_RL = over_channels(dc_RL, h_slots[at], dy_CL, at, held)
+        db_RL = over_channels(db_RL, dh_slots[at], u_CL, at, held)
+    return db_RL, dc_RL
+
+
+@gluon.jit
+def store_sums(ptrs, sums_RL, row_R1, column_1L, N: gl.constexpr):
+    """Of each token the rows that are its own."""
+    sums_RL = sums_RL.to(ptrs.dtype.element_ty)
+    if N == ROWS:
+        gl.store(ptrs, sums_RL)
+    else:
+        gl.store(ptrs, sums_RL, mask=row_R1 // N == column_1L % (ROWS // N))
+
+
+@gluon.jit
+def store_or_add(ptrs, x, ADD: gl.constexpr):
+    """In place of what lies there, or added to it."""
+    if ADD:
+        x += gl.load(ptrs).to(gl.float32)
+    gl.store(ptrs, x.to(ptrs.dtype.element_ty))
 
 
 @gluon.jit
@@ -158,42 +195,45 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     dy_ptr, x_ptr, dt_ptr, skip_ptr, rate_ptr, b_ptr, c_ptr, states_ptr, final_ptr,
     dx_ptr, ddt_ptr, drate_ptr, db_ptr, dc_ptr, dstart_ptr, dbias_ptr, dskip_ptr,
     row_stride, n_tokens, n_tiles, n_sequences, sequences_per_member,
-    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, FINAL: gl.constexpr, L: gl.constexpr,
+    WIDTH: gl.constexpr, STEPPED: gl.constexpr, SKIP: gl.constexpr, FINAL: gl.constexpr, ADD: gl.constexpr,
+    ALL: gl.constexpr, N: gl.constexpr, EACH: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Gradients, tile by tile from the end. Grid: (B * P,).
+    """Gradients, tile by tile from the end, by N of ALL states of a channel. Grid: (B * P,).
 
-    States [B, T / EACH + 1, D, N] are those before each EACH tokens, and the last. Rates and the gradients of the first and of the
-    final state are [D, N], `drate` [B, N, D]; STEPPED: ddt is that of what dt is the softplus of, and `dbias` its sums [B, D];
-    SKIP: outputs contain skip times x, and `dskip` [B, D] has its gradients.
+    States [B, T / EACH + 1, D, N] are those before each EACH tokens, and the last, behind each sequence's those of other groups.
+    Rates and the gradients of the first and of the final state are [D, ALL], `drate` [B, ALL, D]; STEPPED: ddt is that of what dt
+    is the softplus of, and `dbias` its sums [B, D]; SKIP: outputs contain skip times x, and `dskip` [B, D] has its gradients.
+    ADD: dx, ddt and dbias are added to what an earlier launch stored.
     `db` and `dc` [P, B, T, N] are parts for each block of channels. The number of
     channels is a constant, and so are the distances between tokens: added up at run time they would take the registers.
     """
-    NC: gl.constexpr = columns_layout()
+    NC: gl.constexpr = columns_layout(N)
     LC: gl.constexpr = tile_layout(L)
-    LN: gl.constexpr = rows_layout()
+    LN: gl.constexpr = rows_layout(N)
     S: gl.constexpr = sums_layout()
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     cube: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     n_blocks: gl.constexpr = WIDTH // C
-    all_states: gl.constexpr = STATES * WIDTH
+    all_states: gl.constexpr = N * WIDTH
+    held: gl.constexpr = ROWS // N
     block, sequence = gl.program_id(0) % n_blocks, (gl.program_id(0) // n_blocks).to(gl.int64)
     start, member = block * C, sequence // sequences_per_member
-    b, c = gl.allocate_shared_memory(gl.float32, [L, STATES], flat), gl.allocate_shared_memory(gl.float32, [L, STATES], flat)
+    b, c = gl.allocate_shared_memory(gl.float32, [L, N], flat), gl.allocate_shared_memory(gl.float32, [L, N], flat)
     u_weight, dy_weight = gl.allocate_shared_memory(gl.bfloat16, [L, C], flat), gl.allocate_shared_memory(gl.bfloat16, [L, C], flat)
     h_slots, dh_slots = (), ()
-    for _ in gl.static_range(L):  # apart, as the compiler puts a barrier between stores into one buffer
-        h_slots = h_slots + (gl.allocate_shared_memory(gl.bfloat16, [C, STATES], cube),)
-        dh_slots = dh_slots + (gl.allocate_shared_memory(gl.bfloat16, [C, STATES], cube),)
-    n_N1, channel_1C = gl.arange(0, STATES, gl.SliceLayout(1, NC))[:, None], start + gl.arange(0, C, gl.SliceLayout(0, NC))[None, :]
-    own_NC = channel_1C * STATES + n_N1
-    slope_NC = gl.load(rate_ptr + (member * all_states + own_NC)).to(gl.float32) * -LOG2_E
-    e_NC, drate_NC = gl.zeros([STATES, C], gl.float32, NC), gl.zeros([STATES, C], gl.float32, NC)
+    for _ in gl.static_range(L // held):  # apart, as the compiler puts a barrier between stores into one buffer
+        h_slots = h_slots + (gl.allocate_shared_memory(gl.bfloat16, [C, ROWS], cube),)
+        dh_slots = dh_slots + (gl.allocate_shared_memory(gl.bfloat16, [C, ROWS], cube),)
+    n_N1, channel_1C = gl.arange(0, N, gl.SliceLayout(1, NC))[:, None], start + gl.arange(0, C, gl.SliceLayout(0, NC))[None, :]
+    own_NC = channel_1C * ALL + n_N1
+    slope_NC = gl.load(rate_ptr + (member * ALL * WIDTH + own_NC)).to(gl.float32) * -LOG2_E
+    e_NC, drate_NC = gl.zeros([N, C], gl.float32, NC), gl.zeros([N, C], gl.float32, NC)
     if FINAL:
-        e_NC = gl.load(final_ptr + (sequence * all_states + own_NC)).to(gl.float32)
+        e_NC = gl.load(final_ptr + (sequence * ALL * WIDTH + own_NC)).to(gl.float32)
     token_L1, lane_1C = gl.arange(0, L, gl.SliceLayout(1, LC))[:, None], gl.arange(0, C, gl.SliceLayout(0, LC))[None, :]
     at_LC, lane = token_L1 * WIDTH, gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    row_L1, n_1N = gl.arange(0, L, gl.SliceLayout(1, LN))[:, None], gl.arange(0, STATES, gl.SliceLayout(0, LN))[None, :]
-    sum_N1, sum_1L = gl.arange(0, STATES, gl.SliceLayout(1, S))[:, None], gl.arange(0, L, gl.SliceLayout(0, S))[None, :]
+    row_L1, n_1N = gl.arange(0, L, gl.SliceLayout(1, LN))[:, None], gl.arange(0, N, gl.SliceLayout(0, LN))[None, :]
+    sum_R1, sum_1L = gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None], gl.arange(0, L, gl.SliceLayout(0, S))[None, :]
     dbias_C, dskip_C = gl.zeros([C], gl.float32, gl.SliceLayout(0, LC)), gl.zeros([C], gl.float32, gl.SliceLayout(0, LC))
     side_C = start + gl.arange(0, C, gl.SliceLayout(0, LC))
     first = (n_tiles - 1) * L
@@ -201,12 +241,13 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
     place_1C = token * WIDTH + start + lane_1C
     x_ptrs, dt_ptrs, dy_ptrs = x_ptr + place_1C, dt_ptr + place_1C, dy_ptr + place_1C
     dx_ptrs, ddt_ptrs = dx_ptr + place_1C, ddt_ptr + place_1C
-    states_ptrs = states_ptr + (last_state * all_states + channel_1C * STATES)
+    states_ptr += sequence * (n_tiles * (L // EACH) + 1) * ((ALL - N) * WIDTH)
+    states_ptrs = states_ptr + (last_state * all_states + channel_1C * N)
     row_stride = row_stride * ROW_UNIT
     rows_LN = token * row_stride + (row_L1 * row_stride + n_1N)
     b_ptrs, c_ptrs = b_ptr + rows_LN, c_ptr + rows_LN
-    sums_NL = ((block * n_sequences + sequence) * n_tokens + first) * STATES + (sum_1L * STATES + sum_N1)
-    db_ptrs, dc_ptrs = db_ptr + sums_NL, dc_ptr + sums_NL
+    sums_RL = ((block * n_sequences + sequence) * n_tokens + first) * N + (sum_1L * N + sum_R1 % N)
+    db_ptrs, dc_ptrs = db_ptr + sums_RL, dc_ptr + sums_RL
     for back in range(n_tiles):
         dt_LC = gl.load(dt_ptrs + at_LC).to(gl.float32)
         x_LC = gl.load(x_ptrs + at_LC).to(gl.float32)
@@ -218,36 +259,41 @@ def columns_backward(  # noqa: PLR0915 - one loop, whose values live in register
         c.store(gl.load(c_ptrs).to(gl.float32))
         before = gl.where(back < n_tiles - 1, L, 0)  # at the end lines that are there already
         token, state = sequence * n_tokens + first - before, last_state - back * (L // EACH) - before // EACH
-        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH, L)
+        ask_tile(dt_ptr, x_ptr, dy_ptr, b_ptr, c_ptr, states_ptr, token, state, start, lane, row_stride, WIDTH, N, EACH, L)
+        if ADD:
+            ask(dx_ptr + ((token + lane % L) * WIDTH + start))
+            ask(ddt_ptr + ((token + lane % L) * WIDTH + start))
         u_LC = dt_LC * x_LC
         u_weight.store(u_LC.to(gl.bfloat16))
         dy_weight.store(dy_LC.to(gl.bfloat16))
-        dt, u, dy = unstacked(dt_LC, L), unstacked(u_LC, L), unstacked(dy_LC, L)
-        e_NC, drate_NC, du, decayed = through_states(e_NC, drate_NC, slope_NC, borders, dt, u, dy, b, c, h_slots, dh_slots, L)
-        db_NL, dc_NL = sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, L)
-        gl.store(db_ptrs, db_NL.to(db_ptr.dtype.element_ty))
-        gl.store(dc_ptrs, dc_NL.to(dc_ptr.dtype.element_ty))
+        dt, u, dy = unstacked(dt_LC, L, N), unstacked(u_LC, L, N), unstacked(dy_LC, L, N)
+        e_NC, drate_NC, du, decayed = through_states(
+            e_NC, drate_NC, slope_NC, borders, dt, u, dy, b, c, h_slots, dh_slots, N, EACH, L
+        )
+        db_RL, dc_RL = sums_over_channels(h_slots, dh_slots, u_weight, dy_weight, N, L)
+        store_sums(db_ptrs, db_RL, sum_R1, sum_1L, N)
+        store_sums(dc_ptrs, dc_RL, sum_R1, sum_1L, N)
         du_LC = gl.convert_layout(stacked(du, L), LC, assert_trivial=True)
         decayed_LC = gl.convert_layout(stacked(decayed, L), LC, assert_trivial=True)  # times rate and -log2(e)
         dx_LC = du_LC * dt_LC
         if SKIP:
             dx_LC += gl.load(skip_ptr + member * WIDTH + side_C).to(gl.float32)[None, :] * dy_LC
             dskip_C += gl.sum(dy_LC * x_LC, 0)
-        gl.store(dx_ptrs + at_LC, dx_LC.to(dx_ptr.dtype.element_ty))
+        store_or_add(dx_ptrs + at_LC, dx_LC, ADD)
         ddt_LC = du_LC * x_LC + decayed_LC * (1.0 / LOG2_E)
         if STEPPED:
             ddt_LC *= slope_of_softplus(dt_LC)
             dbias_C += gl.sum(ddt_LC, 0)
-        gl.store(ddt_ptrs + at_LC, ddt_LC.to(ddt_ptr.dtype.element_ty))
+        store_or_add(ddt_ptrs + at_LC, ddt_LC, ADD)
         states_ptrs -= gl.where(back < n_tiles - 1, L // EACH * all_states, 0)
         x_ptrs, dt_ptrs, dy_ptrs = x_ptrs - L * WIDTH, dt_ptrs - L * WIDTH, dy_ptrs - L * WIDTH
         b_ptrs, c_ptrs = b_ptrs - L * row_stride, c_ptrs - L * row_stride
         dx_ptrs, ddt_ptrs = dx_ptrs - L * WIDTH, ddt_ptrs - L * WIDTH
-        db_ptrs, dc_ptrs = db_ptrs - L * STATES, dc_ptrs - L * STATES
+        db_ptrs, dc_ptrs = db_ptrs - L * N, dc_ptrs - L * N
         first -= L
     if STEPPED:
-        gl.store(dbias_ptr + (sequence * WIDTH + side_C), dbias_C)
+        store_or_add(dbias_ptr + (sequence * WIDTH + side_C), dbias_C, ADD)
     if SKIP:
         gl.store(dskip_ptr + (sequence * WIDTH + side_C), dskip_C)
-    gl.store(drate_ptr + (sequence * all_states + n_N1 * WIDTH + channel_1C), -drate_NC)
-    gl.store(dstart_ptr + (sequence * all_states + own_NC), e_NC)
+    gl.store(drate_ptr + (sequence * ALL * WIDTH + n_N1 * WIDTH + channel_1C), -drate_NC)
+    gl.store(dstart_ptr + (sequence * ALL * WIDTH + own_NC), e_NC)

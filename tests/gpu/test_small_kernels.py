@@ -12,6 +12,7 @@ from kernels.attention import attention, attention_reference, band_mask, banded_
 from kernels.conv import long_conv, short_conv
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.scan import scan, selective_scan
+from kernels.scans.scan_operator import OWN_STATES
 from tests.kernels import (
     cases_adamw,
     cases_cross_entropy,
@@ -126,8 +127,7 @@ def test_cross_entropy_in_a_graph() -> None:
         (1, 1000, 72, 16),
         (70_000, 2, 5, 1),
         (1, 5000, 33, 64),
-        (50, 32, 544, 16),
-        (50, 17, 544, 16),
+        *((50, length, 544, n_states) for n_states in OWN_STATES for length in (17, 32)),
     ],
 )
 def test_selective_scan(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -143,7 +143,8 @@ def test_selective_scan_with_weak_and_strong_decay(strength: float) -> None:
 
 def test_selective_scan_of_members_and_in_a_graph() -> None:
     cases_selective_scan.check_members("cuda")
-    cases_selective_scan.check_members("cuda", (50, 32, 544, 16), torch.bfloat16)
+    for n_states in OWN_STATES:
+        cases_selective_scan.check_members("cuda", (50, 32, 544, n_states), torch.bfloat16)
     cases_selective_scan.check_shared_input("cuda")
     leaves = [tensor.cuda().requires_grad_() for tensor in cases_selective_scan.draw(2, 100, 64, 16, leading=(3,))[:5]]
 

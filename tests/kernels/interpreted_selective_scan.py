@@ -18,6 +18,7 @@ from kernels.scans import (
     selective_scan_quads_forward,
 )
 from kernels.scans import selective_scan_segments as segments
+from kernels.scans.scan_operator import OWN_STATES
 from kernels.scans.selective_scan_rows import over_channels
 from tests.kernels import cases_selective_scan as cases
 from tests.kernels.gluon_on_cpu import OnCpu
@@ -96,23 +97,41 @@ def test_segments_of_members_with_strong_decay(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("full_device")
-@pytest.mark.parametrize("shape", [(1, 16, 32, 16), (2, 48, 96, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 32, 16), (2, 48, 96, 16), (1, 16, 32, 8), (2, 48, 96, 8), (1, 16, 32, 24), (2, 32, 96, 24)]
+)
 def test_shapes_that_fill_a_device(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch):
     """The other kernels are not taken, whole tiles and warps given."""
     monkeypatch.setattr(selective_scan_launch, "turned", None)
     cases.check(shape, "cpu", torch.bfloat16)
     cases.check(shape, "cpu", torch.float16, strength=10.0)
     cases.check_stepped(shape, "cpu", torch.bfloat16)
+    cases.check_stepped(shape, "cpu", torch.float16)
 
 
 @pytest.mark.usefixtures("full_device")
-def test_members_that_fill_a_device():
-    cases.check_members("cpu", (2, 16, 32, 16), torch.bfloat16)
+@pytest.mark.parametrize("n_states", OWN_STATES)
+def test_members_that_fill_a_device(n_states: int):
+    cases.check_members("cpu", (2, 16, 32, n_states), torch.bfloat16)
 
 
 @pytest.mark.usefixtures("full_device")
-def test_kept_states_are_as_announced():
-    x, dt, rate, b, c, _ = cases.draw(1, 32, 32, 16)
+@pytest.mark.parametrize("n_states", OWN_STATES)
+def test_rows_of_a_projection_are_read_where_they_lie(n_states: int):
+    """Its first numbers are those of time steps."""
+    x, dt, rate, *_ = (tensor.bfloat16() for tensor in cases.draw(2, 16, 32, n_states))
+    rows = torch.randn(2, 16, 8 + 2 * n_states).bfloat16().requires_grad_()
+    _, b, c = rows.split((8, n_states, n_states), -1)
+    with use_backend("triton"):
+        found, expected = (selective_scan(x, dt, rate.float(), *own)[0] for own in ((b, c), (b.contiguous(), c.contiguous())))
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y.float().square().sum(), rows)[0] for y in (found, expected)))
+
+
+@pytest.mark.usefixtures("full_device")
+@pytest.mark.parametrize("n_states", OWN_STATES)
+def test_kept_states_are_as_announced(n_states: int):
+    x, dt, rate, b, c, _ = cases.draw(1, 32, 32, n_states)
     scanned = (x.bfloat16().requires_grad_(), dt, rate[None], b.bfloat16(), c.bfloat16(), None, None, None, None, False)
     call = torch.ops.mixer_bench.selective_scan.default
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -161,8 +180,9 @@ def test_operator_is_registered_right():
 
 
 @pytest.mark.usefixtures("full_device")
-def test_operator_of_raw_time_steps_is_registered_right():
-    x, dt, rate, b, c, _ = cases.draw(1, 16, 32, 16)
+@pytest.mark.parametrize("n_states", OWN_STATES)
+def test_operator_of_raw_time_steps_is_registered_right(n_states: int):
+    x, dt, rate, b, c, _ = cases.draw(1, 16, 32, n_states)
     narrow = [t.bfloat16().requires_grad_() for t in (x, dt, b, c)]
     sides = [t[None].clone().requires_grad_() for t in (rate, rate[:, 0], rate[:, 1])]
     scanned = (*narrow[:2], sides[0], *narrow[2:], None)

@@ -10,7 +10,7 @@ import torch
 from kernels.between.parts_triton import DENSE, DENSE_AT_ONCE, LARGE, MANY, dense_sum_kernel, sum_kernel
 from kernels.scan import scan, selective_scan
 from kernels.scans import selective_scan_columns_launch as columns
-from kernels.scans.scan_operator import CHANNELS, FULL, KEPT_EACH, KEPT_STATES, TILE, threads_own_channels
+from kernels.scans.scan_operator import CHANNELS, FULL, KEPT_EACH, TILE, threads_own_channels
 from kernels.scans.scan_segments_triton import segments_kernel
 from kernels.scans.scan_triton import BACKWARD_TILE, FORWARD_TILE, scan_backward, scan_forward
 from kernels.scans.selective_scan_columns import columns_backward
@@ -123,26 +123,36 @@ def compiled_columns(kernel, dtype: str, *, warps: int, maxnreg: int | None = No
     return compile_sm90(kernel, {name: every[name] for name in kernel.arg_names}, warps=warps, maxnreg=maxnreg)
 
 
+GROUPS = [(16, 16, False), (8, 8, False), (24, 16, False), (24, 8, True)]
+"""States of a channel, those of a launch, and whether it adds to what an earlier one stored."""
+SLOW_KINDS = [(group, *kind) for group in GROUPS for kind in (("*bf16+", False), ("*fp16+", True))]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "stepped"),
-    [("*bf16+", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("*bf16+", False), ("*fp16+", True)))],
+    ("group", "dtype", "stepped"),
+    [*((group, "*bf16+", True) for group in GROUPS), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KINDS)],
 )
-def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str, stepped: bool):
-    kept = {"EACH": KEPT_EACH, "N": KEPT_STATES, "L": TILE}
-    sides = {"STEPPED": stepped, "SKIP": stepped}
-    threads = {"C": columns.WARPS * CHANNELS, "WARPS": columns.WARPS}
-    forward = compiled_columns(
-        columns_forward, dtype, warps=columns.WARPS, maxnreg=columns.REGISTERS, START=True, **sides, **kept, **threads
-    )
-    backward = compiled_columns(columns_backward, dtype, warps=1, FINAL=True, L=columns.BACK_TILE, **sides)
-    assert forward.spilled <= 16
-    assert backward.spilled <= 96
-    assert backward.shared <= 227 * 1024 // 8 - 1024, "eight programs on an SM"
+def test_threads_that_own_channels_move_nothing_between_lanes(group: tuple[int, int, bool], dtype: str, stepped: bool):
+    every, n_states, add = group
+    kept = {"ALL": every, "N": n_states, "ADD": add, "EACH": KEPT_EACH}
+    threads = {"C": columns.WARPS * CHANNELS, "WARPS": columns.WARPS, "L": TILE}
+    alone = stepped and not add  # the first launch has made time steps and skip
+    sides = {"STEPPED": alone, "SKIP": alone, "START": True}
+    forward = compiled_columns(columns_forward, dtype, warps=columns.WARPS, maxnreg=columns.REGISTERS, **sides, **kept, **threads)
+    sides = {"STEPPED": stepped, "SKIP": alone, "FINAL": True}
+    registers = columns.BACK_REGISTERS[n_states]
+    backward = compiled_columns(columns_backward, dtype, warps=1, maxnreg=registers, L=columns.BACK_TILE, **sides, **kept)
+    assert forward.spilled <= (16 if n_states == 16 else 0)
+    assert backward.spilled <= (96 if n_states == 16 else 72)
+    programs = 8 if registers is None else 65536 // (32 * registers)
+    assert programs == (8 if n_states == 16 else 12)
+    assert backward.shared <= 227 * 1024 // programs - 1024, "so many programs on an SM"
     assert "shfl" not in forward.ptx + backward.ptx
-    # two sums over channels of a token, of 32 channels in two products; one exponential an element
-    assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == columns.BACK_TILE * 4
-    assert backward.ptx.count("ex2.approx") == columns.BACK_TILE * (KEPT_STATES + stepped)
-    assert backward.ptx.count("prefetch.global.L1") == 5 + columns.BACK_TILE // KEPT_EACH
+    # two sums over channels of a token, of 32 channels in two products that have 16 rows; one exponential an element
+    products = columns.BACK_TILE * 4 * n_states // 16
+    assert backward.ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == products
+    assert backward.ptx.count("ex2.approx") == columns.BACK_TILE * (n_states + stepped)
+    assert backward.ptx.count("prefetch.global.L1") == 5 + columns.BACK_TILE // KEPT_EACH + 2 * add
 
 
 @pytest.mark.parametrize(
@@ -152,7 +162,13 @@ def test_threads_that_own_channels_move_nothing_between_lanes(dtype: str, steppe
         ({"batch": 6}, False),
         ({"length": TILE + 1}, False),
         ({"width": 4100}, False),
+        ({"n_states": 8}, True),
+        ({"n_states": 24}, True),
         ({"n_states": 4}, False),
+        ({"n_states": 32}, False),
+        ({"n_states": 8, "length": TILE - 8}, False),
+        ({"n_states": 24, "width": 4096 + 8}, False),
+        ({"n_states": 24, "gated": True}, False),
         ({"dtype": torch.float32}, False),
         ({"gated": True}, False),
     ],
@@ -254,6 +270,9 @@ def test_rows_are_turned_and_parts_are_added_without_spills():
 def test_dense_parts_are_read_in_the_widest_loads():
     parts = dict.fromkeys(("first", "second", "first_out", "second_out"), "*bf16+")
     every = parts | {"n_parts": "i32", "columns": "i32+", "BC": DENSE, "AT_ONCE": DENSE_AT_ONCE}
-    used = compile_sm90(dense_sum_kernel, {name: every[name] for name in dense_sum_kernel.arg_names}, warps=4)
-    assert used.spilled == 0
-    assert used.ptx.count("ld.global.v4.b32") == DENSE_AT_ONCE
+    for row, stride in ((1, 1), (16, 24), (8, 24)):
+        every |= {"ROW": row, "STRIDE": stride}
+        used = compile_sm90(dense_sum_kernel, {name: every[name] for name in dense_sum_kernel.arg_names}, warps=4)
+        assert used.spilled == 0
+        assert used.ptx.count("ld.global.v4.b32") == DENSE_AT_ONCE
+        assert used.ptx.count("st.global.v4.b32") == 1
