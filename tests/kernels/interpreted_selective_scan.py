@@ -23,6 +23,8 @@ from kernels.scans.selective_scan_rows import over_channels
 from tests.kernels import cases_selective_scan as cases
 from tests.kernels.gluon_on_cpu import OnCpu
 
+KINDS = torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.bfloat16
+"""Dtypes of x, dt, rates, b and c in the mixer."""
 QUADS = (selective_scan_gluon, selective_scan_quads, selective_scan_quads_backward, selective_scan_quads_forward, segments)
 
 
@@ -113,6 +115,22 @@ def test_shapes_that_fill_a_device(shape: tuple[int, int, int, int], monkeypatch
 @pytest.mark.parametrize("n_states", OWN_STATES)
 def test_members_that_fill_a_device(n_states: int):
     cases.check_members("cpu", (2, 16, 32, n_states), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("full_device")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch takes the members one by one
+def test_gradients_taken_inside_of_members_see_their_own_states():
+    """What two launches keep of a sequence stays with it."""
+    tensors = [x.to(kind) for x, kind in zip(cases.draw(2, 16, 32, 24, leading=(3,)), KINDS, strict=False)]
+
+    def total(*own: torch.Tensor) -> torch.Tensor:
+        return selective_scan(*own)[0].float().square().sum()
+
+    of_each = torch.func.grad(total, argnums=tuple(range(5)))
+    with use_backend("triton"):
+        together, alone = torch.vmap(of_each)(*tensors), [of_each(*own) for own in zip(*tensors, strict=True)]
+    for found, expected in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(expected))
 
 
 @pytest.mark.usefixtures("full_device")
