@@ -24,6 +24,9 @@ from mixers._filters import continue_conv, history, step_conv
 
 FINE = 16
 """Lags whose powers are tabulated one by one; those of their multiples are another table."""
+FAR, NOTHING = 40.0, 1e-12
+"""Logarithms of time steps and decays that change nothing further up, and squares that count as zero: a step that is as long as a
+mode decays forgets it at once."""
 
 
 @mixer("h3")
@@ -120,16 +123,18 @@ class H3(Mixer):
         Pairs (real, imaginary) [H, M, 2] and at least fp32: compilers for GPUs leave out complex numbers.
         """
         wide = torch.promote_types(self.log_dt.dtype, torch.float32)
-        dt_H1 = self.log_dt.to(wide).exp()[:, None]
-        half_decay_HM = self.log_decay.to(wide).exp() * dt_H1 / 2
+        dt_H1 = self.log_dt.to(wide).clamp(max=FAR).exp()[:, None]
+        half_decay_HM = self.log_decay.to(wide).clamp(max=FAR).exp() * dt_H1 / 2
         half_turn_HM = self.frequency.to(wide) * dt_H1 / 2
-        below_HM = (1 + half_decay_HM).square() + half_turn_HM.square()
-        # the ratio's size by what it lacks to one, without the difference of two logarithms that are close to each other
-        size_HM = 0.5 * torch.log1p(-4 * half_decay_HM / below_HM)
-        turn_HM = torch.atan2(half_turn_HM, 1 - half_decay_HM) + torch.atan2(half_turn_HM, 1 + half_decay_HM)
-        held_HM2 = torch.stack((1 + half_decay_HM, half_turn_HM), -1) * (dt_H1 / below_HM)[..., None]
+        # numerator and denominator in units of the larger one's size, so that no square overflows
+        unit_HM = 1 / torch.maximum(1 + half_decay_HM, half_turn_HM.abs()).detach()
+        decay_HM, turn_HM = half_decay_HM * unit_HM, half_turn_HM * unit_HM
+        above_HM = (unit_HM - decay_HM).square() + turn_HM.square()
+        below_HM = (unit_HM + decay_HM).square() + turn_HM.square()
+        angle_HM = _angle(turn_HM, unit_HM - decay_HM) + torch.atan2(turn_HM, unit_HM + decay_HM)
+        held_HM2 = torch.stack((unit_HM + decay_HM, turn_HM), -1) * (dt_H1 * unit_HM / below_HM)[..., None]
         gain_HM2 = times(times(self.readout.to(wide), self.write_in.to(wide)), held_HM2)
-        return torch.stack((size_HM, turn_HM), -1), gain_HM2
+        return torch.stack((_log_size(above_HM, below_HM, -4 * unit_HM * decay_HM), angle_HM), -1), gain_HM2
 
     def _split(self, a_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, I, T, H]: the channel index is (I, H), so that heads stay innermost for the convolution."""
@@ -154,6 +159,21 @@ class H3(Mixer):
         """The output of queries."""
         y_BJTH = (self._split(q_BTD)[:, :, None] * y_BIJTH).sum(1)
         return self.o_proj(y_BJTH.transpose(1, 2).flatten(-2))
+
+
+def _log_size(above_HM: Tensor, below_HM: Tensor, lacks_HM: Tensor) -> Tensor:
+    """Half of log(above / below), where above = below + lacks: the way that takes no difference of numbers close to each other."""
+    share_HM = lacks_HM / below_HM
+    is_near_one = share_HM > -0.5
+    near_HM = torch.log1p(torch.where(is_near_one, share_HM, -0.5))
+    far_HM = torch.log(torch.where(is_near_one, 0.5, above_HM / below_HM).clamp(min=NOTHING))
+    return 0.5 * torch.where(is_near_one, near_HM, far_HM)
+
+
+def _angle(y_HM: Tensor, x_HM: Tensor) -> Tensor:
+    """Of a point, whose gradient stays finite where there is none: at the origin."""
+    is_nothing = y_HM.square() + x_HM.square() < NOTHING
+    return torch.atan2(torch.where(is_nothing, 0.0, y_HM), torch.where(is_nothing, 1.0, x_HM))
 
 
 def _impulse_response(step_HM2: Tensor, gain_HM2: Tensor, length: int) -> Tensor:

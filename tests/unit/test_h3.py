@@ -1,5 +1,7 @@
 """H3's filters against the state space models that they stand for."""
 
+import math
+
 import pytest
 import torch
 
@@ -35,3 +37,34 @@ def test_impulse_response_is_the_sum_over_modes(modes, length):
     torch.testing.assert_close(got, want)
     true = torch.autograd.grad(want, (step, gain), weight)
     torch.testing.assert_close(torch.autograd.grad(got, (step, gain), weight), true)
+
+
+DRIFTS = {
+    "as it starts": (lambda p: None),
+    "far apart": (lambda p: (p["log_dt"].uniform_(-12, 6), p["log_decay"].uniform_(-8, 8))),
+    "squares overflow": (lambda p: (p["log_dt"].uniform_(15, 25), p["log_decay"].uniform_(15, 25))),
+    "exponentials overflow": (lambda p: (p["log_dt"].fill_(100), p["log_decay"].fill_(100))),
+    "forgets at once": (lambda p: (p["log_dt"].zero_(), p["log_decay"].fill_(math.log(2)), p["frequency"].zero_())),
+    "nearly": (lambda p: (p["log_dt"].zero_(), p["log_decay"].normal_(math.log(2), 1e-5), p["frequency"].zero_())),
+}
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_modes_of_any_weights_are_the_bilinear_rule(drift):
+    """Against complex numbers in fp64; weight decay and large rates carry time steps where a mode's transition is near -1 or 0."""
+    mixer = H3(64, d_state=32)
+    with torch.no_grad():
+        DRIFTS[drift](dict(mixer.named_parameters()))
+    step_HM2, gain_HM2 = mixer._modes()
+    weights = {name: weight.detach().double() for name, weight in mixer.named_parameters()}
+    dt_H1 = weights["log_dt"].exp()[:, None]
+    z_HM = torch.complex(-weights["log_decay"].exp(), weights["frequency"]) * dt_H1 / 2
+    transition_HM = (1 + z_HM) / (1 - z_HM)
+    write_HM = torch.view_as_complex(weights["write_in"]) * dt_H1 / (1 - z_HM)
+    got_HM = torch.exp(torch.view_as_complex(step_HM2.detach().double()))
+    torch.testing.assert_close(got_HM, transition_HM, rtol=0, atol=3e-6)
+    true_HM = torch.view_as_complex(weights["readout"]) * write_HM
+    torch.testing.assert_close(torch.view_as_complex(gain_HM2.detach().double()), true_HM, rtol=1e-6, atol=1e-12)
+    response = mixer._filter(64)
+    found = torch.autograd.grad(response.square().sum(), [mixer.log_dt, mixer.log_decay, mixer.frequency, mixer.readout])
+    assert all(bool(torch.isfinite(one).all()) for one in (response, *found))
