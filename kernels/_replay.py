@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels._ahead import Later, together
+from kernels._ahead import Later, state, together
 from kernels._descriptors import Described, Place, with_base
 from kernels._plan import Allocation, Launch, Operation, Plan, Step, View, written
 
@@ -73,7 +73,12 @@ class Repeated:
         return self._called(key, args, then)
 
     def _called(self, key: tuple[Any, ...], args: tuple[Any, ...], then: Callable[[tuple[Any, ...], Any], None] | None) -> Any:
-        """The first call of a description runs as it is, the second is watched; one that cannot be watched never is again."""
+        """The first call of a description runs as it is, the second is watched; one that cannot be watched never is again.
+
+        Calls that are tried out for the sake of kernels to compile, and launch nothing, are none of these.
+        """
+        if state() is not None:
+            return self.fn(*args)
         if key not in self.plans:
             if len(self.plans) >= MOST:
                 self.plans.clear()

@@ -57,7 +57,10 @@ def check(shape: tuple[int, int, int], options: tuple[int, bool, bool, bool], de
 
 
 def check_two_terms(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> None:
-    """Gradients where that of the outputs is a sum, which is nowhere rounded, equal those of the sum in fp32, in wider rows too."""
+    """Gradients where that of the outputs is a sum, which is nowhere rounded, equal those of the sum in fp32, in wider rows too.
+
+    Rows at other distances are another kernel, whose products may be added in another order: dx may differ in its last digit.
+    """
     width = shape[2]
     x, *terms = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     weight, bias = torch.randn(1, width, 4, device=device), torch.randn(1, width, device=device)
@@ -68,7 +71,8 @@ def check_two_terms(shape: tuple[int, int, int], device: str, dtype: torch.dtype
         beside = operators.short_conv_backward_into(*terms, x, weight, bias, True, rows)
         want = operators.short_conv_backward(terms[0].float() + terms[1].float(), None, x.float(), weight, bias, True)
     assert found[0].dtype == dtype
-    assert all(torch.equal(a, b) for a, b in zip(found, (rows[..., :width], *beside), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], beside, strict=True))
+    torch.testing.assert_close(rows[..., :width], found[0], rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert bool((rows[..., width:] == 1).all())
     got, true = (dict(zip(("dx", "dweight", "dbias"), of, strict=True)) for of in (found, want))
     require_close(got, true, SINGLE if dtype == torch.float32 else SIXTEEN_BIT)

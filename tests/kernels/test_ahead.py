@@ -131,3 +131,17 @@ def test_the_backward_pass_is_compiled_beside_the_forward_pass(told: list[str]) 
     assert told[3:] == ["launch one", "launch two"]
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.ones(3))
     assert told[5:] == ["launch back"]
+
+
+def test_what_is_tried_out_twice_is_launched_later(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that launches nothing, because kernels are being compiled, must not be taken for what calls of its description do."""
+    monkeypatch.setattr(_replay, "current_stream", lambda _: 0)
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(3):
+        KERNELS["one"].launched.clear()
+        called.repeated.plans.clear()
+        y = called(x)
+    for _ in range(3):
+        told.clear()
+        torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)  # dense, as what was tried out
+        assert told == ["launch back"]
