@@ -34,6 +34,8 @@ def resolve_device(wanted: str) -> Device:
     """
     base, _, index = wanted.partition(":")
     if base not in {"auto", "cpu", "cuda"} or (index and not (base == "cuda" and index.isdigit())):
+        if base == "gpu":  # whose nearest name by letters is the wrong one
+            raise UserError(f"Unknown device {wanted!r}; allowed: auto, cpu, cuda, cuda:0. Did you mean {'cuda' + wanted[3:]!r}?")
         raise unknown("device", wanted, ["auto", "cpu", "cuda", "cuda:0"])
     if base == "cpu":
         return Device("cpu", f"Device: CPU ({cpu_name()}), fp32, plain torch kernels.")

@@ -42,12 +42,13 @@ def run(request: SpeedRequest, options: Options, output: Output) -> int:
         The exit code: 1 if a row is wrong or failed, else 0.
 
     Raises:
-        UserError: unknown names or values, or a store that cannot be written.
+        UserError: unknown names or values, a mixer that there is not at one of the widths, or a store that cannot be written.
     """
     device = resolve_device(options.device)
     rows = plan(request, device.kind)
     if options.dry_run:
         return _print_plan(rows, output)
+    _require_mixers(rows)
     store = Store(options.store)
     store.check_writable()
     with _empty_cache():
@@ -56,6 +57,19 @@ def run(request: SpeedRequest, options: Options, output: Output) -> int:
     _explain(records, output)
     output.say(f"{len(records)} rows in {store.root / 'speed'}; `bench report --store {store.root}` plots them.")
     return 1 if any(record.status in ("wrong", "failed") for record in records) else 0
+
+
+def _require_mixers(rows: list[Row]) -> None:
+    """Builds every mixer once, so that one that refuses its width or options is bad input and no row that failed."""
+    longest: dict[tuple[Any, int], int] = {}
+    for row in rows:
+        if row.kind == "mixer":
+            longest[row.layers, row.width] = max(row.length, longest.get((row.layers, row.width), 0))
+    if longest:
+        from bench.throughput.mixers import Stack
+
+        for (layers, width), length in longest.items():
+            Stack(layers, width, length + 1)
 
 
 @contextmanager

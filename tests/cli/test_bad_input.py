@@ -64,6 +64,8 @@ CASES = [
     (["throughput", "--dtype=fp8"], ["fp8", "bf16"]),
     (["throughput", "--preset=kernel"], ["'kernel'", "Did you mean 'kernels'"]),
     (["throughput", "--device=tpu"], ["tpu", "cuda"]),
+    (["throughput", "--device=gpu:1"], ["'gpu:1'", "Did you mean 'cuda:1'"]),
+    (["throughput", "--mixer=gla", "--width=65", "--length=16", "--device=cpu"], ["gla at d_model=65", "n_heads=2", "nearest"]),
     (["list", "mixer"], ["'mixer'", "Did you mean 'mixers'"]),
     (["status"], ["no store", "results/runs"]),
     (["report"], ["results/runs"]),
