@@ -121,7 +121,8 @@ def vectors(beta, gate, gate_t, n, length, heads, C: gl.constexpr, GATED: gl.con
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
+    """Their sum, for scans."""
     return a + b
 
 
@@ -145,7 +146,7 @@ def falls(g_buffer, C: gl.constexpr):
 @gluon.jit
 def cumulated(step_C, g_buffer):
     """Log2 decays cumulated from the start of the chunk, also in shared memory."""
-    g_C = gl.associative_scan(step_C, 0, _add)
+    g_C = gl.associative_scan(step_C, 0, add)
     g_buffer.store(g_C)
     return g_C
 

@@ -8,6 +8,8 @@ for R. Two share a program's keys and couplings, and a third brings them. Then `
 Segments are counted in the order of the walk: the first starts with the state given, or zero, and needs no R; what the last
 leaves is left to the walk proper. `ends` is [B * H, segments - 1, K, columns of C and then of R] in fp32.
 
+Under decays the beginning of a segment may not reach its end (`delta_hopper_reach`): it is not walked over, and R is then zero.
+
 Shape legend: B batch, T time, H heads, N chunks, C = 64 tokens of a chunk, K key, V value width.
 """
 
@@ -26,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import SIZES, barriers, factors_of, fetch, place, shared_layout, thread_barrier, turned_layout
 from kernels.delta_rule.delta_hopper_beside import decays_seen, line_layout
+from kernels.delta_rule.delta_hopper_reach import reaching_chunks
 from kernels.delta_rule.delta_hopper_transposed import (
     error_factors,
     faded,
@@ -145,15 +148,20 @@ def _feed(
 
 
 @gluon.jit
-def _start(given, head_index, order, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, GIVEN: gl.constexpr):
-    """The columns of a state with which a walk starts, transposed: of the state given, of zero or of the identity."""
+def _start(
+    given, head_index, order, is_whole, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, GIVEN: gl.constexpr
+):  # fmt: skip
+    """The columns of a state with which a walk starts, transposed: of the state given, of the identity, or of zero.
+
+    Zero too if the walk starts behind the beginning of its segment.
+    """
     VALUES: gl.constexpr = (V + 63) // 64 * 64
     wide: gl.constexpr = turned_layout(BK)
     e, d = e_start + gl.arange(0, 64, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
-    state_VK = gl.where(d[None, :] == e[:, None] - VALUES, 1.0, 0.0)
+    state_VK = gl.where((d[None, :] == e[:, None] - VALUES) & is_whole, 1.0, 0.0)
     if GIVEN:
         offsets, inside = state_places(e_start, V, K, BK)
-        state_VK += gl.load(given + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0), other=0.0)
+        state_VK += gl.load(given + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0) & is_whole, other=0.0)
     return state_VK
 
 
@@ -241,11 +249,11 @@ def _walk(
     WALK: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A partition that walks over a segment, with 64 columns of C or of R."""
-    head_index, order, slot, first_unit = place
+    head_index, order, slot, first_unit, is_whole = place
     WIDTH: gl.constexpr = ((V + 63) // 64 + (K + 63) // 64) * 64
     step_of: gl.constexpr = _back if REVERSE else _ahead
     e_start = (first_unit + WALK) * 64
-    state_VK = _start(given, head_index, order, e_start, K, V, BK, GIVEN)
+    state_VK = _start(given, head_index, order, is_whole, e_start, K, V, BK, GIVEN)
     if WALK < TILES:
         if first_unit == 0:
             state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, True, GATED, DOT)
@@ -271,12 +279,20 @@ def carry_kernel(
     n_chunks = (length + C - 1) // C
     head_index, order, n_first, n_last = place(slot, segments - 1, segments, span, n_chunks, REVERSE)
     batch, head, chunk_0 = head_index // heads, head_index % heads, head_index * n_chunks
-    if (first_unit > 0) & (order == 0):  # nobody reads R of the first
-        n_last = n_first - 1
     pointers = (beta + batch.to(gl.int64) * length * heads + head, g + chunk_0.to(gl.int64) * C)
+    chunks = n_last - n_first + 1
+    if GATED:
+        reaching = reaching_chunks(pointers[1], n_first, n_last, C, REVERSE, 4, False)
+        if REVERSE:
+            n_last = n_first + reaching - 1
+        else:
+            n_first = n_last - reaching + 1
+    is_whole = n_last - n_first + 1 == chunks
+    if (first_unit > 0) & ((order == 0) | (not is_whole)):  # nobody reads R of the first, and others are zero
+        n_last = n_first - 1
     rows, made, bars = _buffers(BK, C, STAGES, TILES, REVERSE, DOT)
     where, bounds = (batch, head, head // group, chunk_0, first_unit == 0), (n_first, n_last)
-    at, steps = (head_index, order, slot, first_unit), n_last - n_first + 1
+    at, steps = (head_index, order, slot, first_unit, is_whole), n_last - n_first + 1
     gl.warp_specialize(
         [
             (_walk, (steps, rows, made, bars, given, ends, at, K, V, BK, C, STAGES, TILES, 0, REVERSE, GATED, GIVEN, DOT)),

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import at_stage, barriers, columns_of, shared_layout, thread_barrier
+from kernels.delta_rule.delta_hopper_reach import reaching_at, reaching_chunks
 from kernels.walks.walk_hopper_parts import (
     SIZES,
     await_rest,
@@ -71,6 +72,23 @@ def _bring(
 
 
 @gluon.jit
+def _reaching(
+    lines, rate, head_index, n_first, steps, length, C: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """First chunk and number of those of a segment that reach its end, or in reverse its beginning."""
+    reaching = steps
+    if GATE == SCALAR_GATE:
+        own = lines + head_index.to(gl.int64) * ((length + C - 1) // C * C)
+        reaching = reaching_chunks(own, n_first, n_first + steps - 1, C, REVERSE, WARPS, True)
+    elif GATE != NO_GATE:
+        reaching = reaching_at(rate, steps, C)
+    if not REVERSE:
+        n_first += steps - reaching
+    return n_first, reaching
+
+
+@gluon.jit
 def _keep(states, place, heads, t, length, buffer, state_KV, C: gl.constexpr, DOT: gl.constexpr):
     """Starts to copy the state before a chunk to memory."""
     buffer.store(state_KV.to(DOT))
@@ -93,7 +111,8 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
 
     Sums: what each segment but the last (in reverse the first) adds to the state, and its log2 decay, as in
     `kernels.walks.walk_forward_triton.segment_kernel`. They go through a segment against the order of the walk, which then starts
-    with rows that the L2 cache still has; what follows a chunk decays its operand, not the sum.
+    with rows that the L2 cache still has; what follows a chunk decays its operand, not the sum, and where nothing of a chunk is
+    left by that, they stop.
     KEEP: the state before each chunk, in reverse the gradient of that behind it, [B * N * H, K, V] in 16 bit, from `given`
     (GIVEN) and the sums; LAST writes the one at the end.
 
@@ -113,6 +132,8 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     stages, state_buffers, bars = _buffers(BK, BV, C, STAGES, GATE, KEEP, DOT)
     rate = rate_of(gate, batch, head, heads, gate_every, GATE == CONSTANT_GATE)
     n_first, steps = chunks_of(piece, span, length, C)
+    if not KEEP:
+        n_first, steps = _reaching(lines, rate, batch * heads + head, n_first, steps, length, C, GATE, REVERSE, 4 * GROUPS)
     for early in gl.static_range(STAGES):
         t_far = _start(n_first, early, steps, C, BACK)
         _bring(bars, sources, stages, place, group, heads, t_far, early, BYTES, C, STAGES, GATE)

@@ -96,11 +96,12 @@ def test_forward_walks_of_hopper(shape: tuple[int, ...], gate: str) -> None:
         check(draw(shape, gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar"])
-def test_segments(gate: str) -> None:
-    """Long and alone enough to be cut on Hopper, whose last segment is shorter."""
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong", "zero"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_segments(width: int, gate: str) -> None:
+    """Long and alone enough to be cut on Hopper, whose last segment is shorter; some decays leave nothing of a segment's beginning."""
     for state in (False, True):
-        check(draw((1, 1700, 1, 2, 128, 128), gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
+        check(draw((1, 1700, 1, 2, width, width), gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
 
 
 def test_no_write_at_all() -> None:

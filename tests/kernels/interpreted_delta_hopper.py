@@ -1,7 +1,13 @@
 """The delta rule's Hopper kernels, followed on the CPU, against the token loop in fp64: outputs, states and gradients."""
 
-import pytest
+import sys
 
+import pytest
+import torch
+import triton.language as tl
+from triton.experimental.gluon import language as gl
+
+from kernels._entry import entry
 from kernels.delta_rule import (
     delta,
     delta_hopper,
@@ -10,6 +16,7 @@ from kernels.delta_rule import (
     delta_hopper_carry,
     delta_hopper_couple,
     delta_hopper_launch,
+    delta_hopper_reach,
     delta_hopper_solve,
     delta_hopper_transposed,
 )
@@ -25,6 +32,7 @@ KERNELS = (
     (delta_hopper_solve, ()),
     (delta_hopper_couple, ("couple_kernel",)),
     (delta_hopper_transposed, ("forward_kernel",)),
+    (delta_hopper_reach, ()),
     (delta_hopper_carry, ("carry_kernel",)),
     (delta_hopper_backward, ("backward_kernel",)),
 )
@@ -82,3 +90,33 @@ def test_segments(monkeypatch, length, segments, gate, state, k_dim, v_dim):
     """The last segment is shorter; with more than two, states are carried over whole ones."""
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: segments)
     assert_equal((1, length, 1, 1, k_dim, v_dim), gate, state=state)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "strong", "rare", "zero"])
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(24, 40), (72, 96)])
+def test_segments_whose_beginning_is_forgotten(monkeypatch, gate, k_dim, v_dim):
+    """Under scalar decays two of a segment's chunks reach its end, under strong ones the last one alone, under the others all."""
+    monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: 3)
+    monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 24)
+    assert_equal((1, 64 * 11 + 5, 1, 1, k_dim, v_dim), gate, state=True)
+
+
+@entry(gluon=True)
+def look_kernel(g, out, n_first: tl.int32, n_last: tl.int32, C: gl.constexpr, REVERSE: gl.constexpr):
+    """Stores what is under test."""
+    at = out + gl.arange(0, 1, delta_hopper_reach.look_layout(4))
+    gl.store(at, delta_hopper_reach.reaching_chunks(g, n_first, n_last, C, REVERSE, 4, False))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (2, 9), (5, 400)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e5])
+def test_chunks_that_reach_the_end(scale, first, last, reverse):
+    g_NC = torch.rand(420, 4) * -scale
+    out = torch.zeros(1, dtype=torch.int32)
+    OnCpu(look_kernel, (*(module for module, _ in KERNELS), sys.modules[__name__]))[(1,)](
+        g_NC, out, first, last, C=4, REVERSE=reverse, num_warps=4
+    )
+    whole = g_NC[first : last + 1, 3].double() if reverse else g_NC[first : last + 1, 3].double().flip(0)
+    after = whole.cumsum(0) - whole
+    assert int(out) == int((after > -126).sum())

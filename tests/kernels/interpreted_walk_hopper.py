@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from kernels.delta_rule import delta_hopper
+from kernels.delta_rule import delta_hopper, delta_hopper_reach
 from kernels.dispatch import use_backend
 from kernels.recurrence import linear_recurrence
 from kernels.reference import linear_recurrence_reference
@@ -26,7 +26,9 @@ from tests.kernels.interpreted_linear_recurrence import call, draw, run
 from tests.kernels.oracle import SINGLE, poisoned, rms_error
 
 C = walk_hopper_plan.CHUNK
-MODULES = (delta_hopper, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states, walk_hopper_shared)
+MODULES = (
+    delta_hopper, delta_hopper_reach, walk_hopper_parts, walk_hopper, walk_hopper_back, walk_hopper_states, walk_hopper_shared,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,13 @@ def test_segments_of_long_rows(monkeypatch, gate):
     """Three segments, the last of which is short."""
     monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 64)
     check((1, 300, 2, 2, 20, 33), gate)
+
+
+@pytest.mark.parametrize("gate", ["constant", "scalar", "strong", "zero"])
+def test_segments_whose_beginning_is_forgotten(monkeypatch, gate):
+    """Under decays one or two of a segment's four chunks reach its end."""
+    monkeypatch.setattr(walk_hopper_plan, "LEAST_SEGMENT", 256)
+    check((1, 64 * 11 + 20, 1, 1, 20, 33), gate)
 
 
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
