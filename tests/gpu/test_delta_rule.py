@@ -99,7 +99,7 @@ def test_forward_walks_of_hopper(shape: tuple[int, ...], gate: str) -> None:
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "strong", "zero"])
 @pytest.mark.parametrize("width", [64, 128])
 def test_segments(width: int, gate: str) -> None:
-    """Long and alone enough to be cut on Hopper, whose last segment is shorter; some decays leave nothing of a segment's beginning."""
+    """Long and alone enough to be cut on Hopper; the last segment is shorter, and some decays leave nothing of their beginning."""
     for state in (False, True):
         check(draw((1, 1700, 1, 2, width, width), gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
 
