@@ -14,11 +14,13 @@ from kernels.delta_rule import (
     delta_hopper_backward,
     delta_hopper_beside,
     delta_hopper_carry,
+    delta_hopper_carry_feed,
     delta_hopper_couple,
     delta_hopper_launch,
     delta_hopper_reach,
     delta_hopper_solve,
     delta_hopper_transposed,
+    delta_hopper_turned,
 )
 from kernels.dispatch import use_backend
 from tests.kernels.gluon_memory import Descriptor
@@ -29,10 +31,12 @@ from tests.kernels.oracle import poisoned
 KERNELS = (
     (delta_hopper, ()),
     (delta_hopper_beside, ()),
+    (delta_hopper_turned, ()),
     (delta_hopper_solve, ()),
     (delta_hopper_couple, ("couple_kernel",)),
     (delta_hopper_transposed, ("forward_kernel",)),
     (delta_hopper_reach, ()),
+    (delta_hopper_carry_feed, ()),
     (delta_hopper_carry, ("carry_kernel",)),
     (delta_hopper_backward, ("backward_kernel",)),
 )
