@@ -67,18 +67,15 @@ class Repeated:
         key = _described(args)
         if key is None:
             return self.fn(*args)
+        if state() is not None:  # tried out for kernels to compile: without values, and no example of what is done
+            return self.fn(*args)
         plan = self.plans.get(key)
         if plan is not None and not _listeners():
             return plan.run(current_stream(current_device()), *args)
         return self._called(key, args, then)
 
     def _called(self, key: tuple[Any, ...], args: tuple[Any, ...], then: Callable[[tuple[Any, ...], Any], None] | None) -> Any:
-        """The first call of a description runs as it is, the second is watched; one that cannot be watched never is again.
-
-        Calls that are tried out for the sake of kernels to compile, and launch nothing, are none of these.
-        """
-        if state() is not None:
-            return self.fn(*args)
+        """The first call of a description runs as it is, the second is watched; one that cannot be watched never is again."""
         if key not in self.plans:
             if len(self.plans) >= MOST:
                 self.plans.clear()

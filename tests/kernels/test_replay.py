@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from kernels import _entry, _replay
+from kernels import _ahead, _entry, _replay
 from kernels._operator import operator
 from kernels._replay import Plan, Repeated, Unseen
 
@@ -227,3 +227,23 @@ def test_a_second_derivative_is_not_silently_zero(add: Any) -> None:
     torch.testing.assert_close(dx, 3 * x * x)
     with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
         torch.autograd.grad((x + dx).sum(), x)
+
+
+def test_what_is_known_is_not_launched_where_calls_are_tried_out(add: Any) -> None:
+    """Their arguments are memory that nobody has written; see `kernels._ahead`."""
+
+    def once(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.full_like(x, 7.0)
+        add[(x.numel(),)](x, y, out, 3)
+        return out
+
+    repeated, ran = counted(once)
+    for _ in range(3):
+        repeated(*inputs(8))
+    assert len(ran) == 2
+    with _ahead._set(_ahead.Wanted()):
+        assert bool((repeated(*inputs(8)) == 7).all())
+    assert len(ran) == 3
+    x, y = inputs(8)
+    torch.testing.assert_close(repeated(x, y), x + y + 3)
+    assert len(ran) == 3
