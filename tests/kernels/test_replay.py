@@ -240,10 +240,10 @@ def test_what_is_known_is_not_launched_where_calls_are_tried_out(add: Any) -> No
     repeated, ran = counted(once)
     for _ in range(3):
         repeated(*inputs(8))
-    assert len(ran) == 2
+    ran.clear()
     with _ahead._set(_ahead.Wanted()):
         assert bool((repeated(*inputs(8)) == 7).all())
-    assert len(ran) == 3
+    assert len(ran) == 1
     x, y = inputs(8)
     torch.testing.assert_close(repeated(x, y), x + y + 3)
-    assert len(ran) == 3
+    assert len(ran) == 1
