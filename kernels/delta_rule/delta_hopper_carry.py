@@ -41,19 +41,20 @@ from kernels.delta_rule.delta_hopper_turned import (
 
 @gluon.jit
 def _start(
-    given, head_index, order, is_whole, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, GIVEN: gl.constexpr
+    given, head_index, order, forgotten, e_start, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, GIVEN: gl.constexpr
 ):  # fmt: skip
     """The columns of a state with which a walk starts, transposed: of the state given, of the identity, or of zero.
 
-    Zero too if the walk starts behind the beginning of its segment.
+    Zero too if the walk starts behind chunks of its segment, whose number is `forgotten`.
     """
     VALUES: gl.constexpr = (V + 63) // 64 * 64
     wide: gl.constexpr = turned_layout(BK)
     e, d = e_start + gl.arange(0, 64, gl.SliceLayout(1, wide)), gl.arange(0, BK, gl.SliceLayout(0, wide))
-    state_VK = gl.where((d[None, :] == e[:, None] - VALUES) & is_whole, 1.0, 0.0)
+    state_VK = gl.where((d[None, :] == e[:, None] - VALUES) & (forgotten == 0), 1.0, 0.0)
     if GIVEN:
         offsets, inside = state_places(e_start, V, K, BK)
-        state_VK += gl.load(given + head_index.to(gl.int64) * K * V + offsets, mask=inside & (order == 0) & is_whole, other=0.0)
+        wanted = inside & (order == 0) & (forgotten == 0)
+        state_VK += gl.load(given + head_index.to(gl.int64) * K * V + offsets, mask=wanted, other=0.0)
     return state_VK
 
 
@@ -141,11 +142,11 @@ def _walk(
     WALK: gl.constexpr, REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """A partition that walks over a segment, with 64 columns of C or of R."""
-    head_index, order, slot, first_unit, is_whole = place
+    head_index, order, slot, first_unit, forgotten = place
     WIDTH: gl.constexpr = ((V + 63) // 64 + (K + 63) // 64) * 64
     step_of: gl.constexpr = _back if REVERSE else _ahead
     e_start = (first_unit + WALK) * 64
-    state_VK = _start(given, head_index, order, is_whole, e_start, K, V, BK, GIVEN)
+    state_VK = _start(given, head_index, order, forgotten, e_start, K, V, BK, GIVEN)
     if WALK < TILES:
         if first_unit == 0:
             state_VK = step_of(state_VK, steps, rows, made, bars, BK, C, STAGES, TILES, WALK, True, GATED, DOT)
@@ -179,12 +180,12 @@ def carry_kernel(
             n_last = n_first + reaching - 1
         else:
             n_first = n_last - reaching + 1
-    is_whole = n_last - n_first + 1 == chunks
-    if (first_unit > 0) & ((order == 0) | (not is_whole)):  # nobody reads R of the first, and others are zero
+    forgotten = chunks - (n_last - n_first + 1)
+    if (first_unit > 0) & ((order == 0) | (forgotten > 0)):  # nobody reads R of the first, and others are zero
         n_last = n_first - 1
     rows, made, bars = carry_buffers(BK, C, STAGES, TILES, REVERSE, DOT)
     where, bounds = (batch, head, head // group, chunk_0, first_unit == 0), (n_first, n_last)
-    at, steps = (head_index, order, slot, first_unit, is_whole), n_last - n_first + 1
+    at, steps = (head_index, order, slot, first_unit, forgotten), n_last - n_first + 1
     gl.warp_specialize(
         [
             (_walk, (steps, rows, made, bars, given, ends, at, K, V, BK, C, STAGES, TILES, 0, REVERSE, GATED, GIVEN, DOT)),
