@@ -11,6 +11,7 @@ from kernels.scans import (
     scan_operator,
     selective_scan_columns,
     selective_scan_columns_forward,
+    selective_scan_columns_tile,
     selective_scan_gluon,
     selective_scan_launch,
     selective_scan_quads,
@@ -58,7 +59,7 @@ def full_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selective_scan_launch, "FULL", 1)
     monkeypatch.setattr(selective_scan_launch, "CHANNELS", 32)
     for module, name in ((selective_scan_columns, "columns_backward"), (selective_scan_columns_forward, "columns_forward")):
-        modules = selective_scan_gluon, selective_scan_columns, selective_scan_columns_forward
+        modules = selective_scan_gluon, selective_scan_columns, selective_scan_columns_forward, selective_scan_columns_tile
         monkeypatch.setattr(module, name, OnCpu(getattr(module, name), modules))
 
 
