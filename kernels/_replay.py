@@ -65,9 +65,7 @@ class Repeated:
     def call(self, args: tuple[Any, ...], then: Callable[[tuple[Any, ...], Any], None] | None = None) -> Any:
         """What `fn` returns; see `kernels._ahead.Later` for `then`."""
         key = _described(args)
-        if key is None:
-            return self.fn(*args)
-        if state() is not None:  # tried out for kernels to compile: without values, and no example of what is done
+        if key is None or state() is not None:  # calls that are tried out have no values, and are no example of what is done
             return self.fn(*args)
         plan = self.plans.get(key)
         if plan is not None and not _listeners():

@@ -99,6 +99,13 @@ def _keep(states, place, heads, t, length, buffer, state_KV, C: gl.constexpr, DO
     tma.async_copy_shared_to_global(states, [chunk * heads + head, 0, column], buffer)
 
 
+@gluon.jit
+def _store_sums(sums, decays, index, offsets, inside, state_KV, decay, tile, SIZE: gl.constexpr):
+    """What a segment adds to a state, and its log2 decay."""
+    gl.store(sums + index.to(gl.int64) * SIZE + offsets, state_KV, mask=inside)
+    gl.store(decays + index, decay, mask=tile == 0)
+
+
 @entry(do_not_specialize=SIZES, gluon=True)
 def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose order is the point
     b, c, states, line_rows, lines, gate, given, last, sums, decays,
@@ -176,9 +183,7 @@ def states_kernel(  # noqa: PLR0912, PLR0915 - one turn of a pipeline, whose ord
     if KEEP:
         tma.store_wait(0)
     if not KEEP:
-        index = (batch * segments + piece) * heads + head
-        gl.store(sums + index.to(gl.int64) * K * V + offsets, state_KV, mask=inside)
-        gl.store(decays + index, others, mask=tile == 0)
+        _store_sums(sums, decays, (batch * segments + piece) * heads + head, offsets, inside, state_KV, others, tile, K * V)
     elif LAST:
         ending = piece == (0 if REVERSE else segments - 1)
         gl.store(last + (batch * heads + head).to(gl.int64) * K * V + offsets, state_KV, mask=inside & ending)
