@@ -28,8 +28,8 @@ class DeviceCell:
         inputs: token ids [N, T] int32, or features [N, T, F] float32.
         rows_NM: positions of the labelled rows, int64; 0 where an example has fewer than M.
         labels_NM: their targets, int64; -100 where an example has fewer than M.
-        groups: labelled rows of each named subset, [N, M] bool.
-        lures: named wrong answers, [N, M] int64; -1 where there is none.
+        groups: labelled rows of each named subset that has any, [N, M] bool.
+        lures: named wrong answers, of those that there are, [N, M] int64; -1 where there is none.
         values_NMK: their real-valued labels, float32, None where labels are tokens; 0 where an example has fewer than M.
         votes_NM: rows with the same number vote as one (see `Task.votes`), int64, or None.
     """
@@ -62,8 +62,8 @@ class DeviceCell:
             torch.from_numpy(batch.inputs.astype(np.int32) if batch.features is None else batch.features).to(device),
             torch.from_numpy(np.where(valid, order, 0)).to(device),
             pick(batch.targets, -100),
-            {key: value.to(device) for key, value in groups.items()},
-            {key: pick(value, -1) for key, value in batch.lures.items()},
+            {key: value.to(device) for key, value in groups.items() if value.any()},
+            {key: found for key, value in batch.lures.items() if bool((found := pick(value, -1)).ge(0).any())},
             None if values is None else torch.from_numpy(values).to(device),
             None if votes_NT is None else pick(votes_NT, 0),
         )
@@ -71,6 +71,11 @@ class DeviceCell:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.inputs)
+
+    @cached_property
+    def labelled(self) -> int:
+        """Number of labelled rows."""
+        return int((self.labels_NM >= 0).sum())
 
     @cached_property
     def zero_error(self) -> float:

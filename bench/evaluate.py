@@ -80,15 +80,15 @@ def example_scores(scores_BM: Tensor, labels_BM: Tensor) -> Tensor:
 
 @dataclass
 class CellOutputs:
-    """What a model made of a cell.
+    """What a model made of a cell, on the device.
 
     Args:
-        loss: summed over the labelled rows.
+        loss: summed over the labelled rows, one number.
         predicted: [N, M] token ids or [N, M, K] values.
         votes_N: accuracy over each example's votes, where the task has votes.
     """
 
-    loss: float
+    loss: Tensor
     predicted: Tensor
     votes_N: Tensor | None = None
 
@@ -101,38 +101,47 @@ def placed(predicted: np.ndarray, batch: Batch) -> np.ndarray:
     return found
 
 
-def add_scores(scores: Scores, cell: DeviceCell, outputs: CellOutputs) -> None:
-    """Adds the scores of a cell; accuracy is the mean over examples of the accuracy over an example's labelled rows."""
-    found = outputs.predicted
-    real = cell.values_NMK is not None
-    scores_NM = row_scores(found, cell.labels_NM, cell.values_NMK, cell.zero_error if real else 1.0)
-    name, labelled = cell.cell.name, int((cell.labels_NM >= 0).sum())
-    _add_means(scores, cell, scores_NM.double(), outputs.loss / labelled)
-    for lure, wrong_NM in cell.lures.items():
-        present_NM = wrong_NM >= 0
-        if present_NM.any():
-            scores.lures[lure, name] = float((found == wrong_NM)[present_NM].double().mean())
+def measure(cell: DeviceCell, outputs: CellOutputs) -> Tensor:
+    """What `add_scores` reads of a cell, in double on its device, which is not waited for.
+
+    Summed loss; mean and deviation over examples of the mean score of an example's labelled rows; mean score of each group;
+    rate of each lure; mean over examples of the accuracy over votes, where there are votes.
+    """
+    found, real = outputs.predicted, cell.values_NMK is not None
+    scores_NM = row_scores(found, cell.labels_NM, cell.values_NMK, cell.zero_error if real else 1.0).double()
+    score_N = example_scores(scores_NM, cell.labels_NM)
+    values = [outputs.loss.double(), score_N.mean(), score_N.std() if len(cell) > 1 else torch.zeros_like(score_N[0])]
+    values += [_mean_of(scores_NM, rows_NM) for rows_NM in cell.groups.values()]
+    values += [_mean_of((found == wrong_NM).double(), wrong_NM >= 0) for wrong_NM in cell.lures.values()]
     if outputs.votes_N is not None:
-        scores.extra["symbol accuracy", name] = float(outputs.votes_N.double().mean())
+        values.append(outputs.votes_N.double().mean())
+    return torch.stack(values)
+
+
+def _mean_of(scores_NM: Tensor, rows_NM: Tensor) -> Tensor:
+    return torch.where(rows_NM, scores_NM, 0.0).sum() / rows_NM.sum()
+
+
+def add_scores(scores: Scores, cell: DeviceCell, measured: list[float]) -> None:
+    """Adds the scores of a cell, from what `measure` found."""
+    name, n = cell.cell.name, len(cell)
+    loss, accuracy, deviation, *rest = measured
+    scores.accuracy[name], scores.stderr[name] = max(0.0, accuracy), deviation / math.sqrt(n)
+    scores.loss[name], scores.examples[name] = loss / cell.labelled, n
+    if cell.values_NMK is not None:
+        scores.extra["mse", name] = scores.loss[name]
+    for group, value in zip(cell.groups, rest, strict=False):
+        scores.groups[f"{name}/{group}"] = max(0.0, value)
+    for lure, value in zip(cell.lures, rest[len(cell.groups) :], strict=False):
+        scores.lures[lure, name] = value
+    if cell.votes_NM is not None:
+        scores.extra["symbol accuracy", name] = rest[-1]
 
 
 def add_extra(scores: Scores, task: Task, cell: Cell, batch: Batch, predicted: Tensor) -> None:
     """Adds the metrics that only the task can define."""
     found = task.extra_metrics(cell, batch, placed(predicted.cpu().numpy(), batch))
     scores.extra |= {(name, cell.name): value for name, value in found.items() if math.isfinite(value)}
-
-
-def _add_means(scores: Scores, cell: DeviceCell, scores_NM: Tensor, loss: float) -> None:
-    name, n = cell.cell.name, len(cell)
-    score_N = example_scores(scores_NM, cell.labels_NM)
-    scores.accuracy[name] = max(0.0, float(score_N.mean()))
-    scores.stderr[name] = float(score_N.std() / math.sqrt(n)) if n > 1 else 0.0
-    scores.loss[name], scores.examples[name] = loss, n
-    if cell.values_NMK is not None:
-        scores.extra["mse", name] = loss
-    for group, rows_NM in cell.groups.items():
-        if rows_NM.any():
-            scores.groups[f"{name}/{group}"] = max(0.0, float(scores_NM[rows_NM].mean()))
 
 
 def vote_accuracy(logits_BMV: Tensor, votes_BM: Tensor, labels_BM: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape legend: E members, S seeds, B batch, N examples, M labelled rows, K values
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -74,14 +75,18 @@ class Scorer:
 
     @torch.no_grad()
     def scores(self) -> list[Scores]:
-        """The scores of every member."""
+        """The scores of every member; the device is waited for once, behind all cells."""
         found = [Scores() for _ in self.sets]
-        for position, stacked in enumerate(self.split.stacked):
-            for scores, outputs, seed in zip(found, self._cell_outputs(position, stacked), self.sets, strict=True):
-                evaluate.add_scores(scores, self.split.cells[seed][position], outputs)
-                if self.split.test:
-                    batch = self.split.batches[seed][position]
-                    evaluate.add_extra(scores, self.split.task, stacked.cell, batch, outputs.predicted)
+        outputs = [self._cell_outputs(position) for position in range(len(self._parts))]
+        asked = [(e, seed, position) for position in range(len(outputs)) for e, seed in enumerate(self.sets)]
+        measured = [evaluate.measure(self.split.cells[seed][position], outputs[position][e]) for e, seed, position in asked]
+        values = iter(torch.cat(measured).tolist())
+        for (e, seed, position), tensor in zip(asked, measured, strict=True):
+            cell = self.split.cells[seed][position]
+            evaluate.add_scores(found[e], cell, list(islice(values, len(tensor))))
+            if self.split.test:
+                batch = self.split.batches[seed][position]
+                evaluate.add_extra(found[e], self.split.task, cell.cell, batch, outputs[position][e].predicted)
         return found
 
     @torch.no_grad()
@@ -90,21 +95,23 @@ class Scorer:
         for position in range(len(self._parts)):
             self._score_part(position)
 
-    def _cell_outputs(self, position: int, stacked: StackedCell) -> list[CellOutputs]:
-        buffer_SB, run = self._examples_SB[position], self._parts[position]
+    def _cell_outputs(self, position: int) -> list[CellOutputs]:
+        """Each member's, which the device may still be making."""
+        stacked, buffer_SB, run = self.split.stacked[position], self._examples_SB[position], self._parts[position]
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for part in torch.arange(len(stacked), device=self.model.device).split(buffer_SB.shape[1]):
             buffer_SB.fill_(-1)
             buffer_SB[:, : len(part)] = part
             loss_E, predicted, votes_EB = run() if self.pool is not None else self._score_part(position)
             parts.append((loss_E.clone(), predicted.clone(), None if votes_EB is None else votes_EB.clone()))
-        losses = torch.stack([loss_E for loss_E, _, _ in parts]).double().sum(0).tolist()
+        losses_E = torch.stack([loss_E for loss_E, _, _ in parts]).double().sum(0)
         predicted = torch.cat([found for _, found, _ in parts], dim=1)[:, : len(stacked)]
         votes = [found for _, _, found in parts if found is not None]
         votes_EN = torch.cat(votes, dim=1)[:, : len(stacked)] if votes else None
         rows = [self.split.cells[seed][position].rows_NM.shape[1] for seed in self.sets]
         return [
-            CellOutputs(losses[e], predicted[e, :, :most], None if votes_EN is None else votes_EN[e]) for e, most in enumerate(rows)
+            CellOutputs(losses_E[e], predicted[e, :, :most], None if votes_EN is None else votes_EN[e])
+            for e, most in enumerate(rows)
         ]
 
     def _score_part(self, position: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,13 +1,15 @@
 """How fast do fleets train on this GPU, beside Zoology's own loop? It trains attention and BASED on the mixture of Based, figure 2.
 
     python -m tests.benchmarks.fleet_speed OUT.json [--zoology CHECKOUT] [--mixers attention based] [--widths 128] [--members 1 4]
-        [--cells 64x4 256x16] [--steps 40]
+        [--cells 64x4 256x16] [--steps 40] [--validation]
 
 Milliseconds of a step and of a member at every training cell, median of repeats; examples a second over the mixture's own
 proportion of steps; time to the first steps, which is mostly compilation; and the ratio to Zoology's training loop, timed between
 them on the same GPU. A fleet of one is a single run. Every fleet compiles in a process of its own, all at the same time; nothing
 is timed before the last one is done, and then one after the other. Each result is written at once: the same command goes on
 where it was stopped, as long as commit and GPU are the same. A mixer is timed if its fleets learn what its single runs learn.
+With --validation also milliseconds of the scores of every member on the validation cells of the published figures, which a fleet
+takes at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 
 from bench.grammar import named_layers
+from bench.recipes._mixture import VALID_CELLS
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
 from bench.train import FleetTrainer
 from tests.benchmarks import zoology_loop
@@ -39,12 +43,12 @@ WARM_UP, REPEATS = 3, 5
 BATCH = 256
 
 
-def specs(mixer: str, width: int, members: int) -> list[RunSpec]:
+def specs(mixer: str, width: int, members: int, valid_cells: str = "64x4:256") -> list[RunSpec]:
     """The members: the published learning rates at one seed, then the next seed."""
     options = {
         "protocol": "based_figure2",
         "train_cells": "+".join(f"{cell}:{4 * BATCH}" for cell in CELLS),
-        "valid_cells": "64x4:256",
+        "valid_cells": valid_cells,
         "test_cells": "64x4:256",
     }
     train = TrainSpec(batch_size=BATCH, epochs=32, weight_decay=0.1, schedule="cosine_epoch", shuffle="none")
@@ -54,10 +58,10 @@ def specs(mixer: str, width: int, members: int) -> list[RunSpec]:
     return [RunSpec(task=task, model=model, train=train.model_copy(update={"lr": lr}), seed=seed) for lr, seed in pairs]
 
 
-def warmed(mixer: str, width: int, members: int, cells: list[str]) -> tuple[FleetTrainer, dict[str, float]]:
+def warmed(members: list[RunSpec], cells: list[str]) -> tuple[FleetTrainer, dict[str, float]]:
     """A compiled fleet that has taken its first steps on the cells, and the seconds that those took."""
     torch.set_float32_matmul_precision("high")
-    trainer = FleetTrainer(specs(mixer, width, members), torch.device("cuda"), compiled=True)
+    trainer = FleetTrainer(members, torch.device("cuda"), compiled=True)
     trainer.fleet.rates_E.copy_(torch.tensor([member.spec.train.lr for member in trainer.members]))
     trainer.fleet.examples_SB.copy_(torch.arange(BATCH).expand_as(trainer.fleet.examples_SB))
     seconds = {}
@@ -70,26 +74,34 @@ def warmed(mixer: str, width: int, members: int, cells: list[str]) -> tuple[Flee
     return trainer, seconds
 
 
-def timed(trainer: FleetTrainer, cell: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a step on one cell: median, least and most of the repeats."""
+def timed(work: Callable[[], Any], steps: int) -> dict[str, float]:
+    """Milliseconds of a step, or other work: median, least and most of the repeats."""
     found = []
     for repeat in range(REPEATS + 1):
         began = time.perf_counter()
         for _ in range(steps):
-            trainer.advance(cell)
+            work()
         torch.cuda.synchronize()
         if repeat:  # the first one brings the clocks up
             found.append(1e3 * (time.perf_counter() - began) / steps)
     return {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found)}
 
 
-def fleet(mixer: str, width: int, members: int, names: list[str], steps: int, profiled: list[str]) -> Callable[[], dict[str, Any]]:
-    """Compiles a fleet; what is returned times it on the cells named."""
-    trainer, first = warmed(mixer, width, members, names)
+def fleet(
+    mixer: str, width: int, members: int, names: list[str], steps: int, profiled: list[str], validated: bool
+) -> Callable[[], dict[str, Any]]:
+    """Compiles a fleet; what is returned times it on the cells named, and its validation if asked to."""
+    trainer, first = warmed(specs(mixer, width, members, *([VALID_CELLS] if validated else [])), names)
+    scorer = trainer._scorer
+    if validated:
+        scorer.rehearse()
 
     def measure() -> dict[str, Any]:
         places = {name: list(CELLS).index(name) for name in names}
-        cells = {name: timed(trainer, place, steps) | {"first_steps_seconds": first[name]} for name, place in places.items()}
+        cells = {
+            name: timed(partial(trainer.advance, place), steps) | {"first_steps_seconds": first[name]}
+            for name, place in places.items()
+        }
         epoch = sum(CELLS[name] * cell["ms"] for name, cell in cells.items()) / 1e3
         found = {
             "mixer": mixer,
@@ -103,6 +115,8 @@ def fleet(mixer: str, width: int, members: int, names: list[str], steps: int, pr
             "examples_per_second": members * BATCH * sum(CELLS[name] for name in names) / epoch,
             "peak_bytes": torch.cuda.max_memory_allocated(),
         }
+        if validated:
+            found["validation"] = timed(scorer.scores, 3)
         if profiled:
             found["kernels"] = {cell: kernels_of(trainer, list(CELLS).index(cell)) for cell in profiled}
         return found
@@ -200,6 +214,7 @@ def record_at(path: Path, steps: int) -> dict[str, Any]:
         "steps_an_epoch": CELLS,
         "checks": [],
         "fleets": [],
+        "validation": [],
         "zoology": [],
     }
     if path.exists():
@@ -220,6 +235,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--steps", type=int, default=40, help="of a repeat")
     parser.add_argument("--profile", metavar="CELL", nargs="+", default=[], help="record the kernels of a step on these cells")
+    parser.add_argument("--validation", action="store_true", help="time the scores of an epoch's end too")
     given = parser.parse_args()
     record = record_at(given.out, given.steps)
 
@@ -235,7 +251,7 @@ def main() -> None:
     checks = [Piece(check, mixer) for mixer in given.mixers if not done("checks", mixer=mixer)]
     shapes = itertools.product(given.mixers, given.widths, given.members)
     fleets = [
-        Piece(fleet, mixer, width, members, given.cells, given.steps, given.profile)
+        Piece(fleet, mixer, width, members, given.cells, given.steps, given.profile, given.validation)
         for mixer, width, members in shapes
         if not done("fleets", mixer=mixer, width=width, members=members)
     ]
@@ -248,8 +264,11 @@ def main() -> None:
         row = piece.result() if ready and piece.arguments[0] not in wrong else None
         if row is None:
             missing.append(piece.arguments[:3])
-        else:
-            add("fleets", row)
+            continue
+        validation = row.pop("validation", None)
+        add("fleets", row)
+        if validation is not None:
+            add("validation", {name: row[name] for name in ("mixer", "width", "members")} | validation)
     if given.zoology is not None:
         for mixer, width in itertools.product(given.mixers, given.widths):
             if mixer in MIXERS and not done("zoology", mixer=mixer, width=width):

@@ -42,6 +42,8 @@ SLOWER = {64: ("chunk_retention", "chunk_simple_gla guard off"), 128: ("fused_ch
 PARTS = 6
 LENGTH_MATTERS, ENOUGH = ("ssd", "window", "chosen_blocks"), 512
 """Rows whose peers compile anew for some lengths, and a length that does for the peers of the others."""
+UNTUNED, ALONE = "flash-qla", -1
+"""A package that has no autotuners and compiles for minutes, by length too, and the number of the part that does."""
 TUNERS: list[Any] = []
 """Every autotuner of this process."""
 
@@ -163,7 +165,7 @@ def open_peers() -> None:
 
 
 def compile_row(row: Row, part: int) -> float:
-    """Runs a row's peers once, in the first part ours too."""
+    """Runs a row's peers once, in the first part ours too; those without autotuners in a part of their own."""
     SHARE.part = part
     for tuner in TUNERS:
         tuner.cache.clear()
@@ -171,7 +173,10 @@ def compile_row(row: Row, part: int) -> float:
     from bench.throughput.subjects import ATTENTION_LENGTH
 
     began = time.monotonic()
-    theirs = [peer.function for peer in peers_of(row)]
+    theirs = [peer.function for peer in peers_of(row) if (peer.package == UNTUNED) == (part == ALONE)]
+    if part == ALONE:
+        run_once(row, _sizes(row), theirs)
+        return time.monotonic() - began
     if part == 0:
         run_once(row, _sizes(row), [None])
     length = row.length if row.name in LENGTH_MATTERS else min(row.length, ENOUGH)
@@ -220,6 +225,8 @@ def compile_all(rows: list[Row], jobs: int, most: int = PARTS) -> None:
 
     began = time.monotonic()
     tasks = [(row, part) for row in rows if row.mode != "forward" for part in range(parts(row))]
+    untuned = [row for row in rows if row.mode != "forward" and any(peer.package == UNTUNED for peer in peers_of(row))]
+    tasks = [*((row, ALONE) for row in untuned), *tasks]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         found = {pool.submit(compile_row, *task): task for task in tasks}
         for done in as_completed(found):

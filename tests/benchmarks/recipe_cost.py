@@ -6,8 +6,9 @@ A later record's times replace an earlier one's. A step is taken apart into toke
 tokens, timed with 16 and 64 pairs, tell what a row costs, the same for all mixers, and each mixer's own cells of 64 and 256
 tokens what the rest costs, taken as linear in between. A mixer that was not timed at a width or a size of fleet counts as the
 mean share of those that were, in the middle between two widths. One seed is a fleet of four learning rates and a reported run
-alone; three seeds are a fleet of twelve and one of three, left out if no such fleet was timed. Training and its validation at
-every epoch, and no compiling, which overlaps with training where several workers share a GPU. All 32 epochs, or with --trained
+alone; three seeds are a fleet of twelve and one of three, left out if no such fleet was timed. Training, and its validation at
+every epoch as a share of it, the mean of the fleets of that size whose validation was timed (of four, where none was). No
+compiling, which overlaps with training where several workers share a GPU. All 32 epochs, or with --trained
 those that a store's runs of the model took before they passed 0.99 on validation: of a fleet, its last member.
 """
 
@@ -60,9 +61,13 @@ class Costs:
             for fleet, found in cells.items()
             if {"64x4", "256x16"} <= found.keys()
         }
-        usual = [(row, self.training.get(Fleet(row["mixer"], USUAL, LRS))) for row in validation]
-        self.validation = mean(EPOCHS * row["ms"] / 1e3 / seconds for row, seconds in usual if seconds) if usual else 0.0
-        """Share of a fleet's training that its validation takes."""
+        parts: dict[int, dict[Fleet, float]] = defaultdict(dict)
+        for row in validation:
+            fleet = Fleet(row["mixer"], row["width"], row["members"])
+            if fleet in self.training:
+                parts[fleet.members][fleet] = EPOCHS * row["ms"] / 1e3 / self.training[fleet]
+        self.validation = {members: mean(found.values()) for members, found in parts.items()}
+        """Share of a fleet's training that its validation takes, by members."""
         self.shares = {
             (width, members): found
             for width in sorted({fleet.width for fleet in self.training})
@@ -93,9 +98,13 @@ class Costs:
         """A fleet of a timed mixer, validation included."""
         known = Fleet(mixer, width, members)
         if known in self.training:
-            return self.training[known] * (1 + self.validation)
+            return self.training[known] * self.validated(members)
         share = self._width_share(mixer, width) * (1.0 if members == LRS else self._own(mixer, USUAL, members))
-        return self.training[Fleet(mixer, USUAL, LRS)] * share * (1 + self.validation)
+        return self.training[Fleet(mixer, USUAL, LRS)] * share * self.validated(members)
+
+    def validated(self, members: int) -> float:
+        """What training and validation take, as a multiple of training."""
+        return 1 + self.validation.get(members, self.validation.get(LRS, 0.0))
 
     def _width_share(self, mixer: str, width: int) -> float:
         widths = sorted({width for width, members in self.shares if members == LRS})
@@ -159,8 +168,8 @@ def main() -> None:
             line += f"; {name} {parts[0]:5.1f} + {parts[1]:4.1f} min"
         print(line)
     for name, (chosen, reported) in totals.items():
-        share = 100 * costs.validation
-        print(f"{name}: {chosen:.0f} + {reported:.0f} min to choose and to report, validation, {share:.1f} % of training, included")
+        print(f"{name}: {chosen:.1f} + {reported:.1f} min to choose and to report, validation included")
+    print("validation, in % of training:", {members: round(100 * share, 1) for members, share in sorted(costs.validation.items())})
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def exact_scores(name: str) -> evaluate.Scores:
             outputs = torch.from_numpy(np.take_along_axis(solved, rows[..., None], axis=1))
         loss, predicted = evaluate.loss_and_predictions(outputs, found.labels_NM, found.values_NMK)
         votes = None if found.votes_NM is None else evaluate.vote_accuracy(outputs, found.votes_NM, found.labels_NM)
-        evaluate.add_scores(scores, found, evaluate.CellOutputs(float(loss), predicted, votes))
+        evaluate.add_scores(scores, found, evaluate.measure(found, evaluate.CellOutputs(loss, predicted, votes)).tolist())
         evaluate.add_extra(scores, task, cell, batch, predicted)
     return scores
 
