@@ -7,6 +7,7 @@ tokens). Published recipes differ in the values of these fields only; see the fi
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,10 @@ from bench.spec import Frozen
 
 Group = Literal["mixer", "qkv", "o", "mlp", "norms", "embeddings", "all"]
 """Groups of parameters: `mixer` is everything that the teacher does not have, `qkv` and `o` are attention's projections."""
+
+
+SELECTION = re.compile(r"all|none|every:\d+|kl:\d+|\d+(-\d+)?( *, *\d+(-\d+)?)*")
+"""What selects layers, whose number only the teacher tells (`bench.convert.plans`)."""
 
 
 class LayerPlan(Frozen):
@@ -63,6 +68,13 @@ class LayerPlan(Frozen):
     @classmethod
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
+
+    @field_validator("layers")
+    @classmethod
+    def _selection(cls, text: str) -> str:
+        if SELECTION.fullmatch(text.strip()) is None:
+            raise ValueError(f"{text!r} selects no layers; write all, none, every:4 (keep every 4th softmax), 0,2,5-9 or kl:2")
+        return text
 
     @model_validator(mode="after")
     def _something(self) -> LayerPlan:

@@ -59,7 +59,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(arguments: list[str], sent
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--mixer", "glaa"], ["--mixer", "gla:rank=2"], ["--data", "text:missing"], ["--data", "corpus:no"]]
+    "arguments",
+    [["--mixer", "glaa"], ["--mixer", "gla:rank=2"], ["--data", "text:missing"], ["--data", "corpus:no"], ["--layers", "every:x"]],
 )
 def test_what_any_teacher_would_refuse_is_said_before_one_is_loaded(arguments: list[str], text: Path, work: Path, monkeypatch):
     monkeypatch.setattr(pretrained, "load", lambda *_, **__: pytest.fail("the teacher was loaded"))
