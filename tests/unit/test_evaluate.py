@@ -101,6 +101,28 @@ def test_real_labels_are_scored_against_predicting_zero() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mqar_overwrite", "selectivity_t3", "mqar"])
+def test_scores_of_a_cell_are_those_of_a_loop_over_its_rows(name: str) -> None:
+    task = build_task(spec(name).task)
+    cell, batch = task.cells("test")[0], build_split(task, "test", 0)[task.cells("test")[0].name]
+    found, rng = DeviceCell.from_batch(cell, batch, CPU), np.random.default_rng(3)
+    labels = found.labels_NM.numpy()
+    answers = [labels, *(wrong.numpy() for wrong in found.lures.values()), np.full_like(labels, -7)]
+    predicted = np.choose(rng.integers(len(answers), size=labels.shape), answers)
+    scores = evaluate.Scores()
+    outputs = evaluate.CellOutputs(torch.tensor(3.0), torch.from_numpy(predicted))
+    evaluate.add_scores(scores, found, evaluate.measure(found, outputs).tolist())
+    hits = [[p == label for p, label in zip(*rows, strict=True) if label >= 0] for rows in zip(predicted, labels, strict=True)]
+    means = [np.mean(row) for row in hits]
+    assert scores.accuracy == {cell.name: pytest.approx(np.mean(means))}
+    assert scores.stderr == {cell.name: pytest.approx(np.std(means, ddof=1) / len(means) ** 0.5)}
+    assert scores.loss == {cell.name: pytest.approx(3.0 / sum(map(len, hits)))}
+    in_groups = {key: (predicted == labels)[rows.numpy()].mean() for key, rows in found.groups.items()}
+    assert scores.groups == {f"{cell.name}/{key}": pytest.approx(value) for key, value in in_groups.items()}
+    lured = {key: (predicted == wrong.numpy())[wrong.numpy() >= 0].mean() for key, wrong in found.lures.items()}
+    assert scores.lures == {(key, cell.name): pytest.approx(value) for key, value in lured.items()}
+
+
 def _ramp() -> np.ndarray:
     return np.linspace(-1, 2, 12, dtype=np.float32).reshape(3, 4, 1)
 
