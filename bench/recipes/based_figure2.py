@@ -5,7 +5,7 @@ One selection seed and one reported seed: add `--select-seeds 1 --seeds 1`.
 
 36 models of two layers without MLP. Four learning rates on three selection seeds, three reported seeds: 540 runs; 180 with one
 of each. Runs that `readme_plot` has in common are shared through the store.
-Cost: not measured yet.
+Cost: not measured in one go; 34 of the 36 models have run with one of each seed (docs/task_figures.md).
 
 The protocol is that of `readme_plot`, with the same changes. The figure charges no short convolution: its bytes are 12 a
 channel below our published count. Widths, feature and state sizes are inferred from the bytes; Mamba above 64 KiB is left out
