@@ -9,8 +9,8 @@ load. Two learning rates are tried on one selection seed and three other seeds a
 
 Expect attention at 1.0; Gated DeltaNet at 0.98 with three fifths of attention's bytes and 0.90 with a third, BASED at 0.96 with
 a third and 0.78 with an eighth; windows exactly as good as their reach; GLA and Mamba-2 between and seed-dependent, because
-they have not finished learning in 564 steps; and Hyena, which has no content-based addressing, at 0.2. The step budget is part of the result: these are capacities learnt in seconds, not
-bounds. Record: results/measured/mqar_laptop.
+they have not finished learning in 564 steps; and Hyena, which has no content-based addressing, at 0.2. The step budget is part
+of the result: these are capacities learnt in seconds, not bounds. Record: results/measured/mqar_laptop.
 """
 
 from bench.grammar import named_layers
