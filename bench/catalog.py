@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import tomllib
 from functools import cache
@@ -163,6 +164,10 @@ def check_options(kind: str, name: str, target: Any, given: dict[str, Any]) -> d
                 f"Option {key} of {kind} {name} cannot be {value!r}: {error.errors()[0]['msg'].lower()} "
                 f"(default {allowed[key].default!r})."
             ) from None
+        if isinstance(checked[key], float) and not math.isfinite(checked[key]):
+            raise UserError(
+                f"Option {key} of {kind} {name} cannot be {value!r}; it has to be finite (default {allowed[key].default!r})."
+            )
     return checked
 
 

@@ -16,6 +16,8 @@ import torch
 
 from bench.device import taken_by_others
 
+MEMORY = re.compile(r"CUDA\b.*out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory")
+"""How torch says that memory is short where its error has no type of its own."""
 CROWD = 1 << 30
 """Bytes of a GPU that others hold from which on a lack of memory may be theirs, not the fleet's."""
 PATIENCE_SECONDS, LONGEST_WAIT, LOOK_SECONDS = 480.0, 120.0, 5.0
@@ -52,8 +54,8 @@ def one_line(error: Exception) -> str:
 
 
 def _is_memory(error: Exception) -> bool:
-    """Whether the device's memory was short; where there is none left for a graph or a kernel, words only say so."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(r"CUDA\b.*out of memory", str(error)))
+    """Whether the device's memory was short; on a CPU, and where there is none left for a graph or a kernel, words only say so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(MEMORY.search(str(error)))
 
 
 def free_memory(device: torch.device) -> None:

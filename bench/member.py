@@ -101,7 +101,7 @@ class Member:
         Raises:
             ValueError: the checkpoint is of another run.
         """
-        if checkpoint.get("spec") != spec.model_dump_json():
+        if RunSpec.model_validate_json(checkpoint["spec"]).identity() != spec.identity():
             raise ValueError("the checkpoint belongs to another run")
         state = MemberState(**{name: checkpoint[name] for name in MemberState.__dataclass_fields__})
         return cls(spec, list(checkpoint["curve"]), checkpoint["seconds"]), checkpoint["step"], state

@@ -32,7 +32,10 @@ def identity_code(spec: RunSpec) -> str:
     return digest(code_hashes(spec))
 
 
-TRAINER = ("build", "data", "ends", "evaluate", "fleet", "member", "model", "scoring", "stacked", "streamed", "train")
+TRAINER = (
+    "build", "capture", "data", "dropout", "ends", "evaluate", "fleet", "graph_passes", "joined_rows", "long_sums", "member",
+    "model", "scoring", "stacked", "streamed", "train", "two_terms",
+)  # fmt: skip
 """Modules that decide how a run trains and is scored."""
 
 

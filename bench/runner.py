@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from bench.claims import Claims
 from bench.device import compiles
 from bench.failures import Failure, Patience, free_memory, lack_of_memory, leave_if_broken, one_line
@@ -72,9 +72,6 @@ def execute(
         return job.run([spec for spec in specs if job.begin(spec, (outdated or {}).get(identity_of(spec)))])
 
 
-Checkpoint = dict[str, Any]
-
-
 def _say_notes(kind: str, content: Any) -> None:
     if kind == "note":
         print(content, file=sys.stderr)
@@ -125,15 +122,15 @@ class _Job:
                 self.compiled = False
                 self.tell("note", f"Goes on without torch.compile, which failed: {failure.words}")
                 groups.insert(0, left)
-            elif failure.memory and self.patience.made_room():
-                groups.insert(0, left)
+            elif (failure.memory and self.patience.made_room()) or 0 < len(left) < len(group):
+                groups.insert(0, left)  # there is room now, or the failure may have been that of a run that has ended
             elif len(left) > 1:
                 half = len(left) // 2
                 groups[:0] = [left[:half], left[half:]]
             elif failure.memory and parts < MAX_MICRO_BATCHES:
                 parts *= 2
                 groups.insert(0, left)
-            else:
+            elif left:
                 self.fail(left[0][0], failure, parts)
                 parts = 1  # the next run may find more room
         return True
@@ -191,11 +188,12 @@ class _Job:
 
     def _write(self, spec: RunSpec, outcome: Outcome, parts: int) -> None:
         identity = identity_of(spec)
-        self.ended.add(identity)
         if not self.claims.holds(identity):
+            self.ended.add(identity)
             return
         record = make_record(spec, self.device, outcome, self.clock, parts)
         self.store.write(record, outcome.curve, outcome.influence)
+        self.ended.add(identity)  # not before: what fails until here is this run's failure, and no neighbour's
         self._close(identity)
         self.tell("record", record)
 
@@ -212,7 +210,7 @@ class _Job:
         if not path.exists():
             return None
         try:
-            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            checkpoint = load_checkpoint(path, self.device)
             Member.restored(spec, checkpoint)
         except Exception as error:
             if path.parent.name not in self.unsound:
@@ -222,7 +220,7 @@ class _Job:
         return checkpoint
 
 
-def record_death(spec: RunSpec, device: torch.device, store: Store, reason: str) -> RunRecord | None:
+def record_death(spec: RunSpec, device: torch.device, store: Store, reason: str, outdated: str | None = None) -> RunRecord | None:
     """Stores the record of a run whose workers died on it repeatedly, with no chance to say why.
 
     Args:
@@ -230,27 +228,25 @@ def record_death(spec: RunSpec, device: torch.device, store: Store, reason: str)
         device: where it was trained.
         store: where the record goes.
         reason: how the last worker ended.
+        outdated: digest of a record that does not count, as for `execute`.
 
     Returns:
-        The record, or None if another process trains the run.
+        The record, that of another process if it has trained the run meanwhile, or None if one still does.
     """
     identity = identity_of(spec)
     with Claims(store) as claims:
         if not claims.take(identity):
             return None
+        found = store.read(identity)
+        if found is not None and found.digest() != outdated:
+            claims.drop(identity)
+            return found
         outcome = Outcome()
         outcome.status, outcome.reason = "failed", f"its worker process died twice ({reason})"
         record = make_record(spec, device, outcome, Clock(torch.device("cpu"), 1), 1)
         store.write(record)
         claims.drop(identity)
     return record
-
-
-def save_checkpoint(store: Store, identity: str, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; a reader sees the old one or the new one."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    store.put(identity, "checkpoint.pt", buffer.getvalue())
 
 
 def _step(checkpoint: Checkpoint | None) -> int:
@@ -277,5 +273,5 @@ def _progress_reporter(store: Store, specs: list[RunSpec], tell: Tell) -> Callab
 
 
 def _remove(path: Any) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # the record is stored; what cannot be removed harms nobody
         path.unlink()

@@ -18,11 +18,11 @@ SELECTION_SEED = 1000
 class Frozen(BaseModel):
     """Base of all specs: immutable, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __hash__(self) -> int:
         """Equal specs hash alike, options (a dictionary) included."""
-        return hash(self.model_dump_json())
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
 class LayerSpec(Frozen):

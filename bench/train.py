@@ -163,7 +163,7 @@ class FleetTrainer:
         while self.members:
             if self.compiled and self._compile_seconds is None:
                 self._compile(turn, should_stop or (lambda: False))
-            began = time.monotonic()
+            began = epoch_began = time.monotonic()
             cells, firsts, plan_PSB, rates_PE = self._plan_epoch()
             ahead: deque[torch.cuda.Event] = deque()
             first = self.step - self.epoch * self.steps_per_epoch
@@ -183,9 +183,11 @@ class FleetTrainer:
                     raise Interrupted(self.checkpoints())
                 if on_checkpoint is not None and now - saved > checkpoint_seconds:
                     saved = now
+                    self._spent(began)
+                    began = time.monotonic()
                     on_checkpoint(self.checkpoints())
             ended = self._end_epoch(began)
-            self._epoch_seconds = time.monotonic() - began
+            self._epoch_seconds = time.monotonic() - epoch_began
             yield from ended
             self._drop_finished()
 

@@ -16,6 +16,7 @@ from bench.commands.training import Training
 from bench.families import mean_ceilings
 from bench.launch.place import parse_place
 from bench.points import Point, points
+from bench.report.place import require_place
 from bench.store import Store
 from bench.sweep import Experiment, Planner, Sweep
 
@@ -41,6 +42,8 @@ def run(request: Request, output: Output) -> int:
         _print_plan(sweep, planner, info, output)
         output.say(f"{missing} runs to do, {present} already in {store.root}; nothing was started.")
         return 0 if figure is None or check(figure, sweep, request, output) else 1
+    if request.report is not None:
+        require_place(request.report, "--report")
     store.check_writable()
     if missing == 0:
         output.say(f"Nothing to train: all {present} runs are already in {store.root}.")
@@ -153,6 +156,6 @@ def _report(store: Store, request: Request, sweep: Sweep, output: Output) -> Non
     from bench.report.build import build_report
 
     specs = None if request.suite is None else [experiment.task for experiment in sweep.experiments]
-    build_report(store, request.report, task=request.task, specs=specs)
+    build_report(store, request.report, task=request.task, specs=specs, option="--report")
     output.say(f"Report: {request.report}")
     output.emit("report", {"path": str(request.report)})

@@ -18,6 +18,7 @@ from bench.report.bridge import bridge
 from bench.report.families import family_map
 from bench.report.influence import Picture, picture
 from bench.report.judged import judged_sections
+from bench.report.place import require_place, unwritable
 from bench.report.reproductions import figure_rows
 from bench.report.speed import speed_section
 from bench.spec import SELECTION_SEED, TaskSpec
@@ -59,6 +60,7 @@ def build_report(
     title: str = "Mixer Bench",
     task: str | None = None,
     specs: Collection[TaskSpec] | None = None,
+    option: str = "--out",
 ) -> ReportSummary:
     """Writes the report of a store.
 
@@ -68,10 +70,12 @@ def build_report(
         title: heading of the page.
         task: name of the only task to show; None shows all.
         specs: tasks to show, options included; None shows all.
+        option: the one that named the file.
 
     Raises:
         UserError: the store holds no run to show, or the file cannot be written.
     """
+    require_place(out, option)
     whole_store = task is None and specs is None
     evals, eval_warnings = store.load_evals() if whole_store else ([], [])
     speeds, speed_warnings = store.load_speed()
@@ -84,8 +88,7 @@ def build_report(
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out, content)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"The report {out} cannot be written ({reason}); choose another path with --out.") from None
+        raise unwritable(out, error.strerror or type(error).__name__, option) from None
     return ReportSummary(out, len(found), len(records), len(content), len(evals), page_warnings)
 
 

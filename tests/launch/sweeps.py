@@ -17,7 +17,7 @@ from tests.cli.conftest import TINY
 ROOT = Path(__file__).parents[2]
 
 LISTENER = """
-import builtins, os
+import io, os
 
 def write(word, path):
     with real_open(os.environ["HEARD"], "a") as file:
@@ -33,7 +33,7 @@ def hearing_replace(source, target, **options):
     if str(target).endswith("record.json"):
         write("stored", target)
 
-real_open, builtins.open = builtins.open, hearing_open
+real_open, io.open = io.open, hearing_open
 real_replace, os.replace = os.replace, hearing_replace
 """
 """Every Python process that has it on its path tells of itself, whoever started it."""

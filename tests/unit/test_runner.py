@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bench import failures, runner
+from bench.checkpoints import save_checkpoint
 from bench.fleet import StackedFleet
 from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
@@ -56,7 +57,7 @@ def test_members_stopped_at_different_steps_go_on(tmp_path: Path) -> None:
         trainer = FleetTrainer([run], CPU)
         with pytest.raises(Interrupted) as stop:
             list(trainer.run(should_stop=lambda trainer=trainer, after=after: trainer.step >= after))
-        runner.save_checkpoint(Store(tmp_path / "parts"), identity_of(run), stop.value.checkpoints[0])
+        save_checkpoint(Store(tmp_path / "parts"), identity_of(run), stop.value.checkpoints[0])
     got = {record.run_id: record for record in execute(tmp_path / "parts", *pair)}
     for record in want:
         found = got[record.run_id]
@@ -73,6 +74,63 @@ def test_a_corrupt_checkpoint_is_ignored_with_a_word(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.count("Ignored") == 1
     assert again.metrics == want.metrics
     assert not (store.path(want.run_id) / "checkpoint.pt").exists()
+
+
+def _interrupted(tmp_path: Path, run: RunSpec, after: int) -> tuple[Store, str]:
+    """The store of a run that left a checkpoint."""
+    trainer, store = FleetTrainer([run], CPU), Store(tmp_path)
+    with pytest.raises(Interrupted) as stop:
+        list(trainer.run(should_stop=lambda: trainer.step >= after))
+    save_checkpoint(store, identity_of(run), stop.value.checkpoints[0])
+    return store, identity_of(run)
+
+
+def test_a_checkpoint_with_one_changed_number_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, identity = _interrupted(tmp_path, spec(), 9)
+    path = store.path(identity) / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    execute(tmp_path, spec())
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_checkpoint_goes_on_however_its_run_is_spelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = spec()
+    _interrupted(tmp_path, run, 9)
+    other = run.model_copy(update={"model": run.model.model_copy(update={"alias": "another spelling"})})
+    execute(tmp_path, other)
+    assert "Ignored" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_the_middle_of_an_epoch_has_the_time_until_then() -> None:
+    trainer, seconds = FleetTrainer([spec()], CPU), []
+    (member,) = trainer.members
+    list(trainer.run(on_checkpoint=lambda found: seconds.append(found[0]["seconds"]), checkpoint_seconds=0.0))
+    assert 0 < seconds[0] < seconds[1] < seconds[-1] <= member.seconds
+
+
+def test_a_run_whose_record_cannot_be_made_leaves_its_neighbour_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = [], runner.make_record
+
+    def once(run: RunSpec, *rest: Any) -> RunRecord:
+        if run.seed == 0 and not made:
+            made.append(run)
+            raise ValueError("no ceilings")
+        return real(run, *rest)
+
+    monkeypatch.setattr(runner, "make_record", once)
+    records = execute(tmp_path, spec(), spec(seed=1))
+    assert [record.status for record in records] == ["done", "done"]
+
+
+def test_a_death_does_not_replace_a_record(tmp_path: Path) -> None:
+    (record,) = execute(tmp_path, spec())
+    assert runner.record_death(spec(), CPU, Store(tmp_path), "signal 9") == record
+    assert Store(tmp_path).read(record.run_id) == record
+    late = runner.record_death(spec(), CPU, Store(tmp_path), "signal 9", outdated=record.digest())
+    assert late is not None
+    assert late.status == "failed"
 
 
 def test_divergence_is_a_record_with_its_reason(tmp_path: Path) -> None:
@@ -101,7 +159,7 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
 ) -> None:
     """A real out-of-memory needs a GPU that is too small, so the error is raised by hand; `fits` counts batches of a run."""
     original = StackedFleet.step_on
-    errors = itertools.cycle(map(error_of_memory, range(3)))
+    errors = itertools.cycle(map(error_of_memory, range(4)))
 
     def limited(self: StackedFleet, *arguments: object) -> None:
         limit = 2 if fits == 0.5 else fits
@@ -118,7 +176,11 @@ def test_out_of_memory_halves_the_fleet_then_the_batch_then_says_so(
 
 def error_of_memory(kind: int) -> RuntimeError:
     """What torch, its driver's and Triton's launches say where memory is short."""
-    words = "CUDA error: out of memory\nSearch for it", "Triton Error [CUDA]: out of memory"
+    words = (
+        "CUDA error: out of memory\nSearch for it",
+        "Triton Error [CUDA]: out of memory",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    )
     return RuntimeError(words[kind - 1]) if kind else torch.OutOfMemoryError("out of memory")
 
 
