@@ -18,6 +18,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
@@ -110,7 +111,7 @@ class Claims:
                 return False
             path = folder / f"claim.{number + 1}"
             with path.open("x") as file:
-                file.write(this_process().model_dump_json())
+                _sign(path, file)
         except FileExistsError:
             return False
         except OSError as error:
@@ -200,6 +201,16 @@ def _server_time(folder: Path) -> float:
         return time.time()
     finally:
         _unlink(probe)
+
+
+def _sign(path: Path, file: IO[str]) -> None:
+    """Writes who claims; on a full disk the claim stays in force, long expired."""
+    try:
+        file.write(this_process().model_dump_json())
+        file.flush()
+    except OSError:
+        os.utime(path, (0, 0))
+        raise
 
 
 def _unlink(path: Path) -> None:

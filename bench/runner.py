@@ -159,7 +159,7 @@ class _Job:
         trainer = FleetTrainer(specs, self.device, micro_batches=parts, compiled=self.compiled, checkpoints=checkpoints or None)
         # under bf16 autocast the recurrences, which stay in fp32, may round products as TF32 does: finer than bf16
         torch.set_float32_matmul_precision("high" if trainer.precision == "bf16" else "highest")
-        report = _progress_reporter(self.store, specs, self.tell)
+        report = _progress_reporter(self.store, specs, trainer.step, self.tell)
         seconds = float(os.environ.get("BENCH_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
         calls = {"on_progress": report, "should_stop": self.stops, "on_checkpoint": self.save}
         with Turn.on(self.device) if self.compiled else contextlib.nullcontext() as turn:
@@ -253,7 +253,7 @@ def _step(checkpoint: Checkpoint | None) -> int:
     return -1 if checkpoint is None else checkpoint["step"]
 
 
-def _progress_reporter(store: Store, specs: list[RunSpec], tell: Tell) -> Callable[[Progress], None]:
+def _progress_reporter(store: Store, specs: list[RunSpec], first: int, tell: Tell) -> Callable[[Progress], None]:
     """Passes progress on, and leaves it in the store now and then for other machines and `bench status`."""
     written, began = 0.0, time.time()
     names = {identity_of(spec): f"{spec.task.name} {spec.name()}" for spec in specs}
@@ -264,7 +264,8 @@ def _progress_reporter(store: Store, specs: list[RunSpec], tell: Tell) -> Callab
         now = time.monotonic()
         if now - written > PROGRESS_FILE_SECONDS:
             written = now
-            about = {"pid": os.getpid(), "host": socket.gethostname(), "started": began, "time": time.time(), **vars(progress)}
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "started": began, "time": time.time()}
+            about |= {"first": first, **vars(progress)}
             for identity, name in names.items():
                 if not (store.path(identity) / "record.json").exists():
                     store.put(identity, "progress.json", json.dumps({"run": name, **about}).encode())

@@ -138,3 +138,25 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         pytest.raises(StoreError, match=r"could not be written.*the same command goes on"),
     ):
         one.take(RUN)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from bench.claims import Claims
+from bench.store import Store, StoreError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Claims(Store(Path(sys.argv[1]))) as held:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        held.take(sys.argv[2])
+    except StoreError:
+        sys.exit(7)
+"""
+
+
+def test_a_claim_that_a_full_disk_left_holds_nothing(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", FULL, tmp_path, RUN], env=environment(), check=False).returncode == 7
+    with Claims(Store(tmp_path)) as held:
+        assert held.take(RUN)
