@@ -157,6 +157,6 @@ with Claims(Store(Path(sys.argv[1]))) as held:
 
 
 def test_a_claim_that_a_full_disk_left_holds_nothing(tmp_path: Path) -> None:
-    assert subprocess.run([sys.executable, "-c", FULL, tmp_path, RUN], env=environment(), check=False).returncode == 7
+    assert subprocess.run([sys.executable, "-c", FULL, tmp_path, RUN], env=environment(tmp_path), check=False).returncode == 7
     with Claims(Store(tmp_path)) as held:
         assert held.take(RUN)
