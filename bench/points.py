@@ -131,6 +131,9 @@ class Point:
 def choose_lr(records: Iterable[RunRecord]) -> LrChoice:
     """Picks the learning rate with the best mean validation accuracy; ties: lower validation loss, then smaller rate.
 
+    A rate that lost runs (failed, out of memory) is passed over while another has more scores, however good its survivors are:
+    one lucky seed of three says less than three. Seeds that were only not run yet do not count against a rate.
+
     Args:
         records: the selection runs of one point.
 
@@ -138,15 +141,20 @@ def choose_lr(records: Iterable[RunRecord]) -> LrChoice:
         The score of every learning rate that has at least one usable run, and the winner.
     """
     by_lr: dict[float, list[tuple[float, float]]] = {}
+    lossy: set[float] = set()
     for record in records:
         score = _selection_score(record)
-        if score is not None:
+        if score is None:
+            lossy.add(record.spec.train.lr)
+        else:
             by_lr.setdefault(record.spec.train.lr, []).append(score)
     scores = {
         lr: LrScore(fmean(accuracy for accuracy, _ in runs), fmean(loss for _, loss in runs), len(runs))
         for lr, runs in sorted(by_lr.items())
     }
-    best = min(scores, key=lambda lr: (-scores[lr].accuracy, scores[lr].loss, lr), default=None)
+    most = max((score.n for score in scores.values()), default=0)
+    sound = [lr for lr, score in scores.items() if score.n == most or lr not in lossy]
+    best = min(sound, key=lambda lr: (-scores[lr].accuracy, scores[lr].loss, lr), default=None)
     return LrChoice(scores, best)
 
 

@@ -94,6 +94,15 @@ def test_diverged_counts_as_zero_and_failed_not_at_all():
     assert choose_lr([run(0.1, 1000, status="oom", valid=None)]).lr is None
 
 
+def test_a_rate_that_lost_runs_gives_way_to_a_more_complete_one():
+    lucky = [run(0.1, 1000, valid=0.9), *(run(0.1, seed, status="failed", valid=None) for seed in (1001, 1002))]
+    whole = [run(0.2, 1000 + seed, valid=0.5) for seed in range(3)]
+    choice = choose_lr([*lucky, *whole])
+    assert (choice.lr, choice.scores[0.1].n, choice.scores[0.2].n) == (0.2, 1, 3)
+    equal = [run(0.2, 1000, valid=0.5), *(run(0.2, seed, status="oom", valid=None) for seed in (1001, 1002))]
+    assert choose_lr([*lucky, *equal]).lr == 0.1
+
+
 def test_point_reports_the_test_split_at_the_chosen_rate():
     records = [run(0.1, 1000, valid=0.3), run(0.2, 1000, valid=0.8)]
     records += [run(0.2, seed, test=value) for seed, value in enumerate((0.6, 0.7, 0.8))]
