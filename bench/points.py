@@ -131,6 +131,9 @@ class Point:
 def choose_lr(records: Iterable[RunRecord]) -> LrChoice:
     """Picks the learning rate with the best mean validation accuracy; ties: lower validation loss, then smaller rate.
 
+    A rate that lost runs (failed, out of memory) is passed over while another has more scores, however good its survivors are:
+    one lucky seed of three says less than three. Seeds that were only not run yet do not count against a rate.
+
     Args:
         records: the selection runs of one point.
 
@@ -138,15 +141,20 @@ def choose_lr(records: Iterable[RunRecord]) -> LrChoice:
         The score of every learning rate that has at least one usable run, and the winner.
     """
     by_lr: dict[float, list[tuple[float, float]]] = {}
+    lossy: set[float] = set()
     for record in records:
         score = _selection_score(record)
-        if score is not None:
+        if score is None:
+            lossy.add(record.spec.train.lr)
+        else:
             by_lr.setdefault(record.spec.train.lr, []).append(score)
     scores = {
         lr: LrScore(fmean(accuracy for accuracy, _ in runs), fmean(loss for _, loss in runs), len(runs))
         for lr, runs in sorted(by_lr.items())
     }
-    best = min(scores, key=lambda lr: (-scores[lr].accuracy, scores[lr].loss, lr), default=None)
+    most = max((score.n for score in scores.values()), default=0)
+    sound = [lr for lr, score in scores.items() if score.n == most or lr not in lossy]
+    best = min(sound, key=lambda lr: (-scores[lr].accuracy, scores[lr].loss, lr), default=None)
     return LrChoice(scores, best)
 
 
@@ -203,14 +211,20 @@ def _point(identity: str, group: list[RunRecord]) -> Point:
 
 
 def _newest(group: list[RunRecord]) -> tuple[list[RunRecord], int]:
-    """The newest record of each (learning rate, seed), in that order, and how many older ones were set aside.
+    """The records of the newest record's mixer and task, by learning rate and seed, and how many others were set aside.
 
-    The same spec has several records when the code of its mixer or task has changed in between.
+    A changed mixer or task is another function, so older runs count neither in the mean nor in the choice of the rate, even
+    those that no newer run repeats. Shared code may differ: that is said in a warning.
     """
-    newest: dict[tuple[float, int], RunRecord] = {}
-    for record in sorted(group, key=lambda r: (r.started, r.run_id)):
-        newest[record.spec.train.lr, record.spec.seed] = record
+    ordered = sorted(group, key=lambda r: (r.started, r.run_id))
+    own = _own_code(ordered[-1])
+    newest = {(r.spec.train.lr, r.spec.seed): r for r in ordered if _own_code(r) == own}
     return [newest[key] for key in sorted(newest)], len(group) - len(newest)
+
+
+def _own_code(record: RunRecord) -> dict[str, str]:
+    """Source hashes of a run's mixers and task, without those of the code that all runs share."""
+    return {key: value for key, value in record.provenance.code.items() if key.startswith(("mixer:", "task:"))}
 
 
 def _lr_of_point(records: Sequence[RunRecord]) -> tuple[LrChoice, str]:
@@ -246,7 +260,7 @@ def _warnings(current: list[RunRecord], replaced: int, reported: list[RunRecord]
     """What a reader must know before trusting a point."""
     found: list[str] = []
     if replaced:
-        found.append(f"{replaced} older run(s) of the same spec and other code were set aside for newer ones")
+        found.append(f"{replaced} run(s) of older mixer or task code were set aside for newer ones")
     if len({digest(r.provenance.code) for r in current}) > 1:
         found.append("its runs were made by different versions of the code")
     if len({(r.device, r.provenance.hardware.get("gpu", "")) for r in reported}) > 1:

@@ -226,11 +226,14 @@ def _compare_order(order: Order, ours: Callable[[str], Point | None]) -> Compare
 
 
 def _stands_above(a: Point | None, b: Point | None) -> bool | None:
-    """Whether a is above b, or the interval of their difference leaves that open; None if they share no reported seed."""
+    """Whether a is above b or level with it, or the interval of their difference leaves that open; None without a common seed.
+
+    Values published apart can both be 1.000 with us: a tie stands in no wrong order.
+    """
     difference = paired_difference(a.seeds if a else {}, b.seeds if b else {})
     if difference.mean is None:
         return None
-    return difference.mean > 0 or (difference.high is not None and difference.high > 0)
+    return difference.mean >= 0 or (difference.high is not None and difference.high >= 0)
 
 
 def reproductions(found: Sequence[Point]) -> list[Comparison]:

@@ -49,7 +49,8 @@ def check(figure: Figure, sweep: Sweep, request: Request, output: Output) -> boo
     _print_orders(comparison, output)
     published = {experiment.point_id() for experiment in named_sweep(request).experiments}
     if not all(experiment.point_id() in published for experiment in sweep.experiments):
-        output.say(f"Not the recipe's own settings ({', '.join(request.settings)}): this compares, and does not reproduce.")
+        changed = ", ".join([*request.mixers, *request.settings])
+        output.say(f"Not the recipe's own settings ({changed}): this compares, and does not reproduce.")
     older = _of_older_code(shown, records)
     for text in (*warnings, *older, *(f"{point.name}: {text}." for point in shown for text in point.warnings)):
         output.say(f"Warning: {text}")

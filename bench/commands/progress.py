@@ -70,8 +70,11 @@ class SweepProgress:
             self.live.remove_task(self.bars.pop(fleet))
 
     def note(self, text: str) -> None:
-        """A line between the bars."""
-        (self.live.console.print if self.live else self.output.say)(text)
+        """A line between the bars; its brackets are no markup."""
+        if self.live is None:
+            self.output.say(text)
+        else:
+            self.live.console.print(text, markup=False)
 
 
 def outcome_text(record: RunRecord) -> str:

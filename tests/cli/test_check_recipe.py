@@ -62,6 +62,12 @@ def test_the_dry_run_trains_nothing(trained: tuple[Bench, Outcome]) -> None:
     assert trained[0].files() == before
 
 
+def test_a_mixer_of_other_settings_is_named(bench: Bench) -> None:
+    asked = ["--recipe=readme_plot", "--mixer=attention", "--check", "--dry-run", "--device=cpu"]
+    found = bench("synthetic", *asked, f"--store={bench.folder / 'runs'}")
+    assert "Not the recipe's own settings (attention): this compares" in found.out, found.err
+
+
 def test_a_part_of_the_recipe_reproduces(bench: Bench) -> None:
     part = ["--recipe=readme_plot", "--mixer=gla:n_heads=2", "--set=model.d_model=64", "--set=train.lr=1e-2"]
     for more, caveat in ([], False), (["--set=train.epochs=1"], True):

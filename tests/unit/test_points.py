@@ -21,6 +21,7 @@ def run(
     test: float | None = 0.5,
     status: Any = "done",
     code: str = "a",
+    shared: str = "s",
     started: str = "2025-01-01T00:00:00Z",
     device: str = "cpu",
     model: dict[str, Any] | None = None,
@@ -55,7 +56,13 @@ def run(
         train_seconds=2.0,
         examples_per_second=100.0,
         provenance=Provenance(
-            commit=None, dirty=None, diff_hash=None, code={"mixer:gla": code}, versions={}, hardware={}, command="bench"
+            commit=None,
+            dirty=None,
+            diff_hash=None,
+            code={"mixer:gla": code, "shared:trainer": shared},
+            versions={},
+            hardware={},
+            command="bench",
         ),
     )
 
@@ -85,6 +92,15 @@ def test_diverged_counts_as_zero_and_failed_not_at_all():
     failed = [run(0.1, 1000, valid=0.9), run(0.1, 1001, status="failed", valid=None), run(0.2, 1000, valid=0.5)]
     assert choose_lr(failed).lr == 0.1
     assert choose_lr([run(0.1, 1000, status="oom", valid=None)]).lr is None
+
+
+def test_a_rate_that_lost_runs_gives_way_to_a_more_complete_one():
+    lucky = [run(0.1, 1000, valid=0.9), *(run(0.1, seed, status="failed", valid=None) for seed in (1001, 1002))]
+    whole = [run(0.2, 1000 + seed, valid=0.5) for seed in range(3)]
+    choice = choose_lr([*lucky, *whole])
+    assert (choice.lr, choice.scores[0.1].n, choice.scores[0.2].n) == (0.2, 1, 3)
+    equal = [run(0.2, 1000, valid=0.5), *(run(0.2, seed, status="oom", valid=None) for seed in (1001, 1002))]
+    assert choose_lr([*lucky, *equal]).lr == 0.1
 
 
 def test_point_reports_the_test_split_at_the_chosen_rate():
@@ -141,8 +157,19 @@ def test_the_newest_record_of_a_spec_counts():
     assert any("set aside" in text for text in point.warnings)
 
 
+def test_runs_of_an_older_mixer_count_nowhere():
+    old = [run(0.1, seed, code="a", test=0.9, started="2025-01-01T00:00:00Z") for seed in range(5)]
+    old.append(run(0.3, 1000, code="a", valid=0.99, started="2025-01-01T00:00:00Z"))  # at a rate that is not tried any more
+    new = [run(lr, 1000, code="b", valid=lr, started="2025-01-02T00:00:00Z") for lr in (0.1, 0.2)]
+    new += [run(0.2, seed, code="b", test=0.1, started="2025-01-02T00:00:00Z") for seed in range(3)]
+    (point,) = points([*old, *new])
+    assert (point.lr, point.seeds) == (0.2, {0: 0.1, 1: 0.1, 2: 0.1})
+    assert point.warnings == ["6 run(s) of older mixer or task code were set aside for newer ones"]
+
+
 def test_mixed_code_and_devices_are_said():
-    (point,) = points([run(seed=0, code="a"), run(seed=1, code="b", device="cuda")])
+    (point,) = points([run(seed=0, shared="s"), run(seed=1, shared="t", device="cuda")])
+    assert point.accuracy.n == 2
     assert any("different versions of the code" in text for text in point.warnings)
     assert any("different devices: cpu, cuda" in text for text in point.warnings)
 

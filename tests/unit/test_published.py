@@ -147,6 +147,12 @@ def test_a_reversed_order_is_missed_unless_the_interval_leaves_it_open(plot) -> 
     assert published.compare(*plot, as_published(plot, clear)).orders[0].verdict == "differs"
 
 
+def test_an_exact_tie_is_no_reversed_order(plot) -> None:
+    tie = {"RWKV-7 d=64": (1.0,), "Gated DeltaNet d=64": (1.0,)}
+    order = published.compare(*plot, as_published(plot, tie)).orders[0]
+    assert (order.verdict, order.reversed) == ("agree", ())
+
+
 def test_what_has_not_run_is_said(plot) -> None:
     everything = as_published(plot)
     some = [point for point in everything if point.label != "mamba2:d_state=8*2"]
