@@ -108,8 +108,9 @@ def _running_text(run_id: str, owner: Owner, progress: dict[str, Any] | None) ->
     share = progress["step"] / progress["steps"]
     text = f"{progress['run']} ({run_id}) {where}, {share:.0%} of {progress['steps']} steps"
     text += f", heard of {seconds_text(max(0.0, time.time() - progress['time']))} ago"
-    if 0 < share < 1:
-        left = (progress["time"] - progress["started"]) * (1 - share) / share
+    done, missing = progress["step"] - progress.get("first", 0), progress["steps"] - progress["step"]
+    if done > 0 and missing > 0:
+        left = (progress["time"] - progress["started"]) * missing / done
         text += f", at most {seconds_text(left)} left"
     return text
 

@@ -6,6 +6,8 @@ import io
 
 from rich.console import Console
 
+from bench.claims import this_process
+from bench.commands import status
 from bench.commands.console import Output
 from bench.commands.progress import SweepProgress
 
@@ -16,3 +18,8 @@ def test_notes_on_a_terminal_keep_their_brackets() -> None:
     with SweepProgress(output, total=1) as progress:
         progress.note("failed: KeyError: [/root/x] and [bold]")
     assert "failed: KeyError: [/root/x] and [bold]" in screen.getvalue()
+
+
+def test_what_is_left_is_counted_from_where_a_run_went_on() -> None:
+    progress = {"run": "mqar gla", "step": 60, "steps": 100, "first": 50, "started": 0.0, "time": 20.0}
+    assert "at most 1 min 20 s left" in status._running_text("0123456789ab", this_process(), progress)
