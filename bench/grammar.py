@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from bench import catalog
 from bench.errors import UserError, nearest_literal, unknown
 from bench.spec import Frozen, LayerSpec, ModelSpec, TrainSpec
-from bench.sweep import Experiment, Sweep
+from bench.sweep import Experiment, Sweep, distinct
 
 STEM = LayerSpec(mixer="base_conv")
 """The short-convolution layer that a lone mixer follows."""
@@ -107,7 +107,7 @@ def _split_values(text: str) -> list[str]:
 
 
 def _replace(sweep: Sweep, experiments: list[Experiment]) -> Sweep:
-    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(experiments))})
+    return sweep.model_copy(update={"experiments": distinct(experiments)})
 
 
 def _with_setting(experiment: Experiment, path: str, value: Any, setting: str) -> Experiment:

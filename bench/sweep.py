@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, field_validator
 
 from bench import provenance
 from bench.launch import Fleet
@@ -26,6 +26,11 @@ class Experiment(Frozen):
     model: ModelSpec
     train: TrainSpec = TrainSpec()
     lrs: tuple[PositiveFloat, ...] = Field(min_length=1)
+
+    @field_validator("lrs")
+    @classmethod
+    def _each_once(cls, lrs: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(lrs))
 
     def run(self, lr: float, seed: int) -> RunSpec:
         """The run of this experiment at a learning rate and a seed."""
@@ -53,8 +58,21 @@ class Sweep(Frozen):
     experiments: tuple[Experiment, ...] = Field(min_length=1)
     select_seeds: int = Field(default=1, gt=0)
     """Seeds per learning rate in selection."""
-    seeds: int = Field(default=3, gt=0)
+    seeds: int = Field(default=3, gt=0, le=SELECTION_SEED)
     """Reported seeds per experiment."""
+
+    @field_validator("experiments")
+    @classmethod
+    def _each_once(cls, experiments: tuple[Experiment, ...]) -> tuple[Experiment, ...]:
+        return distinct(experiments)
+
+
+def distinct(experiments: Iterable[Experiment]) -> tuple[Experiment, ...]:
+    """Every experiment once, under its first name: `attention` and `base_conv+attention` are the same runs."""
+    found: dict[tuple[str, tuple[float, ...]], Experiment] = {}
+    for experiment in experiments:
+        found.setdefault((experiment.point_id(), experiment.lrs), experiment)
+    return tuple(found.values())
 
 
 @dataclass

@@ -16,8 +16,8 @@ from bench.device import Device
 from bench.errors import UserError, unknown
 from bench.grammar import apply_settings, parse_mixers
 from bench.records import StateInfo
-from bench.spec import LayerSpec, ModelSpec, TaskSpec, TrainSpec
-from bench.sweep import Experiment, Sweep
+from bench.spec import SELECTION_SEED, LayerSpec, ModelSpec, TaskSpec, TrainSpec
+from bench.sweep import Experiment, Sweep, distinct
 
 DEFAULT_RECIPE = "laptop"
 
@@ -27,7 +27,7 @@ class Request:
     """The options of `bench synthetic`.
 
     Raises:
-        UserError: `rerun` is neither failed nor all.
+        UserError: `rerun` is neither failed nor all, or there are more seeds than are kept for reporting.
     """
 
     task: str | None
@@ -55,6 +55,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.rerun not in (None, "failed", "all"):
             raise unknown("value of --rerun", self.rerun, ["failed", "all"])
+        if self.seeds is not None and self.seeds > SELECTION_SEED:
+            raise UserError(f"--seeds {self.seeds} is too many: seeds from {SELECTION_SEED} on only choose learning rates.")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _with_task(sweep: Sweep, task: str, *, named: str | None) -> Sweep:
     if given == {task}:
         return sweep
     changed = (experiment.model_copy(update={"task": TaskSpec(name=task)}) for experiment in sweep.experiments)
-    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
+    return sweep.model_copy(update={"experiments": distinct(changed)})
 
 
 def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
@@ -148,7 +150,7 @@ def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
 
     templates = dict.fromkeys(with_layers(experiment, named[0]) for experiment in sweep.experiments)
     changed = [with_layers(template, fields) for template in templates for fields in named]
-    return sweep.model_copy(update={"experiments": tuple(dict.fromkeys(changed))})
+    return sweep.model_copy(update={"experiments": distinct(changed)})
 
 
 def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:

@@ -65,6 +65,8 @@ class Training:
 
     def _hand_out(self) -> None:
         """Gives out fleets that can start now, as long as there are workers for them."""
+        # a record may come from elsewhere than `_free`: from a fleet of ours that has the run under another name
+        self.held = {spec: until for spec, until in self.held.items() if self.planner.lookup(spec) is None}
         for experiment in self.sweep.experiments:
             if not self.workers.idle():
                 return

@@ -19,12 +19,16 @@ from pathlib import Path
 
 from bench.device import compiles
 from bench.launch import STOP_SECONDS, Event, Fleet, LaunchError, Workers
+from bench.launch.handed import pack, unpack
 from bench.provenance import usable_cores
 from bench.spec import RunSpec
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864"}
 """glibc keeps the memory of a training step for the next one instead of returning it to the system: 5 to 12 % of a step."""
 START_HELP = 'see what it printed. A script that starts a sweep must do so under `if __name__ == "__main__":`.'
+MAX_LOST_STARTS = 3
+"""Workers in a row that may be killed while they start."""
+CHANGED = "The code of {code} was changed while the sweep ran; start it again."
 MOST_A_GPU, CORES_EACH = 6, 2
 """Workers of a GPU, unless told: some train while the others compile, for which each needs cores."""
 
@@ -71,6 +75,7 @@ class LocalWorkers(Workers):
         # a worker's compiler would start as many processes as there are cores
         self.variables = {**MALLOC, "OMP_NUM_THREADS": str(self.threads), "TORCHINDUCTOR_COMPILE_THREADS": str(share)}
         self.workers: list[_Worker] = []
+        self.lost_starts = 0
 
     def __enter__(self) -> LocalWorkers:
         self.workers = [self._start(device) for device in self.devices]
@@ -96,9 +101,14 @@ class LocalWorkers(Workers):
 
     def submit(self, fleet: Fleet, outdated: Mapping[str, str]) -> None:
         """Hands a fleet to an idle worker."""
-        worker = next(worker for worker in self.workers if not worker.fleet)
-        worker.fleet = fleet
-        worker.pipe.send(([spec.model_dump_json() for spec in fleet], dict(outdated)))
+        index = next(index for index, worker in enumerate(self.workers) if not worker.fleet)
+        message = pack(fleet), dict(outdated)
+        try:
+            self.workers[index].pipe.send(message)
+        except OSError:  # it died while it had nothing to do, which nobody has listened for
+            self._replace(index)
+            self.workers[index].pipe.send(message)
+        self.workers[index].fleet = fleet
 
     def events(self, timeout: float) -> Iterator[Event]:
         """What the workers have said, waiting at most `timeout` seconds for the first word."""
@@ -111,21 +121,39 @@ class LocalWorkers(Workers):
             fleet = worker.fleet
             try:
                 kind, content = worker.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                worker.process.join()
-                end = _end(worker.process.exitcode)
-                if not worker.started:  # no fault of the fleet's, which it has not seen
-                    yield Event("broken", fleet, LaunchError(f"A worker process could not start ({end}); {START_HELP}"))
-                    continue
-                self.workers[index] = self._start(self.devices[index])
-                yield Event("died", fleet, end)
+            except (EOFError, OSError):  # the latter in the middle of a message
+                yield self._death(index)
                 continue
             if kind == "started":
-                worker.started = True
+                worker.started, self.lost_starts = True, 0
                 continue
             if kind == "finished":
                 worker.fleet = ()
             yield Event(kind, fleet, content)
+
+    def _death(self, index: int) -> Event:
+        """What the end of a busy worker means to its fleet; unless no worker can start, another takes its place."""
+        worker = self.workers[index]
+        worker.process.join()
+        code = worker.process.exitcode
+        if worker.started:
+            self._replace(index)
+            return Event("died", worker.fleet, _end(code))
+        # no fault of the fleet's, which it has not seen
+        if code is None or code >= 0:
+            return Event("broken", worker.fleet, LaunchError(f"A worker process could not start ({_end(code)}); {START_HELP}"))
+        self.lost_starts += 1
+        if self.lost_starts > MAX_LOST_STARTS:
+            words = f"{self.lost_starts} worker processes in a row were killed while they started ({_end(code)})"
+            return Event("broken", worker.fleet, LaunchError(f"{words}; is there too little memory for them?"))
+        self._replace(index)
+        return Event("lost", worker.fleet, _end(code))
+
+    def _replace(self, index: int) -> None:
+        """Starts another worker in place of a dead one."""
+        self.workers[index].pipe.close()
+        self.workers[index].process.join()
+        self.workers[index] = self._start(self.devices[index])
 
     def stop(self) -> None:
         """Asks every worker to save a checkpoint and leave; ends those that do not within a minute."""
@@ -188,12 +216,12 @@ def _worker_main(pipe: Connection, device: str, threads: int, store: str) -> Non
     torch.set_flush_denormal(True)  # probabilities of a confident model are denormal and slow a CPU step by a tenth
     while True:
         try:
-            texts, outdated = pipe.recv()
-            fleet = [RunSpec.model_validate_json(text) for text in texts]
+            runs, outdated = pipe.recv()
+            fleet = unpack(runs, CHANGED)
             # the parent says nothing while a fleet trains, so a readable pipe is a closed one
             execute(fleet, torch.device(device), Store(Path(store)), tell=tell, should_stop=pipe.poll, outdated=outdated)
         except (EOFError, ConnectionResetError):
             return
-        except StoreError as error:
+        except (LaunchError, StoreError) as error:
             tell("broken", error)
         tell("finished")

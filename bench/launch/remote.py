@@ -21,8 +21,8 @@ from typing import Any, Generic, TypeVar
 from bench.claims import holder
 from bench.errors import UserError
 from bench.launch import STOP_SECONDS, Event, Fleet, LaunchError, Workers
-from bench.provenance import identity_code
-from bench.spec import RunSpec, run_id
+from bench.launch.handed import pack, unpack
+from bench.spec import RunSpec
 from bench.store import Store
 
 STOP_CHECK_SECONDS = 5.0
@@ -94,14 +94,8 @@ class Job:
         raise LaunchError(f"{socket.gethostname()} does not see the store {self.store}; choose a folder that all hosts share.")
 
     def _specs(self) -> list[RunSpec]:
-        specs = [RunSpec.model_validate_json(text) for text in self.runs.values()]
-        for identity, spec in zip(self.runs, specs, strict=True):
-            if run_id(spec, identity_code(spec)) != identity:
-                raise LaunchError(
-                    f"{socket.gethostname()} has other code of {spec.model.label()} or {spec.task.name} than the driver's host; "
-                    "install the same version on all hosts."
-                )
-        return specs
+        host = socket.gethostname()
+        return unpack(self.runs, host + " has other code of {code} than the driver's host; install the same version on all hosts.")
 
     def _train(self, specs: list[RunSpec]) -> Said:
         import torch
@@ -205,8 +199,8 @@ class RemoteWorkers(Workers, Generic[Handle]):
 
     def submit(self, fleet: Fleet, outdated: Mapping[str, str]) -> None:
         """Hands a fleet to the engine."""
-        runs = {run_id(spec, identity_code(spec)): spec for spec in fleet}
-        texts = {identity: spec.model_dump_json() for identity, spec in runs.items()}
+        texts = pack(fleet)
+        runs = dict(zip(texts, fleet, strict=True))
         job = Job(texts, dict(outdated), self.device, self.threads, str(self.store.root), str(self.sweep))
         self.flights.append(_Flight(fleet, runs, outdated, self.start(job)))
 
@@ -240,17 +234,26 @@ class RemoteWorkers(Workers, Generic[Handle]):
 
     def stop(self) -> None:
         """Takes the driver's file away, waits until jobs have left, and cancels the rest after a minute."""
-        self.sweep.unlink(missing_ok=True)
-        deadline = time.monotonic() + STOP_SECONDS
-        leaving = [flight for flight in self.flights if any(holder(self.store, identity) for identity in flight.runs)]
-        while leaving and time.monotonic() < deadline:
-            time.sleep(0.2)
-            leaving = [flight for flight in leaving if self.ended(flight.handle) is None]
-        for flight in self.flights:
-            if self.ended(flight.handle) is None:
-                self.cancel(flight.handle)
-        self.flights = []
-        self.close()
+        try:
+            self.sweep.unlink(missing_ok=True)
+            deadline = time.monotonic() + STOP_SECONDS
+            leaving = [flight for flight in self.flights if any(holder(self.store, identity) for identity in flight.runs)]
+            while leaving and time.monotonic() < deadline:
+                time.sleep(0.2)
+                leaving = [flight for flight in leaving if not self._over(flight.handle)]
+            for flight in self.flights:
+                if not self._over(flight.handle):
+                    self.cancel(flight.handle)
+        finally:
+            self.flights = []
+            self.close()
+
+    def _over(self, handle: Handle) -> bool:
+        """Whether a job has ended, be it that it could not run at all: the others are to be ended all the same."""
+        try:
+            return self.ended(handle) is not None
+        except LaunchError:
+            return True
 
 
 def _last_words(flight: _Flight[Any], end: End) -> Iterator[Event]:
