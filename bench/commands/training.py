@@ -153,7 +153,8 @@ class Training:
 
         from bench.runner import record_death
 
-        record = record_death(spec, torch.device(self.workers.device), self.planner.store, self.reasons[spec])
+        outdated = self.planner.outdated([spec]).get(self.planner.identity(spec))
+        record = record_death(spec, torch.device(self.workers.device), self.planner.store, self.reasons[spec], outdated)
         if record is None:
             self._hold(spec)
         else:

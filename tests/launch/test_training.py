@@ -57,7 +57,7 @@ class Pretending(Workers):
 def test_a_held_run_whose_record_comes_another_way(tmp_path: Path) -> None:
     run, store = spec(), Store(tmp_path)
     sweep = Sweep(experiments=(Experiment(task=run.task, model=run.model, train=run.train, lrs=(1e-2,)),), seeds=1)
-    output = Output(json_lines=False)
+    output = Output()
     progress, sweep_file = SweepProgress(output, 1), SweepFile(store, "bench synthetic", "local", 1)
     training = Training(sweep, Planner(store), Pretending(), 16, progress, sweep_file)
     training.run()
