@@ -21,7 +21,7 @@ def build_task(spec: TaskSpec) -> Task:
     options = catalog.check_options("task", spec.name, cls, spec.options)
     try:
         return cls(**options)
-    except ValueError as error:
+    except (ValueError, ArithmeticError, MemoryError) as error:
         raise UserError(f"Task {spec.name}: {error}") from error
 
 

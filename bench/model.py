@@ -54,8 +54,8 @@ def build_mixer(spec: LayerSpec, d_model: int, layer: int, max_len: int) -> Mixe
     construct = cast(Callable[..., Mixer], cls)
     try:
         return construct(d_model, layer=layer, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Mixer {spec.label()} at d_model={d_model}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes with the latter two
+        raise UserError(f"Mixer {spec.label()} at d_model={d_model}: {' '.join(str(error).split())}") from error
 
 
 class LanguageModel(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import asdict
 from pathlib import Path
@@ -76,9 +77,12 @@ def parse_limit(text: str | None) -> tuple[str, float | None]:
     if metric not in METRICS:
         raise unknown("metric in --fail", metric, METRICS)
     try:
-        return metric, float(limit)
+        number = float(limit)
     except ValueError:
-        raise UserError(f"--fail {text!r} has no number after the colon; write it like accuracy:-0.01.") from None
+        number = math.nan
+    if not math.isfinite(number):  # nothing is below such a limit, so it would never fail
+        raise UserError(f"--fail {text!r} has no number after the colon; write it like accuracy:-0.01.")
+    return metric, number
 
 
 def _load(root: Path, output: Output) -> list[RunRecord]:

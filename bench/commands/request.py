@@ -167,6 +167,7 @@ def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
     found: dict[Experiment, ModelInfo] = {}
     for experiment in sweep.experiments:
         spec = experiment.run(experiment.lrs[0], 0)
+        _require_room(spec.model)
         task = build_task(spec.task)
         model = build_model(spec, task, torch.device("meta"))
         precision = resolve_precision(spec.train, torch.device(device.kind))
@@ -175,6 +176,18 @@ def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
         found[experiment] = ModelInfo(spec.model.label(), parameters, state_info(model, task, precision), tokens)
     _check_outside_mixers(sweep)
     return found
+
+
+def _require_room(model: ModelSpec) -> None:
+    """Refuses a written pattern of layers that does not fit, of which a model would have only the first ones.
+
+    An architecture with a name of its own, such as BASED, has its published layers in turn and is cut at any depth.
+    """
+    count = len(model.layers)
+    if count > model.n_layers and not {"+", "*"}.isdisjoint(model.alias):
+        raise UserError(
+            f"{model.label()} names {count} layers where the model has {model.n_layers}; add --set model.n_layers={count}."
+        )
 
 
 def _check_outside_mixers(sweep: Sweep) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,7 +163,7 @@ def curve_rows(points: Sequence[Point], rows: Sequence[dict[str, Any]], store: S
     """
     found: list[dict[str, Any]] = []
     warnings: list[str] = []
-    variants: dict[tuple[str, str], int] = {}
+    sizes: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for point, row in zip(points, rows, strict=True):
         curves = []
         for record in point.reported[:MAX_CURVE_SEEDS]:
@@ -175,9 +176,11 @@ def curve_rows(points: Sequence[Point], rows: Sequence[dict[str, Any]], store: S
             if curve is not None:
                 curves.append(curve)
         if curves:
-            variant = variants.setdefault((row["task"], point.mixer), 0)
-            variants[row["task"], point.mixer] += 1
-            found.append({"point": row["id"], "variant": variant % 4, "n": len(curves), **_mean_curve(curves)})
+            found.append({"point": row["id"], "n": len(curves), **_mean_curve(curves)})
+            sizes[row["task"], point.mixer].append((point.state.true_bytes, found[-1]))
+    for same in sizes.values():
+        for rank, (_, curve) in enumerate(sorted(same, key=lambda one: one[0])):
+            curve["variant"] = rank % 4
     return found, warnings
 
 

@@ -47,6 +47,9 @@ CASES = [
     (["synthetic", *TINY, "--set=train.lr=1e400"], ["train.lr=", "finite"]),
     (["synthetic", *TINY, "--mixer=gla:gate_temperature=inf"], ["gate_temperature", "finite"]),
     (["synthetic", *TINY, "--report=."], ["folder", "--report"]),
+    (["synthetic", *TINY, "--mixer=gla*3+attention"], ["4 layers", "has 2", "--set model.n_layers=4"]),
+    (["synthetic", *TINY, "--mixer=gla:expand_k=-1"], ["gla:expand_k=-1", "negative"]),
+    (["compare", "gla", "attention", "--fail=accuracy:nan"], ["no number"]),
     (["synthetic", *TINY, "--set=train.epochs"], ["no value"]),
     (["synthetic", *TINY, "--set=task.train_cells=16x8:64"], ["8 pairs", "length 16"]),
     (["synthetic", *TINY, "--set=task.vocab_size=8", "--set=task.train_cells=64x4:64"], ["vocab_size=8", "keys"]),
@@ -101,11 +104,12 @@ def test_cuda_without_cuda(bench: Bench) -> None:
     ("source", "words"),
     [
         ("class Other:\n    pass\n", ["Mine", "Other"]),
+        ("raise SystemExit(5)\n", ["cannot be imported", "SystemExit"]),
         ("import nonexistent_package\n", ["cannot be imported", "nonexistent_package"]),
         ("class Mine:\n    pass\n", ["not a Mixer subclass"]),
         (MIXER, ["breaks the contract", "causality"]),
     ],
-    ids=["no class", "import fails", "not a mixer", "breaks the contract"],
+    ids=["no class", "it leaves", "import fails", "not a mixer", "breaks the contract"],
 )
 def test_loose_file(bench: Bench, source: str, words: list[str]) -> None:
     Path("mine.py").write_text(source)
