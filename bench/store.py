@@ -96,7 +96,7 @@ class Store:
         curve: Sequence[dict[str, float | int | None]] = (),
         influence: dict[str, np.ndarray] | None = None,
     ) -> Path:
-        """Writes a run; an earlier record of the same run is replaced.
+        """Writes a run; an earlier record of the same run is replaced, or kept as `record.json.unreadable` if it is not valid.
 
         Returns:
             The path of the record.
@@ -116,6 +116,8 @@ class Store:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **influence)  # type: ignore[arg-type]
             self.put(record.run_id, "influence.npz", buffer.getvalue())
+        if self.read(record.run_id) is None:
+            _set_aside(self.path(record.run_id) / "record.json")
         return self.put(record.run_id, "record.json", (record.model_dump_json(indent=1) + "\n").encode())
 
     def read(self, run_id: str) -> RunRecord | None:
@@ -172,6 +174,8 @@ class Store:
             pd.DataFrame(list(items)).to_parquet(buffer, index=False)
             atomic_write(folder / "items.parquet", buffer.getvalue())
         target = folder / "eval.json"
+        if self.read_eval(record.eval_id) is None:
+            _set_aside(target)
         atomic_write(target, (record.model_dump_json(indent=1) + "\n").encode())
         return target
 
@@ -211,6 +215,12 @@ def atomic_write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _set_aside(path: Path) -> None:
+    """Keeps what cannot be read, such as a record of a newer version, when another file takes its place."""
+    with contextlib.suppress(OSError):
+        path.rename(path.with_name(f"{path.name}.unreadable"))
 
 
 def _parse(path: Path, kind: type[Record], newest: int) -> tuple[Record | None, str]:

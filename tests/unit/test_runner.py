@@ -85,6 +85,16 @@ def _interrupted(tmp_path: Path, run: RunSpec, after: int) -> tuple[Store, str]:
     return store, identity_of(run)
 
 
+def test_a_record_that_cannot_be_read_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    (record,) = execute(tmp_path, spec())
+    path = Store(tmp_path).path(record.run_id) / "record.json"
+    newer = path.read_text().replace('"schema_version": 1', '"schema_version": 9')
+    path.write_text(newer)
+    (again,) = execute(tmp_path, spec())
+    assert Store(tmp_path).read(record.run_id) == again
+    assert path.with_name("record.json.unreadable").read_text() == newer
+
+
 def test_a_checkpoint_with_one_changed_number_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, identity = _interrupted(tmp_path, spec(), 9)
     path = store.path(identity) / "checkpoint.pt"
