@@ -11,7 +11,7 @@ import pytest
 from bench.announce import SweepFile
 from bench.commands.console import Output
 from bench.commands.progress import SweepProgress
-from bench.commands.request import build_sweep
+from bench.commands.request import Request, build_sweep
 from bench.commands.training import Training
 from bench.errors import UserError
 from bench.launch import Event, Fleet, Workers
@@ -64,9 +64,7 @@ def test_a_held_run_whose_record_comes_another_way(tmp_path: Path) -> None:
     assert progress.finished == 1 and not training.held
 
 
-def request(**changes: Any) -> Any:
-    from bench.commands.request import Request
-
+def request(**changes: Any) -> Request:
     given: dict[str, Any] = {
         **dict.fromkeys(("recipe", "seeds", "select_seeds", "jobs", "rerun", "report")),
         **{"task": "mqar", "mixers": ["attention"], "settings": [], "device": "cpu", "store": Path(), "fleet": 16, "dry_run": True},
