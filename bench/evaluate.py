@@ -125,17 +125,18 @@ def _mean_of(scores_NM: Tensor, rows_NM: Tensor) -> Tensor:
 def add_scores(scores: Scores, cell: DeviceCell, measured: list[float]) -> None:
     """Adds the scores of a cell, from what `measure` found."""
     name, n = cell.cell.name, len(cell)
-    loss, accuracy, deviation, *rest = measured
+    loss, accuracy, deviation, *more = measured
+    rest = iter(more)
     scores.accuracy[name], scores.stderr[name] = max(0.0, accuracy), deviation / math.sqrt(n)
     scores.loss[name], scores.examples[name] = loss / cell.labelled, n
     if cell.values_NMK is not None:
         scores.extra["mse", name] = scores.loss[name]
-    for group, value in zip(cell.groups, rest, strict=False):
-        scores.groups[f"{name}/{group}"] = max(0.0, value)
-    for lure, value in zip(cell.lures, rest[len(cell.groups) :], strict=False):
-        scores.lures[lure, name] = value
+    for group in cell.groups:
+        scores.groups[f"{name}/{group}"] = max(0.0, next(rest))
+    for lure in cell.lures:
+        scores.lures[lure, name] = next(rest)
     if cell.votes_NM is not None:
-        scores.extra["symbol accuracy", name] = rest[-1]
+        scores.extra["symbol accuracy", name] = next(rest)
 
 
 def add_extra(scores: Scores, task: Task, cell: Cell, batch: Batch, predicted: Tensor) -> None:

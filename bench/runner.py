@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from bench.checkpoints import Checkpoint, packed, unpacked
 from bench.claims import Claims
 from bench.device import compiles
 from bench.failures import Failure, Patience, free_memory, lack_of_memory, leave_if_broken, one_line
@@ -173,7 +173,7 @@ class _Job:
         for checkpoint in checkpoints:
             identity = identity_of(RunSpec.model_validate_json(checkpoint["spec"]))
             if self.claims.holds(identity):
-                save_checkpoint(self.store, identity, checkpoint)
+                self.store.put(identity, "checkpoint.pt", packed(checkpoint))
 
     def fail(self, spec: RunSpec, failure: Failure, parts: int) -> None:
         """Stores the record of a run that could not be trained."""
@@ -210,7 +210,7 @@ class _Job:
         if not path.exists():
             return None
         try:
-            checkpoint = load_checkpoint(path, self.device)
+            checkpoint = unpacked(path.read_bytes(), self.device)
             Member.restored(spec, checkpoint)
         except Exception as error:
             if path.parent.name not in self.unsound:
