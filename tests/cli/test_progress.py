@@ -16,8 +16,8 @@ def test_notes_on_a_terminal_keep_their_brackets() -> None:
     output, screen = Output(), io.StringIO()
     output.console = Console(file=screen, force_terminal=True, width=120, highlight=False)
     with SweepProgress(output, total=1) as progress:
-        progress.note("failed: KeyError: [/root/x] and [bold]")
-    assert "failed: KeyError: [/root/x] and [bold]" in screen.getvalue()
+        progress.note("failed: KeyError: [/data/x] and [bold]")
+    assert "failed: KeyError: [/data/x] and [bold]" in screen.getvalue()
 
 
 def test_what_is_left_is_counted_from_where_a_run_went_on() -> None:

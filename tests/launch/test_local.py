@@ -39,6 +39,7 @@ class Unstarted(LocalWorkers):
         """What becomes of a fleet whose worker ends now."""
         if not self.busy():
             self.submit((spec(),), {})
+            self.others.recv()  # a pipe that is closed with words unread is reset, and not at its end
         self.others.close()
         (event,) = self.events(5.0)
         return event

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import failures, runner
-from bench.checkpoints import save_checkpoint
+from bench.checkpoints import packed
 from bench.fleet import StackedFleet
 from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
@@ -57,7 +57,7 @@ def test_members_stopped_at_different_steps_go_on(tmp_path: Path) -> None:
         trainer = FleetTrainer([run], CPU)
         with pytest.raises(Interrupted) as stop:
             list(trainer.run(should_stop=lambda trainer=trainer, after=after: trainer.step >= after))
-        save_checkpoint(Store(tmp_path / "parts"), identity_of(run), stop.value.checkpoints[0])
+        Store(tmp_path / "parts").put(identity_of(run), "checkpoint.pt", packed(stop.value.checkpoints[0]))
     got = {record.run_id: record for record in execute(tmp_path / "parts", *pair)}
     for record in want:
         found = got[record.run_id]
@@ -81,7 +81,7 @@ def _interrupted(tmp_path: Path, run: RunSpec, after: int) -> tuple[Store, str]:
     trainer, store = FleetTrainer([run], CPU), Store(tmp_path)
     with pytest.raises(Interrupted) as stop:
         list(trainer.run(should_stop=lambda: trainer.step >= after))
-    save_checkpoint(store, identity_of(run), stop.value.checkpoints[0])
+    store.put(identity_of(run), "checkpoint.pt", packed(stop.value.checkpoints[0]))
     return store, identity_of(run)
 
 
