@@ -8,6 +8,7 @@ Shape legend: B batch, H heads, K key, V value width.
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels._entry import entry
 
@@ -16,8 +17,15 @@ from kernels._entry import entry
 def combine_kernel(
     ends, first, states, segments: tl.int32,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr,
+    BETWEEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * H * tiles of TILE columns,). Writes the state that enters each segment [B * H, segments, K, V] in fp32."""
+    """Grid: (B * H * tiles of TILE columns,). Writes the state that enters each segment [B * H, segments, K, V] in fp32.
+
+    BETWEEN: may start beside the kernel before it, and the next one beside it, if they are launched so.
+    """
+    if BETWEEN:
+        gdc_launch_dependents()
+        gdc_wait()
     VALUES: tl.constexpr = (V + BV - 1) // BV * BV
     WIDTH: tl.constexpr = VALUES + (K + BV - 1) // BV * BV
     TILES: tl.constexpr = (V + TILE - 1) // TILE

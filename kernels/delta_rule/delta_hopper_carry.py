@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import SIZES, place, thread_barrier, turned_layout
@@ -166,6 +167,8 @@ def carry_kernel(
     REVERSE: gl.constexpr, GATED: gl.constexpr, GIVEN: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """Grid: (B * H * (segments - 1) * pairs of 64 columns of C and of R,). REVERSE: of gradients, with those of outputs for v."""
+    gdc_launch_dependents()
+    gdc_wait()
     TILES: gl.constexpr = (V + 63) // 64
     PROGRAMS: gl.constexpr = (TILES + (K + 63) // 64 + 1) // 2
     slot, first_unit = gl.program_id(0) // PROGRAMS, gl.program_id(0) % PROGRAMS * 2

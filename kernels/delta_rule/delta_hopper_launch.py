@@ -20,6 +20,11 @@ WIDTH = 128
 """The widest heads that fit on chip."""
 SHORTEST = 8
 """Chunks of a segment that are worth a walk of its own."""
+WIDE_SEGMENTS = (8, 4)
+"""Segments of a sequence of wide heads, without decays and with them, that are worth carrying states between them forward.
+
+A walk that is not cut takes half of the columns instead.
+"""
 CARRY_STAGES = (4, 3)
 """Chunks that are on their way or read in the walk that carries states, and in that of their gradients."""
 COUPLING_PROGRAMS, COUPLING_REGISTERS = 5, 96
@@ -88,16 +93,15 @@ class Plan(NamedTuple):
 def plan_of(k: Tensor, v: Tensor, *, gated: bool, keep: bool) -> Plan:
     """A plan that leaves few multiprocessors idle, as measured on an H200.
 
-    Carrying states between segments costs about as much as the walk; of wide heads it takes eight segments to pay. What is kept
-    for training takes the place of a third chunk's values.
+    Carrying states between segments costs about as much as the walk, unless decays let segments forget what was before them.
+    What is kept for training takes the place of a third chunk's values.
     """
     (batch, length, heads, v_dim), k_dim = v.shape, k.shape[3]
     wide, tiles = max(k_dim, v_dim) > CHUNK, -(-v_dim // CHUNK)
-    free = multiprocessors(v.device) // (batch * heads)
-    segments = segments_of(batch * heads, -(-length // CHUNK), v.device) if free >= (SHORTEST if wide else 2) else 1
-    if segments > 1:
+    segments = segments_of(batch * heads, -(-length // CHUNK), v.device)
+    if segments >= (WIDE_SEGMENTS[gated] if wide else 2):
         return Plan(segments, tiles, 0, *((3, 2) if wide else (4, 4)))
-    if wide and free >= 2:
+    if wide and multiprocessors(v.device) // (batch * heads) >= 2:
         return Plan(1, 1, 0, 3, 4)
     if tiles == 1:
         return Plan(1, 1, 2, 4, 2 if wide else 3)
@@ -123,11 +127,13 @@ def _carried(
     states = like.new_empty(batch, heads, segments, k_dim, v_dim, dtype=torch.float32)
     start = ends if given is None else given
     carry_kernel[(batch * heads * (segments - 1) * -(-tiles // 2),)](
-        *rows, beta, kept.decays, start, ends, *counts, **constants, GIVEN=given is not None, num_warps=4
-    )
+        *rows, beta, kept.decays, start, ends, *counts, **constants, GIVEN=given is not None, num_warps=4,
+        launch_pdl=not constants["REVERSE"],
+    )  # fmt: skip
     combine_kernel[(batch * heads * -(-v_dim // 16),)](
-        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=CHUNK, TILE=16, FIRST=given is not None, num_warps=8
-    )
+        ends, start, states, segments, K=k_dim, V=v_dim, BK=padded(k_dim), BV=CHUNK, TILE=16, FIRST=given is not None,
+        BETWEEN=True, num_warps=8, launch_pdl=True,
+    )  # fmt: skip
     return states
 
 
@@ -182,7 +188,7 @@ def forward(
         *gate.strides, gate.every, *counts,
         **constants, STAGES=plan.stages, DEPTH=plan.depth, WALKS=plan.walks, SOLVERS=plan.solvers,
         LAST=return_state, KEEP=keep, MERGE=_triton_dtype(torch.float16), FIRST=first is not None, num_warps=4,
-        launch_pdl=not plan.solvers and segments == 1,
+        launch_pdl=not plan.solvers,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from kernels._entry import entry
 from kernels.delta_rule.delta_hopper import SIZES, place, shared_layout, thread_barrier, turned_layout
@@ -172,6 +173,8 @@ def _walk(
     state_VK = gl.zeros([64, BK], gl.float32, turned_layout(BK))
     offsets, inside = state_places(e_start, V, K, BK)
     if FIRST:
+        if EARLY:
+            gdc_wait()
         state_VK = gl.load(first + part_index.to(gl.int64) * K * V + offsets, mask=inside, other=0.0)
     if KEEP:
         state_buffer.permute([1, 0]).store(state_VK.to(DOT))

@@ -82,7 +82,8 @@ def _carried(call: Call, launch: Any, given: Tensor | None, plan: Plan) -> Tenso
     launch(walks * (plan.segments - 1) * tiles, start, ends, given is not None, OUT=False)
     combine_kernel[(walks * -(-call.v_dim // 16),)](
         ends, start, states, plan.segments,
-        K=call.k_dim, V=call.v_dim, BK=call.wide_k, BV=plan.tile, TILE=16, FIRST=given is not None, num_warps=8,
+        K=call.k_dim, V=call.v_dim, BK=call.wide_k, BV=plan.tile, TILE=16, FIRST=given is not None, BETWEEN=False,
+        num_warps=8,
     )  # fmt: skip
     return states
 

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from kernels._entry import entry
 from kernels.delta_rule import (
     delta,
+    delta_combine_triton,
     delta_hopper,
     delta_hopper_backward,
     delta_hopper_beside,
@@ -54,6 +55,8 @@ def _hopper(monkeypatch):
     monkeypatch.setattr(delta_hopper_launch, "fit", lambda *_: True)
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(delta_hopper_launch, "segments_of", lambda *_: 1)
+    for name in ("gdc_wait", "gdc_launch_dependents"):  # Triton's interpreter, too, lacks them
+        monkeypatch.setattr(delta_combine_triton, name, lambda: None)
     with use_backend("triton"), poisoned():
         yield
 
@@ -75,6 +78,7 @@ def test_more_couplings_than_there_is_room_for(gate, v_dim):
 @pytest.mark.parametrize(("processors", "length", "gate"), [(2, 300, "scalar"), (2, 200, "none"), (8, 64 * 17, "scalar")])
 def test_few_wide_heads(monkeypatch, processors, length, gate):
     monkeypatch.setattr(delta_hopper_launch, "multiprocessors", lambda _: processors)
+    monkeypatch.setattr(delta_hopper_launch, "SHORTEST", 4)
     monkeypatch.setattr(delta_hopper_launch, "segments_of", SEGMENTS)
     assert_equal((1, length, 1, 1, 72, 96), gate, state=True)
 

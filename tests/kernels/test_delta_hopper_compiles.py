@@ -17,7 +17,7 @@ from tests.kernels.offline import compile_sm90
 from tests.kernels.test_walk_compiles import SMEM
 
 C = delta_hopper_launch.CHUNK
-FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "GIVEN": False}
+FLAGS = {"FIRST": False, "LAST": False, "DLAST": False, "GIVEN": False, "BETWEEN": True}
 
 
 def described(*block):
