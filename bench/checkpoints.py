@@ -21,8 +21,8 @@ def packed(state: Checkpoint) -> bytes:
     return content + hashlib.sha256(content).digest()
 
 
-def unpacked(found: bytes, device: torch.device) -> Checkpoint:
-    """The checkpoint again, its tensors on a device; nothing in it is executed.
+def unpacked(found: bytes) -> Checkpoint:
+    """The checkpoint again, in the host's memory; nothing in it is executed.
 
     Raises:
         ValueError: a part of it is missing or was changed.
@@ -30,4 +30,4 @@ def unpacked(found: bytes, device: torch.device) -> Checkpoint:
     content, digest = found[:-DIGEST_BYTES], found[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError("it was damaged or cut off")
-    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -210,7 +210,7 @@ class _Job:
         if not path.exists():
             return None
         try:
-            checkpoint = unpacked(path.read_bytes(), self.device)
+            checkpoint = unpacked(path.read_bytes())  # kept for as long as the job: a device gets its numbers with the fleet
             Member.restored(spec, checkpoint)
         except Exception as error:
             if path.parent.name not in self.unsound:

@@ -17,6 +17,7 @@ import torch
 
 from bench import failures, runner
 from bench.checkpoints import packed
+from bench.claims import Claims
 from bench.fleet import StackedFleet
 from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
@@ -103,6 +104,14 @@ def test_a_checkpoint_with_one_changed_number_is_ignored(tmp_path: Path, capsys:
     path.write_bytes(content)
     execute(tmp_path, spec())
     assert "damaged" in capsys.readouterr().out
+
+
+def test_checkpoints_wait_in_the_memory_of_the_host(tmp_path: Path) -> None:
+    store, _ = _interrupted(tmp_path, spec(), 9)
+    with Claims(store) as claims:
+        job = runner._Job(torch.device("meta"), store, claims, lambda kind, content: None, lambda: False)
+        checkpoint = job._checkpoint(spec())
+    assert checkpoint is not None and checkpoint["weights"].device == CPU
 
 
 def test_a_checkpoint_goes_on_however_its_run_is_spelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
