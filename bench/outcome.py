@@ -142,7 +142,7 @@ def make_record(spec: RunSpec, device: torch.device, outcome: Outcome, clock: Cl
         family=task.suite,
         cells=[cell_info(task, cell) for cell in task.cells("test")],
         metrics=outcome.metrics,
-        data_hashes={split: split_hash(task, split, spec.seed) for split in SPLITS},
+        data_hashes=_data_hashes(task, spec.seed, whole=outcome.status != "failed"),
         device=str(device),
         precision=precision,
         backend="triton where it fits" if device.type == "cuda" else "torch",
@@ -158,6 +158,18 @@ def make_record(spec: RunSpec, device: torch.device, outcome: Outcome, clock: Cl
         peak_memory_bytes=_peak_memory(device),
         provenance=provenance.collect(spec, hardware(device)),
     )
+
+
+def _data_hashes(task: Task, seed: int, *, whole: bool) -> dict[str, str]:
+    """Digests of the splits; unless `whole`, of those that can be drawn, since a run may have failed because one cannot."""
+    hashes: dict[str, str] = {}
+    for split in SPLITS:
+        try:
+            hashes[split] = split_hash(task, split, seed)
+        except Exception:
+            if whole:
+                raise
+    return hashes
 
 
 def hardware(device: torch.device) -> dict[str, str]:

@@ -23,7 +23,7 @@ from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
 from bench.outcome import identity_of
 from bench.records import RunRecord
-from bench.spec import RunSpec
+from bench.spec import RunSpec, TaskSpec
 from bench.store import Store
 from bench.train import FleetTrainer, Interrupted
 from tests.unit.small_runs import CPU, spec
@@ -112,6 +112,13 @@ def test_checkpoints_wait_in_the_memory_of_the_host(tmp_path: Path) -> None:
         job = runner._Job(torch.device("meta"), store, claims, lambda kind, content: None, lambda: False)
         checkpoint = job._checkpoint(spec())
     assert checkpoint is not None and checkpoint["weights"].device == CPU
+
+
+def test_a_split_that_cannot_be_drawn_is_a_failed_run(tmp_path: Path) -> None:
+    cells = {"vocab_size": 6, **{f"{split}_cells": "4x1:64" for split in ("train", "valid", "test")}}
+    (record,) = execute(tmp_path, spec().model_copy(update={"task": TaskSpec(name="mqar", options=cells)}))
+    assert (record.status, set(record.data_hashes)) == ("failed", {"train"})
+    assert "too few distinct examples" in record.reason
 
 
 def test_a_checkpoint_goes_on_however_its_run_is_spelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
