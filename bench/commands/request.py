@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from bench import catalog
 from bench.commands.suite import suite_sweep
+from bench.commands.trial import Trials, is_outside
 from bench.device import Device
 from bench.errors import UserError, unknown
 from bench.grammar import apply_settings, parse_mixers
@@ -154,7 +156,7 @@ def _with_mixers(sweep: Sweep, mixers: list[str]) -> Sweep:
 
 
 def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
-    """Builds every task and model of a sweep without memory.
+    """Builds every task and model of a sweep without memory, and tries what it is made of.
 
     Raises:
         UserError: anything that a run would stumble over: options, head counts, a loose file that breaks the contract.
@@ -165,11 +167,17 @@ def inspect(sweep: Sweep, device: Device) -> dict[Experiment, ModelInfo]:
     from bench.outcome import state_info
 
     found: dict[Experiment, ModelInfo] = {}
+    trials = Trials()
     for experiment in sweep.experiments:
         spec = experiment.run(experiment.lrs[0], 0)
         _require_room(spec.model)
         task = build_task(spec.task)
-        model = build_model(spec, task, torch.device("meta"))
+        trials.task(spec.task, task)
+        with warnings.catch_warnings():
+            # what it means is said by the trial, or nothing, where a mixer works without
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+            model = build_model(spec, task, torch.device("meta"))
+            trials.zoo(spec.model, model, task.max_length())
         precision = resolve_precision(spec.train, torch.device(device.kind))
         tokens = spec.train.epochs * sum(cell.length * cell.examples for cell in task.cells("train"))
         parameters = sum(p.numel() for p in model.parameters())
@@ -196,7 +204,7 @@ def _check_outside_mixers(sweep: Sweep) -> None:
         (layer.mixer, layer.label()): layer
         for experiment in sweep.experiments
         for layer in experiment.model.layers
-        if "@" in layer.mixer or "/" in layer.mixer
+        if is_outside(layer.mixer)
     }
     if not outside:
         return
