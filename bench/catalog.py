@@ -95,7 +95,11 @@ def _registered(module: ModuleType, kind: str, name: str) -> Any:
     tables = {"mixer": ("REGISTRY", "LAYER_PATTERNS"), "task": ("TASKS",), "recipe": ("RECIPES",)}[kind]
     for table in tables:
         if name in getattr(package, table):
-            return getattr(package, table)[name]
+            found = getattr(package, table)[name]
+            if found.__module__ != module.__name__:  # else a loose file would be trained and recorded as the zoo's
+                other = getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
+                raise UserError(f"{other} and {module.__file__} both register the {kind} name {name!r}; change it in the former.")
+            return found
     raise UserError(f"{module.__name__} does not register a {kind} named {name!r}; decorate it with @{kind}({name!r}).")
 
 

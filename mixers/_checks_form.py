@@ -6,6 +6,7 @@ Each check takes a `Case`, returns a short report, and raises on a breach. Shape
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -23,8 +24,12 @@ def interface(case: Case) -> str:
     cls = type(mixer)
     if not isinstance(mixer, Mixer):
         raise Fault(f"{cls.__name__} is not a subclass of Mixer")
-    if REGISTRY.get(cls.name) is not cls:
-        raise Fault(f"{cls.__name__} is not registered; decorate it with @mixer(name)")
+    registered = REGISTRY.get(cls.name)
+    if registered is not cls:
+        if registered is None or "name" not in vars(cls):  # an inherited name is that of another class
+            raise Fault(f"{cls.__name__} is not registered; decorate it with @mixer(name)")
+        files = " and ".join(str(getattr(sys.modules[c.__module__], "__file__", c.__module__)) for c in (cls, registered))
+        raise Fault(f"{files} both register the name {cls.name!r}; change one of them")
     parameters = list(inspect.signature(cls).parameters.values())
     loose = [p.name for p in parameters[1:] if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     if parameters[0].name != "d_model" or loose:

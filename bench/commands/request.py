@@ -210,6 +210,7 @@ def _check_outside_mixers(sweep: Sweep) -> None:
         return
     from bench.commands.check import run_checks
 
+    _require_names({layer.mixer: catalog.load("mixer", layer.mixer) for layer in outside.values()})
     for layer in outside.values():
         failed = [result for result in run_checks(layer) if not result.passed]
         if failed:
@@ -217,3 +218,14 @@ def _check_outside_mixers(sweep: Sweep) -> None:
             raise UserError(
                 f"Mixer {layer.mixer!r} breaks the contract ({names}: {failed[0].detail}); see `bench check {layer.mixer}`."
             )
+
+
+def _require_names(classes: dict[str, Any]) -> None:
+    """Refuses two classes under one registered name, of which only the later one would be known."""
+    first: dict[str, str] = {}
+    for mixer, cls in classes.items():
+        if "name" not in vars(cls):
+            continue  # not registered, which the contract says
+        other = first.setdefault(cls.name, mixer)
+        if cls is not classes[other]:
+            raise UserError(f"{other} and {mixer} both register the mixer name {cls.name!r}; change it in one of them.")

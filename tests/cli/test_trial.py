@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import catalog
+from mixers import REGISTRY
 from tests.cli.conftest import TINY, Bench
 
 TASK = """
@@ -38,6 +39,34 @@ class Mine(Task):
 
     def solve(self, batch):
         return batch.inputs
+"""
+MIXER = """
+import torch
+from mixers import Mixer, mixer
+
+@mixer("{name}")
+class {cls}(Mixer):
+    def __init__(self, d_model, *, layer=0, pattern="causal_self"):
+        super().__init__(d_model, pattern=pattern)
+        self.gain = torch.nn.Parameter(torch.ones(d_model))
+        self.decay = torch.nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x_BTD, state=None, *, context_BSD=None):
+        if context_BSD is not None:
+            raise ValueError("no context")
+        s = self.init_state(x_BTD.shape[0], 0, device=x_BTD.device, dtype=x_BTD.dtype) if state is None else state
+        y = []
+        for x_BD in x_BTD.unbind(1):
+            y_BD, s = self.step(x_BD, s)
+            y.append(y_BD)
+        return torch.stack(y, 1), None if state is None else s
+
+    def step(self, x_BD, state):
+        s = torch.sigmoid(self.decay) * state["s"] + x_BD
+        return self.gain * s, dict(s=s)
+
+    def init_state(self, batch, max_len, *, device="cpu", dtype=torch.float32):
+        return dict(s=torch.zeros(batch, self.d_model, device=device, dtype=dtype))
 """
 
 
@@ -76,3 +105,24 @@ def test_a_length_is_refused_only_where_it_matters(bench: Bench) -> None:
     outcome = bench("synthetic", *TINY, "--mixer=attention:max_len=15:positions=learned", "--dry-run")
     assert outcome.code == 2
     assert "max_len=15" in outcome.err
+
+
+def test_two_loose_mixers_of_one_name(bench: Bench) -> None:
+    for file, name, cls in (("a", "same", "A"), ("b", "same", "B"), ("c", "other", "C")):
+        Path(f"{file}.py").write_text(MIXER.format(name=name, cls=cls))
+    outcome = bench("synthetic", *TINY, "--mixer=./a.py@A,./b.py@B", "--dry-run")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    for word in ("./a.py@A", "./b.py@B", "'same'", "both register"):
+        assert word in outcome.err
+    assert bench("synthetic", *TINY, "--mixer=./b.py@B,b.py@B,./c.py@C", "--dry-run").code == 0
+
+
+def test_a_loose_mixer_under_a_name_of_the_zoo(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.load("mixer", "gla")
+    monkeypatch.setitem(REGISTRY, "gla", REGISTRY["gla"])  # put back afterwards
+    Path("loose.py").write_text(MIXER.format(name="gla", cls="Mine"))
+    outcome = bench("synthetic", *TINY, "--mixer=./loose.py@Mine,gla", "--dry-run")
+    assert outcome.code == 2
+    for word in ("loose.py", "gla.py", "both register", "'gla'"):
+        assert word in outcome.err

@@ -6,7 +6,7 @@ import pytest
 
 from mixers import REGISTRY, Mixer
 from mixers._contract import CHECKS, bounded_state, check_contract
-from tests.contract.faulty_mixers import FAULTS, Sound
+from tests.contract.faulty_mixers import FAULTS, LooksAhead, Sound
 
 
 def failures(monkeypatch: pytest.MonkeyPatch, cls: type[Mixer]) -> dict[str, str]:
@@ -32,6 +32,15 @@ def test_an_unregistered_mixer_fails_the_interface_check():
     (result,) = check_contract(partial(Sound, 16), names=["interface"])
     assert not result.passed
     assert "@mixer" in result.detail
+
+
+def test_another_class_of_the_same_name_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(REGISTRY, "toy", type("Other", (Sound,), {}))
+    (result,) = check_contract(partial(Sound, 16), names=["interface"])
+    assert not result.passed
+    assert "faulty_mixers.py" in result.detail and "both register the name 'toy'" in result.detail
+    (result,) = check_contract(partial(LooksAhead, 16), names=["interface"])
+    assert "LooksAhead is not registered" in result.detail  # its name is inherited
 
 
 def test_an_exception_is_a_failed_result_with_its_message(monkeypatch: pytest.MonkeyPatch):
