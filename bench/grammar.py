@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from bench import catalog
 from bench.errors import UserError, nearest_literal, unknown
-from bench.spec import Frozen, LayerSpec, ModelSpec, TrainSpec
+from bench.spec import MAX_LAYERS, Frozen, LayerSpec, ModelSpec, TrainSpec
 from bench.sweep import Experiment, Sweep, distinct
 
 STEM = LayerSpec(mixer="base_conv")
@@ -71,6 +71,8 @@ def _parse_part(part: str, expression: str) -> tuple[LayerSpec, ...]:
     name, *settings = (repeated[1] if repeated else part).split(":")
     if not name or count < 1:
         raise UserError(f"Mixer expression {expression!r} is malformed; write it like gla*3+attention or gla:n_heads=2.")
+    if count > MAX_LAYERS:
+        raise UserError(f"Mixer expression {expression!r} repeats layers {count} times; a model has {MAX_LAYERS} layers at most.")
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

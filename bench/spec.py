@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SELECTION_SEED = 1000
 """Seeds from here on serve learning-rate selection only; reported seeds count up from 0."""
+MAX_LAYERS = 1024
+"""More than any published model has (DeepNet: 1,000); each layer is built before anything is planned, a millisecond or two."""
 
 
 class Frozen(BaseModel):
@@ -43,7 +45,7 @@ class ModelSpec(Frozen):
     """Mixers, cycled over the depth: three of gla and one of attention make every fourth layer attention."""
     d_model: int = Field(default=64, gt=0)
     """Width of the residual stream."""
-    n_layers: int = Field(default=2, gt=0)
+    n_layers: int = Field(default=2, gt=0, le=MAX_LAYERS)
     """Number of mixer layers."""
     frame: Literal["zoology", "prenorm"] = "zoology"
     """Block structure: Zoology's, needed to reproduce its figures, or a standard pre-norm block with an MLP."""

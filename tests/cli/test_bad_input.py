@@ -53,6 +53,8 @@ CASES = [
     (["synthetic", *TINY, "--mixer=delta_net:expand_k=0"], ["delta_net:expand_k=0.0", "d_model=16", "cannot compute"]),
     (["synthetic", *TINY, "--mixer=mamba2:d_state=-1:head_dim=8"], ["mamba2:d_state=-1", "non-negative"]),
     (["synthetic", *TINY, "--mixer=hyena:max_len=8"], ["hyena:max_len=8", "raise max_len"]),
+    (["synthetic", *TINY, "--set=model.n_layers=1e8"], ["model.n_layers=1e8", "less than or equal to 1024"]),
+    (["synthetic", *TINY, "--mixer=gla*100000000"], ["gla*100000000", "1024 layers at most"]),
     (["compare", "gla", "attention", "--fail=accuracy:nan"], ["no number"]),
     (["synthetic", *TINY, "--set=train.epochs"], ["no value"]),
     (["synthetic", *TINY, "--set=task.train_cells=16x8:64"], ["8 pairs", "length 16"]),
