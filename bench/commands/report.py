@@ -27,12 +27,16 @@ def run(root: Path, out: Path, task: str | None, paper: Path | None, output: Out
         output.emit("warning", {"text": warning})
     parts = [f"{summary.runs} runs and {summary.points} points"] if summary.runs else []
     parts += [f"{summary.evaluations} evaluations"] if summary.evaluations else []
-    output.say(f"Report over {' and '.join(parts)}: {out}")
-    counts = {"runs": summary.runs, "points": summary.points, "evaluations": summary.evaluations}
+    parts += [f"{summary.speeds} measured speeds"] if summary.speeds else []
+    without = "" if summary.runs or summary.evaluations else " (the store holds no trained runs)"
+    output.say(f"Report over {', '.join(parts)}{without}: {out}")
+    counts = {"runs": summary.runs, "points": summary.points, "evaluations": summary.evaluations, "speeds": summary.speeds}
     output.emit("report", {"path": str(out), **counts})
     if paper is not None:
         records, _ = store.load()
         chosen = [record for record in records if task in (None, record.spec.task.name)]
+        if not chosen:
+            output.say(f"No figures in {paper}: they show trained runs, and the store holds none.")
         for path in paper_figures(points(chosen), paper, store=store):
             output.say(f"Figure: {path}")
             output.emit("figure", {"path": str(path)})

@@ -41,6 +41,7 @@ class ReportSummary:
         points: points on the page.
         runs: records on the page.
         evaluations: of language models.
+        speeds: measured speeds on the page.
         bytes: size of the file.
         warnings: records that were skipped and points to be read with care.
     """
@@ -50,6 +51,7 @@ class ReportSummary:
     runs: int
     bytes: int
     evaluations: int = 0
+    speeds: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -89,7 +91,7 @@ def build_report(
         atomic_write(out, content)
     except OSError as error:
         raise unwritable(out, error.strerror or type(error).__name__, option) from None
-    return ReportSummary(out, len(found), len(records), len(content), len(evals), page_warnings)
+    return ReportSummary(out, len(found), len(records), len(content), len(evals), len(speeds), page_warnings)
 
 
 def load_records(store: Store, task: str | None, *, needed: bool = True) -> tuple[list[RunRecord], list[str]]:

@@ -99,7 +99,8 @@ def test_status_list_compare_report_check_doctor(bench: Bench) -> None:
     same = bench("compare", "results/runs", "results/runs", "--json")
     assert {line["mean"] for line in same.lines("difference")} == {0.0}
     report = bench("report", "-o", "page.html", "--paper", "figures", "--json")
-    assert report.lines("report")[0] == {"kind": "report", "path": "page.html", "runs": 6, "points": 2, "evaluations": 0}
+    counts = {"runs": 6, "points": 2, "evaluations": 0, "speeds": 0}
+    assert report.lines("report")[0] == {"kind": "report", "path": "page.html", **counts}
     assert {Path(line["path"]).suffix for line in report.lines("figure")} == {".pdf", ".svg"}
     assert all(Path(line["path"]).stat().st_size > 500 for line in report.lines("figure"))
     check = bench("check", "attention:n_heads=2", "--json")

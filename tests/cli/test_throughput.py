@@ -40,8 +40,10 @@ def test_from_command_to_report(bench: Bench) -> None:
     assert again.code == 0
     assert len(Store(Path("results/runs")).load_speed()[0]) == len(rows)  # measured again, not added
 
-    report = bench("report", "--out=speeds.html")
+    report = bench("report", "--out=speeds.html", "--paper=figures")
     assert report.code == 0, report.err
+    assert f"Report over {len(rows)} measured speeds (the store holds no trained runs): speeds.html" in report.out
+    assert "No figures in figures" in report.out
     assert "Speed against length" in Path("speeds.html").read_text()
 
 
