@@ -1,16 +1,18 @@
 """Scores of every member of a fleet on a split, computed together.
 
-Shape legend: E members, S seeds, B batch, N examples, M labelled rows, K values.
+Shape legend: E members, S seeds, B batch, N examples, P parts, M labelled rows, K values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench import evaluate
 from bench.capture import Repeated
@@ -64,67 +66,73 @@ class Scorer:
     def __init__(self, model: StackedModel, split: Split, sets: list[int], pool: Any = None) -> None:
         self.model, self.split, self.sets = model, split, sets
         self.sets_E = torch.tensor(sets, device=model.device)
-        self.pool = pool
-        self._examples_SB: list[Tensor] = []
-        self._parts: list[Repeated] = []
+        self._parts: list[Tensor] = []
+        """Examples of each cell in parts of one size, [parts, B]; -1 where the last part has fewer."""
+        self._cells: list[Callable[[], tuple[Tensor, list[int], list[CellOutputs]]]] = []
         for position, cell in enumerate(split.stacked):
-            size = max(1, EVAL_TOKENS[model.device.type] // (cell.cell.length * len(model)))
-            shape = (cell.inputs.shape[0], min(size, len(cell)))
-            self._examples_SB.append(torch.full(shape, -1, device=model.device))
-            self._parts.append(Repeated(partial(self._score_part, position), model.device, pool))
+            parts = -(-len(cell) // max(1, EVAL_TOKENS[model.device.type] // (cell.cell.length * len(model))))
+            padded_N = F.pad(torch.arange(len(cell), device=model.device), (0, -len(cell) % parts), value=-1)
+            self._parts.append(padded_N.view(parts, -1))
+            score = partial(self._score_cell, position)
+            self._cells.append(score if pool is None else Repeated(score, model.device, pool))
 
     @torch.no_grad()
     def scores(self) -> list[Scores]:
         """The scores of every member; the device is waited for once, behind all cells."""
         found = [Scores() for _ in self.sets]
-        outputs = [self._cell_outputs(position) for position in range(len(self._parts))]
-        asked = [(e, seed, position) for position in range(len(outputs)) for e, seed in enumerate(self.sets)]
-        measured = [evaluate.measure(self.split.cells[seed][position], outputs[position][e]) for e, seed, position in asked]
+        measured: list[Tensor] = []
+        rest: list[tuple[list[int], list[CellOutputs]]] = []
+        for score in self._cells:
+            numbers, counts, outputs = score()
+            measured.append(numbers.clone())  # the next graph may write where they lie
+            rest.append((counts, outputs))
         values = iter(torch.cat(measured).tolist())
-        for (e, seed, position), tensor in zip(asked, measured, strict=True):
-            cell = self.split.cells[seed][position]
-            evaluate.add_scores(found[e], cell, list(islice(values, len(tensor))))
-            if self.split.test:
-                batch = self.split.batches[seed][position]
-                evaluate.add_extra(found[e], self.split.task, cell.cell, batch, outputs[position][e].predicted)
+        for position, (counts, outputs) in enumerate(rest):
+            for e, seed in enumerate(self.sets):
+                cell = self.split.cells[seed][position]
+                evaluate.add_scores(found[e], cell, list(islice(values, counts[e])))
+                if self.split.test:
+                    batch = self.split.batches[seed][position]
+                    evaluate.add_extra(found[e], self.split.task, cell.cell, batch, outputs[e].predicted)
         return found
 
     @torch.no_grad()
     def rehearse(self) -> None:
         """Scores a part of each cell and forgets it, which compiles all kernels that scores need."""
-        for position in range(len(self._parts)):
-            self._score_part(position)
+        for position, parts_PB in enumerate(self._parts):
+            self._score_part(position, parts_PB[0])
+
+    def _score_cell(self, position: int) -> tuple[Tensor, list[int], list[CellOutputs]]:
+        """What `measure` finds of each member, one after another; how many numbers each has; and its outputs."""
+        outputs = self._cell_outputs(position)
+        cells = [self.split.cells[seed][position] for seed in self.sets]
+        measured = [evaluate.measure(cell, found) for cell, found in zip(cells, outputs, strict=True)]
+        return torch.cat(measured), [len(numbers) for numbers in measured], outputs
 
     def _cell_outputs(self, position: int) -> list[CellOutputs]:
-        """Each member's, which the device may still be making."""
-        stacked, buffer_SB, run = self.split.stacked[position], self._examples_SB[position], self._parts[position]
-        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for part in torch.arange(len(stacked), device=self.model.device).split(buffer_SB.shape[1]):
-            buffer_SB.fill_(-1)
-            buffer_SB[:, : len(part)] = part
-            loss_E, predicted, votes_EB = run() if self.pool is not None else self._score_part(position)
-            parts.append((loss_E.clone(), predicted.clone(), None if votes_EB is None else votes_EB.clone()))
+        """Each member's."""
+        n = len(self.split.stacked[position])
+        parts = [self._score_part(position, examples_B) for examples_B in self._parts[position]]
         losses_E = torch.stack([loss_E for loss_E, _, _ in parts]).double().sum(0)
-        predicted = torch.cat([found for _, found, _ in parts], dim=1)[:, : len(stacked)]
+        predicted = torch.cat([found for _, found, _ in parts], dim=1)[:, :n]
         votes = [found for _, _, found in parts if found is not None]
-        votes_EN = torch.cat(votes, dim=1)[:, : len(stacked)] if votes else None
+        votes_EN = torch.cat(votes, dim=1)[:, :n] if votes else None
         rows = [self.split.cells[seed][position].rows_NM.shape[1] for seed in self.sets]
         return [
             CellOutputs(losses_E[e], predicted[e, :, :most], None if votes_EN is None else votes_EN[e])
             for e, most in enumerate(rows)
         ]
 
-    def _score_part(self, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss [E], predictions [E, B, M] or [E, B, M, K] and vote accuracies [E, B] of the examples in the cell's buffer."""
-        stacked, examples_EB = self.split.stacked[position], self._examples_SB[position][self.sets_E]
-        batch = stacked.pick(self.sets_E, examples_EB)
+    def _score_part(self, position: int, examples_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss [E], predictions [E, B, M] or [E, B, M, K] and vote accuracies [E, B] of some examples."""
+        batch = self.split.stacked[position].pick(self.sets_E, examples_B.expand(len(self.sets), -1))
         outputs = self.model.outputs(batch)
         values = [None] * len(self.sets) if batch.values_EBMK is None else list(batch.values_EBMK)
         found = [evaluate.loss_and_predictions(*one) for one in zip(outputs, batch.labels_EBM, values, strict=True)]
         votes_EB = None
         if self.split.cells[0][position].votes_NM is not None:
             votes_EB = torch.stack(
-                [self._votes(outputs[e], batch.labels_EBM[e], examples_EB[e], seed, position) for e, seed in enumerate(self.sets)]
+                [self._votes(outputs[e], batch.labels_EBM[e], examples_B, seed, position) for e, seed in enumerate(self.sets)]
             )
         return torch.stack([loss for loss, _ in found]), torch.stack([predicted for _, predicted in found]), votes_EB
 

@@ -100,7 +100,7 @@ def test_forward_walks_of_hopper(shape: tuple[int, ...], gate: str) -> None:
 @pytest.mark.parametrize("width", [64, 128])
 def test_segments(width: int, gate: str) -> None:
     """Long and alone enough to be cut on Hopper; the last segment is shorter, and some decays leave nothing of their beginning."""
-    length = 1700 if width == 64 else 4200 if gate == "none" else 2200  # wide heads are cut if there will be eight segments, or four
+    length = 1700 if width == 64 else 4200 if gate == "none" else 2200  # wide heads are cut into eight segments at least, or four
     for state in (False, True):
         check(draw((1, length, 1, 2, width, width), gate, torch.bfloat16, state=state), torch.bfloat16, state=state)
 
