@@ -6,8 +6,8 @@ One selection seed and one reported seed: add `--select-seeds 1 --seeds 1`.
 65 models of two layers without MLP: attention, windows, BASED, Mamba, Mamba-2, DeltaNet, Gated DeltaNet, GLA, RWKV-7, Hyena and
 H3 at the published widths and state sizes. Four learning rates on three selection seeds, three reported seeds: 975 runs; 325
 with one of each. A run reads at most 778 million tokens in 22,624 steps, fewer if it passes 0.99 on validation.
-Cost: not measured in one go. An estimated 64 + 23 minutes of one H200 with one of each seed, for the four learning rates and
-for the reported runs, by tests/benchmarks/recipe_cost.py from steps that were timed at its widths; 62 + 20 at the epochs that
+Cost: not measured in one go. An estimated 61.4 + 21.5 minutes of one H200 with one of each seed, for the four learning rates and
+for the reported runs, by tests/benchmarks/recipe_cost.py from steps that were timed at its widths; 59.4 + 19.0 at the epochs that
 runs took before they passed 0.99 (docs/task_figures.md).
 
 As published: mixture, generator, sizes, block, initialisation, tied head, embedding dropout, AdamW with its weight decay,
