@@ -57,6 +57,7 @@ def test_speeds_need_no_runs(tmp_path: Path):
     assert (summary.points, summary.runs) == (0, 0)
     assert "Speed against length" in page and '<section aria-labelledby="h-table" hidden>' in page
     assert "An invented CPU" in page
+    assert "<dt>Hardware</dt>" in page and "<dt>Backends</dt>" not in page  # a name without a value moves those after it
 
 
 def test_a_spoilt_record_is_a_warning(tmp_path: Path):
