@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import catalog
 from mixers import REGISTRY
+from synthetic_tasks import TASKS
 from tests.cli.conftest import TINY, Bench
 
 TASK = """
@@ -68,6 +70,16 @@ class {cls}(Mixer):
     def init_state(self, batch, max_len, *, device="cpu", dtype=torch.float32):
         return dict(s=torch.zeros(batch, self.d_model, device=device, dtype=dtype))
 """
+
+
+@pytest.fixture(autouse=True)
+def _loose_names_are_forgotten() -> Iterator[None]:
+    """What the files of these tests register is not met by other tests."""
+    known = {*REGISTRY, *TASKS}
+    yield
+    for table in (REGISTRY, TASKS):
+        for name in [name for name, found in table.items() if name not in known and found.__module__.startswith("bench_loose_")]:
+            del table[name]
 
 
 @pytest.mark.parametrize(
