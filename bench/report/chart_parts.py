@@ -80,5 +80,6 @@ def ceilings() -> LayeredChart:
     """Horizontal lines: accuracy of solvers that do not solve the task."""
     base = alt.Chart(alt.NamedData(name="ceilings")).encode(y=accuracy("y", "Mean test accuracy"))
     rule = base.mark_rule(strokeDash=[2, 3], style="rule", clip=True)
-    text = base.mark_text(align="right", baseline="bottom", dy=-3, style="note", x="width").encode(text="label:N")
-    return alt.layer(rule, text)
+    right = base.mark_text(align="right", baseline="bottom", dy=-3, style="note", x="width").encode(text="right_label:N")
+    left = base.mark_text(align="left", baseline="bottom", dx=4, dy=-3, style="note", x=0).encode(text="left_label:N")
+    return alt.layer(rule, right, left)

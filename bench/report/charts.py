@@ -134,7 +134,8 @@ def _bits(x: alt.X) -> LayeredChart:
         strokeOpacity=alt.condition("datum.off", alt.value(0), alt.value(1))
     )
     text = base.mark_text(align="left", baseline="bottom", dx=5, dy=-4, style="note", y="height").encode(text="label:N")
-    return alt.layer(rule, text)
+    above = base.mark_text(align="left", baseline="top", dx=5, dy=4, style="note", y=0).encode(text="top_label:N")
+    return alt.layer(rule, text, above)
 
 
 def _heat_map() -> LayeredChart:

@@ -54,16 +54,16 @@
 
   function paretoData(task, width) {
     const points = data.points.filter((p) => p.task === task.id && isShown(p) && p.accuracy !== null).map(drawn).filter((p) => p.x > 0);
-    const front = ChartText.ofFront(points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x), points, width);
+    const { front, taken } = ChartText.ofFront(points.filter((p) => p[`front_${state.axis}`]).sort((a, b) => a.x - b.x), points, width);
     // A need far below every state would squeeze the points into a corner: it becomes a note at the left edge.
     const least = Math.min(...points.map((p) => p.x));
     const wide = width > 500;
     const need = task.bits / 8;
     const off = need < least / 8;
     const label = wide ? `needed for ${task.bits_cell}: ${ChartText.bytes(need)}` : `needed: ${ChartText.bytes(need)}`;
-    const bits = points.length && need > 0 ? [{ x: off ? least : need, off, label: off ? `◂ ${label}${wide ? ", left of this plot" : ""}` : label }] : [];
-    const ceilings = Object.entries(task.lines).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
-    return { points, front, bits, ceilings };
+    const note = off ? ChartText.inCorner(`◂ ${label}${wide ? ", left of this plot" : ""}`, taken) : { label, top_label: "" };
+    const bits = points.length && need > 0 ? [{ x: off ? least : need, off, ...note }] : [];
+    return { points, front, bits, ceilings: ChartText.ofLines(task.lines, taken, -36, width - 144) };
   }
 
   function heatData(task) {
@@ -119,9 +119,8 @@
     const points = data.speed.recall.filter((item) => item.mode === state.speed && byId[item.point].task === task.id).filter((item) => isShown(byId[item.point]) && byId[item.point].accuracy !== null)
       .map((item) => ({ ...drawn(byId[item.point]), ...item, speed_text: Math.round(item.tokens_per_second).toLocaleString("en") }));
     const across = ChartText.placed(points.map((p) => p.tokens_per_second));
-    ChartText.beside(points.map((row, i) => ({ row, text: row.name, leftToo: true, x: across[i] * (width - 120), y: -350 * row.accuracy })), width);
-    const ceilings = Object.entries(task.lines).map(([name, y]) => ({ y, label: `${name} ${(100 * y).toFixed(1)} %` }));
-    return { points, ceilings };
+    const marks = points.map((row, i) => ({ row, text: row.name, leftToo: true, x: across[i] * (width - 120), y: -350 * row.accuracy }));
+    return { points, ceilings: ChartText.ofLines(task.lines, ChartText.beside(marks, width), -24, width - 96) };
   }
 
   // Speed against length: a line for each subject and size; dashes tell sizes of one name apart.

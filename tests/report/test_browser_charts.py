@@ -19,6 +19,14 @@ OUTSIDE_AXES = """(chart) => {
     return Object.fromEntries(names.map((item) => [item.textContent, item.getBoundingClientRect().right > plot.right + 1]));
 }"""
 """The names in a chart, and whether its plot, which clips them, ends before they do."""
+COVERED = """(chart) => {
+    const texts = [...document.querySelectorAll(chart + " .mark-text.role-mark text")].filter((item) => item.textContent);
+    const boxes = texts.map((item) => item.getBoundingClientRect());
+    const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
+    return texts.flatMap((item, i) => texts.slice(i + 1).filter((_, j) => meet(boxes[i], boxes[i + 1 + j]))
+        .map((other) => item.textContent + " | " + other.textContent));
+}"""
+"""Pairs of texts in a chart that are written over each other."""
 
 
 def test_language_models_are_drawn_with_and_without_runs(page: Page, tmp_path: Path):
@@ -71,3 +79,13 @@ def test_names_behind_the_longest_sequences_have_room(page: Page, tmp_path: Path
     ready(page, build_report(Store(record), tmp_path / "report.html").path.as_uri())
     names = page.evaluate(OUTSIDE_AXES, "#lengths-speed-kernel")
     assert len(names) > 5 and not any(names.values()), names
+
+
+def test_names_and_notes_do_not_cover_each_other(page: Page, tmp_path: Path) -> None:
+    """Of 26 tasks with four points each, some of which lie on a ceiling or in the corner of the bits needed."""
+    store = Store(Path(__file__).parents[2] / "results/measured/suite_quick")
+    page.set_viewport_size({"width": 1300, "height": 900})
+    ready(page, build_report(store, tmp_path / "suite.html").path.as_uri())
+    charts = page.locator("[id^=pareto-]").evaluate_all("charts => charts.map(chart => chart.id)")
+    assert len(charts) == 26
+    assert {chart: found for chart in charts if (found := page.evaluate(COVERED, f"#{chart}"))} == {}
