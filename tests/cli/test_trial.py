@@ -75,10 +75,10 @@ class {cls}(Mixer):
 @pytest.fixture(autouse=True)
 def _loose_names_are_forgotten() -> Iterator[None]:
     """What the files of these tests register is not met by other tests."""
-    known = {*REGISTRY, *TASKS}
+    before = [(table, set(table)) for table in (REGISTRY, TASKS)]
     yield
-    for table in (REGISTRY, TASKS):
-        for name in [name for name, found in table.items() if name not in known and found.__module__.startswith("bench_loose_")]:
+    for table, known in before:
+        for name in [name for name in table if name not in known and table[name].__module__.startswith("bench_loose_")]:
             del table[name]
 
 
