@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from bench.errors import UserError
+from bench.errors import UserError, unknown
+from kernels.backends import BACKENDS, VARIABLE
 
 what, shape, data, how, output = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("What", "Shape", "Data", "How", "Output")
@@ -31,6 +33,7 @@ DEFAULT_STORE = Path("results/runs")
 def guard(debug: bool, command: Callable[[], int]) -> None:
     """Runs a command; bad input becomes one sentence and exit code 2."""
     try:
+        _require_backend()
         code = command()
     except UserError as error:
         if debug:
@@ -41,6 +44,13 @@ def guard(debug: bool, command: Callable[[], int]) -> None:
         typer.echo("bench: interrupted", err=True)
         code = 130
     raise typer.Exit(code)
+
+
+def _require_backend() -> None:
+    """Refuses what the variable that forces a form of kernels has, before they are imported."""
+    name = os.environ.get(VARIABLE)
+    if name and name not in BACKENDS:
+        raise unknown(f"value of {VARIABLE}", name, BACKENDS)
 
 
 def names(values: list[str] | None) -> list[str]:

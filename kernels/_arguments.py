@@ -19,8 +19,16 @@ REMEMBERED = 1024
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDICES = (torch.int64, torch.int32)
+"""What torch takes as places to read from."""
 BOOLS = (torch.bool,)
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*FLOATS, *INTEGERS, *BOOLS)}
+
+
+def check_rank(name: str, x: Tensor, axes: str) -> None:
+    """Raises ValueError unless `x` has as many axes as `axes` has words; some may be empty."""
+    if x.ndim != axes.count(" ") + 1:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [{axes.replace(' ', ', ')}]")
 
 
 def check_axes(name: str, x: Tensor, axes: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from kernels._arguments import check_arguments
+from kernels.backends import TWO
 from kernels.dispatch import pick
 
 BETAS = (0.9, 0.999)
@@ -52,7 +53,7 @@ def adamw_step(
     for name, tensor in ({"weights": weights_EP} | tensors).items():
         if not tensor.is_contiguous() or tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; AdamW takes contiguous torch.float32")
-    if pick("adamw", weights_EP) == "triton":
+    if pick("adamw", weights_EP, backends=TWO) == "triton":
         from kernels.between.adamw_triton import step
 
         with torch.cuda.device_of(weights_EP):  # Triton launches on the current device

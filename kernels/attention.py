@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
-from kernels._arguments import INTEGERS, check_arguments, check_axes
+from kernels._arguments import INTEGERS, check_arguments, check_axes, check_rank
 from kernels._members import fold_members, stack_members
 from kernels.walks.walk import MAX_WIDTH
 
@@ -136,7 +136,7 @@ def banded_attention(
     n_tokens, n_heads = q_BHTK.shape[-2], q_BHTK.shape[1]
     whole = start_B is None and k_BGSK.shape[-2] == n_tokens
     if whole and window >= n_tokens:
-        return attention(q_BHTK, share_heads(k_BGSK, n_heads), share_heads(v_BGSV, n_heads), causal=True)
+        return attention(q_BHTK, *(share_heads(x.to(q_BHTK.dtype), n_heads) for x in (k_BGSK, v_BGSV)), causal=True)
     width = max(k_BGSK.shape[-1], v_BGSV.shape[-1])
     obstacle = f"head dim {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
     backend = dispatch.pick("banded_attention", q_BHTK, obstacle=obstacle, tensor_cores=True)
@@ -144,8 +144,8 @@ def banded_attention(
         start_B = torch.zeros(q_BHTK.shape[0], dtype=torch.long, device=q_BHTK.device)
     if backend == "triton":
         return _banded_by_triton(q_BHTK, k_BGSK, v_BGSV, window, start_B, sink_kv)
-    k, v = share_heads(k_BGSK, n_heads), share_heads(v_BGSV, n_heads)
-    sinks = None if sink_kv is None else (share_heads(sink_kv[0], n_heads), share_heads(sink_kv[1], n_heads))
+    k, v, *held = (share_heads(x.to(q_BHTK.dtype), n_heads) for x in (k_BGSK, v_BGSV, *(sink_kv or ())))
+    sinks = (held[0], held[1]) if held else None
     if backend == "reference":
         return _banded_at_once(attention_reference, q_BHTK, k, v, window, start_B, sinks)
     return _banded_in_blocks(q_BHTK, k, v, window, start_B, sinks)
@@ -163,6 +163,7 @@ def _check_band(q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | No
         "start": (start, (batch,)),
     }
     if sinks is not None:
+        check_rank("sink_kv[0]", sinks[0], "B heads sinks width")
         n_sinks = sinks[0].shape[-2]
         expected |= {
             f"sink_kv[{i}]": (x, (batch, kv_heads, n_sinks, of.shape[3]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
+from kernels.backends import TWO
 from kernels.convolutions.conv_operator import short_conv_operator, short_conv_step_operator
 from kernels.convolutions.gated_long_conv_operator import gated_long_conv_operator
 from kernels.convolutions.long_conv_operator import long_conv_operator
@@ -52,7 +53,7 @@ def short_conv(
     check_axes("x", x_BTD, "B T D")
     _check(x_BTD, weight_DK, bias_D, tail_BPD)
     length, taps = x_BTD.shape[1], weight_DK.shape[1]
-    if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK)) == "triton":
+    if pick("short_conv", x_BTD, obstacle=_too_many(weight_DK), backends=TWO) == "triton":
         padded_BSD = x_BTD if tail_BPD is None else torch.cat((tail_BPD.to(x_BTD.dtype), x_BTD), dim=1)
         y_BSD = short_conv_operator(padded_BSD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
         y_BTD = y_BSD[:, padded_BSD.shape[1] - length :]
@@ -130,7 +131,7 @@ def short_conv_step(
     """
     check_axes("x", x_BD, "B D")
     _check(x_BD, weight_DK, bias_D, tail_BPD)
-    if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK)) == "triton":
+    if pick("short_conv_step", x_BD, obstacle=_too_many(weight_DK), backends=TWO) == "triton":
         return short_conv_step_operator(x_BD, tail_BPD, weight_DK[None], None if bias_D is None else bias_D[None], silu)
     window_BKD = torch.cat((tail_BPD.to(x_BD.dtype), x_BD[:, None]), dim=1)
     y_BD = (window_BKD * weight_DK.t().to(x_BD.dtype)).sum(1)
@@ -162,7 +163,7 @@ def long_conv(x_BTD: Tensor, filter_DL: Tensor) -> Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
             return long_conv(x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type)), filter_DL).to(x_BTD.dtype)
     length = x_BTD.shape[1]
-    if pick("long_conv", x_BTD, obstacle=_wants_fft(length, x_BTD.dtype), tensor_cores=True) == "triton":
+    if pick("long_conv", x_BTD, obstacle=_wants_fft(length, x_BTD.dtype), tensor_cores=True, backends=TWO) == "triton":
         return long_conv_operator(x_BTD, filter_DL[None])
     return _by_fft(x_BTD, filter_DL[:, :length].t(), 1)
 
@@ -220,7 +221,10 @@ def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK
         "shift": (shift_DK, (width, shift_DK.shape[1])),
     }
     check_arguments(qkv_EBT, others, first="qkv")
-    if pick("gated_long_conv", qkv_EBT, obstacle=_not_unrolled(qkv_EBT, width // heads), tensor_cores=True) == "triton":
+    if (
+        pick("gated_long_conv", qkv_EBT, obstacle=_not_unrolled(qkv_EBT, width // heads), tensor_cores=True, backends=TWO)
+        == "triton"
+    ):
         qkv, bias = qkv_EBT.unflatten(0, (3, width))[None], bias_E.view(1, 3, width)
         y, _ = gated_long_conv_operator(qkv, bias, filter_HL[None], shift_DK[None])
         return y.squeeze(0)  # the gradient of an index would be a copy into zeros
@@ -234,7 +238,7 @@ def gated_long_conv(qkv_EBT: Tensor, bias_E: Tensor, filter_HL: Tensor, shift_DK
 def _channel_long_conv(x: Tensor, filter_DL: Tensor) -> Tensor:
     """`long_conv` of [..., D, B, T]."""
     length = x.shape[-1]
-    if pick("long_conv", x, obstacle=_wants_fft(length, x.dtype), tensor_cores=True) == "triton":
+    if pick("long_conv", x, obstacle=_wants_fft(length, x.dtype), tensor_cores=True, backends=TWO) == "triton":
         rows = x.movedim(-3, -1)
         return long_conv_operator(rows.flatten(0, -3), filter_DL[None]).view(rows.shape).movedim(-1, -3)
     return _by_fft(x, filter_DL[:, None, :length], x.ndim - 1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
 from kernels._operator import operator
+from kernels.backends import TWO
 from kernels.dispatch import pick
 from kernels.values import check_labels, is_checking
 
@@ -43,7 +44,7 @@ def labelled_cross_entropy(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor,
     )
     if is_checking():
         check_labels("labels", labels_R, logits_RV.shape[1], IGNORED)
-    if pick("labelled_cross_entropy", logits_RV) == "triton":
+    if pick("labelled_cross_entropy", logits_RV, backends=TWO) == "triton":
         loss_R, predicted_R, _ = _rows(logits_RV, labels_R)
         return loss_R, predicted_R
     wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))

@@ -1,7 +1,8 @@
 """Which form of an operation runs: its definition, its chunked torch form, or its Triton kernels.
 
 Every operation of this package has up to three forms. `reference` is the token loop that defines it, `chunked` is plain
-torch, `triton` are kernels for a CUDA device. `pick` chooses for each call and says in the log, once, what it took and
+torch, `triton` are kernels for a CUDA device. Where the plain torch form is the definition itself there are two (`TWO`), and
+who forces `reference` gets, and is told, `chunked`. `pick` chooses for each call and says in the log, once, what it took and
 why; `use_backend` or the variable MIXER_BENCH_BACKEND forces a form.
 """
 
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels.assembler import tensor_core_obstacle
+from kernels.backends import BACKENDS, TWO, VARIABLE
 
-BACKENDS = ("reference", "chunked", "triton")
-VARIABLE = "MIXER_BENCH_BACKEND"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,9 @@ def pick(
     if obstacle is None and tensor_cores and sample.is_cuda and "triton" in backends:
         obstacle = tensor_core_obstacle()
     name = _forced
-    if name is not None:
+    if name == "reference" and backends == TWO:
+        name, why = "chunked", "plain torch is its definition"
+    elif name is not None:
         _refuse_unfit(operation, name, obstacle, backends)
         why = "forced"
     elif "triton" not in backends:

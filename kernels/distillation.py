@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._arguments import INTEGERS, check_arguments
+from kernels._arguments import INDICES, check_arguments
+from kernels.backends import TWO
 from kernels.dispatch import pick
 from kernels.values import check_labels, is_checking
 
@@ -51,12 +52,12 @@ def distillation_rows(
         raise ValueError(f"logits have shape {tuple(student_RV.shape)}; distillation takes [rows, classes]")
     shape = tuple(student_RV.shape)
     expected = {"labels": (labels_R, shape[:1]), "teacher": (teacher_RV, shape)}
-    check_arguments(student_RV, expected, first="logits", dtypes={"labels": INTEGERS}, values=False)
+    check_arguments(student_RV, expected, first="logits", dtypes={"labels": INDICES}, values=False)
     if is_checking():
         check_labels("labels", labels_R, shape[1], IGNORED)
     dtype = student_RV.dtype if dtype is None else dtype
     with torch.no_grad():
-        if pick("distillation_rows", student_RV) == "triton":
+        if pick("distillation_rows", student_RV, backends=TWO) == "triton":
             from kernels.between.distillation_triton import rows
 
             with torch.cuda.device_of(student_RV):  # Triton launches on the current device

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels._arguments import check_arguments, check_axes
+from kernels.backends import TWO
 from kernels.conv import MOST_TAPS, short_conv
 from kernels.dispatch import pick
 
@@ -27,7 +28,7 @@ def gated_conv(x_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, taps_DK: Tensor
         tap_bias_D: the filter's bias.
 
     Returns:
-        [B, T, D], in the dtype of x in the Triton form; else as torch promotes.
+        [B, T, D], in the dtype of x.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or the sequence is empty.
@@ -38,9 +39,11 @@ def gated_conv(x_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, taps_DK: Tensor
     vectors = {"bias": (bias_D, (width,)), "tap_bias": (tap_bias_D, (width,))}
     check_arguments(x_BTD, {"weight": (weight_DD, (width, width)), "taps": (taps_DK, (width, taps)), **vectors})
     obstacle = f"{taps} taps are more than {MOST_TAPS}" if taps > MOST_TAPS else None
-    if pick("gated_conv", x_BTD, obstacle=obstacle) == "triton":
+    if pick("gated_conv", x_BTD, obstacle=obstacle, backends=TWO) == "triton":
         from kernels.convolutions.gated_conv_operator import gated_conv_operator, taps_first
 
         taps_1KD = taps_first(taps_DK[None])
         return gated_conv_operator(x_BTD, weight_DD.to(x_BTD.dtype)[None], bias_D[None], taps_1KD, tap_bias_D[None])[0]
-    return torch.addcmul(x_BTD, short_conv(x_BTD, taps_DK, tap_bias_D)[0], F.linear(x_BTD, weight_DD, bias_D))
+    return torch.addcmul(
+        x_BTD, short_conv(x_BTD, taps_DK, tap_bias_D)[0], F.linear(x_BTD, weight_DD.to(x_BTD.dtype), bias_D.to(x_BTD.dtype))
+    )

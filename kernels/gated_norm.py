@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels._arguments import check_arguments
+from kernels.backends import TWO
 from kernels.dispatch import pick
 from kernels.norms import rms_normalized
 
@@ -35,7 +36,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight_D: Tensor | None = None, eps: flo
     named = {"gate": (gate, x.shape), "weight": (weight_D, x.shape[-1:])}
     check_arguments(x, named)
     too_wide = f"width {x.shape[-1]} is above {MOST_WIDTH}" if x.shape[-1] > MOST_WIDTH else None
-    if pick("gated_norm", x, obstacle=too_wide) == "triton":
+    if pick("gated_norm", x, obstacle=too_wide, backends=TWO) == "triton":
         from kernels.between.gated_norm_operator import gated_norm_operator
 
         flat = (tensor.reshape(1, -1, x.shape[-1]) for tensor in (x, gate))

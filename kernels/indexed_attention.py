@@ -44,6 +44,9 @@ def sparse_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, *, pattern:
     if set(options) != set(option_names(pattern)):
         wanted, given = ", ".join(option_names(pattern)), ", ".join(options) or "nothing"
         raise ValueError(f"sparse_attention: {pattern} takes {wanted}, not {given}")
+    for name, number in options.items():
+        if number < (least := int(name in ("window", "stride", "dilation"))):
+            raise ValueError(f"sparse_attention: {name}={number}; it must be {least} or more")
     backend = dispatch.pick("sparse_attention", q_BHTK, obstacle=_width_obstacle(k_BGTK, v_BGTV), tensor_cores=True)
     if backend == "triton":
         from kernels.indexed.indexed_op import indexed_attention
@@ -75,16 +78,21 @@ def block_attention(
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
     _check(q_BHTK, k_BGTK, v_BGTV)
+    if block < 1:
+        raise ValueError(f"block={block}; a block has at least one key")
     length = q_BHTK.shape[2]
     wanted = (*k_BGTK.shape[:2], length, -(-length // block))
     if tuple(chosen_BGTN.shape) != wanted:
         raise ValueError(f"chosen has the shape {list(chosen_BGTN.shape)}; with block={block} it must be {list(wanted)}")
     check_arguments(q_BHTK, {"chosen": (chosen_BGTN, wanted)}, first="q", dtypes={"chosen": BOOLS})
     most = _most(chosen_BGTN, most)
-    tile = list_tile(q_BHTK, k_BGTK, v_BGTV)
+    if is_checking():
+        position_T1 = torch.arange(length, device=chosen_BGTN.device)[:, None]
+        check_seen("chosen", chosen_BGTN & (torch.arange(wanted[3], device=chosen_BGTN.device) <= position_T1 // block))
     obstacle = _width_obstacle(k_BGTK, v_BGTV)
-    if block % tile[1] and tile[1] % block:
-        obstacle = f"block {block} neither divides {tile[1]} nor is a multiple of it"
+    if obstacle is None:
+        keys = list_tile(q_BHTK, k_BGTK, v_BGTV)[1]
+        obstacle = f"block {block} neither divides {keys} nor is a multiple of it" if block % keys and keys % block else None
     backend = dispatch.pick("block_attention", q_BHTK, obstacle=obstacle, tensor_cores=True)
     if backend == "triton":
         from kernels.indexed.indexed_op import indexed_attention
@@ -143,7 +151,8 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
-    _check(q_BHK[:, :, None], k_BGSK, v_BGSV, values=False)
+    check_axes("q", q_BHK, "B H K")
+    _check(q_BHK[:, :, None], k_BGSK, v_BGSV, cached=True)
     batch, kv_heads, n_keys = k_BGSK.shape[:3]
     rows = 1 if seen_BGS.shape[1:2] == (1,) else kv_heads
     check_arguments(k_BGSK, {"seen": (seen_BGS, (batch, rows, n_keys))}, first="k", dtypes={"seen": BOOLS}, values=False)
@@ -161,8 +170,7 @@ def decode_attention(q_BHK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, seen_BGS: Te
 
         return decode_attention_operator(q_BHK, k_BGSK, v_BGSV, seen_BGS)
     seen = seen_BGS if seen_BGS.shape[1] == 1 else seen_BGS.repeat_interleave(q_BHK.shape[1] // kv_heads, 1)
-    k, v = k_BGSK.to(q_BHK.dtype), v_BGSV.to(q_BHK.dtype)
-    return _masked(backend, q_BHK[:, :, None], k, v, seen[:, :, None])[:, :, 0]
+    return _masked(backend, q_BHK[:, :, None], k_BGSK, v_BGSV, seen[:, :, None])[:, :, 0]
 
 
 def _width_obstacle(k: Tensor, v: Tensor) -> str | None:
@@ -172,18 +180,20 @@ def _width_obstacle(k: Tensor, v: Tensor) -> str | None:
 
 
 def _masked(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
+    k, v = (share_heads(x.to(q.dtype), q.shape[1]) for x in (k, v))
     return attention_reference(q, k, v, mask) if backend == "reference" else attention(q, k, v, mask_TS=mask)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, *, values: bool = True) -> None:
-    """Refuses shapes, dtypes and devices that do not belong together, naming the argument."""
+def _check(q: Tensor, k: Tensor, v: Tensor, *, cached: bool = False) -> None:
+    """Refuses shapes, dtypes and devices that do not belong together, naming the argument.
+
+    `cached`: there are other keys than those of the queries' tokens, and the caller looks at values.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "B heads T width")
-    batch, heads, _, k_dim = q.shape
-    kv_heads, n_keys = k.shape[1:3]
-    check_arguments(
-        q, {"k": (k, (batch, kv_heads, n_keys, k_dim)), "v": (v, (batch, kv_heads, n_keys, v.shape[3]))}, first="q", values=values
-    )
+    batch, heads, length, k_dim = q.shape
+    kv_heads, n_keys = k.shape[1], k.shape[2] if cached else length
+    expected = {"k": (k, (batch, kv_heads, n_keys, k_dim)), "v": (v, (batch, kv_heads, n_keys, v.shape[3]))}
+    check_arguments(q, expected, first="q", values=not cached)
     if heads % kv_heads:
         raise ValueError(f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}; k's heads divide q's")

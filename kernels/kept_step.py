@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels._arguments import check_arguments
+from kernels._arguments import check_arguments, check_rank
 from kernels.indexed_attention import decode_attention
 from kernels.operands import _dot_dtype, _precision, _triton_dtype, padded
 from kernels.step import may_write
@@ -125,6 +125,7 @@ def _torch_step(q: Tensor, k: Tensor, v: Tensor, score: Tensor, stored: Stored, 
 
 
 def _check(k: Tensor, v: Tensor, score: Tensor, stored: Stored, kept: Kept) -> None:
+    check_rank("kept k", kept.k_BGPK, "B heads kept width")
     sizes, room = k.shape[:2], kept.k_BGPK.shape[2]
     expected = {
         "score": (score, sizes),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels._arguments import INTEGERS, check_arguments
 from kernels._members import fold_members
+from kernels.backends import TWO
 from kernels.cross_entropy import IGNORED, labelled_cross_entropy
 from kernels.dispatch import pick
 from kernels.values import check_labels, is_checking
@@ -40,7 +41,7 @@ def labelled_head(h_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> tuple[Te
     check_arguments(h_RD, expected, first="h", dtypes={"labels": INTEGERS}, values=False)
     if is_checking():
         check_labels("labels", labels_R, weight_VD.shape[0], IGNORED)
-    if pick("labelled_head", h_RD) == "triton":
+    if pick("labelled_head", h_RD, backends=TWO) == "triton":
         loss_MR, predicted_MR, _ = _head(h_RD[None], weight_VD.to(h_RD.dtype)[None], labels_R[None])
         return loss_MR[0], predicted_MR[0]
     return labelled_cross_entropy(F.linear(h_RD, weight_VD.to(h_RD.dtype)), labels_R)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._arguments import INTEGERS, check_arguments, check_axes
+from kernels._arguments import INDICES, check_arguments, check_axes, check_rank
+from kernels.backends import TWO
 from kernels.dispatch import pick
 from kernels.rows import pick_rows
 
@@ -35,7 +36,7 @@ def layer_norm(x_BTD: Tensor, norm: Affine, eps: float = 1e-5) -> Tensor:
         ValueError: shapes do not match.
     """
     check_arguments(x_BTD, {name: (p, x_BTD.shape[-1:]) for name, p in zip(("weight", "bias"), norm, strict=True)})
-    if pick("layer_norm", x_BTD, obstacle=_too_wide(x_BTD)) == "triton":
+    if pick("layer_norm", x_BTD, obstacle=_too_wide(x_BTD), backends=TWO) == "triton":
         from kernels.between.norms_operator import norms_operator
 
         weight, bias = (p[None] for p in norm)
@@ -63,12 +64,14 @@ def norm_pair(
         ValueError: shapes do not match.
     """
     check_axes("r", r_BTD, "B T D")
+    if rows_BR is not None:
+        check_rank("rows", rows_BR, "B R")
     batch, _, width = r_BTD.shape
     named = {"first": first, "second": second}
     expected = {f"{name}[{i}]": (p, (width,)) for name, norm in named.items() for i, p in enumerate(norm)}
     rows = {} if rows_BR is None else {"rows": (rows_BR, (batch, rows_BR.shape[-1]))}
-    check_arguments(r_BTD, expected | rows, first="r", dtypes={"rows": INTEGERS})
-    if pick("norm_pair", r_BTD, obstacle=_too_wide(r_BTD)) == "triton":
+    check_arguments(r_BTD, expected | rows, first="r", dtypes={"rows": INDICES})
+    if pick("norm_pair", r_BTD, obstacle=_too_wide(r_BTD), backends=TWO) == "triton":
         from kernels.between.norms_operator import norms_operator
 
         weights = [p[None] for p in (*first, *second)]
@@ -99,9 +102,10 @@ def stream_norm(r_BTD: Tensor, weight_D: Tensor, rows_BR: Tensor, eps: float = 1
         ValueError: shapes do not match.
     """
     check_axes("r", r_BTD, "B T D")
+    check_rank("rows", rows_BR, "B R")
     others = {"weight": (weight_D, r_BTD.shape[-1:]), "rows": (rows_BR, (r_BTD.shape[0], rows_BR.shape[-1]))}
-    check_arguments(r_BTD, others, first="r", dtypes={"rows": INTEGERS})
-    if pick("stream_norm", r_BTD, obstacle=_too_wide(r_BTD)) == "triton":
+    check_arguments(r_BTD, others, first="r", dtypes={"rows": INDICES})
+    if pick("stream_norm", r_BTD, obstacle=_too_wide(r_BTD), backends=TWO) == "triton":
         from kernels.between.stream_norm_operator import stream_norm_operator
 
         r, y, picked = stream_norm_operator(r_BTD.flatten(0, -2)[None], weight_D[None], rows_BR[None], eps)

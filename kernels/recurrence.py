@@ -57,6 +57,8 @@ def linear_recurrence(
     Raises:
         ValueError: tensors that do not belong together, or a forced backend that cannot run them.
     """
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk={chunk}; it must be a power of two")
     if cu_seqlens is not None:
         _check_packed(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens)
         return _packed(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state_BHKV, cu_seqlens, chunk)

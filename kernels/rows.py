@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._arguments import INTEGERS, check_arguments, check_axes
+from kernels._arguments import INDICES, check_arguments, check_axes
 from kernels._members import fold_members
+from kernels.backends import TWO
 from kernels.dispatch import pick
 
 MOST_WIDTH = 256
@@ -126,21 +127,23 @@ def read_rows(
     """
     check_axes("q", q_BHMD, "B H M D")
     check_axes("x", x_BTD, "B T D")
+    if weights not in ("softmax", "taylor"):
+        raise ValueError(f"weights is {weights!r}; it must be 'softmax' or 'taylor'")
     expected = {
         "q": (q_BHMD, (x_BTD.shape[0], *q_BHMD.shape[1:3], x_BTD.shape[2])),
         "rows": (rows_BM, (x_BTD.shape[0], q_BHMD.shape[2])),
     }
-    check_arguments(x_BTD, expected, dtypes={"rows": INTEGERS})
+    check_arguments(x_BTD, expected, dtypes={"rows": INDICES})
     heads, most = q_BHMD.shape[1:3]
     place_BR = rows_BM.repeat(1, heads)
-    q_BRD = q_BHMD.flatten(1, 2)
+    q_BRD = q_BHMD.flatten(1, 2).to(x_BTD.dtype)
     width = x_BTD.shape[-1]
     obstacle = f"width {width} is above {MOST_WIDTH}" if width > MOST_WIDTH else None
-    if pick("read_rows", x_BTD, obstacle=obstacle, tensor_cores=True) == "triton":
+    if pick("read_rows", x_BTD, obstacle=obstacle, tensor_cores=True, backends=TWO) == "triton":
         from kernels.between.rows_operator import read_rows_operator
 
         flags = (weights == "taylor", -1.0 if eps is None else eps, window or 0)
-        y_BRD = read_rows_operator(q_BRD.to(x_BTD.dtype), x_BTD, place_BR, *flags)[0]
+        y_BRD = read_rows_operator(q_BRD, x_BTD, place_BR, *flags)[0]
     else:
         y_BRD = _read(q_BRD, x_BTD, place_BR, weights, eps, window)
     return y_BRD.unflatten(1, (heads, most))

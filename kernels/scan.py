@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kernels._arguments import check_arguments, check_axes
 from kernels.dispatch import pick
 from kernels.gated_norm import gated_norm
+from kernels.reference import scan_reference
 from kernels.scans.scan_operator import scan_operator, selective_scan_operator, threads_own_channels
 
 
@@ -34,7 +35,10 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None = None) -> Tensor:
     """
     _refuse_empty(x)
     check_arguments(x, {"a": (a, x.shape), "state": (state, (x.shape[0], *x.shape[2:]))})
-    if pick("scan", x) == "triton":
+    form = pick("scan", x)
+    if form == "reference":
+        return scan_reference(a, x, state)
+    if form == "triton":
         rows = x.shape[:2]
         start_BD = None if state is None else state.reshape(rows[0], -1)
         return scan_operator(a.reshape(*rows, -1), x.reshape(*rows, -1), start_BD).view(x.shape)
@@ -109,7 +113,8 @@ def selective_scan(
         "skip": (skip_D, width),
     }
     _check_scan(x_BTD, rate_DN, b_BTN, c_BTN, state_BDN, around)
-    kernels = pick("selective_scan", x_BTD) == "triton"
+    form = pick("selective_scan", x_BTD)
+    kernels = form == "triton"
     if dt_bias_D is not None and not (kernels and threads_own_channels(x_BTD, b_BTN, gated=False)):
         y_BTD, final_BDN = selective_scan(x_BTD, time_steps(dt_BTD, dt_bias_D), rate_DN, b_BTN, c_BTN, state_BDN)
         return y_BTD if skip_D is None else (y_BTD + skip_D * x_BTD).to(y_BTD.dtype), final_BDN
@@ -122,7 +127,7 @@ def selective_scan(
     start_BDN = x_BTD.new_zeros(x_BTD.shape[0], *rate_DN.shape) if state_BDN is None else state_BDN
     with torch.autocast(x_BTD.device.type, enabled=False):
         tensors = (t.to(wide) for t in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, start_BDN))
-        y_BTD, final_BDN = _SelectiveScan.apply(*tensors)
+        y_BTD, final_BDN = (_by_tokens if form == "reference" else _SelectiveScan.apply)(*tensors)
     return y_BTD.to(x_BTD.dtype), None if state_BDN is None else final_BDN.to(state_BDN.dtype)
 
 
@@ -201,6 +206,12 @@ def time_steps(raw: Tensor, bias_D: Tensor) -> Tensor:
 def skip_and_gate(y: Tensor, x: Tensor, skip_D: Tensor, gate: Tensor) -> Tensor:
     """(y + skip x) silu(gate) in the dtype of x."""
     return (y + skip_D * x).to(x.dtype) * F.silu(gate).to(x.dtype)
+
+
+def _by_tokens(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of `selective_scan`: output and final state."""
+    h_BTDN = scan_reference(_decay(dt, rate), (dt * x)[..., None] * b[..., None, :], start)
+    return (h_BTDN @ c[..., None])[..., 0], h_BTDN[:, -1]
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels._arguments import INTEGERS, check_arguments, check_axes
+from kernels._arguments import INTEGERS, check_arguments, check_axes, check_rank
 from kernels._members import fold_members
 from kernels.attention import banded_attention
 from kernels.operands import _dot_dtype, _precision, _triton_dtype, padded
@@ -109,6 +109,9 @@ def check_window(q: Tensor, k: Tensor, v: Tensor, stored: Stored) -> None:
     """Raises ValueError if a token and a window's storage do not belong together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "B heads width")
+    check_rank("stored k", stored.k_BGLK, "B heads stored width")
+    if stored.sink_k_BGPK is not None:
+        check_rank("sink k", stored.sink_k_BGPK, "B heads sinks width")
     batch, groups, k_dim = k.shape
     sizes = (batch, groups, stored.k_BGLK.shape[2])
     sinks = (batch, groups, 0 if stored.sink_k_BGPK is None else stored.sink_k_BGPK.shape[2])

@@ -110,7 +110,7 @@ def plan(request: SpeedRequest, device: str) -> list[Row]:
         rows = [*_kernel_rows(request, defaults, kernels, dtype), *_mixer_rows(request, defaults, mixers, dtype)]
     if not rows:
         raise UserError(f"Nothing to time: none of {', '.join(kernels)} has the mode {', '.join(request.modes)}.")
-    return rows
+    return list(dict.fromkeys(rows))  # a name or a length that was given twice is timed once
 
 
 def _kernels(request: SpeedRequest) -> list[KernelName]:

@@ -6,7 +6,6 @@ index (1, or one for each of B G), W words of a token, I tiles of queries, J til
 
 from __future__ import annotations
 
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -102,7 +101,7 @@ def list_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
 
 def pack_of(group: int) -> int:
     """Heads of a bundle: the largest power of two that divides the group, at most `MAX_PACK`."""
-    return gcd(group, MAX_PACK)
+    return min(group & -group, MAX_PACK)  # `gcd` knows no symbol of a compiler
 
 
 def forward(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, start_B: Tensor | None, index: Band | Listed) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,13 @@ def test_a_dry_run_prints_rows_and_writes_nothing(bench: Bench) -> None:
     assert bench.files() == set()
 
 
+def test_a_form_that_there_is_not(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXER_BENCH_BACKEND", "tritn")
+    outcome = bench("throughput", "--kernel=linear")
+    assert outcome.code == 2
+    assert "MIXER_BENCH_BACKEND 'tritn'" in outcome.err and "Did you mean 'triton'?" in outcome.err
+
+
 def test_kernels_are_listed(bench: Bench) -> None:
     outcome = bench("list", "kernels", "--json")
     assert {"gated_delta", "selective_scan"} <= {line["name"] for line in outcome.lines("kernel")}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.adamw import adamw_step
-from kernels.attention import banded_attention
+from kernels.attention import attention, banded_attention
 from kernels.conv import gated_long_conv, long_conv, short_conv, short_conv_step
 from kernels.cross_entropy import labelled_cross_entropy
 from kernels.distillation import distillation_rows
@@ -34,6 +34,7 @@ from kernels.ssd import State as SSDState
 from kernels.step import recurrent_step
 from kernels.step_form import StepForm
 from kernels.taylor import n_features, taylor_attention
+from kernels.values import checked_values
 from kernels.window_step import Stored, window_step
 
 B, T, H, K, V, D, N, J = 2, 5, 2, 4, 3, 6, 4, 3
@@ -181,6 +182,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "complex": lambda x: x.to(torch.complex64),
     "shape": lambda x: torch.cat((x, x), -1),
     "axes": lambda x: x[None],
+    "scalar": lambda x: x.flatten()[0],
     "transposed": lambda x: x.mT if x.ndim > 1 and x.shape[-1] != x.shape[-2] else x[None],
     "device": lambda x: x.to("meta"),
 }
@@ -227,6 +229,94 @@ def test_fault_is_named(door: str, argument: str, fault: str):
     assert any(words in said for words in ("it is", "it must be", "must be", "move them", "needs", "takes", "it has", "divide")), (
         said
     )
+
+
+@pytest.mark.parametrize("door", ["sparse_attention", "block_attention"])
+@pytest.mark.parametrize("names", [("k",), ("v",), ("k", "v")])
+def test_keys_of_other_tokens(door: str, names: tuple[str, ...]):
+    tensors = dict(DOORS[door].tensors)
+    for name in names:
+        tensors[name] = torch.cat((tensors[name], tensors[name]), 2)
+    with pytest.raises(ValueError, match=f"{names[0]} has shape"):
+        DOORS[door].call(*tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("door", "argument"), [("norm_pair", "rows"), ("stream_norm", "rows"), ("read_rows", "rows"), ("distillation_rows", "labels")]
+)
+def test_places_of_eight_bits(door: str, argument: str):
+    """torch reads from places of 32 and 64 bits."""
+    tensors = dict(DOORS[door].tensors)
+    tensors[argument] = tensors[argument].to(torch.int8)
+    with pytest.raises(ValueError, match=f"{argument} has dtype torch.int8"):
+        DOORS[door].call(*tensors.values())
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_one_tensor_in_another_dtype(door: str):
+    """It is cast, or refused by name; a device that casts must not hide what another one refuses."""
+    for argument, x in DOORS[door].tensors.items():
+        if x.is_floating_point():
+            try:
+                DOORS[door].call(*(DOORS[door].tensors | {argument: x.bfloat16()}).values())
+            except ValueError as refused:
+                assert "dtype" in str(refused) or "takes contiguous" in str(refused), refused
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: block_attention(x, x, x, torch.ones(B, H, T, 1, dtype=torch.bool), block=0), "block=0"),
+        (lambda x: sparse_attention(x, x, x, pattern="strided", stride=0), "stride=0"),
+        (lambda x: sparse_attention(x, x, x, pattern="dilated", window=0, dilation=1), "window=0"),
+        (lambda x: sparse_attention(x, x, x, pattern="power", window=1, sinks=-1), "sinks=-1"),
+        (lambda x: linear_recurrence(x, x, x, chunk=0), "chunk=0"),
+        (lambda x: linear_recurrence(x, x, x, chunk=48), "chunk=48"),
+        (lambda x: read_rows(x, x[:, 0], ROWS_OF_EACH, weights="other"), "weights is 'other'"),
+    ],
+)
+def test_numbers_out_of_range(call: Callable[[Tensor], object], words: str):
+    with pytest.raises(ValueError, match=words):
+        call(r(B, H, T, K))
+
+
+def test_wide_heads_of_chosen_blocks_take_the_torch_form():
+    q = r(1, 1, 4, 300)
+    chosen = torch.ones(1, 1, 4, 2, dtype=torch.bool)
+    torch.testing.assert_close(block_attention(q, q, q, chosen, block=2), attention(q, q, q, causal=True))
+
+
+def test_chosen_blocks_compile_with_a_symbolic_number_of_heads():
+    """Whose tile of a list depends on the largest power of two that divides it."""
+    attend = torch.compile(lambda q, c: block_attention(q, q, q, c, block=2), fullgraph=True, backend="eager", dynamic=True)
+    for heads in (2, 4, 6):
+        q, chosen = r(1, heads, T, K), torch.ones(1, heads, T, 3, dtype=torch.bool)
+        torch.testing.assert_close(attend(q, chosen), attention(q, q, q, causal=True))
+
+
+def test_tokens_that_see_no_block_are_found_by_the_checked_mode():
+    q, chosen = r(1, 1, 4, K), torch.zeros(1, 1, 4, 2, dtype=torch.bool)
+    chosen[..., 1] = True  # the first two tokens come before this block
+    with checked_values(), pytest.raises(ValueError, match="chosen has 2 rows that see nothing"):
+        block_attention(q, q, q, chosen, block=2)
+
+
+FORMS = {
+    "scan": "reference",
+    "selective_scan": "reference",
+    "short_conv": "chunked",
+    "long_conv": "chunked",
+    "read_rows": "chunked",
+}
+
+
+@pytest.mark.parametrize("door", FORMS)
+def test_a_forced_reference_is_one_or_says_that_plain_torch_is(door: str):
+    call, tensors = DOORS[door]
+    with dispatch.use_backend("reference"), dispatch.watched() as seen:
+        forced = call(*tensors.values())
+    assert seen[door] == FORMS[door]
+    torch.testing.assert_close(forced, call(*tensors.values()))
 
 
 EMPTY = (

@@ -96,6 +96,11 @@ def test_plan_keeps_tokens_equal_over_lengths():
     assert {row.batch for row in plan(SpeedRequest(kernels=["linear"], lengths=[64, 128], batch=3), "cpu")} == {3}
 
 
+def test_what_is_named_twice_is_timed_once():
+    once = plan(SpeedRequest(kernels=["linear"], lengths=[64], modes=["train"]), "cpu")
+    assert plan(SpeedRequest(kernels=["linear,linear"], lengths=[64, 64], modes=["train"]), "cpu") == once
+
+
 def test_everything_is_planned_unless_something_is_named():
     rows = plan(SpeedRequest(), "cpu")
     assert {row.name for row in rows if row.kind == "kernel"} == set(KERNELS)
