@@ -199,10 +199,18 @@ def _compare(target: Target, experiments: list[Experiment], by_id: Mapping[str, 
         )
     found = [by_id.get(experiment.point_id()) for experiment in experiments]
     trained = [(point.accuracy.mean, point) for point in found if point is not None and point.accuracy.mean is not None]
-    if len(trained) < len(target.mixers):
+    if len(trained) + sum(point is not None and _diverged(point) for point in found) < len(target.mixers):
         return Compared(target, None, "not run")
+    if not trained:
+        return Compared(target, None, "differs")
     mean, best = max(trained, key=lambda item: item[0])
     return Compared(target, best, "agree" if _agrees(target, mean, best) else "differs")
+
+
+def _diverged(point: Point) -> bool:
+    """Whether every run that was to be reported diverged, which is a result and not a missing one."""
+    ends = {record.status for record in point.records if record.role == "report"}
+    return point.accuracy.mean is None and ends == {"diverged"}
 
 
 def _agrees(target: Target, mean: float, point: Point) -> bool:

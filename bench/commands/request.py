@@ -119,8 +119,8 @@ def _call(make: Callable[..., Any], name: str, **options: str) -> Sweep:
         raise UserError(f"Recipe {name!r} is not a valid sweep: field {field!r} of {error.title} {fault}.{near}") from None
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Recipe {name!r} failed: {' '.join(str(error).split())}.") from error
+    except Exception as error:  # of anybody's file
+        raise UserError(f"Recipe {name!r} failed: {type(error).__name__}: {' '.join(str(error).split())}.") from error
     if not isinstance(sweep, Sweep):
         raise UserError(f"Recipe {name!r} returned {type(sweep).__name__}; a recipe returns a bench.sweep.Sweep.")
     return sweep

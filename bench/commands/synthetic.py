@@ -61,14 +61,17 @@ def run(request: Request, output: Output) -> int:
         except KeyboardInterrupt:
             output.say("Interrupted; finished runs are stored and runs in flight left a checkpoint. The same command goes on.")
             return 130
-    records = [record for experiment in sweep.experiments for record in planner.plan(experiment, sweep).done]
+    plans = [planner.plan(experiment, sweep) for experiment in sweep.experiments]
+    records = [record for plan in plans for record in plan.done]
+    if left := sum(len(plan.ready) + plan.waiting for plan in plans):
+        output.say(f"{left} runs are still missing; the same command goes on.")
     for record in records:
         output.emit("run", record.model_dump(mode="json"))
     shown = points(records)
     (print_table if request.suite is None else print_families)(shown, output)
     _report(store, request, sweep, output)
     agreed = figure is None or check(figure, sweep, request, output)
-    return 0 if agreed and all(record.status == "done" for record in records) else 1
+    return 0 if agreed and not left and all(record.status == "done" for record in records) else 1
 
 
 def _print_plan(sweep: Sweep, planner: Planner, info: dict[Experiment, ModelInfo], output: Output) -> None:

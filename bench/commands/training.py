@@ -56,7 +56,10 @@ class Training:
             Fault: the store or the engine failed; what is stored is kept.
         """
         while True:
+            known = self.progress.finished
             self._hand_out()
+            if self.progress.finished > known:
+                continue  # a record that others stored, or of a run that was given up, may have made more runs ready
             if not self.workers.busy() and not self.held:
                 return
             for event in self.workers.events(timeout=1.0):

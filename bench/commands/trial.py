@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TOKENS = 16
 """Of a trial: options are refused whatever the length, but for `max_len`."""
+MOST_TOKENS = 1 << 12
+"""Of a trial of `max_len`: some mixers take time that grows with the square, and heed it only with some other option."""
 MOST_PARAMETERS = 1 << 24
 """Of a mixer that is tried: drawing more takes a second and the memory that a plan on a small machine may lack."""
 
@@ -80,7 +82,7 @@ class Trials:
 def _tokens(layer: LayerSpec, longest: int) -> int:
     """Tokens of a mixer's trial: one more than an option `max_len` allows, where the task has longer sequences."""
     allowed = layer.options.get("max_len", longest)
-    if isinstance(allowed, int) and allowed < longest:
+    if isinstance(allowed, int) and allowed < longest and allowed < MOST_TOKENS:
         return max(1, allowed + 1)
     return min(TOKENS, longest)
 

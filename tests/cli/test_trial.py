@@ -138,3 +138,10 @@ def test_a_loose_mixer_under_a_name_of_the_zoo(bench: Bench, monkeypatch: pytest
     assert outcome.code == 2
     for word in ("loose.py", "gla.py", "both register", "'gla'"):
         assert word in outcome.err
+
+
+def test_a_recipe_that_raises(bench: Bench) -> None:
+    Path("rec.py").write_text("def mine():\n    raise KeyError('oops')\n")
+    outcome = bench("synthetic", "--recipe=./rec.py@mine", "--dry-run")
+    assert outcome.code == 2
+    assert "'./rec.py@mine' failed: KeyError: 'oops'" in outcome.err and outcome.err.count("\n") == 1

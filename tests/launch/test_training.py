@@ -16,6 +16,7 @@ from bench.commands.training import Training
 from bench.errors import UserError
 from bench.launch import Event, Fleet, Workers
 from bench.outcome import Clock, Outcome, make_record
+from bench.records import Metric
 from bench.spec import RunSpec
 from bench.store import Store
 from bench.sweep import Experiment, Planner, Sweep
@@ -62,6 +63,37 @@ def test_a_held_run_whose_record_comes_another_way(tmp_path: Path) -> None:
     training = Training(sweep, Planner(store), Pretending(), 16, progress, sweep_file)
     training.run()
     assert progress.finished == 1 and not training.held
+
+
+class Elsewhere(Pretending):
+    """Runs that another process trains: its records are found in the store alone."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        self.patience -= 1
+        assert self.patience, "the driver goes on for ever"
+        fleet, self.fleet = self.fleet, ()
+        for run in fleet:
+            outcome = Outcome()
+            outcome.metrics = [Metric(split=split, name="accuracy", slice="mean", value=0.5, n=1) for split in ("valid", "test")]
+            self.store.write(make_record(run, CPU, outcome, Clock(CPU, 1), 1))
+            yield Event("held", fleet, run)
+        yield from [Event("finished", fleet)] if fleet else []
+
+
+def test_reported_runs_follow_a_selection_that_was_found_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last record of a selection arrives as no event; the driver ended there, and called the point failed."""
+    monkeypatch.setattr("bench.commands.training.RETRY_SECONDS", 0.0)
+    run, store = spec(), Store(tmp_path)
+    sweep = Sweep(experiments=(Experiment(task=run.task, model=run.model, train=run.train, lrs=(1e-3, 1e-2)),), seeds=2)
+    progress, sweep_file = SweepProgress(Output(), 1), SweepFile(store, "bench synthetic", "local", 1)
+    planner = Planner(store)
+    Training(sweep, planner, Elsewhere(store), 16, progress, sweep_file).run()
+    plan = planner.plan(sweep.experiments[0], sweep)
+    assert (len(plan.done), plan.ready, plan.waiting) == (2 * sweep.select_seeds + 2, [], 0)
 
 
 def request(**changes: Any) -> Request:

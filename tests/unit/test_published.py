@@ -164,6 +164,17 @@ def test_what_has_not_run_is_said(plot) -> None:
     assert published.compare(*plot, []).missed == []
 
 
+def test_reported_runs_that_all_diverged_are_missed_and_not_missing(plot) -> None:
+    figure, sweep = plot
+    (target,) = (target for target in figure.targets if target.point == "DeltaNet d=64")
+    (experiment,) = filter(target.fits, sweep.experiments)
+    ended = points([record(experiment, 0.7, SELECTION_SEED), record(experiment, None, 0, status="diverged")])
+    comparison = published.compare(figure, sweep, ended)
+    assert verdicts(comparison)["DeltaNet d=64"] == "differs" and comparison.missed == ["DeltaNet d=64"]
+    chosen_only = points([record(experiment, 0.7, SELECTION_SEED)])
+    assert verdicts(published.compare(figure, sweep, chosen_only))["DeltaNet d=64"] == "not run"
+
+
 def test_the_best_of_two_models_of_one_size_counts(plot) -> None:
     figure, sweep = plot
     (target,) = (target for target in figure.targets if target.point == "Mamba-2 16 KiB")
