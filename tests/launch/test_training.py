@@ -47,9 +47,12 @@ class Pretending(Workers):
         assert self.patience, "the driver goes on for ever"
         fleet, self.fleet = self.fleet, ()
         for run in fleet:
-            yield Event("held", fleet, run)
-            yield Event("record", fleet, make_record(run, CPU, Outcome(), Clock(CPU, 1), 1))
+            yield from self.end(fleet, run)
         yield from [Event("finished", fleet)] if fleet else []
+
+    def end(self, fleet: Fleet, run: RunSpec) -> Iterator[Event]:
+        yield Event("held", fleet, run)
+        yield Event("record", fleet, make_record(run, CPU, Outcome(), Clock(CPU, 1), 1))
 
     def stop(self) -> None:
         pass
@@ -72,16 +75,11 @@ class Elsewhere(Pretending):
         super().__init__()
         self.store = store
 
-    def events(self, timeout: float) -> Iterator[Event]:
-        self.patience -= 1
-        assert self.patience, "the driver goes on for ever"
-        fleet, self.fleet = self.fleet, ()
-        for run in fleet:
-            outcome = Outcome()
-            outcome.metrics = [Metric(split=split, name="accuracy", slice="mean", value=0.5, n=1) for split in ("valid", "test")]
-            self.store.write(make_record(run, CPU, outcome, Clock(CPU, 1), 1))
-            yield Event("held", fleet, run)
-        yield from [Event("finished", fleet)] if fleet else []
+    def end(self, fleet: Fleet, run: RunSpec) -> Iterator[Event]:
+        outcome = Outcome()
+        outcome.metrics = [Metric(split=split, name="accuracy", slice="mean", value=0.5, n=1) for split in ("valid", "test")]
+        self.store.write(make_record(run, CPU, outcome, Clock(CPU, 1), 1))
+        yield Event("held", fleet, run)
 
 
 def test_reported_runs_follow_a_selection_that_was_found_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

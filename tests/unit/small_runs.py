@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from bench import runner
 from bench.grammar import named_layers
+from bench.records import RunRecord
 from bench.spec import ModelSpec, RunSpec, TaskSpec, TrainSpec
+from bench.store import Store
 from bench.train import FleetTrainer
 
 CPU = torch.device("cpu")
@@ -34,3 +40,17 @@ def finish(trainer: FleetTrainer) -> list[tuple[dict[str, torch.Tensor], list[di
         curve = [{key: value for key, value in point.items() if key != "seconds"} for point in member.curve]
         found[member.spec] = weights(trainer, index), curve
     return [found[spec] for spec in specs]
+
+
+def execute(store: Path, *runs: RunSpec) -> list[RunRecord]:
+    """Trains runs into a store, and prints what is noted; their records."""
+    found: list[RunRecord] = []
+
+    def tell(kind: str, content: Any) -> None:
+        if kind == "record":
+            found.append(content)
+        elif kind == "note":
+            print(content)
+
+    assert runner.execute(list(runs), CPU, Store(store), tell=tell)
+    return found

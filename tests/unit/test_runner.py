@@ -1,4 +1,4 @@
-"""What becomes of runs: records, checkpoints taken up again, failures with their reasons."""
+"""What becomes of runs: records, failures with their reasons."""
 
 from __future__ import annotations
 
@@ -16,30 +16,13 @@ import pytest
 import torch
 
 from bench import failures, runner
-from bench.checkpoints import packed
-from bench.claims import Claims
 from bench.fleet import StackedFleet
 from bench.launch.local import LocalWorkers, worker_devices
 from bench.model import LanguageModel
-from bench.outcome import identity_of
 from bench.records import RunRecord
 from bench.spec import RunSpec, TaskSpec
 from bench.store import Store
-from bench.train import FleetTrainer, Interrupted
-from tests.unit.small_runs import CPU, spec
-
-
-def execute(store: Path, *runs: RunSpec) -> list[RunRecord]:
-    found: list[RunRecord] = []
-
-    def tell(kind: str, content: Any) -> None:
-        if kind == "record":
-            found.append(content)
-        elif kind == "note":
-            print(content)
-
-    assert runner.execute(list(runs), CPU, Store(store), tell=tell)
-    return found
+from tests.unit.small_runs import CPU, execute, spec
 
 
 def test_members_are_ordinary_records(tmp_path: Path) -> None:
@@ -49,41 +32,6 @@ def test_members_are_ordinary_records(tmp_path: Path) -> None:
     assert first.train_seconds == pytest.approx(second.train_seconds)
     assert first.metric("test", "accuracy") is not None
     assert Store(tmp_path).curve(second.run_id) is not None
-
-
-def test_members_stopped_at_different_steps_go_on(tmp_path: Path) -> None:
-    pair = [spec(), spec(seed=1)]
-    want = execute(tmp_path / "whole", *pair)
-    for run, after in zip(pair, (3, 9), strict=True):
-        trainer = FleetTrainer([run], CPU)
-        with pytest.raises(Interrupted) as stop:
-            list(trainer.run(should_stop=lambda trainer=trainer, after=after: trainer.step >= after))
-        Store(tmp_path / "parts").put(identity_of(run), "checkpoint.pt", packed(stop.value.checkpoints[0]))
-    got = {record.run_id: record for record in execute(tmp_path / "parts", *pair)}
-    for record in want:
-        found = got[record.run_id]
-        assert found.fleet_size == 1
-        assert found.metric("valid", "loss") == pytest.approx(record.metric("valid", "loss"), rel=1e-5)
-
-
-def test_a_corrupt_checkpoint_is_ignored_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = Store(tmp_path)
-    (want,) = execute(tmp_path, spec())
-    (store.path(want.run_id) / "record.json").unlink()
-    (store.path(want.run_id) / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    (again,) = execute(tmp_path, spec())
-    assert capsys.readouterr().out.count("Ignored") == 1
-    assert again.metrics == want.metrics
-    assert not (store.path(want.run_id) / "checkpoint.pt").exists()
-
-
-def _interrupted(tmp_path: Path, run: RunSpec, after: int) -> tuple[Store, str]:
-    """The store of a run that left a checkpoint."""
-    trainer, store = FleetTrainer([run], CPU), Store(tmp_path)
-    with pytest.raises(Interrupted) as stop:
-        list(trainer.run(should_stop=lambda: trainer.step >= after))
-    store.put(identity_of(run), "checkpoint.pt", packed(stop.value.checkpoints[0]))
-    return store, identity_of(run)
 
 
 def test_a_record_that_cannot_be_read_is_kept_beside_the_new_one(tmp_path: Path) -> None:
@@ -96,44 +44,11 @@ def test_a_record_that_cannot_be_read_is_kept_beside_the_new_one(tmp_path: Path)
     assert path.with_name("record.json.unreadable").read_text() == newer
 
 
-def test_a_checkpoint_with_one_changed_number_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store, identity = _interrupted(tmp_path, spec(), 9)
-    path = store.path(identity) / "checkpoint.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    execute(tmp_path, spec())
-    assert "damaged" in capsys.readouterr().out
-
-
-def test_checkpoints_wait_in_the_memory_of_the_host(tmp_path: Path) -> None:
-    store, _ = _interrupted(tmp_path, spec(), 9)
-    with Claims(store) as claims:
-        job = runner._Job(torch.device("meta"), store, claims, lambda kind, content: None, lambda: False)
-        checkpoint = job._checkpoint(spec())
-    assert checkpoint is not None and checkpoint["weights"].device == CPU
-
-
 def test_a_split_that_cannot_be_drawn_is_a_failed_run(tmp_path: Path) -> None:
     cells = {"vocab_size": 6, **{f"{split}_cells": "4x1:64" for split in ("train", "valid", "test")}}
     (record,) = execute(tmp_path, spec().model_copy(update={"task": TaskSpec(name="mqar", options=cells)}))
     assert (record.status, set(record.data_hashes)) == ("failed", {"train"})
     assert "too few distinct examples" in record.reason
-
-
-def test_a_checkpoint_goes_on_however_its_run_is_spelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = spec()
-    _interrupted(tmp_path, run, 9)
-    other = run.model_copy(update={"model": run.model.model_copy(update={"alias": "another spelling"})})
-    execute(tmp_path, other)
-    assert "Ignored" not in capsys.readouterr().out
-
-
-def test_a_checkpoint_of_the_middle_of_an_epoch_has_the_time_until_then() -> None:
-    trainer, seconds = FleetTrainer([spec()], CPU), []
-    (member,) = trainer.members
-    list(trainer.run(on_checkpoint=lambda found: seconds.append(found[0]["seconds"]), checkpoint_seconds=0.0))
-    assert 0 < seconds[0] < seconds[1] < seconds[-1] <= member.seconds
 
 
 def test_a_run_whose_record_cannot_be_made_leaves_its_neighbour_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
